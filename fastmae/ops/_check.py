@@ -1,0 +1,62 @@
+"""Argument checks that the ops share. Each raises ``ValueError`` that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def describe(value: object) -> str:
+    """A tensor as dtype, shape and device; anything else as its repr."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return repr(value)
+
+
+def check(condition: bool, name: str, expected: str, value: object) -> None:
+    """Raise ``ValueError`` unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def check_ids(name: str, ids: Tensor, batch: int) -> None:
+    """An index tensor: int64 (N, K) with K >= 1. Values are not read, which would synchronise a GPU."""
+    expected = f"an int64 tensor of shape ({batch}, K), K >= 1"
+    check(isinstance(ids, Tensor), name, expected, ids)
+    check(ids.dtype == torch.int64 and ids.ndim == 2 and ids.shape[0] == batch and ids.shape[1] > 0, name, expected, ids)
+
+
+def check_floating(name: str, tensor: Tensor, expected: str) -> None:
+    """A float32, float64, float16 or bfloat16 tensor."""
+    check(isinstance(tensor, Tensor) and tensor.is_floating_point(), name, expected, tensor)
+
+
+def as_pair(name: str, size: int | Sequence[int]) -> tuple[int, int]:
+    """A size as (height, width); an int means a square."""
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    valid = len(pair) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in pair)
+    check(valid, name, "a positive int or a pair (height, width) of positive ints", size)
+    return pair
+
+
+def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int], name: str = "images") -> tuple[int, int]:
+    """Rows and columns of patches; the image must divide into them."""
+    (height, width), (ph, pw) = image_size, patch_size
+    if height % ph or width % pw or height < ph or width < pw:
+        raise ValueError(f"{name}: size {height}x{width} does not divide into patches of {ph}x{pw}")
+    return height // ph, width // pw
+
+
+def num_kept(num_patches: int, mask_ratio: float) -> int:
+    """``K = int(L * (1 - mask_ratio))``, float rounding included, as facebookresearch/mae computes it."""
+    valid = isinstance(mask_ratio, int | float) and 0 < mask_ratio < 1
+    check(valid, "mask_ratio", "a number strictly between 0 and 1", mask_ratio)
+    kept = int(num_patches * (1 - mask_ratio))
+    if not 0 < kept < num_patches:
+        raise ValueError(
+            f"mask_ratio: {mask_ratio} of {num_patches} patches keeps {kept}; at least one patch must stay visible "
+            "and one masked"
+        )
+    return kept

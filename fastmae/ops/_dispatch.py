@@ -1,0 +1,34 @@
+"""Where an op runs: Triton on CUDA tensors, plain PyTorch elsewhere.
+
+The one exception is Triton's interpreter: a kernel that Triton itself made interpreted runs on CPU tensors, so that
+the tests exercise the whole launch path without a GPU. No environment variable is read here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+
+
+def load_kernels(stem: str) -> ModuleType | None:
+    """The module ``fastmae.kernels.<stem>``, or None where Triton is not installed."""
+    return import_module(f"fastmae.kernels.{stem}") if find_spec("triton") else None
+
+
+def takes_triton(tensor: torch.Tensor, kernels: ModuleType | None) -> bool:
+    """Whether an op on this tensor launches a Triton kernel."""
+    if kernels is None:
+        return False
+    return tensor.is_cuda or is_interpreted()
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter (decided by Triton when the kernels were defined)."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from fastmae.kernels import philox
+
+    return isinstance(philox.philox4x32, InterpretedFunction)
