@@ -1,0 +1,18 @@
+"""Looking at a pretrained model: reconstructions in pixels, their errors beside baselines, and figures."""
+
+from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
+from fastmae.evaluate.figure import Block, Row, draw
+from fastmae.evaluate.reconstruction import Reconstruction, evaluate_sets, masked_error, reconstruct, rows_of
+
+__all__ = [
+    "Block",
+    "Reconstruction",
+    "Row",
+    "draw",
+    "evaluate_sets",
+    "fill_inverse_distance",
+    "fill_mean_color",
+    "masked_error",
+    "reconstruct",
+    "rows_of",
+]
