@@ -1,0 +1,131 @@
+"""Attention: every backend against the formula, forward and gradients, packed and separate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmae.ops.attention import BACKENDS, attention, attention_qkvpacked, choose_backend, describe_backends
+
+pytestmark = pytest.mark.ops
+
+SHAPES = [(1, 1, 1, 4), (2, 17, 4, 32), (3, 50, 2, 64), (1, 197, 2, 32)]
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return ((q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    return float((got.double() - truth).norm() / truth.norm().clamp_min(1e-30))
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
+@pytest.mark.parametrize(("n", "length", "heads", "dim"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_against_formula(backend, n, length, heads, dim, dtype, device):
+    qkv = torch.randn(n, length, 3, heads, dim, device=device).to(dtype)
+    grad = torch.randn(n, length, heads, dim, device=device).to(dtype)
+
+    def run(function, x):
+        x = x.clone().requires_grad_()
+        out = function(x)
+        out.backward(grad.to(x.dtype))
+        return out.detach(), x.grad
+
+    truth, truth_grad = run(lambda x: formula(*x.unbind(2)), qkv.double())
+    plain, plain_grad = run(lambda x: formula(*x.unbind(2)), qkv)
+    got, got_grad = run(lambda x: attention_qkvpacked(x, backend), qkv)
+    assert got.shape == truth.shape
+    assert got.dtype == got_grad.dtype == dtype
+    assert error(got, truth) <= 2 * error(plain, truth) + 1e-6
+    # One token attends to itself alone: the gradient of q and k is zero in truth, and rounding in any arithmetic.
+    if length > 1:
+        assert error(got_grad, truth_grad) <= 2 * error(plain_grad, truth_grad) + 1e-6
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
+def test_fewer_queries_than_keys(backend, device):
+    q = torch.randn(2, 5, 3, 16, device=device, requires_grad=True)
+    kv = torch.randn(2, 12, 2, 3, 16, device=device, requires_grad=True)
+    out = attention(q, *kv.unbind(2), backend=backend)
+    expected = formula(q, *kv.unbind(2))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(out)
+    for got, want in zip(
+        torch.autograd.grad(out, (q, kv), grad), torch.autograd.grad(expected, (q, kv), grad), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_gradient_is_one_contiguous_tensor():
+    qkv = torch.randn(2, 6, 3, 2, 8, requires_grad=True)
+    attention_qkvpacked(qkv, "plain").sum().backward()
+    assert qkv.grad.is_contiguous()
+    assert "plain_attention_qkvpacked" in type(attention_qkvpacked(qkv, "plain").grad_fn).__name__
+
+
+def test_gradients_in_double_precision():
+    qkv = torch.randn(2, 5, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attention_qkvpacked(x, "plain"), (qkv,))
+
+
+def test_non_contiguous_input():
+    qkv = torch.randn(2, 3, 2, 6, 8).permute(0, 3, 1, 2, 4)
+    torch.testing.assert_close(attention_qkvpacked(qkv, "plain"), formula(*qkv.unbind(2)), rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck():
+    qkv = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    torch.library.opcheck(torch.ops.fastmae.plain_attention_qkvpacked.default, (qkv,))
+    out, weights, heads_first = torch.ops.fastmae.plain_attention_qkvpacked(qkv.detach())
+    torch.library.opcheck(
+        torch.ops.fastmae.plain_attention_qkvpacked_backward.default, (torch.randn_like(out), weights, heads_first)
+    )
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_compiles_to_one_graph(backend):
+    compiled = torch.compile(lambda x: attention_qkvpacked(x, backend), fullgraph=True, backend="aot_eager")
+    a = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
+    b = a.detach().clone().requires_grad_()
+    compiled(a).square().sum().backward()
+    attention_qkvpacked(b, backend).square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_autocast_leaves_the_result_in_half_precision():
+    qkv = torch.randn(2, 17, 3, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for backend in ("plain", "sdpa"):
+            assert attention_qkvpacked(qkv, backend).dtype == torch.bfloat16
+            q, k, v = qkv.unbind(2)
+            assert attention(q, k, v, backend).dtype == torch.bfloat16
+
+
+def test_choice_is_reported():
+    assert choose_backend("cpu", torch.bfloat16, 197)[0] == "plain"
+    assert choose_backend("cpu", torch.float32, 197)[0] == "sdpa"
+    rows = dict(describe_backends())
+    assert set(BACKENDS) - {"auto"} <= set(rows)
+    assert any(key.startswith("auto, cpu") for key in rows)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t: attention(t, t[..., :2], t), "k: expected"),
+        (lambda t: attention(t, t, t[:, :1]), "v: expected"),
+        (lambda t: attention(t[0], t, t), "q: expected"),
+        (lambda t: attention(t.int(), t, t), "q: expected a floating-point"),
+        (lambda t: attention(t, t, t, "flash"), "backend: expected one of auto, plain, sdpa, xformers, got 'flash'"),
+        (lambda t: attention(t, t, t, "xformers"), "backend: 'xformers'"),
+        (lambda t: attention_qkvpacked(t), "qkv: expected"),
+        (lambda t: attention_qkvpacked(None), "qkv: expected"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(2, 5, 3, 4))
