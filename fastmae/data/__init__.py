@@ -1,0 +1,30 @@
+"""Images for training: an index over files, a sampler that is a pure function, and loaders with one protocol."""
+
+from fastmae.data.augment import Augment, crop_boxes, flips
+from fastmae.data.batch import BadFile, Batch, DataError
+from fastmae.data.create import LoaderKind, choose_loader, create_loader, has_dali
+from fastmae.data.dataset import Dataset, OnBad, open_dataset
+from fastmae.data.loader import Loader
+from fastmae.data.photographs import fixed_crops, read_images, validation_photographs
+from fastmae.data.sampler import permuted_ids
+
+__all__ = [
+    "Augment",
+    "BadFile",
+    "Batch",
+    "DataError",
+    "Dataset",
+    "Loader",
+    "LoaderKind",
+    "OnBad",
+    "choose_loader",
+    "create_loader",
+    "crop_boxes",
+    "fixed_crops",
+    "flips",
+    "has_dali",
+    "open_dataset",
+    "permuted_ids",
+    "read_images",
+    "validation_photographs",
+]

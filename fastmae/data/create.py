@@ -1,0 +1,102 @@
+"""The one entrance to the loaders."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+
+from fastmae.data.augment import Augment
+from fastmae.data.batch import DataError
+from fastmae.data.dataset import Dataset
+from fastmae.data.loader import Loader, default_threads
+
+LoaderKind = Literal["auto", "dali", "torch"]
+
+
+def has_dali() -> bool:
+    """Whether NVIDIA DALI is installed; does not import it, which takes seconds."""
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
+
+
+def choose_loader(dataset: Dataset, loader: LoaderKind = "auto") -> Literal["dali", "torch"]:
+    """What ``loader`` means on this machine: ``"auto"`` is DALI where it is installed, for files of the user's own;
+    the embedded photographs are decoded once and kept, where DALI has nothing to win.
+
+    Raises:
+        DataError: DALI is asked for by name and is not installed.
+    """
+    if loader not in ("auto", "dali", "torch"):
+        raise ValueError(f"loader: expected 'auto', 'dali' or 'torch', got {loader!r}")
+    if loader == "auto":
+        return "dali" if has_dali() and not dataset.embedded else "torch"
+    if loader == "dali" and not has_dali():
+        raise DataError(
+            "the DALI loader was asked for, but NVIDIA DALI is not installed: pip install 'fastmae[dali-cuda13]' "
+            "(or 'fastmae[dali-cuda12]' for CUDA 12 drivers; both work without a GPU), or use the torch loader"
+        )
+    return loader
+
+
+def create_loader(
+    dataset: Dataset,
+    *,
+    loader: LoaderKind = "auto",
+    batch_size: int,
+    img_size: tuple[int, int],
+    seed: int,
+    position: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    augment: Augment | None = None,
+    num_threads: int | None = None,
+) -> Loader:
+    """An endless iterator of ``Batch``, made ahead in background threads.
+
+    Args:
+        dataset: from ``open_dataset``.
+        loader: ``"dali"``, ``"torch"``, or ``"auto"`` (see ``choose_loader``).
+        batch_size: samples a batch, on this rank.
+        img_size: height and width of the crops.
+        seed: of order, crops and flips; in [0, 2**63).
+        position: samples that all ranks together have consumed; a run continued from here gets the very batches that it
+            would have got.
+        rank, world_size: which slice of each global batch of ``batch_size * world_size`` is this one's.
+        device: where batches are handed out.
+        augment: crop and flip; None for ``Augment()``.
+        num_threads: decoding threads; None for one a core (half the cores where ``device`` is the CPU, which trains).
+
+    Raises:
+        ValueError: an argument out of range.
+        DataError: DALI is asked for by name and is not installed.
+    """
+    height, width = img_size
+    counts = {"batch_size": batch_size, "img_size": min(height, width), "world_size": world_size}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {img_size if name == 'img_size' else value}")
+    if position < 0:
+        raise ValueError(f"position: expected at least 0, got {position}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+    device = torch.device(device)
+    if choose_loader(dataset, loader) == "dali":
+        from fastmae.data.dali_loader import DaliLoader as Chosen
+    else:
+        from fastmae.data.torch_loader import TorchLoader as Chosen
+    return Chosen(
+        dataset,
+        batch_size=batch_size,
+        img_size=(height, width),
+        seed=seed,
+        position=position,
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        augment=augment or Augment(),
+        num_threads=num_threads or default_threads(device),
+    )

@@ -1,0 +1,160 @@
+"""Real photographs that every installation has: those that scikit-image carries in its wheel. No network is used.
+
+Colour and grey pictures of people, objects, buildings, the sky, tissue and surfaces. Two are held out for validation:
+a cat (fur, eyes, a soft background) and a cup of coffee (an everyday object, hard edges, wood). They stand for what
+people photograph, and no scene of theirs is in the training split; the two motorcycle pictures are one scene from two
+sides, so both are for training. Charts, text and pictures too small or too plain to crop are left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmae.data.augment import Augment, crop_boxes, flips
+from fastmae.data.batch import DataError
+from fastmae.data.dataset import Dataset
+from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
+from fastmae.data.header import BadImage, read_header
+from fastmae.data.index import ListedFile, build_index
+from fastmae.data.retry import with_retries
+from fastmae.data.sampler import permuted_ids
+
+logger = logging.getLogger(__name__)
+
+TRAINING = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "motorcycle_left.png",
+    "motorcycle_right.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+VALIDATION = {"cat": "chelsea.png", "coffee": "coffee.png"}
+"""Name in captions: file."""
+
+
+def _folder() -> Path:
+    # find_spec does not import scikit-image, which would take longer than all of this.
+    spec = find_spec("skimage")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(
+            "the embedded photographs come with scikit-image, which is not installed: pip install scikit-image"
+        )
+    return Path(next(iter(spec.submodule_search_locations))) / "data"
+
+
+def _present(names: Sequence[str]) -> list[Path]:
+    folder = _folder()
+    paths = [folder / name for name in names]
+    missing = [path.name for path in paths if not path.is_file()]
+    if len(missing) == len(paths):
+        raise DataError(f"{folder}: expected scikit-image's photographs ({', '.join(names[:3])}, ...), found none")
+    if missing:
+        logger.warning("This version of scikit-image lacks %s; going on without.", ", ".join(missing))
+    return [path for path in paths if path.is_file()]
+
+
+def open_photographs() -> Dataset:
+    """The training split of the embedded photographs.
+
+    Raises:
+        DataError: scikit-image, or every one of its photographs, is missing.
+    """
+    files = [ListedFile(path.name, path.stat().st_size, 0) for path in _present(TRAINING)]
+    return Dataset(build_index(_folder(), files), _folder(), name="photographs", embedded=True)
+
+
+def validation_photographs(img_size: tuple[int, int]) -> tuple[list[str], Tensor]:
+    """The held-out photographs.
+
+    Args:
+        img_size: height and width.
+
+    Returns:
+        Names, and uint8 (n, 3, height, width): the largest centred crop of that aspect ratio, resized.
+
+    Raises:
+        DataError: scikit-image, or every one of its photographs, is missing.
+    """
+    present = {path.name: path for path in _present(tuple(VALIDATION.values()))}
+    names = [name for name, file in VALIDATION.items() if file in present]
+    return names, read_images([present[VALIDATION[name]] for name in names], img_size)
+
+
+def read_images(paths: Sequence[Path | str], img_size: tuple[int, int]) -> Tensor:
+    """Image files as a model sees them: upright, the largest centred crop of the right aspect ratio, resized
+    (bicubic, antialiased).
+
+    Args:
+        paths: n files, JPEG, PNG or WebP.
+        img_size: height and width.
+
+    Returns:
+        uint8 (n, 3, height, width), a channels-last view.
+
+    Raises:
+        DataError: a file is missing, or not an image that can be read.
+    """
+    images = torch.empty(len(paths), *img_size, 3, dtype=torch.uint8)
+    for out, path in zip(images.numpy(), map(Path, paths), strict=True):
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; expected a JPEG, PNG or WebP image")
+        try:
+            header = read_header(path)
+            if header is None:
+                raise BadImage("not a JPEG, PNG or WebP file")
+            pixels = decode(with_retries(lambda path=path: np.fromfile(path, np.uint8), str(path)), header.orientation)
+        except (BadImage, UndecodableImage, PermissionError) as error:
+            raise DataError(f"{path}: {error}") from error
+        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size), False)
+    return images.permute(0, 3, 1, 2)
+
+
+def fixed_crops(
+    dataset: Dataset, img_size: tuple[int, int], *, seed: int, epoch: int, count: int, augment: Augment | None = None
+) -> Tensor:
+    """Crops that a loader with this seed would give from the beginning of an epoch on: always the same ones.
+
+    Args:
+        dataset: where from.
+        img_size: height and width.
+        seed: another one than training's gives crops that training has not seen.
+        epoch: where to begin.
+        count: n, how many; beyond the data set's size they go on into the next epoch.
+        augment: crop and flip.
+
+    Returns:
+        uint8 (n, 3, height, width), a channels-last view.
+
+    Raises:
+        DataError: a file cannot be read or does not decode.
+    """
+    augment = augment or Augment()
+    start = epoch * len(dataset)
+    sample_ids, epochs = permuted_ids(np.arange(start, start + count), len(dataset), seed)
+    boxes = crop_boxes(sample_ids, epochs, *dataset.shapes(sample_ids), seed=seed, augment=augment)
+    mirrored = flips(sample_ids, epochs, seed=seed, augment=augment)
+    images = torch.empty(count, *img_size, 3, dtype=torch.uint8)
+    out = images.numpy()
+    for sample_id in np.unique(sample_ids):
+        try:
+            pixels = dataset.decode(int(sample_id))
+        except UndecodableImage as error:
+            raise DataError(f"{dataset.path(int(sample_id))}: {error}") from error
+        for j in np.flatnonzero(sample_ids == sample_id):
+            resize_crop_into(out[j], pixels, boxes[j], bool(mirrored[j]))
+    return images.permute(0, 3, 1, 2)

@@ -1,0 +1,37 @@
+"""Patience with file systems that fail for a moment."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from fastmae.data.batch import DataError
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+PAUSES = (0.1, 0.5, 2.0)
+"""Seconds to wait before the second, third and fourth try."""
+
+
+def with_retries(action: Callable[[], Result], path: str, give_up_on: tuple[type[BaseException], ...] = ()) -> Result:
+    """Run an action on a file; on an ``OSError`` wait and try again, a few times.
+
+    Errors of ``give_up_on`` pass through at once.
+
+    Raises:
+        DataError: the file system still fails after the last try.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return action()
+        except give_up_on:
+            raise
+        except OSError as error:
+            if pause is None:
+                raise DataError(f"{path}: cannot be read after {len(PAUSES) + 1} tries: {error}") from error
+            logger.warning("%s: %s; trying again in %g s", path, error, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
