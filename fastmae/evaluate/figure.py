@@ -52,8 +52,8 @@ class _Line(NamedTuple):
 def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: str = "") -> None:
     """Draw blocks of triplets as one PNG, written whole or not at all.
 
-    Small pictures are enlarged by a whole factor without smoothing, so that every pixel is seen as it is. One channel is
-    shown grey; of two the first, of more than three the first three are shown.
+    Small pictures are enlarged by a whole factor without smoothing, so that every pixel is seen as it is. One channel
+    is shown grey; of two the first, of more than three the first three are shown.
 
     Args:
         blocks: at least one row in all; pictures may differ in size between rows.

@@ -44,8 +44,8 @@ def reconstruct(
 ) -> Reconstruction:
     """Fill in the masked patches of some images.
 
-    A model of normalised pixels (``norm_pix_loss``) predicts each patch up to its mean and standard deviation; as in the
-    paper's figures, those are taken from the *target* patch, so its errors say nothing about colour and contrast.
+    A model of normalised pixels (``norm_pix_loss``) predicts each patch up to its mean and standard deviation. Those
+    are taken from the *target* patch, so that the errors of such a model say nothing about colour and contrast.
 
     Args:
         model: a ``MaskedAutoencoderViT`` with its decoder; its mode is left as it was.
@@ -65,21 +65,6 @@ def reconstruct(
             f"model: expected a masked autoencoder with its decoder (decoder_pred), got {type(model).__name__} without "
             "one; an encoder alone cannot reconstruct pixels, so load a pretraining checkpoint"
         )
-    if images.ndim != 4 or images.shape[1] != model.in_chans or tuple(images.shape[-2:]) != tuple(model.img_size):
-        expected = f"(N, {model.in_chans}, {', '.join(str(s) for s in model.img_size)})"
-        raise ValueError(f"images: expected shape {expected} as the model has it, got {tuple(images.shape)}")
-    if len(masking.ids_keep) != len(images):
-        raise ValueError(f"masking: expected one of {len(images)} images, got one of {len(masking.ids_keep)}")
-
-    mean, std = (t.to(images.device, torch.float32).view(1, -1, 1, 1) for t in (model.mean, model.std))
-    if images.dtype == torch.uint8:
-        original = images.float() / 255
-        normalized = (original - mean) / std
-    else:
-        normalized = images.float()
-        original = normalized * std + mean
-        _warn_if_implausible(original, normalized)
-
     was_training = model.training
     model.eval()
     try:
@@ -88,22 +73,30 @@ def reconstruct(
     finally:
         model.train(was_training)
 
-    target = model.patchify(normalized)
+    target = model.patchify(images).float()
+    mean, std = (t.repeat(target.shape[-1] // model.in_chans) for t in (model.mean, model.std))  # channels come last
+    if images.dtype == torch.uint8:
+        target = (target / 255 - mean) / std
+        original = images.float() / 255
+    else:
+        original = model.unpatchify(target * std + mean)
+        _warn_if_implausible(original, images)
+
     where = masking.ids_mask[..., None].expand_as(pred)
     if model.norm_pix_loss:
         masked_target = target.gather(1, where)
         variance = masked_target.var(-1, keepdim=True)
         pred = pred * (variance + 1e-6).sqrt() + masked_target.mean(-1, keepdim=True)
-    filled = model.unpatchify(target.scatter(1, where, pred))
+    filled = model.unpatchify(target.scatter(1, where, pred) * std + mean)
 
     visible = _visible_pixels(model, masking)
-    reconstruction = original.where(visible, filled * std + mean)
+    reconstruction = original.where(visible, filled)
     return Reconstruction(
         original=original,
         masked=original.where(visible, 0.5),
         reconstruction=reconstruction,
         visible=visible,
-        mse=masked_error(reconstruction, original, visible, std),
+        mse=masked_error(reconstruction, original, visible, model.std.view(1, -1, 1, 1)),
         psnr=10 * (1 / masked_error(reconstruction, original, visible).clamp_min(_SMALLEST_ERROR)).log10(),
     )
 
@@ -175,7 +168,7 @@ def _evaluate(
     model: nn.Module, images: Tensor, mask_ratio: float, seed: int, dtype: torch.dtype, num_masks: int, num_rows: int
 ) -> tuple[dict, list[Row]]:
     device = model.mean.device
-    std = model.std.float().view(1, -1, 1, 1)
+    std = model.std.view(1, -1, 1, 1)
     draws = min(64, max(1, math.ceil(num_masks / len(images))))
     fills = {"_mean_color": fill_mean_color, "_inverse_distance": fill_inverse_distance}
     sums = dict.fromkeys([f"{metric}{fill}" for fill in ("", *fills) for metric in ("mse", "psnr")], 0.0)
@@ -238,8 +231,8 @@ def _warn_if_implausible(original: Tensor, normalized: Tensor) -> None:
     if not (low >= _PLAUSIBLE[0] and high <= _PLAUSIBLE[1]):
         raw_low, raw_high = normalized.aminmax()
         warnings.warn(
-            f"images: floating images are taken as normalised with the model's mean and std; values from {raw_low:.3g} to "
-            f"{raw_high:.3g} stand for pixels from {low:.3g} to {high:.3g}, expected within [0, 1]. Pass uint8 images to "
-            "have them normalised here.",
+            "images: floating images are taken as normalised with the model's mean and std; values from "
+            f"{raw_low:.3g} to {raw_high:.3g} stand for pixels from {low:.3g} to {high:.3g}, expected within [0, 1]. "
+            "Pass uint8 images to have them normalised here.",
             stacklevel=3,
         )

@@ -1,0 +1,244 @@
+"""Reconstructions in pixel space, their errors, the baselines beside them, and the summary of sets."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from fastmae import ops
+from fastmae.evaluate import evaluate_sets, fill_inverse_distance, fill_mean_color, masked_error, reconstruct
+from fastmae.model import MAEOutput, MaskedAutoencoderViT
+
+TINY = {
+    "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
+}  # fmt: skip
+
+
+def tiny(chans=3, norm_pix_loss=False, img_size=(24, 32), patch_size=(4, 8)):
+    model = MaskedAutoencoderViT(img_size, patch_size, chans, norm_pix_loss=norm_pix_loss, seed=0, **TINY)
+    return model.train()
+
+
+class Oracle(MaskedAutoencoderViT):
+    """Predicts the targets, each moved by ``shift``, so that the error after de-normalisation is known."""
+
+    shift = 0.0
+
+    def forward(self, images, mask_ratio=0.75, *, noise=None, masking=None, full_pred=True):
+        assert not full_pred
+        assert not self.training
+        if images.dtype == torch.uint8:
+            images = (images.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
+        target = self.patchify(images)
+        target = target.gather(1, masking.ids_mask[..., None].expand(-1, -1, target.shape[-1]))
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return MAEOutput(torch.zeros(()), target + self.shift, masking.mask)
+
+
+def oracle(norm_pix_loss, chans=3):
+    return Oracle((24, 32), (4, 8), chans, norm_pix_loss=norm_pix_loss, seed=0, **TINY)
+
+
+def pictures(n=3, chans=3, size=(24, 32)):
+    return torch.randint(0, 256, (n, chans, *size), dtype=torch.uint8)
+
+
+def masks(n=3, length=24, ratio=0.75):
+    return ops.random_masking(n, length, ratio, seed=5)
+
+
+@pytest.mark.parametrize("chans", [1, 3, 5])
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_perfect_predictions_give_the_picture_back(norm_pix_loss, chans):
+    images = pictures(chans=chans)
+    result = reconstruct(oracle(norm_pix_loss, chans), images, masks())
+    torch.testing.assert_close(result.original, images.float() / 255)
+    torch.testing.assert_close(result.reconstruction, result.original, atol=2e-6, rtol=0)
+    assert result.mse.max() < 1e-10
+    assert result.psnr.min() > 99
+
+
+def test_the_error_is_in_units_of_the_models_statistics():
+    model = oracle(False)
+    model.shift = 0.5
+    result = reconstruct(model, pictures(), masks())
+    torch.testing.assert_close(result.mse, torch.full((3,), 0.25))
+    in_pixels = (0.5 * model.std).square().mean()
+    torch.testing.assert_close(result.psnr, (-10 * in_pixels.log10()).expand(3))
+
+
+def test_normalised_pixels_are_scaled_by_the_target_patches_own_unbiased_deviation():
+    model, images, masking = oracle(True), pictures(), masks()
+    model.shift = 1.0
+    result = reconstruct(model, images, masking)
+    normalized = (images / 255 - model.mean.view(-1, 1, 1)) / model.std.view(-1, 1, 1)
+    patches = torch.stack([model.patchify(normalized)[i, ids] for i, ids in enumerate(masking.ids_mask)])
+    deviation = patches.std(-1, unbiased=True)
+    torch.testing.assert_close(result.mse, deviation.square().mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_constant_patches_of_a_normalised_pixel_model_are_finite():
+    result = reconstruct(tiny(norm_pix_loss=True), torch.full((2, 3, 24, 32), 255, dtype=torch.uint8), masks(2))
+    assert all(part.isfinite().all() for part in result)
+    assert result.mse.max() < 1e-4
+
+
+def test_masked_patches_are_grey_and_visible_ones_untouched():
+    masking = masks()
+    result = reconstruct(tiny(), pictures(), masking)
+    assert result.visible.shape == (3, 1, 24, 32)
+    first = masking.ids_mask[0, 0].item()
+    top, left = first // 4 * 4, first % 4 * 8
+    assert (result.masked[0, :, top : top + 4, left : left + 8] == 0.5).all()
+    shown = result.visible.expand_as(result.original)
+    assert shown.float().mean() == 0.25
+    assert torch.equal(result.reconstruction[shown], result.original[shown])
+    assert torch.equal(result.masked[shown], result.original[shown])
+    assert not torch.equal(result.reconstruction[~shown], result.original[~shown])
+
+
+def test_error_of_a_pixel_model_is_its_training_loss():
+    model, images, masking = tiny(), pictures(), masks()
+    result = reconstruct(model, images, masking)
+    loss = model(images, masking=masking, full_pred=False).loss
+    torch.testing.assert_close(result.mse.mean(), loss.detach(), rtol=1e-5, atol=0)
+    assert model.training
+
+
+def test_normalised_floating_images_are_the_same_as_raw_ones():
+    model, images, masking = tiny(), pictures(), masks()
+    floating = (images / 255 - model.mean.view(-1, 1, 1)) / model.std.view(-1, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = reconstruct(model, floating, masking)
+    expected = reconstruct(model, images, masking)
+    torch.testing.assert_close(result.reconstruction, expected.reconstruction, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [200.0, float("nan")])
+def test_implausible_floating_images_only_warn(value):
+    model = tiny()
+    model._float_images_seen = True  # the model's own warning is another test's
+    with pytest.warns(UserWarning, match=r"expected within \[0, 1\]"):
+        reconstruct(model, torch.full((3, 3, 24, 32), value), masks())
+
+
+def test_a_model_without_a_decoder_is_refused():
+    model = tiny()
+    del model.decoder_pred
+    with pytest.raises(ValueError, match="without one; an encoder alone cannot reconstruct"):
+        reconstruct(model, pictures(), masks())
+    with pytest.raises(ValueError, match="Linear without one"):
+        reconstruct(nn.Linear(2, 2), pictures(), masks())
+
+
+def test_bfloat16_runs_under_autocast_and_reports_float32():
+    result = reconstruct(tiny(), pictures(), masks(), dtype=torch.bfloat16)
+    assert result.reconstruction.dtype == result.mse.dtype == torch.float32
+    assert result.mse.isfinite().all()
+
+
+def visible_pixels(n=2, size=(12, 20)):
+    visible = torch.rand(n, 1, *size) > 0.7
+    visible[..., 0, 0] = True
+    return visible
+
+
+def test_mean_color_ignores_what_is_masked():
+    visible = visible_pixels()
+    images = torch.rand(2, 3, 12, 20)
+    filled = fill_mean_color(images.where(visible, torch.nan), visible)
+    for i in range(2):
+        colors = images[i][:, visible[i, 0]]
+        expected = colors.mean(1)[:, None].expand(3, (~visible[i, 0]).sum())
+        torch.testing.assert_close(filled[i][:, ~visible[i, 0]], expected)
+    assert torch.equal(filled.where(visible, 0), images.where(visible, 0))
+
+
+@pytest.mark.parametrize("power", [2.0, 4.0])
+def test_inverse_distance_equals_the_sum_over_all_visible_pixels(power):
+    visible = visible_pixels()
+    images = torch.rand(2, 3, 12, 20)
+    filled = fill_inverse_distance(images.where(visible, torch.nan), visible, power)
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(20.0), indexing="ij")
+    where = torch.stack([rows, columns], -1).double()
+    for i in range(2):
+        known, hidden = where[visible[i, 0]], where[~visible[i, 0]]
+        weights = torch.cdist(hidden, known) ** -power
+        expected = images[i][:, visible[i, 0]].double() @ weights.T / weights.sum(1)
+        torch.testing.assert_close(filled[i][:, ~visible[i, 0]], expected.float())
+    assert torch.equal(filled.where(visible, 0), images.where(visible, 0))
+
+
+def test_inverse_distance_of_one_visible_patch_is_exact_far_away():
+    visible = torch.zeros(1, 1, 256, 256, dtype=torch.bool)
+    visible[..., :16, :16] = True
+    filled = fill_inverse_distance(torch.full((1, 1, 256, 256), 0.3), visible)
+    torch.testing.assert_close(filled, torch.full((1, 1, 256, 256), 0.3), rtol=1e-5, atol=0)
+
+
+def test_baselines_are_worse_than_the_truth_and_ordered_on_a_smooth_picture():
+    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
+    visible = (torch.rand(1, 1, 8, 8) > 0.7).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    color, distance = (
+        masked_error(fill(ramp, visible), ramp, visible) for fill in (fill_mean_color, fill_inverse_distance)
+    )
+    assert 0 < distance < 0.5 * color
+
+
+def test_summary_of_sets_is_json_with_both_baselines_and_a_picture(tmp_path):
+    model, sets = tiny(), {"new crops": pictures(40), "unseen": pictures(1)}
+    path = tmp_path / "figure.png"
+    summary = evaluate_sets(model, sets, mask_ratio=0.75, seed=3, path=path, names={"unseen": ["cat"]}, num_masks=48)
+    assert json.loads(json.dumps(summary)) == summary
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert summary["new crops"]["num_images"] == 40
+    assert summary["new crops"]["masks_per_image"] == 2
+    assert summary["unseen"]["masks_per_image"] == 48
+    for numbers in summary.values():
+        assert numbers["mask_ratio"] == 0.75
+        assert not numbers["denormalized_with_target_statistics"]
+        for name in ("", "_mean_color", "_inverse_distance"):
+            assert 0 < numbers[f"mse{name}"] < math.inf
+            assert 0 < numbers[f"psnr{name}"] < 100
+
+
+def test_summary_averages_over_every_image_and_mask(tmp_path):
+    model, images = tiny(), pictures(35)
+    numbers = evaluate_sets(model, {"a": images}, mask_ratio=0.5, seed=3, path=tmp_path / "a.png", num_masks=70)["a"]
+    errors, colors, distances = [], [], []
+    for epoch in range(2):
+        masking = ops.random_masking(35, 24, 0.5, seed=3, epoch=epoch)
+        result = reconstruct(model, images, masking)
+        errors.append(result.mse)
+        for into, fill in ((colors, fill_mean_color), (distances, fill_inverse_distance)):
+            filled = fill(result.original, result.visible)
+            into.append(masked_error(filled, result.original, result.visible, model.std.view(1, -1, 1, 1)))
+    for name, parts in (("mse", errors), ("mse_mean_color", colors), ("mse_inverse_distance", distances)):
+        assert numbers[name] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"sets\['none'\]: expected at least one image"):
+        evaluate_sets(tiny(), {"none": pictures(0)}, mask_ratio=0.75, seed=0, path=tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_figure_says_how_normalised_pixels_became_colours(norm_pix_loss, tmp_path, monkeypatch):
+    said = {}
+    monkeypatch.setattr(
+        "fastmae.evaluate.reconstruction.draw", lambda blocks, path, **text: said.update(text, b=blocks)
+    )
+    model = tiny(norm_pix_loss=norm_pix_loss)
+    summary = evaluate_sets(model, {"a": pictures(2)}, mask_ratio=0.75, seed=0, path=tmp_path / "a.png", num_masks=2)
+    assert ("target patches' own mean and standard deviation" in said["note"]) == norm_pix_loss
+    assert summary["a"]["denormalized_with_target_statistics"] == norm_pix_loss
+    assert "75 %" in said["title"]
+    assert said["b"][0].rows[0].caption.startswith("mask 75 %, error ")
+    assert f"{summary['a']['mse']:.3f}" in said["b"][0].text

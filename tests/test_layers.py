@@ -1,0 +1,138 @@
+"""Who may import whom: kernels <- ops <- model <- train, evaluate <- cli, read from the source of every module."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# What each part may import of ours besides itself. The package's own names (its version) are free to all but the two
+# that stand alone: kernels, and the reference, which is the specification and so shares no code with what it specifies.
+ALLOWED = {
+    "kernels": set(),
+    "reference": set(),
+    "ops": {"kernels", "fastmae"},
+    "layers": {"ops", "fastmae"},
+    "model": {"ops", "layers", "fastmae"},
+    "data": {"ops", "model", "fastmae"},
+    "interop": {"ops", "model", "fastmae"},
+    "train": {"ops", "model", "data", "fastmae"},
+    "evaluate": {"ops", "model", "data", "fastmae"},
+    "environment": {"ops", "fastmae"},
+    "cli": {"ops", "model", "data", "train", "evaluate", "interop", "environment", "fastmae"},
+    "__main__": {"cli"},
+    "fastmae": {"ops", "model", "interop"},
+}
+# What may be imported from elsewhere where a module is loaded; the standard library is free.
+THIRD_PARTY = {"kernels": {"triton"}, "reference": {"torch"}, "ops": {"torch", "numpy", "jaxtyping"}}
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] == "kernels":
+        parts.insert(0, "fastmae")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module: str) -> str:
+    """``fastmae.ops.masking`` belongs to ``ops``, the package itself to ``fastmae``."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 else names[0]
+
+
+def imports(source: str, module: str, is_package: bool = False) -> set[tuple[str, bool]]:
+    """(imported module, whether it is imported as soon as this one is) for every import in the source."""
+    found = set()
+
+    def visit(node: ast.AST, at_load: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.update((alias.name, at_load) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".")[: None if is_package else -1]
+                base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
+            # "from fastmae import ops" names a part; "from fastmae import __version__" the package itself.
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                found.add((inner if base == "fastmae" and alias.name in ALLOWED else base, at_load))
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                found.add((node.args[0].value, at_load))
+        inside = at_load and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(source), True)
+    return found
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """What in this source breaks the layering, as readable lines."""
+    part = part_of(module)
+    if part not in ALLOWED:
+        return [f"{module}: say in ALLOWED what the new part {part!r} may import"]
+    broken = []
+    for name, at_load in sorted(imports(source, module, is_package)):
+        top = name.split(".")[0]
+        if top == "fastmae":
+            if part_of(name) not in {part} | ALLOWED[part]:
+                broken.append(f"{module} imports {name}")
+        elif top not in sys.stdlib_module_names and part in THIRD_PARTY:
+            lazy_is_fine = part == "ops" and not at_load
+            if top not in THIRD_PARTY[part] and not lazy_is_fine:
+                broken.append(f"{module} imports {name}")
+    return broken
+
+
+def sources() -> list[Path]:
+    ours = [path for path in (ROOT / "fastmae").rglob("*.py") if "kernels" not in path.parts[len(ROOT.parts) :]]
+    return sorted([*ours, *(ROOT / "kernels").rglob("*.py")])
+
+
+def test_every_module_keeps_to_its_layer():
+    paths = sources()
+    assert {part_of(module_name(p)) for p in paths} >= {"kernels", "ops", "model", "train", "evaluate", "cli"}
+    broken = [v for p in paths for v in violations(p.read_text(), module_name(p), p.name == "__init__.py")]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fastmae.kernels.masking", "import torch"),
+        ("fastmae.kernels.masking", "def f():\n    import torch"),
+        ("fastmae.kernels.masking", "from fastmae.ops import masking"),
+        ("fastmae.reference", "import numpy"),
+        ("fastmae.reference", "from fastmae import __version__"),
+        ("fastmae.ops.masking", "from fastmae.model import PRESETS"),
+        ("fastmae.ops.masking", "import triton"),
+        ("fastmae.model", "from fastmae import data"),
+        ("fastmae.data.index", "from fastmae.train.config import DataConfig"),
+        ("fastmae.train.loop", "from ..evaluate import reconstruct"),
+        ("fastmae.evaluate.figure", "def f():\n    from fastmae.train import checkpoint"),
+        ("fastmae.evaluate.figure", "importlib.import_module('fastmae.train')"),
+        ("fastmae.cli", "import fastmae.reference"),
+        ("fastmae.novelty", "import os"),
+    ],
+)
+def test_a_wrong_import_is_found(module, source):
+    assert violations(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("fastmae.kernels.masking", "import triton\nfrom fastmae.kernels.philox import philox4x32"),
+        ("fastmae.ops.masking", "def f():\n    import triton"),
+        ("fastmae.evaluate.figure", "from fastmae import ops, __version__\nfrom .baselines import fill_mean_color"),
+        ("fastmae.cli", "from fastmae.train import loop"),
+    ],
+)
+def test_a_right_import_passes(module, source):
+    assert not violations(source, module)
