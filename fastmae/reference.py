@@ -4,8 +4,8 @@ Reads next to the paper: He et al., "Masked Autoencoders Are Scalable Vision Lea
 are the paper's. Parameter names and shapes are those of facebookresearch/mae, so that one state dict fits both. Nothing
 here is written for speed.
 
-Shapes: N images, C channels, L patches of ph x pw pixels (P = ph * pw * C values), K visible, D encoder width, E decoder
-width.
+Shapes: N images, C channels, L patches of ph x pw pixels (P = ph * pw * C values), K visible, D encoder width,
+E decoder width.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ class MaskedAutoencoder(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform matrices, zero biases, normal(0.02) tokens (appendix A.1); the patch projection as a matrix."""
+        """Xavier-uniform matrices (the patch projection is one), zero biases, normal(0.02) tokens (appendix A.1)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))

@@ -7,8 +7,8 @@ processes or another device, and what lets a checkpoint store one number instead
 The functions here are written with arithmetic operators only, so that one body serves NumPy and PyTorch; the Triton
 kernels carry the same function in device code (``kernels/philox.py``), and a test holds the three together.
 
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011; the constants are those of its section 3.3
-and of the Random123 library's known-answer tests.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3; the tests hold the
+known answers of the Random123 library.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def random_words(
     """Random 32-bit words for each sample.
 
     Word ``j`` of a sample is output ``j % 4`` of Philox at counter
-    ``(j // 4, epoch, sample_id[0:32], sample_id[32:48] | stream << 16 | draw << 24)`` and key ``(seed[0:32], seed[32:64])``.
+    ``(j // 4, epoch, sample_id[0:32], sample_id[32:48] | stream << 16 | draw << 24)`` and key
+    ``(seed[0:32], seed[32:64])``.
 
     Args:
         seed: integer in [0, 2**63).
