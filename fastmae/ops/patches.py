@@ -1,0 +1,108 @@
+"""What the patch ops share on the host: checks, the affine of byte images, launch shapes, and patches in plain PyTorch.
+
+A patch is a flat vector of P = ph * pw * C values in the order of facebookresearch/mae's ``patchify``: row, column,
+channel, the channel innermost. Patches of an image are numbered row by row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmae.ops._check import check, check_ids, grid_of
+
+MAX_TRITON_PIXELS = 16384
+"""Largest P that a kernel holds in registers; longer patches take the plain path."""
+
+
+def check_images(images: Tensor, ids_name: str, ids: Tensor, patch_size: tuple[int, int]) -> None:
+    """Images (N, C, H, W), uint8 or floating, that divide into patches; ids int64 (N, K) on their device."""
+    expected = "a uint8 or floating point tensor of shape (N, C, H, W)"
+    check(isinstance(images, Tensor), "images", expected, images)
+    check(images.dtype == torch.uint8 or images.is_floating_point(), "images", expected, images)
+    check(images.ndim == 4 and images.shape[0] > 0 and images.shape[1] > 0, "images", expected, images)
+    grid_of((images.shape[2], images.shape[3]), patch_size)
+    check_ids(ids_name, ids, images.shape[0])
+    check(ids.device == images.device, ids_name, f"a tensor on the images' device, {images.device}", ids)
+
+
+def check_id_values(name: str, ids: Tensor, num_patches: int) -> None:
+    """On the CPU, where it costs nothing to look: every id in [0, L). On CUDA it would synchronise."""
+    if ids.device.type == "cpu":
+        low, high = (int(value) for value in ids.aminmax())
+        if low < 0 or high >= num_patches:
+            raise ValueError(f"{name}: expected values in [0, {num_patches}), got values from {low} to {high}")
+
+
+def affine_tables(
+    images: Tensor, mean: Tensor | None, std: Tensor | None, patch_size: tuple[int, int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``scale`` and ``shift``, fp32 (P,): ``(byte / 255 - mean) / std`` of a patch as one multiply-add.
+
+    None for floating point images, and where mean and std are None.
+    """
+    if mean is None and std is None:
+        return None, None
+    channels = images.shape[1]
+    expected = f"a float32 tensor of shape ({channels},) on {images.device}, mean and std together"
+    for name, value in (("mean", mean), ("std", std)):
+        check(isinstance(value, Tensor), name, expected, value)
+        check(value.dtype == torch.float32 and value.shape == (channels,), name, expected, value)
+        check(value.device == images.device, name, expected, value)
+    if images.dtype != torch.uint8:
+        return None, None
+    # As long as a patch, so that kernels read them by wide loads and PyTorch broadcasts over long rows.
+    pixels = patch_size[0] * patch_size[1]
+    scale = torch.reciprocal(std * 255.0)
+    return scale.repeat(pixels), (mean * scale * -255.0).repeat(pixels)
+
+
+class Tile(NamedTuple):
+    """Patches a program, elements a patch rounded up to a power of two, warps a program."""
+
+    rows: int
+    block: int
+    warps: int
+
+
+def tile_of(pixels: int, values: int) -> Tile:
+    """A tile of about ``values`` values a thread (of a warp of 32): enough for wide loads, few enough for the registers."""
+    block = max(16, 1 << (pixels - 1).bit_length())
+    return Tile(max(1, 128 * values // block), block, min(16, max(4, block // (32 * values))))
+
+
+def is_channels_last(images: Tensor) -> bool:
+    """Whether a patch's row of pw * C values is contiguous."""
+    return images.stride(3) == images.shape[1] and (images.shape[1] == 1 or images.stride(1) == 1)
+
+
+def gather_plain(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Patches (N, K, P) in plain PyTorch, in the images' dtype.
+
+    Rows of patches are rows of a matrix that ``index_select`` copies whole: several times faster on the CPU than
+    indexing an image element by element, and nothing but the wanted patches moves.
+    """
+    (n, c, h, _), (ph, pw), k = images.shape, patch_size, ids.shape[1]
+    grid_w = images.shape[3] // pw
+    first = (ids // grid_w) * (ph * grid_w) + ids % grid_w
+    row = torch.arange(ph, device=ids.device) * grid_w
+    image = torch.arange(n, device=ids.device) * (h * grid_w)
+    if is_channels_last(images):
+        index = (first + image[:, None])[..., None] + row
+        rows = images.permute(0, 2, 3, 1).reshape(-1, pw * c)
+        return rows.index_select(0, index.view(-1)).view(n, k, ph * pw * c)
+    plane = torch.arange(c, device=ids.device)[:, None] * (h * grid_w)
+    index = (first + image[:, None] * c)[..., None, None] + (plane + row)
+    rows = images.reshape(-1, pw).index_select(0, index.view(-1))
+    return rows.view(n, k, c, ph * pw).transpose(2, 3).reshape(n, k, ph * pw * c)
+
+
+def normalise_plain(patches: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Bytes to fp32, by the affine or to [0, 1]; floating point as it is."""
+    if patches.dtype != torch.uint8:
+        return patches
+    if scale is None:
+        return patches.float().mul_(1.0 / 255.0)
+    return torch.addcmul(shift, patches.float(), scale)

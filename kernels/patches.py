@@ -1,0 +1,88 @@
+"""Device functions that the patch kernels share: where a patch's pixels lie, and what their values are."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_patches(
+    images_ptr,
+    scale_ptr,
+    shift_ptr,
+    i_n,
+    i_l,
+    m_row,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    grid_w,
+    C: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    INNER: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Patches ``i_l`` of images ``i_n``, normalised where they are bytes; 0 outside the mask and beyond the patch.
+
+    Args:
+        images_ptr: (N, C, H, W) uint8 or floating, any strides.
+        scale_ptr, shift_ptr: fp32 (P,), or None: bytes become ``x * scale + shift``, or ``x / 255``.
+        i_n, i_l, m_row: blocks of image index, patch index and mask, (R,).
+        INNER: whether a patch's row of PW * C values is contiguous (channels-last memory).
+
+    Returns:
+        (R, BLOCK_P) block; fp32 for bytes, the images' dtype otherwise.
+    """
+    q = tl.arange(0, BLOCK_P)
+    o_pixel = patch_pixel_offsets(q, stride_c, stride_h, stride_w, C, PW, INNER)
+    o_patch = patch_offsets(i_n, i_l, stride_n, stride_h, stride_w, grid_w, C, PH, PW, INNER)
+    m_patch = m_row[:, None] & (q < PH * PW * C)[None, :]
+    b_x = tl.load(images_ptr + (o_patch[:, None] + o_pixel[None, :]), mask=m_patch, other=0)
+    if images_ptr.dtype.element_ty == tl.uint8:
+        b_x = b_x.to(tl.float32)
+        if scale_ptr is not None:
+            b_scale = tl.load(scale_ptr + q, mask=q < PH * PW * C, other=0.0)
+            b_shift = tl.load(shift_ptr + q, mask=q < PH * PW * C, other=0.0)
+            b_x = tl.where(m_patch, b_x * b_scale[None, :] + b_shift[None, :], 0.0)
+        else:
+            b_x = b_x * (1.0 / 255.0)
+    return b_x
+
+
+@triton.jit
+def patch_offsets(
+    i_n,
+    i_l,
+    stride_n,
+    stride_h,
+    stride_w,
+    grid_w,
+    C: tl.constexpr,
+    PH: tl.constexpr,
+    PW: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Element offset of the first pixel of patch ``i_l`` of image ``i_n``, int64."""
+    # Written with PW * C where that is the stride: the compiler sees its divisibility, and with it wider loads.
+    step_w = PW * C if INNER else PW * stride_w
+    return (
+        i_n.to(tl.int64) * stride_n
+        + (i_l // grid_w).to(tl.int64) * (stride_h * PH)
+        + (i_l % grid_w).to(tl.int64) * step_w
+    )
+
+
+@triton.jit
+def patch_pixel_offsets(q, stride_c, stride_h, stride_w, C: tl.constexpr, PW: tl.constexpr, INNER: tl.constexpr):
+    """Element offset of value ``q`` of a patch (order: row, column, channel) from the patch's first pixel, int64."""
+    if INNER:
+        # Splitting q further, into column and channel, hides from the compiler that this run is contiguous.
+        o_pixel = (q // (PW * C)).to(tl.int64) * stride_h + q % (PW * C)
+    else:
+        o_pixel = (
+            (q // (PW * C)).to(tl.int64) * stride_h
+            + (q // C % PW).to(tl.int64) * stride_w
+            + (q % C).to(tl.int64) * stride_c
+        )
+    return o_pixel
