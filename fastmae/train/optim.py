@@ -1,0 +1,90 @@
+"""AdamW and its learning rate, as in Table 8 of the paper and facebookresearch/mae."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastmae.train.config import TrainConfig
+
+_TOKENS = {"cls_token", "mask_token"}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Linear warm-up from zero, then half a cosine: a pure function of the step, so that resuming needs no state.
+
+    The formula is facebookresearch/mae's ``adjust_learning_rate``, whose fractional epoch is ``step / steps an epoch``:
+    the rate moves every step.
+    """
+
+    peak_lr: float
+    min_lr: float
+    warmup_steps: float
+    total_steps: int
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of optimiser step ``step``, counted from 0."""
+        if step < self.warmup_steps:
+            return self.peak_lr * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+        return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def create_schedule(train: TrainConfig, num_samples: int) -> Schedule:
+    """The schedule of a run over a data set of ``num_samples`` images.
+
+    Raises:
+        ValueError: if the warm-up is not shorter than the run.
+    """
+    steps_per_epoch = num_samples / train.global_batch_size  # batches straddle epochs, so this need not be whole
+    total = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * steps_per_epoch)
+    if train.warmup_steps is not None:
+        warmup, name, given = float(train.warmup_steps), "--train.warmup-steps", train.warmup_steps
+    else:
+        given = train.warmup_epochs or 0
+        warmup, name = given * steps_per_epoch, "--train.warmup-epochs"
+    if warmup >= total:
+        raise ValueError(
+            f"{name}: expected a warm-up shorter than the run of {total} steps, got {given} ({warmup:g} steps)"
+        )
+    return Schedule(train.base_lr * train.global_batch_size / 256, train.min_lr, warmup, total)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: what decays, and biases, norms and tokens, which do not. Frozen parameters are in neither."""
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (exempt if parameter.ndim <= 1 or name.split(".")[-1] in _TOKENS else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def create_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """Fused AdamW; the trainer sets its learning rate before each step."""
+    groups = parameter_groups(model, train.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
+
+
+@torch.no_grad()
+def step_unless_non_finite(optimizer: torch.optim.AdamW, clip_grad: float | None = None) -> tuple[Tensor, Tensor]:
+    """Clip, and take the step unless a gradient is not finite; decided on the device, without a synchronisation.
+
+    Fused AdamW reads ``found_inf`` as a gradient scaler would set it: where it is 1, weights, moments and step counts
+    stay as they are, bit for bit.
+
+    Returns:
+        The global gradient norm before clipping, and 1.0 if the step was skipped or else 0.0; float32 scalars on the
+        device of the gradients.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip_grad is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+    skipped = norm.isfinite().logical_not().float()
+    optimizer.found_inf = skipped
+    optimizer.step()
+    return norm, skipped

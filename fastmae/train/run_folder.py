@@ -1,0 +1,104 @@
+"""The run folder: made and locked before anything else, so that a long run does not end in an unwritable place.
+
+It holds ``config.json``, ``status.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoints/``,
+``reconstructions/``, ``model.safetensors`` (the final weights) and ``summary.json``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastmae.train.checkpoint import clean
+
+_LOCK = ".lock"
+
+
+class RunFolder:
+    """A run folder that this process holds the lock of; use as a context manager.
+
+    Raises:
+        ValueError: if the folder already holds something and ``resume`` is false.
+        OSError: if it cannot be made or written, or if another process holds it (``BlockingIOError``).
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
+        self.metrics = self.path / "metrics.jsonl"
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / _LOCK).open("a+")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            holder = self._lock.read().strip() or "another process"
+            self._lock.close()
+            raise BlockingIOError(f"--out {self.path}: in use by {holder}") from error
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        if not resume and not self._is_new():
+            self.close()
+            raise ValueError(
+                f"--out: expected a new or empty folder, got {self.path}, which is not empty; "
+                "add --resume to continue the run in it, or choose another"
+            )
+        self.checkpoints.mkdir(exist_ok=True)
+        self.reconstructions.mkdir(exist_ok=True)
+        clean(self.checkpoints)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the lock back. A folder in which no run began is removed, so that the next attempt finds it free."""
+        if self._lock.closed:
+            return
+        if self._is_new():
+            for path in (self.checkpoints, self.reconstructions):
+                if path.is_dir():
+                    path.rmdir()
+            (self.path / _LOCK).unlink(missing_ok=True)
+            self.path.rmdir()
+        self._lock.close()
+
+    def _is_new(self) -> bool:
+        empty = {_LOCK} | {
+            p.name for p in (self.checkpoints, self.reconstructions) if p.is_dir() and not any(p.iterdir())
+        }
+        return all(p.name in empty for p in self.path.iterdir())
+
+    def write_json(self, name: str, values: dict[str, Any]) -> Path:
+        """Write a JSON file of the folder by way of a rename, so that it is never seen half written."""
+        path = self.path / name
+        partial = path.with_name(f".{name}.tmp")
+        partial.write_text(json.dumps(values, indent=1) + "\n")
+        return partial.replace(path)
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, without one that a kill left half written."""
+        rows = []
+        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
+            with suppress(ValueError):
+                rows.append(json.loads(line))
+        return rows
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the rows after a step, which a continued run writes again."""
+        partial = self.metrics.with_name(".metrics.jsonl.tmp")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step))
+        partial.replace(self.metrics)

@@ -1,0 +1,42 @@
+"""Leaving on request: SIGINT and SIGTERM ask the training loop to save and stop; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+
+PREEMPTED = 75
+"""Exit code of a run that saved and left on a signal: ``EX_TEMPFAIL`` of sysexits.h, "try again later"."""
+
+
+class StopRequest:
+    """A context within which the first SIGINT or SIGTERM only sets ``requested``.
+
+    The handler does nothing else: the loop looks at the flag between steps, so that a save never starts inside one.
+    Outside the main thread, where Python does not allow handlers, the flag stays unset.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.requested:
+            os._exit(128 + number)
+        self.requested = name
+        # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
+        os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())

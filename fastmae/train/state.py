@@ -1,0 +1,136 @@
+"""What a checkpoint holds of a training run: its tensors by name, and putting them back."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmae.train.checkpoint import CheckpointError
+
+
+def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Tensor]:
+    """``model.<name>``, ``optimizer.<name>.{step,exp_avg,exp_avg_sq}`` and ``rng.<rank>.{cpu,cuda}``."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key, tensor in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = tensor
+    tensors[f"rng.{rank}.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore_tensors(
+    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> None:
+    """Put the tensors of :func:`collect_tensors` back into a model and optimiser of the same architecture.
+
+    Raises:
+        CheckpointError: if names or shapes do not match the model's.
+    """
+    load_weights(model, section(tensors, "model."))
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, tensor in section(tensors, "optimizer.").items():
+        parameter_name, key = name.rsplit(".", 1)
+        if parameter_name not in parameters:
+            raise CheckpointError(f"optimizer.{name}: the model has no parameter {parameter_name}")
+        parameter = parameters[parameter_name]
+        # Into a tensor like the optimiser's own: memory format decides the order of a fused kernel's arithmetic.
+        own = torch.empty_like(parameter) if tensor.ndim else torch.empty_like(tensor, device=parameter.device)
+        optimizer.state[parameter][key] = own.copy_(tensor)
+    if f"rng.{rank}.cpu" in tensors:
+        torch.set_rng_state(tensors[f"rng.{rank}.cpu"])
+    if f"rng.{rank}.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"rng.{rank}.cuda"])
+
+
+def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """``load_state_dict`` whose failure is a :class:`CheckpointError`."""
+    try:
+        model.load_state_dict(weights, strict=strict)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights do not fit the model: {' '.join(str(error).split())[:300]}") from error
+
+
+def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of another architecture.
+
+    Raises:
+        CheckpointError: naming the first three fields that differ.
+    """
+    differ = [
+        f"{key} {_plain(saved.get(key))} there, {_plain(here.get(key))} here"
+        for key in {**saved, **here}
+        if key not in _NOT_WEIGHTS and _plain(saved.get(key)) != _plain(here.get(key))
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise CheckpointError(f"the checkpoint is of another architecture: {'; '.join(differ[:3])}{more}")
+
+
+_NOT_WEIGHTS = {"seed", "attention"}
+"""Constructor arguments that do not change what a checkpoint's weights mean."""
+
+_MUST_EQUAL = ("train.seed", "train.global_batch_size")
+_MAY_DIFFER = {
+    "out",
+    "resume",
+    "recipe",
+    "data.num_threads",
+    "train.max_minutes",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_every_seconds",
+    "train.keep_checkpoints",
+}
+
+
+def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """How the configuration of a continued run differs from the saved one, where that changes the results.
+
+    Returns:
+        One text a field, for a warning.
+
+    Raises:
+        CheckpointError: if the seed or the global batch differ, since the order of samples hangs on them.
+    """
+    saved, here = dict(_flatten(saved)), dict(_flatten(here))
+    for key in _MUST_EQUAL:
+        if saved.get(key) != here.get(key):
+            flag = f"--{key}".replace("_", "-")
+            raise CheckpointError(
+                f"{flag}: a continued run needs the value it started with, {saved.get(key)}, got {here.get(key)}"
+            )
+    differ = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))
+    return [f"{key} was {saved.get(key)}, is {here.get(key)}" for key in differ if key not in _MAY_DIFFER]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint's exact continuation depends on."""
+    packages = {name: version(name) for name in ("torch", "numpy", "safetensors")}
+    from fastmae import __version__
+
+    return {"fastmae": __version__, "python": platform.python_version(), **packages}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

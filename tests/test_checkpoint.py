@@ -1,0 +1,215 @@
+"""Checkpoints: exact, atomic, verified on load with the file named, never pickled, readable by PyTorch's DCP."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import resource
+import shutil
+
+import pytest
+import torch
+
+from fastmae.train.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    clean,
+    latest_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside_after,
+    verify_checkpoint,
+)
+from fastmae.train.state import check_architecture, compare_configs
+
+TENSORS = {
+    "model.weight": torch.arange(12.0).reshape(3, 4),
+    "model.half": torch.tensor([1.5, -0.0, float("inf")], dtype=torch.bfloat16),
+    "optimizer.weight.step": torch.tensor(3.0),
+    "rng.0.cpu": torch.arange(256, dtype=torch.uint8),
+    "metrics.interval": torch.zeros(0, 3),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saved(folder):
+    return save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
+
+
+def shard_of(path):
+    (shard,) = path.glob("*.safetensors")
+    return shard
+
+
+def test_round_trip_is_exact_with_zero_dimensional_and_strided_tensors(folder):
+    strided = {**TENSORS, "model.strided": torch.arange(12.0).reshape(3, 4).T}
+    path = save_checkpoint(folder, 7, strided, {"samples_consumed": 224})
+    tensors, manifest = load_checkpoint(path)
+    assert tensors.keys() == strided.keys()
+    for name, tensor in strided.items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor), name
+    assert tensors["optimizer.weight.step"].shape == ()
+    assert (manifest["step"], manifest["samples_consumed"]) == (7, 224)
+
+
+def test_dcp_reads_the_tensor_file(saved):
+    """The joint for resharding: ``torch.distributed.checkpoint`` finds every tensor, scalars included."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    target = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
+    load(target, storage_reader=HuggingFaceStorageReader(str(saved)), no_dist=True)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(target[name], tensor), name
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+class Malicious:
+    """Writes a file when unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def plant_pickle(shard):
+    """What DCP's default storage would load and run."""
+    shard.with_name(".metadata").write_bytes(pickle.dumps(Malicious(shard.parent.parent / "executed")))
+
+
+DAMAGES = {
+    "missing": (lambda shard: shard.unlink(), "missing, but listed"),
+    "truncated": (lambda shard: shard.write_bytes(shard.read_bytes()[:-4]), "expected .* bytes"),
+    "flipped": (flip, "contents differ"),
+    "extra": (lambda shard: shutil.copy(shard, shard.with_name("shard-00002.safetensors")), "not listed"),
+    "pickle": (plant_pickle, "not listed"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_refused_with_the_file_named(saved, damage):
+    cause, message = DAMAGES[damage]
+    cause(shard_of(saved))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_checkpoint(saved)
+    assert str(saved) in str(caught.value)
+    assert (".metadata" if damage == "pickle" else "shard-") in str(caught.value)
+    assert not (saved.parent / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"format": "other"}', '{"format": "fastmae-checkpoint", "format_version": 2}']
+)
+def test_a_strange_manifest_is_refused(saved, text):
+    (saved / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        verify_checkpoint(saved)
+
+
+def test_latest_falls_back_loudly_from_a_damaged_one(folder, saved, capsys):
+    newest = save_checkpoint(folder, 20, TENSORS, {})
+    assert latest_checkpoint(folder.parent) == newest
+    flip(shard_of(newest))
+    assert latest_checkpoint(folder.parent) == saved
+    assert "WARNING: damaged checkpoint passed over" in capsys.readouterr().err
+    (saved / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*step-20.*step-7"):
+        latest_checkpoint(folder.parent)
+
+
+def test_a_run_without_checkpoints_says_so(folder):
+    with pytest.raises(CheckpointError, match="found none"):
+        latest_checkpoint(folder.parent)
+
+
+def test_unfinished_saves_are_not_found_and_are_cleaned(folder, saved):
+    shutil.copytree(saved, folder / "step-9.tmp")
+    shutil.copytree(saved, folder / ".trash-step-1")
+    assert latest_checkpoint(folder.parent) == saved
+    clean(folder)
+    assert [p.name for p in folder.iterdir()] == ["step-7"]
+
+
+def test_keeps_the_newest(folder):
+    for step in (0, 5, 10, 100):
+        save_checkpoint(folder, step, TENSORS, {}, keep=2)
+    assert [p.name for p in list_checkpoints(folder)] == ["step-100", "step-10"]
+    assert {p.name for p in folder.iterdir()} == {"step-100", "step-10"}
+
+
+def test_a_checkpoint_just_written_survives_ones_of_later_steps(folder):
+    save_checkpoint(folder, 50, TENSORS, {})
+    written = save_checkpoint(folder, 20, TENSORS, {}, keep=1)
+    assert written in list_checkpoints(folder)
+
+
+def test_later_steps_are_set_aside(folder, saved):
+    save_checkpoint(folder, 20, TENSORS, {})
+    set_aside_after(folder, 7)
+    assert list_checkpoints(folder) == [saved]
+    assert (folder / "step-20.damaged" / MANIFEST).exists()
+
+
+def test_saving_the_same_step_again_replaces_it(folder, saved):
+    again = save_checkpoint(folder, 7, {"model.weight": torch.ones(2)}, {})
+    assert again == saved
+    assert load_checkpoint(saved)[0].keys() == {"model.weight"}
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(folder, saved):
+    """A limit on the size of files stands in for the full disk: the write fails half way in the same place."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write .*step-8.*earlier checkpoints are untouched"):
+            save_checkpoint(folder, 8, {"model.big": torch.zeros(100_000)}, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [p.name for p in folder.iterdir()] == ["step-7"]
+    assert latest_checkpoint(folder.parent) == saved
+
+
+def test_an_unfinished_manifest_means_no_checkpoint(folder, saved, monkeypatch):
+    """Nothing but the rename makes a checkpoint: fail just before it."""
+    monkeypatch.setattr("fastmae.train.checkpoint.MANIFEST", "no/such/folder/manifest.json")
+    with pytest.raises(CheckpointError):
+        save_checkpoint(folder, 8, TENSORS, {})
+    monkeypatch.undo()
+    assert latest_checkpoint(folder.parent) == saved
+    assert not (folder / "step-8").exists()
+
+
+def test_another_architecture_is_refused_by_field():
+    there = {"embed_dim": 192, "depth": 4, "img_size": [64, 64]}
+    check_architecture(there, {**there, "img_size": (64, 64)})
+    with pytest.raises(CheckpointError, match=r"embed_dim 192 there, 128 here; depth 4 there, 2 here"):
+        check_architecture(there, {**there, "embed_dim": 128, "depth": 2})
+
+
+def test_configs_are_compared_by_what_a_difference_does():
+    saved = {"out": "a", "train": {"seed": 0, "global_batch_size": 32, "base_lr": 1.0, "log_every_steps": 1}}
+    here = {"out": "b", "train": {"seed": 0, "global_batch_size": 32, "base_lr": 2.0, "log_every_steps": 2}}
+    assert compare_configs(saved, here) == ["train.base_lr was 1.0, is 2.0"]
+    here["train"]["seed"] = 1
+    with pytest.raises(CheckpointError, match=r"--train.seed: .*started with, 0, got 1"):
+        compare_configs(saved, here)
+
+
+def test_manifest_is_plain_json(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    assert manifest["files"][0]["name"] == shard_of(saved).name
+    assert len(manifest["files"][0]["sha256"]) == 64

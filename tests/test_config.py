@@ -1,0 +1,112 @@
+"""Configuration: recipes are valid, flags settle what they imply, mistakes are named with what was expected."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastmae.train.config import PretrainConfig, apply_flags, from_json, read_config, to_json, validate
+from fastmae.train.optim import create_schedule
+from fastmae.train.recipes import RECIPES
+
+PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
+
+
+def changed(config: PretrainConfig, section: str, **values) -> PretrainConfig:
+    return replace(config, **{section: replace(getattr(config, section), **values)})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_valid_and_survive_json(name):
+    recipe = RECIPES[name]
+    validate(recipe)
+    assert recipe.recipe == name
+    assert from_json(json.loads(json.dumps(to_json(recipe)))) == recipe
+
+
+def test_paths_and_pairs_survive_json(tmp_path):
+    config = changed(PHOTOGRAPHS, "model", img_size=(64, 96))
+    config = replace(changed(config, "data", path=Path("/images")), out=tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
+    assert read_config(tmp_path) == config
+    assert config.img_size == (64, 96)
+    assert read_config(tmp_path / "elsewhere") is None
+
+
+def test_imagenet_recipe_is_table_8_of_the_paper():
+    train = LARGE.train
+    schedule = create_schedule(train, 1_281_167)
+    assert schedule.peak_lr == pytest.approx(1.5e-4 * 4096 / 256)
+    assert schedule.warmup_steps / schedule.total_steps == pytest.approx(40 / 800, rel=1e-5)
+    assert (train.weight_decay, train.betas, train.global_batch_size) == (0.05, (0.9, 0.95), 4096)
+    assert LARGE.model.mask_ratio == 0.75
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("model", {"name": "resnet50"}, r"--model.name: expected one of mae_vit_tiny_patch16.*got 'resnet50'"),
+        ("model", {"mask_ratio": 1.0}, r"--model.mask-ratio: .*strictly between 0 and 1, got 1.0"),
+        ("model", {"mask_ratio": 0.0}, r"--model.mask-ratio: .*got 0.0"),
+        ("model", {"img_size": 60}, r"--model.img-size: .*divisible by the patch size 8x8, got 60x60"),
+        ("model", {"img_size": (64, 60)}, r"--model.img-size: .*got 64x60"),
+        ("model", {"patch_size": None, "img_size": 72}, r"--model.img-size: .*patch size 16x16, got 72x72"),
+        ("model", {"patch_size": -8}, r"--model.patch-size: expected positive numbers, got -8"),
+        ("model", {"depth": -1}, r"--model.depth: expected a positive number, got -1"),
+        ("data", {"scale": (0.5, 0.2)}, r"--data.scale: .*got \(0.5, 0.2\)"),
+        ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 32"),
+        ("train", {"global_batch_size": 0}, r"--train.global-batch-size: expected a positive number, got 0"),
+        ("train", {"epochs": 3}, r"--train.epochs and --train.steps: expected one of them, got 3 and 3500"),
+        ("train", {"warmup_epochs": 3}, r"--train.warmup-epochs and --train.warmup-steps: .*got 3 and 200"),
+        ("train", {"steps": None}, r"--train.epochs or --train.steps: .*neither"),
+        ("train", {"seed": -1}, r"--train.seed: .*got -1"),
+        ("train", {"base_lr": float("nan")}, r"--train.base-lr: .*got nan"),
+    ],
+)
+def test_mistakes_name_flag_value_and_expectation(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        validate(changed(PHOTOGRAPHS, section, **values))
+
+
+def test_unknown_field_of_a_saved_config_is_named():
+    saved = to_json(PHOTOGRAPHS)
+    saved["train"]["sharpness"] = 1
+    with pytest.raises(ValueError, match=r"train\.sharpness"):
+        from_json(saved)
+
+
+def flags(recipe: PretrainConfig, **train):
+    return apply_flags(changed(recipe, "train", **train), recipe, set(train)).train
+
+
+def test_a_length_replaces_the_recipes_and_keeps_at_most_its_share_of_warmup():
+    steps = flags(LARGE, steps=1000)
+    assert (steps.steps, steps.epochs, steps.warmup_steps, steps.warmup_epochs) == (1000, None, 50, None)
+    assert flags(LARGE, epochs=1600).warmup_epochs == 40
+    assert flags(LARGE, epochs=100).warmup_epochs == 5
+    assert flags(PHOTOGRAPHS, steps=7000).warmup_steps == 200
+    assert flags(PHOTOGRAPHS, steps=35).warmup_steps == 2
+    epochs = flags(PHOTOGRAPHS, epochs=35)
+    assert (epochs.epochs, epochs.steps, epochs.warmup_epochs, epochs.warmup_steps) == (35, None, 2, None)
+    assert flags(LARGE, epochs=100, warmup_steps=7).warmup_steps == 7
+
+
+def test_both_lengths_given_are_left_for_validation_to_refuse():
+    both = flags(PHOTOGRAPHS, steps=10, epochs=2)
+    assert (both.steps, both.epochs) == (10, 2)
+
+
+def test_the_micro_batch_follows_a_smaller_global_batch():
+    assert flags(LARGE, global_batch_size=96).batch_size == 96
+    assert flags(LARGE, global_batch_size=1000).batch_size == 250
+    assert flags(LARGE, global_batch_size=1000, batch_size=8).batch_size == 8
+
+
+def test_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(
+        ValueError, match=r"--train.warmup-steps: expected a warm-up shorter than the run of 10 steps, got 20"
+    ):
+        create_schedule(replace(PHOTOGRAPHS.train, steps=10, warmup_steps=20), 100)

@@ -1,0 +1,109 @@
+"""The schedule is facebookresearch/mae's, weight decay spares what it should, and a non-finite step changes nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from fastmae.train.config import TrainConfig
+from fastmae.train.optim import create_optimizer, create_schedule, parameter_groups, step_unless_non_finite
+
+TRAIN = TrainConfig(global_batch_size=64, epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 4))
+        self.mask_token = nn.Parameter(torch.randn(1, 1, 4))
+        self.pos_embed = nn.Parameter(torch.randn(1, 5, 4), requires_grad=False)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(x + self.cls_token + self.mask_token + self.pos_embed)).square().mean()
+
+
+def upstream_lr(epoch: float, peak: float) -> float:
+    """``util/lr_sched.py`` of facebookresearch/mae, restated."""
+    if epoch < 2:
+        return peak * epoch / 2
+    return 1e-5 + (peak - 1e-5) * 0.5 * (1.0 + math.cos(math.pi * (epoch - 2) / (10 - 2)))
+
+
+def test_schedule_is_upstreams_and_moves_every_step():
+    schedule = create_schedule(TRAIN, num_samples=640)  # ten steps an epoch
+    rates = [schedule(step) for step in range(100)]
+    assert schedule.total_steps == 100
+    assert rates == pytest.approx([upstream_lr(step / 10, 1e-3 * 64 / 256) for step in range(100)], rel=1e-12)
+    assert all(a != b for a, b in pairwise(rates))
+    assert max(rates) == rates[20] == 1e-3 * 64 / 256
+    assert schedule(100) == pytest.approx(1e-5)
+
+
+def test_epochs_that_are_not_whole_steps_cover_every_sample():
+    assert create_schedule(TRAIN, num_samples=650).total_steps == 102
+    assert create_schedule(replace(TRAIN, epochs=None, steps=7, warmup_epochs=None), 650).warmup_steps == 0
+
+
+def test_biases_norms_and_tokens_do_not_decay_and_frozen_tables_are_left_out():
+    model = Toy()
+    decayed, exempt = parameter_groups(model, 0.05)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert [names[p] for p in decayed["params"]] == ["head.weight"]
+    assert {names[p] for p in exempt["params"]} == {"cls_token", "mask_token", "norm.weight", "norm.bias", "head.bias"}
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
+
+
+def test_step_equals_plain_adamw():
+    torch.manual_seed(1)
+    model, plain = Toy(), Toy()
+    plain.load_state_dict(model.state_dict())
+    ours = create_optimizer(model, TRAIN)
+    theirs = torch.optim.AdamW(parameter_groups(plain, 0.05), lr=0.01, betas=(0.9, 0.95), foreach=False)
+    for _ in range(5):
+        x = torch.randn(8, 5, 4)
+        for group in ours.param_groups:
+            group["lr"] = 0.01
+        for module, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            module(x).backward()
+        norm, skipped = step_unless_non_finite(ours, clip_grad=0.1)
+        expected = nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        theirs.step()
+        torch.testing.assert_close(norm, expected)
+        assert skipped == 0
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_gradient_leaves_everything_as_it_was(value):
+    model = Toy()
+    optimizer = create_optimizer(model, TRAIN)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    model(torch.randn(8, 5, 4)).backward()
+    step_unless_non_finite(optimizer)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments = [{key: t.clone() for key, t in optimizer.state[p].items()} for p in model.parameters()]
+
+    model.head.weight.grad[0, 0] = value
+    _, skipped = step_unless_non_finite(optimizer, clip_grad=1.0)
+    assert skipped == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    for parameter, saved in zip(model.parameters(), moments, strict=True):
+        for key, tensor in optimizer.state[parameter].items():
+            assert torch.equal(tensor, saved[key]), key
+
+    optimizer.zero_grad()
+    model(torch.randn(8, 5, 4)).backward()
+    assert step_unless_non_finite(optimizer)[1] == 0
+    assert optimizer.state[model.head.weight]["step"] == 2
+    assert not torch.equal(model.head.weight, before["head.weight"])
