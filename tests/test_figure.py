@@ -71,7 +71,7 @@ def test_channels_and_values_out_of_range(pixel, shown, tmp_path):
 
 
 def test_blocks_stand_below_each_other_and_rows_wrap(tmp_path):
-    first, second = [row() for _ in range(5)], [row(colors=[(1.0, 0.0, 1.0)] * 3, name="a $photo$ of 日本 " * 9)]
+    first, second = [row() for _ in range(5)], [row(colors=[(1.0, 0.0, 1.0)] * 3, name="a $photo$ of a cat " * 9)]
     draw([Block("one", "", first), Block("two", "", second)], tmp_path / "a.png")
     image = drawn(tmp_path / "a.png")
     red, magenta = (np.nonzero((image == color).all(-1)) for color in ([255, 0, 0], [255, 0, 255]))

@@ -1,0 +1,57 @@
+"""Check the outputs of a pretraining run. ``--whole`` also asks for what only the whole default run can reach."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from fastmae.train.weights import load_model
+
+# Masked-patch errors that a short trial of this size reached; the whole run must do at least as well.
+NEW_CROPS, UNSEEN = 0.32, 0.29
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--whole", action="store_true")
+    arguments = parser.parse_args()
+    run = arguments.run
+
+    problems = []
+    summary = json.loads((run / "summary.json").read_text())
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    if not losses or not all(math.isfinite(loss) for loss in losses):
+        problems.append(f"losses are missing or not finite: {losses}")
+    elif not losses[-1] < 0.8 * losses[0]:
+        problems.append(f"the loss did not fall: {losses[0]:.3f} to {losses[-1]:.3f}")
+    load_model(run)
+    with Image.open(summary["picture"]) as picture:
+        picture.load()
+        if min(picture.size) < 300:
+            problems.append(f"the picture is only {picture.size}")
+
+    print(f"{summary['steps']} steps in {summary['seconds']:.0f} s, loss {losses[0]:.3f} to {losses[-1]:.3f}")
+    sets = summary["sets"]
+    if len(sets) != 2:
+        problems.append(f"expected two sets of pictures, got {list(sets)}")
+    for (name, numbers), goal in zip(sets.items(), (NEW_CROPS, UNSEEN), strict=False):
+        error, color, distance = (numbers[k] for k in ("mse", "mse_mean_color", "mse_inverse_distance"))
+        print(f"{name}: error {error:.3f}; mean colour {color:.3f}, inverse distance {distance:.3f}")
+        if not all(math.isfinite(value) and value > 0 for value in (error, color, distance)):
+            problems.append(f"{name}: an error is not finite and positive")
+        if arguments.whole and error > goal:
+            problems.append(f"{name}: error {error:.3f} is above {goal}")
+    if arguments.whole and summary["seconds"] > 240:
+        problems.append(f"training took {summary['seconds']:.0f} s, more than four minutes")
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()
