@@ -87,7 +87,7 @@ def _versions() -> list[tuple[str, str]]:
     ]
     found = {package: _version(package) for package in _PACKAGES}
     rows += [(package, number) for package, number in found.items() if number]
-    missing = [package for package, number in found.items() if not number]
+    missing = [package for package in ("triton", "xformers", "timm", "transformers") if not found[package]]
     return [*rows, ("not installed", ", ".join(missing))] if missing else rows
 
 
@@ -151,10 +151,10 @@ def _attention() -> list[tuple[str, str]]:
 
 def _optimizers() -> list[tuple[str, str]]:
     apex = _ask(_APEX_PROBE) if find_spec("apex") is not None else "not installed"
-    return [
-        ("torch.optim.AdamW", "fused, the default"),
-        ("apex FusedAdam", "found" if apex == "loads" else f"{apex}; optional. To have it, {_APEX_HOW}"),
-    ]
+    rows = [("torch.optim.AdamW", "fused, the default")]
+    if apex == "loads":
+        return [*rows, ("apex FusedAdam", "found")]
+    return [*rows, ("apex FusedAdam", f"{apex}; optional"), ("", _APEX_HOW)]
 
 
 def _data() -> list[tuple[str, str]]:
