@@ -116,9 +116,11 @@ class Loader(ABC):
         return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def close(self) -> None:
-        """Stop the background threads. Closing twice does no harm."""
+        """Stop the background threads and wait for what they are at. Closing twice does no harm."""
         self._finalizer()
         self._pending.clear()
+        self._producers.shutdown(wait=True)
+        self._pool.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self
