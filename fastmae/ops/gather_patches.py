@@ -95,7 +95,7 @@ def _gather_patches_backward(
     if not takes_triton(grad, _kernels) or pixels > patches.MAX_TRITON_PIXELS or dtype == torch.float64:
         image = torch.arange(n, device=ids.device)[:, None] * (grid_h * grid_w)
         x = torch.zeros(n * grid_h * grid_w, pixels, dtype=dtype, device=grad.device)
-        x.index_add_(0, (ids + image).view(-1), grad.reshape(n * k, pixels).to(dtype))
+        x.index_add_(0, (ids + image).flatten(), grad.reshape(n * k, pixels).to(dtype))
         x = x.view(n, grid_h, grid_w, ph, pw, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
         return x.contiguous(memory_format=_memory_format(channels_last))
     out = torch.empty(n, c, h, w, dtype=dtype, device=grad.device, memory_format=_memory_format(channels_last))

@@ -30,9 +30,9 @@ def masked_patch_mse(
     facebookresearch/mae computes it (He et al. 2022, section 3, "Reconstruction target").
 
     With ``norm_pix`` a target patch is normalised by its own mean and unbiased variance:
-    ``(t - mean) / sqrt(var + eps)``. Statistics and loss are computed in float32, or float64 if pred is float64, whatever
-    the dtypes that come in, under autocast too. Neither the targets nor a float image is stored where Triton runs;
-    elsewhere the masked patches alone are.
+    ``(t - mean) / sqrt(var + eps)``. Statistics and loss are computed in float32, or float64 if pred is float64,
+    whatever the dtypes that come in, under autocast too. Neither the targets nor a float image is stored where Triton
+    runs; elsewhere the masked patches alone are.
 
     Args:
         pred: (N, M, P) in the order of ids_mask, or (N, L, P) for all patches, of which the masked ones are used;
@@ -184,7 +184,7 @@ def _compute_dtype(pred: Tensor) -> torch.dtype:
 
 def _flat(ids: Tensor, num_patches: int) -> Tensor:
     """ids (N, M) as (N * M,) rows of an (N * L, ...) matrix."""
-    return (ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches).view(-1)
+    return (ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches).flatten()
 
 
 def _residual_plain(

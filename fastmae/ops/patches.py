@@ -68,7 +68,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(pixels: int, values: int) -> Tile:
-    """A tile of about ``values`` values a thread (of a warp of 32): enough for wide loads, few enough for the registers."""
+    """A tile of about ``values`` values a thread, in warps of 32."""
     block = max(16, 1 << (pixels - 1).bit_length())
     return Tile(max(1, 128 * values // block), block, min(16, max(4, block // (32 * values))))
 
@@ -92,10 +92,10 @@ def gather_plain(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Te
     if is_channels_last(images):
         index = (first + image[:, None])[..., None] + row
         rows = images.permute(0, 2, 3, 1).reshape(-1, pw * c)
-        return rows.index_select(0, index.view(-1)).view(n, k, ph * pw * c)
+        return rows.index_select(0, index.flatten()).view(n, k, ph * pw * c)
     plane = torch.arange(c, device=ids.device)[:, None] * (h * grid_w)
     index = (first + image[:, None] * c)[..., None, None] + (plane + row)
-    rows = images.reshape(-1, pw).index_select(0, index.view(-1))
+    rows = images.reshape(-1, pw).index_select(0, index.flatten())
     return rows.view(n, k, c, ph * pw).transpose(2, 3).reshape(n, k, ph * pw * c)
 
 

@@ -1,0 +1,241 @@
+"""gather_patches against patchify-then-gather written out in PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patch_cases import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_as_accurate,
+    counted_traffic,
+    make_ids,
+    make_images,
+    make_mean_std,
+    normalised,
+    patchify,
+    take,
+)
+
+from fastmae.ops import _dispatch, patches
+from fastmae.ops.gather_patches import gather_patches
+
+pytestmark = pytest.mark.ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_float_patches_are_copied_exactly(case, layout, dtype):
+    images, ids = make_images(case, layout, dtype), make_ids(case)
+    out = gather_patches(images, ids, case.patch)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, take(patchify(images, case.patch), ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_bytes_are_normalised(case, layout):
+    images, ids = make_images(case, layout, torch.uint8), make_ids(case)
+    mean, std = make_mean_std(case.channels)
+    exact, plain = (
+        take(patchify(normalised(images, mean, std, dtype), case.patch), ids)
+        for dtype in (torch.float64, torch.float32)
+    )
+    out = gather_patches(images, ids, case.patch, mean, std)
+    assert out.dtype == torch.float32
+    assert_as_accurate(out, plain, exact, tiny=1e-6)
+    half = gather_patches(images, ids, case.patch, mean, std, torch.bfloat16)
+    # One unit in the last place, not half of one: Triton's interpreter truncates where hardware rounds.
+    torch.testing.assert_close(half.double(), exact, rtol=2**-7, atol=1e-6)
+
+
+def test_bytes_without_mean_are_in_the_unit_interval():
+    case = CASES["p16"]
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    images[:, :, :16, :16], images[:, :, 16:32, :16] = 0, 255
+    out = gather_patches(images, ids, case.patch)
+    assert out.min() == 0
+    assert out.max() == 1
+    torch.testing.assert_close(out, take(patchify(images.float() / 255, case.patch), ids), rtol=2e-7, atol=0)
+
+
+def test_floating_images_ignore_mean_and_std():
+    case = CASES["p16"]
+    images, ids = make_images(case, "nchw", torch.float32), make_ids(case)
+    assert torch.equal(
+        gather_patches(images, ids, case.patch, *make_mean_std(3)), gather_patches(images, ids, case.patch)
+    )
+
+
+def test_int_patch_size_strided_ids_and_repeats():
+    images = torch.randn(2, 3, 32, 32)
+    ids = torch.tensor([[3, 3], [0, 2], [3, 1]]).t()
+    out = gather_patches(images, ids, 16)
+    assert torch.equal(out, take(patchify(images, (16, 16)), ids))
+
+
+@pytest.mark.parametrize("pixels", [1, 3072, 3 * 64 * 96])
+def test_tiny_and_huge_patches(pixels):
+    case = {1: Case(2, 1, (3, 5), (1, 1), 0.5), 3072: Case(1, 3, (64, 64), (32, 32), 0.75)}.get(
+        pixels, Case(1, 3, (128, 96), (64, 96), 0.5)
+    )
+    assert case.pixels == pixels
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    mean, std = make_mean_std(case.channels)
+    expected = take(patchify(normalised(images, mean, std, torch.float32), case.patch), ids)
+    torch.testing.assert_close(gather_patches(images, ids, case.patch, mean, std), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_geometry(data):
+    n, c = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    patch = data.draw(st.tuples(st.integers(1, 14), st.integers(1, 14)))
+    grid = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    case = Case(n, c, (grid[0] * patch[0], grid[1] * patch[1]), patch, data.draw(st.floats(0.05, 0.95)))
+    layout, dtype = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from([torch.uint8, torch.float32]))
+    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(c)
+    expected = take(patchify(normalised(images, mean, std, torch.float32), patch), ids)
+    torch.testing.assert_close(gather_patches(images, ids, patch, mean, std), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_default_dtype():
+    case = CASES["p16"]
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    assert gather_patches(images, ids, 16).dtype == torch.float32
+    assert gather_patches(images.half(), ids, 16).dtype == torch.float16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gather_patches(images, ids, 16).dtype == torch.bfloat16
+        assert gather_patches(images.float(), ids, 16).dtype == torch.bfloat16
+        assert gather_patches(images, ids, 16, dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_adds_repeated_patches(layout, dtype):
+    case = CASES["wide-patch"]
+    images = make_images(case, layout, torch.float32).requires_grad_()
+    ids = make_ids(case, 0.5)
+    ids = torch.cat([ids, ids[:, :2], ids[:, :1]], 1)
+    out = gather_patches(images, ids, case.patch, dtype=dtype)
+    weight = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, images, weight)
+    (expected,) = torch.autograd.grad(take(patchify(images, case.patch), ids), images, weight.float())
+    assert grad.dtype == images.dtype
+    assert grad.is_contiguous(memory_format=torch.channels_last) == (layout in ("channels_last", "cropped"))
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradcheck():
+    images = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 3, 1], [0, 2, 3]])
+    assert torch.autograd.gradcheck(lambda x: gather_patches(x, ids, (2, 3)), images)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("layout", ["channels_last", "strided"])
+def test_opcheck(dtype, layout):
+    case = CASES["five-channels"]
+    images, ids = make_images(case, layout, dtype), make_ids(case)
+    scale, shift = patches.affine_tables(images, *make_mean_std(5), case.patch)
+    if dtype == torch.float32:
+        images.requires_grad_()
+    torch.library.opcheck(torch.ops.fastmae.gather_patches, (images, ids, scale, shift, *case.patch, torch.float32))
+    grad = torch.randn(case.n, ids.shape[1], case.pixels)
+    arguments = (grad, ids, list(images.shape), layout == "channels_last", *case.patch, torch.float32)
+    torch.library.opcheck(torch.ops.fastmae.gather_patches_backward, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_compiles_into_one_graph(dtype):
+    case, (mean, std) = CASES["p16"], make_mean_std(3)
+    images, ids = make_images(case, "channels_last", dtype), make_ids(case)
+    if dtype == torch.float32:
+        images.requires_grad_()
+
+    def step(images, ids, mean, std):
+        with torch.autocast("cpu", torch.bfloat16):
+            return gather_patches(images, ids, 16, mean, std).float().square().sum()
+
+    compiled = torch.compile(step, fullgraph=True)
+    expected, got = step(images, ids, mean, std), compiled(images, ids, mean, std)
+    torch.testing.assert_close(got, expected)
+    if dtype == torch.float32:
+        torch.testing.assert_close(torch.autograd.grad(got, images), torch.autograd.grad(expected, images))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": torch.zeros(2, 3, 32, 32, dtype=torch.int32)},
+            r"images: expected a uint8 or floating .* got int32",
+        ),
+        ({"images": torch.zeros(3, 32, 32)}, r"images: .*\(N, C, H, W\), got float32 \(3, 32, 32\)"),
+        ({"images": "cat.jpg"}, "images: .* got 'cat.jpg'"),
+        ({"images": torch.zeros(2, 3, 32, 40)}, "images: size 32x40 does not divide into patches of 16x16"),
+        ({"ids": torch.zeros(2, 2, dtype=torch.int32)}, "ids: expected an int64 tensor .* got int32"),
+        ({"ids": torch.zeros(3, 2, dtype=torch.int64)}, r"ids: .*\(2, K\).* got int64 \(3, 2\)"),
+        ({"ids": torch.tensor([[0, 4], [1, 2]])}, r"ids: expected values in \[0, 4\), got values from 0 to 4"),
+        ({"ids": torch.tensor([[0, -1], [1, 2]])}, r"ids: expected values in \[0, 4\), got values from -1 to 2"),
+        ({"ids": torch.zeros(2, 2, dtype=torch.int64, device="meta")}, "ids: .*device"),
+        ({"patch_size": (16, 0)}, "patch_size"),
+        ({"mean": None}, "mean: .* mean and std together, got None"),
+        ({"std": None}, "std: .* mean and std together, got None"),
+        ({"std": torch.ones(4)}, r"std: expected a float32 tensor of shape \(3,\).* got float32 \(4,\)"),
+        ({"mean": torch.ones(3, dtype=torch.bfloat16)}, "mean: expected a float32 tensor .* got bfloat16"),
+        ({"mean": torch.ones(3, device="meta")}, "mean: .* on cpu.* got .* on meta"),
+        ({"dtype": torch.uint8}, "dtype: expected a floating point dtype or None"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    mean, std = make_mean_std(3)
+    good = {
+        "images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "ids": torch.tensor([[0, 1], [2, 3]]),
+        "patch_size": 16, "mean": mean, "std": std,
+    }  # fmt: skip
+    gather_patches(**good)
+    with pytest.raises(ValueError, match=message):
+        gather_patches(**{**good, **change})
+
+
+def test_moves_only_the_wanted_patches(monkeypatch):
+    if not _dispatch.is_interpreted():
+        pytest.skip("counts the accesses of Triton's interpreter")
+    case = Case(2, 3, (64, 64), (16, 16), 0.25)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    with counted_traffic(monkeypatch) as traffic:
+        out = gather_patches(images, ids, case.patch, *make_mean_std(3), torch.bfloat16)
+    assert traffic.bytes_read(images) == out.numel()
+    # A patch's row is 48 bytes at a multiple of 16: at most two sectors.
+    assert traffic.sectors_read(images) <= 2 * 16 * ids.numel()
+    assert traffic.bytes_written(out) == 2 * out.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_cuda_equals_cpu(case, layout, dtype):
+    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(case.channels)
+    expected = gather_patches(images, ids, case.patch, mean, std)
+    out = gather_patches(*(x.cuda() for x in (images, ids)), case.patch, mean.cuda(), std.cuda())
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-6 if dtype == torch.uint8 else 0, atol=1e-6)
+    if dtype != torch.uint8:
+        on_cpu, on_gpu = images.requires_grad_(), images.detach().cuda().requires_grad_()
+        weight = torch.randn_like(expected)
+        (want,) = torch.autograd.grad(gather_patches(on_cpu, ids, case.patch), on_cpu, weight)
+        (got,) = torch.autograd.grad(gather_patches(on_gpu, ids.cuda(), case.patch), on_gpu, weight.cuda())
+        torch.testing.assert_close(got.cpu(), want)
+
+
+@pytest.mark.gpu
+def test_pixels_beyond_two_gigabytes():
+    images = torch.empty(2, 3, 20480, 20480, 2, dtype=torch.uint8, device="cuda")[..., 1]
+    images[1, :, -16:, -16:] = 7
+    last = torch.full((2, 1), 1280 * 1280 - 1, device="cuda")
+    assert (gather_patches(images, last, 16)[1] * 255).round().eq(7).all()

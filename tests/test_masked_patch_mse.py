@@ -1,0 +1,318 @@
+"""masked_patch_mse against facebookresearch's forward_loss written out in PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patch_cases import (
+    CASES,
+    LAYOUTS,
+    Case,
+    assert_as_accurate,
+    counted_traffic,
+    make_ids,
+    make_images,
+    make_mean_std,
+    normalised,
+    patchify,
+    take,
+)
+
+from fastmae.ops import _dispatch, patches
+from fastmae.ops.masked_patch_mse import masked_patch_mse
+
+pytestmark = pytest.mark.ops
+
+
+def plain_losses(pred, images, ids, patch, norm_pix, mean, std, dtype=torch.float64, eps=1e-6):
+    """Loss of each masked patch, (N, M), everything in the given dtype; pred in the order of ids."""
+    target = take(patchify(normalised(images, mean, std, dtype), patch), ids)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + eps) ** 0.5
+    return (pred.to(dtype) - target).square().mean(-1)
+
+
+def value_and_grad(losses, pred, weight):
+    return losses.detach(), torch.autograd.grad(losses, pred, weight.to(losses.dtype))[0]
+
+
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_losses_and_gradients(case, layout, dtype, norm_pix):
+    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(case.channels)
+    full = torch.randn(case.n, case.num_patches, case.pixels, requires_grad=True)
+    weight = torch.rand(ids.shape) + 0.5
+    exact, plain = (
+        value_and_grad(plain_losses(take(full, ids), images, ids, case.patch, norm_pix, mean, std, d), full, weight)
+        for d in (torch.float64, torch.float32)
+    )
+    for pred in (full, take(full, ids)):
+        losses = masked_patch_mse(pred, images, ids, case.patch, norm_pix, mean, std, reduction="none")
+        assert losses.dtype == torch.float32
+        losses, grad = value_and_grad(losses, full, weight)
+        assert_as_accurate(losses, plain[0], exact[0], tiny=1e-6)
+        assert_as_accurate(grad, plain[1], exact[1].double(), tiny=1e-7)
+        chosen = torch.zeros(case.n, case.num_patches, dtype=torch.bool).scatter_(1, ids, True)
+        assert grad[~chosen].eq(0).all()
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_reductions(full):
+    case, (mean, std) = CASES["p16"], make_mean_std(3)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    rows = case.num_patches if full else ids.shape[1]
+    pred = torch.randn(case.n, rows, case.pixels, requires_grad=True)
+    losses = masked_patch_mse(pred, images, ids, 16, mean=mean, std=std, reduction="none")
+    assert losses.shape == ids.shape
+    for reduction in ("mean", "sum"):
+        loss = masked_patch_mse(pred, images, ids, 16, mean=mean, std=std, reduction=reduction)
+        assert loss.shape == ()
+        torch.testing.assert_close(loss, getattr(losses, reduction)())
+        (grad,) = torch.autograd.grad(loss, pred)
+        (expected,) = torch.autograd.grad(getattr(losses, reduction)(), pred, retain_graph=True)
+        torch.testing.assert_close(grad, expected)
+    assert torch.equal(masked_patch_mse(pred, images, ids, 16, mean=mean, std=std), losses.mean())
+
+
+def test_equals_facebookresearch_over_all_patches():
+    """Their loss multiplies by the mask and divides by its sum."""
+    case, (mean, std) = Case(2, 3, (64, 80), (16, 16), 0.75), make_mean_std(3)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case).sort(1).values
+    mask = torch.zeros(case.n, case.num_patches).scatter_(1, ids, 1.0)
+    pred = torch.randn(case.n, case.num_patches, case.pixels)
+    target = patchify(normalised(images, mean, std, torch.float32), case.patch)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+    expected = ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
+    torch.testing.assert_close(masked_patch_mse(pred, images, ids, 16, mean=mean, std=std), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("full", [True, False])
+def test_half_predictions_under_autocast(full, dtype):
+    case, (mean, std) = CASES["wide-patch"], make_mean_std(3)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    pred = torch.randn(case.n, case.num_patches, case.pixels).to(dtype)
+    pred = (pred if full else take(pred, ids)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std)
+    assert loss.dtype == torch.float32
+    reference = pred.detach().double().requires_grad_()
+    expected = plain_losses(
+        take(reference, ids) if full else reference, images, ids, case.patch, True, mean, std
+    ).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    (grad,), (wanted,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, reference)
+    assert grad.dtype == dtype
+    # One unit in the last place, not half of one: Triton's interpreter truncates where hardware rounds.
+    torch.testing.assert_close(grad.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_constant_and_saturated_patches(value, full):
+    """A grey patch is not constant once its channels are normalised; a patch of one channel is, and its target is 0."""
+    for case in (CASES["p16"], CASES["one-channel"]):
+        mean, std = make_mean_std(case.channels)
+        images, ids = make_images(case, "channels_last", torch.uint8).fill_(value), make_ids(case)
+        pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels, requires_grad=True)
+        chosen = take(pred, ids) if full else pred
+        exact = plain_losses(chosen, images, ids, case.patch, True, mean, std)
+        plain = plain_losses(chosen, images, ids, case.patch, True, mean, std, torch.float32)
+        losses = masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std, reduction="none")
+        assert_as_accurate(losses.detach(), plain.detach(), exact.detach(), tiny=1e-6)
+        (grad,) = torch.autograd.grad(losses.sum(), pred)
+        assert grad.isfinite().all()
+
+
+def test_zero_eps_does_not_leak_into_visible_patches():
+    images, ids = torch.zeros(1, 1, 16, 16), torch.tensor([[0]])
+    images[:, :, :8, :8] = torch.randn(8, 8)
+    pred = torch.randn(1, 4, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(masked_patch_mse(pred, images, ids, 8, eps=0.0), pred)
+    assert grad[0, 0].isfinite().all()
+    assert grad[0, 1:].eq(0).all()
+
+
+def test_predictions_without_their_class_token_and_other_strides():
+    case, (mean, std) = CASES["p16"], make_mean_std(3)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    tokens = torch.randn(case.n, 1 + case.num_patches, case.pixels)
+    transposed = torch.randn(case.n, case.pixels, case.num_patches).transpose(1, 2)
+    for pred in (tokens[:, 1:], transposed, tokens[:1, :1].expand(case.n, case.num_patches, -1)):
+        pred.requires_grad_()
+        loss, expected = (masked_patch_mse(p, images, ids, 16, mean=mean, std=std) for p in (pred, pred.contiguous()))
+        torch.testing.assert_close(loss, expected)
+        (grad,), (wanted,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, pred)
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_repeated_ids_add_up():
+    case = CASES["one-channel"]
+    images, ids = make_images(case, "nchw", torch.float32), make_ids(case)[:, [0, 1, 0, 2, 0]]
+    pred = torch.randn(case.n, case.num_patches, case.pixels, requires_grad=True)
+    loss = masked_patch_mse(pred, images, ids, 8, reduction="sum")
+    expected = plain_losses(take(pred, ids), images, ids, case.patch, True, None, None).sum()
+    (grad,), (wanted,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, pred)
+    torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_all_patches_masked_means_the_order_of_ids():
+    images, ids = torch.randn(1, 1, 16, 16), torch.tensor([[2, 0, 3, 1]])
+    pred = torch.randn(1, 4, 64)
+    expected = plain_losses(pred, images, ids, (8, 8), True, None, None)
+    torch.testing.assert_close(masked_patch_mse(pred, images, ids, 8, reduction="none").double(), expected)
+
+
+@pytest.mark.parametrize(("patch", "norm_pix"), [((1, 1), False), ((32, 32), True), ((64, 96), True)])
+def test_tiny_and_huge_patches(patch, norm_pix):
+    channels = 1 if patch == (1, 1) else 3
+    case = Case(1, channels, (2 * patch[0], 2 * patch[1]), patch, 0.75)
+    images, ids, (mean, std) = make_images(case, "channels_last", torch.uint8), make_ids(case), make_mean_std(channels)
+    pred = torch.randn(1, 4, case.pixels, requires_grad=True)
+    weight = torch.ones(ids.shape)
+    got = value_and_grad(
+        masked_patch_mse(pred, images, ids, patch, norm_pix, mean, std, reduction="none"), pred, weight
+    )
+    wanted = value_and_grad(plain_losses(take(pred, ids), images, ids, patch, norm_pix, mean, std), pred, weight)
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_geometry(data):
+    n, c = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    patch = data.draw(st.tuples(st.integers(2, 14), st.integers(1, 14)))
+    grid = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    case = Case(n, c, (grid[0] * patch[0], grid[1] * patch[1]), patch, data.draw(st.floats(0.1, 0.95)))
+    layout, dtype = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from([torch.uint8, torch.float32]))
+    norm_pix, full = data.draw(st.booleans()), data.draw(st.booleans())
+    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(c)
+    pred = torch.randn(n, case.num_patches if full else ids.shape[1], case.pixels, requires_grad=True)
+    loss = masked_patch_mse(pred, images, ids, patch, norm_pix, mean, std)
+    chosen = take(pred, ids) if full and case.num_patches != ids.shape[1] else pred
+    expected = plain_losses(chosen, images, ids, patch, norm_pix, mean, std).mean()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    (grad,), (wanted,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, pred)
+    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+@pytest.mark.parametrize("full", [True, False])
+def test_gradcheck(full, dtype):
+    case = Case(2, 2, (6, 4), (2, 2), 0.5)
+    images, ids, (mean, std) = make_images(case, "nchw", dtype), make_ids(case), make_mean_std(2)
+    rows = case.num_patches if full else ids.shape[1]
+    pred = torch.randn(2, rows, case.pixels, dtype=torch.float64, requires_grad=True)
+    for reduction in ("mean", "none"):
+        assert torch.autograd.gradcheck(
+            lambda p, r=reduction: masked_patch_mse(p, images, ids, 2, mean=mean, std=std, reduction=r), pred
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("full", [True, False])
+def test_opcheck(full, dtype):
+    case = CASES["five-channels"]
+    images, ids = make_images(case, "channels_last", dtype), make_ids(case)
+    scale, shift = patches.affine_tables(images, *make_mean_std(5), case.patch)
+    pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels)
+    rest = (images, ids, scale, shift, *case.patch, True, 1e-6)
+    torch.library.opcheck(torch.ops.fastmae.masked_patch_mse, (pred.clone().requires_grad_(), *rest))
+    torch.library.opcheck(torch.ops.fastmae.masked_patch_mse_backward, (torch.rand(ids.shape), pred, *rest))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_compiles_into_one_graph(full):
+    case, (mean, std) = CASES["p16"], make_mean_std(3)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    rows = case.num_patches if full else ids.shape[1]
+    hidden, weight = torch.randn(case.n, rows, 8), torch.randn(case.pixels, 8, requires_grad=True)
+
+    def step(hidden, weight, images, ids, mean, std):
+        return masked_patch_mse(torch.nn.functional.linear(hidden, weight), images, ids, 16, mean=mean, std=std)
+
+    arguments = (hidden, weight, images, ids, mean, std)
+    got, expected = torch.compile(step, fullgraph=True)(*arguments), step(*arguments)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(expected, weight))
+
+
+def test_second_derivative_is_refused():
+    images, ids = torch.randn(1, 1, 16, 16), torch.tensor([[2, 0]])
+    pred = torch.randn(1, 2, 64, requires_grad=True)
+    (grad,) = torch.autograd.grad(masked_patch_mse(pred, images, ids, 8), pred, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(grad.sum(), pred)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred": torch.zeros(2, 2, 767)}, r"pred: .*\(2, 2, 768\).* or \(2, 4, 768\).*16 \* 16 \* 3, got"),
+        ({"pred": torch.zeros(2, 3, 768)}, r"pred: .* got float32 \(2, 3, 768\)"),
+        ({"pred": torch.zeros(1, 2, 768)}, r"pred: .* got float32 \(1, 2, 768\)"),
+        ({"pred": torch.zeros(2, 2, 768, dtype=torch.int64)}, "pred: expected a floating point .* got int64"),
+        ({"pred": torch.zeros(2, 2, 768, device="meta")}, "pred: expected a tensor on the images' device, cpu"),
+        ({"images": torch.zeros(2, 3, 32, 33)}, "images: size 32x33 does not divide"),
+        ({"images": torch.zeros(2, 3, 32, 32, requires_grad=True)}, "images: .* does not require a gradient"),
+        ({"ids_mask": torch.zeros(2, 2)}, "ids_mask: expected an int64 tensor .* got float32"),
+        ({"ids_mask": torch.tensor([[0, 4], [1, 2]])}, r"ids_mask: expected values in \[0, 4\)"),
+        ({"patch_size": 1, "pred": torch.zeros(2, 2, 1), "images": torch.zeros(2, 1, 2, 2), "mean": None, "std": None},
+         "norm_pix: expected False for patches of a single value"),
+        ({"mean": None}, "mean: .* together, got None"),
+        ({"std": torch.ones(3, dtype=torch.float64)}, "std: expected a float32 tensor .* got float64"),
+        ({"reduction": "max"}, "reduction: expected one of mean, sum, none, got 'max'"),
+        ({"eps": -1.0}, "eps: expected a number >= 0, got -1.0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(change, message):
+    mean, std = make_mean_std(3)
+    good = {
+        "pred": torch.zeros(2, 2, 768), "images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        "ids_mask": torch.tensor([[0, 1], [2, 3]]), "patch_size": 16, "mean": mean, "std": std,
+    }  # fmt: skip
+    masked_patch_mse(**good)
+    with pytest.raises(ValueError, match=message):
+        masked_patch_mse(**{**good, **change})
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_moves_what_the_budget_says(full, monkeypatch):
+    if not _dispatch.is_interpreted():
+        pytest.skip("counts the accesses of Triton's interpreter")
+    case, (mean, std) = Case(2, 3, (64, 64), (16, 16), 0.75), make_mean_std(3)
+    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+    pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels, requires_grad=True)
+    masked = ids.numel() * case.pixels
+    with counted_traffic(monkeypatch) as forward:
+        loss = masked_patch_mse(pred, images, ids, 16, mean=mean, std=std)
+    assert forward.bytes_read(images) == masked
+    assert forward.bytes_read(pred) == 4 * masked
+    assert sum(a.size * size for a, size in forward.written) == 4 * ids.numel()
+    with counted_traffic(monkeypatch) as backward:
+        (grad,) = torch.autograd.grad(loss, pred)
+    assert backward.bytes_read(images) == masked
+    assert backward.bytes_read(pred) == 4 * masked
+    assert backward.bytes_written(grad) == 4 * grad.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm_pix", [True, False])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_cuda_equals_cpu(case, layout, full, dtype, norm_pix):
+    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(case.channels)
+    pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels)
+    results = []
+    for device in ("cpu", "cuda"):
+        p, x, i, m, s = (t.detach().to(device) for t in (pred, images, ids, mean, std))
+        loss = masked_patch_mse(p.requires_grad_(), x, i, case.patch, norm_pix, m, s)
+        results.append((loss.detach().cpu(), torch.autograd.grad(loss, p)[0].cpu()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
