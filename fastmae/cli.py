@@ -32,6 +32,8 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 _NEW_CROPS_EPOCH = 2**31
 """An epoch that no run reaches: crops of it were never trained on."""
 
+_UNSEEN = "photographs never trained on"
+
 
 class UsageError(Exception):
     """Something that the user can mend; printed as one line."""
@@ -90,13 +92,16 @@ def pretrain(config: PretrainConfig) -> int:
     with _mistakes():
         validate(config)
         config = replace(config, out=config.out or Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S"))
-        run = RunFolder(config.out, resume=config.resume)
+        try:
+            run = RunFolder(config.out, resume=config.resume)
+        except OSError as error:
+            raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
     with run:
         from rich.console import Console
 
         from fastmae.train.signals import PREEMPTED
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, soft_wrap=True)
         with _mistakes():
             trainer = _prepare(config, run, console)
         begun, first_step = time.monotonic(), trainer.step
@@ -122,6 +127,7 @@ def reconstruct(config: ReconstructConfig) -> int:
         summary = evaluate_sets(
             model,
             {"images": images},
+            names={"images": [path.stem for path in config.images]},
             mask_ratio=config.mask_ratio,
             seed=config.seed,
             path=config.out,
@@ -146,16 +152,16 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
         torch.set_num_threads(config.train.num_threads)
     device = _device(config.train.device)
     dataset = data.open_dataset(config.data.path, on_bad=config.data.on_bad)
+    kind = data.choose_loader(dataset, config.data.loader)
     model = create_model(**config.model_arguments()).to(device)
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
     console.print(
-        f"{weights / 1e6:.1f} M weights on {device} ({torch.get_num_threads()} threads), {len(dataset):,} images, "
-        f"{trainer.schedule.total_steps:,} steps, {trainer.accumulation} x {trainer.batch_size} images a step"
+        f"{weights / 1e6:.1f} M weights on {device} ({torch.get_num_threads()} threads), {len(dataset):,} images "
+        f"({kind} loader), {trainer.schedule.total_steps:,} steps of "
+        f"{trainer.accumulation} x {trainer.batch_size} images"
     )
-    for bad in dataset.bad:
-        console.print(f"skipped damaged image {bad.path}: {bad.reason}", style="yellow")
     if config.resume and list_checkpoints(run.checkpoints):
         path = latest_checkpoint(run.path)
         differences = trainer.resume(path)
@@ -180,11 +186,11 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
     crops = data.fixed_crops(
         dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=32, augment=augment
     )
-    _, photographs = data.validation_photographs(config.img_size)
+    names, photographs = data.validation_photographs(config.img_size)
     source = "photographs" if config.data.path is None else "images"
     sets = {
-        f"new crops of the training {source}": crops.to(trainer.device),
-        "photograph never trained on": photographs.to(trainer.device),
+        f"new crops of the training {source}": crops,
+        _UNSEEN: photographs,
     }
     picture = run.reconstructions / "final.png"
     errors = evaluate_sets(
@@ -194,9 +200,10 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         seed=config.train.seed,
         path=picture,
         dtype=_dtype(config.train.precision),
+        names={_UNSEEN: names},
     )
     weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
-    rows = trainer.run.read_metrics()
+    rows = run.read_metrics()
     summary = {
         "steps": trainer.step,
         "samples": trainer.samples,
@@ -207,7 +214,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         "device": str(trainer.device),
         "num_threads": trainer.num_threads,
         "loader": trainer.loader.kind,
-        "bad_images": [f"{bad.path}: {bad.reason}" for bad in dataset.bad] + [str(b) for b in trainer.loader.bad_files],
+        "bad_images": [f"{bad.path}: {bad.reason}" for bad in [*dataset.bad, *trainer.loader.bad_files]],
         "sets": errors,
         "picture": str(picture),
         "weights": str(weights),
@@ -218,7 +225,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
             f"{name}: error {values['mse']:.3f}  (mean colour {values['mse_mean_color']:.3f}, "
             f"inverse distance {values['mse_inverse_distance']:.3f})"
         )
-    console.print(f"Weights: {weights}\nPicture: {picture}", soft_wrap=True)
+    console.print(f"Weights: {weights}\nPicture: {picture}")
 
 
 def _commands(defaults: PretrainConfig) -> Any:
@@ -294,4 +301,4 @@ def _print_config(config: PretrainConfig, console: Console) -> None:
         for field in fields(getattr(config, section)):
             value = getattr(getattr(config, section), field.name)
             changed = value != getattr(getattr(recipe, section), field.name)
-            console.print(f"  {section}.{field.name:<25} {value}", style="bold" if changed else None)
+            console.print(f"  {f'{section}.{field.name}':<33}{value}", style="bold" if changed else None)

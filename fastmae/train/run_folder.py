@@ -39,7 +39,7 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise BlockingIOError(f"--out {self.path}: in use by {holder}") from error
+            raise BlockingIOError(f"in use by {holder}") from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()

@@ -1,0 +1,209 @@
+"""The command line end to end, and that a user's mistake is one clear line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_resume import FLAGS
+from training import write_images
+
+from fastmae.cli import main
+from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.weights import export_weights, load_model
+
+SHORT = [*FLAGS.split(), "--train.steps", "6"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, images):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *SHORT]) == 0
+    return out
+
+
+def mistake(capsys, *arguments: object) -> str:
+    """Run the command line, which must fail with one line; return it."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastmae: error: ")
+    assert "Traceback" not in error
+    return error
+
+
+def test_pretrain_leaves_a_complete_folder(run, images):
+    names = {path.name for path in run.iterdir()}
+    files = {"config.json", "status.json", "metrics.jsonl", "summary.json", "model.safetensors"}
+    assert files | {"checkpoints", "reconstructions"} <= names
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["path"] == str(images)
+    assert (config["train"]["steps"], config["train"]["warmup_steps"]) == (6, 0)
+    summary = json.loads((run / "summary.json").read_text())
+    assert len(summary["sets"]) == 2
+    for errors in summary["sets"].values():
+        assert all(errors[key] > 0 for key in ("mse", "mse_mean_color", "mse_inverse_distance"))
+    with Image.open(summary["picture"]) as picture:
+        assert min(picture.size) > 100
+
+
+def test_reconstruct_draws_images_from_folder_checkpoint_and_weights(run, images, tmp_path, capsys):
+    for number, source in enumerate((run, run / "checkpoints/step-6", run / "model.safetensors")):
+        out = tmp_path / "figures" / f"{number}.png"
+        assert main(["reconstruct", str(source), str(images / "0.jpg"), str(images / "1.jpg"), "--out", str(out)]) == 0
+        assert f"Picture: {out}" in capsys.readouterr().out
+    figures = [path.read_bytes() for path in sorted((tmp_path / "figures").iterdir())]
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_exported_weights_have_upstreams_keys_and_load_back(run):
+    weights = load_file(run / "model.safetensors")
+    assert {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "decoder_blocks.0.mlp.fc1.bias",
+        "mask_token",
+    } <= set(weights)
+    model, manifest = load_model(run / "model.safetensors")
+    assert manifest["step"] == 6
+    for name, tensor in load_model(run)[0].state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_an_encoder_alone_is_identified_and_not_asked_to_reconstruct(run, tmp_path, images, capsys):
+    model, _ = load_model(run)
+    export_weights(model, tmp_path / "full.safetensors")
+    weights = load_file(tmp_path / "full.safetensors")
+    encoder = {name: t for name, t in weights.items() if not name.startswith("decoder_") and name != "mask_token"}
+    save_file(encoder, tmp_path / "encoder.safetensors", metadata={"architecture": json.dumps(model.architecture)})
+    with pytest.raises(CheckpointError, match="has no decoder"):
+        load_model(tmp_path / "encoder.safetensors")
+    loaded, manifest = load_model(tmp_path / "encoder.safetensors", need_decoder=False)
+    assert manifest["has_decoder"] is False
+    assert torch.equal(loaded.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    out = tmp_path / "figure.png"
+    assert "has no decoder" in mistake(
+        capsys, "reconstruct", tmp_path / "encoder.safetensors", images / "0.jpg", "--out", out
+    )
+    assert not out.exists()
+
+
+def test_env_prints_a_report(capsys):
+    assert main(["env"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+def test_help_documents_every_field_without_importing_torch():
+    command = "import sys; from fastmae.cli import main\n"
+    command += "try: main(['pretrain', '--help'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+    flags = "--out --resume --recipe --data.path --data.loader --data.on-bad --model.name --model.img-size"
+    flags += " --model.patch-size --model.mask-ratio --model.norm-pix-loss --train.global-batch-size --train.batch-size --train.epochs"
+    flags += " --train.steps --train.base-lr --train.seed --train.precision --train.compile --train.device"
+    assert not [flag for flag in flags.split() if flag not in done.stdout]
+    assert "(required)" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.img-size 60", "--model.img-size: expected a size divisible by the patch size 8x8, got 60x60"),
+        ("--model.mask-ratio 1.5", "--model.mask-ratio: expected a number strictly between 0 and 1, got 1.5"),
+        ("--model.name mae_vit_titanic", "--model.name: expected one of mae_vit_tiny_patch16"),
+        ("--train.steps 5 --train.epochs 5", "--train.epochs and --train.steps: expected one of them"),
+        ("--model.num-heads 5", "embed_dim: expected a multiple of num_heads=5, got 128"),
+        ("--train.batch-size 5", "--train.global-batch-size: expected a multiple of --train.batch-size 5, got 32"),
+        ("--data.path /no/such/folder", "/no/such/folder"),
+        ("--train.steps 5 --train.warmup-steps 9", "--train.warmup-steps: expected a warm-up shorter than the run"),
+    ],
+)
+def test_mistakes_in_flags(tmp_path, capsys, arguments, message):
+    assert message in mistake(capsys, "pretrain", "--out", tmp_path / "run", *arguments.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_of_images(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", tmp_path / "images")
+    assert str(tmp_path / "images") in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_image_is_counted_or_stops_by_option(tmp_path, capsys):
+    images = write_images(tmp_path / "images", 5)
+    whole = (images / "3.jpg").read_bytes()
+    (images / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    arguments = ["--data.path", str(images), *SHORT]
+    assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments, "--data.on-bad", "stop")
+    assert main(["pretrain", "--out", str(tmp_path / "skip"), *arguments]) == 0
+    (bad,) = json.loads((tmp_path / "skip/summary.json").read_text())["bad_images"]
+    assert "3.jpg" in bad
+
+
+def test_a_checkpoint_of_another_architecture(run, capsys):
+    before = sorted(run.rglob("*"))
+    error = mistake(capsys, "pretrain", "--out", run, "--resume", "--model.embed-dim", 64)
+    assert "another architecture: embed_dim 32 there, 64 here" in error
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_existing_run_is_not_overwritten(run, capsys):
+    assert "add --resume to continue the run in it" in mistake(capsys, "pretrain", "--out", run)
+
+
+def test_resume_needs_a_folder(capsys, tmp_path):
+    assert "--resume: expected --out" in mistake(capsys, "pretrain", "--resume")
+
+
+def test_dali_that_is_not_installed(tmp_path, images, capsys, monkeypatch):
+    monkeypatch.setattr("fastmae.data.create.has_dali", lambda: False)
+    error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, "--data.loader", "dali")
+    assert "DALI is not installed" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    error = mistake(capsys, "pretrain", "--out", tmp_path / "file" / "run")
+    assert "--out" in error
+    assert str(tmp_path / "file") in error
+
+
+@pytest.mark.parametrize("source", ["missing", "text.safetensors", "bare.safetensors", "empty_folder"])
+def test_reconstruct_refuses_what_is_no_checkpoint(tmp_path, capsys, source):
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "bare.safetensors")
+    (tmp_path / "empty_folder").mkdir()
+    assert source in mistake(capsys, "reconstruct", tmp_path / source, tmp_path / "image.jpg")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("fastmae.train.loop.Trainer.train_step", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["pretrain", "--out", str(tmp_path / "run"), *SHORT])
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"

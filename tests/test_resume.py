@@ -1,0 +1,207 @@
+"""A run that was stopped, killed or damaged goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training import MODEL, make_trainer, write_images
+
+from fastmae import data
+from fastmae.cli import main
+from fastmae.train.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.weights import load_model
+
+LOADERS = ["torch", pytest.param("dali", marks=pytest.mark.skipif(not data.has_dali(), reason="needs DALI"))]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def numbers(run) -> list[tuple]:
+    """What must be equal bit for bit in two logs."""
+    return [(row["step"], row["samples"], row["loss"], row["grad_norm"], row["lr"]) for row in run.read_metrics()]
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    a, b = load_checkpoint(one)[0], load_checkpoint(other)[0]
+    a, b = ({k: t for k, t in tensors.items() if not k.startswith("rng.")} for tensors in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("precision", "batch_size"), [("bf16", None), ("fp32", 2)])
+def test_stopping_and_resuming_equals_going_straight(tmp_path, images, loader, precision, batch_size):
+    """The stop falls inside a log interval and inside an epoch; the run ends inside both, too."""
+    options = {"loader": loader, "precision": precision, "batch_size": batch_size, "steps": 14, "clip_grad": 1.0}
+    straight = make_trainer(tmp_path / "straight", images, **options)
+    straight.fit()
+    straight.run.close()
+
+    stopped = make_trainer(tmp_path / "stopped", images, **options, checkpoint_every_steps=7)
+    stopped.fit(on_checkpoint=lambda path: os.kill(os.getpid(), signal.SIGTERM) if path.name == "step-7" else None)
+    assert stopped.step == 7
+    assert stopped.run.read_json("status.json") == {"status": "preempted", "step": 7, "reason": "SIGTERM"}
+    stopped.run.close()
+
+    torch.manual_seed(99)
+    resumed = make_trainer(tmp_path / "stopped", images, **options, resume=True)
+    assert resumed.resume(latest_checkpoint(tmp_path / "stopped")) == []
+    assert (resumed.step, resumed.samples) == (7, 56)
+    assert resumed.fit() == "finished"
+    resumed.run.close()
+    assert numbers(resumed.run) == numbers(straight.run)
+    assert_same_tensors(tmp_path / "straight/checkpoints/step-14", tmp_path / "stopped/checkpoints/step-14")
+
+
+def test_rng_state_is_restored(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images)
+    trainer.fit()
+    expected = torch.rand(4)
+    trainer.run.close()
+    torch.manual_seed(5)
+    resumed = make_trainer(tmp_path / "run", images, resume=True)
+    resumed.resume(latest_checkpoint(tmp_path / "run"))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, images, capsys):
+    straight = make_trainer(tmp_path / "run", images, checkpoint_every_steps=5)
+    straight.fit()
+    straight.run.close()
+    expected = numbers(straight.run)
+    tensors, _ = load_checkpoint(tmp_path / "run/checkpoints/step-12")
+    (shard,) = (tmp_path / "run/checkpoints/step-12").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+    resumed = make_trainer(tmp_path / "run", images, checkpoint_every_steps=5, resume=True)
+    resumed.resume(latest_checkpoint(tmp_path / "run"))
+    assert resumed.step == 10
+    assert "step-12" in capsys.readouterr().err
+    resumed.fit()
+    resumed.run.close()
+    assert numbers(resumed.run) == expected
+    assert torch.equal(
+        load_checkpoint(tmp_path / "run/checkpoints/step-12")[0]["model.norm.weight"], tensors["model.norm.weight"]
+    )
+    assert (tmp_path / "run/checkpoints/step-12.damaged").is_dir()
+
+
+def test_what_differs_is_named_or_refused(tmp_path, images):
+    first = make_trainer(tmp_path / "run", images)
+    first.fit()
+    first.run.close()
+    path = latest_checkpoint(tmp_path / "run")
+
+    def resume(**options):
+        trainer = make_trainer(tmp_path / "run", images, resume=True, **options)
+        try:
+            return trainer.resume(path)
+        finally:
+            trainer.run.close()
+
+    assert resume(log_every_steps=1, keep_checkpoints=9) == []
+    assert resume(base_lr=1.0) == ["train.base_lr was 0.03, is 1.0"]
+    with pytest.raises(CheckpointError, match=r"--train.seed: .*started with, 0, got 1"):
+        resume(seed=1)
+    with pytest.raises(CheckpointError, match=r"--train.global-batch-size: .*8, got 16"):
+        resume(global_batch_size=16)
+    with pytest.raises(
+        CheckpointError, match=r"another architecture: embed_dim 32 there, 64 here; depth 2 there, 1 here"
+    ):
+        resume(model=replace(MODEL, embed_dim=64, depth=1))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert resume() == [f"num_threads was {threads}, is {threads + 1}"]
+    finally:
+        torch.set_num_threads(threads)
+    write_images(tmp_path / "more", 12)
+    trainer = make_trainer(tmp_path / "run", tmp_path / "more", resume=True)
+    differences = trainer.resume(path)
+    trainer.run.close()
+    assert [d.split()[0] for d in differences] == ["data.path", "dataset.hash"]
+
+
+FLAGS = """
+--model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
+--model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
+--train.global-batch-size 8 --train.steps 400 --train.log-every-steps 50 --train.checkpoint-every-steps 20
+--train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
+"""
+
+
+def start(run: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastmae", "pretrain", "--out", str(run), *arguments]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=Path(__file__).parents[1], **output)
+
+
+def last_step(run: Path) -> int:
+    """Step of the newest checkpoint, -1 before the first."""
+    found = list_checkpoints(run / "checkpoints")
+    return int(found[0].name.removeprefix("step-")) if found else -1
+
+
+def wait_for(process: subprocess.Popen, condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def test_killed_three_times_and_preempted_the_run_ends_as_if_undisturbed(tmp_path, images):
+    """SIGKILL between two saves, during a save, and at a random moment; then SIGTERM; then on to the end."""
+    flags = [*FLAGS.split(), "--data.path", str(images)]
+    run = tmp_path / "run"
+    saving = (run / "checkpoints").glob
+    moments = [
+        (lambda: last_step(run) >= 20 and not any(saving("*.tmp")), 0.0),
+        (lambda: last_step(run) >= 60 and any(saving("*.tmp")), 0.0),
+        (lambda: last_step(run) >= 120, random.random() / 10),
+    ]
+    arguments = flags
+    for condition, delay in moments:
+        process = start(run, *arguments)
+        wait_for(process, condition)
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        load_model(run)  # the newest whole checkpoint; raises if there is none
+        arguments = ["--resume"]  # all else is in the folder
+
+    killed_at = last_step(run)
+    process = start(run, "--resume")
+    wait_for(process, lambda: last_step(run) > killed_at)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    assert f"Continuing from {run}/checkpoints/step-{killed_at}" in output
+    assert "Continue with: fastmae pretrain --out" in output
+    assert "Traceback" not in output
+
+    threads = torch.get_num_threads()
+    try:
+        assert main(["pretrain", "--out", str(run), "--resume"]) == 0
+        assert main(["pretrain", "--out", str(tmp_path / "straight"), *flags]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert_same_tensors(tmp_path / "straight/checkpoints/step-400", run / "checkpoints/step-400")
+    logs = [RunFolder(path, resume=True) for path in (run, tmp_path / "straight")]
+    assert numbers(logs[0]) == numbers(logs[1])
+    assert len(numbers(logs[0])) == 8

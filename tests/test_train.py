@@ -1,0 +1,164 @@
+"""The loop: the loss falls, accumulation changes nothing, no step waits for the device, the run folder is complete."""
+
+from __future__ import annotations
+
+import json
+import traceback
+
+import pytest
+import torch
+from training import make_trainer, write_images
+
+from fastmae.train.metrics import StepValues, mean_of_finite
+from fastmae.train.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def test_the_loss_falls_and_the_folder_is_complete(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images, steps=100, base_lr=0.1)
+    rows, checkpoints = [], []
+    assert trainer.fit(on_log=rows.append, on_checkpoint=checkpoints.append) == "finished"
+    assert rows == trainer.run.read_metrics()
+    assert [row["step"] for row in rows] == list(range(4, 101, 4))
+    assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
+    assert rows[-1]["samples"] == 800
+    assert rows[-1]["epoch"] == pytest.approx(800 / 11)
+    assert all(row["images_per_second"] > 0 and 0 <= row["data_share"] <= 1 for row in rows)
+    assert all(row["skipped_steps"] == 0 and row["grad_norm"] > 0 for row in rows)
+    assert [path.name for path in checkpoints] == ["step-0", "step-100"]
+    assert trainer.run.read_json("status.json") == {"status": "finished", "step": 100, "reason": "all steps done"}
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, images):
+    whole = make_trainer(tmp_path / "whole", images, precision="fp32")
+    parts = make_trainer(tmp_path / "parts", images, precision="fp32", batch_size=2)
+    assert (whole.accumulation, parts.accumulation) == (1, 4)
+    for trainer in (whole, parts):
+        trainer.fit()
+    for a, b in zip(whole.run.read_metrics(), parts.run.read_metrics(), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=5e-5, msg=name)
+
+
+def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch):
+    """What would synchronise a GPU must not happen between two logs; the loader works on the host and is exempt."""
+    trainer = make_trainer(tmp_path / "run", images, clip_grad=1.0)
+    with trainer._open_loader() as loader:
+        batches = iter([next(loader) for _ in range(3)])
+    trainer.loader = batches
+    trainer.train_step()  # creates the optimiser's state
+
+    def watched(name):
+        read = getattr(torch.Tensor, name)
+
+        def refuse(tensor, *arguments):
+            callers = {frame.filename for frame in traceback.extract_stack()}
+            if not any("/fastmae/ops/" in caller for caller in callers):  # checks of index values, on the CPU only
+                raise AssertionError(f"Tensor.{name} reads on the host")
+            return read(tensor, *arguments)
+
+        return refuse
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    trainer.train_step()
+    trainer.train_step()
+    monkeypatch.undo()
+    assert trainer.values.count == 3
+    trainer.run.close()
+
+
+def test_masks_and_batches_do_not_hang_on_the_default_generator(tmp_path, images):
+    losses = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        trainer = make_trainer(tmp_path / str(seed), images)
+        trainer.fit()
+        losses.append([row["loss"] for row in trainer.run.read_metrics()])
+    assert losses[0] == losses[1]
+
+
+def test_all_steps_non_finite_end_the_run_and_say_so(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images)
+    with torch.no_grad():
+        trainer.model.decoder_pred.weight[0, 0] = float("nan")
+    before = trainer.model.decoder_pred.bias.clone()
+    with pytest.raises(FloatingPointError, match="no finite gradient in the 4 steps up to 4"):
+        trainer.fit()
+    assert torch.equal(trainer.model.decoder_pred.bias, before)
+    assert trainer.run.read_json("status.json")["status"] == "failed"
+    row = json.loads(trainer.run.metrics.read_text())
+    assert (row["loss"], row["skipped_steps"]) == (None, 4)
+
+
+def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images, steps=10**6, max_minutes=0.5 / 60)
+    assert trainer.fit() == "finished"
+    assert 0 < trainer.step < 10**6
+    assert (trainer.run.checkpoints / f"step-{trainer.step}").is_dir()
+    assert trainer.run.read_json("status.json")["reason"] == "time limit"
+
+
+def test_checkpoints_come_by_steps_and_are_pruned(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images, checkpoint_every_steps=3, keep_checkpoints=2)
+    seen = []
+    trainer.fit(on_checkpoint=lambda path: seen.append(path.name))
+    assert seen == ["step-0", "step-3", "step-6", "step-9", "step-12"]
+    assert {path.name for path in trainer.run.checkpoints.iterdir()} == {"step-9", "step-12"}
+
+
+def test_a_run_folder_has_one_owner_and_is_not_overwritten(tmp_path):
+    with RunFolder(tmp_path / "run") as run:
+        with pytest.raises(BlockingIOError, match=r"in use by process \d+"):
+            RunFolder(tmp_path / "run", resume=True)
+        run.write_json("config.json", {})
+    with pytest.raises(ValueError, match=r"--out: expected a new or empty folder.*add --resume"):
+        RunFolder(tmp_path / "run")
+    RunFolder(tmp_path / "run", resume=True).close()
+
+
+def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_of_an_abandoned_future_and_half_written_ones_are_cut(tmp_path):
+    with RunFolder(tmp_path / "run") as run:
+        run.metrics.write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "loss": 0.5}\n{"step": 12, "lo')
+        run.cut_metrics(4)
+        assert run.read_metrics() == [{"step": 4, "loss": 1.0}]
+
+
+def test_values_of_an_interval_survive_a_save():
+    values = StepValues(("a", "b"), 4, torch.device("cpu"))
+    for step in range(3):
+        values.add(torch.tensor(float(step)), torch.tensor(-1.0))
+    state = values.state()
+    continued = StepValues(("a", "b"), 4, torch.device("cpu"))
+    continued.restore(state, step=7)
+    continued.add(torch.tensor(3.0), torch.tensor(-1.0))
+    assert continued.take().wait() == {"a": [0.0, 1.0, 2.0, 3.0], "b": [-1.0] * 4}
+    shorter = StepValues(("a", "b"), 2, torch.device("cpu"))
+    shorter.restore(state, step=7)
+    assert shorter.take().wait()["a"] == [2.0]
+
+
+def test_a_mean_of_nothing_finite_is_none():
+    assert mean_of_finite([1.0, float("nan"), 3.0]) == 2.0
+    assert mean_of_finite([float("inf")]) is None
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_to_the_same_losses(tmp_path, images):
+    losses = []
+    for compiled in (False, True):
+        trainer = make_trainer(tmp_path / str(compiled), images, precision="fp32", compile=compiled)
+        trainer.fit()
+        losses.append([row["loss"] for row in trainer.run.read_metrics()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

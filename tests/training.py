@@ -1,0 +1,67 @@
+"""A small run for the tests of training: a tiny model on a folder of random images, in the real loaders."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from fastmae import data
+from fastmae.model import create_model
+from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from fastmae.train.loop import Trainer
+from fastmae.train.run_folder import RunFolder
+
+MODEL = ModelConfig(
+    name="mae_vit_tiny_patch16",
+    img_size=(32, 48),
+    patch_size=8,
+    embed_dim=32,
+    depth=2,
+    num_heads=2,
+    decoder_embed_dim=16,
+    decoder_depth=1,
+    decoder_num_heads=2,
+)
+TRAIN = TrainConfig(
+    global_batch_size=8,
+    steps=12,
+    warmup_steps=3,
+    base_lr=0.03,
+    device="cpu",
+    log_every_steps=4,
+    checkpoint_every_seconds=None,
+)
+
+
+def write_images(folder: Path, count: int = 11) -> Path:
+    """JPEGs of smooth colours and sizes of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for index in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        coarse.resize((60 + 7 * index, 90 - 3 * index), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
+    return folder
+
+
+def make_trainer(out: Path, images: Path, *, resume: bool = False, model=MODEL, loader="torch", **train) -> Trainer:
+    """A trainer in a fresh (or continued) run folder, with fields of ``TRAIN`` replaced."""
+    config = PretrainConfig(
+        out=out,
+        resume=resume,
+        model=model,
+        data=DataConfig(path=images, loader=loader, num_threads=1),
+        train=replace(TRAIN, **train),
+    )
+    return Trainer(
+        config,
+        create_model(**config.model_arguments()),
+        data.open_dataset(images),
+        RunFolder(out, resume=resume),
+        create_loader=data.create_loader,
+        console=Console(file=io.StringIO()),
+    )
