@@ -6,6 +6,7 @@ torchvision, PNG by Pillow; the pixels are those that Pillow and NVIDIA DALI giv
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from io import BytesIO
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+_SOURCE_LINE = re.compile(r"^\w+, \S+:\d+, ")
 
 
 class UndecodableImage(Exception):
@@ -46,8 +49,8 @@ def decode(encoded: np.ndarray, orientation: int = 1) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like at damaged bytes
-        reason = str(error).strip().splitlines()
-        raise UndecodableImage(f"does not decode: {reason[0] if reason else type(error).__name__}") from error
+        reason = _SOURCE_LINE.sub("", str(error).strip().partition("\n")[0]) or type(error).__name__
+        raise UndecodableImage(f"does not decode: {reason}") from error
     return upright(pixels, orientation)
 
 
@@ -85,8 +88,8 @@ def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray, flip:
         flip: mirror left and right.
     """
     top, left, height, width = box
-    # NumPy copies in this thread. PyTorch would copy a strided crop with a team of OpenMP threads for each calling thread:
-    # twice the processor time alone, and tens of times slower beside a training loop on the same cores.
+    # NumPy copies in this thread. PyTorch would copy a strided crop with a team of OpenMP threads for each calling
+    # thread: twice the processor time alone, and tens of times slower beside a training loop on the same cores.
     crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
     if crop.shape[:2] != out.shape[:2]:
         source = torch.from_numpy(crop).permute(2, 0, 1)[None]

@@ -73,9 +73,13 @@ def read_header(path: Path | str) -> Header | None:
             if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
                 return None
             raise BadImage(_refusal(start))
+        size = file.seek(0, 2)
+        if format_ is Format.WEBP and size < (expected := int.from_bytes(start[4:8], "little") + 8):
+            raise BadImage(f"truncated: {size} bytes of {expected}")
         file.seek(0)
         header, data_start = _parse(file, format_)
-        _check_whole(file, format_, start, data_start)
+        if format_ in _END_OF_IMAGE:
+            _check_end(file, _END_OF_IMAGE[format_], data_start, size)
         return header
 
 
@@ -118,14 +122,7 @@ def _orientation(exif_bytes: bytes | None) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _check_whole(file: BufferedReader, format_: Format, start: bytes, data_start: int) -> None:
-    size = file.seek(0, 2)
-    if format_ is Format.WEBP:
-        expected = int.from_bytes(start[4:8], "little") + 8
-        if size < expected:
-            raise BadImage(f"truncated: {size} bytes of {expected}")
-        return
-    marker = _END_OF_IMAGE[format_]
+def _check_end(file: BufferedReader, marker: bytes, data_start: int, size: int) -> None:
     file.seek(max(data_start, size - 64))
     if marker in file.read():
         return

@@ -1,0 +1,250 @@
+"""The index: what is found, what is refused and why, and when a cached one is used."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmae.data import DataError, open_dataset, retry
+from fastmae.data import index as index_module
+
+
+def picture(height=20, width=30, seed=0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(format_: str, image: Image.Image | None = None, **options) -> bytes:
+    buffer = io.BytesIO()
+    (image or picture()).save(buffer, format_, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "images"
+    (root / "b" / "deep").mkdir(parents=True)
+    (root / "a.jpg").write_bytes(encoded("JPEG", picture(20, 30)))
+    (root / "b" / "c.png").write_bytes(encoded("PNG", picture(40, 10)))
+    (root / "b" / "deep" / "d.webp").write_bytes(encoded("WEBP", picture(15, 16)))
+    return root
+
+
+def names(dataset) -> list[str]:
+    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
+
+
+def test_nested_folder(folder, cache):
+    dataset = open_dataset(folder, cache_dir=cache)
+    assert names(dataset) == ["a.jpg", "b/c.png", "b/deep/d.webp"]
+    assert [dataset.shape(i) for i in range(3)] == [(20, 30), (40, 10), (15, 16)]
+    assert dataset.bad == []
+    assert dataset.name == "images"
+    assert bytes(dataset.read(0)) == (folder / "a.jpg").read_bytes()
+    heights, widths = dataset.shapes(np.array([2, 0]))
+    assert heights.tolist() == [15, 20]
+    assert widths.tolist() == [16, 30]
+
+
+def test_names_of_all_kinds(folder, cache):
+    (folder / "wrong suffix.jpg").write_bytes(encoded("PNG"))
+    (folder / "no suffix").write_bytes(encoded("JPEG"))
+    (folder / "ünïcode 图.PNG").write_bytes(encoded("PNG"))
+    Path(os.fsdecode(os.fsencode(folder) + b"/latin\xe9.jpg")).write_bytes(encoded("JPEG"))
+    (folder / ".hidden.jpg").write_bytes(encoded("JPEG"))
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.jpg").write_bytes(encoded("JPEG"))
+    (folder / "labels.csv").write_text("not an image, and not named like one")
+    dataset = open_dataset(folder, cache_dir=cache)
+    assert len(dataset) == 7
+    assert dataset.bad == []
+    for sample_id in range(len(dataset)):
+        assert dataset.decode(sample_id).shape[:2] == dataset.shape(sample_id)
+
+
+def exif(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_orientation_turns_the_shape(tmp_path, cache, format_):
+    root = tmp_path / "turned"
+    root.mkdir()
+    for orientation in range(1, 9):
+        (root / f"{orientation}.img").write_bytes(encoded(format_, picture(20, 30), exif=exif(orientation)))
+    dataset = open_dataset(root, cache_dir=cache)
+    assert [dataset.shape(i) for i in range(8)] == [(20, 30)] * 4 + [(30, 20)] * 4
+
+
+def test_an_orientation_out_of_range_means_upright(folder, cache):
+    (folder / "a.jpg").write_bytes(encoded("JPEG", picture(20, 30), exif=exif(9)))
+    assert open_dataset(folder, cache_dir=cache).shape(0) == (20, 30)
+
+
+def thumbnailed(data: bytes) -> bytes:
+    """A JPEG with another one, whole, in its header: an end marker that is not the image's."""
+    segment = b"FAKE\0" + encoded("JPEG", picture(8, 8))
+    return data[:2] + b"\xff\xe5" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
+
+
+GIF, AVIF = b"GIF89a" + bytes(40), b"\0\0\0\x1cftypavif" + bytes(40)
+JPEG, PNG, WEBP = encoded("JPEG"), encoded("PNG"), encoded("WEBP")
+ANIMATION = encoded("WEBP", save_all=True, append_images=[picture(seed=1)])
+BAD = {
+    "empty.jpg": (b"", "empty"),
+    "truncated.jpg": (JPEG[: len(JPEG) * 2 // 3], "truncated"),
+    "thumbnail.jpg": (thumbnailed(JPEG)[:-20], "truncated"),
+    "truncated.png": (PNG[:-8], "truncated"),
+    "truncated.webp": (WEBP[:-10], "truncated"),
+    "header only.jpg": (JPEG[:10], "unreadable header"),
+    "header only.png": (PNG[:12], "unreadable header"),
+    "movie.gif": (GIF, "GIF is not supported"),
+    "new.avif": (AVIF, "AVIF is not supported"),
+    "text.png": (b"hello", "not a JPEG, PNG or WebP"),
+    "animation.webp": (ANIMATION, "animation"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_found_before_training(folder, cache, name):
+    content, reason = BAD[name]
+    (folder / name).write_bytes(content)
+    dataset = open_dataset(folder, cache_dir=cache)
+    assert len(dataset) == 3
+    [bad] = dataset.bad
+    assert bad.path == str(folder / name)
+    assert reason in bad.reason
+    with pytest.raises(DataError, match=r"(?s)1 of 4 images.*" + name):
+        open_dataset(folder, on_bad="stop", cache_dir=cache)
+
+
+def test_whole_files_with_something_behind_them_are_good(folder, cache):
+    (folder / "film.jpg").write_bytes(thumbnailed(JPEG) + b"a film from a phone" * 1000)
+    (folder / "padded.png").write_bytes(PNG + bytes(3000))
+    assert open_dataset(folder, on_bad="stop", cache_dir=cache).bad == []
+
+
+def test_links(folder, cache, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "e.jpg").write_bytes(JPEG)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (folder / "file.jpg").symlink_to(elsewhere / "e.jpg")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    dataset = open_dataset(folder, cache_dir=cache)
+    assert names(dataset) == ["a.jpg", "b/c.png", "b/deep/d.webp", "file.jpg", "linked/e.jpg"]
+    assert [bad.reason for bad in dataset.bad] == ["dangling link"]
+
+
+def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
+    first = open_dataset(folder, cache_dir=cache)
+    built = []
+    build = index_module.build_index
+    monkeypatch.setattr(index_module, "build_index", lambda *a, **k: built.append(1) or build(*a, **k))
+    again = open_dataset(folder, cache_dir=cache)
+    assert not built
+    assert names(again) == names(first)
+    assert again.hash == first.hash
+    assert isinstance(again._entries, np.memmap)
+
+    (folder / "z.jpg").write_bytes(encoded("JPEG"))
+    assert len(open_dataset(folder, cache_dir=cache)) == 4
+    os.utime(folder / "z.jpg", (1, 1))
+    assert len(open_dataset(folder, cache_dir=cache)) == 4
+    assert len(built) == 2
+    assert len(list(cache.glob("index-*"))) == 1
+    assert not list(cache.glob("writing-*"))
+
+
+def test_bad_files_survive_the_cache(folder, cache):
+    (folder / "empty.jpg").touch()
+    first = open_dataset(folder, cache_dir=cache)
+    assert open_dataset(folder, cache_dir=cache).bad == first.bad != []
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "entries.npy", "paths.npy"])
+def test_a_damaged_cache_is_built_again(folder, cache, damage):
+    first = open_dataset(folder, cache_dir=cache)
+    expected, digest = names(first), first.hash
+    [file] = cache.glob(f"index-*/{damage}")
+    file.write_bytes(file.read_bytes()[:-9])
+    again = open_dataset(folder, cache_dir=cache)
+    assert names(again) == expected
+    assert again.hash == digest
+
+
+def test_without_a_place_for_the_cache(folder, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    dataset = open_dataset(folder, cache_dir=tmp_path / "file" / "cache")
+    assert len(dataset) == 3
+    assert "not cached" in caplog.text
+
+
+def test_hash_is_of_the_content_not_of_the_place(folder, cache, tmp_path):
+    first = open_dataset(folder, cache_dir=cache).hash
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert open_dataset(moved, cache_dir=cache).hash == first
+    (moved / "a.jpg").rename(moved / "aa.jpg")
+    assert open_dataset(moved, cache_dir=cache).hash != first
+
+
+def test_order_does_not_depend_on_threads(folder):
+    for i in range(150):
+        (folder / f"{i}.png").write_bytes(encoded("PNG", picture(3 + i, 5)))
+    files = index_module.list_files(folder)
+    one, many = (index_module.build_index(folder, files, num_threads=n) for n in (1, 8))
+    assert one.hash == many.hash
+    assert np.array_equal(one.entries, many.entries)
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty", "only text", "only bad"])
+def test_unusable_folders_are_clear_errors(tmp_path, cache, what):
+    path = tmp_path / "data"
+    if what == "file":
+        path.write_bytes(JPEG)
+    elif what != "missing":
+        path.mkdir()
+    if what == "only text":
+        (path / "readme.txt").write_text("hello")
+    if what == "only bad":
+        (path / "empty.jpg").touch()
+    expected = {"missing": "no such folder", "file": "is a file", "only bad": "(?s)only 1 unusable.*empty file"}
+    with pytest.raises(DataError, match=expected.get(what, "no image")) as caught:
+        open_dataset(path, cache_dir=cache)
+    assert str(path) in str(caught.value)
+    assert "expected a folder" in str(caught.value)
+
+
+def test_an_on_bad_that_is_no_option(folder, cache):
+    with pytest.raises(ValueError, match="on_bad"):
+        open_dataset(folder, on_bad="ignore", cache_dir=cache)
+
+
+def test_a_file_system_that_fails_for_a_moment(folder, cache, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
+    dataset = open_dataset(folder, cache_dir=cache)
+    failures = [OSError(5, "Input/output error")] * 2
+
+    def flaky(*args, real=np.fromfile):
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(np, "fromfile", flaky)
+    assert bytes(dataset.read(0)) == (folder / "a.jpg").read_bytes()
+    failures += [OSError(5, "Input/output error")] * 3
+    with pytest.raises(DataError, match=r"a\.jpg: cannot be read after 3 tries"):
+        dataset.read(0)
