@@ -72,6 +72,10 @@ def test_a_working_apex_is_found(tmp_path, monkeypatch):
     assert dict(environment._optimizers())["apex FusedAdam"] == "found"
 
 
+def test_a_library_that_crashes_after_it_answered_does_not_load():
+    assert "exit status 3" in environment._ask("print('loads', flush=True); import os; os._exit(3)")
+
+
 def test_kernels_that_do_not_import_are_reported(monkeypatch):
     def broken(name):
         raise ImportError(f"no {name}")

@@ -62,6 +62,7 @@ def test_perfect_predictions_give_the_picture_back(norm_pix_loss, chans):
     torch.testing.assert_close(result.reconstruction, result.original, atol=2e-6, rtol=0)
     assert result.mse.max() < 1e-10
     assert result.psnr.min() > 99
+    assert result.psnr.max() <= 100  # where it would be infinite
 
 
 def test_the_error_is_in_units_of_the_models_statistics():
@@ -88,6 +89,9 @@ def test_constant_patches_of_a_normalised_pixel_model_are_finite():
     result = reconstruct(tiny(1, norm_pix_loss=True), white, masks(2))
     assert all(part.isfinite().all() for part in result)
     assert result.mse.max() < 1e-4
+    model = oracle(True, 1)
+    model.shift = 1.0
+    torch.testing.assert_close(reconstruct(model, white, masks(2)).mse, torch.full((2,), 1e-6), rtol=1e-3, atol=0)
 
 
 def test_masked_patches_are_grey_and_visible_ones_untouched():

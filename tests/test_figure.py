@@ -49,6 +49,14 @@ def test_small_pictures_are_not_smoothed(tmp_path):
     assert magenta.sum() == 64 * 32 * 9
 
 
+def test_pictures_stand_upright(tmp_path):
+    flag = plain(COLORS[0]).clone()
+    flag[:, 32:] = plain(COLORS[2], (32, 64))
+    draw([Block("", "", [Row(*[plain(COLORS[1])] * 2, flag, "caption")])], tmp_path / "a.png")
+    image = drawn(tmp_path / "a.png")
+    assert area(image, [255, 0, 0])[0].stop == area(image, [0, 0, 255])[0].start
+
+
 @pytest.mark.parametrize(("size", "shown"), [((224, 320), (224, 320)), ((1024, 512), (448, 224)), ((8, 16), (88, 176))])
 def test_sizes(size, shown, tmp_path):
     draw([Block("", "", [row(size)])], tmp_path / "a.png")
@@ -71,7 +79,7 @@ def test_channels_and_values_out_of_range(pixel, shown, tmp_path):
 
 
 def test_blocks_stand_below_each_other_and_rows_wrap(tmp_path):
-    first, second = [row() for _ in range(5)], [row(colors=[(1.0, 0.0, 1.0)] * 3, name="a $photo$ of a cat " * 9)]
+    first, second = [row(name="long " * 20) for _ in range(5)], [row(colors=[(1.0, 0.0, 1.0)] * 3, name=r"$\frac$")]
     draw([Block("one", "", first), Block("two", "", second)], tmp_path / "a.png")
     image = drawn(tmp_path / "a.png")
     red, magenta = (np.nonzero((image == color).all(-1)) for color in ([255, 0, 0], [255, 0, 255]))

@@ -47,9 +47,9 @@ def fill_inverse_distance(images: Tensor, visible: Tensor, power: float = INVERS
     rows = torch.fft.fftfreq(padded[0], d=1 / padded[0], dtype=torch.float64, device=images.device)
     columns = torch.fft.fftfreq(padded[1], d=1 / padded[1], dtype=torch.float64, device=images.device)
     squared = rows[:, None] ** 2 + columns**2
-    weights = squared.clamp_min(1.0) ** (-power / 2)
-    weights[0, 0] = 0.0  # a masked pixel is not its own neighbour
-    spectrum = torch.fft.rfft2(weights)
+    spectrum = torch.fft.rfft2(
+        squared.clamp_min(1.0) ** (-power / 2)
+    )  # at distance 0 a masked pixel finds itself: a zero
 
     def weighted_sum(values: Tensor) -> Tensor:
         return torch.fft.irfft2(torch.fft.rfft2(values, s=padded) * spectrum, s=padded)[..., :height, :width]
