@@ -145,6 +145,7 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
 
     from fastmae import data
     from fastmae.model import create_model
+    from fastmae.ops import _xformers
     from fastmae.train.checkpoint import latest_checkpoint, list_checkpoints
     from fastmae.train.loop import Trainer
 
@@ -152,6 +153,8 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
         torch.set_num_threads(config.train.num_threads)
     device = _device(config.train.device)
     dataset = data.open_dataset(config.data.path, on_bad=config.data.on_bad)
+    if config.model.attention == "xformers":
+        _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)
     model = create_model(**config.model_arguments()).to(device)
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)

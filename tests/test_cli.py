@@ -120,8 +120,10 @@ def test_help_documents_every_field_without_importing_torch():
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("False\n")
     flags = "--out --resume --recipe --data.path --data.loader --data.on-bad --model.name --model.img-size"
-    flags += " --model.patch-size --model.mask-ratio --model.norm-pix-loss --train.global-batch-size --train.batch-size --train.epochs"
-    flags += " --train.steps --train.base-lr --train.seed --train.precision --train.compile --train.device"
+    flags += " --model.patch-size --model.mask-ratio --model.norm-pix-loss --train.global-batch-size --train.batch-size"
+    flags += (
+        " --train.epochs --train.steps --train.base-lr --train.seed --train.precision --train.compile --train.device"
+    )
     assert not [flag for flag in flags.split() if flag not in done.stdout]
     assert "(required)" not in done.stdout
 
@@ -136,6 +138,7 @@ def test_help_documents_every_field_without_importing_torch():
         ("--model.num-heads 5", "embed_dim: expected a multiple of num_heads=5, got 128"),
         ("--train.batch-size 5", "--train.global-batch-size: expected a multiple of --train.batch-size 5, got 32"),
         ("--data.path /no/such/folder", "/no/such/folder"),
+        ("--model.attention xformers --train.device cpu", "'xformers'"),
         ("--train.steps 5 --train.warmup-steps 9", "--train.warmup-steps: expected a warm-up shorter than the run"),
     ],
 )

@@ -51,6 +51,7 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
         ("model", {"name": "resnet50"}, r"--model.name: expected one of mae_vit_tiny_patch16.*got 'resnet50'"),
         ("model", {"mask_ratio": 1.0}, r"--model.mask-ratio: .*strictly between 0 and 1, got 1.0"),
         ("model", {"mask_ratio": 0.0}, r"--model.mask-ratio: .*got 0.0"),
+        ("model", {"mask_ratio": 0.999}, r"--model.mask-ratio: .*0.999 of 64 patches keeps 0"),
         ("model", {"img_size": 60}, r"--model.img-size: .*divisible by the patch size 8x8, got 60x60"),
         ("model", {"img_size": (64, 60)}, r"--model.img-size: .*got 64x60"),
         ("model", {"patch_size": None, "img_size": 72}, r"--model.img-size: .*patch size 16x16, got 72x72"),

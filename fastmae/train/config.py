@@ -155,6 +155,7 @@ def validate(config: PretrainConfig) -> None:
         ValueError: names the flag, the value that came and what was expected.
     """
     from fastmae.model import PRESETS
+    from fastmae.ops._check import num_kept
 
     model, data, train = config.model, config.data, config.train
 
@@ -165,8 +166,7 @@ def validate(config: PretrainConfig) -> None:
 
     require(model.name in PRESETS, "model", "name", f"one of {', '.join(PRESETS)}")
     require(0 < model.mask_ratio < 1, "model", "mask_ratio", "a number strictly between 0 and 1")
-    sizes = {"img_size": config.img_size, "patch_size": model.patch_size or PRESETS[model.name]["patch_size"]}
-    patch = sizes["patch_size"]
+    patch = model.patch_size or PRESETS[model.name]["patch_size"]
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     require(min(config.img_size) > 0, "model", "img_size", "positive numbers")
     require(min(patch) > 0, "model", "patch_size", "positive numbers")
@@ -176,6 +176,10 @@ def validate(config: PretrainConfig) -> None:
             f"--model.img-size: expected a size divisible by the patch size {patch[0]}x{patch[1]}, got {size}; "
             "change it or --model.patch-size"
         )
+    try:
+        num_kept(math.prod(size // p for size, p in zip(config.img_size, patch, strict=True)), model.mask_ratio)
+    except ValueError as error:
+        raise ValueError(f"--model.mask-ratio: {error}") from error
     for name in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
         require((getattr(model, name) or 1) > 0, "model", name, "a positive number")
 
