@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import signal
 import traceback
 
 import pytest
@@ -11,6 +14,7 @@ from training import make_trainer, write_images
 
 from fastmae.train.metrics import StepValues, mean_of_finite
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.signals import StopRequest
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +158,32 @@ def test_a_mean_of_nothing_finite_is_none():
     assert mean_of_finite([float("inf")]) is None
 
 
-@pytest.mark.slow
-def test_a_compiled_model_trains_to_the_same_losses(tmp_path, images):
+def test_a_compiled_model_trains_to_the_same_losses(tmp_path, images, monkeypatch):
+    """With the graph that the compiler captures, run without the code generation that takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     losses = []
     for compiled in (False, True):
         trainer = make_trainer(tmp_path / str(compiled), images, precision="fp32", compile=compiled)
         trainer.fit()
         losses.append([row["loss"] for row in trainer.run.read_metrics()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_the_first_signal_asks_and_the_second_leaves():
+    child = os.fork()
+    if child == 0:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            if stop.requested == "SIGINT":
+                os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)  # not reached
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
+
+
+def test_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert stop.requested is None
