@@ -11,6 +11,7 @@ from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
 from fastmae.data.loader import Loader, default_threads
+from fastmae.ops.philox import split_seed
 
 LoaderKind = Literal["auto", "dali", "torch"]
 
@@ -83,6 +84,7 @@ def create_loader(
         raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+    split_seed(seed)
     device = torch.device(device)
     if choose_loader(dataset, loader) == "dali":
         from fastmae.data.dali_loader import DaliLoader as Chosen

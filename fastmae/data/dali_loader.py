@@ -22,12 +22,14 @@ import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline
 
-from fastmae.data.batch import Batch
+from fastmae.data.batch import Batch, DataError
+from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, resize_crop_into
 from fastmae.data.loader import PREFETCH, Loader, Plan
 
 logger = logging.getLogger(__name__)
 
+_MAX_FAILURES = 3
 _NO_FILE = np.frombuffer(b"/nonexistent/placeholder", np.uint8)
 
 
@@ -36,11 +38,12 @@ class DaliLoader(Loader):
 
     kind = "dali"
 
-    def __init__(self, dataset, **options):
+    def __init__(self, dataset: Dataset, **options):
         super().__init__(dataset, **options)
         self._on_gpu = self.device.type == "cuda"
         self._plans: deque[Plan] = deque()
         self._pipeline: Pipeline | None = None
+        self._failures = 0
         self._stream = torch.cuda.Stream(self.device) if self._on_gpu else None
 
     def close(self) -> None:
@@ -49,20 +52,23 @@ class DaliLoader(Loader):
 
     def produce(self, step: int) -> Batch:
         while True:
+            if self._pipeline is None:
+                self._plans.clear()
+                self._pipeline = self._build(step)
             try:
-                if self._pipeline is None:
-                    self._plans.clear()
-                    self._pipeline = self._build(step)
                 (crops,) = self._pipeline.run()
-                return self._deliver(self._plans.popleft(), crops)
+                batch = self._deliver(self._plans[0], crops)
             except RuntimeError as error:
                 plan = self._plans[0] if self._plans else self.plan(step)
                 self._pipeline = None
                 if plan.error is not None:
                     raise plan.error from error
-                if not self._find_bad(plan):
-                    logger.warning("DALI cannot make step %d, so it is decoded on the host: %s", step, error)
-                    return self._make_on_host(plan)
+                if self._find_bad(plan):
+                    continue
+                return self._make_on_host(plan, error)
+            self._plans.popleft()
+            self._failures = 0
+            return batch
 
     def _build(self, step: int) -> Pipeline:
         feed = _feed(weakref.ref(self), self._plans, step, self.batch_size, with_flips=self._on_gpu)
@@ -88,7 +94,10 @@ class DaliLoader(Loader):
                 images = fn.resize(images, size=self.img_size, interp_type=types.INTERP_CUBIC, antialias=True)
                 images = fn.flip(images, horizontal=mirrored[0])
             pipeline.set_outputs(images)
-        pipeline.build()
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise DataError(f"DALI cannot build its pipeline on {self.device}: {error}") from error
         return pipeline
 
     def _deliver(self, plan: Plan, crops) -> Batch:
@@ -128,7 +137,12 @@ class DaliLoader(Loader):
         self.for_each(check, self.batch_size)
         return set(self._bad) != known
 
-    def _make_on_host(self, plan: Plan) -> Batch:
+    def _make_on_host(self, plan: Plan, error: RuntimeError) -> Batch:
+        """For a step that DALI fails at although every image decodes: once in a while, not all the time."""
+        self._failures += 1
+        if self._failures > _MAX_FAILURES:
+            raise DataError(f"DALI failed at {self._failures} steps in a row: {error}") from error
+        logger.warning("DALI cannot make step %d, so it is decoded on the host: %s", plan.step, error)
         images = self.empty_images()
         out = images.numpy()
         self.for_each(lambda j: self.render(plan, j, out[j]), self.batch_size)

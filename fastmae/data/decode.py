@@ -64,7 +64,7 @@ def _decode_png(encoded: np.ndarray) -> np.ndarray:
     with Image.open(BytesIO(encoded), formats=["PNG"]) as image:
         if image.mode.startswith("I"):
             return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        return np.asarray(image.convert("RGB"))
+        return np.array(image.convert("RGB"))
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastmae.data.batch import Batch
+from fastmae.data.dataset import Dataset
 from fastmae.data.loader import Loader
 
 CACHE_BYTES = 256 << 20
@@ -18,9 +19,10 @@ class TorchLoader(Loader):
     # Two batches are in the making at once, so that no thread waits for the slowest image of a batch.
     num_producers = 2
 
-    def __init__(self, dataset, *, cache_bytes: int = CACHE_BYTES, **options):
+    def __init__(self, dataset: Dataset, *, cache_bytes: int | None = None, **options):
         super().__init__(dataset, **options)
-        self._images: dict[int, np.ndarray] | None = {} if dataset.decoded_bytes(cache_bytes) <= cache_bytes else None
+        limit = CACHE_BYTES if cache_bytes is None else cache_bytes
+        self._images: dict[int, np.ndarray] | None = {} if dataset.decoded_bytes(limit) <= limit else None
 
     def image(self, sample_id: int) -> np.ndarray:
         if self._images is None:

@@ -1,0 +1,99 @@
+"""The embedded photographs, held-out ones, and pictures for the reconstruct command."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from fastmae.data import (
+    Augment,
+    DataError,
+    create_loader,
+    fixed_crops,
+    open_dataset,
+    photographs,
+    read_images,
+    validation_photographs,
+)
+
+
+def test_splits_share_no_scene():
+    assert not set(photographs.TRAINING) & set(photographs.VALIDATION.values())
+    scenes = [name.split("_left")[0].split("_right")[0] for name in photographs.TRAINING]
+    assert not set(scenes) & {name.split(".")[0] for name in photographs.VALIDATION.values()}
+
+
+def test_training_split():
+    dataset = open_dataset(None)
+    assert dataset.embedded
+    assert dataset.bad == []
+    assert len(dataset) == len(photographs.TRAINING)
+    for sample_id in range(len(dataset)):
+        pixels = dataset.decode(sample_id)
+        assert pixels.shape == (*dataset.shape(sample_id), 3)
+        assert pixels.std() > 5
+
+
+def test_a_hundred_batches_are_right_and_various():
+    with create_loader(open_dataset(None), loader="torch", batch_size=13, img_size=(32, 32), seed=0) as loader:
+        batches = [next(loader) for _ in range(20)]
+    for epoch, batch in enumerate(batches):
+        assert sorted(batch.sample_ids.tolist()) == list(range(13))
+        assert (batch.epochs == epoch).all()
+    first = torch.cat([batch.images[batch.sample_ids == 0] for batch in batches])
+    assert len(torch.unique(first.flatten(1), dim=0)) == 20
+
+
+@pytest.mark.parametrize("img_size", [(64, 64), (32, 96)])
+def test_validation_split(img_size):
+    names, images = validation_photographs(img_size)
+    assert names == list(photographs.VALIDATION)
+    assert images.shape == (len(names), 3, *img_size)
+    assert images.dtype == torch.uint8
+    assert (images.float().std((1, 2, 3)) > 20).all()
+
+
+def test_files_missing_from_another_version(monkeypatch, caplog):
+    monkeypatch.setattr(photographs, "TRAINING", ("astronaut.png", "not_there.png"))
+    assert len(open_dataset(None)) == 1
+    assert "not_there.png" in caplog.text
+    monkeypatch.setattr(photographs, "TRAINING", ("not_there.png",))
+    with pytest.raises(DataError, match="found none"):
+        open_dataset(None)
+
+
+def test_fixed_crops_are_those_of_a_loader():
+    dataset, augment = open_dataset(None), Augment(scale=(0.3, 0.6))
+    crops = fixed_crops(dataset, (24, 32), seed=5, epoch=3, count=20, augment=augment)
+    options = {"batch_size": 20, "img_size": (24, 32), "seed": 5, "position": 3 * len(dataset), "augment": augment}
+    with create_loader(dataset, loader="torch", **options) as loader:
+        assert torch.equal(next(loader).images, crops)
+    assert not torch.equal(crops, fixed_crops(dataset, (24, 32), seed=6, epoch=3, count=20, augment=augment))
+
+
+def test_read_images_turns_crops_and_resizes(tmp_path):
+    gradient = np.zeros((60, 100, 3), np.uint8)
+    gradient[..., 0] = np.linspace(0, 255, 100)
+    gradient[..., 1] = np.linspace(0, 255, 60)[:, None]
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(gradient).save(tmp_path / "turned.png", exif=tags)
+    Image.fromarray(gradient[..., 0]).save(tmp_path / "grey.jpg", quality=95)
+    images = read_images([tmp_path / "turned.png", str(tmp_path / "grey.jpg")], (30, 20))
+    assert images.shape == (2, 3, 30, 20)
+    assert images.dtype == torch.uint8
+    upright = ImageOps.exif_transpose(Image.open(tmp_path / "turned.png"))
+    expected = np.asarray(ImageOps.fit(upright, (20, 30), Image.Resampling.BICUBIC))
+    assert np.abs(images[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 3
+    assert (images[1, 0] == images[1, 2]).all()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"plain text", b"\xff\xd8\xff\xe0 a broken jpeg"])
+def test_read_images_names_the_file_that_fails(tmp_path, content):
+    path = tmp_path / "picture.jpg"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=r"picture\.jpg"):
+        read_images([path], (16, 16))
