@@ -12,8 +12,9 @@ from PIL import Image
 
 from fastmae.train.weights import load_model
 
-# Masked-patch errors that a short trial of this size reached; the whole run must do at least as well.
-NEW_CROPS, UNSEEN = 0.32, 0.29
+# What a short trial of a model of this size reached on masked patches: new crops in absolute terms; photographs that it
+# never saw against their mean visible colour, since photographs differ too much for one number.
+NEW_CROPS, UNSEEN_OVER_MEAN_COLOR = 0.32, 0.29 / 0.33
 
 
 def main() -> None:
@@ -40,13 +41,17 @@ def main() -> None:
     sets = summary["sets"]
     if len(sets) != 2:
         problems.append(f"expected two sets of pictures, got {list(sets)}")
-    for (name, numbers), goal in zip(sets.items(), (NEW_CROPS, UNSEEN), strict=False):
+    for index, (name, numbers) in enumerate(sets.items()):
         error, color, distance = (numbers[k] for k in ("mse", "mse_mean_color", "mse_inverse_distance"))
         print(f"{name}: error {error:.3f}; mean colour {color:.3f}, inverse distance {distance:.3f}")
         if not all(math.isfinite(value) and value > 0 for value in (error, color, distance)):
             problems.append(f"{name}: an error is not finite and positive")
+        goal = NEW_CROPS if index == 0 else UNSEEN_OVER_MEAN_COLOR * color
         if arguments.whole and error > goal:
-            problems.append(f"{name}: error {error:.3f} is above {goal}")
+            problems.append(f"{name}: error {error:.3f} is above {goal:.3f}")
+        for image, own in numbers.get("images", {}).items():
+            error, color, distance = (own[k] for k in ("mse", "mse_mean_color", "mse_inverse_distance"))
+            print(f"  {image}: error {error:.3f}; mean colour {color:.3f}, inverse distance {distance:.3f}")
     if arguments.whole and summary["seconds"] > 240:
         problems.append(f"training took {summary['seconds']:.0f} s, more than four minutes")
     if problems:

@@ -229,6 +229,21 @@ def test_summary_averages_over_every_image_and_mask(tmp_path):
         assert numbers[name] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
 
 
+def test_named_images_have_errors_of_their_own(tmp_path):
+    path, names = tmp_path / "a.png", {"a": ["cat", "coffee"]}
+    numbers = evaluate_sets(
+        tiny(), {"a": pictures(2), "b": pictures(1)}, mask_ratio=0.5, seed=3, path=path, names=names, num_masks=6
+    )
+    assert list(numbers["a"]["images"]) == ["cat", "coffee"]
+    for metric in ("mse", "mse_mean_color", "mse_inverse_distance", "psnr"):
+        each = [numbers["a"]["images"][name][metric] for name in names["a"]]
+        assert each[0] != each[1]
+        assert sum(each) / 2 == pytest.approx(numbers["a"][metric])
+    assert "images" not in numbers["b"]
+    with pytest.raises(ValueError, match=r"names\['a'\]: expected 1 names"):
+        evaluate_sets(tiny(), {"a": pictures(1)}, mask_ratio=0.5, seed=3, path=path, names=names)
+
+
 def test_an_empty_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"sets\['none'\]: expected at least one image"):
         evaluate_sets(tiny(), {"none": pictures(0)}, mask_ratio=0.75, seed=0, path=tmp_path / "a.png")
@@ -237,9 +252,7 @@ def test_an_empty_set_is_refused(tmp_path):
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
 def test_the_figure_says_how_normalised_pixels_became_colours(norm_pix_loss, tmp_path, monkeypatch):
     said = {}
-    monkeypatch.setattr(
-        "fastmae.evaluate.reconstruction.draw", lambda blocks, path, **text: said.update(text, b=blocks)
-    )
+    monkeypatch.setattr("fastmae.evaluate.sets.draw", lambda blocks, path, **text: said.update(text, b=blocks))
     model = tiny(norm_pix_loss=norm_pix_loss)
     summary = evaluate_sets(model, {"a": pictures(2)}, mask_ratio=0.75, seed=0, path=tmp_path / "a.png", num_masks=2)
     assert ("target patches' own mean and standard deviation" in said["note"]) == norm_pix_loss

@@ -2,7 +2,8 @@
 
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
 from fastmae.evaluate.figure import Block, Row, draw
-from fastmae.evaluate.reconstruction import Reconstruction, evaluate_sets, masked_error, reconstruct, rows_of
+from fastmae.evaluate.reconstruction import Reconstruction, masked_error, masked_psnr, reconstruct
+from fastmae.evaluate.sets import evaluate_sets, rows_of
 
 __all__ = [
     "Block",
@@ -13,6 +14,7 @@ __all__ = [
     "fill_inverse_distance",
     "fill_mean_color",
     "masked_error",
+    "masked_psnr",
     "reconstruct",
     "rows_of",
 ]

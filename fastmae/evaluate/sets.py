@@ -1,0 +1,141 @@
+"""Reconstruction errors of whole sets of images, beside what needs no model, and the figure of their first images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastmae import ops
+from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
+from fastmae.evaluate.figure import Block, Row, draw
+from fastmae.evaluate.reconstruction import Reconstruction, masked_error, masked_psnr, reconstruct
+
+_BATCH = 32
+_MOST_MASKS = 64
+_BASELINES = {"_mean_color": fill_mean_color, "_inverse_distance": fill_inverse_distance}
+
+
+def evaluate_sets(
+    model: nn.Module,
+    sets: Mapping[str, Tensor],
+    *,
+    mask_ratio: float,
+    seed: int,
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    names: Mapping[str, Sequence[str]] | None = None,
+    num_masks: int = 256,
+    num_rows: int = 9,
+) -> dict[str, dict]:
+    """Measure reconstructions of several sets of images beside two baselines on the same masks, and draw them.
+
+    A set smaller than ``num_masks`` is evaluated with several masks an image (at most 64), so that one photograph gives
+    a steady number too. The picture shows the first images of each set with their first mask, not chosen ones.
+
+    Args:
+        model: a ``MaskedAutoencoderViT`` with its decoder.
+        sets: uint8 (N, C, H, W) by heading; moved to the model's device.
+        mask_ratio: in (0, 1).
+        seed: of the masks.
+        path: of the PNG; written whole or not at all.
+        dtype: as for :func:`reconstruct`.
+        names: an image's name each, by heading, for the sets that have them.
+        num_masks: at least so many (image, mask) pairs are averaged where 64 masks an image suffice for it.
+        num_rows: most images of a set in the picture.
+
+    Returns:
+        By heading: ``mse``, ``mse_mean_color``, ``mse_inverse_distance`` (pixels normalised with the model's mean and
+        std), ``psnr``, ``psnr_mean_color``, ``psnr_inverse_distance`` (decibels), ``num_images``, ``masks_per_image``,
+        ``mask_ratio``, ``denormalized_with_target_statistics``; for a set with names also ``images``, the first six by
+        name. Plain Python numbers.
+
+    Raises:
+        ValueError: an empty set, names that do not fit, or what :func:`reconstruct` refuses.
+    """
+    summary, blocks = {}, []
+    for heading, images in sets.items():
+        labels = list((names or {}).get(heading, []))
+        if len(images) == 0:
+            raise ValueError(f"sets[{heading!r}]: expected at least one image, got none")
+        if labels and len(labels) != len(images):
+            raise ValueError(f"names[{heading!r}]: expected {len(images)} names, one an image, got {len(labels)}")
+        errors, draws, rows = _evaluate(model, images, mask_ratio, seed, dtype, num_masks, num_rows)
+        numbers = {metric: float(values.mean()) for metric, values in errors.items()} | {
+            "num_images": len(images),
+            "masks_per_image": draws,
+            "mask_ratio": mask_ratio,
+            "denormalized_with_target_statistics": bool(model.norm_pix_loss),
+        }
+        if labels:
+            rows = [row._replace(name=label) for row, label in zip(rows, labels, strict=False)]
+            numbers["images"] = {
+                label: {metric: float(values[i]) for metric, values in errors.items()} for i, label in enumerate(labels)
+            }
+        summary[heading] = numbers
+        blocks.append(Block(heading[:1].upper() + heading[1:], _describe(numbers), rows))
+    note = "De-normalised with the target patches' own mean and standard deviation. " if model.norm_pix_loss else ""
+    draw(
+        blocks,
+        path,
+        title=f"Masked autoencoder, {100 * mask_ratio:g} % of patches masked",
+        note=f"{note}Visible patches are pasted. Error: mean squared, masked patches only, pixels in units of the "
+        "data's standard deviation.",
+    )
+    return summary
+
+
+def rows_of(result: Reconstruction) -> list[Row]:
+    """The images of a reconstruction as rows of a figure."""
+    pictures = zip(result.masked.cpu(), result.reconstruction.cpu(), result.original.cpu(), strict=True)
+    hidden = 1 - result.visible.float().mean((1, 2, 3))
+    errors = zip(hidden.tolist(), result.mse.tolist(), result.psnr.tolist(), strict=True)
+    captions = [f"mask {100 * ratio:.0f} %, error {mse:.3f}, {psnr:.1f} dB" for ratio, mse, psnr in errors]
+    return [Row(*triplet, caption) for triplet, caption in zip(pictures, captions, strict=True)]
+
+
+def _evaluate(
+    model: nn.Module, images: Tensor, mask_ratio: float, seed: int, dtype: torch.dtype, num_masks: int, num_rows: int
+) -> tuple[dict[str, Tensor], int, list[Row]]:
+    """Each image's errors, float64 (N,) by metric; the number of masks an image; rows for the figure."""
+    device = model.mean.device
+    draws = min(_MOST_MASKS, math.ceil(num_masks / len(images))) or 1
+    drawn: dict[str, list[Tensor]] = {}
+    rows: list[Row] = []
+    for draw_index in range(draws):
+        for start in range(0, len(images), _BATCH):
+            batch = images[start : start + _BATCH].to(device)
+            ids = torch.arange(start, start + len(batch), device=device)
+            masking = ops.random_masking(
+                len(batch), model.num_patches, mask_ratio, seed=seed, epoch=draw_index, sample_ids=ids, device=device
+            )
+            result = reconstruct(model, batch, masking, dtype=dtype)
+            for metric, values in _errors(result, model.std).items():
+                drawn.setdefault(metric, []).append(values.double().cpu())
+            if draw_index == 0 and len(rows) < num_rows:
+                rows += rows_of(result)[: num_rows - len(rows)]
+    errors = {metric: torch.cat(values).view(draws, len(images)).mean(0) for metric, values in drawn.items()}
+    return errors, draws, rows
+
+
+def _errors(result: Reconstruction, std: Tensor) -> dict[str, Tensor]:
+    """(N,) by metric: the model's, then each baseline's."""
+    errors = {"mse": result.mse, "psnr": result.psnr}
+    for name, fill in _BASELINES.items():
+        filled = fill(result.original, result.visible)
+        errors[f"mse{name}"] = masked_error(filled, result.original, result.visible, std.view(1, -1, 1, 1))
+        errors[f"psnr{name}"] = masked_psnr(filled, result.original, result.visible)
+    return errors
+
+
+def _describe(numbers: dict) -> str:
+    count = f"{numbers['num_images']} image{'s' if numbers['num_images'] > 1 else ''}"
+    masks = f" x {numbers['masks_per_image']} masks" if numbers["masks_per_image"] > 1 else ""
+    return (
+        f"Error {numbers['mse']:.3f} ({numbers['psnr']:.1f} dB) over {count}{masks}. Without a model, same masks: "
+        f"mean visible colour {numbers['mse_mean_color']:.3f}, inverse-distance filling "
+        f"{numbers['mse_inverse_distance']:.3f}"
+    )
