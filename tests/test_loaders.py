@@ -159,14 +159,11 @@ def test_batch_size_does_not_matter(dataset, kind):
 
 
 def test_decoded_once_or_each_time_is_the_same(dataset, monkeypatch):
-    from fastmae.data import torch_loader
-
     kept = take(dataset, "torch", 6)
-    monkeypatch.setattr(torch_loader, "CACHE_BYTES", 0)
     decoded = []
     decode = Dataset.decode
     monkeypatch.setattr(Dataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
-    assert_equal(take(dataset, "torch", 12)[:6], kept)
+    assert_equal(take(dataset, "torch", 12, cache_bytes=0)[:6], kept)
     assert len(decoded) > len(dataset)
 
 

@@ -53,6 +53,7 @@ def create_loader(
     device: torch.device | str = "cpu",
     augment: Augment | None = None,
     num_threads: int | None = None,
+    cache_bytes: int = 256 << 20,
 ) -> Loader:
     """An endless iterator of ``Batch``, made ahead in background threads.
 
@@ -68,6 +69,7 @@ def create_loader(
         device: where batches are handed out.
         augment: crop and flip; None for ``Augment()``.
         num_threads: decoding threads; None for one a core (half the cores where ``device`` is the CPU, which trains).
+        cache_bytes: the torch loader decodes each image once and keeps it, if all of them together take no more.
 
     Raises:
         ValueError: an argument out of range.
@@ -86,19 +88,21 @@ def create_loader(
         raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
     split_seed(seed)
     device = torch.device(device)
+    options = {
+        "batch_size": batch_size,
+        "img_size": (height, width),
+        "seed": seed,
+        "position": position,
+        "rank": rank,
+        "world_size": world_size,
+        "device": device,
+        "augment": augment or Augment(),
+        "num_threads": num_threads or default_threads(device),
+    }
     if choose_loader(dataset, loader) == "dali":
-        from fastmae.data.dali_loader import DaliLoader as Chosen
-    else:
-        from fastmae.data.torch_loader import TorchLoader as Chosen
-    return Chosen(
-        dataset,
-        batch_size=batch_size,
-        img_size=(height, width),
-        seed=seed,
-        position=position,
-        rank=rank,
-        world_size=world_size,
-        device=device,
-        augment=augment or Augment(),
-        num_threads=num_threads or default_threads(device),
-    )
+        from fastmae.data.dali_loader import DaliLoader
+
+        return DaliLoader(dataset, **options)
+    from fastmae.data.torch_loader import TorchLoader
+
+    return TorchLoader(dataset, cache_bytes=cache_bytes, **options)

@@ -8,9 +8,6 @@ from fastmae.data.batch import Batch
 from fastmae.data.dataset import Dataset
 from fastmae.data.loader import Loader
 
-CACHE_BYTES = 256 << 20
-"""Data sets that take no more than this when decoded are decoded once."""
-
 
 class TorchLoader(Loader):
     """Decodes with torchvision and resizes with torch, both of which release the interpreter lock, in threads."""
@@ -19,10 +16,10 @@ class TorchLoader(Loader):
     # Two batches are in the making at once, so that no thread waits for the slowest image of a batch.
     num_producers = 2
 
-    def __init__(self, dataset: Dataset, *, cache_bytes: int | None = None, **options):
+    def __init__(self, dataset: Dataset, *, cache_bytes: int, **options):
         super().__init__(dataset, **options)
-        limit = CACHE_BYTES if cache_bytes is None else cache_bytes
-        self._images: dict[int, np.ndarray] | None = {} if dataset.decoded_bytes(limit) <= limit else None
+        small = dataset.decoded_bytes(cache_bytes) <= cache_bytes
+        self._images: dict[int, np.ndarray] | None = {} if small else None
 
     def image(self, sample_id: int) -> np.ndarray:
         if self._images is None:
