@@ -1,0 +1,186 @@
+"""The decoder's input: visible tokens in their places, the mask token in the others, positions on all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmae.ops._check import check, check_floating
+from fastmae.ops._dispatch import load_kernels, takes_triton
+from fastmae.ops.gather_tokens import check_values, flat_rows, scatter_tokens, tile_of, with_contiguous_rows
+
+_kernels = load_kernels("restore_tokens")
+
+_CHUNK = 128
+"""Rows that one partial sum of the mask token's gradient covers; fixed, so that the order of the sum is."""
+
+
+def restore_tokens(
+    visible: Tensor,
+    mask_token: Tensor,
+    ids_restore: Tensor,
+    pos_embed: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """Unshuffle, fill with the mask token and add positions, in one pass (He et al. 2022, section 3, "MAE decoder").
+
+    With P prefix tokens (the class token), K visible patches and L patches::
+
+        out[n, p]     = visible[n, p]                       + pos_embed[0, p]       for p < P
+        out[n, P + l] = visible[n, P + ids_restore[n, l]]   + pos_embed[0, P + l]   where ids_restore[n, l] < K
+        out[n, P + l] = mask_token                          + pos_embed[0, P + l]   elsewhere
+
+    Args:
+        visible: floating point (N, P + K, E), any strides; N may be 0. Copied first unless the last dimension is
+            contiguous.
+        mask_token: (1, 1, E) or (E,).
+        ids_restore: int64 (N, L), values in [0, L), L >= K: a permutation in each row, as ``Masking`` has it. (Rows
+            that are none are treated as the formula says, gradients included.)
+        pos_embed: (1, P + L, E), or None to add nothing.
+        num_prefix_tokens: P.
+
+    Returns:
+        (N, P + L, E), contiguous. The dtype is what ``cat`` and ``+`` would give: ``torch.promote_types`` over the
+        three tensors, so bfloat16 tokens with float32 tables become float32. Differentiable once, with respect to
+        visible, mask_token and pos_embed; the gradients of the tables are summed in float32 (float64 for float64), in
+        a fixed order.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device. Values of ids_restore are checked on the CPU only.
+    """
+    p = num_prefix_tokens
+    check(isinstance(p, int) and not isinstance(p, bool) and p >= 0, "num_prefix_tokens", "an int >= 0", p)
+    expected = f"a floating point tensor of shape (N, {p} + K, E), K >= 1 and E >= 1"
+    check_floating("visible", visible, expected)
+    check(visible.ndim == 3 and visible.shape[1] > p and visible.shape[2] > 0, "visible", expected, visible)
+    n, rows, dim = visible.shape
+    device = visible.device
+    expected = f"a floating point tensor of shape (1, 1, {dim}) or ({dim},) on {device}"
+    check_floating("mask_token", mask_token, expected)
+    valid = tuple(mask_token.shape) in ((1, 1, dim), (dim,)) and mask_token.device == device
+    check(valid, "mask_token", expected, mask_token)
+    expected = f"an int64 tensor of shape ({n}, L), L >= K = {rows - p}, on {device}"
+    valid = isinstance(ids_restore, Tensor) and ids_restore.dtype == torch.int64 and ids_restore.ndim == 2
+    check(valid, "ids_restore", expected, ids_restore)
+    length = ids_restore.shape[1]
+    valid = ids_restore.shape[0] == n and length >= rows - p and ids_restore.device == device
+    check(valid, "ids_restore", expected, ids_restore)
+    if pos_embed is not None:
+        expected = f"a floating point tensor of shape (1, {p + length}, {dim}) on {device}"
+        check_floating("pos_embed", pos_embed, expected)
+        valid = tuple(pos_embed.shape) == (1, p + length, dim) and pos_embed.device == device
+        check(valid, "pos_embed", expected, pos_embed)
+        pos_embed = pos_embed[0]
+    return _restore_tokens(visible, mask_token.reshape(dim), ids_restore, pos_embed, p)
+
+
+def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> torch.dtype:
+    dtype = torch.promote_types(visible.dtype, mask_token.dtype)
+    return dtype if pos_embed is None else torch.promote_types(dtype, pos_embed.dtype)
+
+
+@torch.library.custom_op("fastmae::restore_tokens", mutates_args=())
+def _restore_tokens(
+    visible: Tensor, mask_token: Tensor, ids_restore: Tensor, pos_embed: Tensor | None, num_prefix: int
+) -> Tensor:
+    n, rows, dim = visible.shape
+    length, p = ids_restore.shape[1], num_prefix
+    check_values("ids_restore", ids_restore, length)
+    dtype = _result_dtype(visible, mask_token, pos_embed)
+    if not takes_triton(visible, _kernels):
+        # Row P + K of each sample is the mask token, so that one index serves visible and masked patches.
+        table = torch.cat([visible, mask_token.expand(n, 1, dim)], dim=1).view(n * (rows + 1), dim)
+        prefix = torch.arange(p, device=ids_restore.device).expand(n, p)
+        index = torch.cat([prefix, (ids_restore + p).clamp_(max=rows)], dim=1)
+        out = table.index_select(0, flat_rows(index, rows + 1)).view(n, p + length, dim).to(dtype)
+        return out if pos_embed is None else out.add_(pos_embed)
+    visible = with_contiguous_rows(visible)
+    out = torch.empty(n, p + length, dim, dtype=dtype, device=visible.device)
+    num_rows = n * (p + length)
+    tile = tile_of(dim, out.element_size())
+    with torch.cuda.device_of(visible):
+        _kernels.restore_tokens_kernel[(-(-num_rows // tile.rows), -(-dim // tile.columns))](
+            out, visible, mask_token.contiguous(), ids_restore.contiguous(),
+            None if pos_embed is None else pos_embed.contiguous(),
+            num_rows, p, length, rows - p, visible.stride(0), visible.stride(1),
+            E=dim, ROWS=tile.rows, BLOCK_E=tile.columns, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@_restore_tokens.register_fake
+def _(visible, mask_token, ids_restore, pos_embed, num_prefix):
+    shape = (visible.shape[0], num_prefix + ids_restore.shape[1], visible.shape[2])
+    return visible.new_empty(shape, dtype=_result_dtype(visible, mask_token, pos_embed))
+
+
+@torch.library.custom_op("fastmae::restore_tokens_backward_visible", mutates_args=())
+def _backward_visible(
+    grad: Tensor, ids_restore: Tensor, num_prefix: int, num_visible: int, dtype: torch.dtype
+) -> Tensor:
+    if takes_triton(grad, _kernels):
+        return scatter_tokens(grad, ids_restore, num_prefix, num_visible, dtype)
+    n, _, dim = grad.shape
+    accumulate = torch.promote_types(dtype, torch.float32)
+    out = torch.zeros(n, num_prefix + num_visible, dim, dtype=accumulate, device=grad.device)
+    out[:, :num_prefix] = grad[:, :num_prefix]
+    sample, patch = (ids_restore < num_visible).nonzero(as_tuple=True)
+    row = sample * (num_prefix + num_visible) + num_prefix + ids_restore[sample, patch]
+    out.view(-1, dim).index_add_(0, row, grad[sample, num_prefix + patch].to(out.dtype))
+    return out.to(dtype)
+
+
+@_backward_visible.register_fake
+def _(grad, ids_restore, num_prefix, num_visible, dtype):
+    return grad.new_empty(grad.shape[0], num_prefix + num_visible, grad.shape[2], dtype=dtype)
+
+
+@torch.library.custom_op("fastmae::restore_tokens_backward_mask_token", mutates_args=())
+def _backward_mask_token(
+    grad: Tensor, ids_restore: Tensor, num_prefix: int, num_visible: int, dtype: torch.dtype
+) -> Tensor:
+    n, _, dim = grad.shape
+    length = ids_restore.shape[1]
+    accumulate = torch.promote_types(grad.dtype, torch.float32)
+    if not takes_triton(grad, _kernels):
+        sample, patch = (ids_restore >= num_visible).nonzero(as_tuple=True)
+        return grad[sample, num_prefix + patch].sum(0, dtype=accumulate).to(dtype)
+    grad = with_contiguous_rows(grad)
+    tile = tile_of(dim, accumulate.itemsize)
+    rows = min(tile.rows, _CHUNK)
+    partial = torch.empty(-(-n * length // _CHUNK), dim, dtype=accumulate, device=grad.device)
+    with torch.cuda.device_of(grad):
+        _kernels.mask_token_grad_kernel[(len(partial), -(-dim // tile.columns))](
+            partial, grad, ids_restore.contiguous(), n * length, num_prefix, length, num_visible,
+            grad.stride(0), grad.stride(1), E=dim, CHUNK=_CHUNK, ROWS=rows, BLOCK_E=tile.columns, num_warps=4,
+        )  # fmt: skip
+    return partial.sum(0).to(dtype)
+
+
+@_backward_mask_token.register_fake
+def _(grad, ids_restore, num_prefix, num_visible, dtype):
+    return grad.new_empty(grad.shape[2], dtype=dtype)
+
+
+def _setup_context(ctx, inputs, output):
+    visible, mask_token, ids_restore, pos_embed, ctx.num_prefix = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.num_visible = visible.shape[1] - ctx.num_prefix
+    ctx.dtypes = (visible.dtype, mask_token.dtype, None if pos_embed is None else pos_embed.dtype)
+
+
+def _backward(ctx, grad):
+    (ids_restore,) = ctx.saved_tensors
+    args = (grad, ids_restore, ctx.num_prefix, ctx.num_visible)
+    visible = mask_token = pos_embed = None
+    if ctx.needs_input_grad[0]:
+        visible = _backward_visible(*args, ctx.dtypes[0])
+    if ctx.needs_input_grad[1]:
+        mask_token = _backward_mask_token(*args, ctx.dtypes[1])
+    if ctx.needs_input_grad[3]:
+        accumulate = torch.promote_types(grad.dtype, torch.float32)
+        pos_embed = grad.sum(0, dtype=accumulate).to(ctx.dtypes[2])
+    return visible, mask_token, None, pos_embed, None
+
+
+_restore_tokens.register_autograd(_backward, setup_context=_setup_context)
