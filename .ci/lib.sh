@@ -2,8 +2,8 @@
 
 say() { printf '\n== [%4d s] %s\n' "$SECONDS" "$*"; }
 
-# A copy of the tree (tracked and new files, none that git ignores) and a new virtual environment, both gone at the end.
-fresh_checkout() {
+# A copy of the tree (tracked and new files, none that git ignores), gone at the end.
+fresh_copy() {
   scratch=$(mktemp -d "${TMPDIR:-/tmp}/fastmae-ci.XXXXXX")
   trap 'rm -rf "$scratch"' EXIT
   mkdir "$scratch/tree"
@@ -16,12 +16,20 @@ fresh_checkout() {
     cp -a . "$scratch/tree"
   fi
   cd "$scratch/tree"
-  python3 -m venv "$scratch/venv"
-  export VIRTUAL_ENV="$scratch/venv" PATH="$scratch/venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
-  unset PYTHONPATH PYTHONHOME TRITON_INTERPRET || true
+  unset PYTHONPATH PYTHONHOME VIRTUAL_ENV TRITON_INTERPRET
+  export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 }
 
-# The n-th ```bash block of the README: what users are told to type is what is checked.
-readme_command() {
-  awk -v wanted="$1" '/^```bash/ { n++; inside = n == wanted; next } /^```/ { inside = 0 } inside' README.md
+# Run the n-th ```bash block of the README, which must name the given word: what users are told to type is what is
+# checked. It makes a virtual environment, .venv, which is the one that the rest of the script uses.
+run_readme_command() {
+  local command
+  command=$(awk -v wanted="$1" '/^```bash/ { n++; inside = n == wanted; next } /^```/ { inside = 0 } inside' README.md)
+  if [[ "$command" != *"$2"* ]]; then
+    echo "bash block $1 of README.md should run '$2', it is: $command" >&2
+    exit 1
+  fi
+  say "README: $command"
+  bash -euo pipefail -c "$command"
+  export PATH="$PWD/.venv/bin:$PATH"
 }
