@@ -86,7 +86,7 @@ def main() -> None:
             out, killed_now, saved_before = Path(folder) / f"round-{rounds}", True, False
             while killed_now and kills < arguments.kills:
                 while_saving = kills % 2 == 1
-                killed_now = kill_somewhere(process := start(out, arguments.steps), out, seconds / 3, while_saving)
+                killed_now = kill_somewhere(process := start(out, arguments.steps), out, 0.8 * seconds, while_saving)
                 if not killed_now:
                     finish(process)
                     break

@@ -218,8 +218,8 @@ def test_summary_averages_over_every_image_and_mask(tmp_path):
     model, images = tiny(), pictures(35)
     numbers = evaluate_sets(model, {"a": images}, mask_ratio=0.5, seed=3, path=tmp_path / "a.png", num_masks=70)["a"]
     errors, colors, distances = [], [], []
-    for epoch in range(2):
-        masking = ops.random_masking(35, 24, 0.5, seed=3, epoch=epoch)
+    for draw in range(2):
+        masking = ops.random_masking(35, 24, 0.5, seed=3, draw=draw)
         result = reconstruct(model, images, masking)
         errors.append(result.mse)
         for into, fill in ((colors, fill_mean_color), (distances, fill_inverse_distance)):

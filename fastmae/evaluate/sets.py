@@ -110,7 +110,7 @@ def _evaluate(
             batch = images[start : start + _BATCH].to(device)
             ids = torch.arange(start, start + len(batch), device=device)
             masking = ops.random_masking(
-                len(batch), model.num_patches, mask_ratio, seed=seed, epoch=draw_index, sample_ids=ids, device=device
+                len(batch), model.num_patches, mask_ratio, seed=seed, sample_ids=ids, draw=draw_index, device=device
             )
             result = reconstruct(model, batch, masking, dtype=dtype)
             for metric, values in _errors(result, model.std).items():
