@@ -6,6 +6,7 @@ Only what parses arguments is imported at the top, so that ``--help`` does not w
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -244,16 +245,18 @@ def _defaults(argv: Sequence[str]) -> PretrainConfig:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default=None)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--resume", nargs="?", const="True")
+    parser.add_argument("--resume", action="store_true")
     parser.exit_on_error = False
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError:
         return RECIPES["photographs"]  # tyro reads the same flags and words the error
-    if known.resume in ("True", "true"):
+    if known.resume:
         if known.out is None:
             raise UsageError("--resume: expected --out with the run folder to continue, got none")
         saved = read_config(known.out)
+        if saved is not None and known.recipe not in (None, saved.recipe):
+            raise UsageError(f"--recipe: the run in {known.out} was started with {saved.recipe}, got {known.recipe}")
         if saved is not None:
             return replace(saved, resume=False)
     return RECIPES[known.recipe or "photographs"]
@@ -278,7 +281,8 @@ def _is_mistake(error: Exception) -> bool:
     from fastmae.data import DataError
     from fastmae.train.checkpoint import CheckpointError
 
-    return isinstance(error, UsageError | DataError | CheckpointError | FloatingPointError)
+    full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full_disk or isinstance(error, UsageError | DataError | CheckpointError | FloatingPointError)
 
 
 def _device(name: str) -> torch.device:

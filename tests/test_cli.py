@@ -176,7 +176,10 @@ def test_an_existing_run_is_not_overwritten(run, capsys):
     assert "add --resume to continue the run in it" in mistake(capsys, "pretrain", "--out", run)
 
 
-def test_resume_needs_a_folder(capsys, tmp_path):
+def test_resume_needs_a_folder_and_the_recipe_it_began_with(run, capsys):
+    error = mistake(capsys, "pretrain", "--out", run, "--resume", "--recipe", "imagenet-vit-l")
+    assert "--recipe: " in error
+    assert "photographs, got imagenet-vit-l" in error
     assert "--resume: expected --out" in mistake(capsys, "pretrain", "--resume")
 
 

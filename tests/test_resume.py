@@ -133,7 +133,7 @@ def test_what_differs_is_named_or_refused(tmp_path, images):
     trainer = make_trainer(tmp_path / "run", tmp_path / "more", resume=True)
     differences = trainer.resume(path)
     trainer.run.close()
-    assert [d.split()[0] for d in differences] == ["data.path", "dataset.hash"]
+    assert [difference.split()[0] for difference in differences] == ["dataset.hash"]
 
 
 FLAGS = """

@@ -210,9 +210,12 @@ class Trainer:
         manifest = checkpoint.verify_checkpoint(path)
         state.check_architecture(manifest["architecture"], self.model.architecture)
         differences = state.compare_configs(manifest["config"], to_json(self.config))
-        here = {"num_threads": self.num_threads, "dataset.hash": self.dataset.hash, "versions": state.versions()}
-        saved = {**manifest, "dataset.hash": manifest["dataset"]["hash"]}
-        differences += [f"{key} was {saved[key]}, is {here[key]}" for key in here if saved[key] != here[key]]
+        saved = {"num_threads": manifest["num_threads"], "dataset.hash": manifest["dataset"]["hash"]}
+        here = {"num_threads": self.num_threads, "dataset.hash": self.dataset.hash}
+        for key, value in (here | state.versions()).items():
+            before = (saved | manifest["versions"]).get(key)
+            if before != value:
+                differences.append(f"{key} was {before}, is {value}")
         tensors, _ = checkpoint.load_checkpoint(path, verify=False)
         state.restore_tensors(tensors, self.model, self.optimizer)
         self.step = self._saved_step = manifest["step"]

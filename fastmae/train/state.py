@@ -87,6 +87,8 @@ _MAY_DIFFER = {
     "out",
     "resume",
     "recipe",
+    "data.path",  # what counts is the data set's hash
+    "data.on_bad",
     "data.num_threads",
     "train.max_minutes",
     "train.log_every_steps",
