@@ -166,7 +166,8 @@ def _random_masking_plain(n, num_patches, num_kept, seed, epoch, epochs, sample_
     ids_restore = torch.where(keep, position - 1, num_kept + index - position)
     order = _invert(ids_restore)
     mask = torch.where(keep, 0.0, 1.0)
-    return order[:, :num_kept].contiguous(), order[:, num_kept:].contiguous(), ids_restore, mask
+    # Copies: of one row, a contiguous slice would be a view, which an op may not return twice.
+    return order[:, :num_kept].clone(), order[:, num_kept:].clone(), ids_restore, mask
 
 
 def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
