@@ -177,6 +177,18 @@ def test_a_batch_larger_than_the_data_set(tmp_path, kind):
     assert not torch.equal(batch.images[0], batch.images[1])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(dataset, kind):
+    on_gpu, on_host = take(dataset, kind, 8, device="cuda"), take(dataset, "torch", 8)
+    for ours, theirs in zip(on_gpu, on_host, strict=True):
+        assert ours.images.is_cuda
+        assert ours.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(ours.sample_ids.cpu(), theirs.sample_ids)
+        assert (ours.images.cpu().int() - theirs.images.int()).abs().float().mean() < 2
+    assert_equal(take(dataset, kind, 4, device="cuda", position=4 * 5), on_gpu[4:])
+
+
 # Files that go bad after the index was made
 
 

@@ -73,6 +73,19 @@ def test_fixed_crops_are_those_of_a_loader():
     assert not torch.equal(crops, fixed_crops(dataset, (24, 32), seed=6, epoch=3, count=20, augment=augment))
 
 
+def test_fixed_crops_replace_what_does_not_decode(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for i in range(3):
+        Image.fromarray(noise + np.uint8(i)).save(tmp_path / f"{i}.png")
+    content = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(content[:500] + bytes(500) + content[1000:])
+    options = {"img_size": (16, 16), "seed": 0, "epoch": 1, "count": 6}
+    dataset = open_dataset(tmp_path, cache_dir=tmp_path / ".cache")
+    assert fixed_crops(dataset, **options).shape == (6, 3, 16, 16)
+    with pytest.raises(DataError, match=r"1\.png: does not decode"):
+        fixed_crops(open_dataset(tmp_path, on_bad="stop", cache_dir=tmp_path / ".cache"), **options)
+
+
 def test_read_images_turns_crops_and_resizes(tmp_path):
     gradient = np.zeros((60, 100, 3), np.uint8)
     gradient[..., 0] = np.linspace(0, 255, 100)

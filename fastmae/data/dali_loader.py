@@ -40,7 +40,6 @@ class DaliLoader(Loader):
 
     def __init__(self, dataset: Dataset, **options):
         super().__init__(dataset, **options)
-        self._on_gpu = self.device.type == "cuda"
         self._plans: deque[Plan] = deque()
         self._pipeline: Pipeline | None = None
         self._failures = 0
@@ -72,9 +71,7 @@ class DaliLoader(Loader):
 
     def _build(self, step: int) -> Pipeline:
         feed = _feed(weakref.ref(self), self._plans, step, self.batch_size, with_flips=self._on_gpu)
-        device_id = None
-        if self._on_gpu:
-            device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
+        device_id = self.device.index if self._on_gpu else None
         pipeline = Pipeline(self.batch_size, self.num_threads, device_id, prefetch_queue_depth=PREFETCH)
         with pipeline:
             paths, anchors, shapes, *mirrored = fn.external_source(feed, num_outputs=3 + self._on_gpu, batch=True)

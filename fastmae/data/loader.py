@@ -74,11 +74,16 @@ class Loader(ABC):
     ):
         self.dataset, self.batch_size, self.img_size, self.seed = dataset, batch_size, img_size, seed
         self.position, self.rank, self.world_size = position, rank, world_size
+        self._on_gpu = device.type == "cuda"
+        if self._on_gpu and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device, self.augment, self.num_threads = device, augment, num_threads
         self._bad: dict[int, str] = {}
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastmae-decode")
-        self._producers = ThreadPoolExecutor(self.num_producers, thread_name_prefix="fastmae-batch")
+        # Threads start on the first GPU: without this, every rank would open a context there.
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if self._on_gpu else {}
+        self._producers = ThreadPoolExecutor(self.num_producers, thread_name_prefix="fastmae-batch", **on_device)
         self._pending: deque[Future[Batch]] = deque()
         self._next_step = 0
         self._error: BaseException | None = None
@@ -100,8 +105,8 @@ class Loader(ABC):
             self._submit()
         try:
             batch = self._pending.popleft().result()
-        except DataError as error:
-            self._error = error
+        except Exception as error:
+            self._error = error  # going on would leave out this batch
             raise
         self._submit()
         return self._to_device(batch)
@@ -111,8 +116,6 @@ class Loader(ABC):
         self._next_step += 1
 
     def _to_device(self, batch: Batch) -> Batch:
-        if self.device.type == "cpu":
-            return batch
         return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def close(self) -> None:
@@ -196,12 +199,12 @@ class Loader(ABC):
 
     def empty_images(self) -> torch.Tensor:
         """Memory for a batch's images: uint8 (N, H, W, 3), pinned if it goes to a GPU."""
-        return torch.empty(self.batch_size, *self.img_size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return torch.empty(self.batch_size, *self.img_size, 3, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def finish(self, plan: Plan, images: torch.Tensor) -> Batch:
         """A batch from images (N, H, W, 3)."""
         ids, epochs = torch.from_numpy(plan.sample_ids), torch.from_numpy(plan.epochs)
-        if self.device.type == "cuda":
+        if self._on_gpu:
             ids, epochs = ids.pin_memory(), epochs.pin_memory()
         return Batch(images.permute(0, 3, 1, 2), ids, epochs)
 

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmae.data.augment import Augment, crop_boxes, flips
+from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError
+from fastmae.data.create import create_loader
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
 from fastmae.data.header import BadImage, read_header
 from fastmae.data.index import ListedFile, build_index
 from fastmae.data.retry import with_retries
-from fastmae.data.sampler import permuted_ids
 
 logger = logging.getLogger(__name__)
 
@@ -135,26 +135,14 @@ def fixed_crops(
         seed: another one than training's gives crops that training has not seen.
         epoch: where to begin.
         count: n, how many; beyond the data set's size they go on into the next epoch.
-        augment: crop and flip.
+        augment: crop and flip; None for ``Augment()``.
 
     Returns:
-        uint8 (n, 3, height, width), a channels-last view.
+        uint8 (n, 3, height, width), a channels-last view. Files that do not decode are replaced as in training.
 
     Raises:
-        DataError: a file cannot be read or does not decode.
+        DataError: a file cannot be read; or does not decode, and the data set's ``on_bad`` is ``"stop"``.
     """
-    augment = augment or Augment()
-    start = epoch * len(dataset)
-    sample_ids, epochs = permuted_ids(np.arange(start, start + count), len(dataset), seed)
-    boxes = crop_boxes(sample_ids, epochs, *dataset.shapes(sample_ids), seed=seed, augment=augment)
-    mirrored = flips(sample_ids, epochs, seed=seed, augment=augment)
-    images = torch.empty(count, *img_size, 3, dtype=torch.uint8)
-    out = images.numpy()
-    for sample_id in np.unique(sample_ids):
-        try:
-            pixels = dataset.decode(int(sample_id))
-        except UndecodableImage as error:
-            raise DataError(f"{dataset.path(int(sample_id))}: {error}") from error
-        for j in np.flatnonzero(sample_ids == sample_id):
-            resize_crop_into(out[j], pixels, boxes[j], bool(mirrored[j]))
-    return images.permute(0, 3, 1, 2)
+    options = {"img_size": img_size, "seed": seed, "augment": augment, "loader": "torch"}
+    with create_loader(dataset, batch_size=count, position=epoch * len(dataset), **options) as loader:
+        return loader.produce(0).images
