@@ -1,4 +1,8 @@
-"""Maps the folder ``kernels/`` to the package ``fastmae.kernels``; everything else stands in pyproject.toml."""
+"""Maps the folder ``kernels/`` to the package ``fastmae.kernels``; everything else stands in pyproject.toml.
+
+The folder has no ``__init__.py``: from the root of the tree it could otherwise be imported as ``kernels``, in place of
+the package of that name on PyPI, which transformers looks for.
+"""
 
 from setuptools import find_packages, setup
 

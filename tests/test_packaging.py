@@ -1,4 +1,4 @@
-"""What is shipped: the mapped kernels folder, its guard, the wheel, and requirements that hold together."""
+"""What is shipped: the mapped kernels folder, the wheel, and requirements that hold together."""
 
 from __future__ import annotations
 
@@ -30,10 +30,29 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(name): pin for name, pin in (line.split("==") for line in lines if line)}
 
 
-def test_kernels_refuses_to_be_a_top_level_import():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "import them as fastmae.kernels" in done.stderr
+def run_python(code: str, *path: Path) -> str:
+    """Output of a Python whose first import path is the root of the tree, as for anyone who works there."""
+    lines = [f"import sys; sys.path[1:1] = {[str(p) for p in path]!r}", code]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_kernels_folder_gives_way_to_the_package_of_that_name(tmp_path):
+    # Hugging Face publishes a package named "kernels", which transformers looks for. A folder without __init__.py
+    # loses to a package anywhere on the path, and does not count as one where there is none.
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("owner = 'another project'")
+    assert run_python("import kernels; print(kernels.owner)", tmp_path).strip() == "another project"
+    assert run_python("import kernels; print(kernels.__file__)").strip() == "None"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_transformers_imports_next_to_the_kernels_folder():
+    pytest.importorskip("transformers")
+    code = "from transformers.utils.import_utils import is_kernels_available; print(is_kernels_available())"
+    assert run_python(code).strip() in ("True", "False")
 
 
 def test_kernels_symlink_serves_the_uninstalled_tree():

@@ -5,5 +5,20 @@ works under autograd, autocast and ``torch.compile(fullgraph=True)``. Nothing he
 """
 
 from fastmae.ops.attention import attention, attention_qkvpacked
+from fastmae.ops.gather_patches import gather_patches
+from fastmae.ops.gather_tokens import gather_tokens
+from fastmae.ops.masked_patch_mse import masked_patch_mse
+from fastmae.ops.masking import Masking, masking_from_noise, random_masking
+from fastmae.ops.restore_tokens import restore_tokens
 
-__all__ = ["attention", "attention_qkvpacked"]
+__all__ = [
+    "Masking",
+    "attention",
+    "attention_qkvpacked",
+    "gather_patches",
+    "gather_tokens",
+    "masked_patch_mse",
+    "masking_from_noise",
+    "random_masking",
+    "restore_tokens",
+]

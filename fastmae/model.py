@@ -1,0 +1,299 @@
+"""The fast masked autoencoder: the reference's mathematics on fastmae's ops.
+
+What it does not do is what makes it fast: it never builds a float image, embeds visible patches only, never builds the
+target, and on the training path (``full_pred=False``) computes the last decoder block's queries and MLP and the pixel
+head for masked positions only. None of this changes the loss.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmae.layers import Block, PatchEmbed, initialize_parameters, sincos_positions
+from fastmae.ops import Masking, gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
+from fastmae.ops._check import as_pair, check, grid_of
+from fastmae.ops.attention import BACKENDS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Encoders of the paper (section 4; ViT, table 1) and its default decoder (section 4.1). The paper has no tiny and no
+# small model: their encoders are DeiT's, their decoders keep the paper's head width of 32.
+_PAPER_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mae_vit_tiny_patch16": {
+        "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3,
+        "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4,
+    },
+    "mae_vit_small_patch16": {
+        "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6,
+        "decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8,
+    },
+    "mae_vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **_PAPER_DECODER},
+    "mae_vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER_DECODER},
+    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER_DECODER},
+}  # fmt: skip
+
+
+class MAEOutput(NamedTuple):
+    """What the model returns; unpacks like facebookresearch's tuple."""
+
+    loss: Tensor
+    """float32 scalar, mean squared error over masked patches."""
+    pred: Tensor
+    """(N, L, P), or (N, M, P) in the order of ``ids_mask`` with ``full_pred=False``."""
+    mask: Tensor
+    """float32 (N, L), 1 = masked."""
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """Masked autoencoder with a Vision Transformer (He et al., CVPR 2022, section 3).
+
+    Args:
+        img_size: (height, width) in pixels, or an int for a square.
+        patch_size: (height, width) in pixels, or an int; must divide ``img_size``.
+        in_chans: channels C.
+        embed_dim, depth, num_heads: encoder width D, blocks, heads.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: decoder width E, blocks (at least 1), heads.
+        mlp_ratio: hidden width of the MLPs over their width.
+        norm_pix_loss: targets are normalised by their own patch's mean and standard deviation (table 1d).
+        mean, std: statistics of the pixels in [0, 1], one per channel, applied to ``uint8`` images only. None means
+            ImageNet's for three channels and 0.5 otherwise.
+        attention: backend of :func:`fastmae.ops.attention`.
+        seed: keys the initialisation together with each parameter's name; None draws a seed from torch's default
+            generator.
+
+    Raises:
+        ValueError: a size that does not divide, a width that is no multiple of its heads or of 4, or statistics that
+            do not fit the channels.
+    """
+
+    def __init__(
+        self,
+        img_size: int | Sequence[int] = 224,
+        patch_size: int | Sequence[int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_pix_loss: bool = False,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        attention: str = "auto",
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
+        self.grid_size = grid_of(self.img_size, self.patch_size, "img_size")
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
+        check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
+        check(depth >= 1, "depth", "at least 1 block", depth)
+        check(decoder_depth >= 1, "decoder_depth", "at least 1 block", decoder_depth)
+        check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
+        divides = decoder_embed_dim % decoder_num_heads == 0
+        check(divides, "decoder_embed_dim", f"a multiple of decoder_num_heads={decoder_num_heads}", decoder_embed_dim)
+        mean = _statistics("mean", mean, IMAGENET_MEAN, in_chans)
+        std = _statistics("std", std, IMAGENET_STD, in_chans)
+        self.architecture: dict[str, Any] = {
+            "img_size": list(self.img_size), "patch_size": list(self.patch_size), "in_chans": in_chans,
+            "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "decoder_embed_dim": decoder_embed_dim,
+            "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads, "mlp_ratio": mlp_ratio,
+            "norm_pix_loss": norm_pix_loss, "mean": mean, "std": std,
+        }  # fmt: skip
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+        self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+        positions = sincos_positions(decoder_embed_dim, self.grid_size)
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
+        self._float_images_seen = False
+        self.initialize_weights(seed)
+
+    def initialize_weights(self, seed: int | None = None) -> None:
+        """Draw all weights anew (appendix A.1), keyed by ``(seed, parameter name)``; None draws the seed."""
+        initialize_parameters(self, int(torch.randint(1 << 62, (), device="cpu")) if seed is None else seed)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # The pixel statistics stay float32 under .to(bfloat16), and are right again after to_empty().
+        for name in ("mean", "std"):
+            device = self._buffers[name].device
+            self._buffers[name] = torch.tensor(self.architecture[name], dtype=torch.float32, device=device)
+        return self
+
+    def forward(
+        self,
+        images: Tensor,
+        mask_ratio: float = 0.75,
+        *,
+        noise: Tensor | None = None,
+        masking: Masking | None = None,
+        full_pred: bool = True,
+    ) -> MAEOutput:
+        """Mask, encode, decode, and compare with the masked pixels.
+
+        Args:
+            images: (N, C, H, W), any strides. ``uint8`` is raw and normalised with the model's statistics; floating
+                point is taken as already normalised.
+            mask_ratio: share of the patches that is masked, in (0, 1).
+            noise: (N, L) floating point: the patches with the smallest values stay visible.
+            masking: the masking itself; ``mask_ratio`` is then not read. With neither, the noise is drawn from torch's
+                default generator, so that no two calls share a mask.
+            full_pred: False is the training path: predictions for masked patches only, same loss, same gradients.
+
+        Raises:
+            ValueError: images that do not fit the model, both noise and masking, or a ratio outside (0, 1).
+        """
+        self._check_images(images)
+        masking = self._masking(images, mask_ratio, noise, masking)
+        latent = self._encode(images, masking.ids_keep)
+        pred = self._decode(latent, masking.ids_restore, None if full_pred else masking.ids_mask)
+        loss = self._loss(images, pred, masking.ids_mask)
+        return MAEOutput(loss, pred, masking.mask)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Features of whole images, no mask: (N, 1 + L, D), class token first, after the last norm."""
+        self._check_images(images)
+        return self._encode(images, self._all_ids(len(images), images.device))
+
+    def forward_encoder(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """facebookresearch's method: latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        self._check_images(images)
+        masking = self._masking(images, mask_ratio, noise, None)
+        return self._encode(images, masking.ids_keep), masking.mask, masking.ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """facebookresearch's method: predictions (N, L, P) from latent (N, 1 + K, D)."""
+        return self._decode(latent, ids_restore, None)
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """facebookresearch's method: mean error over the patches whose mask (N, L) is 1, from full predictions."""
+        self._check_images(images)
+        ids = self._all_ids(len(images), images.device)
+        error = masked_patch_mse(
+            pred, images, ids, self.patch_size, self.norm_pix_loss, self.mean, self.std, reduction="none"
+        )
+        return (error * mask).sum() / mask.sum()
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, L, P), values untouched: patches row by row, in a patch rows, columns, channels."""
+        self._check_images(images)
+        n, (rows, cols), (ph, pw) = len(images), self.grid_size, self.patch_size
+        x = images.reshape(n, self.in_chans, rows, ph, cols, pw).permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(n, self.num_patches, ph * pw * self.in_chans)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(N, L, P) to (N, C, H, W): the inverse of :meth:`patchify`."""
+        (rows, cols), (ph, pw) = self.grid_size, self.patch_size
+        expected = (self.num_patches, ph * pw * self.in_chans)
+        fits = patches.ndim == 3 and tuple(patches.shape[1:]) == expected
+        check(fits, "patches", f"shape (N, {expected[0]}, {expected[1]})", patches)
+        x = patches.reshape(len(patches), rows, cols, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(patches), self.in_chans, *self.img_size)
+
+    def _encode(self, images: Tensor, ids: Tensor) -> Tensor:
+        patches = gather_patches(images, ids, self.patch_size, self.mean, self.std)
+        if not torch.is_autocast_enabled(images.device.type):
+            patches = patches.to(self.patch_embed.proj.weight.dtype)
+        x = self.patch_embed(patches) + F.embedding(ids, self.pos_embed[0, 1:])
+        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _decode(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None) -> Tensor:
+        """Predictions for all patches, or for the patches ``ids`` (N, M) only."""
+        x = self.decoder_embed(latent)
+        x = restore_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed, num_prefix_tokens=1)
+        for block in self.decoder_blocks[:-1]:
+            x = block(x)
+        x = self.decoder_blocks[-1](x, None if ids is None else ids + 1)
+        return self.decoder_pred(self.decoder_norm(x if ids is not None else x[:, 1:]))
+
+    def _loss(self, images: Tensor, pred: Tensor, ids_mask: Tensor) -> Tensor:
+        return masked_patch_mse(pred, images, ids_mask, self.patch_size, self.norm_pix_loss, self.mean, self.std)
+
+    def _masking(self, images: Tensor, ratio: float, noise: Tensor | None, masking: Masking | None) -> Masking:
+        expected = (len(images), self.num_patches)
+        if masking is not None:
+            check(noise is None, "noise", "None when a masking is given", noise)
+            fits = tuple(masking.ids_restore.shape) == expected
+            check(fits, "masking", f"ids_restore of shape {expected}", masking.ids_restore)
+            return masking
+        if noise is None:
+            noise = torch.rand(expected, device=images.device)
+        check(tuple(noise.shape) == expected, "noise", f"shape {expected}", noise)
+        return masking_from_noise(noise, ratio)
+
+    def _all_ids(self, n: int, device: torch.device) -> Tensor:
+        return torch.arange(self.num_patches, device=device).expand(n, -1)
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = f"(N, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), uint8 or floating point"
+        fits = isinstance(images, Tensor) and tuple(images.shape[1:]) == (self.in_chans, *self.img_size)
+        check(fits and (images.dtype == torch.uint8 or images.is_floating_point()), "images", expected, images)
+        if images.dtype == torch.uint8 or self._float_images_seen or torch.compiler.is_compiling():
+            return
+        # Once, since reading a value waits for the device.
+        self._float_images_seen = True
+        largest = float(images.detach().abs().amax()) if images.numel() else 0.0
+        if not largest < 20:
+            warnings.warn(
+                f"images: floating-point images are taken as already normalised, but the largest magnitude is "
+                f"{largest:.3g}; pass uint8 images to have them normalised",
+                stacklevel=3,
+            )
+
+
+def _statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
+    if values is None:
+        values = imagenet if channels == 3 else (0.5,) * channels
+    values = [float(value) for value in values]
+    check(len(values) == channels, name, f"one value for each of the {channels} channels", values)
+    check(name == "mean" or min(values) > 0, name, "positive values", values)
+    return values
+
+
+def create_model(name: str, **overrides: Any) -> MaskedAutoencoderViT:
+    """A preset by name, with any argument of :class:`MaskedAutoencoderViT` overridden; None keeps the preset's value.
+
+    Raises:
+        ValueError: an unknown name (the message lists the names), or what the constructor raises.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"name: unknown model {name!r}; the presets are {', '.join(PRESETS)}")
+    return MaskedAutoencoderViT(**PRESETS[name] | {key: v for key, v in overrides.items() if v is not None})
+
+
+mae_vit_tiny_patch16 = partial(create_model, "mae_vit_tiny_patch16")
+mae_vit_small_patch16 = partial(create_model, "mae_vit_small_patch16")
+mae_vit_base_patch16 = partial(create_model, "mae_vit_base_patch16")
+mae_vit_large_patch16 = partial(create_model, "mae_vit_large_patch16")
+mae_vit_huge_patch14 = partial(create_model, "mae_vit_huge_patch14")
