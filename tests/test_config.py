@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmae.train.config import PretrainConfig, apply_flags, from_json, read_config, to_json, validate
+from fastmae.train.config import PretrainConfig, from_json, read_config, to_json
+from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES
 

@@ -1,0 +1,110 @@
+"""The command line: ``fastmae pretrain``, ``fastmae reconstruct``, ``fastmae env``.
+
+This file parses arguments, and imports no more than that takes: ``--help`` does not wait for PyTorch. Each command is a
+module beside it, imported when it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from fastmae.cli.errors import UsageError, is_mistake, mistakes
+from fastmae.train.config import PretrainConfig, read_config
+from fastmae.train.flags import apply_flags
+from fastmae.train.recipes import RECIPES
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+"""Exit codes: what the user can mend, and Ctrl-C outside the training loop."""
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Draw masked, reconstructed and original images side by side."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """Run folder, checkpoint folder or exported .safetensors file."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Images to reconstruct."""
+    out: Path = Path("reconstruction.png")
+    """The figure to write."""
+    mask_ratio: float = 0.75
+    """Share of patches to hide, strictly between 0 and 1."""
+    seed: int = 0
+    """Seed of the masks."""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Print versions, devices, kernels and attention backends: paste it into a bug report."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code. A user's mistake is one line on stderr, a bug keeps its traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with mistakes():
+            defaults = _defaults(argv)
+        command = tyro.cli(_commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv)
+        if isinstance(command, PretrainConfig):
+            from fastmae.cli.pretrain import pretrain
+
+            return pretrain(apply_flags(command, defaults, _given(argv)))
+        if isinstance(command, ReconstructConfig):
+            from fastmae.cli.reconstruct import reconstruct
+
+            return reconstruct(command.checkpoint, command.images, command.out, command.mask_ratio, command.seed)
+        from fastmae.environment import report
+
+        print(report())
+        return 0
+    except KeyboardInterrupt:
+        print("fastmae: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if not is_mistake(error):
+            raise
+        print(f"fastmae: error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+
+
+def _commands(defaults: PretrainConfig) -> Any:
+    return (
+        Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", default=defaults)]
+        | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+        | Annotated[EnvConfig, tyro.conf.subcommand("env")]
+    )
+
+
+def _defaults(argv: Sequence[str]) -> PretrainConfig:
+    """Where the other flags' defaults come from: the run to continue, or the recipe."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", choices=RECIPES, default=None)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.exit_on_error = False
+    try:
+        known, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return RECIPES["photographs"]  # tyro reads the same flags and words the error
+    if known.resume:
+        if known.out is None:
+            raise UsageError("--resume: expected --out with the run folder to continue, got none")
+        saved = read_config(known.out)
+        if saved is not None and known.recipe not in (None, saved.recipe):
+            raise UsageError(f"--recipe: the run in {known.out} was started with {saved.recipe}, got {known.recipe}")
+        if saved is not None:
+            return replace(saved, resume=False)
+    return RECIPES[known.recipe or "photographs"]
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    """Fields of the section ``train`` that the user named."""
+    names = {argument.split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--train.")}
+    return {name.removeprefix("__train.") for name in names}

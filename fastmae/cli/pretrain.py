@@ -1,0 +1,151 @@
+"""``fastmae pretrain``: a run folder, a trainer, and at the end a picture."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastmae import data
+from fastmae.cli.errors import UsageError, mistakes
+from fastmae.evaluate import evaluate_sets
+from fastmae.model import create_model
+from fastmae.ops import _xformers
+from fastmae.train.checkpoint import latest_checkpoint, list_checkpoints
+from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.flags import validate
+from fastmae.train.loop import Trainer
+from fastmae.train.recipes import RECIPES
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.signals import PREEMPTED
+from fastmae.train.weights import export_weights
+
+_NEW_CROPS_EPOCH = 2**31
+"""An epoch that no run reaches: crops of it were never trained on."""
+
+_UNSEEN = "photographs never trained on"
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Train, evaluate, and say where the picture is; return the exit code."""
+    with mistakes():
+        validate(config)
+        config = replace(config, out=config.out or Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S"))
+        try:
+            run = RunFolder(config.out, resume=config.resume)
+        except OSError as error:
+            raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
+    with run:
+        console = Console(highlight=False, soft_wrap=True)
+        with mistakes():
+            trainer = _prepare(config, run, console)
+        begun, first_step = time.monotonic(), trainer.step
+        status = trainer.fit()
+        seconds = time.monotonic() - begun
+        if status == "preempted":
+            console.print(f"Saved at step {trainer.step}. Continue with: fastmae pretrain --out {run.path} --resume")
+            return PREEMPTED
+        _finish(trainer, run, console, seconds, trainer.step - first_step)
+    return 0
+
+
+def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Trainer:
+    """The trainer of a run, at its first step or where its newest checkpoint left it."""
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    device = _device(config.train.device)
+    dataset = data.open_dataset(config.data.path, on_bad=config.data.on_bad)
+    if config.model.attention == "xformers":
+        _xformers.require(device)
+    kind = data.choose_loader(dataset, config.data.loader)
+    model = create_model(**config.model_arguments()).to(device)
+    trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
+    _print_config(config, console)
+    weights = sum(p.numel() for p in model.parameters())
+    console.print(
+        f"{weights / 1e6:.1f} M weights on {device} ({torch.get_num_threads()} threads), {len(dataset):,} images "
+        f"({kind} loader), {trainer.schedule.total_steps:,} steps of "
+        f"{trainer.accumulation} x {trainer.batch_size} images"
+    )
+    if config.resume and list_checkpoints(run.checkpoints):
+        path = latest_checkpoint(run.path)
+        differences = trainer.resume(path)
+        console.print(f"Continuing from {path}")
+        for difference in differences:
+            print(f"WARNING: not an exact continuation: {difference}", file=sys.stderr)
+    elif config.resume:
+        print(f"WARNING: --resume: no checkpoint in {run.path} yet; starting at step 0", file=sys.stderr)
+    run.write_json("config.json", to_json(config))
+    console.print(f"Run folder: {run.path}")
+    return trainer
+
+
+def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
+    """Export the weights, reconstruct crops and photographs that were not trained on, write the summary."""
+    config, model, dataset = trainer.config, trainer.model.eval(), trainer.dataset
+    augment = data.Augment(scale=config.data.scale, ratio=config.data.ratio, hflip=config.data.hflip)
+    crops = data.fixed_crops(
+        dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=32, augment=augment
+    )
+    names, photographs = data.validation_photographs(config.img_size)
+    source = "photographs" if config.data.path is None else "images"
+    sets = {
+        f"new crops of the training {source}": crops,
+        _UNSEEN: photographs,
+    }
+    picture = run.reconstructions / "final.png"
+    errors = evaluate_sets(
+        model,
+        sets,
+        mask_ratio=config.model.mask_ratio,
+        seed=config.train.seed,
+        path=picture,
+        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        names={_UNSEEN: names},
+    )
+    weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
+    rows = run.read_metrics()
+    summary = {
+        "steps": trainer.step,
+        "samples": trainer.samples,
+        "seconds": seconds,
+        "images_per_second": steps * config.train.global_batch_size / seconds,
+        "first_loss": rows[0]["loss"] if rows else None,
+        "last_loss": rows[-1]["loss"] if rows else None,
+        "device": str(trainer.device),
+        "num_threads": trainer.num_threads,
+        "loader": trainer.loader.kind,
+        "bad_images": [f"{bad.path}: {bad.reason}" for bad in [*dataset.bad, *trainer.loader.bad_files]],
+        "sets": errors,
+        "picture": str(picture),
+        "weights": str(weights),
+    }
+    run.write_json("summary.json", summary)
+    for name, values in errors.items():
+        console.print(
+            f"{name}: error {values['mse']:.3f}  (mean colour {values['mse_mean_color']:.3f}, "
+            f"inverse distance {values['mse_inverse_distance']:.3f})"
+        )
+    console.print(f"Weights: {weights}\nPicture: {picture}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--train.device: expected a CUDA device for cuda, but PyTorch finds none")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _print_config(config: PretrainConfig, console: Console) -> None:
+    """The resolved configuration, a line a flag; what the recipe does not say is bold."""
+    recipe = RECIPES[config.recipe]
+    for section in ("model", "data", "train"):
+        for field in fields(getattr(config, section)):
+            value = getattr(getattr(config, section), field.name)
+            changed = value != getattr(getattr(recipe, section), field.name)
+            console.print(f"  {f'{section}.{field.name}':<33}{value}", style="bold" if changed else None)

@@ -1,0 +1,125 @@
+"""From flags to a configuration that holds together: what they imply for each other, and what values they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from dataclasses import replace
+from typing import Any
+
+from fastmae.train.config import PretrainConfig, TrainConfig
+
+
+def flag(section: str, name: str) -> str:
+    """The command line's spelling of a field, as in ``--train.base-lr``."""
+    return f"--{section}.{name}".replace("_", "-")
+
+
+def validate(config: PretrainConfig) -> None:
+    """Check what can be checked without the data.
+
+    Raises:
+        ValueError: names the flag, the value that came and what was expected.
+    """
+    from fastmae.model import PRESETS
+    from fastmae.ops._check import num_kept
+
+    model, data, train = config.model, config.data, config.train
+
+    def require(condition: bool, section: str, name: str, expected: str) -> None:
+        if not condition:
+            value = getattr(getattr(config, section), name)
+            raise ValueError(f"{flag(section, name)}: expected {expected}, got {value!r}")
+
+    require(model.name in PRESETS, "model", "name", f"one of {', '.join(PRESETS)}")
+    require(0 < model.mask_ratio < 1, "model", "mask_ratio", "a number strictly between 0 and 1")
+    patch = model.patch_size or PRESETS[model.name]["patch_size"]
+    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    require(min(config.img_size) > 0, "model", "img_size", "positive numbers")
+    require(min(patch) > 0, "model", "patch_size", "positive numbers")
+    if any(size % p for size, p in zip(config.img_size, patch, strict=True)):
+        size = "x".join(map(str, config.img_size))
+        raise ValueError(
+            f"--model.img-size: expected a size divisible by the patch size {patch[0]}x{patch[1]}, got {size}; "
+            "change it or --model.patch-size"
+        )
+    try:
+        num_kept(math.prod(size // p for size, p in zip(config.img_size, patch, strict=True)), model.mask_ratio)
+    except ValueError as error:
+        raise ValueError(f"--model.mask-ratio: {error}") from error
+    for name in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+        require((getattr(model, name) or 1) > 0, "model", name, "a positive number")
+
+    require(0 < data.scale[0] <= data.scale[1] <= 1, "data", "scale", "two numbers, 0 < smallest <= largest <= 1")
+    require(0 < data.ratio[0] <= data.ratio[1], "data", "ratio", "two numbers, 0 < smallest <= largest")
+    require(0 <= data.hflip <= 1, "data", "hflip", "a probability between 0 and 1")
+
+    positive = (
+        "global_batch_size batch_size epochs steps base_lr clip_grad num_threads max_minutes log_every_steps "
+        "checkpoint_every_steps checkpoint_every_seconds keep_checkpoints"
+    )
+    for name in positive.split():
+        value = getattr(train, name)
+        require(value is None or value > 0, "train", name, "a positive number")
+    for name in ("warmup_epochs", "warmup_steps", "min_lr", "weight_decay"):
+        value = getattr(train, name)
+        require(value is None or (value >= 0 and math.isfinite(value)), "train", name, "a number of at least 0")
+    require(0 <= train.seed < 1 << 63, "train", "seed", "an integer in [0, 2**63)")
+    require(all(0 <= beta < 1 for beta in train.betas), "train", "betas", "two numbers in [0, 1)")
+    if train.batch_size is not None and train.global_batch_size % train.batch_size:
+        raise ValueError(
+            f"--train.global-batch-size: expected a multiple of --train.batch-size {train.batch_size}, "
+            f"got {train.global_batch_size}"
+        )
+    for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        if getattr(train, one) is not None and getattr(train, other) is not None:
+            raise ValueError(
+                f"{flag('train', one)} and {flag('train', other)}: expected one of them, "
+                f"got {getattr(train, one)} and {getattr(train, other)}"
+            )
+    if train.epochs is None and train.steps is None:
+        raise ValueError("--train.epochs or --train.steps: expected one of them, got neither")
+
+
+def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:
+    """Settle what flags imply for the defaults that they did not name.
+
+    A length in steps replaces a recipe's length in epochs, and the other way round; a warm-up that was not given keeps
+    at most its share of the run; a micro-batch that was not given becomes a divisor of the global batch.
+
+    Args:
+        config: the defaults with the flags applied.
+        defaults: the recipe, or the saved configuration of the run to continue.
+        given: the fields of ``train`` that the user named.
+
+    Returns:
+        The configuration to validate.
+    """
+    train, base = config.train, defaults.train
+    for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        if one in given and other not in given:
+            train = replace(train, **{other: None})
+        elif other in given and one not in given:
+            train = replace(train, **{one: None})
+    if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
+        train = replace(train, **_scaled_warmup(train, base))
+    if "global_batch_size" in given and "batch_size" not in given and train.batch_size is not None:
+        micro = min(train.batch_size, train.global_batch_size)
+        if micro > 0:
+            train = replace(train, batch_size=max(d for d in range(1, micro + 1) if train.global_batch_size % d == 0))
+    return replace(config, train=train)
+
+
+def _scaled_warmup(train: TrainConfig, base: TrainConfig) -> dict[str, Any]:
+    """The base's warm-up for a run of another length: unchanged, but never a larger share of the run."""
+    warmup = {"warmup_epochs": base.warmup_epochs, "warmup_steps": base.warmup_steps}
+    if (base.epochs is None) == (base.warmup_epochs is None):
+        length, width = (base.epochs, base.warmup_epochs) if base.epochs else (base.steps, base.warmup_steps)
+        share = (width or 0) / length if length else 0
+        if train.steps is not None:
+            most = round(share * train.steps)
+            warmup = {"warmup_epochs": None, "warmup_steps": most if base.epochs else min(width or 0, most)}
+        elif train.epochs is not None:
+            most = share * train.epochs
+            warmup = {"warmup_steps": None, "warmup_epochs": min(width or 0, most) if base.epochs else most}
+    return warmup
