@@ -70,13 +70,11 @@ def _gather_patches(
         x = patches.normalise_plain(patches.gather_plain(images, ids, (ph, pw)), scale, shift)
         return x.to(dtype)
     out = torch.empty(n, k, pixels, dtype=dtype, device=images.device)
-    tile = patches.tile_of(pixels, values=32)
+    options = patches.launch_options(images, (ph, pw), values=32)
     with torch.cuda.device_of(images):
-        _kernels.gather_patches_fwd_kernel[(-(-n * k // tile.rows),)](
-            out, images, ids.contiguous(), scale, shift, n * k, k, w // pw, *images.stride(),
-            C=c, PH=ph, PW=pw, INNER=patches.is_channels_last(images),
-            ROWS=tile.rows, BLOCK_P=tile.block, num_warps=tile.warps,
-        )  # fmt: skip
+        _kernels.gather_patches_fwd_kernel[(-(-n * k // options["ROWS"]),)](
+            out, images, ids.contiguous(), scale, shift, n * k, k, w // pw, *images.stride(), **options
+        )
     return out
 
 
@@ -99,12 +97,12 @@ def _gather_patches_backward(
         x = x.view(n, grid_h, grid_w, ph, pw, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
         return x.contiguous(memory_format=_memory_format(channels_last))
     out = torch.empty(n, c, h, w, dtype=dtype, device=grad.device, memory_format=_memory_format(channels_last))
-    tile = patches.tile_of(pixels, values=32)
+    options = patches.launch_options(out, (ph, pw), values=32)
+    del options["ROWS"]
     with torch.cuda.device_of(grad):
         _kernels.gather_patches_bwd_kernel[(n * grid_h * grid_w,)](
             out, grad.contiguous(), ids.contiguous(), k, grid_h * grid_w, grid_w, *out.stride(),
-            C=c, PH=ph, PW=pw, INNER=patches.is_channels_last(out),
-            BLOCK_K=256, BLOCK_P=tile.block, num_warps=tile.warps,
+            BLOCK_K=256, **options,
         )  # fmt: skip
     return out
 

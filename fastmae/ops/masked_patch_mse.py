@@ -102,20 +102,19 @@ def _masked_patch_mse(
     norm_pix: bool,
     eps: float,
 ) -> Tensor:
-    (n, c, h, w), m = images.shape, ids_mask.shape[1]
+    (n, m), (h, w) = ids_mask.shape, images.shape[2:]
     patches.check_id_values("ids_mask", ids_mask, (h // ph) * (w // pw))
     if not _runs_triton(pred, images):
         residual = _residual_plain(pred, images, ids_mask, scale, shift, (ph, pw), norm_pix, eps)
         return residual.square_().mean(-1)
     loss = torch.empty(n, m, dtype=torch.float32, device=pred.device)
-    tile = patches.tile_of(ph * pw * c, values=16)
+    options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
-        _kernels.masked_patch_mse_fwd_kernel[(-(-n * m // tile.rows),)](
+        _kernels.masked_patch_mse_fwd_kernel[(-(-n * m // options["ROWS"]),)](
             loss, pred, images, ids_mask.contiguous(), scale, shift, n * m, m, w // pw, eps,
             pred.stride(0), pred.stride(1), *images.stride(),
-            C=c, PH=ph, PW=pw, INNER=patches.is_channels_last(images), FULL=pred.shape[1] != m, NORM_PIX=norm_pix,
-            ROWS=tile.rows, BLOCK_P=tile.block, num_warps=tile.warps,
+            FULL=pred.shape[1] != m, NORM_PIX=norm_pix, **options,
         )  # fmt: skip
     return loss
 
@@ -138,7 +137,7 @@ def _masked_patch_mse_backward(
     norm_pix: bool,
     eps: float,
 ) -> Tensor:
-    (n, c, _, w), m = images.shape, ids_mask.shape[1]
+    (n, m), w = ids_mask.shape, images.shape[3]
     rows, pixels = pred.shape[1:]
     if not _runs_triton(pred, images):
         residual = _residual_plain(pred, images, ids_mask, scale, shift, (ph, pw), norm_pix, eps)
@@ -148,14 +147,13 @@ def _masked_patch_mse_backward(
         full = torch.zeros(n * rows, pixels, dtype=pred.dtype, device=pred.device)
         return full.index_add_(0, _flat(ids_mask, rows), grad_pred.view(n * m, pixels)).view(n, rows, pixels)
     grad_pred = torch.empty(n, rows, pixels, dtype=pred.dtype, device=pred.device)
-    tile = patches.tile_of(pixels, values=16)
+    options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
-        _kernels.masked_patch_mse_bwd_kernel[(-(-n * rows // tile.rows),)](
+        _kernels.masked_patch_mse_bwd_kernel[(-(-n * rows // options["ROWS"]),)](
             grad_pred, grad, pred, images, ids_mask.contiguous(), scale, shift, n * rows, m, rows, w // pw, eps,
             *grad.stride(), pred.stride(0), pred.stride(1), *images.stride(),
-            C=c, PH=ph, PW=pw, INNER=patches.is_channels_last(images), FULL=rows != m, NORM_PIX=norm_pix,
-            ROWS=tile.rows, BLOCK_M=max(32, 1024 // tile.rows), BLOCK_P=tile.block, num_warps=tile.warps,
+            FULL=rows != m, NORM_PIX=norm_pix, BLOCK_M=max(32, 1024 // options["ROWS"]), **options,
         )  # fmt: skip
     return grad_pred
 

@@ -6,8 +6,6 @@ channel, the channel innermost. Patches of an image are numbered row by row.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -59,18 +57,24 @@ def affine_tables(
     return scale.repeat(pixels), (mean * scale * -255.0).repeat(pixels)
 
 
-class Tile(NamedTuple):
-    """Patches a program, elements a patch rounded up to a power of two, warps a program."""
+def launch_options(images: Tensor, patch_size: tuple[int, int], values: int) -> dict[str, int | bool]:
+    """What a patch kernel is compiled for: the patch, its layout, and a tile of about ``values`` values a thread.
 
-    rows: int
-    block: int
-    warps: int
-
-
-def tile_of(pixels: int, values: int) -> Tile:
-    """A tile of about ``values`` values a thread, in warps of 32."""
-    block = max(16, 1 << (pixels - 1).bit_length())
-    return Tile(max(1, 128 * values // block), block, min(16, max(4, block // (32 * values))))
+    A program takes ROWS patches of BLOCK_P values, a power of two.
+    """
+    c, (ph, pw) = images.shape[1], patch_size
+    block = max(16, 1 << (ph * pw * c - 1).bit_length())
+    options = {
+        "C": c,
+        "PH": ph,
+        "PW": pw,
+        "INNER": is_channels_last(images),
+        "ROWS": max(1, 128 * values // block),
+        "BLOCK_P": block,
+        "num_warps": min(16, max(4, block // (32 * values))),
+    }
+    # Left alone, ptxas now and then spills a register to reach an occupancy that a memory-bound kernel has no use for.
+    return options if torch.version.hip else {**options, "maxnreg": 128}
 
 
 def is_channels_last(images: Tensor) -> bool:
