@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +30,9 @@ from fastmae.data.retry import with_retries
 logger = logging.getLogger(__name__)
 
 VERSION = 1
+_KEPT_SECONDS = 30 * 86400
+"""How long the index of what a folder used to hold stays: another run, on another machine even, may have it mapped."""
+
 ENTRY = np.dtype(
     [("path_end", "<u8"), ("size", "<u8"), ("height", "<u4"), ("width", "<u4"), ("format", "u1"), ("orientation", "u1")]
 )
@@ -72,16 +77,24 @@ def list_files(root: Path) -> list[ListedFile]:
             for member in members:
                 if member.name.startswith("."):
                     continue
-                relative = prefix + member.name
-                if member.is_dir():
-                    pending.append((member.path, relative + "/"))
-                    continue
-                try:
-                    status = member.stat()
-                    found.append(ListedFile(relative, status.st_size, status.st_mtime_ns))
-                except FileNotFoundError:
+                relative, status = prefix + member.name, _status(member)
+                if status is None:
                     found.append(ListedFile(relative, -1, 0))
+                elif stat.S_ISDIR(status.st_mode):
+                    pending.append((member.path, relative + "/"))
+                elif stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+                    found.append(ListedFile(relative, status.st_size, status.st_mtime_ns))
     return sorted(found)
+
+
+def _status(member: os.DirEntry) -> os.stat_result | None:
+    """What a name stands for; None for a link that leads nowhere."""
+    try:
+        return member.stat()
+    except OSError:
+        if member.is_symlink():
+            return None
+        raise
 
 
 def fingerprint(files: Sequence[ListedFile]) -> str:
@@ -141,14 +154,19 @@ def cached_index(root: Path, cache_dir: Path | None) -> Index:
     """
     files = list_files(root)
     name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
-    cache_dir = cache_dir or Path.home() / ".cache" / "fastmae"
+    try:
+        cache_dir = cache_dir or Path.home() / ".cache" / "fastmae"
+    except RuntimeError as error:
+        logger.warning("The index of %s is not cached: %s", root, error)
+        return build_index(root, files)
     folder = cache_dir / f"index-{name}-{fingerprint(files)}"
     index = _load(folder)
     if index is not None:
         return index
+    logger.info("Reading the headers of %d files in %s", len(files), root)
     index = build_index(root, files)
     try:
-        _save(index, folder, stale=f"index-{name}-*")
+        _save(index, folder, siblings=f"index-{name}-*")
     except OSError as error:
         logger.warning("The index of %s is not cached: %s", root, error)
         return index
@@ -168,7 +186,7 @@ def _load(folder: Path) -> Index | None:
         return None  # not there, of another version or damaged: all the same, it is built again
 
 
-def _save(index: Index, folder: Path, stale: str) -> None:
+def _save(index: Index, folder: Path, siblings: str) -> None:
     """Write beside, then rename: a reader sees the whole index or none."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix="writing-", dir=folder.parent))
@@ -182,9 +200,15 @@ def _save(index: Index, folder: Path, stale: str) -> None:
             "bad": [list(bad) for bad in index.bad],
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest))
-        for old in folder.parent.glob(stale):
-            shutil.rmtree(old, ignore_errors=True)
-        temporary.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # only there if it is damaged
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+        for sibling in folder.parent.glob(siblings):
+            if sibling != folder and sibling.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                shutil.rmtree(sibling, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -201,8 +225,8 @@ def open_folder(root: Path, cache_dir: Path | None) -> Index:
         raise DataError(f"{root}: is a file; expected a folder of JPEG, PNG or WebP images")
     try:
         index = cached_index(root, cache_dir)
-    except PermissionError as error:
-        raise DataError(f"{error.filename}: no permission to read this folder") from error
+    except OSError as error:
+        raise DataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from error
     if not len(index.entries):
         reasons = "".join(f"\n  {bad.path}: {bad.reason}" for bad in index.bad[:5])
         found = f"only {len(index.bad)} unusable files, among them:{reasons}" if index.bad else "no image at all"
