@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -195,6 +196,20 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
     error = mistake(capsys, "pretrain", "--out", tmp_path / "file" / "run")
     assert "--out" in error
     assert str(tmp_path / "file") in error
+
+
+def test_a_disk_that_fills_up_during_a_run(tmp_path, images, capsys):
+    """A limit on the size of files stands in for it: weights fit, weights and moments do not."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limit[1]))
+    try:
+        error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, *SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "could not write" in error
+    assert "step-6" in error
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
+    assert load_model(tmp_path / "run")[1]["step"] == 0
 
 
 @pytest.mark.parametrize("source", ["missing", "text.safetensors", "bare.safetensors", "empty_folder"])

@@ -139,7 +139,7 @@ def test_what_differs_is_named_or_refused(tmp_path, images):
 FLAGS = """
 --model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
 --model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
---train.global-batch-size 8 --train.steps 400 --train.log-every-steps 50 --train.checkpoint-every-steps 20
+--train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 20
 --train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
 """
 
@@ -172,7 +172,7 @@ def test_killed_three_times_and_preempted_the_run_ends_as_if_undisturbed(tmp_pat
     moments = [
         (lambda: last_step(run) >= 20 and not any(saving("*.tmp")), 0.0),
         (lambda: last_step(run) >= 60 and any(saving("*.tmp")), 0.0),
-        (lambda: last_step(run) >= 120, random.random() / 10),
+        (lambda: last_step(run) >= 100, random.random() / 10),
     ]
     arguments = flags
     for condition, delay in moments:
@@ -201,7 +201,7 @@ def test_killed_three_times_and_preempted_the_run_ends_as_if_undisturbed(tmp_pat
         assert main(["pretrain", "--out", str(tmp_path / "straight"), *flags]) == 0
     finally:
         torch.set_num_threads(threads)
-    assert_same_tensors(tmp_path / "straight/checkpoints/step-400", run / "checkpoints/step-400")
+    assert_same_tensors(tmp_path / "straight/checkpoints/step-240", run / "checkpoints/step-240")
     logs = [RunFolder(path, resume=True) for path in (run, tmp_path / "straight")]
     assert numbers(logs[0]) == numbers(logs[1])
     assert len(numbers(logs[0])) == 8

@@ -119,7 +119,7 @@ def test_checkpoints_come_by_steps_and_are_pruned(tmp_path, images):
 
 def test_a_run_folder_has_one_owner_and_is_not_overwritten(tmp_path):
     with RunFolder(tmp_path / "run") as run:
-        with pytest.raises(BlockingIOError, match=r"in use by process \d+"):
+        with pytest.raises(BlockingIOError, match=r"--out .*run: in use by process \d+"):
             RunFolder(tmp_path / "run", resume=True)
         run.write_json("config.json", {})
     with pytest.raises(ValueError, match=r"--out: expected a new or empty folder.*add --resume"):
@@ -130,6 +130,9 @@ def test_a_run_folder_has_one_owner_and_is_not_overwritten(tmp_path):
 def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
     RunFolder(tmp_path / "run").close()
     assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    RunFolder(tmp_path / "mine").close()
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_rows_of_an_abandoned_future_and_half_written_ones_are_cut(tmp_path):

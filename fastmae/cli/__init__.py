@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with mistakes():
             defaults = _defaults(argv)
-        command = tyro.cli(_commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv)
+        command = tyro.cli(
+            _commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv
+        )
         if isinstance(command, PretrainConfig):
             from fastmae.cli.pretrain import pretrain
 

@@ -37,6 +37,8 @@ def pretrain(config: PretrainConfig) -> int:
         config = replace(config, out=config.out or Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S"))
         try:
             run = RunFolder(config.out, resume=config.resume)
+        except BlockingIOError:
+            raise
         except OSError as error:
             raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
     with run:
@@ -93,10 +95,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
     )
     names, photographs = data.validation_photographs(config.img_size)
     source = "photographs" if config.data.path is None else "images"
-    sets = {
-        f"new crops of the training {source}": crops,
-        _UNSEEN: photographs,
-    }
+    sets = {f"new crops of the training {source}": crops, _UNSEEN: photographs}
     picture = run.reconstructions / "final.png"
     errors = evaluate_sets(
         model,

@@ -31,6 +31,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics = self.path / "metrics.jsonl"
+        self._was_there = self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("a+")
         try:
@@ -39,7 +40,7 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise BlockingIOError(f"in use by {holder}") from error
+            raise BlockingIOError(f"--out {self.path}: in use by {holder}") from error
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -60,7 +61,7 @@ class RunFolder:
         self.close()
 
     def close(self) -> None:
-        """Give the lock back. A folder in which no run began is removed, so that the next attempt finds it free."""
+        """Give the lock back. What was made for a run that did not begin is removed, so that the next one can."""
         if self._lock.closed:
             return
         if self._is_new():
@@ -68,7 +69,8 @@ class RunFolder:
                 if path.is_dir():
                     path.rmdir()
             (self.path / _LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
+            if not self._was_there:
+                self.path.rmdir()
         self._lock.close()
 
     def _is_new(self) -> bool:
