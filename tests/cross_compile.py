@@ -152,3 +152,45 @@ def _read_amd(result) -> Compiled:
     spills = number("vgpr_spill_count") + len(re.findall(r"\bscratch_(?:load|store)", text))
     stack = number("private_segment_fixed_size")
     return Compiled(number("vgpr_count"), stack, spills, result.metadata.shared, widths("load"), widths("store"), text)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel launch as an op makes it."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple
+    keywords: dict
+
+    def compile(self, target: str) -> Compiled:
+        options = {key: value for key, value in self.keywords.items() if key not in self.kernel.arg_names}
+        constexprs = {key: value for key, value in self.keywords.items() if key in self.kernel.arg_names}
+        return compile_for(target, self.kernel, self.args, constexprs, **options)
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch, *op_modules) -> list[Launch]:
+    """From here on the ops of these modules take their Triton path and append to this list instead of launching.
+
+    What the ops return is unwritten memory.
+    """
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernels):
+            self.kernels = kernels
+
+        def __getattr__(self, name):
+            kernel = getattr(self.kernels, name)
+
+            class Grid:
+                def __getitem__(self, grid):
+                    return lambda *args, **keywords: launches.append(Launch(kernel, grid, args, keywords))
+
+            return Grid()
+
+    for module in op_modules:
+        monkeypatch.setattr(module, "_kernels", Recorder(module._kernels))
+        if hasattr(module, "takes_triton"):
+            monkeypatch.setattr(module, "takes_triton", lambda *_: True)
+    return launches

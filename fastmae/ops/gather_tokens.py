@@ -95,10 +95,11 @@ _gather_tokens.register_autograd(_backward, setup_context=_setup_context)
 
 
 class Tile(NamedTuple):
-    """Rows and columns that one program handles, both powers of two."""
+    """Rows and columns that one program handles, and ids that a scatter compares at a time, all powers of two."""
 
     rows: int
     columns: int
+    scan: int = 0
 
 
 def tile_of(dim: int, itemsize: int) -> Tile:
@@ -111,17 +112,23 @@ def tile_of(dim: int, itemsize: int) -> Tile:
     return Tile(max(8192 // itemsize // columns, 1), columns)
 
 
+def scatter_tile_of(dim: int, itemsize: int) -> Tile:
+    """Sums are kept in at least float32; the comparison of rows with ids takes two registers a thread."""
+    rows, columns, _ = tile_of(dim, max(itemsize, 4))
+    rows = min(rows, 16)
+    return Tile(rows, columns, max(16, min(64, 256 // rows)))
+
+
 def scatter_tokens(source: Tensor, ids: Tensor, num_prefix: int, num_tokens: int, dtype: torch.dtype) -> Tensor:
     """Launches the kernel of the same name: (N, P + K, D) and ids (N, K) to (N, P + L, D) of ``dtype``."""
     n, _, dim = source.shape
     source = with_contiguous_rows(source)
     out = torch.empty(n, num_prefix + num_tokens, dim, dtype=dtype, device=source.device)
-    # The sums are kept in at least float32.
-    tile = tile_of(dim, max(source.element_size(), 4))
+    tile = scatter_tile_of(dim, source.element_size())
     with torch.cuda.device_of(source):
         _kernels.scatter_tokens_kernel[(n * -(-(num_prefix + num_tokens) // tile.rows), -(-dim // tile.columns))](
             out, source, ids.contiguous(), num_prefix, num_tokens, ids.shape[1], source.stride(0), source.stride(1),
-            D=dim, ROWS=tile.rows, BLOCK_K=64, BLOCK_D=tile.columns, num_warps=4,
+            D=dim, ROWS=tile.rows, BLOCK_K=tile.scan, BLOCK_D=tile.columns, num_warps=4,
         )  # fmt: skip
     return out
 
