@@ -67,9 +67,7 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & _WORD, seed >> 32
 
 
-def random_words(
-    seed: int, epoch: Array, sample_ids: Array, stream: Stream, num_words: int, draw: int = 0
-) -> Array:
+def random_words(seed: int, epoch: Array, sample_ids: Array, stream: Stream, num_words: int, draw: int = 0) -> Array:
     """Random 32-bit words for each sample.
 
     Word ``j`` of a sample is output ``j % 4`` of Philox at counter
