@@ -90,6 +90,16 @@ def test_tiny_and_huge_patches(pixels):
     torch.testing.assert_close(gather_patches(images, ids, case.patch, mean, std), expected)
 
 
+def test_more_images_than_one_chunk_of_the_plain_path():
+    if _dispatch.is_interpreted():
+        pytest.skip("the plain path alone goes by chunks")
+    case = Case(13, 3, (128, 128), (16, 16), 0.5)
+    images, ids, (mean, std) = make_images(case, "channels_last", torch.uint8), make_ids(case), make_mean_std(3)
+    assert 1 < len(list(patches.chunks(images, ids, case.patch))) < case.n
+    expected = take(patchify(normalised(images, mean, std, torch.float32), case.patch), ids)
+    torch.testing.assert_close(gather_patches(images, ids, 16, mean, std), expected, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_any_geometry(data):

@@ -164,7 +164,8 @@ def test_all_patches_masked_means_the_order_of_ids():
     images, ids = torch.randn(1, 1, 16, 16), torch.tensor([[2, 0, 3, 1]])
     pred = torch.randn(1, 4, 64)
     expected = plain_losses(pred, images, ids, (8, 8), True, None, None)
-    torch.testing.assert_close(masked_patch_mse(pred, images, ids, 8, reduction="none").double(), expected)
+    losses = masked_patch_mse(pred, images, ids, 8, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(("patch", "norm_pix"), [((1, 1), False), ((32, 32), True), ((64, 96), True)])
@@ -179,6 +180,22 @@ def test_tiny_and_huge_patches(patch, norm_pix):
     )
     wanted = value_and_grad(plain_losses(take(pred, ids), images, ids, patch, norm_pix, mean, std), pred, weight)
     torch.testing.assert_close(got[0].double(), wanted[0], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_more_images_than_one_chunk_of_the_plain_path(full):
+    if _dispatch.is_interpreted():
+        pytest.skip("the plain path alone goes by chunks")
+    case = Case(13, 3, (128, 128), (16, 16), 0.5)
+    images, ids, (mean, std) = make_images(case, "channels_last", torch.uint8), make_ids(case), make_mean_std(3)
+    assert 1 < len(list(patches.chunks(images, ids, case.patch))) < case.n
+    pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels, requires_grad=True)
+    weight = torch.rand(ids.shape)
+    got = value_and_grad(masked_patch_mse(pred, images, ids, 16, True, mean, std, reduction="none"), pred, weight)
+    chosen = take(pred, ids) if full else pred
+    wanted = value_and_grad(plain_losses(chosen, images, ids, case.patch, True, mean, std), pred, weight)
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=2e-6, atol=1e-6)
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-7)
 
 

@@ -66,10 +66,12 @@ def _gather_patches(
     n, c, h, w = images.shape
     k, pixels = ids.shape[1], ph * pw * c
     patches.check_id_values("ids", ids, (h // ph) * (w // pw))
-    if not takes_triton(images, _kernels) or pixels > patches.MAX_TRITON_PIXELS:
-        x = patches.normalise_plain(patches.gather_plain(images, ids, (ph, pw)), scale, shift)
-        return x.to(dtype)
     out = torch.empty(n, k, pixels, dtype=dtype, device=images.device)
+    if not takes_triton(images, _kernels) or pixels > patches.MAX_TRITON_PIXELS:
+        for part in patches.chunks(images, ids, (ph, pw)):
+            x = patches.gather_plain(images[part], ids[part], (ph, pw))
+            out[part] = patches.normalise_plain(x, scale, shift)
+        return out
     options = patches.launch_options(images, (ph, pw), values=32)
     with torch.cuda.device_of(images):
         _kernels.gather_patches_fwd_kernel[(-(-n * k // options["ROWS"]),)](

@@ -104,10 +104,12 @@ def _masked_patch_mse(
 ) -> Tensor:
     (n, m), (h, w) = ids_mask.shape, images.shape[2:]
     patches.check_id_values("ids_mask", ids_mask, (h // ph) * (w // pw))
+    loss = torch.empty(n, m, dtype=_compute_dtype(pred), device=pred.device)
     if not _runs_triton(pred, images):
-        residual = _residual_plain(pred, images, ids_mask, scale, shift, (ph, pw), norm_pix, eps)
-        return residual.square_().mean(-1)
-    loss = torch.empty(n, m, dtype=torch.float32, device=pred.device)
+        for part in patches.chunks(images, ids_mask, (ph, pw)):
+            rows = _residual_plain(pred[part], images[part], ids_mask[part], scale, shift, (ph, pw), norm_pix, eps)
+            loss[part] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(rows.shape[-1])
+        return loss
     options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
@@ -139,14 +141,19 @@ def _masked_patch_mse_backward(
 ) -> Tensor:
     (n, m), w = ids_mask.shape, images.shape[3]
     rows, pixels = pred.shape[1:]
-    if not _runs_triton(pred, images):
-        residual = _residual_plain(pred, images, ids_mask, scale, shift, (ph, pw), norm_pix, eps)
-        grad_pred = residual.mul_(grad[..., None] * (-2.0 / pixels)).to(pred.dtype)
-        if rows == m:
-            return grad_pred
-        full = torch.zeros(n * rows, pixels, dtype=pred.dtype, device=pred.device)
-        return full.index_add_(0, _flat(ids_mask, rows), grad_pred.view(n * m, pixels)).view(n, rows, pixels)
-    grad_pred = torch.empty(n, rows, pixels, dtype=pred.dtype, device=pred.device)
+    runs_triton = _runs_triton(pred, images)
+    new = torch.empty if runs_triton or rows == m else torch.zeros
+    grad_pred = new(n, rows, pixels, dtype=pred.dtype, device=pred.device)
+    if not runs_triton:
+        for part in patches.chunks(images, ids_mask, (ph, pw)):
+            ids = ids_mask[part]
+            x = _residual_plain(pred[part], images[part], ids, scale, shift, (ph, pw), norm_pix, eps)
+            x *= grad[part, :, None] * (-2.0 / pixels)
+            if rows == m:
+                grad_pred[part] = x
+            else:
+                grad_pred[part].view(-1, pixels).index_add_(0, _flat(ids, rows), x.view(-1, pixels).to(pred.dtype))
+        return grad_pred
     options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
@@ -200,8 +207,8 @@ def _residual_plain(
     target = patches.normalise_plain(target, scale, shift).to(_compute_dtype(pred))
     if norm_pix:
         target -= target.mean(-1, keepdim=True)
-        variance = target.square().sum(-1, keepdim=True) / (target.shape[-1] - 1)
-        target /= (variance + eps).sqrt_()
+        norm = torch.linalg.vector_norm(target, dim=-1, keepdim=True)
+        target *= (norm.square_() / (target.shape[-1] - 1) + eps).rsqrt_()
     if pred.shape[1] != ids_mask.shape[1]:
         pred = pred.reshape(-1, pred.shape[-1]).index_select(0, _flat(ids_mask, pred.shape[1])).view(target.shape)
     return target.sub_(pred)

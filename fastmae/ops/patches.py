@@ -6,6 +6,8 @@ channel, the channel innermost. Patches of an image are numbered row by row.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -82,6 +84,18 @@ def is_channels_last(images: Tensor) -> bool:
     return images.stride(3) == images.shape[1] and (images.shape[1] == 1 or images.stride(1) == 1)
 
 
+def chunks(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Iterator[slice]:
+    """Ranges of images for the plain path: on the CPU as many as give about 1 MiB of float32 patches, elsewhere all.
+
+    Temporaries then stay in the cache, and the allocator hands out the same pages again; fetching fresh ones for
+    temporaries of a whole batch can cost ten times the arithmetic.
+    """
+    n, k = ids.shape
+    values = k * patch_size[0] * patch_size[1] * images.shape[1]
+    size = max(1, (1 << 18) // values) if images.device.type == "cpu" else n
+    return (slice(start, start + size) for start in range(0, n, size))
+
+
 def gather_plain(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """Patches (N, K, P) in plain PyTorch, in the images' dtype.
 
@@ -109,4 +123,5 @@ def normalise_plain(patches: Tensor, scale: Tensor | None, shift: Tensor | None)
         return patches
     if scale is None:
         return patches.float().mul_(1.0 / 255.0)
-    return torch.addcmul(shift, patches.float(), scale)
+    patches = patches.float()
+    return torch.addcmul(shift, patches, scale, out=patches)
