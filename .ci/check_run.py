@@ -49,9 +49,9 @@ def main() -> None:
         goal = NEW_CROPS if index == 0 else UNSEEN_OVER_MEAN_COLOR * color
         if arguments.whole and error > goal:
             problems.append(f"{name}: error {error:.3f} is above {goal:.3f}")
-        for image, own in numbers.get("images", {}).items():
-            error, color, distance = (own[k] for k in ("mse", "mse_mean_color", "mse_inverse_distance"))
-            print(f"  {image}: error {error:.3f}; mean colour {color:.3f}, inverse distance {distance:.3f}")
+        for image in numbers.get("images", []):
+            error, color, distance = (image[k] for k in ("mse", "mse_mean_color", "mse_inverse_distance"))
+            print(f"  {image['name']}: error {error:.3f}; mean colour {color:.3f}, inverse distance {distance:.3f}")
     if arguments.whole and summary["seconds"] > 240:
         problems.append(f"training took {summary['seconds']:.0f} s, more than four minutes")
     if problems:

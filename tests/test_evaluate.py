@@ -234,9 +234,9 @@ def test_named_images_have_errors_of_their_own(tmp_path):
     numbers = evaluate_sets(
         tiny(), {"a": pictures(2), "b": pictures(1)}, mask_ratio=0.5, seed=3, path=path, names=names, num_masks=6
     )
-    assert list(numbers["a"]["images"]) == ["cat", "coffee"]
+    assert [each["name"] for each in numbers["a"]["images"]] == ["cat", "coffee"]
     for metric in ("mse", "mse_mean_color", "mse_inverse_distance", "psnr"):
-        each = [numbers["a"]["images"][name][metric] for name in names["a"]]
+        each = [image[metric] for image in numbers["a"]["images"]]
         assert each[0] != each[1]
         assert sum(each) / 2 == pytest.approx(numbers["a"][metric])
     assert "images" not in numbers["b"]

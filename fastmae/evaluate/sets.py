@@ -50,8 +50,8 @@ def evaluate_sets(
     Returns:
         By heading: ``mse``, ``mse_mean_color``, ``mse_inverse_distance`` (pixels normalised with the model's mean and
         std), ``psnr``, ``psnr_mean_color``, ``psnr_inverse_distance`` (decibels), ``num_images``, ``masks_per_image``,
-        ``mask_ratio``, ``denormalized_with_target_statistics``; for a set with names also ``images``, the first six by
-        name. Plain Python numbers.
+        ``mask_ratio``, ``denormalized_with_target_statistics``; for a set with names also ``images``, a list of
+        ``name`` and the first six for each image. Plain Python numbers.
 
     Raises:
         ValueError: an empty set, names that do not fit, or what :func:`reconstruct` refuses.
@@ -72,9 +72,10 @@ def evaluate_sets(
         }
         if labels:
             rows = [row._replace(name=label) for row, label in zip(rows, labels, strict=False)]
-            numbers["images"] = {
-                label: {metric: float(values[i]) for metric, values in errors.items()} for i, label in enumerate(labels)
-            }
+            numbers["images"] = [
+                {"name": label} | {metric: float(values[i]) for metric, values in errors.items()}
+                for i, label in enumerate(labels)
+            ]
         summary[heading] = numbers
         blocks.append(Block(heading[:1].upper() + heading[1:], _describe(numbers), rows))
     note = "De-normalised with the target patches' own mean and standard deviation. " if model.norm_pix_loss else ""
