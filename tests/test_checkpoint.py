@@ -120,6 +120,17 @@ def test_a_strange_manifest_is_refused(saved, text):
         verify_checkpoint(saved)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [('"samples_consumed": 224', '"samples_consumed": 225'), ('"files"', '"filed"')]
+)
+def test_an_altered_manifest_is_refused(saved, old, new):
+    text = (saved / MANIFEST).read_text()
+    assert old in text
+    (saved / MANIFEST).write_text(text.replace(old, new))
+    with pytest.raises(CheckpointError, match=r"manifest.json: contents differ"):
+        load_checkpoint(saved)
+
+
 def test_latest_falls_back_loudly_from_a_damaged_one(folder, saved, capsys):
     newest = save_checkpoint(folder, 20, TENSORS, {})
     assert latest_checkpoint(folder.parent) == newest

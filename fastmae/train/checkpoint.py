@@ -55,7 +55,8 @@ def save_checkpoint(
         _sync(shard)
         files = [{"name": shard.name, "size": shard.stat().st_size, "sha256": _sha256(shard)}]
         head = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step}
-        text = json.dumps({**head, **manifest, "files": files}, indent=1)
+        values = {**head, **manifest, "files": files}
+        text = json.dumps({**values, "sha256": _manifest_sha256(values)}, indent=1)
         with (partial / MANIFEST).open("w") as file:
             file.write(text)
             file.flush()
@@ -115,6 +116,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     got = (manifest.get("format"), manifest.get("format_version")) if isinstance(manifest, dict) else manifest
     if got != (FORMAT, FORMAT_VERSION):
         raise CheckpointError(f"{name}: expected format {FORMAT} version {FORMAT_VERSION}, got {got}")
+    if manifest.pop("sha256", None) != _manifest_sha256(manifest):
+        raise CheckpointError(f"{name}: contents differ from the SHA-256 that it gives of itself")
     return manifest
 
 
@@ -190,6 +193,10 @@ def _step_of(path: Path) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_sha256(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:
