@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-knobs = pytest.importorskip("triton").knobs
-
 from fastmae.ops import _dispatch, masking
+
+knobs = pytest.importorskip("triton").knobs
 
 
 @pytest.mark.ops
