@@ -212,6 +212,13 @@ def test_a_disk_that_fills_up_during_a_run(tmp_path, images, capsys):
     assert load_model(tmp_path / "run")[1]["step"] == 0
 
 
+def test_reconstruct_wants_images_and_a_mask_ratio_that_makes_sense(run, images, tmp_path, capsys):
+    assert "IMAGES: expected at least one image" in mistake(capsys, "reconstruct", run)
+    assert "0.jpeg: no such file" in mistake(capsys, "reconstruct", run, images / "0.jpeg")
+    arguments = ("reconstruct", run, images / "0.jpg", "--out", tmp_path / "figure.png", "--mask-ratio", 1.5)
+    assert "mask_ratio: expected a number strictly between 0 and 1, got 1.5" in mistake(capsys, *arguments)
+
+
 @pytest.mark.parametrize("source", ["missing", "text.safetensors", "bare.safetensors", "empty_folder"])
 def test_reconstruct_refuses_what_is_no_checkpoint(tmp_path, capsys, source):
     (tmp_path / "text.safetensors").write_text("not tensors")

@@ -139,7 +139,7 @@ def test_what_differs_is_named_or_refused(tmp_path, images):
 FLAGS = """
 --model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
 --model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
---train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 20
+--train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 4
 --train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
 """
 

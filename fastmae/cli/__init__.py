@@ -28,9 +28,9 @@ EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 class ReconstructConfig:
     """Draw masked, reconstructed and original images side by side."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """Run folder, checkpoint folder or exported .safetensors file."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES...")]
     """Images to reconstruct."""
     out: Path = Path("reconstruction.png")
     """The figure to write."""

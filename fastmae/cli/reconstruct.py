@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastmae.cli.errors import mistakes
+from fastmae.cli.errors import UsageError, mistakes
 from fastmae.data import read_images
 from fastmae.evaluate import evaluate_sets
 from fastmae.train.weights import load_model
@@ -13,6 +13,8 @@ from fastmae.train.weights import load_model
 
 def reconstruct(checkpoint: Path, images: Sequence[Path], out: Path, mask_ratio: float, seed: int) -> int:
     """Draw the figure of some images and print their errors; return the exit code."""
+    if not images:
+        raise UsageError("IMAGES: expected at least one image file, got none")
     model, _ = load_model(checkpoint)
     with mistakes():
         sets = {"images": read_images(images, model.img_size)}
