@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 _DPI = 200
-_WIDTH = 1900  # pixels that the triplets of one row share
+_WIDTH, _NARROWEST = 1900, 912  # pixels that the triplets of a row share; that a title needs at least
 _TILE = (176, 448)  # a picture is enlarged by whole factors to about the first, and reduced to at most the second
 _GAP, _COLUMN_GAP, _MARGIN = 6, 40, 48
 _INK, _GREY = "#1a1a1a", "#6b6b6b"
@@ -72,7 +72,7 @@ def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: st
     triplet = 3 * tile + 2 * _GAP
     longest = max(len(block.rows) for block in blocks)
     across = max(1, min(3, _WIDTH // (3 * tile), longest))
-    width = 2 * _MARGIN + max(across * triplet + (across - 1) * _COLUMN_GAP, 3 * _TILE[0])
+    width = 2 * _MARGIN + max(across * triplet + (across - 1) * _COLUMN_GAP, _NARROWEST)
 
     images, lines = [], []
     y = _write(lines, title, _MARGIN, _TITLE, width, weight="bold") if title else _MARGIN
@@ -109,7 +109,7 @@ def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: st
 
 def _write(lines: list[_Line], text: str, y: float, size: int, width: int, **style: str) -> float:
     """Add a wrapped paragraph at y and return where it ends."""
-    letters = int((width - 2 * _MARGIN) / (size * (0.64 if "weight" in style else 0.53)))
+    letters = int((width - 2 * _MARGIN) / (size * (0.62 if "weight" in style else 0.53)))
     for line in textwrap.wrap(text, letters):
         lines.append(_Line(_MARGIN, y, line, size, {"color": _INK} | style))
         y += size * 1.4
