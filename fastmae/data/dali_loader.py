@@ -29,7 +29,7 @@ from fastmae.data.loader import PREFETCH, Loader, Plan
 
 logger = logging.getLogger(__name__)
 
-_MAX_FAILURES = 3
+_MAX_FAILURES = 10
 _NO_FILE = np.frombuffer(b"/nonexistent/placeholder", np.uint8)
 
 

@@ -1,9 +1,9 @@
 """The index of a data set: built once, cached, hashed, memory-mapped.
 
 A good image is one row of a structured array plus its relative path in one long byte string; opening a cached index
-maps both and reads neither, and a row is looked up by its number. So a run's memory does not grow with the number of
-images. Building does hold the folder's listing (some 300 bytes a file) and opening does walk the folder again, to
-notice that it changed.
+maps both and reads neither, and a row is looked up by its number. So what a run holds itself does not grow with the
+number of images; the pages that it touches stand in the operating system's cache. Building does hold the folder's
+listing (some 300 bytes a file), and opening does walk the folder again, to notice that it changed.
 """
 
 from __future__ import annotations
@@ -200,11 +200,12 @@ def _save(index: Index, folder: Path, siblings: str) -> None:
             "bad": [list(bad) for bad in index.bad],
         }
         (temporary / "manifest.json").write_text(json.dumps(manifest))
-        shutil.rmtree(folder, ignore_errors=True)  # only there if it is damaged
+        if _load(folder) is None:  # not there or damaged; else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was faster
+            if not folder.is_dir():
                 raise
         for sibling in folder.parent.glob(siblings):
             if sibling != folder and sibling.stat().st_mtime < time.time() - _KEPT_SECONDS:
