@@ -90,6 +90,23 @@ def test_tiny_and_huge_patches(pixels):
     torch.testing.assert_close(gather_patches(images, ids, case.patch, mean, std), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("layout", ["columns", "channels", "rgb-of-rgba", "expanded", "transposed"])
+def test_unusual_strides(layout, dtype):
+    """What looks like channels-last memory in one stride and is not in another."""
+    case, ids = Case(2, 3, (32, 48), (16, 8), 0.5), make_ids(Case(2, 3, (32, 48), (16, 8), 0.5))
+    x = make_images(Case(2, 6, (32, 96), (16, 8), 0.5), "channels_last", dtype)
+    images = {
+        "columns": x[:, :3, :, ::2],
+        "channels": x[:, ::2, :, :48],
+        "rgb-of-rgba": make_images(Case(2, 4, (32, 48), (16, 8), 0.5), "channels_last", dtype)[:, :3],
+        "expanded": x[:1, :1, :, :48].expand(2, 3, -1, -1),
+        "transposed": x[:, :3, :, :48].transpose(2, 3).contiguous().transpose(2, 3),
+    }[layout]
+    expected = take(patchify(normalised(images, None, None, torch.float32), case.patch), ids)
+    torch.testing.assert_close(gather_patches(images, ids, case.patch), expected)
+
+
 def test_more_images_than_one_chunk_of_the_plain_path():
     if _dispatch.is_interpreted():
         pytest.skip("the plain path alone goes by chunks")
@@ -138,6 +155,17 @@ def test_gradient_adds_repeated_patches(layout, dtype):
     assert grad.dtype == images.dtype
     assert grad.is_contiguous(memory_format=torch.channels_last) == (layout in ("channels_last", "cropped"))
     torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_gradient_of_a_sum(layout):
+    """Autograd then hands over an expanded gradient."""
+    images = make_images(CASES["p16"], layout, torch.float32).requires_grad_()
+    gather_patches(images, torch.tensor([[0, 4, 0], [11, 5, 4]]), 16).sum().backward()
+    expected = torch.zeros(2, 12).scatter_add_(1, torch.tensor([[0, 4, 0], [11, 5, 4]]), torch.ones(2, 3))
+    assert torch.equal(
+        images.grad, expected.view(2, 1, 4, 3).repeat_interleave(16, 2).repeat_interleave(16, 3).expand_as(images)
+    )
 
 
 def test_gradcheck():
