@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal
 import traceback
@@ -88,17 +87,22 @@ def test_masks_and_batches_do_not_hang_on_the_default_generator(tmp_path, images
     assert losses[0] == losses[1]
 
 
-def test_all_steps_non_finite_end_the_run_and_say_so(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images)
+def test_many_non_finite_steps_end_the_run_and_say_so(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images, steps=40)
     with torch.no_grad():
         trainer.model.decoder_pred.weight[0, 0] = float("nan")
     before = trainer.model.decoder_pred.bias.clone()
-    with pytest.raises(FloatingPointError, match="no finite gradient in the 4 steps up to 4"):
+    with pytest.raises(FloatingPointError, match="no finite gradient in the last 20 steps up to step 20"):
         trainer.fit()
     assert torch.equal(trainer.model.decoder_pred.bias, before)
     assert trainer.run.read_json("status.json")["status"] == "failed"
-    row = json.loads(trainer.run.metrics.read_text())
-    assert (row["loss"], row["skipped_steps"]) == (None, 4)
+    assert [(row["loss"], row["skipped_steps"]) for row in trainer.run.read_metrics()] == [(None, 4)] * 5
+
+
+def test_the_last_steps_are_logged_even_between_intervals(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images, steps=6)
+    trainer.fit()
+    assert [row["step"] for row in trainer.run.read_metrics()] == [4, 6]
 
 
 def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):

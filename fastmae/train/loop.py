@@ -24,12 +24,16 @@ from fastmae.train.signals import StopRequest
 
 Status = Literal["finished", "preempted"]
 
+MAX_SKIPPED = 20
+"""Steps in a row without a finite gradient after which a run ends: skipping more will not mend it."""
+
 
 @dataclass
 class Clock:
     """Where the seconds of a log interval went, as the host sees them: a device that lags behind shows as waiting."""
 
     begun: float = 0.0
+    step: int = 0
     data: float = 0.0
 
 
@@ -74,6 +78,7 @@ class Trainer:
         self._rows: list[tuple[Row, HostCopy]] = []
         self._sinks: list[Sink] = []
         self._saved_step: int | None = None
+        self._skipped_in_a_row = 0
 
     @property
     def num_threads(self) -> int:
@@ -98,7 +103,7 @@ class Trainer:
 
         Raises:
             CheckpointError: if a checkpoint cannot be written.
-            FloatingPointError: if every step of a log interval was skipped for a non-finite gradient.
+            FloatingPointError: after ``MAX_SKIPPED`` steps in a row without a finite gradient.
         """
         train, total = self.config.train, self.schedule.total_steps
         self._on_log, self._on_checkpoint = on_log, on_checkpoint
@@ -111,11 +116,11 @@ class Trainer:
                 if self._saved_step is None:
                     self.save()
                 self.model.train()
-                self.clock = Clock(begun=time.monotonic())
+                self.clock = Clock(time.monotonic(), self.step)
                 self._saved_at = time.monotonic()
                 while self.step < total and not stop.requested and time.monotonic() < deadline:
                     self.train_step()
-                    if self.step % train.log_every_steps == 0:
+                    if self.step % train.log_every_steps == 0 or self.step == total:
                         self.log()
                     if self._checkpoint_due():
                         self.save()
@@ -167,13 +172,13 @@ class Trainer:
             "samples": self.samples,
             "epoch": self.samples / len(self.dataset),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": self.values.count * self.config.train.global_batch_size / seconds,
+            "images_per_second": (self.step - clock.step) * self.config.train.global_batch_size / seconds,
             "data_share": clock.data / seconds,
         }
         if self.device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._rows.append((row, self.values.take()))
-        self.clock = Clock(begun=now)
+        self.clock = Clock(now, self.step)
         self._flush_rows(pending=1 if self.device.type == "cuda" else 0)
 
     def save(self) -> None:
@@ -210,12 +215,7 @@ class Trainer:
         manifest = checkpoint.verify_checkpoint(path)
         state.check_architecture(manifest["architecture"], self.model.architecture)
         differences = state.compare_configs(manifest["config"], to_json(self.config))
-        saved = {"num_threads": manifest["num_threads"], "dataset.hash": manifest["dataset"]["hash"]}
-        here = {"num_threads": self.num_threads, "dataset.hash": self.dataset.hash}
-        for key, value in (here | state.versions()).items():
-            before = (saved | manifest["versions"]).get(key)
-            if before != value:
-                differences.append(f"{key} was {before}, is {value}")
+        differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash)
         tensors, _ = checkpoint.load_checkpoint(path, verify=False)
         state.restore_tensors(tensors, self.model, self.optimizer)
         self.step = self._saved_step = manifest["step"]
@@ -261,7 +261,13 @@ class Trainer:
                 sink.write(row)
             if self._on_log:
                 self._on_log(row)
-            if row["skipped_steps"] == len(values["skipped"]):
-                raise FloatingPointError(
-                    f"no finite gradient in the {len(values['skipped'])} steps up to {row['step']}"
-                )
+            self._end_if_hopeless(values["skipped"], row["step"])
+
+    def _end_if_hopeless(self, skipped: list[float], step: int) -> None:
+        for one in skipped:
+            self._skipped_in_a_row = self._skipped_in_a_row + 1 if one else 0
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise FloatingPointError(
+                f"no finite gradient in the last {self._skipped_in_a_row} steps up to step {step}; "
+                "the weights are as they were before them"
+            )

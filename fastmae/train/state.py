@@ -118,6 +118,17 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     return [f"{key} was {saved.get(key)}, is {here.get(key)}" for key in differ if key not in _MAY_DIFFER]
 
 
+def compare_circumstances(manifest: Mapping[str, Any], num_threads: int, dataset_hash: str) -> list[str]:
+    """How threads, data and versions differ from those that a checkpoint was written with, one text each."""
+    saved = {
+        "num_threads": manifest["num_threads"],
+        "dataset.hash": manifest["dataset"]["hash"],
+        **manifest["versions"],
+    }
+    here = {"num_threads": num_threads, "dataset.hash": dataset_hash, **versions()}
+    return [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
+
+
 def versions() -> dict[str, str]:
     """Versions of what a checkpoint's exact continuation depends on."""
     packages = {name: version(name) for name in ("torch", "numpy", "safetensors")}
