@@ -17,6 +17,7 @@ from training import write_images
 
 from fastmae.cli import main
 from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.run_folder import RunFolder
 from fastmae.train.weights import export_weights, load_model
 
 SHORT = [*FLAGS.split(), "--train.steps", "6"]
@@ -175,6 +176,11 @@ def test_a_checkpoint_of_another_architecture(run, capsys):
 
 def test_an_existing_run_is_not_overwritten(run, capsys):
     assert "add --resume to continue the run in it" in mistake(capsys, "pretrain", "--out", run)
+
+
+def test_a_run_folder_that_another_job_uses(run, capsys):
+    with RunFolder(run, resume=True):
+        assert f"--out {run}: in use by process" in mistake(capsys, "pretrain", "--out", run, "--resume")
 
 
 def test_resume_needs_a_folder_and_the_recipe_it_began_with(run, capsys):
