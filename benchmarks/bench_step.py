@@ -1,8 +1,8 @@
 """One training step: fastmae against the plain reference and Hugging Face's ViTMAE, eager and compiled, in one run.
 
-Every competitor starts from the same uint8 batch, ends after the optimiser step, uses bf16 autocast (the eager reference
-on CUDA also fp16 with a gradient scaler, as facebookresearch/mae trains) and fused AdamW, and keeps its residual stream
-in float32.
+Every competitor starts from the same uint8 batch, ends after the optimiser step, uses bf16 autocast (the eager
+reference on CUDA also fp16 with a gradient scaler, as facebookresearch/mae trains) and fused AdamW, and keeps its
+residual stream in float32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Argument checks that the ops share. Each raises ``ValueError`` that names the argument, what came and what was expected."""
+"""Argument checks that the ops share: ``ValueError`` that names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def check_ids(name: str, ids: Tensor, batch: int) -> None:
     """An index tensor: int64 (N, K) with K >= 1. Values are not read, which would synchronise a GPU."""
     expected = f"an int64 tensor of shape ({batch}, K), K >= 1"
     check(isinstance(ids, Tensor), name, expected, ids)
-    check(ids.dtype == torch.int64 and ids.ndim == 2 and ids.shape[0] == batch and ids.shape[1] > 0, name, expected, ids)
+    check(
+        ids.dtype == torch.int64 and ids.ndim == 2 and ids.shape[0] == batch and ids.shape[1] > 0, name, expected, ids
+    )
 
 
 def check_floating(name: str, tensor: Tensor, expected: str) -> None:
