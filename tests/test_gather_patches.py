@@ -11,7 +11,6 @@ from patch_cases import (
     LAYOUTS,
     Case,
     assert_as_accurate,
-    counted_traffic,
     make_ids,
     make_images,
     make_mean_std,
@@ -149,7 +148,7 @@ def test_gradient_adds_repeated_patches(layout, dtype):
     ids = make_ids(case, 0.5)
     ids = torch.cat([ids, ids[:, :2], ids[:, :1]], 1)
     out = gather_patches(images, ids, case.patch, dtype=dtype)
-    weight = torch.randn_like(out)
+    weight = torch.randn(out.transpose(1, 2).shape).to(dtype).transpose(1, 2)
     (grad,) = torch.autograd.grad(out, images, weight)
     (expected,) = torch.autograd.grad(take(patchify(images, case.patch), ids), images, weight.float())
     assert grad.dtype == images.dtype
@@ -204,54 +203,6 @@ def test_compiles_into_one_graph(dtype):
     torch.testing.assert_close(got, expected)
     if dtype == torch.float32:
         torch.testing.assert_close(torch.autograd.grad(got, images), torch.autograd.grad(expected, images))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"images": torch.zeros(2, 3, 32, 32, dtype=torch.int32)},
-            r"images: expected a uint8 or floating .* got int32",
-        ),
-        ({"images": torch.zeros(3, 32, 32)}, r"images: .*\(N, C, H, W\), got float32 \(3, 32, 32\)"),
-        ({"images": "cat.jpg"}, "images: .* got 'cat.jpg'"),
-        ({"images": torch.zeros(2, 3, 32, 40)}, "images: size 32x40 does not divide into patches of 16x16"),
-        ({"ids": torch.zeros(2, 2, dtype=torch.int32)}, "ids: expected an int64 tensor .* got int32"),
-        ({"ids": torch.zeros(3, 2, dtype=torch.int64)}, r"ids: .*\(2, K\).* got int64 \(3, 2\)"),
-        ({"ids": torch.tensor([[0, 4], [1, 2]])}, r"ids: expected values in \[0, 4\), got values from 0 to 4"),
-        ({"ids": torch.tensor([[0, -1], [1, 2]])}, r"ids: expected values in \[0, 4\), got values from -1 to 2"),
-        ({"ids": torch.zeros(2, 2, dtype=torch.int64, device="meta")}, "ids: .*device"),
-        ({"patch_size": (16, 0)}, "patch_size"),
-        ({"mean": None}, "mean: .* mean and std together, got None"),
-        ({"std": None}, "std: .* mean and std together, got None"),
-        ({"std": torch.ones(4)}, r"std: expected a float32 tensor of shape \(3,\).* got float32 \(4,\)"),
-        ({"mean": torch.ones(3, dtype=torch.bfloat16)}, "mean: expected a float32 tensor .* got bfloat16"),
-        ({"mean": torch.ones(3, device="meta")}, "mean: .* on cpu.* got .* on meta"),
-        ({"dtype": torch.uint8}, "dtype: expected a floating point dtype or None"),
-    ],
-)
-def test_bad_input_is_named(change, message):
-    mean, std = make_mean_std(3)
-    good = {
-        "images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "ids": torch.tensor([[0, 1], [2, 3]]),
-        "patch_size": 16, "mean": mean, "std": std,
-    }  # fmt: skip
-    gather_patches(**good)
-    with pytest.raises(ValueError, match=message):
-        gather_patches(**{**good, **change})
-
-
-def test_moves_only_the_wanted_patches(monkeypatch):
-    if not _dispatch.is_interpreted():
-        pytest.skip("counts the accesses of Triton's interpreter")
-    case = Case(2, 3, (64, 64), (16, 16), 0.25)
-    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
-    with counted_traffic(monkeypatch) as traffic:
-        out = gather_patches(images, ids, case.patch, *make_mean_std(3), torch.bfloat16)
-    assert traffic.bytes_read(images) == out.numel()
-    # A patch's row is 48 bytes at a multiple of 16: at most two sectors.
-    assert traffic.sectors_read(images) <= 2 * 16 * ids.numel()
-    assert traffic.bytes_written(out) == 2 * out.numel()
 
 
 @pytest.mark.gpu
