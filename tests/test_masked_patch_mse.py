@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patch_cases import (
@@ -20,6 +21,7 @@ from patch_cases import (
 )
 
 from fastmae.ops import _dispatch, patches
+from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.masked_patch_mse import masked_patch_mse
 
 pytestmark = pytest.mark.ops
@@ -256,6 +258,26 @@ def test_compiles_into_one_graph(full):
     got, expected = torch.compile(step, fullgraph=True)(*arguments), step(*arguments)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(expected, weight))
+
+
+def test_other_batch_sizes_and_mask_ratios_share_a_graph():
+    """One graph for the first sizes, one for all others."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    mean, std = make_mean_std(3)
+
+    def step(pred, images, ids):
+        pred = pred + gather_patches(images, ids, 8, mean, std)
+        return masked_patch_mse(pred, images, ids, 8, mean=mean, std=std)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for n, ratio in ((2, 0.2), (3, 0.4), (4, 0.6), (5, 0.8)):
+        case = Case(n, 3, (32, 40), (8, 8), ratio)
+        images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
+        pred = torch.randn(n, ids.shape[1], case.pixels, requires_grad=True)
+        got, expected = (function(pred, images, ids) for function in (compiled, step))
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, pred), torch.autograd.grad(expected, pred))
+    assert counter.frame_count == 2
 
 
 def test_second_derivative_is_refused():
