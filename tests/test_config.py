@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import fastmae.cli as cli_module
+import fastmae.train.config as config_module
 from fastmae.train.config import PretrainConfig, from_json, read_config, to_json
 from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
+
+
+@pytest.mark.parametrize("module", [config_module, cli_module])
+def test_every_flag_is_documented(module):
+    """``--help`` shows the string below a field."""
+    classes = [
+        n
+        for n in ast.parse(inspect.getsource(module)).body
+        if isinstance(n, ast.ClassDef) and n.name.endswith("Config")
+    ]
+    assert classes
+    sections = {"model", "data", "train"}  # their classes say what they are
+    for cls in classes:
+        assert ast.get_docstring(cls)
+        for field, below in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and field.target.id not in sections:
+                assert isinstance(below, ast.Expr), f"{cls.name}.{field.target.id}"
+                assert isinstance(below.value.value, str)
 
 
 def changed(config: PretrainConfig, section: str, **values) -> PretrainConfig:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from training import make_trainer, write_images
 
+import fastmae.train
 from fastmae.train.metrics import StepValues, mean_of_finite
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import StopRequest
@@ -194,3 +195,9 @@ def test_handlers_are_given_back():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
     assert stop.requested is None
+
+
+def test_public_names_resolve():
+    assert all(callable(getattr(fastmae.train, name)) for name in fastmae.train.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = fastmae.train.Trainr

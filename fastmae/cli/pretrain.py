@@ -42,7 +42,7 @@ def pretrain(config: PretrainConfig) -> int:
         except OSError as error:
             raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
     with run:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(highlight=False, markup=False, soft_wrap=True)
         with mistakes():
             trainer = _prepare(config, run, console)
         begun, first_step = time.monotonic(), trainer.step

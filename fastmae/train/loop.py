@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -108,8 +109,8 @@ class Trainer:
         train, total = self.config.train, self.schedule.total_steps
         self._on_log, self._on_checkpoint = on_log, on_checkpoint
         self._sinks = [JsonLines(self.run.metrics), TensorBoard(self.run.path, self.step)]
-        self._sinks.append(Terminal(self.console, self.step, total))
-        deadline = time.monotonic() + 60 * train.max_minutes if train.max_minutes else float("inf")
+        deadline = time.monotonic() + 60 * train.max_minutes if train.max_minutes else math.inf
+        self._sinks.append(Terminal(self.console, self.step, total, deadline))
         try:
             with StopRequest() as stop, self._open_loader() as self.loader:
                 self.run.write_json("status.json", {"status": "running", "step": self.step})

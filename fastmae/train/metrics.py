@@ -115,8 +115,8 @@ class TensorBoard:
 class Terminal:
     """A progress bar on a terminal, plain lines elsewhere: loss, learning rate, images/s, time left."""
 
-    def __init__(self, console: Console, step: int, total_steps: int) -> None:
-        self._console, self._total = console, total_steps
+    def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
+        self._console, self._total, self._deadline = console, total_steps, deadline
         self._begun, self._first = time.monotonic(), step
         self._progress: Progress | None = None
         if console.is_terminal:
@@ -127,7 +127,9 @@ class Terminal:
 
     def write(self, row: Row) -> None:
         done = row["step"] - self._first
-        left = (time.monotonic() - self._begun) / max(done, 1) * (self._total - row["step"])
+        now = time.monotonic()
+        left = (now - self._begun) / max(done, 1) * (self._total - row["step"])
+        left = max(0.0, min(left, self._deadline - now))
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         rate = row.get("images_per_second")
         text = f"loss {loss}  lr {row['lr']:.2e}  {rate:,.0f} images/s  {_clock(left)} left"
