@@ -68,7 +68,7 @@ def scatter_tokens_kernel(
     i_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = (i_d < D)[None, :]
 
-    b_next, b_copies = _next_source(ids_ptr + i_n * K, i_r - P, tl.full((ROWS,), -1, tl.int32), K, ROWS, BLOCK_K)
+    b_next, b_copies = _first_source(ids_ptr + i_n * K, i_r - P, K, ROWS, BLOCK_K)
     b_source = tl.where(i_r < P, i_r, P + b_next)
     b_copies = tl.where(i_r < P, 1, b_copies)
     b_x = tl.zeros((ROWS, BLOCK_D), dtype=ACC)
@@ -78,7 +78,8 @@ def scatter_tokens_kernel(
         m_in = (i_pass < b_copies)[:, None] & m_d
         b_x += tl.load(in_ptr + o_in[:, None] + i_d[None, :], mask=m_in, other=0.0).to(ACC)
         if i_pass + 1 < num_passes:
-            b_next, _ = _next_source(ids_ptr + i_n * K, i_r - P, b_next, K, ROWS, BLOCK_K)
+            m_more = i_pass + 1 < b_copies
+            b_next = _next_source(ids_ptr + i_n * K, i_r - P, b_next, m_more, K, ROWS, BLOCK_K)
             b_source = P + b_next
     o_out = (i_n * (P + L) + i_r) * D
     tl.store(
@@ -87,14 +88,28 @@ def scatter_tokens_kernel(
 
 
 @triton.jit
-def _next_source(ids_ptr, b_l, b_after, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """For each wanted id the smallest k > after with ``ids[k] == id`` (K without one), and the number of such k."""
+def _first_source(ids_ptr, b_l, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For each wanted id the smallest k with ``ids[k] == id`` (K without one), and the number of such k."""
     b_next = tl.full((ROWS,), 0, tl.int32) + K
     b_count = tl.full((ROWS,), 0, tl.int32)
     for start in range(0, K, BLOCK_K):
         i_k = start + tl.arange(0, BLOCK_K)
         b_ids = tl.load(ids_ptr + i_k, mask=i_k < K, other=-1)
-        m = (b_ids[None, :] == b_l[:, None]) & (i_k < K)[None, :] & (i_k[None, :] > b_after[:, None])
+        m = (b_ids[None, :] == b_l[:, None]) & (i_k < K)[None, :]
         b_next = tl.minimum(b_next, tl.min(tl.where(m, i_k[None, :], K), axis=1))
         b_count += tl.sum(m.to(tl.int32), axis=1)
     return b_next, b_count
+
+
+@triton.jit
+def _next_source(ids_ptr, b_l, b_after, m_wanted, K, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For each wanted row the smallest k > after with ``ids[k] == id``; reads no further than to the last of them."""
+    b_next = tl.full((ROWS,), 0, tl.int32) + K
+    start = tl.min(tl.where(m_wanted, b_after, K)) // BLOCK_K * BLOCK_K
+    while (start < K) & (tl.max((m_wanted & (b_next == K)).to(tl.int32)) == 1):
+        i_k = start + tl.arange(0, BLOCK_K)
+        b_ids = tl.load(ids_ptr + i_k, mask=i_k < K, other=-1)
+        m = (b_ids[None, :] == b_l[:, None]) & (i_k < K)[None, :] & (i_k[None, :] > b_after[:, None])
+        b_next = tl.minimum(b_next, tl.min(tl.where(m, i_k[None, :], K), axis=1))
+        start += BLOCK_K
+    return b_next
