@@ -4,7 +4,7 @@ PYTHON ?= python
 .PHONY: help test test-plain test-interpreter lint format bench gpu release-check soak
 
 help:
-	@echo "make test           all tests: plain PyTorch, then the ops again in Triton's interpreter"
+	@echo "make test           all tests; those of the ops in plain PyTorch and in Triton's interpreter"
 	@echo "make lint           ruff, style and format"
 	@echo "make format         let ruff mend what it can"
 	@echo "make bench          the benchmarks, on this machine"
@@ -12,12 +12,14 @@ help:
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           kill and resume a training run KILLS (default 50) times; the weights must come out the same"
 
-test: test-plain test-interpreter
-
-test-plain:
+# One of the tests runs those of the ops again in Triton's interpreter, in a process of its own, because Triton decides
+# when a kernel is defined whether it is interpreted.
+test:
 	$(PYTHON) -m pytest tests
 
-# Triton decides when a kernel is defined whether it is interpreted, so this takes a process of its own.
+test-plain:
+	$(PYTHON) -m pytest tests --ignore tests/test_interpreter.py
+
 test-interpreter:
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m ops
 

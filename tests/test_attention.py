@@ -105,6 +105,22 @@ def test_autocast_leaves_the_result_in_half_precision():
             assert attention(q, k, v, backend).dtype == torch.bfloat16
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["plain", "sdpa", "xformers"])
+@pytest.mark.parametrize(("length", "heads", "dim"), [(50, 12, 64), (197, 16, 32)])
+def test_backends_on_a_gpu(backend, length, heads, dim):
+    if backend == "xformers":
+        pytest.importorskip("xformers")
+    qkv = torch.randn(2, length, 3, heads, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    truth = qkv.detach().double().requires_grad_()
+    out, want = attention_qkvpacked(qkv, backend), formula(*truth.unbind(2))
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    want.backward(grad.double())
+    assert error(out, want) < 1e-2
+    assert error(qkv.grad, truth.grad) < 2e-2
+
+
 def test_choice_is_reported():
     assert choose_backend("cpu", torch.bfloat16, 197)[0] == "plain"
     assert choose_backend("cpu", torch.float32, 197)[0] == "sdpa"

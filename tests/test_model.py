@@ -239,3 +239,34 @@ def test_unknown_preset_lists_the_names():
 def test_bad_inputs_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(MaskedAutoencoderViT(**SMALL))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gpu_agrees_with_cpu(memory_format):
+    cpu, gpu = MaskedAutoencoderViT(**SMALL, seed=1), MaskedAutoencoderViT(**SMALL, seed=1).cuda()
+    images = torch.randint(0, 256, (3, 3, 32, 48), dtype=torch.uint8).contiguous(memory_format=memory_format)
+    ids = torch.tensor([7, 1 << 40, 3])
+    masking = random_masking(3, 24, 0.75, seed=2, epoch=5, sample_ids=ids)
+    on_gpu = random_masking(3, 24, 0.75, seed=2, epoch=5, sample_ids=ids.cuda())
+    for name, want, got in zip(Masking._fields, masking, on_gpu, strict=True):
+        assert torch.equal(want, got.cpu()), name
+    want, got = cpu(images, masking=masking), gpu(images.cuda(), masking=on_gpu, full_pred=False)
+    torch.testing.assert_close(got.loss.cpu(), want.loss, rtol=1e-4, atol=0)
+    expected = gradients(cpu, want.loss)
+    for name, gradient in gradients(gpu, got.loss).items():
+        assert (gradient.cpu() - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-6, name
+
+
+@pytest.mark.gpu
+def test_compiled_training_step_on_a_gpu():
+    model = MaskedAutoencoderViT(**SMALL, seed=1).cuda()
+    images = torch.randint(0, 256, (4, 32, 48, 3), dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+    masking = random_masking(4, 24, 0.75, seed=0, device="cuda")
+    losses = []
+    for forward in (model, torch.compile(model, fullgraph=True)):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            losses.append(forward(images, masking=masking, full_pred=False).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)

@@ -23,7 +23,9 @@ def require(device: torch.device) -> None:
     if find_spec("xformers") is None:
         raise ValueError("backend: 'xformers' was asked for but is not installed (pip install 'fastmae[xformers]')")
     if device.type != "cuda":
-        raise ValueError(f"backend: 'xformers' has no operator for {device.type} tensors; use 'auto', 'plain' or 'sdpa'")
+        raise ValueError(
+            f"backend: 'xformers' has no operator for {device.type} tensors; use 'auto', 'plain' or 'sdpa'"
+        )
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
