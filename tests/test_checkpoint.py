@@ -60,6 +60,7 @@ def test_round_trip_is_exact_with_zero_dimensional_and_strided_tensors(folder):
     assert (manifest["step"], manifest["samples_consumed"]) == (7, 224)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_dcp_reads_the_tensor_file(saved):
     """The joint for resharding: ``torch.distributed.checkpoint`` finds every tensor, scalars included."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
