@@ -244,6 +244,18 @@ def test_named_images_have_errors_of_their_own(tmp_path):
         evaluate_sets(tiny(), {"a": pictures(1)}, mask_ratio=0.5, seed=3, path=path, names=names)
 
 
+def test_a_lone_photograph_is_shown_with_several_masks(tmp_path, monkeypatch):
+    said = {}
+    monkeypatch.setattr("fastmae.evaluate.sets.draw", lambda blocks, path, **text: said.update(b=blocks))
+    sets, names = {"one": pictures(1), "many": pictures(5)}, {"one": ["cat"]}
+    evaluate_sets(tiny(), sets, mask_ratio=0.5, seed=0, path=tmp_path / "a.png", names=names, num_masks=8)
+    one, many = (block.rows for block in said["b"])
+    assert [row.name for row in one] == ["cat"] * 3
+    assert not torch.equal(one[0].masked, one[1].masked)
+    assert torch.equal(one[0].original, one[1].original)
+    assert len(many) == 5
+
+
 def test_an_empty_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"sets\['none'\]: expected at least one image"):
         evaluate_sets(tiny(), {"none": pictures(0)}, mask_ratio=0.75, seed=0, path=tmp_path / "a.png")

@@ -24,10 +24,11 @@ from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED
 from fastmae.train.weights import export_weights
 
+_NEW_CROPS = 256
 _NEW_CROPS_EPOCH = 2**31
 """An epoch that no run reaches: crops of it were never trained on."""
 
-_UNSEEN = "photographs never trained on"
+_UNSEEN = "a photograph never trained on"
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -89,10 +90,8 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
 def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
     """Export the weights, reconstruct crops and photographs that were not trained on, write the summary."""
     config, model, dataset = trainer.config, trainer.model.eval(), trainer.dataset
-    augment = data.Augment(scale=config.data.scale, ratio=config.data.ratio, hflip=config.data.hflip)
-    crops = data.fixed_crops(
-        dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=32, augment=augment
-    )
+    # The paper's crops, whatever the run was trained on, so that runs can be compared.
+    crops = data.fixed_crops(dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=_NEW_CROPS)
     names, photographs = data.validation_photographs(config.img_size)
     source = "photographs" if config.data.path is None else "images"
     sets = {f"new crops of the training {source}": crops, _UNSEEN: photographs}

@@ -16,6 +16,7 @@ from fastmae.evaluate.reconstruction import Reconstruction, masked_error, masked
 
 _BATCH = 32
 _MOST_MASKS = 64
+_FEWEST_ROWS = 3
 _BASELINES = {"_mean_color": fill_mean_color, "_inverse_distance": fill_inverse_distance}
 
 
@@ -34,7 +35,8 @@ def evaluate_sets(
     """Measure reconstructions of several sets of images beside two baselines on the same masks, and draw them.
 
     A set smaller than ``num_masks`` is evaluated with several masks an image (at most 64), so that one photograph gives
-    a steady number too. The picture shows the first images of each set with their first mask, not chosen ones.
+    a steady number too. The picture shows the first images of each set with their first mask, not chosen ones; a set of
+    one or two images is shown with several masks, three triplets or more in all.
 
     Args:
         model: a ``MaskedAutoencoderViT`` with its decoder.
@@ -71,7 +73,7 @@ def evaluate_sets(
             "denormalized_with_target_statistics": bool(model.norm_pix_loss),
         }
         if labels:
-            rows = [row._replace(name=label) for row, label in zip(rows, labels, strict=False)]
+            rows = [row._replace(name=labels[i % len(labels)]) for i, row in enumerate(rows)]
             numbers["images"] = [
                 {"name": label} | {metric: float(values[i]) for metric, values in errors.items()}
                 for i, label in enumerate(labels)
@@ -116,7 +118,7 @@ def _evaluate(
             result = reconstruct(model, batch, masking, dtype=dtype)
             for metric, values in _errors(result, model.std).items():
                 drawn.setdefault(metric, []).append(values.double().cpu())
-            if draw_index == 0 and len(rows) < num_rows:
+            if draw_index * len(images) < _FEWEST_ROWS and len(rows) < num_rows:
                 rows += rows_of(result)[: num_rows - len(rows)]
     errors = {metric: torch.cat(values).view(draws, len(images)).mean(0) for metric, values in drawn.items()}
     return errors, draws, rows
