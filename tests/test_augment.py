@@ -85,13 +85,22 @@ def test_boxes_change_with_seed_epoch_and_sample():
 @pytest.mark.parametrize("probability", [0.0, 0.5, 0.2, 1.0])
 def test_flips_have_their_probability(probability):
     ids = np.arange(20_000)
-    flipped = flips(ids, np.zeros_like(ids), seed=0, augment=Augment(hflip=probability)).sum()
-    if probability in (0.0, 1.0):
-        assert flipped == probability * len(ids)
-    else:
-        assert (
-            chisquare([flipped, len(ids) - flipped], len(ids) * np.array([probability, 1 - probability])).pvalue > 1e-3
-        )
+    both = flips(ids, np.zeros_like(ids), seed=0, augment=Augment(hflip=probability, vflip=probability))
+    for flipped in both.sum(0):
+        if probability in (0.0, 1.0):
+            assert flipped == probability * len(ids)
+        else:
+            expected = len(ids) * np.array([probability, 1 - probability])
+            assert chisquare([flipped, len(ids) - flipped], expected).pvalue > 1e-3
+    # Independent of each other, or half of the orientations would never be seen.
+    assert abs((both[:, 0] & both[:, 1]).mean() - probability**2) < 0.02
+
+
+def test_vertical_flips_are_off_unless_asked_for():
+    ids = np.arange(1000)
+    left_right, top_bottom = flips(ids, ids, seed=0, augment=Augment()).T
+    assert 400 < left_right.sum() < 600
+    assert not top_bottom.any()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +113,7 @@ def test_flips_have_their_probability(probability):
         ("ratio", (2.0, 1.0)),
         ("hflip", -0.1),
         ("hflip", 1.5),
+        ("vflip", 1.5),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):

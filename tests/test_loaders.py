@@ -103,7 +103,7 @@ def test_batches_are_channels_last_views(dataset, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_gives_the_pixels_of_pillow(dataset, kind):
-    augment = Augment()
+    augment = Augment(vflip=0.5)
     batches = take(dataset, kind, -(-len(dataset) // 5), augment=augment)
     ids = torch.cat([batch.sample_ids for batch in batches])[: len(dataset)]
     assert sorted(ids.tolist()) == list(range(len(dataset)))
@@ -115,7 +115,9 @@ def test_every_format_gives_the_pixels_of_pillow(dataset, kind):
             top, left, height, width = boxes[j]
             image = upright(dataset.path(sample_id)).crop((left, top, left + width, top + height))
             expected = np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)).astype(int)
-            expected = expected[:, ::-1] if mirrored[j] else expected
+            left_right, top_bottom = mirrored[j]
+            expected = expected[:, ::-1] if left_right else expected
+            expected = expected[::-1] if top_bottom else expected
             difference = np.abs(batch.images[j].permute(1, 2, 0).numpy() - expected)
             assert difference.mean() < 0.7, dataset.path(sample_id)
             assert difference.max() <= 4, dataset.path(sample_id)

@@ -13,25 +13,29 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class Augment:
-    """Random resized crop and horizontal flip, with the values of He et al. 2022, appendix A.1.
+    """Random resized crop and flips; the defaults are those of He et al. 2022, appendix A.1.
 
     Attributes:
         scale: smallest and largest area of the crop, as a share of the image's.
         ratio: smallest and largest aspect ratio of the crop, width over height.
         hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip, for pictures that have no up and down (or are very few).
     """
 
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     hflip: float = 0.5
+    vflip: float = 0.0
 
     def __post_init__(self):
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale: expected 0 < smallest <= largest <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio: expected 0 < smallest <= largest, got {self.ratio}")
-        if not 0 <= self.hflip <= 1:
-            raise ValueError(f"hflip: expected a probability from 0 to 1, got {self.hflip}")
+        for name in ("hflip", "vflip"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a probability from 0 to 1, got {value}")
 
 
 def crop_boxes(
@@ -80,5 +84,5 @@ def _central_size(heights: np.ndarray, widths: np.ndarray, ratio: tuple[float, f
 
 
 def flips(sample_ids: np.ndarray, epochs: np.ndarray, *, seed: int, augment: Augment) -> np.ndarray:
-    """Which samples to mirror: bool (n,)."""
-    return to_unit(random_words(seed, epochs, sample_ids, Stream.FLIP, 1)[:, 0]) < augment.hflip
+    """Which samples to mirror: bool (n, 2), left and right, top and bottom."""
+    return to_unit(random_words(seed, epochs, sample_ids, Stream.FLIP, 2)) < (augment.hflip, augment.vflip)

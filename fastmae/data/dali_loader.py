@@ -77,7 +77,7 @@ class DaliLoader(Loader):
         device_id = self.device.index if self._on_gpu else None
         pipeline = Pipeline(self.batch_size, self.num_threads, device_id, prefetch_queue_depth=PREFETCH)
         with pipeline:
-            paths, anchors, shapes, *mirrored = fn.external_source(feed, num_outputs=3 + self._on_gpu, batch=True)
+            paths, anchors, shapes, *mirrored = fn.external_source(feed, num_outputs=3 + 2 * self._on_gpu, batch=True)
             images = fn.decoders.image_slice(
                 fn.io.file.read(paths),
                 anchors,
@@ -92,7 +92,7 @@ class DaliLoader(Loader):
             )
             if self._on_gpu:
                 images = fn.resize(images, size=self.img_size, interp_type=types.INTERP_CUBIC, antialias=True)
-                images = fn.flip(images, horizontal=mirrored[0])
+                images = fn.flip(images, horizontal=mirrored[0], vertical=mirrored[1])
             pipeline.set_outputs(images)
         try:
             pipeline.build()
@@ -114,7 +114,7 @@ class DaliLoader(Loader):
 
         def resize(j: int) -> None:
             crop = crops.at(j)
-            resize_crop_into(out[j], crop, np.array([0, 0, *crop.shape[:2]]), bool(plan.flips[j]))
+            resize_crop_into(out[j], crop, np.array([0, 0, *crop.shape[:2]]), plan.flips[j])
 
         self.for_each(resize, self.batch_size)
         return self.finish(plan, images)
@@ -162,10 +162,10 @@ def _feed(reference: weakref.ref[DaliLoader], plans: deque[Plan], step: int, bat
         except Exception as error:
             nothing = np.zeros(batch_size, np.int64)
             boxes = np.zeros((batch_size, 4), np.int64)
-            plan, paths = Plan(step, nothing, nothing, nothing, boxes, nothing, error), [_NO_FILE] * batch_size
+            plan, paths = Plan(step, nothing, nothing, nothing, boxes, boxes[:, :2], error), [_NO_FILE] * batch_size
         plans.append(plan)
         step += 1
         inputs = paths, plan.boxes[:, :2].astype(np.int32), plan.boxes[:, 2:].astype(np.int32)
-        return (*inputs, plan.flips.astype(np.int32)) if with_flips else inputs
+        return (*inputs, *plan.flips.T.astype(np.int32)) if with_flips else inputs
 
     return feed

@@ -7,6 +7,7 @@ torchvision, PNG by Pillow; the pixels are those that Pillow and NVIDIA DALI giv
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 
@@ -78,14 +79,14 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
-def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray, flip: bool) -> None:
+def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray, flip: Sequence[bool]) -> None:
     """Write a crop, resized (bicubic, antialiased) and perhaps mirrored.
 
     Args:
         out: uint8 (height, width, 3), written.
         pixels: uint8 (H, W, 3), any strides.
         box: top, left, height, width of the crop within ``pixels``.
-        flip: mirror left and right.
+        flip: whether to mirror left and right, and top and bottom.
     """
     top, left, height, width = box
     # NumPy copies in this thread. PyTorch would copy a strided crop with a team of OpenMP threads for each calling
@@ -95,7 +96,8 @@ def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray, flip:
         source = torch.from_numpy(crop).permute(2, 0, 1)[None]
         resized = F.interpolate(source, size=out.shape[:2], mode="bicubic", antialias=True, align_corners=False)
         crop = resized[0].permute(1, 2, 0).numpy()
-    out[:] = crop[:, ::-1] if flip else crop
+    left_right, top_bottom = flip
+    out[:] = crop[:: -1 if top_bottom else 1, :: -1 if left_right else 1]
 
 
 def center_box(height: int, width: int, img_size: tuple[int, int]) -> np.ndarray:

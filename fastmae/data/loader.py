@@ -35,7 +35,7 @@ class Plan:
         sample_ids, epochs: int64, the keys of the samples' random draws.
         source_ids: int64, whose pixels to take: ``sample_ids``, but for replacements.
         boxes: int64 (n, 4), top, left, height, width in the upright source image.
-        flips: bool.
+        flips: bool (n, 2), left and right, top and bottom.
         error: what went wrong in planning.
     """
 
@@ -166,7 +166,7 @@ class Loader(ABC):
         except UndecodableImage as error:
             self.record_bad(source_id, str(error))
             pixels, box = self._replace(plan, j)
-        resize_crop_into(out, pixels, box, bool(plan.flips[j]))
+        resize_crop_into(out, pixels, box, plan.flips[j])
 
     def _replace(self, plan: Plan, j: int) -> tuple[np.ndarray, np.ndarray]:
         while True:

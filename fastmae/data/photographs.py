@@ -121,7 +121,7 @@ def read_images(paths: Sequence[Path | str], img_size: tuple[int, int]) -> Tenso
             pixels = decode(with_retries(lambda path=path: np.fromfile(path, np.uint8), str(path)), header.orientation)
         except (BadImage, UndecodableImage, PermissionError) as error:
             raise DataError(f"{path}: {error}") from error
-        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size), False)
+        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size), (False, False))
     return images.permute(0, 3, 1, 2)
 
 

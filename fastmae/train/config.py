@@ -60,6 +60,8 @@ class DataConfig:
     """Aspect ratio (width / height) of the random crop, smallest and largest."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    vflip: float = 0.0
+    """Probability of a vertical flip, for pictures that have no up and down: satellite, microscopy."""
     num_threads: int | None = None
     """Threads that decode and resize. None: the loader's choice."""
 

@@ -52,7 +52,8 @@ def validate(config: PretrainConfig) -> None:
 
     require(0 < data.scale[0] <= data.scale[1] <= 1, "data", "scale", "two numbers, 0 < smallest <= largest <= 1")
     require(0 < data.ratio[0] <= data.ratio[1], "data", "ratio", "two numbers, 0 < smallest <= largest")
-    require(0 <= data.hflip <= 1, "data", "hflip", "a probability between 0 and 1")
+    for name in ("hflip", "vflip"):
+        require(0 <= getattr(data, name) <= 1, "data", name, "a probability between 0 and 1")
 
     positive = (
         "global_batch_size batch_size epochs steps base_lr clip_grad num_threads max_minutes log_every_steps "

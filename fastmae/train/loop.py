@@ -235,7 +235,7 @@ class Trainer:
             seed=self.config.train.seed,
             position=self.samples,
             device=self.device,
-            augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip),
+            augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip, vflip=data.vflip),
             num_threads=data.num_threads,
         )
 
