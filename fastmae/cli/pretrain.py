@@ -24,7 +24,7 @@ from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED
 from fastmae.train.weights import export_weights
 
-_NEW_CROPS = 256
+_NEW_CROPS, _ROWS = 256, 12
 _NEW_CROPS_EPOCH = 2**31
 """An epoch that no run reaches: crops of it were never trained on."""
 
@@ -104,6 +104,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         path=picture,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
         names={_UNSEEN: names},
+        num_rows=_ROWS,
     )
     weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
     rows = run.read_metrics()
