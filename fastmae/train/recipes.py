@@ -21,13 +21,13 @@ PHOTOGRAPHS = PretrainConfig(
     data=DataConfig(scale=(0.1, 1.0), vflip=0.5),
     train=TrainConfig(
         global_batch_size=32,
-        steps=4600,
+        steps=4200,
         warmup_steps=200,
         base_lr=1.2e-2,
         # Two threads on two cores are a quarter faster alone, and tens of times slower as soon as anything else runs:
         # each waits for the other at every operation.
         num_threads=1,
-        max_minutes=3.75,
+        max_minutes=3.9,
         log_every_steps=50,
         checkpoint_every_seconds=30.0,
         keep_checkpoints=2,
