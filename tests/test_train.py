@@ -201,3 +201,20 @@ def test_public_names_resolve():
     assert all(callable(getattr(fastmae.train, name)) for name in fastmae.train.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         _ = fastmae.train.Trainr
+
+
+@pytest.mark.gpu
+def test_a_step_on_a_gpu_never_waits_for_it(tmp_path):
+    """Between two rows of metrics the host only queues work: anything that reads a value back raises here."""
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), device="cuda", batch_size=4)
+    with trainer._open_loader() as trainer.loader:
+        batch = next(trainer.loader)
+        trainer.loader = iter(lambda: batch, None)
+        trainer.train_step()  # compiles kernels and creates the optimiser's state
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.train_step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert trainer.step == 2

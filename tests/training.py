@@ -59,7 +59,7 @@ def make_trainer(out: Path, images: Path, *, resume: bool = False, model=MODEL, 
     )
     return Trainer(
         config,
-        create_model(**config.model_arguments()),
+        create_model(**config.model_arguments()).to(config.train.device),
         data.open_dataset(images),
         RunFolder(out, resume=resume),
         create_loader=data.create_loader,

@@ -89,7 +89,7 @@ class TrainConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the cosine, not scaled."""
     weight_decay: float = 0.05
-    """AdamW's weight decay; biases, norms and tokens have none."""
+    """AdamW's weight decay; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's first and second moment."""
     clip_grad: float | None = None

@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from fastmae.train.config import TrainConfig
 
-_TOKENS = {"cls_token", "mask_token"}
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -55,11 +53,14 @@ def create_schedule(train: TrainConfig, num_samples: int) -> Schedule:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: what decays, and biases, norms and tokens, which do not. Frozen parameters are in neither."""
+    """Two groups: what decays, and biases and norms, which do not. Frozen parameters are in neither.
+
+    Class and mask token decay, as in facebookresearch/mae, which spares one-dimensional parameters only.
+    """
     decayed, exempt = [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            (exempt if parameter.ndim <= 1 or name.split(".")[-1] in _TOKENS else decayed).append(parameter)
+            (exempt if parameter.ndim <= 1 else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
