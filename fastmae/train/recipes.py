@@ -18,7 +18,7 @@ PHOTOGRAPHS = PretrainConfig(
         decoder_num_heads=6,
     ),
     # Fourteen photographs are soon known by heart: smaller crops and vertical flips make more of them.
-    data=DataConfig(scale=(0.1, 1.0), vflip=0.5),
+    data=DataConfig(scale=(0.1, 1.0), vflip=0.25),
     train=TrainConfig(
         global_batch_size=32,
         steps=4200,
