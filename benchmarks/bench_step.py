@@ -109,6 +109,7 @@ def bench_step(benchmark, device, synchronized, name, batch, competitor):
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     benchmark.pedantic(synchronized(step), rounds=20 if CUDA else 5, iterations=1)
-    benchmark.extra_info["images per second"] = round(batch / benchmark.stats.stats.median, 1)
+    if benchmark.stats:  # none with --benchmark-disable
+        benchmark.extra_info["images per second"] = round(batch / benchmark.stats.stats.median, 1)
     if CUDA:
         benchmark.extra_info["peak memory MiB"] = torch.cuda.max_memory_allocated() >> 20

@@ -28,7 +28,7 @@ ALLOWED = {
     "fastmae": {"ops", "model", "interop"},
 }
 # What may be imported from elsewhere where a module is loaded; the standard library is free.
-THIRD_PARTY = {"kernels": {"triton"}, "reference": {"torch"}, "ops": {"torch", "numpy", "jaxtyping"}}
+THIRD_PARTY = {"kernels": {"triton"}, "reference": {"torch"}, "ops": {"torch", "numpy"}}
 
 
 def module_name(path: Path) -> str:
