@@ -2,10 +2,10 @@
 
 from fastmae.data.augment import Augment, crop_boxes, flips
 from fastmae.data.batch import BadFile, Batch, DataError
-from fastmae.data.create import LoaderKind, choose_loader, create_loader, has_dali
-from fastmae.data.dataset import Dataset, OnBad, open_dataset
+from fastmae.data.create import LoaderKind, choose_loader, create_loader, fixed_crops, has_dali, open_dataset
+from fastmae.data.dataset import Dataset, OnBad
 from fastmae.data.loader import Loader
-from fastmae.data.photographs import fixed_crops, read_images, validation_photographs
+from fastmae.data.photographs import read_images, validation_photographs
 from fastmae.data.sampler import permuted_ids
 
 __all__ = [

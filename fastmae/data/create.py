@@ -1,19 +1,43 @@
-"""The one entrance to the loaders."""
+"""The entrances: open a data set, make a loader on it, take the same crops of it every time."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError
-from fastmae.data.dataset import Dataset
+from fastmae.data.dataset import Dataset, OnBad
+from fastmae.data.index import open_folder
 from fastmae.data.loader import Loader, default_threads
+from fastmae.data.photographs import open_photographs
 from fastmae.ops.philox import split_seed
 
 LoaderKind = Literal["auto", "dali", "torch"]
+
+
+def open_dataset(path: Path | str | None, *, on_bad: OnBad = "skip", cache_dir: Path | None = None) -> Dataset:
+    """A folder of images (nested or flat; JPEG, PNG, WebP), or the embedded photographs' training split.
+
+    Hidden files are ignored, links followed. Files that are empty, truncated, unreadable or images of another format
+    are found here, before training.
+
+    Args:
+        path: the folder; None for the embedded photographs.
+        on_bad: ``"skip"`` leaves unusable files out and lists them in ``Dataset.bad``; ``"stop"`` refuses the data set.
+        cache_dir: where to keep the index, ``~/.cache/fastmae`` if None.
+
+    Raises:
+        DataError: no such folder, no images in it, or unusable files and ``on_bad="stop"``.
+    """
+    if path is None:
+        return open_photographs()
+    root = Path(path).expanduser()
+    return Dataset(open_folder(root, cache_dir), root, name=root.resolve().name, on_bad=on_bad)
 
 
 def has_dali() -> bool:
@@ -106,3 +130,27 @@ def create_loader(
     from fastmae.data.torch_loader import TorchLoader
 
     return TorchLoader(dataset, cache_bytes=cache_bytes, **options)
+
+
+def fixed_crops(
+    dataset: Dataset, img_size: tuple[int, int], *, seed: int, epoch: int, count: int, augment: Augment | None = None
+) -> Tensor:
+    """Crops that a loader with this seed would give from the beginning of an epoch on: always the same ones.
+
+    Args:
+        dataset: where from.
+        img_size: height and width.
+        seed: another one than training's gives crops that training has not seen.
+        epoch: where to begin.
+        count: n, how many; beyond the data set's size they go on into the next epoch.
+        augment: crop and flip; None for ``Augment()``.
+
+    Returns:
+        uint8 (n, 3, height, width), a channels-last view. Files that do not decode are replaced as in training.
+
+    Raises:
+        DataError: a file cannot be read; or does not decode, and the data set's ``on_bad`` is ``"stop"``.
+    """
+    options = {"img_size": img_size, "seed": seed, "augment": augment, "loader": "torch"}
+    with create_loader(dataset, batch_size=count, position=epoch * len(dataset), **options) as loader:
+        return loader.produce(0).images

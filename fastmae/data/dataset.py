@@ -11,7 +11,7 @@ import numpy as np
 
 from fastmae.data.batch import DataError
 from fastmae.data.decode import decode
-from fastmae.data.index import Index, open_folder
+from fastmae.data.index import Index
 from fastmae.data.retry import with_retries
 
 logger = logging.getLogger(__name__)
@@ -89,25 +89,3 @@ class Dataset:
         if 3 * len(self) > at_most:
             return 3 * len(self)
         return 3 * int((self._entries["height"].astype(np.int64) * self._entries["width"]).sum())
-
-
-def open_dataset(path: Path | str | None, *, on_bad: OnBad = "skip", cache_dir: Path | None = None) -> Dataset:
-    """A folder of images (nested or flat; JPEG, PNG, WebP), or the embedded photographs' training split.
-
-    Hidden files are ignored, links followed. Files that are empty, truncated, unreadable or images of another format
-    are found here, before training.
-
-    Args:
-        path: the folder; None for the embedded photographs.
-        on_bad: ``"skip"`` leaves unusable files out and lists them in ``Dataset.bad``; ``"stop"`` refuses the data set.
-        cache_dir: where to keep the index, ``~/.cache/fastmae`` if None.
-
-    Raises:
-        DataError: no such folder, no images in it, or unusable files and ``on_bad="stop"``.
-    """
-    if path is None:
-        from fastmae.data.photographs import open_photographs
-
-        return open_photographs()
-    root = Path(path).expanduser()
-    return Dataset(open_folder(root, cache_dir), root, name=root.resolve().name, on_bad=on_bad)

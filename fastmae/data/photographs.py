@@ -17,9 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError
-from fastmae.data.create import create_loader
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
 from fastmae.data.header import BadImage, read_header
@@ -123,27 +121,3 @@ def read_images(paths: Sequence[Path | str], img_size: tuple[int, int]) -> Tenso
             raise DataError(f"{path}: {error}") from error
         resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size), (False, False))
     return images.permute(0, 3, 1, 2)
-
-
-def fixed_crops(
-    dataset: Dataset, img_size: tuple[int, int], *, seed: int, epoch: int, count: int, augment: Augment | None = None
-) -> Tensor:
-    """Crops that a loader with this seed would give from the beginning of an epoch on: always the same ones.
-
-    Args:
-        dataset: where from.
-        img_size: height and width.
-        seed: another one than training's gives crops that training has not seen.
-        epoch: where to begin.
-        count: n, how many; beyond the data set's size they go on into the next epoch.
-        augment: crop and flip; None for ``Augment()``.
-
-    Returns:
-        uint8 (n, 3, height, width), a channels-last view. Files that do not decode are replaced as in training.
-
-    Raises:
-        DataError: a file cannot be read; or does not decode, and the data set's ``on_bad`` is ``"stop"``.
-    """
-    options = {"img_size": img_size, "seed": seed, "augment": augment, "loader": "torch"}
-    with create_loader(dataset, batch_size=count, position=epoch * len(dataset), **options) as loader:
-        return loader.produce(0).images
