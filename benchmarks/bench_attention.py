@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmae.ops import attention_qkvpacked
+from fastmae.ops import _xformers, attention_qkvpacked
 
 CUDA = torch.cuda.is_available()
 # (name, N, L, H, Dh): encoder and decoder of ViT-B and ViT-L at 224 pixels, a quarter visible.
@@ -24,10 +24,12 @@ def bench_attention(benchmark, device, synchronized, shape, backend):
     benchmark.group = f"attention {name} forward+backward"
     qkv = torch.randn(n, length, 3, heads, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(n, length, heads, dim, device=device, dtype=torch.bfloat16)
-    try:
-        attention_qkvpacked(qkv.detach(), backend)
-    except ValueError as error:
-        pytest.skip(str(error))
+    if backend == "xformers":
+        # Only what is not there is left out: a backend that is there and fails must be seen to fail.
+        try:
+            _xformers.require(device)
+        except ValueError as error:
+            pytest.skip(str(error))
 
     def step():
         qkv.grad = None

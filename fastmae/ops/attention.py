@@ -31,7 +31,7 @@ def choose_backend(device_type: str, dtype: torch.dtype, num_keys: int) -> tuple
     if device_type != "cpu":
         return "sdpa", "PyTorch picks among its fused kernels; no measurement here says otherwise yet"
     if dtype in (torch.bfloat16, torch.float16):
-        return "plain", "the CPU's half-precision SDPA is 2 to 8 times slower at these lengths"
+        return "plain", "the CPU's half-precision SDPA is slower at these lengths (benchmarks/bench_attention.py)"
     if num_keys <= _CPU_PLAIN_FP32_KEYS:
         return "plain", f"at most {_CPU_PLAIN_FP32_KEYS} keys: as fast as SDPA, and one packed gradient"
     return "sdpa", f"more than {_CPU_PLAIN_FP32_KEYS} keys in full precision"
