@@ -1,14 +1,16 @@
 """The fast masked autoencoder: the reference's mathematics on fastmae's ops.
 
 What it does not do is what makes it fast: it never builds a float image, embeds visible patches only, never builds the
-target, and on the training path (``full_pred=False``) computes the last decoder block's queries and MLP and the pixel
-head for masked positions only. None of this changes the loss.
+target, projects the decoder's mask tokens to the first queries, keys and values once a batch, and on the training path
+(``full_pred=False``) computes the last decoder block's queries and MLP and the pixel head for masked positions only.
+None of this changes the loss.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,13 +18,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmae.layers import Block, PatchEmbed, initialize_parameters, sincos_positions
+from fastmae.layers import (
+    Block,
+    Linear,
+    PatchEmbed,
+    SharedTokens,
+    Stream,
+    cast_weights,
+    initialize_parameters,
+    sincos_positions,
+)
 from fastmae.ops import Masking, gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
 from fastmae.ops._check import as_pair, check, grid_of
+from fastmae.ops._linear import linear
 from fastmae.ops.attention import BACKENDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIDUAL_DTYPES = ("float32", "bfloat16")
 
 # Encoders of the paper (section 4; ViT, table 1) and its default decoder (section 4.1). The paper has no tiny and no
 # small model: their encoders are DeiT's, their decoders keep the paper's head width of 32.
@@ -48,9 +61,9 @@ class MAEOutput(NamedTuple):
     loss: Tensor
     """float32 scalar, mean squared error over masked patches."""
     pred: Tensor
-    """(N, L, P), or (N, M, P) in the order of ``ids_mask`` with ``full_pred=False``."""
+    """(N * R, L, P), or (N * R, M, P) in the order of ``ids_mask`` with ``full_pred=False``; R masks an image."""
     mask: Tensor
-    """float32 (N, L), 1 = masked."""
+    """float32 (N * R, L), 1 = masked."""
 
 
 class MaskedAutoencoderViT(nn.Module):
@@ -67,6 +80,8 @@ class MaskedAutoencoderViT(nn.Module):
         mean, std: statistics of the pixels in [0, 1], one per channel, applied to ``uint8`` images only. None means
             ImageNet's for three channels and 0.5 otherwise.
         attention: backend of :func:`fastmae.ops.attention`.
+        residual_dtype: "float32" leaves the residual stream as it comes, float32 under autocast; "bfloat16" rounds it
+            after every add, which saves memory traffic and is another computation than the paper's code.
         seed: keys the initialisation together with each parameter's name; None draws a seed from torch's default
             generator.
 
@@ -92,6 +107,7 @@ class MaskedAutoencoderViT(nn.Module):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "auto",
+        residual_dtype: str = "float32",
         seed: int | None = None,
     ):
         super().__init__()
@@ -100,6 +116,10 @@ class MaskedAutoencoderViT(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
+        check(
+            residual_dtype in RESIDUAL_DTYPES, "residual_dtype", f"one of {', '.join(RESIDUAL_DTYPES)}", residual_dtype
+        )
+        self.residual_dtype = residual_dtype
         check(depth >= 1, "depth", "at least 1 block", depth)
         check(decoder_depth >= 1, "decoder_depth", "at least 1 block", decoder_depth)
         check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
@@ -123,14 +143,14 @@ class MaskedAutoencoderViT(nn.Module):
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
         positions = sincos_positions(decoder_embed_dim, self.grid_size)
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
+        self.decoder_pred = Linear(decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
         self._float_images_seen = False
         self.initialize_weights(seed)
 
@@ -162,8 +182,10 @@ class MaskedAutoencoderViT(nn.Module):
                 point is taken as already normalised.
             mask_ratio: share of the patches that is masked, in (0, 1).
             noise: (N, L) floating point: the patches with the smallest values stay visible.
-            masking: the masking itself; ``mask_ratio`` is then not read. With neither, the noise is drawn from torch's
-                default generator, so that no two calls share a mask.
+            masking: the masking itself; ``mask_ratio`` is then not read. Its N * R rows may be R masks an image, as
+                ``random_masking(masks_per_image=R)`` draws them: rows n * R to n * R + R - 1 are of image n, which is
+                read in place R times. With neither, the noise is drawn from torch's default generator, so that no two
+                calls share a mask.
             full_pred: False is the training path: predictions for masked patches only, same loss, same gradients.
 
         Raises:
@@ -171,15 +193,18 @@ class MaskedAutoencoderViT(nn.Module):
         """
         self._check_images(images)
         masking = self._masking(images, mask_ratio, noise, masking)
-        latent = self._encode(images, masking.ids_keep)
-        pred = self._decode(latent, masking.ids_restore, None if full_pred else masking.ids_mask)
+        with self._cast_weights():
+            stream = self._encode(images, masking.ids_keep)
+            visible = self._embed_latent(stream)
+            pred = self._decode(visible, masking.ids_restore, masking.ids_keep, None if full_pred else masking.ids_mask)
         loss = self._loss(images, pred, masking.ids_mask)
         return MAEOutput(loss, pred, masking.mask)
 
     def encode(self, images: Tensor) -> Tensor:
         """Features of whole images, no mask: (N, 1 + L, D), class token first, after the last norm."""
         self._check_images(images)
-        return self._encode(images, self._all_ids(len(images), images.device))
+        with self._cast_weights():
+            return self.norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
 
     def forward_encoder(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
@@ -187,16 +212,23 @@ class MaskedAutoencoderViT(nn.Module):
         """facebookresearch's method: latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
         self._check_images(images)
         masking = self._masking(images, mask_ratio, noise, None)
-        return self._encode(images, masking.ids_keep), masking.mask, masking.ids_restore
+        with self._cast_weights():
+            return self.norm(self._encode(images, masking.ids_keep).sum()), masking.mask, masking.ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """facebookresearch's method: predictions (N, L, P) from latent (N, 1 + K, D)."""
-        return self._decode(latent, ids_restore, None)
+        with self._cast_weights():
+            embed = self.decoder_embed
+            visible = linear(latent, embed.weight, embed.bias, weight_cast=embed.weight_cast)
+            return self._decode(visible, ids_restore, None, None)
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """facebookresearch's method: mean error over the patches whose mask (N, L) is 1, from full predictions."""
+        """facebookresearch's method: mean error over the patches whose mask (N, L) is 1, from full predictions.
+
+        With R masks an image, pred (N * R, L, P) and mask (N * R, L).
+        """
         self._check_images(images)
-        ids = self._all_ids(len(images), images.device)
+        ids = self._all_ids(len(pred), images.device)
         error = masked_patch_mse(
             pred, images, ids, self.patch_size, self.norm_pix_loss, self.mean, self.std, reduction="none"
         )
@@ -218,24 +250,57 @@ class MaskedAutoencoderViT(nn.Module):
         x = patches.reshape(len(patches), rows, cols, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(patches), self.in_chans, *self.img_size)
 
-    def _encode(self, images: Tensor, ids: Tensor) -> Tensor:
+    def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """A context that keeps one copy of the weights in ``dtype``, for several forwards between two updates.
+
+        Without it each forward under autocast makes its own. Inside, weights must not change.
+        """
+        return cast_weights(self, dtype)
+
+    def _cast_weights(self) -> AbstractContextManager[None]:
+        device_type = self.cls_token.device.type
+        if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):
+            return nullcontext()
+        return cast_weights(self, torch.get_autocast_dtype(device_type))
+
+    def _encode(self, images: Tensor, ids: Tensor) -> Stream:
+        """The encoder's blocks on the patches ``ids`` (N, K) and the class token: a stream (N, 1 + K, D)."""
         patches = gather_patches(images, ids, self.patch_size, self.mean, self.std)
         if not torch.is_autocast_enabled(images.device.type):
             patches = patches.to(self.patch_embed.proj.weight.dtype)
         x = self.patch_embed(patches) + F.embedding(ids, self.pos_embed[0, 1:])
         x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        stream = Stream(self._to_residual(x))
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            stream = block(stream)
+        return stream
 
-    def _decode(self, latent: Tensor, ids_restore: Tensor, ids: Tensor | None) -> Tensor:
-        """Predictions for all patches, or for the patches ``ids`` (N, M) only."""
-        x = self.decoder_embed(latent)
-        x = restore_tokens(x, self.mask_token, ids_restore, self.decoder_pos_embed, num_prefix_tokens=1)
+    def _embed_latent(self, stream: Stream) -> Tensor:
+        """The decoder's visible tokens (N, 1 + K, E): last norm and ``decoder_embed`` in one."""
+        embed = self.decoder_embed
+        return stream.norm_linear(self.norm, embed.weight, embed.bias, embed.weight_cast)[1]
+
+    def _decode(self, visible: Tensor, ids_restore: Tensor, ids_keep: Tensor | None, ids: Tensor | None) -> Tensor:
+        """Predictions for all patches, or for the patches ``ids`` (N, M) only.
+
+        With ``ids_keep`` and more than one block the first block handles the mask tokens once a batch.
+        """
+        x = restore_tokens(visible, self.mask_token, ids_restore, self.decoder_pos_embed, num_prefix_tokens=1)
+        stream, shared = Stream(self._to_residual(x)), None
+        if ids_keep is not None and len(self.decoder_blocks) > 1:
+            positions = F.embedding(F.pad(ids_keep + 1, (1, 0)), self.decoder_pos_embed[0])
+            table = self.mask_token + self.decoder_pos_embed[:, 1:]
+            shared = SharedTokens(*map(self._to_residual, (visible + positions, table)), ids_restore)
         for block in self.decoder_blocks[:-1]:
-            x = block(x)
-        x = self.decoder_blocks[-1](x, None if ids is None else ids + 1)
-        return self.decoder_pred(self.decoder_norm(x if ids is not None else x[:, 1:]))
+            stream, shared = block(stream, shared=shared), None
+        stream = self.decoder_blocks[-1](stream, None if ids is None else ids + 1)
+        if ids is None:
+            stream = Stream(stream.sum()[:, 1:])
+        head = self.decoder_pred
+        return stream.norm_linear(self.decoder_norm, head.weight, head.bias, head.weight_cast)[1]
+
+    def _to_residual(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16) if self.residual_dtype == "bfloat16" else x
 
     def _loss(self, images: Tensor, pred: Tensor, ids_mask: Tensor) -> Tensor:
         return masked_patch_mse(pred, images, ids_mask, self.patch_size, self.norm_pix_loss, self.mean, self.std)
@@ -244,8 +309,11 @@ class MaskedAutoencoderViT(nn.Module):
         expected = (len(images), self.num_patches)
         if masking is not None:
             check(noise is None, "noise", "None when a masking is given", noise)
-            fits = tuple(masking.ids_restore.shape) == expected
-            check(fits, "masking", f"ids_restore of shape {expected}", masking.ids_restore)
+            restore = masking.ids_restore
+            fits = restore.ndim == 2 and restore.shape[1] == self.num_patches and len(restore) > 0
+            if not (fits and (len(restore) == len(images) or len(restore) % max(len(images), 1) == 0)):
+                # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
+                check(False, "masking", f"ids_restore of shape {expected}, or a multiple of its rows", restore)
             return masking
         if noise is None:
             noise = torch.rand(expected, device=images.device)

@@ -29,6 +29,8 @@ def gather_patches_fwd_kernel(
 ):
     """``out[n, k] = patch ids[n, k] of images[n]``; a program writes ROWS of the N * K patches.
 
+    Where an image has several rows of ids, K counts the ids of them all.
+
     Args:
         out_ptr: (N, K, P), contiguous, any floating dtype.
         ids_ptr: int64 (N, K), contiguous.
@@ -67,6 +69,8 @@ def gather_patches_bwd_kernel(
     BLOCK_P: tl.constexpr,
 ):
     """A program writes one patch of one gradient image: the sum, in ascending k, of the gradients of its copies.
+
+    Where an image has several rows of ids, K counts the ids of them all.
 
     Going through the images writes every pixel once, needs no zeroed memory and adds repeated ids in a fixed order.
 

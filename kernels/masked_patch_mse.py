@@ -6,7 +6,7 @@ import triton.language as tl
 from .patches import load_patches
 
 
-@triton.jit(do_not_specialize=["num_rows", "M", "grid_w", "eps"])
+@triton.jit(do_not_specialize=["num_rows", "M", "R", "grid_w", "eps"])
 def masked_patch_mse_fwd_kernel(
     loss_ptr,
     pred_ptr,
@@ -16,6 +16,7 @@ def masked_patch_mse_fwd_kernel(
     shift_ptr,
     num_rows,
     M,
+    R,
     grid_w,
     eps,
     stride_pn,
@@ -40,6 +41,7 @@ def masked_patch_mse_fwd_kernel(
         pred_ptr: (N, L, P) if FULL, else (N, M, P) in the order of ids; inner stride 1.
         ids_ptr: int64 (N, M), contiguous.
         num_rows: N * M.
+        R: rows of pred and ids an image; row n is of image n // R.
     """
     P: tl.constexpr = PH * PW * C
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -49,7 +51,7 @@ def masked_patch_mse_fwd_kernel(
     i_pred = i_l if FULL else i_row % M
     b_pred = _load_pred(pred_ptr, i_n, i_pred, m_row, stride_pn, stride_pl, P, BLOCK_P)
     b_x = load_patches(
-        images_ptr, scale_ptr, shift_ptr, i_n, i_l, m_row,
+        images_ptr, scale_ptr, shift_ptr, i_n // R, i_l, m_row,
         stride_n, stride_c, stride_h, stride_w, grid_w, C, PH, PW, INNER, BLOCK_P,
     )  # fmt: skip
     b_error = b_pred.to(tl.float32) - _target(b_x.to(tl.float32), eps, P, BLOCK_P, NORM_PIX)
@@ -57,7 +59,7 @@ def masked_patch_mse_fwd_kernel(
     tl.store(loss_ptr + i_row, b_loss, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["num_rows", "M", "L", "grid_w", "eps", "stride_gn", "stride_gm"])
+@triton.jit(do_not_specialize=["num_rows", "M", "L", "R", "grid_w", "eps", "stride_gn", "stride_gm"])
 def masked_patch_mse_bwd_kernel(
     grad_pred_ptr,
     grad_ptr,
@@ -69,6 +71,7 @@ def masked_patch_mse_bwd_kernel(
     num_rows,
     M,
     L,
+    R,
     grid_w,
     eps,
     stride_gn,
@@ -95,6 +98,7 @@ def masked_patch_mse_bwd_kernel(
         grad_pred_ptr: (N, L, P) if FULL, else (N, M, P), contiguous.
         grad_ptr: fp32 (N, M), any strides: the gradient of the per-patch losses.
         num_rows: rows of grad_pred: N * L if FULL, else N * M.
+        R: rows of pred and ids an image; row n is of image n // R.
     """
     P: tl.constexpr = PH * PW * C
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -113,7 +117,7 @@ def masked_patch_mse_bwd_kernel(
         b_grad = tl.load(grad_ptr + o_grad, mask=m_row, other=0.0)
     b_pred = _load_pred(pred_ptr, i_n, i_pred, m_masked, stride_pn, stride_pl, P, BLOCK_P)
     b_x = load_patches(
-        images_ptr, scale_ptr, shift_ptr, i_n, i_l, m_masked,
+        images_ptr, scale_ptr, shift_ptr, i_n // R, i_l, m_masked,
         stride_n, stride_c, stride_h, stride_w, grid_w, C, PH, PW, INNER, BLOCK_P,
     )  # fmt: skip
     b_error = b_pred.to(tl.float32) - _target(b_x.to(tl.float32), eps, P, BLOCK_P, NORM_PIX)

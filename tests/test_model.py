@@ -222,7 +222,11 @@ def test_unknown_preset_lists_the_names():
         (lambda m: m(torch.zeros(1, 3, 32, 48), 0.99), "mask_ratio: 0.99 of 24 patches keeps 0"),
         (lambda m: m(torch.zeros(1, 3, 32, 48), noise=torch.rand(1, 23)), r"noise: expected shape \(1, 24\)"),
         (
-            lambda m: m(torch.zeros(1, 3, 32, 48), masking=random_masking(2, 24, 0.5, seed=0)),
+            lambda m: m(torch.zeros(2, 3, 32, 48), masking=random_masking(3, 24, 0.5, seed=0)),
+            r"masking: expected ids_restore of shape \(2, 24\), or a multiple of its rows, got int64 \(3, 24\)",
+        ),
+        (
+            lambda m: m(torch.zeros(1, 3, 32, 48), masking=random_masking(1, 23, 0.5, seed=0)),
             r"masking: expected ids_restore of shape \(1, 24\)",
         ),
         (

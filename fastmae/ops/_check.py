@@ -21,12 +21,19 @@ def check(condition: bool, name: str, expected: str, value: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
-def check_ids(name: str, ids: Tensor, batch: int) -> None:
-    """An index tensor: int64 (N, K) with K >= 1. Values are not read, which would synchronise a GPU."""
+def check_ids(name: str, ids: Tensor, batch: int, *, repeats: bool = False) -> None:
+    """An index tensor: int64 (N, K) with K >= 1, or (N * R, K) with R >= 1 where an image may have R rows.
+
+    Values are not read, which would synchronise a GPU.
+    """
     valid = isinstance(ids, Tensor) and ids.dtype == torch.int64 and ids.ndim == 2
-    if not (valid and ids.shape[0] == batch and ids.shape[1] > 0):
-        # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
-        check(False, name, f"an int64 tensor of shape ({batch}, K), K >= 1", ids)
+    if valid and ids.shape[1] > 0:
+        rows = ids.shape[0]
+        if rows == batch or (repeats and rows > 0 and rows % batch == 0):
+            return
+    # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
+    several = f", or (R * {batch}, K) for R rows an image" if repeats else ""
+    check(False, name, f"an int64 tensor of shape ({batch}, K), K >= 1{several}", ids)
 
 
 def check_floating(name: str, tensor: Tensor, expected: str) -> None:

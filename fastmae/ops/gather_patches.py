@@ -25,20 +25,23 @@ def gather_patches(
     """The patches of each image that ``ids`` names, in the order of ``ids``.
 
     Equal to ``patchify(images)`` of facebookresearch/mae followed by a gather, but reads only those patches.
-    Channels-last memory (a permuted NHWC buffer) is the fast case.
+    Channels-last memory (a permuted NHWC buffer) is the fast case. With R rows of ids an image (repeated masks, as
+    ``random_masking(masks_per_image=R)`` draws them), every row reads the same image; no image is copied.
 
     Args:
         images: (N, C, H, W), any strides. uint8 is raw and becomes ``(x / 255 - mean) / std``, or ``x / 255`` without
             mean and std, computed in float32. Floating point is taken as already normalised: mean and std are not
             applied, and the values are copied.
-        ids: int64 (N, K), values in [0, L), L = (H / ph) * (W / pw), patches counted row by row; may repeat.
+        ids: int64 (N * R, K), R >= 1, rows n * R to n * R + R - 1 being of image n; values in [0, L),
+            L = (H / ph) * (W / pw), patches counted row by row; may repeat.
         patch_size: (ph, pw), or an int for a square.
         mean, std: float32 (C,) on the images' device, in [0, 1] units; both or neither.
         dtype: of the result; None means the autocast dtype where autocast is active, else float32 for uint8, else the
             images' dtype.
 
     Returns:
-        (N, K, ph * pw * C). Differentiable with respect to floating point images, once.
+        (N * R, K, ph * pw * C). Differentiable with respect to floating point images, once; the gradients of an
+        image's copies of a patch are added in the order of its rows, in float32 or better.
 
     Raises:
         ValueError: on a wrong shape, dtype or device. Values of ids are checked on the CPU only.
@@ -64,18 +67,19 @@ def _gather_patches(
     images: Tensor, ids: Tensor, scale: Tensor | None, shift: Tensor | None, ph: int, pw: int, dtype: torch.dtype
 ) -> Tensor:
     n, c, h, w = images.shape
-    k, pixels = ids.shape[1], ph * pw * c
+    (rows, k), pixels = ids.shape, ph * pw * c
     patches.check_id_values("ids", ids, (h // ph) * (w // pw))
-    out = torch.empty(n, k, pixels, dtype=dtype, device=images.device)
+    out = torch.empty(rows, k, pixels, dtype=dtype, device=images.device)
     if not takes_triton(images, _kernels) or pixels > patches.MAX_TRITON_PIXELS:
-        for part in patches.chunks(images, ids, (ph, pw)):
-            x = patches.gather_plain(images[part], ids[part], (ph, pw))
-            out[part] = patches.normalise_plain(x, scale, shift)
+        for part, part_rows in patches.chunks(images, ids, (ph, pw)):
+            x = patches.gather_plain(images[part], ids[part_rows], (ph, pw))
+            out[part_rows] = patches.normalise_plain(x, scale, shift)
         return out
     options = patches.launch_options(images, (ph, pw), values=32)
     with torch.cuda.device_of(images):
-        _kernels.gather_patches_fwd_kernel[(-(-n * k // options["ROWS"]),)](
-            out, images, ids.contiguous(), scale, shift, n * k, k, w // pw, *images.stride(), **options
+        # R rows of K ids are, in memory, one row of R * K.
+        _kernels.gather_patches_fwd_kernel[(-(-rows * k // options["ROWS"]),)](
+            out, images, ids.contiguous(), scale, shift, rows * k, rows // n * k, w // pw, *images.stride(), **options
         )
     return out
 
@@ -90,20 +94,22 @@ def _gather_patches_backward(
     grad: Tensor, ids: Tensor, shape: Sequence[int], channels_last: bool, ph: int, pw: int, dtype: torch.dtype
 ) -> Tensor:
     n, c, h, w = shape
-    k, pixels = ids.shape[1], ph * pw * c
-    grid_h, grid_w = h // ph, w // pw
+    pixels, grid_h, grid_w = ph * pw * c, h // ph, w // pw
+    ids = ids.reshape(n, -1)
+    k = ids.shape[1]
     if not takes_triton(grad, _kernels) or pixels > patches.MAX_TRITON_PIXELS or dtype == torch.float64:
         image = torch.arange(n, device=ids.device)[:, None] * (grid_h * grid_w)
-        x = torch.zeros(n * grid_h * grid_w, pixels, dtype=dtype, device=grad.device)
-        x.index_add_(0, (ids + image).flatten(), grad.reshape(n * k, pixels).to(dtype))
-        x = x.view(n, grid_h, grid_w, ph, pw, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
+        compute = torch.promote_types(dtype, torch.float32)
+        x = torch.zeros(n * grid_h * grid_w, pixels, dtype=compute, device=grad.device)
+        patches.add_rows(x, (ids + image).flatten(), grad.reshape(n * k, pixels).to(compute))
+        x = x.to(dtype).view(n, grid_h, grid_w, ph, pw, c).permute(0, 5, 1, 3, 2, 4).reshape(n, c, h, w)
         return x.contiguous(memory_format=_memory_format(channels_last))
     out = torch.empty(n, c, h, w, dtype=dtype, device=grad.device, memory_format=_memory_format(channels_last))
     options = patches.launch_options(out, (ph, pw), values=32)
     del options["ROWS"]
     with torch.cuda.device_of(grad):
         _kernels.gather_patches_bwd_kernel[(n * grid_h * grid_w,)](
-            out, grad.contiguous(), ids.contiguous(), k, grid_h * grid_w, grid_w, *out.stride(),
+            out, grad.contiguous(), ids, k, grid_h * grid_w, grid_w, *out.stride(),
             BLOCK_K=256, **options,
         )  # fmt: skip
     return out

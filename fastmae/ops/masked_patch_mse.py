@@ -32,23 +32,25 @@ def masked_patch_mse(
     With ``norm_pix`` a target patch is normalised by its own mean and unbiased variance:
     ``(t - mean) / sqrt(var + eps)``. Statistics and loss are computed in float32, or float64 if pred is float64,
     whatever the dtypes that come in, under autocast too. Neither the targets nor a float image is stored where Triton
-    runs; elsewhere the masked patches alone are.
+    runs; elsewhere the masked patches alone are. With R rows of pred and of ids_mask an image (repeated masks), every
+    row reads the same image; no image is copied.
 
     Args:
-        pred: (N, M, P) in the order of ids_mask, or (N, L, P) for all patches, of which the masked ones are used;
-            P = ph * pw * C in the order of ``patchify`` (row, column, channel). With shape[1] equal to that of ids_mask
-            it is taken to be in the order of ids_mask.
+        pred: (N * R, M, P) in the order of ids_mask, or (N * R, L, P) for all patches, of which the masked ones are
+            used; P = ph * pw * C in the order of ``patchify`` (row, column, channel). With shape[1] equal to that of
+            ids_mask it is taken to be in the order of ids_mask.
         images: (N, C, H, W), any strides. uint8 is raw and becomes ``(x / 255 - mean) / std``, or ``x / 255`` without
             mean and std. Floating point is taken as already normalised: mean and std are not applied.
-        ids_mask: int64 (N, M), values in [0, L), L = (H / ph) * (W / pw), patches counted row by row.
+        ids_mask: int64 (N * R, M), R >= 1, rows n * R to n * R + R - 1 being of image n; values in [0, L),
+            L = (H / ph) * (W / pw), patches counted row by row.
         patch_size: (ph, pw), or an int for a square.
         norm_pix: whether targets are normalised patch by patch; needs P > 1.
         mean, std: float32 (C,) on the images' device, in [0, 1] units; both or neither.
         eps: added to the variance.
-        reduction: "mean" over the N * M patches, "sum" of their losses, or "none".
+        reduction: "mean" over the N * R * M patches, "sum" of their losses, or "none".
 
     Returns:
-        float32 (float64 if pred is): a scalar, or (N, M) for "none": each the mean over the P values of a patch.
+        float32 (float64 if pred is): a scalar, or (N * R, M) for "none": each the mean over the P values of a patch.
         Differentiable with respect to pred, once; grad is 0 for the visible patches of a full pred.
 
     Raises:
@@ -72,8 +74,8 @@ def masked_patch_mse(
 
 
 def _check_pred(pred: Tensor, images: Tensor, ids_mask: Tensor, patch_size: tuple[int, int]) -> None:
-    (n, c, h, w), (ph, pw) = images.shape, patch_size
-    masked, total, pixels = ids_mask.shape[1], (h // ph) * (w // pw), ph * pw * c
+    (_, c, h, w), (ph, pw) = images.shape, patch_size
+    (n, masked), total, pixels = ids_mask.shape, (h // ph) * (w // pw), ph * pw * c
     valid = isinstance(pred, Tensor) and pred.is_floating_point() and pred.ndim == 3 and pred.shape[0] == n
     if not (valid and pred.shape[1] in (masked, total) and pred.shape[2] == pixels):
         # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
@@ -107,15 +109,15 @@ def _masked_patch_mse(
     patches.check_id_values("ids_mask", ids_mask, (h // ph) * (w // pw))
     loss = torch.empty(n, m, dtype=_compute_dtype(pred), device=pred.device)
     if not _runs_triton(pred, images):
-        for part in patches.chunks(images, ids_mask, (ph, pw)):
-            rows = _residual_plain(pred[part], images[part], ids_mask[part], scale, shift, (ph, pw), norm_pix, eps)
-            loss[part] = torch.linalg.vector_norm(rows, dim=-1).square_().div_(rows.shape[-1])
+        for part, rows in patches.chunks(images, ids_mask, (ph, pw)):
+            x = _residual_plain(pred[rows], images[part], ids_mask[rows], scale, shift, (ph, pw), norm_pix, eps)
+            loss[rows] = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1])
         return loss
     options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
         _kernels.masked_patch_mse_fwd_kernel[(-(-n * m // options["ROWS"]),)](
-            loss, pred, images, ids_mask.contiguous(), scale, shift, n * m, m, w // pw, eps,
+            loss, pred, images, ids_mask.contiguous(), scale, shift, n * m, m, n // images.shape[0], w // pw, eps,
             pred.stride(0), pred.stride(1), *images.stride(),
             FULL=pred.shape[1] != m, NORM_PIX=norm_pix, **options,
         )  # fmt: skip
@@ -141,27 +143,29 @@ def _masked_patch_mse_backward(
     eps: float,
 ) -> Tensor:
     (n, m), w = ids_mask.shape, images.shape[3]
-    rows, pixels = pred.shape[1:]
+    length, pixels = pred.shape[1:]
     runs_triton = _runs_triton(pred, images)
-    new = torch.empty if runs_triton or rows == m else torch.zeros
-    grad_pred = new(n, rows, pixels, dtype=pred.dtype, device=pred.device)
+    new = torch.empty if runs_triton or length == m else torch.zeros
+    grad_pred = new(n, length, pixels, dtype=pred.dtype, device=pred.device)
     if not runs_triton:
-        for part in patches.chunks(images, ids_mask, (ph, pw)):
-            ids = ids_mask[part]
-            x = _residual_plain(pred[part], images[part], ids, scale, shift, (ph, pw), norm_pix, eps)
-            x *= grad[part, :, None] * (-2.0 / pixels)
-            if rows == m:
-                grad_pred[part] = x
+        for part, rows in patches.chunks(images, ids_mask, (ph, pw)):
+            ids = ids_mask[rows]
+            x = _residual_plain(pred[rows], images[part], ids, scale, shift, (ph, pw), norm_pix, eps)
+            x *= grad[rows, :, None] * (-2.0 / pixels)
+            if length == m:
+                grad_pred[rows] = x
             else:
-                grad_pred[part].view(-1, pixels).index_add_(0, _flat(ids, rows), x.view(-1, pixels).to(pred.dtype))
+                matrix = grad_pred[rows].view(-1, pixels)
+                patches.add_rows(matrix, _flat(ids, length), x.view(-1, pixels).to(pred.dtype))
         return grad_pred
     options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
-        _kernels.masked_patch_mse_bwd_kernel[(-(-n * rows // options["ROWS"]),)](
-            grad_pred, grad, pred, images, ids_mask.contiguous(), scale, shift, n * rows, m, rows, w // pw, eps,
+        _kernels.masked_patch_mse_bwd_kernel[(-(-n * length // options["ROWS"]),)](
+            grad_pred, grad, pred, images, ids_mask.contiguous(), scale, shift,
+            n * length, m, length, n // images.shape[0], w // pw, eps,
             *grad.stride(), pred.stride(0), pred.stride(1), *images.stride(),
-            FULL=rows != m, NORM_PIX=norm_pix, BLOCK_M=max(32, 1024 // options["ROWS"]), **options,
+            FULL=length != m, NORM_PIX=norm_pix, BLOCK_M=max(32, 1024 // options["ROWS"]), **options,
         )  # fmt: skip
     return grad_pred
 
@@ -189,7 +193,7 @@ def _compute_dtype(pred: Tensor) -> torch.dtype:
 
 
 def _flat(ids: Tensor, num_patches: int) -> Tensor:
-    """ids (N, M) as (N * M,) rows of an (N * L, ...) matrix."""
+    """ids (N, M) as (N * M,) rows of an (N * L, ...) matrix, N here the rows of pred."""
     return (ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches).flatten()
 
 
@@ -203,7 +207,7 @@ def _residual_plain(
     norm_pix: bool,
     eps: float,
 ) -> Tensor:
-    """``target - pred`` of the masked patches, (N, M, P), a new tensor; gathers before it computes."""
+    """``target - pred`` of the masked patches, (N * R, M, P), a new tensor; gathers before it computes."""
     target = patches.gather_plain(images, ids_mask, patch_size)
     target = patches.normalise_plain(target, scale, shift).to(_compute_dtype(pred))
     if norm_pix:

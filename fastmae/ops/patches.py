@@ -18,13 +18,13 @@ MAX_TRITON_PIXELS = 16384
 
 
 def check_images(images: Tensor, ids_name: str, ids: Tensor, patch_size: tuple[int, int]) -> None:
-    """Images (N, C, H, W), uint8 or floating, that divide into patches; ids int64 (N, K) on their device."""
+    """Images (N, C, H, W), uint8 or floating, that divide into patches; ids int64 (N * R, K) on their device."""
     expected = "a uint8 or floating point tensor of shape (N, C, H, W)"
     check(isinstance(images, Tensor), "images", expected, images)
     check(images.dtype == torch.uint8 or images.is_floating_point(), "images", expected, images)
     check(images.ndim == 4 and images.shape[0] > 0 and images.shape[1] > 0, "images", expected, images)
     grid_of((images.shape[2], images.shape[3]), patch_size)
-    check_ids(ids_name, ids, images.shape[0])
+    check_ids(ids_name, ids, images.shape[0], repeats=True)
     check(ids.device == images.device, ids_name, f"a tensor on the images' device, {images.device}", ids)
 
 
@@ -84,37 +84,49 @@ def is_channels_last(images: Tensor) -> bool:
     return images.stride(3) == images.shape[1] and (images.shape[1] == 1 or images.stride(1) == 1)
 
 
-def chunks(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Iterator[slice]:
-    """Ranges of images for the plain path: on the CPU as many as give about 1 MiB of float32 patches, elsewhere all.
+def chunks(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+    """Ranges of images, and of their rows of ids, for the plain path: on the CPU as many images as give about 1 MiB of
+    float32 patches, elsewhere all.
 
     Temporaries then stay in the cache, and the allocator hands out the same pages again; fetching fresh ones for
     temporaries of a whole batch can cost ten times the arithmetic.
     """
-    n, k = ids.shape
-    values = k * patch_size[0] * patch_size[1] * images.shape[1]
+    n = images.shape[0]
+    repeats = ids.shape[0] // n
+    values = repeats * ids.shape[1] * patch_size[0] * patch_size[1] * images.shape[1]
     size = max(1, (1 << 18) // values) if images.device.type == "cpu" else n
-    return (slice(start, start + size) for start in range(0, n, size))
+    starts = range(0, n, size)
+    return ((slice(i, i + size), slice(i * repeats, (i + size) * repeats)) for i in starts)
 
 
 def gather_plain(images: Tensor, ids: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """Patches (N, K, P) in plain PyTorch, in the images' dtype.
+    """Patches (N * R, K, P) in plain PyTorch, in the images' dtype.
 
     Rows of patches are rows of a matrix that ``index_select`` copies whole: several times faster on the CPU than
     indexing an image element by element, and nothing but the wanted patches moves.
     """
-    (n, c, h, _), (ph, pw), k = images.shape, patch_size, ids.shape[1]
-    grid_w = images.shape[3] // pw
+    (n, c, h, w), (ph, pw), shape = images.shape, patch_size, ids.shape
+    grid_w, ids = w // pw, ids.reshape(n, -1)
     first = (ids // grid_w) * (ph * grid_w) + ids % grid_w
     row = torch.arange(ph, device=ids.device) * grid_w
     image = torch.arange(n, device=ids.device) * (h * grid_w)
     if is_channels_last(images):
         index = (first + image[:, None])[..., None] + row
         rows = images.permute(0, 2, 3, 1).reshape(-1, pw * c)
-        return rows.index_select(0, index.flatten()).view(n, k, ph * pw * c)
+        return rows.index_select(0, index.flatten()).view(*shape, ph * pw * c)
     plane = torch.arange(c, device=ids.device)[:, None] * (h * grid_w)
     index = (first + image[:, None] * c)[..., None, None] + (plane + row)
     rows = images.reshape(-1, pw).index_select(0, index.flatten())
-    return rows.view(n, k, c, ph * pw).transpose(2, 3).reshape(n, k, ph * pw * c)
+    return rows.view(*shape, c, ph * pw).transpose(2, 3).reshape(*shape, ph * pw * c)
+
+
+def add_rows(matrix: Tensor, index: Tensor, rows: Tensor) -> None:
+    """``matrix[index[i]] += rows[i]`` in ascending i, in place; repeats add up."""
+    if matrix.is_cuda:
+        # Sorts; index_add_ adds by atomics, in any order.
+        matrix.index_put_((index,), rows, accumulate=True)
+    else:
+        matrix.index_add_(0, index, rows)
 
 
 def normalise_plain(patches: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
