@@ -1,115 +1,189 @@
-"""One training step: fastmae against the plain reference and Hugging Face's ViTMAE, eager and compiled, in one run.
+"""One training step, the whole of it: fastmae, facebookresearch/mae's way of training, torch.compile, Hugging Face.
 
-Every competitor starts from the same uint8 batch, ends after the optimiser step, uses bf16 autocast (the eager
-reference on CUDA also fp16 with a gradient scaler, as facebookresearch/mae trains) and fused AdamW, and keeps its
-residual stream in float32.
+All competitors but Hugging Face's train the same parameters, in turn. A step begins with a batch on the device and ends
+after the optimiser; bf16 autocast unless the name says fp16. The baselines are given the normalised float images for
+nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient norms.
+
+``facebookresearch-*``   the model of facebookresearch/mae: ``-plain`` with the attention of timm 0.3.2, which it pins,
+                         ``-sdpa`` with that of today's timm; AdamW with PyTorch's defaults; ``-fp16`` with a GradScaler
+                         as its training script
+``reference-compile``    ``-sdpa`` with torch.compile and fused AdamW: the baseline to beat
+``*-bf16-residual``      the blocks' residual stream in bfloat16, which changes the numbers
+``lever: ...``           one change to ``facebookresearch-sdpa`` (with --levers)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
+from contest import Contest, Unavailable
+from levers import LeverModel, Levers, share_parameters
 
-from fastmae.model import PRESETS, MaskedAutoencoderViT, create_model
+from fastmae.model import MaskedAutoencoderViT, create_model
 from fastmae.ops import random_masking
-from fastmae.reference import MaskedAutoencoder
+from fastmae.train.optim import parameter_groups
 
 CUDA = torch.cuda.is_available()
-CASES = [("mae_vit_base_patch16", 256), ("mae_vit_large_patch16", 256)] if CUDA else [("small-32px", 16)]
-SMALL = {
-    "img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 4, "num_heads": 3,
-    "decoder_embed_dim": 128, "decoder_depth": 2, "decoder_num_heads": 4,
-}  # fmt: skip
-COMPETITORS = ["fastmae", "fastmae-compile", "reference", "reference-compile", "reference-fp16", "transformers"]
 MASK_RATIO = 0.75
+# Name: preset or arguments, and the batch on CUDA and on a CPU.
+MODELS = {
+    "large": ("mae_vit_large_patch16", 256, 4),
+    "base": ("mae_vit_base_patch16", 256, 8),
+    "huge": ("mae_vit_huge_patch14", 128, 2),
+    "small-32px": (
+        {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3,
+         "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4}, 1024, 128,
+    ),
+    "tiny-test": (
+        {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3,
+         "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}, 64, 16,
+    ),
+}  # fmt: skip
+DEFAULT_MODELS = ["large", "base"] if CUDA else ["tiny-test"]
 
 
-def build_fastmae(name: str) -> MaskedAutoencoderViT:
-    return create_model(name, seed=0) if name in PRESETS else MaskedAutoencoderViT(**SMALL, seed=0)
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train: the model's levers (None for fastmae's own model), and what stands around the model."""
+
+    levers: Levers | None = None
+    fused_adamw: bool = True
+    compile: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
 
-def build_reference(fast: MaskedAutoencoderViT) -> MaskedAutoencoder:
-    kwargs = {key: value for key, value in fast.architecture.items() if key not in ("mean", "std")}
-    kwargs |= {key: tuple(kwargs[key]) for key in ("img_size", "patch_size")}
-    reference = MaskedAutoencoder(**kwargs)
-    reference.load_state_dict(fast.state_dict())
-    return reference
+RECIPES = {
+    "facebookresearch-plain-fp16": Recipe(Levers("plain"), fused_adamw=False, dtype=torch.float16),
+    "facebookresearch-plain": Recipe(Levers("plain"), fused_adamw=False),
+    "facebookresearch-sdpa": Recipe(Levers(), fused_adamw=False),
+    "reference-compile": Recipe(Levers(), compile=True),
+    "reference-compile-bf16-residual": Recipe(Levers(bf16_residual=True), compile=True),
+    "transformers": Recipe(Levers()),
+    "fastmae": Recipe(),
+    "fastmae-compile": Recipe(compile=True),
+}
+LEVERS = {
+    "lever: fused AdamW": Recipe(Levers()),
+    "lever: attention backend": Recipe(Levers("fastmae"), fused_adamw=False),
+    "lever: patch and token ops": Recipe(Levers(ops=True), fused_adamw=False),
+    "lever: masked rows only": Recipe(Levers(masked_only=True), fused_adamw=False),
+    "lever: fused blocks": Recipe(Levers(blocks=True), fused_adamw=False),
+    "lever: bf16 residual": Recipe(Levers(bf16_residual=True), fused_adamw=False),
+    "lever: torch.compile": Recipe(Levers(), fused_adamw=False, compile=True),
+}
 
 
-def build_transformers(fast: MaskedAutoencoderViT) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    a = fast.architecture
-    return transformers.ViTMAEForPreTraining(
-        transformers.ViTMAEConfig(
+class Track:
+    """One set of parameters, the batch, and both optimisers, from which every competitor's step is made."""
+
+    def __init__(self, architecture: str | dict, batch: int, device: torch.device):
+        options = {"norm_pix_loss": True, "seed": 0}
+        named = isinstance(architecture, str)
+        self.fast = create_model(architecture, **options) if named else MaskedAutoencoderViT(**architecture, **options)
+        self.fast.to(device).train()
+        self.batch, self.device, self.position = batch, device, 0
+        shape = (batch, *self.fast.img_size, 3)
+        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        mean, std = (s.view(1, 3, 1, 1) for s in (self.fast.mean, self.fast.std))
+        self.pixels = ((self.images / 255 - mean) / std).contiguous()
+        self.optimizers = {fused: self.optimizer(self.fast, fused) for fused in (False, True)}
+
+    def optimizer(self, model: torch.nn.Module, fused: bool) -> torch.optim.AdamW:
+        groups = parameter_groups(model, weight_decay=0.05)
+        return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True if fused else None)
+
+    def step(self, recipe: Recipe) -> Callable[[], None]:
+        """A training step by a recipe."""
+        if recipe.levers is None:
+            model = share_parameters(self.fast)
+
+            def loss(masking):
+                return model(self.images, masking=masking, full_pred=False).loss
+        else:
+            model = LeverModel(self.fast, recipe.levers)
+
+            def loss(masking):
+                return model(self.images, self.pixels, masking, MASK_RATIO)
+
+        needs_masking = recipe.levers is None or recipe.levers.ops or recipe.levers.masked_only
+        return self.train(loss, needs_masking, recipe, self.optimizers[recipe.fused_adamw])
+
+    def step_transformers(self) -> Callable[[], None]:
+        """A training step of Hugging Face's ViTMAE, with fused AdamW."""
+        transformers = pytest.importorskip("transformers")
+        a = self.fast.architecture
+        config = transformers.ViTMAEConfig(
             hidden_size=a["embed_dim"], num_hidden_layers=a["depth"], num_attention_heads=a["num_heads"],
             intermediate_size=int(a["embed_dim"] * a["mlp_ratio"]), image_size=a["img_size"][0],
             patch_size=a["patch_size"][0], decoder_hidden_size=a["decoder_embed_dim"],
             decoder_num_hidden_layers=a["decoder_depth"], decoder_num_attention_heads=a["decoder_num_heads"],
             decoder_intermediate_size=int(a["decoder_embed_dim"] * a["mlp_ratio"]), layer_norm_eps=1e-6,
-            mask_ratio=MASK_RATIO,
-        )
+            mask_ratio=MASK_RATIO, norm_pix_loss=True,
+        )  # fmt: skip
+        with self.device:
+            model = transformers.ViTMAEForPreTraining(config).train()
+            for parameter in model.parameters():
+                if parameter.ndim == 3:  # position tables and tokens, which are zero in a model built from a config
+                    torch.nn.init.normal_(parameter, std=0.02)
+        recipe = Recipe(Levers())
+        return self.train(lambda _: model(self.pixels).loss, False, recipe, self.optimizer(model, fused=True))
+
+    def train(self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer) -> Callable[[], None]:
+        device, forward = self.device.type, torch.compile(loss, dynamic=False) if recipe.compile else loss
+        # A start from 65536, the default, would skip the first steps, and a skipped step is a fast one.
+        scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=recipe.dtype == torch.float16)
+
+        def step() -> None:
+            masking = None
+            if needs_masking:
+                self.position += 1
+                masking = random_masking(
+                    self.batch, self.fast.num_patches, MASK_RATIO, seed=0, epoch=self.position, device=self.device
+                )
+            with torch.autocast(device, dtype=recipe.dtype):
+                value = forward(masking)
+            scaler.scale(value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+
+def pytest_generate_tests(metafunc):
+    models = []
+    for choice in metafunc.config.getoption("--model") or DEFAULT_MODELS:
+        name, _, batch = choice.partition(":")
+        if name not in MODELS:
+            raise pytest.UsageError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
+        models.append((name, int(batch) if batch else MODELS[name][1 if CUDA else 2]))
+    recipes = RECIPES | (LEVERS if metafunc.config.getoption("--levers") else {})
+    metafunc.parametrize("model", models, ids=lambda model: f"{model[0]}-{model[1]}")
+    metafunc.parametrize("competitor", list(recipes))
+
+
+def build(model: tuple[str, int], names: list[str], device: torch.device) -> Contest:
+    name, batch = model
+    track = Track(MODELS[name][0], batch, device)
+    steps: dict = {}
+    for competitor in names:
+        recipe = (RECIPES | LEVERS)[competitor]
+        if recipe.dtype == torch.float16 and device.type != "cuda":
+            steps[competitor] = Unavailable("fp16 training is for CUDA")
+        elif competitor == "transformers":
+            steps[competitor] = track.step_transformers()
+        else:
+            steps[competitor] = track.step(recipe)
+    weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
+    return Contest(
+        f"training step, {name}, batch {batch}", steps, images=batch, flush=False,
+        resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=4.0 if CUDA else 2.0,
     )  # fmt: skip
 
 
-def make_step(competitor: str, name: str, batch: int, device: torch.device) -> Callable[[], None]:
-    fast = build_fastmae(name)
-    if competitor.startswith("fastmae"):
-        model = fast
-    elif competitor == "transformers":
-        model = build_transformers(fast)
-    else:
-        model = build_reference(fast)
-    model = model.to(device).train()
-    mean, std = (s.to(device).view(1, 3, 1, 1) for s in (fast.mean, fast.std))
-    height, width = fast.img_size
-    images = torch.randint(0, 256, (batch, height, width, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    dtype = torch.float16 if competitor.endswith("fp16") else torch.bfloat16
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def run(x: torch.Tensor, masking=None) -> torch.Tensor:
-        if competitor.startswith("fastmae"):
-            return model(x, masking=masking, full_pred=False).loss
-        if competitor == "transformers":
-            return model(x).loss
-        return model(x, MASK_RATIO)[0]
-
-    forward = torch.compile(run) if competitor.endswith("compile") else run
-    position = 0
-
-    def step() -> None:
-        nonlocal position
-        if competitor.startswith("fastmae"):
-            masking = random_masking(batch, fast.num_patches, MASK_RATIO, seed=0, epoch=position, device=device)
-            arguments = (images, masking)
-        else:
-            arguments = ((images / 255 - mean) / std,)
-        with torch.autocast(device.type, dtype=dtype):
-            loss = forward(*arguments)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        position += 1
-
-    return step
-
-
-@pytest.mark.parametrize("competitor", COMPETITORS)
-@pytest.mark.parametrize(("name", "batch"), CASES)
-def bench_step(benchmark, device, synchronized, name, batch, competitor):
-    if not CUDA and competitor.endswith(("compile", "fp16")):
-        pytest.skip("on a CPU the compiler's minutes would outweigh the run, and fp16 training is CUDA's")
-    benchmark.group = f"training step {name}, batch {batch}"
-    step = make_step(competitor, name, batch, device)
-    for _ in range(3):
-        step()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    benchmark.pedantic(synchronized(step), rounds=20 if CUDA else 5, iterations=1)
-    if benchmark.stats:  # none with --benchmark-disable
-        benchmark.extra_info["images per second"] = round(batch / benchmark.stats.stats.median, 1)
-    if CUDA:
-        benchmark.extra_info["peak memory MiB"] = torch.cuda.max_memory_allocated() >> 20
+def bench_step(compete, device, model, competitor):
+    names = list(RECIPES | LEVERS)
+    compete(build, model, names, device)

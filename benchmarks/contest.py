@@ -1,0 +1,140 @@
+"""Competitors for one job, measured in turn: every round runs each of them once, so that a busy moment hits all alike.
+
+Medians are taken over rounds, and ratios between competitors within each round before their median is taken.
+pytest-benchmark gets the measured times through :class:`Replay`, for its statistics, tables and files.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from measure import Meter
+
+
+class Unavailable(str):
+    """Stands in a competitor's place and says why it cannot run here."""
+
+
+@dataclass
+class Contest:
+    """One job and those who do it.
+
+    Attributes:
+        group: the name of the job, for tables.
+        competitors: callables without arguments, or :class:`Unavailable`.
+        useful_bytes: bytes that the job has to move, whoever does it.
+        sector_bytes: bytes of the 32-byte sectors that they lie in; None if the same.
+        flops: floating-point operations of the job.
+        dtype: of the matrix products, for comparison with a large one.
+        images: images a call, where they are the measure.
+        resident_bytes: what a competitor holds between calls (weights, optimiser state), added to its peak memory.
+        calls: calls in a row that are timed as one.
+        flush: whether the device's cache is emptied before.
+        seconds: time for all rounds together, where --rounds does not say how many.
+    """
+
+    group: str
+    competitors: Mapping[str, Callable[[], object] | Unavailable]
+    useful_bytes: int | None = None
+    sector_bytes: int | None = None
+    flops: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    images: int | None = None
+    resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    calls: int = 1
+    flush: bool = True
+    seconds: float = 1.0
+
+
+@dataclass
+class Results:
+    """Times of every competitor, round by round, and the errors of those that failed."""
+
+    times: dict[str, list[float]]
+    errors: dict[str, Exception]
+    info: dict[str, dict]
+
+
+def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = None) -> Results:
+    """Warm up, then run the named competitors round by round, from 5 to 200 rounds unless ``rounds`` is given."""
+    errors: dict[str, Exception] = {}
+    once: dict[str, float] = {}
+    for name in names:
+        try:
+            for _ in range(3 if meter.is_cuda else 1):
+                contest.competitors[name]()
+            once[name] = meter.time(contest.competitors[name], contest.calls, contest.flush)
+        except Exception as error:  # one that fails must not take the others with it; its own test raises this
+            errors[name] = error
+    names = list(once)
+    if rounds is None:
+        rounds = int(max(5, min(200, contest.seconds / (sum(once.values()) * contest.calls + 1e-4))))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        # Nobody always runs behind the same one.
+        for i in range(len(names)):
+            name = names[(i + turn) % len(names)]
+            times[name].append(meter.time(contest.competitors[name], contest.calls, contest.flush))
+    return Results(times, errors, {name: _describe(contest, name, times, meter) for name in names})
+
+
+def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter: Meter) -> dict:
+    call, seconds = contest.competitors[name], statistics.median(times[name])
+    info: dict = {"competitor": name}
+    info["ratios"] = {
+        other: round(statistics.median(a / b for a, b in zip(times[name], theirs, strict=True)), 4)
+        for other, theirs in times.items()
+        if other != name
+    }
+    if contest.useful_bytes:
+        sectors = contest.sector_bytes or contest.useful_bytes
+        copy = meter.copy_seconds(contest.useful_bytes)
+        info |= {
+            "useful_bytes": contest.useful_bytes,
+            "sector_bytes": sectors,
+            "gb_per_s": contest.useful_bytes / seconds / 1e9,
+            "copy_gb_per_s": contest.useful_bytes / copy / 1e9,
+            "share_of_copy": copy / seconds,
+            "share_of_copy_by_sectors": meter.copy_seconds(sectors) / seconds,
+        }
+    if contest.flops:
+        best = meter.matmul_flops(contest.dtype)
+        info |= {
+            "flops": contest.flops,
+            "tflop_per_s": contest.flops / seconds / 1e12,
+            "matmul_tflop_per_s": best / 1e12,
+            "share_of_matmul": contest.flops / seconds / best,
+        }
+    if contest.images:
+        info["images_per_s"] = contest.images / seconds
+    if meter.is_cuda:
+        info["peak_memory_bytes"] = meter.peak_memory(call) + contest.resident_bytes.get(name, 0)
+        info["launches"] = meter.launches(call)
+    return info
+
+
+def table(contest: Contest, results: Results) -> list[str]:
+    """Lines for the terminal: every competitor's median, and how many times its time fastmae and the baselines take."""
+    against = [name for name in results.times if name.startswith(("fastmae", "facebookresearch-sdpa", "plain"))]
+    lines = [f"{contest.group}: time / time of ...", f"{'':<36}{'median':>12}  " + "  ".join(against)]
+    for name, times in results.times.items():
+        ratios = (({name: 1.0} | results.info[name]["ratios"])[other] for other in against)
+        cells = "  ".join(f"{ratio:>{len(other)}.2f}" for ratio, other in zip(ratios, against, strict=True))
+        lines.append(f"{name:<36}{statistics.median(times) * 1e3:>9.3f} ms  {cells}")
+    return lines
+
+
+class Replay:
+    """A clock that plays measured times back: pytest-benchmark reads it before and after each round."""
+
+    def __init__(self) -> None:
+        self._readings = iter(())
+
+    def load(self, seconds: list[float]) -> None:
+        self._readings = iter([reading for s in seconds for reading in (0.0, s)])
+
+    def __call__(self) -> float:
+        return next(self._readings)
