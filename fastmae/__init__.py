@@ -1,24 +1,27 @@
 """fastmae: fast pretraining of Masked Autoencoders (He et al., CVPR 2022), and the fused ops that make it fast.
 
-``create_model`` builds a model, ``fastmae.ops`` holds the ops, and the command line is ``fastmae --help``. Names are
-imported when first used, so that ``import fastmae`` costs nothing.
+``create_model`` builds a model, ``fastmae.ops`` holds the ops, ``accelerate`` lets Hugging Face's ViTMAE run on them,
+and the command line is ``fastmae --help``. Names are imported when first used: ``import fastmae`` costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastmae import ops
+    from fastmae import interop, ops
+    from fastmae.interop.hugging_face import accelerate
     from fastmae.model import MAEOutput, MaskedAutoencoderViT, create_model
 
 __version__ = "0.1.0"
-__all__ = ["MAEOutput", "MaskedAutoencoderViT", "__version__", "create_model", "ops"]
+__all__ = ["MAEOutput", "MaskedAutoencoderViT", "__version__", "accelerate", "create_model", "interop", "ops"]
 
 
 def __getattr__(name: str) -> object:
     if name in ("MAEOutput", "MaskedAutoencoderViT", "create_model"):
         return getattr(import_module("fastmae.model"), name)
-    if name in ("ops", "model", "reference", "data"):
+    if name == "accelerate":
+        return import_module("fastmae.interop.hugging_face").accelerate
+    if name in ("ops", "model", "reference", "data", "interop"):
         return import_module(f"fastmae.{name}")
     raise AttributeError(f"module 'fastmae' has no attribute {name!r}")
 

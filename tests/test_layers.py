@@ -19,7 +19,7 @@ ALLOWED = {
     "layers": {"ops", "fastmae"},
     "model": {"ops", "layers", "fastmae"},
     "data": {"ops", "model", "fastmae"},
-    "interop": {"ops", "model", "fastmae"},
+    "interop": {"ops", "layers", "model", "fastmae"},
     "train": {"ops", "model", "data", "fastmae"},
     "evaluate": {"ops", "model", "data", "fastmae"},
     "environment": {"ops", "fastmae"},

@@ -1,0 +1,430 @@
+"""A Hugging Face ViTMAE on fastmae's ops: same outputs, same state dict, and back again."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastmae
+from fastmae.interop import decelerate
+from fastmae.reference import MaskedAutoencoder, sincos_positions
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256,
+    "decoder_hidden_size": 32, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 128, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
+CASES = {
+    "default": {},
+    "norm_pix": {"norm_pix_loss": True},
+    "odd": {"image_size": 42, "patch_size": 14, "num_channels": 5, "mask_ratio": 0.6, "norm_pix_loss": True},
+    "no qkv bias": {"qkv_bias": False, "num_channels": 1, "mask_ratio": 0.9},
+    "uneven": {
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": 1e-6,
+        "decoder_intermediate_size": 40,
+        "image_size": (32, 32),
+    },
+    "eager": {"attn_implementation": "eager"},
+}
+
+
+def build(**changes) -> nn.Module:
+    """A model whose weights look trained: no zero bias and no unit scale hides a missing term."""
+    torch.manual_seed(0)
+    model = fastmae.accelerate(transformers.ViTMAEForPreTraining(config(**changes)), init=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return decelerate(model)
+
+
+def config(attn_implementation: str = "sdpa", **changes):
+    made = transformers.ViTMAEConfig(**SMALL | changes)
+    made._attn_implementation = attn_implementation
+    return made
+
+
+def inputs(model: nn.Module, n: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    embed = model.vit.embeddings.patch_embeddings
+    return torch.randn(n, embed.num_channels, *embed.image_size), torch.rand(n, embed.num_patches)
+
+
+def same(got, expected, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=tolerance)
+    assert torch.equal(got.mask, expected.mask)
+    assert torch.equal(got.ids_restore, expected.ids_restore)
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Module, nn.Module]:
+    """Hugging Face's model, and an accelerated copy."""
+    theirs = build()
+    return theirs, fastmae.accelerate(copy.deepcopy(theirs))
+
+
+@pytest.mark.parametrize("full_logits", [True, False])
+@pytest.mark.parametrize(
+    "case", [pytest.param("odd", marks=pytest.mark.ops), *(case for case in CASES if case != "odd")]
+)
+def test_outputs_and_gradients_are_the_same(case, full_logits):
+    theirs = build(**CASES[case])
+    ours = fastmae.accelerate(copy.deepcopy(theirs), full_logits=full_logits)
+    pixels, noise = inputs(theirs)
+    expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
+    assert type(got) is type(expected)
+    if full_logits:
+        same(got, expected)
+        first, second = got.logits[0][got.mask[0].bool()][:2]
+        assert (first - second).abs().max() > 1e-2
+    else:
+        torch.testing.assert_close(got.loss, expected.loss, rtol=1e-6, atol=0)
+        masked = expected.ids_restore.argsort(1)[:, expected.logits.shape[1] - got.logits.shape[1] :]
+        assert torch.equal(masked.sort(1).values, expected.mask.nonzero()[:, 1].view_as(masked))
+        rows = masked[:, :, None].expand(-1, -1, expected.logits.shape[2])
+        torch.testing.assert_close(got.logits, expected.logits.gather(1, rows), rtol=0, atol=1e-4)
+    expected.loss.backward()
+    got.loss.backward()
+    for (name, mine), (_, reference) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if mine.requires_grad and not name.endswith(("k_proj.bias", "key.bias")):  # theirs is rounding noise around 0
+            assert (mine.grad - reference.grad).norm() < 2e-5 * reference.grad.norm(), name
+
+
+def test_the_ops_run(pair, monkeypatch):
+    """Not vacuous: the accelerated model embeds, restores and compares by ops, and theirs by none."""
+    theirs, ours = pair
+    called = []
+    for name in ("gather_patches", "restore_tokens", "masked_patch_mse"):
+        op = getattr(sys.modules["fastmae.interop.vit_mae"], name)
+        record = lambda *a, op=op, name=name, **k: (called.append(name), op(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(f"fastmae.interop.vit_mae.{name}", record)
+    attend = sys.modules["fastmae.interop.vit_mae_layers"].attention_qkvpacked
+    record = lambda *a: (called.append("attention"), attend(*a))[1]  # noqa: E731
+    monkeypatch.setattr("fastmae.interop.vit_mae_layers.attention_qkvpacked", record)
+    pixels, noise = inputs(theirs)
+    theirs(pixels, noise=noise)
+    assert not called
+    ours(pixels, noise=noise)
+    assert called == [
+        "gather_patches",
+        "attention",
+        "attention",
+        "restore_tokens",
+        *2 * ["attention"],
+        "masked_patch_mse",
+    ]
+
+
+def test_without_noise_the_generator_is_used_alike(pair):
+    theirs, ours = pair
+    pixels, _ = inputs(theirs)
+    results = []
+    for model in pair:
+        torch.manual_seed(5)
+        results.append(model(pixels))
+    same(*results)
+    assert not torch.equal(ours(pixels).mask, ours(pixels).mask)
+
+
+def test_same_parameters_and_state_dict_and_back_again():
+    model, other = build(), build(norm_pix_loss=True)
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
+    pixels, noise = inputs(model)
+    original, others = model(pixels, noise=noise), other(pixels, noise=noise)
+    classes = [type(module) for module in model.modules()]
+
+    assert fastmae.accelerate(model) is model
+    assert isinstance(model, transformers.ViTMAEForPreTraining)
+    assert type(model).__name__ == "ViTMAEForPreTraining"
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(after[n].data_ptr() == p and torch.equal(after[n], v) for n, (p, v) in before.items())
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    # Neither another model nor the library is touched.
+    assert torch.equal(other(pixels, noise=noise).logits, others.logits)
+    assert "fastmae" not in transformers.ViTMAEForPreTraining.forward.__module__
+
+    assert decelerate(model) is model
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("fastmae" in name for module in model.modules() for name in vars(module))
+    again = model(pixels, noise=noise)
+    assert torch.equal(again.logits, original.logits)
+    assert torch.equal(again.loss, original.loss)
+
+
+def test_saved_and_loaded_by_transformers(pair, tmp_path):
+    theirs, ours = pair
+    ours.save_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "ours" / "config.json").read_text() == (tmp_path / "theirs" / "config.json").read_text()
+    loaded = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "ours")
+    assert type(loaded) is transformers.ViTMAEForPreTraining
+    pixels, noise = inputs(theirs)
+    assert torch.equal(loaded(pixels, noise=noise).logits, theirs.eval()(pixels, noise=noise).logits)
+    same(fastmae.accelerate(loaded)(pixels, noise=noise), theirs(pixels, noise=noise))
+    assert torch.equal(
+        type(ours).from_pretrained(tmp_path / "ours")(pixels, noise=noise).mask, loaded(pixels, noise=noise).mask
+    )
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_accelerated_too(clone):
+    model = fastmae.accelerate(build(), full_logits=False)
+    copied = clone(model)
+    pixels, noise = inputs(model)
+    assert torch.equal(copied(pixels, noise=noise).logits, model(pixels, noise=noise).logits)
+    decelerate(copied)
+    assert copied(pixels, noise=noise).logits.shape[1] == 16
+    assert model(pixels, noise=noise).logits.shape[1] == 12
+
+
+def test_hidden_states_tuples_and_attention_weights(pair):
+    theirs, ours = pair
+    pixels, noise = inputs(theirs)
+    expected = theirs(pixels, noise=noise, output_hidden_states=True)
+    got = ours(pixels, noise=noise, output_hidden_states=True)
+    assert list(got.keys()) == list(expected.keys())
+    assert len(got.hidden_states) == len(expected.hidden_states) == 3
+    for mine, reference in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=0, atol=1e-4)
+    as_tuple = ours(pixels, noise=noise, return_dict=False)
+    assert [value.shape for value in as_tuple] == [value.shape for value in theirs(pixels, noise=noise).to_tuple()]
+    for model in pair:
+        model.set_attn_implementation("eager")
+    weights = [model(pixels, noise=noise, output_attentions=True).attentions for model in pair]
+    assert len(weights[0]) == len(weights[1]) == 2
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights, strict=True))
+
+
+def test_what_the_ops_do_not_cover_takes_the_original_path(pair):
+    theirs, ours = pair
+    pixels, noise = torch.randn(2, 3, 48, 48), torch.rand(2, 36)
+    options = {"noise": noise, "interpolate_pos_encoding": True}
+    same(ours(pixels, **options), theirs(pixels, **options))
+
+    pixels, noise = inputs(theirs)
+    results, gradients = [], []
+    for model in pair:
+        x = pixels.clone().requires_grad_()
+        results.append(model(x, noise=noise))
+        gradients.extend(torch.autograd.grad(results[-1].loss, x))
+    same(*results)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+    for model in pair:
+        model.config.mask_ratio = 0.0
+    assert torch.allclose(ours(pixels, noise=noise).logits, theirs(pixels, noise=noise).logits, atol=1e-4)
+
+
+def test_dropout_is_applied_in_training_only():
+    theirs = build(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    ours = fastmae.accelerate(copy.deepcopy(theirs))
+    pixels, noise = inputs(theirs)
+    results = []
+    for model in (theirs.train(), ours.train()):
+        torch.manual_seed(1)
+        results.append(model(pixels, noise=noise))
+    same(*results)
+    same(ours.eval()(pixels, noise=noise), theirs.eval()(pixels, noise=noise))
+    assert not torch.allclose(results[0].logits, ours(pixels, noise=noise).logits, atol=1e-2)
+
+
+def test_gradient_checkpointing_changes_nothing(pair):
+    theirs, ours = pair
+    pixels, noise = inputs(theirs)
+    theirs.train()(pixels, noise=noise).loss.backward()
+    ours.train().gradient_checkpointing_enable()
+    ours(pixels, noise=noise).loss.backward()
+    for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-6)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_hooks_and_replaced_layers_are_respected(pair):
+    attention = [next(m for m in model.vit.modules() if type(m).__name__.endswith("Attention")) for model in pair]
+    name = "q_proj" if hasattr(attention[0], "q_proj") else "attention.query"
+    pixels, noise = inputs(pair[0])
+    plain = pair[0](pixels, noise=noise)
+    for model in pair:
+        for projection in (
+            attention[pair.index(model)].get_submodule(name),
+            model.vit.embeddings.patch_embeddings.projection,
+        ):
+            projection.register_forward_hook(lambda module, args, out: 1.5 * out)
+        attention[pair.index(model)].get_submodule(name).__class__ = Doubled
+    expected = pair[0](pixels, noise=noise)
+    assert not torch.allclose(expected.logits, plain.logits, atol=1e-3)
+    same(pair[1](pixels, noise=noise), expected)
+
+
+def test_bf16_autocast(pair):
+    theirs, ours = pair
+    pixels, noise = inputs(theirs)
+    exact = theirs(pixels, noise=noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
+    assert got.logits.dtype == expected.logits.dtype
+    assert torch.equal(got.mask, expected.mask)
+    error = (expected.logits.float() - exact.logits).norm()
+    assert 0 < (got.logits.float() - exact.logits).norm() < 2 * error
+    torch.testing.assert_close(got.loss, exact.loss, rtol=2e-2, atol=0)
+    got.loss.backward()
+
+
+def test_a_bf16_model(pair):
+    theirs, ours = (model.bfloat16() for model in pair)
+    pixels, noise = (x.bfloat16() for x in inputs(theirs))
+    expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
+    assert got.loss.dtype == torch.float32
+    torch.testing.assert_close(got.loss, expected.loss.float(), rtol=2e-2, atol=0)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0.05, atol=0.1)
+
+
+def test_compiles_as_one_graph(pair):
+    theirs, ours = pair
+    pixels, noise = inputs(theirs)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    same(compiled(pixels, noise=noise), theirs(pixels, noise=noise))
+
+
+def test_fsdp2_shards_an_accelerated_model(pair, tmp_path):
+    from torch.distributed.fsdp import fully_shard
+
+    theirs, ours = pair
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        for module in ours.modules():
+            if type(module).__name__ in ("ViTMAELayer", "ViTMAEEmbeddings"):
+                fully_shard(module, mesh=mesh)
+        fully_shard(ours, mesh=mesh)
+        pixels, noise = inputs(theirs)
+        got = ours(pixels, noise=noise)
+        same(got, theirs(pixels, noise=noise))
+        got.loss.backward()
+        with pytest.raises(ValueError, match=r"model: expected a transformers.ViTMAEForPreTraining.*FSDP"):
+            decelerate(ours)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_zero_position_tables_are_refused_and_init_is_the_remedy():
+    model = transformers.ViTMAEForPreTraining(config())
+    pixels, noise = inputs(model)
+    predictions = model(pixels, noise=noise)
+    broken = not model.decoder.decoder_pos_embed.any()
+    if broken:
+        first, second = predictions.logits[0][predictions.mask[0].bool()][:2]
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match=r"frozen and all zeros.*init=True"):
+            fastmae.accelerate(model)
+        assert type(model) is transformers.ViTMAEForPreTraining
+
+    fastmae.accelerate(model, init=True)
+    got = model(pixels, noise=noise)
+    first, second = got.logits[0][got.mask[0].bool()][:2]
+    assert (first - second).abs().max() > 1e-2
+    fastmae.accelerate(model)
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.zero_()
+    with pytest.raises(ValueError, match=r"vit.embeddings.position_embeddings is frozen and all zeros"):
+        fastmae.accelerate(model)
+
+
+def test_init_draws_the_weights_of_create_model():
+    model = fastmae.accelerate(transformers.ViTMAEForPreTraining(config(layer_norm_eps=1e-6)), init=True, seed=3)
+    drawn = fastmae.create_model(
+        "mae_vit_tiny_patch16", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4, decoder_embed_dim=32,
+        decoder_depth=2, decoder_num_heads=2, seed=3,
+    )  # fmt: skip
+    slow = MaskedAutoencoder((32, 32), (8, 8), 3, 64, 2, 4, 32, 2, 2)
+    slow.load_state_dict(drawn.state_dict())
+    pixels, noise = inputs(model)
+    loss, pred, _ = slow(pixels, 0.75, noise)
+    got = model(pixels, noise=noise)
+    torch.testing.assert_close(got.loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got.logits, pred, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.decoder.decoder_pos_embed.data, sincos_positions(32, (4, 4)))
+    assert 0.01 < model.decoder.mask_token.std() < 0.04
+    again = fastmae.accelerate(transformers.ViTMAEForPreTraining(config()), init=True, seed=4)
+    assert not torch.equal(again.decoder.mask_token, model.decoder.mask_token)
+
+
+def test_refusals(pair):
+    theirs, ours = pair
+    expected = r"model: expected a transformers.ViTMAEForPreTraining"
+    for wrong in (
+        nn.Linear(2, 2),
+        theirs.vit,
+        nn.DataParallel(theirs),
+        type("Mine", (type(theirs),), {})(theirs.config),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            fastmae.accelerate(wrong)
+    with pytest.raises(ValueError, match=r"model: expected one that fastmae.accelerate returned"):
+        decelerate(theirs)
+    with pytest.raises(ValueError, match="seed: expected None without init=True"):
+        fastmae.accelerate(theirs, seed=1)
+    with pytest.raises(ValueError, match="square image_size"):
+        # Sixteen patches, so that the constructor, which takes a square grid for granted, does not fail first.
+        fastmae.accelerate(transformers.ViTMAEForPreTraining(config(image_size=(16, 64))), init=True)
+    with torch.device("meta"), pytest.raises(ValueError, match="init: expected a model with memory"):
+        fastmae.accelerate(transformers.ViTMAEForPreTraining(config()), init=True)
+    for pixels in (torch.zeros(1, 3, 32, 40), torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
+        with pytest.raises(
+            ValueError, match=r"pixel_values: expected a floating-point tensor of shape \(N, 3, 32, 32\)"
+        ):
+            ours(pixels)
+
+
+def test_another_version_of_transformers_is_refused(monkeypatch):
+    model = build()
+    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    with pytest.raises(ValueError, match=r"expected transformers 5.0 or newer, got version 4.57.1"):
+        fastmae.accelerate(model)
+
+
+def test_an_unknown_arrangement_is_refused(monkeypatch):
+    model = build()
+    monkeypatch.delitem(sys.modules, "fastmae.interop.vit_mae")
+    monkeypatch.delattr("transformers.models.vit_mae.modeling_vit_mae.ViTMAEDecoder")
+    with pytest.raises(ValueError, match="arranges ViTMAE in a way that this version of fastmae does not know"):
+        fastmae.accelerate(model)
+
+
+def test_transformers_is_imported_when_a_model_comes():
+    code = "import sys, fastmae; fastmae.accelerate; import fastmae.interop; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_cuda(dtype):
+    theirs = build(norm_pix_loss=True).cuda()
+    ours = fastmae.accelerate(copy.deepcopy(theirs))
+    pixels, noise = (x.cuda() for x in inputs(theirs, 8))
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.loss, expected.loss, rtol=tolerance, atol=0)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=tolerance, atol=tolerance)
+    assert torch.equal(got.mask, expected.mask)
+    got.loss.backward()
