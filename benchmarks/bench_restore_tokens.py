@@ -2,53 +2,46 @@
 
 from __future__ import annotations
 
+import plain
 import pytest
 import torch
+from contest import Contest, gradient
 
-from fastmae.ops.restore_tokens import restore_tokens
+from fastmae.ops import restore_tokens
 
 # (name, N, L, K, E): the decoder's input for ViT-B and ViT-L at 224 pixels, ViT-H at patch 14.
 SHAPES = (
-    [("patch16", 256, 196, 49, 512), ("patch14", 256, 256, 64, 512)]
+    [("patch16", 256, 196, 49, 512), ("patch14", 128, 256, 64, 512)]
     if torch.cuda.is_available()
     else [("small", 32, 64, 16, 64), ("patch16", 8, 196, 49, 512)]
 )
 
 
-def facebookresearch(visible, mask_token, ids_restore, pos_embed):
-    """The expression of facebookresearch/mae."""
-    n, rows, dim = visible.shape
-    missing = mask_token.repeat(n, ids_restore.shape[1] + 1 - rows, 1)
-    x = torch.cat([visible[:, 1:], missing], dim=1)
-    x = torch.gather(x, 1, ids_restore[..., None].expand(-1, -1, dim))
-    return torch.cat([visible[:, :1], x], dim=1) + pos_embed
-
-
-def fused(visible, mask_token, ids_restore, pos_embed):
-    return restore_tokens(visible, mask_token, ids_restore, pos_embed, num_prefix_tokens=1)
-
-
-@pytest.mark.parametrize("how", ["fastmae", "torch", "torch.compile"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def bench_restore_tokens(benchmark, device, synchronized, shape, how, backward):
+def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
     name, n, length, k, dim = shape
-    benchmark.group = f"restore_tokens {name} {'backward' if backward else 'forward'}"
     visible = torch.randn(n, k + 1, dim, device=device, dtype=torch.bfloat16, requires_grad=backward)
     mask_token = torch.randn(1, 1, dim, device=device, requires_grad=backward)
     pos_embed = torch.randn(1, length + 1, dim, device=device)
-    ids_restore = torch.rand(n, length, device=device).argsort(dim=1)
-    function = {"fastmae": fused, "torch": facebookresearch, "torch.compile": torch.compile(facebookresearch)}[how]
-    out = function(visible, mask_token, ids_restore, pos_embed)
-    grad = torch.randn_like(out)
+    ids_restore = plain.choose(n, length, length, device)[:, torch.randperm(length, device=device)]
+    compiled = torch.compile(plain.restore_tokens, fullgraph=True)
+    competitors = {
+        "fastmae": lambda: restore_tokens(visible, mask_token, ids_restore, pos_embed, num_prefix_tokens=1),
+        "plain": lambda: plain.restore_tokens(visible, mask_token, ids_restore, pos_embed),
+        "plain-compile": lambda: compiled(visible, mask_token, ids_restore, pos_embed),
+    }
+    if backward:
+        competitors = {name: gradient(call, [visible, mask_token]) for name, call in competitors.items()}
+    # bf16 visible tokens and their gradient, float32 result and its gradient; tables once.
+    tables = 4 * dim * (1 if backward else length + 2)
+    return Contest(
+        f"restore_tokens, {name} {'backward' if backward else 'forward'}", competitors,
+        useful_bytes=tables + n * (8 * length + dim * (2 * (k + 1) + 4 * (length + 1))),
+        flops=n * (length + 1) * dim,
+    )  # fmt: skip
 
-    def step():
-        if backward:
-            return torch.autograd.grad(out, (visible, mask_token), grad, retain_graph=True)
-        return function(visible, mask_token, ids_restore, pos_embed)
 
-    step()
-    # bfloat16 visible tokens, float32 result and gradient.
-    useful = n * dim * (2 * (k + 1) + 4 * (length + 1))
-    benchmark.extra_info |= {"how": how, "useful_bytes": useful}
-    benchmark(synchronized(step))
+@pytest.mark.parametrize("competitor", ["fastmae", "plain", "plain-compile"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
+def bench_restore_tokens(compete, device, shape, backward, competitor):
+    compete(build, shape, backward, device)

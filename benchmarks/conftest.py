@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contest import Contest, Replay, Results, Unavailable, hold, table
+from contest import Contest, Replay, Results, Unavailable, arm, hold, table
 from measure import Meter
 
 _REPLAY = Replay()
@@ -116,7 +116,7 @@ def compete(request, benchmark, meter, _current) -> Callable[..., None]:
             pytest.skip(competitor)
         benchmark.group = contest.group
         if benchmark.disabled:
-            competitor()
+            arm(competitor)()
             return
         if "results" not in _current:
             peers = [other for other in request.session.items if other.function is item.function]

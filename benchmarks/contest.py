@@ -7,15 +7,63 @@ pytest-benchmark gets the measured times through :class:`Replay`, for its statis
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from measure import Meter
+from torch import Tensor
 
 
 class Unavailable(str):
     """Stands in a competitor's place and says why it cannot run here."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call that needs something made before it, untimed: ``call(prepare())``."""
+
+    prepare: Callable[[], object]
+    call: Callable[[object], object]
+
+
+Competitor = Callable[[], object] | Prepared
+
+
+def gradient(
+    function: Callable[[], Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], bias_of: Tensor | None = None
+) -> Prepared:
+    """The backward alone: gradients of ``inputs``, for gradients of the results that are ones or random numbers.
+
+    Args:
+        function: the forward, untimed.
+        inputs: what the gradients are taken of.
+        bias_of: one of the inputs, which a bias was added to where it was made: its gradient's column sum, that bias's
+            gradient, belongs to the job.
+    """
+
+    def results() -> tuple[Tensor, ...]:
+        out = function()
+        return out if isinstance(out, tuple) else (out,)
+
+    grads = [torch.ones_like(out) if out.ndim == 0 else torch.randn_like(out) for out in results()]
+
+    def backward(made: object) -> object:
+        found = torch.autograd.grad(made, inputs, grads)
+        if bias_of is None:
+            return found
+        (of,) = (g for tensor, g in zip(inputs, found, strict=True) if tensor is bias_of)
+        return *found, of.sum(tuple(range(of.ndim - 1)))
+
+    return Prepared(results, backward)
+
+
+def arm(competitor: Competitor) -> Callable[[], object]:
+    """A call to time, all that it needs made."""
+    if not isinstance(competitor, Prepared):
+        return competitor
+    made = competitor.prepare()
+    return lambda: competitor.call(made)
 
 
 @dataclass
@@ -24,7 +72,7 @@ class Contest:
 
     Attributes:
         group: the name of the job, for tables.
-        competitors: callables without arguments, or :class:`Unavailable`.
+        competitors: callables without arguments, :class:`Prepared` or :class:`Unavailable`.
         useful_bytes: bytes that the job has to move, whoever does it.
         sector_bytes: bytes of the 32-byte sectors that they lie in; None if the same.
         flops: floating-point operations of the job.
@@ -37,7 +85,7 @@ class Contest:
     """
 
     group: str
-    competitors: Mapping[str, Callable[[], object] | Unavailable]
+    competitors: Mapping[str, Competitor | Unavailable]
     useful_bytes: int | None = None
     sector_bytes: int | None = None
     flops: int | None = None
@@ -65,8 +113,8 @@ def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = 
     for name in names:
         try:
             for _ in range(3 if meter.is_cuda else 1):
-                contest.competitors[name]()
-            once[name] = meter.time(contest.competitors[name], contest.calls, contest.flush)
+                arm(contest.competitors[name])()
+            once[name] = meter.time(arm(contest.competitors[name]), contest.calls, contest.flush)
         except Exception as error:  # one that fails must not take the others with it; its own test raises this
             errors[name] = error
     names = list(once)
@@ -77,12 +125,12 @@ def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = 
         # Nobody always runs behind the same one.
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
-            times[name].append(meter.time(contest.competitors[name], contest.calls, contest.flush))
+            times[name].append(meter.time(arm(contest.competitors[name]), contest.calls, contest.flush))
     return Results(times, errors, {name: _describe(contest, name, times, meter) for name in names})
 
 
 def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter: Meter) -> dict:
-    call, seconds = contest.competitors[name], statistics.median(times[name])
+    competitor, seconds = contest.competitors[name], statistics.median(times[name])
     info: dict = {"competitor": name}
     info["ratios"] = {
         other: round(statistics.median(a / b for a, b in zip(times[name], theirs, strict=True)), 4)
@@ -111,14 +159,14 @@ def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter:
     if contest.images:
         info["images_per_s"] = contest.images / seconds
     if meter.is_cuda:
-        info["peak_memory_bytes"] = meter.peak_memory(call) + contest.resident_bytes.get(name, 0)
-        info["launches"] = meter.launches(call)
+        info["peak_memory_bytes"] = meter.peak_memory(arm(competitor)) + contest.resident_bytes.get(name, 0)
+        info["launches"] = meter.launches(arm(competitor))
     return info
 
 
 def table(contest: Contest, results: Results) -> list[str]:
     """Lines for the terminal: every competitor's median, and how many times its time fastmae and the baselines take."""
-    against = [name for name in results.times if name.startswith(("fastmae", "facebookresearch-sdpa", "plain"))]
+    against = [name for name in results.times if name.startswith(("fastmae", "facebookresearch-sdpa", "plain", "sdpa"))]
     lines = [f"{contest.group}: time / time of ...", f"{'':<36}{'median':>12}  " + "  ".join(against)]
     for name, times in results.times.items():
         ratios = (({name: 1.0} | results.info[name]["ratios"])[other] for other in against)

@@ -1,0 +1,77 @@
+"""Residual add, LayerNorm and product: fastmae's one step against PyTorch's three, forward and backward, bf16 autocast.
+
+``apex`` has the LayerNorm of NVIDIA's apex in the place of PyTorch's.
+"""
+
+from __future__ import annotations
+
+import apex_layer_norm
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+from contest import Contest, Unavailable, gradient
+
+from fastmae.ops import norm_linear
+
+# (name, rows, D, F): the norm in front of attention.
+SHAPES = (
+    [("encoder-L", 256 * 50, 1024, 3072), ("encoder-B", 256 * 50, 768, 2304), ("decoder", 256 * 197, 512, 1536)]
+    if torch.cuda.is_available()
+    else [("encoder-small", 128 * 17, 192, 576), ("decoder-small", 128 * 65, 128, 384)]
+)
+COMPETITORS = ["fastmae", "plain", "plain-compile", "apex"]
+
+
+def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
+    name, rows, dim, out = shape
+    # Rows are those of a batch of one: what is under test does not look beyond a row.
+    x = torch.randn(1, rows, dim, device=device, requires_grad=backward)
+    branch = torch.randn(1, rows, dim, device=device, dtype=torch.bfloat16, requires_grad=backward)
+    vectors = [torch.randn(dim, device=device, requires_grad=backward) for _ in range(3)]
+    branch_bias, norm_weight, norm_bias = vectors
+    weight = torch.randn(out, dim, device=device, requires_grad=backward)
+    bias = torch.randn(out, device=device, requires_grad=backward)
+
+    # In eager PyTorch the product that makes the branch adds its bias in passing; the compiler adds it in passing here.
+    def written_out(new=None):
+        new = x + branch if new is None else new
+        return new, F.linear(F.layer_norm(new, (dim,), norm_weight, norm_bias, 1e-6), weight, bias)
+
+    def written_out_with_bias():
+        return written_out(x + (branch + branch_bias))
+
+    def with_apex():
+        new = x + branch
+        return new, F.linear(apex_layer_norm.apply(new, norm_weight, norm_bias), weight, bias)
+
+    calls = {
+        "fastmae": lambda: norm_linear(x, branch, branch_bias, norm_weight, norm_bias, weight, bias),
+        "plain": written_out,
+        "plain-compile": torch.compile(written_out_with_bias, fullgraph=True),
+        "apex": Unavailable(reason) if (reason := apex_layer_norm.missing(device)) else with_apex,
+    }
+    calls = {name: c if isinstance(c, Unavailable) else plain.under_autocast(c, device) for name, c in calls.items()}
+    if backward:
+        inputs, eager = [x, branch, norm_weight, norm_bias, weight, bias], ("plain", "apex")
+        for competitor, call in calls.items():
+            if competitor in eager and not isinstance(call, Unavailable):
+                calls[competitor] = gradient(call, inputs, bias_of=branch)
+            elif competitor not in eager:
+                calls[competitor] = gradient(call, [*inputs, branch_bias])
+    # Forward: x, branch and the weight in, the new x and the product out. Backward: the new x and two gradients in,
+    # two gradients and that of the weight out. Stream and gradients of weights in float32, the rest in bf16.
+    moved = rows * (4 + 2 + 4) * dim + rows * 2 * out + 2 * dim * out
+    if backward:
+        moved = rows * (4 + 4 + 4 + 2) * dim + rows * 2 * out + (2 + 4) * dim * out
+    return Contest(
+        f"norm_linear, {name} {'backward' if backward else 'forward'}", calls,
+        useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * out,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("competitor", COMPETITORS)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
+def bench_norm_linear(compete, device, shape, backward, competitor):
+    compete(build, shape, backward, device)
