@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae.ops import masking as op
+from fastmae.ops import masking_plain
 from fastmae.ops._dispatch import is_interpreted, load_kernels
 from fastmae.ops.masking import Masking, masking_from_noise, random_masking
 from fastmae.ops.philox import Stream, random_words
@@ -15,6 +16,14 @@ from fastmae.ops.philox import Stream, random_words
 pytestmark = pytest.mark.ops
 
 TRITON = load_kernels("masking") is not None
+
+
+def plain(n, length, kept, seed, epoch, draw=0, masks_per_image=1) -> tuple[torch.Tensor, ...]:
+    """The plain path, whatever runs elsewhere in this process."""
+    keys = masking_plain.keys_of_rows(n, seed, epoch, None, None, draw, masks_per_image, torch.device("cpu"))
+    return masking_plain.draw_masks(keys, length, kept, "random", 1, length)
+
+
 EXAMPLES = 8 if TRITON and is_interpreted() else 25
 
 
@@ -69,8 +78,8 @@ def test_more_patches_than_a_block():
 
 def test_ties_keep_the_lower_index(monkeypatch):
     keys = torch.tensor([[7, 3, 3, 9, 3, 3]])
-    monkeypatch.setattr(op, "random_words", lambda *_: keys)
-    got = op._random_masking_plain(1, 6, 2, 0, 0, None, None, 0, torch.device("cpu"))
+    monkeypatch.setattr(masking_plain, "random_words", lambda *_: keys)
+    got = plain(1, 6, 2, 0, 0)
     assert got[0].tolist() == [[1, 2]]
     assert got[1].tolist() == [[0, 3, 4, 5]]
 
@@ -102,7 +111,7 @@ def test_every_argument_changes_the_mask(device):
 
 def test_inclusion_is_uniform():
     n, length, kept = 20_000, 49, 12
-    got = op._random_masking_plain(n, length, kept, 0, 0, None, None, 0, torch.device("cpu"))
+    got = plain(n, length, kept, 0, 0)
     share = kept / length
     deviation = (got[3] == 0).sum(0) - n * share
     # Sampling without replacement: chi-square with L - 1 degrees of freedom after this scaling. 99.9 % point of 48: 84.
@@ -114,8 +123,23 @@ def test_inclusion_is_uniform():
 
 def test_large_masks_on_the_plain_path():
     n, length, kept = 2, 200_000, 50_000
-    got = Masking(*op._random_masking_plain(n, length, kept, 9, 1, None, None, 0, torch.device("cpu")))
+    got = Masking(*plain(n, length, kept, 9, 1))
     assert_same(got, by_definition(n, length, 0.75, 9, torch.ones(n, dtype=torch.int64), torch.arange(n)))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_masks_per_image_are_consecutive_draws(device, n):
+    ids, epochs = torch.arange(7, 7 + n, device=device), torch.arange(3, 3 + n, device=device)
+    got = random_masking(n, 50, 0.75, seed=5, epoch=epochs, sample_ids=ids, draw=2, masks_per_image=3)
+    for r in range(3):
+        one = random_masking(n, 50, 0.75, seed=5, epoch=epochs, sample_ids=ids, draw=2 + r)
+        assert_same(Masking(*(t[r::3].contiguous() for t in got)), Masking(*(t.cpu() for t in one)))
+
+
+def test_the_last_draws(device):
+    got = random_masking(1, 50, 0.75, seed=5, draw=254, masks_per_image=2, device=device)
+    one = random_masking(1, 50, 0.75, seed=5, draw=255, device=device)
+    assert torch.equal(got.mask[1:], one.mask)
 
 
 def test_empty_batch(device):
@@ -125,8 +149,10 @@ def test_empty_batch(device):
 
 def test_opcheck(device):
     ids = torch.tensor([3, 5], device=device)
-    torch.library.opcheck(op._random_masking, (2, 16, 4, 1 << 40, 7, None, None, 0, device))
-    torch.library.opcheck(op._random_masking, (2, 16, 4, 1, 0, ids, ids, 3, device))
+    torch.library.opcheck(op._random_masking, (2, 16, 4, 1 << 40, 7, None, None, 0, device, 1, "random", 1, 16))
+    torch.library.opcheck(op._random_masking, (2, 16, 4, 1, 0, ids, ids, 3, device, 2, "random", 4, 4))
+    torch.library.opcheck(op._random_masking, (2, 16, 4, 1, 0, ids, ids, 3, device, 2, "block", 2, 8))
+    torch.library.opcheck(op._random_masking, (2, 16, 4, 1, 0, ids, None, 3, device, 1, "grid", 4, 4))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -186,6 +212,17 @@ def test_from_noise_compiles_and_takes_strides(device):
         ("sample_ids", {"sample_ids": torch.tensor([0, 1 << 48])}),
         ("sample_ids", {"sample_ids": torch.tensor([0, 1]), "device": "meta"}),
         ("draw", {"draw": 256}),
+        ("masks_per_image", {"masks_per_image": 0}),
+        ("masks_per_image", {"masks_per_image": 2, "draw": 255}),
+        ("masks_per_image", {"masks_per_image": torch.tensor(2)}),
+        ("strategy: expected one of random, block, grid, got 'tube'", {"strategy": "tube"}),
+        (r"grid_size: expected \(rows, columns\) .* 'block', got None", {"strategy": "block"}),
+        ("grid_size: .* 'grid', got None", {"strategy": "grid"}),
+        (r"grid_size: expected rows \* columns == num_patches \(16\), got \(4, 5\)", {"grid_size": (4, 5)}),
+        ("grid_size: .* got 5", {"strategy": "block", "grid_size": 5}),
+        ("grid_size: .* got 0", {"strategy": "block", "grid_size": 0}),
+        ("mask_ratio: expected 0.75 for strategy 'grid'", {"strategy": "grid", "grid_size": 4, "mask_ratio": 0.5}),
+        ("grid_size: expected even numbers", {"strategy": "grid", "grid_size": (1, 16)}),
     ],
 )
 def test_bad_arguments(name, changes):

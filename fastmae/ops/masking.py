@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmae.ops._check import check, num_kept
+from fastmae.ops import masking_plain
+from fastmae.ops._check import as_pair, check, num_kept
 from fastmae.ops._dispatch import load_kernels, takes_triton
-from fastmae.ops.philox import MAX_SAMPLE_ID, Stream, random_words, split_seed
+from fastmae.ops.philox import MAX_SAMPLE_ID, Stream, split_seed
 
 _kernels = load_kernels("masking")
 
 _MAX_BLOCK = 2048
+_MAX_DRAWS = 256
+
+STRATEGIES = ("random", "block", "grid")
+"""What ``random_masking`` can draw."""
 
 
 class Masking(NamedTuple):
     """Which patches are masked. N samples, L patches, K visible, M = L - K masked.
+
+    With R masks a sample every tensor has N * R rows, those of a sample adjacent.
 
     Attributes:
         ids_keep: int64 (N, K), the visible patches.
@@ -42,13 +50,26 @@ def random_masking(
     sample_ids: Tensor | None = None,
     draw: int = 0,
     device: torch.device | str | None = None,
+    strategy: str = "random",
+    grid_size: int | Sequence[int] | None = None,
+    masks_per_image: int = 1,
 ) -> Masking:
-    """Uniform random masks of exactly K patches, a pure function of (seed, epoch, sample id, draw).
+    """Masks of exactly L - K patches, a pure function of (seed, epoch, sample id, draw).
 
-    The same on every device and in every batch: each patch gets a 32-bit Philox key (``fastmae.ops.philox``, stream
-    MASK), and the K smallest keys stay visible, ties by patch index. The mask of He et al. 2022, section 3.1 ("random
-    sampling"); K is ``int(L * (1 - mask_ratio))`` as in facebookresearch/mae. Ids are ascending, so that gathers walk
-    memory in order; the encoder does not care.
+    The same on every device and in every batch. K is ``int(L * (1 - mask_ratio))`` as in facebookresearch/mae. Ids are
+    ascending, so that gathers walk memory in order; the encoder does not care. The strategies are those of He et al.
+    2022, table 1f, on words of ``fastmae.ops.philox``, stream MASK:
+
+    - "random", the paper's own (section 3.1): each patch gets a 32-bit key, and the K smallest keys stay visible, ties
+      by patch index.
+    - "block", the block-wise masking of BEiT (Bao et al. 2022, algorithm 1): rectangles are masked until enough patches
+      are. A rectangle's area is uniform between 16 patches (a twelfth of smaller grids, but at least 1) and what is
+      left to mask; its aspect ratio is log-uniform in [0.3, 1 / 0.3], in 256 steps; it is cut to the grid and lies
+      anywhere in it. Unlike in BEiT the count is exact: of the last rectangle only the first patches that are still
+      needed are masked, row by row.
+    - "grid" keeps one of every four patches, the same corner of all 2 x 2 cells. The paper keeps to one regular grid;
+      here the corner is drawn anew for each mask, since the encoder would otherwise never see three quarters of the
+      positions.
 
     Args:
         n: number of samples, N; may be 0.
@@ -59,9 +80,13 @@ def random_masking(
         sample_ids: int64 (N,), values in [0, 2**48); None means 0 .. N - 1.
         draw: in [0, 256): independent masks of the same sample in the same epoch.
         device: of the result; None means that of ``sample_ids`` or ``epoch``, else torch's default device.
+        strategy: "random", "block" or "grid".
+        grid_size: (rows, columns) of patches, or an int for a square, L in all; needed by "block" and "grid". "grid"
+            takes even numbers and a mask ratio of 0.75.
+        masks_per_image: R: row n * R + r of the result is draw ``draw + r`` of sample n; ``draw + R`` is at most 256.
 
     Returns:
-        Masking, ids ascending.
+        Masking of N * R rows, ids ascending.
 
     Raises:
         ValueError: on a wrong range, shape, dtype or device. Values inside tensors are checked on the CPU only.
@@ -70,7 +95,9 @@ def random_masking(
     check(valid, "n", "an int >= 0", n)
     valid = isinstance(num_patches, int | torch.SymInt) and 2 <= num_patches < 1 << 31
     check(valid, "num_patches", "an int in [2, 2**31)", num_patches)
-    check(isinstance(draw, int) and 0 <= draw < 256, "draw", "an int in [0, 256)", draw)
+    check(isinstance(draw, int) and 0 <= draw < _MAX_DRAWS, "draw", f"an int in [0, {_MAX_DRAWS})", draw)
+    valid = isinstance(masks_per_image, int) and 1 <= masks_per_image <= _MAX_DRAWS - draw
+    check(valid, "masks_per_image", f"an int in [1, {_MAX_DRAWS} - draw]", masks_per_image)
     split_seed(seed)
     epochs = epoch if isinstance(epoch, Tensor) else None
     if epochs is None:
@@ -88,8 +115,34 @@ def random_masking(
     if device is None:
         device = torch.get_default_device()
     kept = num_kept(num_patches, mask_ratio)
+    grid = check_strategy(strategy, grid_size, num_patches, mask_ratio)
     epoch = 0 if epochs is not None else epoch
-    return Masking(*_random_masking(n, num_patches, kept, seed, epoch, epochs, sample_ids, draw, device))
+    return Masking(
+        *_random_masking(
+            n, num_patches, kept, seed, epoch, epochs, sample_ids, draw, device, masks_per_image, strategy, *grid
+        )
+    )
+
+
+def check_strategy(
+    strategy: str, grid_size: int | Sequence[int] | None, num_patches: int, mask_ratio: float
+) -> tuple[int, int]:
+    """Rows and columns for a strategy, (1, L) where none are given and none are needed.
+
+    Raises:
+        ValueError: an unknown strategy, or a grid or ratio that it cannot take.
+    """
+    check(strategy in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}", strategy)
+    if grid_size is None:
+        if strategy != "random":
+            raise ValueError(f"grid_size: expected (rows, columns) of patches for strategy {strategy!r}, got None")
+        return 1, num_patches
+    rows, columns = as_pair("grid_size", grid_size)
+    check(rows * columns == num_patches, "grid_size", f"rows * columns == num_patches ({num_patches})", grid_size)
+    if strategy == "grid":
+        check(mask_ratio == 0.75, "mask_ratio", "0.75 for strategy 'grid', which keeps one of every four", mask_ratio)
+        check(rows % 2 == columns % 2 == 0, "grid_size", "even numbers for strategy 'grid'", grid_size)
+    return rows, columns
 
 
 def _same_device(have: torch.device, want: torch.device | None) -> bool:
@@ -107,36 +160,50 @@ def _random_masking(
     sample_ids: Tensor | None,
     draw: int,
     device: torch.device,
+    masks_per_image: int,
+    strategy: str,
+    grid_h: int,
+    grid_w: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_values("sample_ids", sample_ids, MAX_SAMPLE_ID)
     _check_values("epoch", epochs, (1 << 32) - 1)
-    mask = torch.empty(n, num_patches, dtype=torch.float32, device=device)
+    rows = n * masks_per_image
+    mask = torch.empty(rows, num_patches, dtype=torch.float32, device=device)
     if not takes_triton(mask, _kernels):
-        return _random_masking_plain(n, num_patches, num_kept, seed, epoch, epochs, sample_ids, draw, device)
+        keys = masking_plain.keys_of_rows(n, seed, epoch, epochs, sample_ids, draw, masks_per_image, device)
+        return masking_plain.draw_masks(keys, num_patches, num_kept, strategy, grid_h, grid_w)
     ids_keep, ids_mask, ids_restore = (
-        torch.empty(n, size, dtype=torch.int64, device=device)
+        torch.empty(rows, size, dtype=torch.int64, device=device)
         for size in (num_kept, num_patches - num_kept, num_patches)
     )
     block = min(max(1 << (num_patches - 1).bit_length(), 16), _MAX_BLOCK)
-    key_low, key_high = split_seed(seed)
+    # Eight patches a thread; up to 256 patches one warp, whose reductions need no barrier.
+    options = {"BLOCK": block, "num_warps": max(block // 256, 1)}
+    grid = {
+        "random": (),
+        "block": (grid_h, grid_w, masking_plain.min_block_area(num_patches)),
+        "grid": (grid_w,),
+    }[strategy]
+    if strategy != "grid":
+        options["SINGLE"] = num_patches <= block
+    words = map(_signed, (*split_seed(seed), epoch, Stream.MASK << 16 | draw << 24))
     with torch.cuda.device_of(mask):
-        _kernels.random_masking_kernel[(n,)](
+        getattr(_kernels, f"{strategy}_masking_kernel")[(rows,)](
             ids_keep, ids_mask, ids_restore, mask,
             None if sample_ids is None else sample_ids.contiguous(),
             None if epochs is None else epochs.contiguous(),
-            num_patches, num_kept, *map(_signed, (key_low, key_high, epoch, Stream.MASK << 16 | draw << 24)),
-            SINGLE=num_patches <= block, BLOCK=block,
-            # Eight keys a thread; up to 256 patches one warp, whose reductions need no barrier.
-            num_warps=max(block // 256, 1),
+            num_patches, num_kept, masks_per_image, *grid, *words, **options,
         )  # fmt: skip
     return ids_keep, ids_mask, ids_restore, mask
 
 
 @_random_masking.register_fake
-def _(n, num_patches, num_kept, seed, epoch, epochs, sample_ids, draw, device):
-    sizes = (num_kept, num_patches - num_kept, num_patches)
-    ids = tuple(torch.empty(n, size, dtype=torch.int64, device=device) for size in sizes)
-    return *ids, torch.empty(n, num_patches, dtype=torch.float32, device=device)
+def _(
+    n, num_patches, num_kept, seed, epoch, epochs, sample_ids, draw, device, masks_per_image, strategy, grid_h, grid_w
+):
+    rows, sizes = n * masks_per_image, (num_kept, num_patches - num_kept, num_patches)
+    ids = tuple(torch.empty(rows, size, dtype=torch.int64, device=device) for size in sizes)
+    return *ids, torch.empty(rows, num_patches, dtype=torch.float32, device=device)
 
 
 def _signed(word: int) -> int:
@@ -150,24 +217,6 @@ def _check_values(name: str, tensor: Tensor | None, largest: int) -> None:
     low, high = (int(v) for v in tensor.aminmax())
     if low < 0 or high > largest:
         raise ValueError(f"{name}: expected values in [0, {largest}], got values in [{low}, {high}]")
-
-
-def _random_masking_plain(n, num_patches, num_kept, seed, epoch, epochs, sample_ids, draw, device):
-    if sample_ids is None:
-        sample_ids = torch.arange(n, device=device)
-    if epochs is None:
-        epochs = torch.full((n,), epoch, dtype=torch.int64, device=device)
-    index = torch.arange(num_patches, device=device)
-    # The patch index below the 32-bit word makes keys unique, so that one threshold a row settles ties as well.
-    keys = (random_words(seed, epochs, sample_ids, Stream.MASK, num_patches, draw) << 31) | index
-    threshold = keys.sort(dim=1).values[:, num_kept - 1 : num_kept]
-    keep = keys <= threshold
-    position = keep.cumsum(1)
-    ids_restore = torch.where(keep, position - 1, num_kept + index - position)
-    order = _invert(ids_restore)
-    mask = torch.where(keep, 0.0, 1.0)
-    # Copies: of one row, a contiguous slice would be a view, which an op may not return twice.
-    return order[:, :num_kept].clone(), order[:, num_kept:].clone(), ids_restore, mask
 
 
 def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
@@ -193,12 +242,6 @@ def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
     if noise.device.type == "cpu" and not torch.compiler.is_compiling() and bool(noise.isnan().any()):
         raise ValueError(f"noise: expected numbers, got {int(noise.isnan().sum())} NaN")
     order = noise.argsort(dim=1, stable=True)
-    ids_restore = _invert(order)
+    ids_restore = masking_plain.invert(order)
     mask = (ids_restore >= kept).to(torch.float32)
     return Masking(order[:, :kept].contiguous(), order[:, kept:].contiguous(), ids_restore, mask)
-
-
-def _invert(permutation: Tensor) -> Tensor:
-    """The inverse of each row's permutation, by a scatter instead of a second sort."""
-    index = torch.arange(permutation.shape[1], device=permutation.device).expand_as(permutation)
-    return torch.empty_like(permutation).scatter_(1, permutation, index)

@@ -67,7 +67,9 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & _WORD, seed >> 32
 
 
-def random_words(seed: int, epoch: Array, sample_ids: Array, stream: Stream, num_words: int, draw: int = 0) -> Array:
+def random_words(
+    seed: int, epoch: Array, sample_ids: Array, stream: Stream, num_words: int, draw: int | Array = 0
+) -> Array:
     """Random 32-bit words for each sample.
 
     Word ``j`` of a sample is output ``j % 4`` of Philox at counter
@@ -80,7 +82,7 @@ def random_words(seed: int, epoch: Array, sample_ids: Array, stream: Stream, num
         sample_ids: int64, (N,), values in [0, 2**48); an array of the same library as ``epoch``.
         stream: what the words are for.
         num_words: words a sample, at most 2**34.
-        draw: repetition, in [0, 256); other draws are independent.
+        draw: repetition, in [0, 256), or int64 (N,) of such; other draws are independent.
 
     Returns:
         int64 (N, num_words), values in [0, 2**32).
