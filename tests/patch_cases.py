@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,51 +86,3 @@ def assert_as_accurate(ours: Tensor, plain: Tensor, exact: Tensor, tiny: float) 
     assert torch.isfinite(ours).all()
     error, allowed = (ours.double() - exact).abs().max(), 2 * (plain.double() - exact).abs().max() + tiny
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
-
-
-class Traffic:
-    """Bytes that an interpreted kernel moved, and which 32-byte sectors they lie in."""
-
-    def __init__(self) -> None:
-        self.read, self.written = [], []
-
-    @staticmethod
-    def _within(accesses: list, tensor: Tensor) -> tuple[int, int]:
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.untyped_storage().nbytes()
-        hits = [(a[(a >= start) & (a < end)], size) for a, size in accesses]
-        sectors = np.unique(np.concatenate([np.unique((a - start) // 32) for a, _ in hits] or [np.empty(0)]))
-        return sum(a.size * size for a, size in hits), len(sectors)
-
-    def bytes_read(self, tensor: Tensor) -> int:
-        return self._within(self.read, tensor)[0]
-
-    def sectors_read(self, tensor: Tensor) -> int:
-        return self._within(self.read, tensor)[1]
-
-    def bytes_written(self, tensor: Tensor) -> int:
-        return self._within(self.written, tensor)[0]
-
-
-@contextmanager
-def counted_traffic(monkeypatch):
-    """Counts what interpreted kernels load and store, masked-out lanes excluded."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    traffic = Traffic()
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-    def item_size(pointers):
-        return pointers.get_element_ty().primitive_bitwidth // 8
-
-    def counted_load(self, pointers, mask, *rest):
-        traffic.read.append((pointers.data[mask.data].astype(np.int64), item_size(pointers)))
-        return load(self, pointers, mask, *rest)
-
-    def counted_store(self, pointers, value, mask, *rest):
-        traffic.written.append((pointers.data[mask.data].astype(np.int64), item_size(pointers)))
-        return store(self, pointers, value, mask, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
-        patch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
-        yield traffic
