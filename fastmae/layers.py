@@ -6,12 +6,24 @@ Parameter names and shapes are those of facebookresearch/mae (and of timm's ViT)
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmae.ops import attention, attention_qkvpacked, gather_tokens
+from fastmae.ops import (
+    attention,
+    attention_qkvpacked,
+    gather_tokens,
+    gelu_linear,
+    norm_linear,
+    restore_tokens,
+)
+from fastmae.ops._dispatch import fuses
+from fastmae.ops._linear import kernels, linear
 
 
 def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
@@ -46,27 +58,91 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, weight, self.proj.bias)
 
 
+class Linear(nn.Linear):
+    """``nn.Linear`` that takes a low-precision copy of its weight along while :func:`cast_weights` provides one."""
+
+    weight_cast: Tensor | None = None
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks, its last branch not yet added: the next norm does that in passing.
+
+    The bias too is left to that pass where a kernel runs it (on the CPU the matrix product adds it for nothing); its
+    gradient then is a column sum that the pass takes along. It travels as a tensor of its own and not as the parameter
+    that it is a copy of, so that a parameter is read in its own block only, as sharded training requires.
+    """
+
+    x: Tensor
+    """(N, L, D)."""
+    branch: Tensor | None = None
+    """(N, L, D) in the compute dtype, or None: nothing is left to add."""
+    bias: Tensor | None = None
+    """(D,), belongs to the branch."""
+
+    def sum(self) -> Tensor:
+        """(N, L, D): x with what was left to add."""
+        x = self.x if self.branch is None else self.x + self.branch
+        return x if self.bias is None else x + self.bias
+
+    def norm_linear(
+        self, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, weight_cast: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The whole stream, and the product of its LayerNorm with a weight (F, D): (N, L, D) and (N, L, F)."""
+        return norm_linear(*self, norm.weight, norm.bias, weight, bias, norm.eps, weight_cast=weight_cast)
+
+
+class SharedTokens(NamedTuple):
+    """A decoder's input with what makes it cheap: the masked tokens of one position are equal in all images."""
+
+    visible: Tensor
+    """(N, P + K, D): prefix and visible tokens with their positions, in the order of ids_keep."""
+    table: Tensor
+    """(1, L, D): the mask token with each position."""
+    ids_restore: Tensor
+    """int64 (N, L)."""
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values."""
 
     def __init__(self, dim: int, num_heads: int, backend: str):
         super().__init__()
         self.num_heads, self.backend = num_heads, backend
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, L, D) to (N, L, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(attention_qkvpacked(qkv, self.backend).flatten(2))
+    def forward(self, stream: Stream, norm: nn.LayerNorm) -> Stream:
+        """Attention among all tokens."""
+        x, qkv = stream.norm_linear(norm, self.qkv.weight, self.qkv.bias, self.qkv.weight_cast)
+        return self._project(x, attention_qkvpacked(self._heads(qkv, 3), self.backend))
 
-    def forward_queries(self, x: Tensor, ids: Tensor) -> Tensor:
-        """The rows ``ids`` (N, M) of ``forward(x)``, as (N, M, D): keys and values for all, queries for those only."""
-        dim = x.shape[-1]
-        weight, bias = self.qkv.weight, self.qkv.bias
-        q = F.linear(gather_tokens(x, ids), weight[:dim], bias[:dim]).unflatten(-1, (self.num_heads, -1))
-        k, v = F.linear(x, weight[dim:], bias[dim:]).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        return self.proj(attention(q, k, v, self.backend).flatten(2))
+    def forward_queries(self, stream: Stream, norm: nn.LayerNorm, ids: Tensor) -> Stream:
+        """The rows ``ids`` (N, M) of what ``forward`` returns: keys and values for all, queries for those only."""
+        dim = stream.x.shape[-1]
+        (query, key_value), (query_bias, key_value_bias) = (t.split([dim, 2 * dim]) for t in self.qkv.parameters())
+        casts = (None, None) if self.qkv.weight_cast is None else self.qkv.weight_cast.split([dim, 2 * dim])
+        x, kv = stream.norm_linear(norm, key_value, key_value_bias, casts[1])
+        x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, query, query_bias, casts[0])
+        k, v = self._heads(kv, 2).unbind(2)
+        return self._project(x, attention(self._heads(q, 1).squeeze(2), k, v, self.backend))
+
+    def forward_shared(self, x: Tensor, norm: nn.LayerNorm, shared: SharedTokens) -> Stream:
+        """What ``forward`` returns for ``x``, which holds ``shared``'s tokens; masked ones computed once a batch."""
+        (n, visible, dim), prefix = shared.visible.shape, x.shape[1] - shared.ids_restore.shape[1]
+        rows = torch.cat([shared.visible.reshape(-1, dim), shared.table[0].to(shared.visible.dtype)])
+        _, qkv = Stream(rows).norm_linear(norm, self.qkv.weight, self.qkv.bias, self.qkv.weight_cast)
+        visible_qkv, table = qkv[: n * visible].unflatten(0, (n, visible)), qkv[None, n * visible :]
+        qkv = restore_tokens(visible_qkv, table, shared.ids_restore, num_prefix_tokens=prefix)
+        return self._project(x, attention_qkvpacked(self._heads(qkv, 3), self.backend))
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        return x.unflatten(-1, (parts, self.num_heads, -1))
+
+    def _project(self, x: Tensor, attended: Tensor) -> Stream:
+        proj, attended = self.proj, attended.flatten(2)
+        if fuses(x, kernels):
+            return Stream(x, linear(attended, proj.weight, weight_cast=proj.weight_cast), proj.bias)
+        return Stream(x, linear(attended, proj.weight, proj.bias))
 
 
 class MLP(nn.Module):
@@ -74,15 +150,24 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, stream: Stream, norm: nn.LayerNorm) -> Stream:
+        """The MLP of every token."""
+        fc1, fc2 = self.fc1, self.fc2
+        if fuses(stream.x, kernels):
+            x, h = stream.norm_linear(norm, fc1.weight, None, fc1.weight_cast)
+            return Stream(x, gelu_linear(h, fc1.bias, fc2.weight, weight_cast=fc2.weight_cast), fc2.bias.clone())
+        x, h = stream.norm_linear(norm, fc1.weight, fc1.bias)
+        return Stream(x, gelu_linear(h, None, fc2.weight, fc2.bias))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block (LayerNorm eps 1e-6, as in the paper's code)."""
+    """Pre-norm Transformer block (LayerNorm eps 1e-6, as in the paper's code).
+
+    Made of ``norm_linear``, attention, ``linear``, ``norm_linear``, ``gelu_linear``: apart from matrix products and
+    attention, memory is read and written by two passes forward and two backward.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str):
         super().__init__()
@@ -91,13 +176,53 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
-    def forward(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
-        """(N, L, D) to (N, L, D), or with ``ids`` (N, M) to those rows of the same result, (N, M, D)."""
-        if ids is None:
-            x = x + self.attn(self.norm1(x))
+    def forward(self, stream: Stream, ids: Tensor | None = None, shared: SharedTokens | None = None) -> Stream:
+        """The stream (N, L, D) after this block.
+
+        Args:
+            stream: what comes in.
+            ids: int64 (N, M): only these rows come out, (N, M, D).
+            shared: what stream.x was restored from, in a decoder's first block; not with ids.
+        """
+        if shared is not None:
+            stream = self.attn.forward_shared(stream.x, self.norm1, shared)
+        elif ids is not None:
+            stream = self.attn.forward_queries(stream, self.norm1, ids)
         else:
-            x = gather_tokens(x, ids) + self.attn.forward_queries(self.norm1(x), ids)
-        return x + self.mlp(self.norm2(x))
+            stream = self.attn(stream, self.norm1)
+        return self.mlp(stream, self.norm2)
+
+
+def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
+    """Tokens (N, L, D) through a sequence of blocks, every branch added."""
+    stream = Stream(x)
+    for block in blocks:
+        stream = block(stream)
+    return stream.sum()
+
+
+@contextmanager
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Gives every :class:`Linear` of the model a copy of its weight in ``dtype`` for as long as the context lasts.
+
+    All copies are made in one multi-tensor launch, where autocast would cast weight after weight, and serve every
+    forward and backward inside, as those of one accumulated step. The weights must not change inside. Weights that
+    have the dtype already, or are sharded, or run where no kernel does, are left alone.
+    """
+    wants = [m for m in model.modules() if isinstance(m, Linear) and m.weight.dtype != dtype]
+    wants = [m for m in wants if fuses(m.weight, kernels)]
+    wants = [m for m in wants if m.weight_cast is None and not hasattr(m.weight, "to_local")]
+    with torch.no_grad():
+        copies = [torch.empty_like(m.weight, dtype=dtype) for m in wants]
+        if copies:
+            torch._foreach_copy_(copies, [m.weight for m in wants])
+    for module, copy in zip(wants, copies, strict=True):
+        module.weight_cast = copy
+    try:
+        yield
+    finally:
+        for module in wants:
+            module.weight_cast = None
 
 
 @torch.no_grad()

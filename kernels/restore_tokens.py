@@ -18,6 +18,7 @@ def restore_tokens_kernel(
     stride_n,
     stride_k,
     E: tl.constexpr,
+    TABLE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -26,7 +27,7 @@ def restore_tokens_kernel(
     Args:
         out_ptr: (N, P + L, E), contiguous.
         visible_ptr: (N, P + K, E), strides stride_n, stride_k, 1.
-        mask_token_ptr: (E,), contiguous.
+        mask_token_ptr: (E,), contiguous, or (L, E) if TABLE: one for each position.
         ids_restore_ptr: int64 (N, L), contiguous.
         pos_embed_ptr: (P + L, E), contiguous, or None.
         num_rows: N * (P + L).
@@ -43,8 +44,12 @@ def restore_tokens_kernel(
     o_in = i_n * stride_n + tl.where(i_r < P, i_r, P + i_k) * stride_k
     m = m_row[:, None] & m_e[None, :]
     b_visible = tl.load(visible_ptr + o_in[:, None] + i_e[None, :], mask=m & m_visible[:, None], other=0.0).to(ACC)
-    b_token = tl.load(mask_token_ptr + i_e, mask=m_e, other=0.0).to(ACC)
-    b_x = tl.where(m_visible[:, None], b_visible, b_token[None, :])
+    if TABLE:
+        o_token = (i_r - P)[:, None] * E + i_e[None, :]
+        b_token = tl.load(mask_token_ptr + o_token, mask=m & (m_visible == 0)[:, None], other=0.0).to(ACC)
+    else:
+        b_token = tl.load(mask_token_ptr + i_e, mask=m_e, other=0.0).to(ACC)[None, :]
+    b_x = tl.where(m_visible[:, None], b_visible, b_token)
     if pos_embed_ptr is not None:
         b_x += tl.load(pos_embed_ptr + i_r[:, None] * E + i_e[None, :], mask=m, other=0.0).to(ACC)
     o_out = i_row.to(tl.int64)[:, None] * E + i_e[None, :]
@@ -87,3 +92,39 @@ def mask_token_grad_kernel(
         m = (m_row & (i_k >= K))[:, None] & m_e[None, :]
         b_sum += tl.load(grad_ptr + o_in[:, None] + i_e[None, :], mask=m, other=0.0).to(ACC)
     tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * E + i_e, tl.sum(b_sum, axis=0), mask=m_e)
+
+
+@triton.jit(do_not_specialize=["N", "P", "L", "K"])
+def mask_table_grad_kernel(
+    out_ptr,
+    grad_ptr,
+    ids_restore_ptr,
+    N,
+    P,
+    L,
+    K,
+    stride_n,
+    stride_r,
+    E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The sum over the samples, in ascending order, of the gradients where ROWS positions are masked.
+
+    Args:
+        out_ptr: (L, E), contiguous, float32 or float64.
+        grad_ptr: (N, P + L, E), strides stride_n, stride_r, 1.
+        ids_restore_ptr: int64 (N, L), contiguous.
+    """
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    i_l = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    m_l, m_e = i_l < L, i_e < E
+    o_row = (P + i_l).to(tl.int64)[:, None] * stride_r + i_e[None, :]
+    b_sum = tl.zeros((ROWS, BLOCK_E), dtype=ACC)
+    for n in range(N):
+        i_n = tl.full((), 0, tl.int64) + n
+        i_k = tl.load(ids_restore_ptr + i_n * L + i_l, mask=m_l, other=-1)
+        m = (m_l & (i_k >= K))[:, None] & m_e[None, :]
+        b_sum += tl.load(grad_ptr + i_n * stride_n + o_row, mask=m, other=0.0).to(ACC)
+    tl.store(out_ptr + i_l.to(tl.int64)[:, None] * E + i_e[None, :], b_sum, mask=m_l[:, None] & m_e[None, :])

@@ -26,16 +26,18 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 2e-3, tor
 def plain(visible, mask_token, ids_restore, pos_embed=None, p=0):
     """As facebookresearch/mae writes it, with P prefix tokens instead of one."""
     n, rows, dim = visible.shape
-    missing = mask_token.reshape(1, 1, dim).repeat(n, ids_restore.shape[1] + p - rows, 1)
+    length = ids_restore.shape[1]
+    missing = visible.new_zeros(n, length + p - rows, dim)
     x = torch.cat([visible[:, p:], missing], dim=1)
     x = torch.gather(x, 1, ids_restore[..., None].expand(-1, -1, dim))
-    x = torch.cat([visible[:, :p], x], dim=1)
+    x = torch.where((ids_restore >= rows - p)[..., None], mask_token.reshape(1, -1, dim).expand(n, length, dim), x)
+    x = torch.cat([visible[:, :p], x.to(torch.promote_types(visible.dtype, mask_token.dtype))], dim=1)
     return x if pos_embed is None else x + pos_embed
 
 
-def make(n, length, k, dim, p, dtypes=(torch.float32,) * 3, device="cpu"):
+def make(n, length, k, dim, p, dtypes=(torch.float32,) * 3, device="cpu", table=False):
     visible = torch.randn(n, p + k, dim, device=device).to(dtypes[0]).requires_grad_()
-    mask_token = torch.randn(1, 1, dim, device=device).to(dtypes[1]).requires_grad_()
+    mask_token = torch.randn(1, length if table else 1, dim, device=device).to(dtypes[1]).requires_grad_()
     pos_embed = torch.randn(1, p + length, dim, device=device).to(dtypes[2]).requires_grad_()
     return visible, mask_token, torch.rand(n, length, device=device).argsort(dim=1), pos_embed, p
 
@@ -67,8 +69,9 @@ F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat1
     [(F32, F32, F32), (F64, F64, F64), (BF16, BF16, BF16), (F16, F16, F16), (BF16, F32, F32), (F16, BF16, F16)],
 )
 @pytest.mark.parametrize(("n", "length", "k", "dim", "p"), [(2, 16, 4, 32, 1), (1, 49, 12, 96, 0), (3, 25, 24, 5, 2)])
-def test_agrees(device, n, length, k, dim, p, dtypes):
-    assert_agrees(*make(n, length, k, dim, p, dtypes, device))
+@pytest.mark.parametrize("table", [False, True], ids=["token", "table"])
+def test_agrees(device, n, length, k, dim, p, dtypes, table):
+    assert_agrees(*make(n, length, k, dim, p, dtypes, device, table))
 
 
 @settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
@@ -79,11 +82,13 @@ def test_agrees(device, n, length, k, dim, p, dtypes):
     dim=st.sampled_from([1, 3, 24, 64, 96, 130]),
     p=st.integers(0, 3),
     with_pos=st.booleans(),
+    table=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_agrees_everywhere(n, length, share, dim, p, with_pos, seed):
+def test_agrees_everywhere(n, length, share, dim, p, with_pos, table, seed):
     torch.manual_seed(seed)
-    visible, mask_token, ids_restore, pos_embed, p = make(n, length, max(int(share * length), 1), dim, p, (F64,) * 3)
+    k = max(int(share * length), 1)
+    visible, mask_token, ids_restore, pos_embed, p = make(n, length, k, dim, p, (F64,) * 3, table=table)
     assert_agrees(visible, mask_token, ids_restore, pos_embed if with_pos else None, p)
 
 
@@ -176,14 +181,15 @@ def test_empty_batch(device):
     assert not pos_embed.grad.any()
 
 
+@pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("with_pos", [False, True])
-def test_opcheck(device, with_pos):
-    visible, mask_token, ids_restore, pos_embed, p = make(2, 6, 2, 8, 1, (BF16, F32, F32), device)
-    flat, positions = mask_token.detach().flatten().requires_grad_(), pos_embed.detach()[0].requires_grad_()
-    torch.library.opcheck(op._restore_tokens, (visible, flat, ids_restore, positions if with_pos else None, p))
+def test_opcheck(device, with_pos, table):
+    visible, mask_token, ids_restore, pos_embed, p = make(2, 6, 2, 8, 1, (BF16, F32, F32), device, table)
+    token, positions = mask_token.detach()[0].requires_grad_(), pos_embed.detach()[0].requires_grad_()
+    torch.library.opcheck(op._restore_tokens, (visible, token, ids_restore, positions if with_pos else None, p))
     grad = torch.randn(2, 7, 8, device=device)
     torch.library.opcheck(op._backward_visible, (grad, ids_restore, 1, 2, BF16))
-    torch.library.opcheck(op._backward_mask_token, (grad, ids_restore, 1, 2, F32))
+    torch.library.opcheck(op._backward_mask_token, (grad, ids_restore, 1, 2, len(token), F32))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -216,6 +222,7 @@ def test_second_derivative_is_refused(device):
         ("visible", {"visible": torch.zeros(2, 3, 4, dtype=torch.int64)}),
         ("mask_token", {"mask_token": torch.zeros(1, 4)}),
         ("mask_token", {"mask_token": torch.zeros(5)}),
+        ("mask_token", {"mask_token": torch.zeros(1, 5, 4)}),
         ("mask_token", {"mask_token": torch.zeros(4, device="meta")}),
         ("ids_restore", {"ids_restore": torch.zeros(2, 6)}),
         ("ids_restore", {"ids_restore": torch.zeros(3, 6, dtype=torch.int64)}),
@@ -254,12 +261,13 @@ if TRITON:
     @needs_compiler
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("dtypes", [(BF16, F32, F32), (BF16, BF16, BF16)], ids=["autocast", "bfloat16"])
-    def test_cross_compiles(monkeypatch, target, dtypes):
+    @pytest.mark.parametrize("table", [False, True], ids=["token", "table"])
+    def test_cross_compiles(monkeypatch, target, dtypes, table):
         launches = record_launches(monkeypatch, op, gather_op)
-        visible, mask_token, ids_restore, pos_embed, p = make(2, 196, 49, 512, 1, dtypes)
+        visible, mask_token, ids_restore, pos_embed, p = make(2, 196, 49, 512, 1, dtypes, table=table)
         restore_tokens(visible, mask_token, ids_restore, pos_embed.detach(), p).sum().backward()
         assert [launch.kernel.__name__ for launch in launches] == [
-            "restore_tokens_kernel", "scatter_tokens_kernel", "mask_token_grad_kernel",
+            "restore_tokens_kernel", "scatter_tokens_kernel", f"mask_{'table' if table else 'token'}_grad_kernel",
         ]  # fmt: skip
         for launch in launches:
             compiled = launch.compile(target)

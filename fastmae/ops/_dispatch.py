@@ -25,6 +25,15 @@ def takes_triton(tensor: torch.Tensor, kernels: ModuleType | None) -> bool:
     return tensor.is_cuda or is_interpreted()
 
 
+def fuses(tensor: torch.Tensor, kernels: ModuleType | None) -> bool:
+    """Whether a chain of products and memory-bound steps is worth an op of its own for this tensor.
+
+    Only where the steps are kernels: PyTorch's own operators on the CPU gain nothing from being called from an op, and
+    the compiler there fuses them better when it sees them.
+    """
+    return tensor.dtype != torch.float64 and takes_triton(tensor, kernels)
+
+
 def is_interpreted() -> bool:
     """Whether Triton's kernels run in its interpreter (decided by Triton when the kernels were defined)."""
     from triton.runtime.interpreter import InterpretedFunction

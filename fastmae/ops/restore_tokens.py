@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmae.ops._check import check, check_floating
 from fastmae.ops._dispatch import load_kernels, takes_triton
-from fastmae.ops.gather_tokens import check_values, flat_rows, scatter_tokens, tile_of, with_contiguous_rows
+from fastmae.ops.gather_tokens import check_values, scatter_tokens, tile_of, with_contiguous_rows
 
 _kernels = load_kernels("restore_tokens")
 
@@ -30,10 +30,13 @@ def restore_tokens(
         out[n, P + l] = visible[n, P + ids_restore[n, l]]   + pos_embed[0, P + l]   where ids_restore[n, l] < K
         out[n, P + l] = mask_token                          + pos_embed[0, P + l]   elsewhere
 
+    With a token for each position, ``mask_token[0, l]`` takes its place: what masked tokens become that is the same in
+    every image (their positions added, or normalised and projected too) can then be computed once a batch.
+
     Args:
         visible: floating point (N, P + K, E), any strides; N may be 0. Copied first unless the last dimension is
             contiguous.
-        mask_token: (1, 1, E) or (E,).
+        mask_token: (1, 1, E) or (E,), or (1, L, E): one for each position.
         ids_restore: int64 (N, L), values in [0, L), L >= K: a permutation in each row, as ``Masking`` has it. (Rows
             that are none are treated as the formula says, gradients included.)
         pos_embed: (1, P + L, E), or None to add nothing.
@@ -55,23 +58,23 @@ def restore_tokens(
     check(visible.ndim == 3 and visible.shape[1] > p and visible.shape[2] > 0, "visible", expected, visible)
     n, rows, dim = visible.shape
     device = visible.device
-    expected = f"a floating point tensor of shape (1, 1, {dim}) or ({dim},) on {device}"
-    check_floating("mask_token", mask_token, expected)
-    valid = tuple(mask_token.shape) in ((1, 1, dim), (dim,)) and mask_token.device == device
-    check(valid, "mask_token", expected, mask_token)
     expected = f"an int64 tensor of shape ({n}, L), L >= K = {rows - p}, on {device}"
     valid = isinstance(ids_restore, Tensor) and ids_restore.dtype == torch.int64 and ids_restore.ndim == 2
     check(valid, "ids_restore", expected, ids_restore)
     length = ids_restore.shape[1]
     valid = ids_restore.shape[0] == n and length >= rows - p and ids_restore.device == device
     check(valid, "ids_restore", expected, ids_restore)
+    expected = f"a floating point tensor of shape (1, 1, {dim}), ({dim},) or (1, {length}, {dim}) on {device}"
+    check_floating("mask_token", mask_token, expected)
+    valid = tuple(mask_token.shape) in ((1, 1, dim), (dim,), (1, length, dim)) and mask_token.device == device
+    check(valid, "mask_token", expected, mask_token)
     if pos_embed is not None:
         expected = f"a floating point tensor of shape (1, {p + length}, {dim}) on {device}"
         check_floating("pos_embed", pos_embed, expected)
         valid = tuple(pos_embed.shape) == (1, p + length, dim) and pos_embed.device == device
         check(valid, "pos_embed", expected, pos_embed)
         pos_embed = pos_embed[0]
-    return _restore_tokens(visible, mask_token.reshape(dim), ids_restore, pos_embed, p)
+    return _restore_tokens(visible, mask_token.reshape(-1, dim), ids_restore, pos_embed, p)
 
 
 def _result_dtype(visible: Tensor, mask_token: Tensor, pos_embed: Tensor | None) -> torch.dtype:
@@ -88,11 +91,14 @@ def _restore_tokens(
     check_values("ids_restore", ids_restore, length)
     dtype = _result_dtype(visible, mask_token, pos_embed)
     if not takes_triton(visible, _kernels):
-        # Row P + K of each sample is the mask token, so that one index serves visible and masked patches.
-        table = torch.cat([visible, mask_token.expand(n, 1, dim)], dim=1).view(n * (rows + 1), dim)
-        prefix = torch.arange(p, device=ids_restore.device).expand(n, p)
-        index = torch.cat([prefix, (ids_restore + p).clamp_(max=rows)], dim=1)
-        out = table.index_select(0, flat_rows(index, rows + 1)).view(n, p + length, dim).to(dtype)
+        # The mask tokens follow the rows of all samples, so that one index serves visible and masked patches.
+        table = torch.cat([visible.reshape(n * rows, dim), mask_token])
+        index = torch.arange(p + length, device=ids_restore.device).expand(n, -1).clone()
+        index[:, p:] = ids_restore + p
+        index += torch.arange(n, device=index.device)[:, None] * rows
+        token = torch.arange(len(mask_token), device=index.device) + n * rows
+        index[:, p:] = torch.where(ids_restore < rows - p, index[:, p:], token)
+        out = table.index_select(0, index.view(-1)).view(n, p + length, dim).to(dtype)
         return out if pos_embed is None else out.add_(pos_embed)
     visible = with_contiguous_rows(visible)
     out = torch.empty(n, p + length, dim, dtype=dtype, device=visible.device)
@@ -103,7 +109,7 @@ def _restore_tokens(
             out, visible, mask_token.contiguous(), ids_restore.contiguous(),
             None if pos_embed is None else pos_embed.contiguous(),
             num_rows, p, length, rows - p, visible.stride(0), visible.stride(1),
-            E=dim, ROWS=tile.rows, BLOCK_E=tile.columns, num_warps=4,
+            E=dim, TABLE=len(mask_token) > 1, ROWS=tile.rows, BLOCK_E=tile.columns, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -137,35 +143,52 @@ def _(grad, ids_restore, num_prefix, num_visible, dtype):
 
 @torch.library.custom_op("fastmae::restore_tokens_backward_mask_token", mutates_args=())
 def _backward_mask_token(
-    grad: Tensor, ids_restore: Tensor, num_prefix: int, num_visible: int, dtype: torch.dtype
+    grad: Tensor, ids_restore: Tensor, num_prefix: int, num_visible: int, num_tokens: int, dtype: torch.dtype
 ) -> Tensor:
-    n, _, dim = grad.shape
-    length = ids_restore.shape[1]
+    """(num_tokens, E): one row, or one for each position."""
+    (n, _, dim), length = grad.shape, ids_restore.shape[1]
     accumulate = torch.promote_types(grad.dtype, torch.float32)
     if not takes_triton(grad, _kernels):
-        sample, patch = (ids_restore >= num_visible).nonzero(as_tuple=True)
-        return grad[sample, num_prefix + patch].sum(0, dtype=accumulate).to(dtype)
+        return _backward_mask_token_plain(grad, ids_restore, num_prefix, num_visible, num_tokens, accumulate).to(dtype)
     grad = with_contiguous_rows(grad)
     tile = tile_of(dim, accumulate.itemsize)
-    rows = min(tile.rows, _CHUNK)
-    partial = torch.empty(-(-n * length // _CHUNK), dim, dtype=accumulate, device=grad.device)
+    strides, columns = (grad.stride(0), grad.stride(1)), -(-dim // tile.columns)
+    rows = num_tokens if num_tokens > 1 else -(-n * length // _CHUNK)
+    out = torch.empty(rows, dim, dtype=accumulate, device=grad.device)
+    options = {"E": dim, "BLOCK_E": tile.columns, "num_warps": 4}
     with torch.cuda.device_of(grad):
-        _kernels.mask_token_grad_kernel[(len(partial), -(-dim // tile.columns))](
-            partial, grad, ids_restore.contiguous(), n * length, num_prefix, length, num_visible,
-            grad.stride(0), grad.stride(1), E=dim, CHUNK=_CHUNK, ROWS=rows, BLOCK_E=tile.columns, num_warps=4,
+        if num_tokens > 1:
+            _kernels.mask_table_grad_kernel[(-(-length // tile.rows), columns)](
+                out, grad, ids_restore.contiguous(), n, num_prefix, length, num_visible, *strides,
+                ROWS=tile.rows, **options,
+            )  # fmt: skip
+            return out.to(dtype)
+        _kernels.mask_token_grad_kernel[(rows, columns)](
+            out, grad, ids_restore.contiguous(), n * length, num_prefix, length, num_visible, *strides,
+            CHUNK=_CHUNK, ROWS=min(tile.rows, _CHUNK), **options,
         )  # fmt: skip
-    return partial.sum(0).to(dtype)
+    return out.sum(0, keepdim=True).to(dtype)
+
+
+def _backward_mask_token_plain(grad, ids_restore, num_prefix, num_visible, num_tokens, accumulate):
+    if num_tokens > 1:
+        out = torch.zeros(num_tokens, grad.shape[2], dtype=accumulate, device=grad.device)
+        for row, masked in zip(grad[:, num_prefix:], ids_restore >= num_visible, strict=True):
+            out += torch.where(masked[:, None], row, 0)
+        return out
+    sample, patch = (ids_restore >= num_visible).nonzero(as_tuple=True)
+    return grad[sample, num_prefix + patch].sum(0, keepdim=True, dtype=accumulate)
 
 
 @_backward_mask_token.register_fake
-def _(grad, ids_restore, num_prefix, num_visible, dtype):
-    return grad.new_empty(grad.shape[2], dtype=dtype)
+def _(grad, ids_restore, num_prefix, num_visible, num_tokens, dtype):
+    return grad.new_empty(num_tokens, grad.shape[2], dtype=dtype)
 
 
 def _setup_context(ctx, inputs, output):
     visible, mask_token, ids_restore, pos_embed, ctx.num_prefix = inputs
     ctx.save_for_backward(ids_restore)
-    ctx.num_visible = visible.shape[1] - ctx.num_prefix
+    ctx.num_visible, ctx.num_tokens = visible.shape[1] - ctx.num_prefix, mask_token.shape[0]
     ctx.dtypes = (visible.dtype, mask_token.dtype, None if pos_embed is None else pos_embed.dtype)
 
 
@@ -176,7 +199,7 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0]:
         visible = _backward_visible(*args, ctx.dtypes[0])
     if ctx.needs_input_grad[1]:
-        mask_token = _backward_mask_token(*args, ctx.dtypes[1])
+        mask_token = _backward_mask_token(*args, ctx.num_tokens, ctx.dtypes[1])
     if ctx.needs_input_grad[3]:
         accumulate = torch.promote_types(grad.dtype, torch.float32)
         pos_embed = grad.sum(0, dtype=accumulate).to(ctx.dtypes[2])

@@ -1,0 +1,224 @@
+"""norm_linear against add, LayerNorm and product in float64, as an op of kernels and as PyTorch's composition."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmae.ops import norm_linear
+from fastmae.ops._dispatch import load_kernels
+
+pytestmark = pytest.mark.ops
+
+op = import_module("fastmae.ops.norm_linear")
+half = import_module("fastmae.ops._add_norm")
+linear_op = import_module("fastmae.ops._linear")
+TRITON = load_kernels("norm_linear") is not None
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+NAMES = ("x", "branch", "branch_bias", "norm_weight", "norm_bias", "weight", "bias")
+
+
+@pytest.fixture(params=["composition", "op"])
+def route(request, monkeypatch):
+    """How norm_linear runs where there is no GPU: composed of PyTorch's operators, or as the op that GPUs use."""
+    if request.param == "op":
+        monkeypatch.setattr(op, "fuses", lambda *_: True)
+    return request.param
+
+
+def plain(x, branch, branch_bias, norm_weight, norm_bias, weight, bias):
+    x = x if branch is None else x + branch
+    x = x if branch_bias is None else x + branch_bias
+    normed = F.layer_norm(x.to(norm_weight.dtype), x.shape[-1:], norm_weight, norm_bias, 1e-6).to(weight.dtype)
+    return x, F.linear(normed, weight, bias)
+
+
+def make(shape, width, stream=F32, compute=F32, absent=(), device="cpu"):
+    """The arguments by name: stream and norm in one dtype, branch and product in the other."""
+    sizes = {"x": shape, "branch": shape, "branch_bias": shape[-1:], "norm_weight": shape[-1:], "norm_bias": shape[-1:]}
+    sizes |= {"weight": (width, shape[-1]), "bias": (width,)}
+    values = {name: torch.randn(size, device=device) + 0.3 for name, size in sizes.items()}
+    values["weight"] *= shape[-1] ** -0.5
+    dtypes = {name: compute if name in ("branch", "weight", "bias") else stream for name in NAMES}
+    made = {name: value.to(dtypes[name]).requires_grad_() for name, value in values.items()}
+    return {name: None if name in absent else value for name, value in made.items()}
+
+
+def gradients(function, arguments, grads):
+    outputs = function(**arguments)
+    inputs = [value for value in arguments.values() if value is not None]
+    loss = sum((out.double() * grad).sum() for out, grad in zip(outputs, grads, strict=True))
+    return outputs, torch.autograd.grad(loss, inputs)
+
+
+def assert_as_accurate(arguments, function=norm_linear, tiny=1e-5):
+    """Each output and gradient at most twice as far from float64 as plain PyTorch at the same precision."""
+    wide = {k: None if v is None else v.detach().double().requires_grad_() for k, v in arguments.items()}
+    shape = plain(**wide)[1].shape
+    grads = [torch.randn(s, dtype=F64, device=arguments["x"].device) for s in (arguments["x"].shape, shape)]
+    exact, exact_grads = gradients(plain, wide, grads)
+    ours, our_grads = gradients(function, arguments, grads)
+    theirs, their_grads = gradients(plain, arguments, grads)
+    for a, b, truth in zip((*ours, *our_grads), (*theirs, *their_grads), (*exact, *exact_grads), strict=True):
+        assert a.shape == truth.shape
+        assert a.isfinite().all()
+        scale = truth.abs().max()
+        error, allowed = (a.double() - truth).abs().max(), 2 * (b.double() - truth).abs().max() + tiny * scale
+        assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+    for a, b in zip(our_grads, (v for v in arguments.values() if v is not None), strict=True):
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("absent", [(), ("bias",), ("branch_bias",), ("branch", "branch_bias")], ids=len)
+@pytest.mark.parametrize(("shape", "width"), [((2, 5, 32), 48), ((37, 24), 8), ((1, 3, 130), 5)])
+def test_agrees(device, route, shape, width, absent):
+    assert_as_accurate(make(shape, width, absent=absent, device=device))
+
+
+@pytest.mark.parametrize(("stream", "compute"), [(F32, BF16), (BF16, BF16), (F32, F16)])
+def test_agrees_in_half_precision(device, route, stream, compute):
+    # The interpreter truncates to bfloat16 where hardware rounds: a unit in the last place.
+    assert_as_accurate(make((3, 7, 64), 32, stream, compute, device=device), tiny=8e-3)
+
+
+def test_float64_to_the_last_digits(route):
+    arguments = make((4, 12), 6, F64, F64)
+    function = lambda *values: norm_linear(*values)  # noqa: E731
+    assert torch.autograd.gradcheck(function, tuple(arguments.values()), nondet_tol=0.0)
+
+
+def test_autocast_decides_the_compute_dtype(device, route):
+    arguments = make((2, 5, 32), 16, device=device) | {"branch": torch.randn(2, 5, 32, device=device).to(BF16)}
+    with torch.autocast(device.type, BF16):
+        x_new, out = norm_linear(**arguments)
+        expected = plain(**arguments)
+    assert (x_new.dtype, out.dtype) == (F32, BF16)
+    torch.testing.assert_close(x_new, expected[0])
+    torch.testing.assert_close(out, expected[1], rtol=2e-2, atol=2e-2)
+    out.sum().backward()
+    assert arguments["weight"].grad.dtype == F32
+
+
+def test_a_copy_of_the_weight_is_used(device, monkeypatch):
+    monkeypatch.setattr(op, "fuses", lambda *_: True)
+    arguments = make((2, 5, 32), 16, device=device)
+    copy = (2 * arguments["weight"].detach()).to(BF16)
+    with torch.autocast(device.type, BF16):
+        _, out = norm_linear(**arguments, weight_cast=copy)
+        _, expected = norm_linear(**arguments | {"weight": copy})
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert arguments["weight"].grad.dtype == F32
+
+
+def test_only_the_stream_is_saved(device, monkeypatch):
+    monkeypatch.setattr(op, "fuses", lambda *_: True)
+    arguments, saved = make((4, 16, 64), 256, F32, BF16, device=device), {}
+    parameters = {v.untyped_storage().data_ptr() for k, v in arguments.items() if k not in ("x", "branch")}
+
+    def keep(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        norm_linear(**arguments)
+    assert sum(size for where, size in saved.items() if where not in parameters) == 4 * 16 * (64 * 4 + 2 * 4)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_result_is_enough(device, route, used):
+    arguments = make((2, 5, 32), 16, device=device)
+    want = torch.autograd.grad(plain(**arguments)[used].sum(), list(arguments.values()), allow_unused=True)
+    got = torch.autograd.grad(norm_linear(**arguments)[used].sum(), list(arguments.values()), allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(torch.zeros(()) if a is None else a, torch.zeros(()) if b is None else b)
+
+
+def test_strides_do_not_matter(device, route):
+    arguments = make((4, 6, 32), 16, device=device)
+    strided = arguments | {
+        k: arguments[k].detach().transpose(0, 1).contiguous().transpose(0, 1) for k in ("x", "branch")
+    }
+    strided["weight"] = arguments["weight"].detach().t().contiguous().t()
+    for a, b in zip(norm_linear(**strided), norm_linear(**arguments), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_long_column_sums_are_repeatable(device, monkeypatch):
+    monkeypatch.setattr(op, "fuses", lambda *_: True)
+    arguments = make((300, 16), 8, device=device)
+    first, second = (gradients(norm_linear, arguments, (torch.ones(300, 16), torch.ones(300, 8)))[1] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_opcheck(device, branch):
+    a = make((3, 32), 16, F32, BF16, device=device)
+    norm = (a["norm_weight"], a["norm_bias"], a["weight"], a["bias"], None, 1e-6, BF16)
+    if branch:
+        torch.library.opcheck(op._add_norm_linear, (a["x"], a["branch"], a["branch_bias"], *norm))
+    else:
+        torch.library.opcheck(op._norm_linear, (a["x"], *norm))
+    x, grad, row = torch.randn(3, 32, device=device), torch.randn(3, 16, device=device).to(BF16), torch.rand(3)
+    weight = a["weight"].detach()
+    arguments = (grad, x if branch else None, x, row, row, a["norm_weight"].detach(), a["norm_bias"].detach(), weight)
+    torch.library.opcheck(
+        op._norm_linear_backward, (*arguments, F32, F32 if branch else None, BF16 if branch else None)
+    )
+
+
+def test_compiles_whole(device, route):
+    arguments = make((2, 5, 32), 16, device=device)
+    function = torch.compile(lambda **a: sum(out.square().sum() for out in norm_linear(**a)), fullgraph=True)
+    got = torch.autograd.grad(function(**arguments), list(arguments.values()))
+    want = torch.autograd.grad(sum(o.square().sum() for o in plain(**arguments)), list(arguments.values()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x", torch.zeros(8, dtype=torch.int64)), ("x", torch.zeros(8)), ("branch", torch.zeros(2, 9)),
+        ("branch", torch.zeros(2, 8, dtype=torch.int64)), ("branch_bias", torch.zeros(9)),
+        ("norm_weight", torch.zeros(7)), ("norm_bias", torch.zeros(8, 1)), ("weight", torch.zeros(4, 9)),
+        ("weight", torch.zeros(8)), ("bias", torch.zeros(5)), ("eps", -1.0), ("weight_cast", torch.zeros(4, 9)),
+        ("branch", None),
+    ],
+)  # fmt: skip
+def test_bad_arguments(name, value):
+    arguments = {k: v.detach() for k, v in make((2, 8), 4).items()}
+    norm_linear(**arguments)
+    with pytest.raises(ValueError, match="branch_bias" if value is None else name):
+        norm_linear(**arguments | {name: value})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("stream", "compute"), [(F32, F32), (F32, BF16), (BF16, BF16), (F32, F16)])
+@pytest.mark.parametrize(("shape", "width"), [((64, 50, 768), 2304), ((16, 197, 512), 2048), ((8, 65, 1280), 640)])
+def test_gpu_agrees(shape, width, stream, compute):
+    assert_as_accurate(make(shape, width, stream, compute, device="cuda"), tiny=1e-3)
+
+
+if TRITON:
+    from cross_compile import TARGETS, assert_fits, needs_compiler, record_launches
+
+    @needs_compiler
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize("dim", [192, 512, 768, 1024, 1280])
+    def test_cross_compiles(monkeypatch, target, dim):
+        """No spills; rows in pieces of 64 bits at least, 32 for the numbers that there is one of a row."""
+        monkeypatch.setattr(op, "fuses", lambda *_: True)
+        launches = record_launches(monkeypatch, half)
+        arguments = make((4, 50, dim), 64, F32, BF16)
+        sum(out.float().sum() for out in norm_linear(**arguments)).backward()
+        assert [launch.kernel.__name__ for launch in launches] == ["add_norm_fwd_kernel", "add_norm_bwd_kernel"]
+        for launch in launches:
+            compiled = launch.compile(target)
+            assert_fits(compiled, target, max_registers=128)
+            assert compiled.loads[128] > 0, compiled
+            assert compiled.stores[128] > 0, compiled
+            assert not (set(compiled.loads) | set(compiled.stores)) - {32, 64, 128}, compiled
