@@ -21,6 +21,7 @@ from fastmae.train.checkpoint import (
     set_aside_after,
     verify_checkpoint,
 )
+from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.state import check_architecture, compare_configs
 
 TENSORS = {
@@ -218,6 +219,18 @@ def test_configs_are_compared_by_what_a_difference_does():
     assert compare_configs(saved, here) == ["train.base_lr was 1.0, is 2.0"]
     here["train"]["seed"] = 1
     with pytest.raises(CheckpointError, match=r"--train.seed: .*started with, 0, got 1"):
+        compare_configs(saved, here)
+
+
+def test_fields_that_an_earlier_version_did_not_save_had_their_default():
+    here = to_json(PretrainConfig())
+    saved = to_json(PretrainConfig())
+    del saved["model"]["mask_strategy"], saved["train"]["masks_per_image"]
+    assert compare_configs(saved, here) == []
+    here["model"]["mask_strategy"] = "block"
+    assert compare_configs(saved, here) == ["model.mask_strategy was random, is block"]
+    here["train"]["masks_per_image"] = 2
+    with pytest.raises(CheckpointError, match=r"--train.masks-per-image: .*started with, 1, got 2"):
         compare_configs(saved, here)
 
 

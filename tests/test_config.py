@@ -79,9 +79,24 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
         ("model", {"img_size": (64, 60)}, r"--model.img-size: .*got 64x60"),
         ("model", {"patch_size": None, "img_size": 72}, r"--model.img-size: .*patch size 16x16, got 72x72"),
         ("model", {"patch_size": -8}, r"--model.patch-size: expected positive numbers, got -8"),
+        ("model", {"mask_strategy": "tube"}, r"--model.mask-strategy: .*one of random, block, grid, got 'tube'"),
+        ("model", {"mask_strategy": "grid", "mask_ratio": 0.5}, r"--model.mask-strategy: .*0.75 .*got 0.5"),
+        ("model", {"mask_strategy": "grid", "img_size": (64, 72)}, r"--model.mask-strategy: .*even .*got \(8, 9\)"),
         ("model", {"depth": -1}, r"--model.depth: expected a positive number, got -1"),
         ("data", {"scale": (0.5, 0.2)}, r"--data.scale: .*got \(0.5, 0.2\)"),
         ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 32"),
+        ("train", {"masks_per_image": 0}, r"--train.masks-per-image: expected a positive number, got 0"),
+        ("train", {"masks_per_image": 512}, r"--train.masks-per-image: expected at most 256, got 512"),
+        (
+            "train",
+            {"masks_per_image": 3},
+            r"--train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32",
+        ),
+        (
+            "train",
+            {"masks_per_image": 4, "batch_size": 2},
+            r"--train.batch-size: .*multiple of --train.masks-per-image 4, got 2",
+        ),
         ("train", {"global_batch_size": 0}, r"--train.global-batch-size: expected a positive number, got 0"),
         ("train", {"epochs": 3}, r"--train.epochs and --train.steps: expected one of them, got 3 and \d+"),
         ("train", {"warmup_epochs": 3}, r"--train.warmup-epochs and --train.warmup-steps: .*got 3 and 200"),
@@ -129,6 +144,9 @@ def test_the_micro_batch_follows_a_smaller_global_batch():
     assert flags(LARGE, global_batch_size=96).batch_size == 96
     assert flags(LARGE, global_batch_size=1000).batch_size == 250
     assert flags(LARGE, global_batch_size=1000, batch_size=8).batch_size == 8
+    assert flags(LARGE, global_batch_size=1000, masks_per_image=4).batch_size == 200
+    assert flags(LARGE, global_batch_size=96, masks_per_image=5).batch_size == 256  # validation refuses it
+    assert flags(LARGE, masks_per_image=4).batch_size == 256
 
 
 def test_warmup_longer_than_the_run_is_refused():

@@ -43,10 +43,11 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(("precision", "batch_size"), [("bf16", None), ("fp32", 2)])
-def test_stopping_and_resuming_equals_going_straight(tmp_path, images, loader, precision, batch_size):
+@pytest.mark.parametrize(("precision", "batch_size", "masks"), [("bf16", None, 2), ("fp32", 2, 1)])
+def test_stopping_and_resuming_equals_going_straight(tmp_path, images, loader, precision, batch_size, masks):
     """The stop falls inside a log interval and inside an epoch; the run ends inside both, too."""
     options = {"loader": loader, "precision": precision, "batch_size": batch_size, "steps": 14, "clip_grad": 1.0}
+    options |= {"masks_per_image": masks}
     straight = make_trainer(tmp_path / "straight", images, **options)
     straight.fit()
     straight.run.close()
@@ -60,7 +61,7 @@ def test_stopping_and_resuming_equals_going_straight(tmp_path, images, loader, p
     torch.manual_seed(99)
     resumed = make_trainer(tmp_path / "stopped", images, **options, resume=True)
     assert resumed.resume(latest_checkpoint(tmp_path / "stopped")) == []
-    assert (resumed.step, resumed.samples) == (7, 56)
+    assert (resumed.step, resumed.samples) == (7, 56 // masks)
     assert resumed.fit() == "finished"
     resumed.run.close()
     assert numbers(resumed.run) == numbers(straight.run)
@@ -117,6 +118,9 @@ def test_what_differs_is_named_or_refused(tmp_path, images):
     assert resume(base_lr=1.0) == ["train.base_lr was 0.03, is 1.0"]
     with pytest.raises(CheckpointError, match=r"--train.seed: .*started with, 0, got 1"):
         resume(seed=1)
+    with pytest.raises(CheckpointError, match=r"--train.masks-per-image: .*started with, 1, got 2"):
+        resume(masks_per_image=2)
+    assert resume(model=replace(MODEL, mask_strategy="block")) == ["model.mask_strategy was random, is block"]
     with pytest.raises(CheckpointError, match=r"--train.global-batch-size: .*8, got 16"):
         resume(global_batch_size=16)
     with pytest.raises(

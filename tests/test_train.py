@@ -6,10 +6,11 @@ import functools
 import os
 import signal
 import traceback
+from dataclasses import replace
 
 import pytest
 import torch
-from training import make_trainer, write_images
+from training import MODEL, make_trainer, write_images
 
 import fastmae.train
 from fastmae.train.metrics import StepValues, mean_of_finite
@@ -48,6 +49,55 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, images):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=5e-5, msg=name)
+
+
+def maskings_of_a_step(trainer):
+    """Images and masking of each forward pass of one optimiser step."""
+    calls, forward = [], trainer.forward
+
+    def recorded(images, masking, **options):
+        calls.append((images, masking))
+        return forward(images, masking=masking, **options)
+
+    trainer.forward = recorded
+    with trainer._open_loader() as trainer.loader:
+        trainer.train_step()
+    trainer.forward = forward
+    return calls
+
+
+def test_several_masks_an_image_divide_decoding_and_leave_steps_and_rates_alone(tmp_path, images):
+    options = {"steps": None, "epochs": 10, "warmup_steps": None, "warmup_epochs": 2}
+    once = make_trainer(tmp_path / "once", images, **options)
+    twice = make_trainer(tmp_path / "twice", images, **options, masks_per_image=2, batch_size=4)
+    assert once.schedule == twice.schedule
+    assert (twice.schedule.total_steps, twice.schedule.peak_lr) == (14, 0.03 * 8 / 256)
+    calls = maskings_of_a_step(twice)
+    assert [len(x) for x, _ in calls] == [2, 2]
+    assert [len(masking.mask) for _, masking in calls] == [4, 4]
+    assert not torch.equal(calls[0][1].mask[0], calls[0][1].mask[1])
+    (whole,) = maskings_of_a_step(once)
+    assert torch.equal(whole[0][:4], torch.cat([x for x, _ in calls]))
+    assert torch.equal(whole[1].mask[:2], calls[0][1].mask[::2])
+    assert (once.samples, twice.samples) == (8, 4)
+    for trainer in (once, twice):
+        trainer.fit()
+        trainer.run.close()
+    ours, theirs = ([(row["step"], row["epoch"], row["lr"]) for row in t.run.read_metrics()] for t in (twice, once))
+    assert ours == theirs
+    assert [row["samples"] for row in twice.run.read_metrics()] == [4 * step for step, _, _ in ours]
+
+
+@pytest.mark.parametrize("strategy", ["block", "grid"])
+def test_the_mask_strategy_is_that_of_the_configuration(tmp_path, images, strategy):
+    trainer = make_trainer(tmp_path / "run", images, model=replace(MODEL, mask_strategy=strategy))
+    ((_, masking),) = maskings_of_a_step(trainer)
+    mask = masking.mask.view(-1, 4, 6)
+    corners = (mask[:, :2, :2] == 0).flatten(1)
+    assert (corners.sum(1) == 1).all() == (strategy == "grid")
+    assert torch.equal(mask, mask[:, :2, :2].repeat(1, 2, 3)) == (strategy == "grid")
+    random = make_trainer(tmp_path / "random", images)
+    assert not torch.equal(maskings_of_a_step(random)[0][1].mask, masking.mask)
 
 
 def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch):

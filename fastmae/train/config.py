@@ -26,6 +26,9 @@ class ModelConfig:
     """Patch size in pixels, one number or height and width; must divide the image size. None: the preset's."""
     mask_ratio: float = 0.75
     """Share of patches that is hidden from the encoder, strictly between 0 and 1."""
+    mask_strategy: Literal["random", "block", "grid"] = "random"
+    """Which patches are masked (paper, table 1f). random: any. block: rectangles, as in BEiT; the paper finds it worse
+    at a ratio of 0.75 than at 0.5. grid: all but one of every four, ratio 0.75 only."""
     norm_pix_loss: bool = False
     """Predict pixels normalised by each patch's own mean and standard deviation (paper, section 3)."""
     embed_dim: int | None = None
@@ -71,12 +74,18 @@ class TrainConfig:
     """Optimisation, and how the run is logged and saved. The defaults are Table 8 of the paper."""
 
     global_batch_size: int = 4096
-    """Images that one optimiser step sees. The learning rate follows it: base_lr * global_batch_size / 256."""
+    """Masked images that one optimiser step averages over, an image masked several times counted as many times. The
+    learning rate follows it: base_lr * global_batch_size / 256."""
     batch_size: int | None = None
-    """Images in one forward pass on one device; gradients accumulate up to the global batch, which must be a multiple.
-    None: the whole global batch at once."""
+    """Masked images in one forward pass on one device; gradients accumulate up to the global batch, which must be a
+    multiple. None: the whole global batch at once."""
+    masks_per_image: int = 1
+    """Masks for each decoded image, which is read in place for every one of them (repeated sampling, Feichtenhofer et
+    al. 2022; there each with a crop of its own, here all of one crop). Batches and epochs count masked images, so that
+    the steps, their size and the learning rate stay as they are and decoding is divided by this number."""
     epochs: float | None = None
-    """Length of the run in passes over the data. Give this or steps, not both."""
+    """Length of the run in passes over the data, an image masked several times counted as many times. Give this or
+    steps, not both."""
     steps: int | None = None
     """Length of the run in optimiser steps. Give this or epochs, not both."""
     warmup_epochs: float | None = None
@@ -139,7 +148,7 @@ class PretrainConfig:
     def model_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``fastmae.create_model``."""
         arguments = asdict(self.model)
-        arguments.pop("mask_ratio")
+        del arguments["mask_ratio"], arguments["mask_strategy"]
         return arguments | {"img_size": self.img_size, "seed": self.train.seed}
 
 

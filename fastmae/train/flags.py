@@ -23,6 +23,7 @@ def validate(config: PretrainConfig) -> None:
     """
     from fastmae.model import PRESETS
     from fastmae.ops._check import num_kept
+    from fastmae.ops.masking import check_strategy
 
     model, data, train = config.model, config.data, config.train
 
@@ -43,10 +44,15 @@ def validate(config: PretrainConfig) -> None:
             f"--model.img-size: expected a size divisible by the patch size {patch[0]}x{patch[1]}, got {size}; "
             "change it or --model.patch-size"
         )
+    grid = tuple(size // p for size, p in zip(config.img_size, patch, strict=True))
     try:
-        num_kept(math.prod(size // p for size, p in zip(config.img_size, patch, strict=True)), model.mask_ratio)
+        num_kept(math.prod(grid), model.mask_ratio)
     except ValueError as error:
         raise ValueError(f"--model.mask-ratio: {error}") from error
+    try:
+        check_strategy(model.mask_strategy, grid, math.prod(grid), model.mask_ratio)
+    except ValueError as error:
+        raise ValueError(f"--model.mask-strategy: {error}") from error
     for name in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
         require((getattr(model, name) or 1) > 0, "model", name, "a positive number")
 
@@ -56,8 +62,8 @@ def validate(config: PretrainConfig) -> None:
         require(0 <= getattr(data, name) <= 1, "data", name, "a probability between 0 and 1")
 
     positive = (
-        "global_batch_size batch_size epochs steps base_lr clip_grad num_threads max_minutes log_every_steps "
-        "checkpoint_every_steps checkpoint_every_seconds keep_checkpoints"
+        "global_batch_size batch_size masks_per_image epochs steps base_lr clip_grad num_threads max_minutes "
+        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints"
     )
     for name in positive.split():
         value = getattr(train, name)
@@ -67,6 +73,10 @@ def validate(config: PretrainConfig) -> None:
         require(value is None or (value >= 0 and math.isfinite(value)), "train", name, "a number of at least 0")
     require(0 <= train.seed < 1 << 63, "train", "seed", "an integer in [0, 2**63)")
     require(all(0 <= beta < 1 for beta in train.betas), "train", "betas", "two numbers in [0, 1)")
+    require(train.masks_per_image <= 256, "train", "masks_per_image", "at most 256")
+    name = "global_batch_size" if train.batch_size is None else "batch_size"
+    fits = getattr(train, name) % train.masks_per_image == 0
+    require(fits, "train", name, f"a multiple of --train.masks-per-image {train.masks_per_image}")
     if train.batch_size is not None and train.global_batch_size % train.batch_size:
         raise ValueError(
             f"--train.global-batch-size: expected a multiple of --train.batch-size {train.batch_size}, "
@@ -86,7 +96,8 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
     """Settle what flags imply for the defaults that they did not name.
 
     A length in steps replaces a recipe's length in epochs, and the other way round; a warm-up that was not given keeps
-    at most its share of the run; a micro-batch that was not given becomes a divisor of the global batch.
+    at most its share of the run; a micro-batch that was not given becomes a divisor of the global batch, if possible
+    one of whole images.
 
     Args:
         config: the defaults with the flags applied.
@@ -104,10 +115,11 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
             train = replace(train, **{one: None})
     if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
         train = replace(train, **_scaled_warmup(train, base))
-    if "global_batch_size" in given and "batch_size" not in given and train.batch_size is not None:
-        micro = min(train.batch_size, train.global_batch_size)
-        if micro > 0:
-            train = replace(train, batch_size=max(d for d in range(1, micro + 1) if train.global_batch_size % d == 0))
+    if given & {"global_batch_size", "masks_per_image"} and "batch_size" not in given and train.batch_size is not None:
+        masks = max(train.masks_per_image, 1)
+        multiples = range(masks, min(train.batch_size, train.global_batch_size) + 1, masks)
+        divisors = [size for size in multiples if train.global_batch_size % size == 0]
+        train = replace(train, batch_size=divisors[-1] if divisors else train.batch_size)
     return replace(config, train=train)
 
 

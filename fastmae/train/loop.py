@@ -88,8 +88,9 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Images consumed so far: all that the order of the following ones hangs on."""
-        return self.step * self.config.train.global_batch_size
+        """Images decoded and consumed so far: all that the order of the following ones hangs on."""
+        train = self.config.train
+        return self.step * (train.global_batch_size // train.masks_per_image)
 
     def fit(
         self,
@@ -147,14 +148,7 @@ class Trainer:
             group["lr"] = self.schedule(self.step)
         for _ in range(self.accumulation):
             batch = self._next_batch()
-            masking = ops.random_masking(
-                len(batch.images),
-                self.model.num_patches,
-                self.config.model.mask_ratio,
-                seed=train.seed,
-                epoch=batch.epochs,
-                sample_ids=batch.sample_ids,
-            )
+            masking = self._mask(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
             loss.backward()
@@ -165,13 +159,16 @@ class Trainer:
         self.step += 1
 
     def log(self) -> None:
-        """Close an interval: its values begin their way to the host, and those of the interval before are written."""
+        """Close an interval: its values begin their way to the host, and those of the interval before are written.
+
+        Rates and epochs count masked images, as the configuration does; ``samples`` counts decoded ones.
+        """
         now, clock = time.monotonic(), self.clock
         seconds = max(now - clock.begun, 1e-9)
         row: Row = {
             "step": self.step,
             "samples": self.samples,
-            "epoch": self.samples / len(self.dataset),
+            "epoch": self.step * self.config.train.global_batch_size / len(self.dataset),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_second": (self.step - clock.step) * self.config.train.global_batch_size / seconds,
             "data_share": clock.data / seconds,
@@ -230,13 +227,28 @@ class Trainer:
         return self._create_loader(
             self.dataset,
             loader=data.loader,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size // self.config.train.masks_per_image,
             img_size=self.config.img_size,
             seed=self.config.train.seed,
             position=self.samples,
             device=self.device,
             augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip, vflip=data.vflip),
             num_threads=data.num_threads,
+        )
+
+    def _mask(self, batch: Batch) -> ops.Masking:
+        """The masks of a batch, those of an image adjacent: a pure function of the seed and of what the batch says."""
+        model, train = self.config.model, self.config.train
+        return ops.random_masking(
+            len(batch.images),
+            self.model.num_patches,
+            model.mask_ratio,
+            seed=train.seed,
+            epoch=batch.epochs,
+            sample_ids=batch.sample_ids,
+            strategy=model.mask_strategy,
+            grid_size=self.model.grid_size,
+            masks_per_image=train.masks_per_image,
         )
 
     def _next_batch(self) -> Batch:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.config import PretrainConfig, to_json
 
 
 def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Tensor]:
@@ -82,7 +83,7 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 _NOT_WEIGHTS = {"seed", "attention"}
 """Constructor arguments that do not change what a checkpoint's weights mean."""
 
-_MUST_EQUAL = ("train.seed", "train.global_batch_size")
+_MUST_EQUAL = ("train.seed", "train.global_batch_size", "train.masks_per_image")
 _MAY_DIFFER = {
     "out",
     "resume",
@@ -105,9 +106,12 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
         One text a field, for a warning.
 
     Raises:
-        CheckpointError: if the seed or the global batch differ, since the order of samples hangs on them.
+        CheckpointError: if the seed, the global batch or the masks an image differ, since the order of samples hangs on
+            them.
     """
-    saved, here = dict(_flatten(saved)), dict(_flatten(here))
+    # A configuration saved by an earlier version lacks fields, which then had what is their default now.
+    defaults = dict(_flatten(to_json(PretrainConfig())))
+    saved, here = defaults | dict(_flatten(saved)), defaults | dict(_flatten(here))
     for key in _MUST_EQUAL:
         if saved.get(key) != here.get(key):
             flag = f"--{key}".replace("_", "-")
