@@ -175,7 +175,7 @@ if TRITON:
     @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize("size", [768, 2048, 3072, 5120])
     def test_cross_compiles(monkeypatch, target, size):
-        """No spills, and rows in the widest pieces; the bias alone may be narrower."""
+        """No spills, and rows in the widest pieces; the bias and its sum may be narrower."""
         monkeypatch.setattr(op, "fuses", lambda *_: True)
         launches = record_launches(monkeypatch, op)
         gelu_linear(**make((4, 50, size), 64, BF16)).float().sum().backward()
@@ -183,5 +183,6 @@ if TRITON:
         for launch in launches:
             compiled = launch.compile(target)
             assert_fits(compiled, target, max_registers=128)
-            assert set(compiled.stores) <= {64, 128}, compiled
-            assert sum(n for bits, n in compiled.loads.items() if bits < 64) <= 2, compiled
+            for accesses in (compiled.loads, compiled.stores):
+                assert accesses[64] + accesses[128] > 0, compiled
+                assert sum(n for bits, n in accesses.items() if bits < 64) <= 2, compiled

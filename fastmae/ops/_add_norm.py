@@ -53,11 +53,11 @@ def add_norm(
         mean, rstd = (torch.cat(values).view(x.shape[:-1]) for values in zip(*found, strict=True))
         return x_new, normed, mean, rstd
     mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics, device=x.device) for _ in range(2))
-    block, tile, warps = _tile(dim, 2048)
+    options = _tile(dim, values=16)
     with torch.cuda.device_of(x):
-        _kernels.add_norm_fwd_kernel[(-(-rows // tile),)](
+        _kernels.add_norm_fwd_kernel[(-(-rows // options["ROWS"]),)](
             x_new, normed, mean, rstd, x, None if branch is None else branch.contiguous(), branch_bias,
-            weight.contiguous(), bias.contiguous(), rows, eps, D=dim, ROWS=tile, BLOCK_D=block, num_warps=warps,
+            weight.contiguous(), bias.contiguous(), rows, eps, **options,
         )  # fmt: skip
     return x_new, normed, mean, rstd
 
@@ -100,22 +100,26 @@ def add_norm_backward(
             normed[part] = torch.sub(x, statistics[0], out=out).mul_(statistics[1]).mul_(weight).add_(bias)
         return grad_x, grad_branch, normed, torch.stack(sums).sum(0)
     chunk = chunk_rows(rows)
-    block, tile, warps = _tile(dim, 1024)
-    tile = min(tile, chunk)
+    # Three sums of a column are held beside the values, so half as many of these.
+    options = _tile(dim, values=8)
+    options["ROWS"] = min(options["ROWS"], chunk)
     partial = torch.empty(-(-rows // chunk), 3, dim, dtype=torch.float32, device=x_new.device)
     with torch.cuda.device_of(x_new):
         _kernels.add_norm_bwd_kernel[(len(partial),)](
             grad_x, None if branch_dtype is None else grad_branch, normed, partial, grad_normed.contiguous(),
             None if grad_x_new is None else grad_x_new.contiguous(), x_new, mean, rstd,
-            weight.contiguous(), bias.contiguous(), rows, chunk, D=dim, ROWS=tile, BLOCK_D=block, num_warps=warps,
+            weight.contiguous(), bias.contiguous(), rows, chunk, **options,
         )  # fmt: skip
     return grad_x, grad_branch, normed, partial.sum(0)
 
 
-def _tile(dim: int, values: int) -> tuple[int, int, int]:
-    """BLOCK_D, rows of about ``values`` values in all, and warps: at most 32 values a thread."""
+def _tile(dim: int, values: int) -> dict[str, int]:
+    """Options of a launch of programs that hold about ``values`` values of a row or rows in each thread."""
     block = max(16, 1 << (dim - 1).bit_length())
-    return block, max(1, values // block), min(16, max(4, block // 1024))
+    warps = min(16, max(4, block // (32 * values)))
+    options = {"D": dim, "ROWS": max(1, 32 * warps * values // block), "BLOCK_D": block, "num_warps": warps}
+    # Left alone, ptxas now and then spills a value or two to reach 56 registers. ROCm has no such option, nor the need.
+    return options if torch.version.hip else options | {"maxnreg": 128}
 
 
 def _parts(rows: int, dim: int, device: torch.device) -> list[slice]:
