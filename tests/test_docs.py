@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+from fastmae import ops
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, OPS = ROOT / "README.md", ROOT / "docs" / "ops.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def run(example: str, page: Path) -> dict:
+    scope: dict = {}
+    exec(compile(example, str(page), "exec"), scope)
+    return scope
 
 
 def test_the_ops_example_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (example,) = [block for block in blocks if "random_masking" in block]
-    scope: dict = {}
-    exec(compile(example, "README.md", "exec"), scope)
+    (example,) = [block for block in blocks(README, "python") if "random_masking" in block]
+    scope = run(example, README)
     assert scope["visible"].shape == (8, 49, 768)
     assert scope["full"].shape == (8, 196, 256)
     assert 0.5 < scope["loss"].item() < 3
+
+
+@pytest.mark.parametrize(
+    "example", blocks(OPS, "python"), ids=lambda example: " ".join(re.findall(r"ops\.(\w+)", example)[-1:])
+)
+def test_the_examples_of_every_op_run(example):
+    if "transformers" in example:
+        pytest.importorskip("transformers")
+    run(example, OPS)
+
+
+def test_every_op_is_documented_with_its_signature_and_an_example():
+    stated = " ".join(" ".join(blocks(OPS, "")).split())
+    stated = re.sub(r"=[^\s,)]+", "", stated).replace("*, ", "")
+    for name in set(ops.__all__) - {"Masking"}:
+        assert f"{name}({', '.join(inspect.signature(getattr(ops, name)).parameters)})" in stated
+        assert any(f"ops.{name}(" in example for example in blocks(OPS, "python")), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
