@@ -1,0 +1,162 @@
+"""Blocks against the reference's, what they share and skip, and the low-precision copies of their weights."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from importlib import import_module
+
+import pytest
+import torch
+
+from fastmae.layers import Block, Linear, SharedTokens, Stream, cast_weights, run_blocks
+from fastmae.model import MaskedAutoencoderViT
+from fastmae.ops import _linear, random_masking, restore_tokens
+from fastmae.reference import Block as ReferenceBlock
+
+pytestmark = pytest.mark.ops
+
+BF16 = torch.bfloat16
+
+
+MODULES = [import_module(f"fastmae.{name}") for name in ("layers", "ops._linear", "ops.norm_linear", "ops.gelu_linear")]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Blocks made of the ops that GPUs use, wherever the test runs."""
+    for module in MODULES:
+        monkeypatch.setattr(module, "fuses", lambda *_: True)
+
+
+@pytest.fixture(params=["composition", "ops"])
+def route(request):
+    """Blocks as the CPU runs them, and as GPUs do."""
+    return request.getfixturevalue("fused") if request.param == "ops" else None
+
+
+def pair(device, depth=2, dim=32, heads=2):
+    fast = torch.nn.ModuleList(Block(dim, heads, 4.0, "plain") for _ in range(depth)).to(device)
+    slow = torch.nn.ModuleList(ReferenceBlock(dim, heads, 4.0) for _ in range(depth)).to(device)
+    for parameter in fast.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    slow.load_state_dict(fast.state_dict(), strict=True)
+    return fast, slow
+
+
+def assert_same_gradients(fast, slow):
+    expected = dict(slow.named_parameters())
+    for name, parameter in fast.named_parameters():
+        error, size = (parameter.grad - expected[name].grad).norm(), expected[name].grad.norm()
+        # A constant added to every key cancels in the softmax: that third of the bias's gradient is rounding.
+        assert error <= 1e-4 * size + 1e-5, name
+
+
+def test_blocks_are_the_references(device, route):
+    fast, slow = pair(device)
+    x = torch.randn(3, 7, 32, device=device)
+    got, want = run_blocks(fast, x), slow[1](slow[0](x))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    (want * weight).sum().backward()
+    assert_same_gradients(fast, slow)
+
+
+def test_rows_that_come_out_are_rows_of_the_whole(device, route):
+    fast, _ = pair(device, depth=1)
+    x, ids = torch.randn(3, 9, 32, device=device), torch.tensor([[1, 4, 8], [0, 2, 3], [5, 6, 7]], device=device)
+    whole, rows = run_blocks(fast, x), fast[0](Stream(x), ids).sum()
+    torch.testing.assert_close(rows, whole.gather(1, ids[..., None].expand(-1, -1, 32)), rtol=1e-5, atol=1e-5)
+
+
+def test_masked_tokens_projected_once_a_batch(device, route):
+    fast, slow = pair(device, depth=1)
+    m = random_masking(3, 12, 0.75, seed=0, device=device)
+    visible, table = torch.randn(3, 4, 32, device=device), torch.randn(1, 12, 32, device=device)
+    x = restore_tokens(visible, table, m.ids_restore, num_prefix_tokens=1)
+    got = fast[0](Stream(x), shared=SharedTokens(visible, table, m.ids_restore)).sum()
+    torch.testing.assert_close(got, slow[0](x), rtol=1e-4, atol=1e-4)
+    got.square().sum().backward()
+    slow[0](x).square().sum().backward()
+    assert_same_gradients(fast, slow)
+
+
+def test_the_decoder_projects_no_mask_token_twice(device, monkeypatch):
+    """Rows of the decoder's first product of queries, keys and values: visible ones of each image, then one table."""
+    model = MaskedAutoencoderViT(32, 8, 3, 16, 1, 2, 24, 2, 2, seed=0).to(device)
+    rows = []
+    inner = type(model.decoder_blocks[0].attn).forward_shared
+
+    def seen(self, x, norm, shared):
+        rows.append((shared.visible.shape[:2], shared.table.shape[1]))
+        return inner(self, x, norm, shared)
+
+    monkeypatch.setattr(type(model.decoder_blocks[0].attn), "forward_shared", seen)
+    model(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, device=device))
+    assert rows == [((5, 1 + 4), 16)]
+
+
+def test_bfloat16_stream_is_an_option(device, route):
+    arguments = (32, 8, 3, 32, 2, 2, 32, 2, 2)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device=device)
+    masking = random_masking(4, 16, 0.75, seed=1, device=device)
+    losses, streams = {}, set()
+    for dtype in ("float32", "bfloat16"):
+        model = MaskedAutoencoderViT(*arguments, seed=0, residual_dtype=dtype).to(device)
+        for block in [*model.blocks, *model.decoder_blocks]:
+            block.register_forward_hook(lambda _m, _i, stream, name=dtype: streams.add((name, stream.x.dtype)))
+        with torch.autocast(device.type, BF16):
+            losses[dtype] = model(images, masking=masking).loss
+        losses[dtype].backward()
+    assert streams == {("float32", torch.float32), ("bfloat16", BF16)}
+    assert losses["float32"] != losses["bfloat16"]
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=2e-2, atol=0)
+    with pytest.raises(ValueError, match=r"residual_dtype.*float16"):
+        MaskedAutoencoderViT(*arguments, residual_dtype="float16")
+
+
+def test_weights_are_cast_once_for_several_forwards(device, fused, monkeypatch):
+    model = MaskedAutoencoderViT(32, 8, 3, 16, 2, 2, 24, 2, 2, seed=0).to(device)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
+    casts = []
+    copy = torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (casts.append(len(to)), copy(to, of)))
+    linears = [m for m in model.modules() if isinstance(m, Linear)]
+    masking = random_masking(2, 16, 0.75, seed=0, device=device)
+    with torch.autocast(device.type, BF16), model.cast_weights(BF16):
+        first = model(images, masking=masking).loss
+        second = model(images, masking=masking).loss
+        assert all(m.weight_cast.dtype == BF16 for m in linears)
+    assert casts == [len(linears)] == [4 * 4 + 2]
+    assert torch.equal(first, second)
+    assert all(m.weight_cast is None for m in linears)
+    first.backward()
+    assert all(m.weight.grad.dtype == torch.float32 for m in linears)
+    with torch.no_grad():
+        for m in linears:
+            m.weight.mul_(2)
+    with torch.autocast(device.type, BF16):  # on its own, a forward sees the weights as they are now
+        assert not torch.equal(model(images, masking=masking).loss, first)
+    assert len(casts) == 2
+
+
+def test_copies_change_nothing_but_the_casting(device, fused):
+    model = MaskedAutoencoderViT(32, 8, 3, 16, 2, 2, 24, 2, 2, seed=0).to(device)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
+    masking = random_masking(2, 16, 0.75, seed=0, device=device)
+    gradients = []
+    for patch in (False, True):
+        model.zero_grad()
+        with torch.autocast(device.type, BF16), pytest.MonkeyPatch.context() as context:
+            if patch:
+                context.setattr(_linear, "operand", lambda weight, _, dtype: weight.to(dtype))
+                context.setattr(MaskedAutoencoderViT, "_cast_weights", lambda self: nullcontext())
+            model(images, masking=masking).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_no_copies_where_no_kernel_runs_or_the_dtype_fits():
+    model = MaskedAutoencoderViT(32, 8, 3, 16, 1, 2, 24, 1, 2, seed=0).double()
+    with cast_weights(model, BF16):
+        assert all(m.weight_cast is None for m in model.modules() if isinstance(m, Linear))
