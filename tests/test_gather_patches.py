@@ -62,6 +62,27 @@ def test_bytes_without_mean_are_in_the_unit_interval():
     torch.testing.assert_close(out, take(patchify(images.float() / 255, case.patch), ids), rtol=2e-7, atol=0)
 
 
+def test_tables_of_the_statistics_are_made_once(monkeypatch):
+    made = []
+    make = patches._make_tables
+    monkeypatch.setattr(patches, "_make_tables", lambda *args: made.append(args) or make(*args))
+    case = CASES["p16"]
+    images, ids, (mean, std) = make_images(case, "channels_last", torch.uint8), make_ids(case), make_mean_std(3)
+    first, again = (gather_patches(images, ids, case.patch, mean, std) for _ in range(2))
+    assert len(made) == 1
+    assert torch.equal(first, again)
+    mean += 0.1
+    assert not torch.equal(gather_patches(images, ids, case.patch, mean, std), first)
+    std *= 2
+    changed = gather_patches(images, ids, case.patch, mean, std)
+    assert len(made) == 3
+    torch.testing.assert_close(gather_patches(images, ids, case.patch, mean, std.clone()), changed)
+    gather_patches(images, ids[:, :1] * 0, (8, 8), mean, std)
+    assert len(made) == 5
+    with torch.inference_mode():
+        torch.testing.assert_close(gather_patches(images, ids, case.patch, mean.clone(), std.clone()), changed)
+
+
 def test_floating_images_ignore_mean_and_std():
     case = CASES["p16"]
     images, ids = make_images(case, "nchw", torch.float32), make_ids(case)

@@ -6,10 +6,12 @@ channel, the channel innermost. Patches of an image are numbered row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, MutableMapping
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastmae.ops._check import check, check_ids, grid_of
 
@@ -53,10 +55,32 @@ def affine_tables(
         check(value.device == images.device, name, expected, value)
     if images.dtype != torch.uint8:
         return None, None
-    # As long as a patch, so that kernels read them by wide loads and PyTorch broadcasts over long rows.
     pixels = patch_size[0] * patch_size[1]
-    scale = torch.reciprocal(std * 255.0)
-    return scale.repeat(pixels), (mean * scale * -255.0).repeat(pixels)
+    if torch.compiler.is_compiling() or mean.is_inference() or std.is_inference() or _is_capturing(mean):
+        return _make_tables(mean, std, pixels)
+    # Statistics are constants: six small launches a call would cost as much as the kernel that reads the tables.
+    stream = torch.cuda.current_stream(mean.device) if mean.is_cuda else None
+    key = (pixels, std.data_ptr(), mean._version, std._version, stream)
+    known = _tables.get(mean)
+    if known is None or known[0] != key or known[1]() is not std:
+        known = _tables[mean] = (key, weakref.ref(std), _make_tables(mean, std, pixels))
+    return known[2]
+
+
+_tables: MutableMapping[Tensor, tuple] = WeakTensorKeyDictionary()
+"""The newest tables of each mean, for as long as that tensor lives."""
+
+
+def _make_tables(mean: Tensor, std: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    # As long as a patch, so that kernels read them by wide loads and PyTorch broadcasts over long rows.
+    with torch.no_grad():
+        scale = torch.reciprocal(std * 255.0)
+        return scale.repeat(pixels), (mean * scale * -255.0).repeat(pixels)
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    """Memory of a graph under capture is the graph's, not ours to keep."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def launch_options(images: Tensor, patch_size: tuple[int, int], values: int) -> dict[str, int | bool]:
