@@ -73,9 +73,12 @@ def pair() -> tuple[nn.Module, nn.Module]:
     return theirs, fastmae.accelerate(copy.deepcopy(theirs))
 
 
+IN_INTERPRETER = ("odd", "uneven")  # the first by fused layers, the second, of another activation, not
+
+
 @pytest.mark.parametrize("full_logits", [True, False])
 @pytest.mark.parametrize(
-    "case", [pytest.param("odd", marks=pytest.mark.ops), *(case for case in CASES if case != "odd")]
+    "case", [pytest.param(c, marks=[pytest.mark.ops] if c in IN_INTERPRETER else []) for c in CASES]
 )
 def test_outputs_and_gradients_are_the_same(case, full_logits):
     theirs = build(**CASES[case])
@@ -93,6 +96,35 @@ def test_outputs_and_gradients_are_the_same(case, full_logits):
         assert torch.equal(masked.sort(1).values, expected.mask.nonzero()[:, 1].view_as(masked))
         rows = masked[:, :, None].expand(-1, -1, expected.logits.shape[2])
         torch.testing.assert_close(got.logits, expected.logits.gather(1, rows), rtol=0, atol=1e-4)
+    same_gradients(ours, got, theirs, expected)
+
+
+@pytest.mark.parametrize("case", ["default", "no qkv bias", "odd"])
+def test_fused_layers_are_the_same(case, monkeypatch):
+    """What a layer does where kernels run, here on the ops' plain path."""
+    theirs = build(**CASES[case])
+    ours = fastmae.accelerate(copy.deepcopy(theirs))
+    calls = []
+    layers = sys.modules["fastmae.interop.vit_mae_layers"]
+    fuse = layers.fused
+    monkeypatch.setattr(layers, "fuses", lambda *args: True)
+    monkeypatch.setattr(layers, "fused", lambda *args: (calls.append(args), fuse(*args))[1])
+    pixels, noise = inputs(theirs)
+    expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
+    assert len(calls) == 4
+    same(got, expected)
+    same_gradients(ours, got, theirs, expected)
+
+    # A module that is hooked is called; one layer then goes its own way.
+    layer = next(m for m in ours.modules() if type(m).__name__ == "ViTMAELayer")
+    hooked = next(m for m in layer.modules() if type(m).__name__ in ("ViTMAEMLP", "ViTMAEIntermediate"))
+    hooked.register_forward_hook(lambda module, args, out: 0 * out)
+    changed = ours(pixels, noise=noise)
+    assert len(calls) == 7
+    assert not torch.allclose(changed.logits, got.logits, atol=1e-3)
+
+
+def same_gradients(ours: nn.Module, got, theirs: nn.Module, expected) -> None:
     expected.loss.backward()
     got.loss.backward()
     for (name, mine), (_, reference) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):

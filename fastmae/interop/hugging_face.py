@@ -29,14 +29,15 @@ def accelerate(
     """Let a ``transformers.ViTMAEForPreTraining`` run on fastmae's ops: same parameters, same outputs.
 
     Only visible patches are embedded, attention is :func:`fastmae.ops.attention`, the decoder's input is restored in
-    one pass, and the loss reads the pixels without a target. Everything else, dropout, ``hidden_act`` and
-    ``layer_norm_eps`` included, stays Hugging Face's. Only this model changes, and
-    :func:`fastmae.interop.decelerate` undoes it. Do this before DDP, ``fully_shard`` and ``torch.compile``.
+    one pass, and the loss reads the pixels without a target; where kernels run, layers are made of ``norm_linear`` and
+    ``gelu_linear``. Dropout, ``hidden_act``, ``layer_norm_eps``, hooks, adapters and gradient checkpointing keep their
+    effect. Only this model changes, and :func:`fastmae.interop.decelerate` undoes it. Do this before DDP,
+    ``fully_shard`` and ``torch.compile``.
 
     What the ops do not cover takes Hugging Face's own path. The whole model, for that call: with
     ``interpolate_pos_encoding=True``, a mask ratio that masks nothing or everything, or ``pixel_values`` that require a
     gradient. Attention alone: with an ``attention_mask``, dropout to apply, or ``attn_implementation="eager"`` (the one
-    that returns weights).
+    that returns weights). A layer whose modules are hooked or replaced: what is hooked or replaced is called.
     The loss is float32 even where the whole model is bfloat16.
 
     Args:
