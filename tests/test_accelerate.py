@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -124,12 +125,12 @@ def test_fused_layers_are_the_same(case, monkeypatch):
     assert not torch.allclose(changed.logits, got.logits, atol=1e-3)
 
 
-def same_gradients(ours: nn.Module, got, theirs: nn.Module, expected) -> None:
+def same_gradients(ours: nn.Module, got, theirs: nn.Module, expected, tolerance: float = 2e-5) -> None:
     expected.loss.backward()
     got.loss.backward()
     for (name, mine), (_, reference) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         if mine.requires_grad and not name.endswith(("k_proj.bias", "key.bias")):  # theirs is rounding noise around 0
-            assert (mine.grad - reference.grad).norm() < 2e-5 * reference.grad.norm(), name
+            assert (mine.grad - reference.grad).norm() < tolerance * reference.grad.norm(), name
 
 
 def test_the_ops_run(pair, monkeypatch):
@@ -183,6 +184,8 @@ def test_same_parameters_and_state_dict_and_back_again():
     assert list(after) == list(before)
     assert all(after[n].data_ptr() == p and torch.equal(after[n], v) for n, (p, v) in before.items())
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
+    arguments = inspect.signature(transformers.ViTMAEForPreTraining.forward).parameters
+    assert set(arguments) <= set(inspect.signature(model.forward).parameters) | {"self"}
     # Neither another model nor the library is touched.
     assert torch.equal(other(pixels, noise=noise).logits, others.logits)
     assert "fastmae" not in transformers.ViTMAEForPreTraining.forward.__module__
@@ -306,10 +309,13 @@ def test_hooks_and_replaced_layers_are_respected(pair):
 
 
 def test_bf16_autocast(pair):
-    theirs, ours = pair
-    pixels, noise = inputs(theirs)
+    within_bf16(*pair, *inputs(pair[0]))
+
+
+def within_bf16(theirs: nn.Module, ours: nn.Module, pixels: torch.Tensor, noise: torch.Tensor) -> None:
+    """No further from full precision than theirs is, give or take."""
     exact = theirs(pixels, noise=noise)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(pixels.device.type, torch.bfloat16):
         expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
     assert got.logits.dtype == expected.logits.dtype
     assert torch.equal(got.mask, expected.mask)
@@ -317,6 +323,7 @@ def test_bf16_autocast(pair):
     assert 0 < (got.logits.float() - exact.logits).norm() < 2 * error
     torch.testing.assert_close(got.loss, exact.loss, rtol=2e-2, atol=0)
     got.loss.backward()
+    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)
 
 
 def test_a_bf16_model(pair):
@@ -335,19 +342,20 @@ def test_compiles_as_one_graph(pair):
     same(compiled(pixels, noise=noise), theirs(pixels, noise=noise))
 
 
-def test_fsdp2_shards_an_accelerated_model(pair, tmp_path):
+def test_ddp_and_fsdp2_take_an_accelerated_model(pair, tmp_path):
     from torch.distributed.fsdp import fully_shard
 
     theirs, ours = pair
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
+        pixels, noise = inputs(theirs)
+        same(nn.parallel.DistributedDataParallel(ours)(pixels, noise=noise), theirs(pixels, noise=noise))
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         for module in ours.modules():
             if type(module).__name__ in ("ViTMAELayer", "ViTMAEEmbeddings"):
                 fully_shard(module, mesh=mesh)
         fully_shard(ours, mesh=mesh)
-        pixels, noise = inputs(theirs)
         got = ours(pixels, noise=noise)
         same(got, theirs(pixels, noise=noise))
         got.loss.backward()
@@ -448,15 +456,23 @@ def test_transformers_is_imported_when_a_model_comes():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_cuda(dtype):
+def test_on_cuda():
     theirs = build(norm_pix_loss=True).cuda()
     ours = fastmae.accelerate(copy.deepcopy(theirs))
     pixels, noise = (x.cuda() for x in inputs(theirs, 8))
-    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(got.loss, expected.loss, rtol=tolerance, atol=0)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=tolerance, atol=tolerance)
+    with torch.backends.cudnn.flags(allow_tf32=False):  # PyTorch's default for convolutions, theirs among them
+        expected = theirs(pixels, noise=noise)
+    got = ours(pixels, noise=noise)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=0, atol=1e-4)
     assert torch.equal(got.mask, expected.mask)
-    got.loss.backward()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")(pixels, noise=noise)
+    torch.testing.assert_close(compiled.loss, got.loss, rtol=1e-5, atol=0)
+    same_gradients(ours, got, theirs, expected, tolerance=1e-3)
+
+
+@pytest.mark.gpu
+def test_bf16_autocast_on_cuda(pair):
+    theirs, ours = (model.cuda() for model in pair)
+    pixels, noise = (x.cuda() for x in inputs(theirs, 8))
+    within_bf16(theirs, ours, pixels, noise)
