@@ -45,6 +45,9 @@ class ModelConfig:
     """Decoder attention heads."""
     attention: Literal["auto", "plain", "sdpa", "xformers"] = "auto"
     """Attention backend. auto picks by shape, precision and device; a named one that is missing is an error."""
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Residual stream under bf16 autocast. float32: as in the paper's code. bfloat16: rounded after every add; less
+    memory traffic, and not the same computation."""
 
 
 @dataclass(frozen=True)

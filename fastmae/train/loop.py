@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -146,13 +146,15 @@ class Trainer:
         train, losses = self.config.train, []
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(self.step)
-        for _ in range(self.accumulation):
-            batch = self._next_batch()
-            masking = self._mask(batch)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
-            loss.backward()
-            losses.append(loss.detach())
+        bf16 = train.precision == "bf16"
+        with self.model.cast_weights(torch.bfloat16) if bf16 else nullcontext():
+            for _ in range(self.accumulation):
+                batch = self._next_batch()
+                masking = self._mask(batch)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                    loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
+                loss.backward()
+                losses.append(loss.detach())
         norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad)
         self.optimizer.zero_grad(set_to_none=True)
         self.values.add(sum(losses[1:], losses[0]), norm, skipped)

@@ -80,7 +80,7 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         raise CheckpointError(f"the checkpoint is of another architecture: {'; '.join(differ[:3])}{more}")
 
 
-_NOT_WEIGHTS = {"seed", "attention"}
+_NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
 """Constructor arguments that do not change what a checkpoint's weights mean."""
 
 _MUST_EQUAL = ("train.seed", "train.global_batch_size", "train.masks_per_image")
