@@ -1,6 +1,6 @@
 """Attention and Transformer layer of Hugging Face's ViTMAE on fastmae's ops.
 
-transformers has had two arrangements of the same layer: until 5.5 ``attention.attention.{query,key,value}``, now
+transformers has two arrangements of the same layer: ``attention.attention.{query,key,value}`` in 5.0, by 5.10
 ``attention.{q,k,v}_proj``. Classes keep the names of their bases, which device maps, FSDP policies and saved
 configurations refer to.
 """
