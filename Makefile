@@ -1,13 +1,15 @@
 # Every target uses the Python on the PATH: activate a virtual environment with `pip install -c constraints.txt -e ".[dev]"`.
 PYTHON ?= python
 
-.PHONY: help test test-plain test-interpreter lint format bench gpu release-check soak
+.PHONY: help test test-plain test-interpreter lint format bench bench-cpu report gpu release-check soak
 
 help:
 	@echo "make test           all tests; those of the ops in plain PyTorch and in Triton's interpreter"
 	@echo "make lint           ruff, style and format"
 	@echo "make format         let ruff mend what it can"
 	@echo "make bench          the benchmarks, on this machine"
+	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
+	@echo "make report         docs/benchmarks.md, its figures and the README's table, from the committed results"
 	@echo "make gpu            on a CUDA machine: GPU tests, then benchmarks into OUT (default benchmarks/results/<gpu>)"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           kill and resume a training run KILLS (default 50) times; the weights must come out the same"
@@ -34,8 +36,23 @@ format:
 bench:
 	$(PYTHON) -m pytest benchmarks
 
+# What is committed about a CPU: one thread, since two compete for caches and with whatever else runs.
+CPU_RESULTS ?= benchmarks/results/cpu
+bench-cpu:
+	mkdir -p $(CPU_RESULTS)
+	$(PYTHON) -m pytest benchmarks --ignore benchmarks/bench_step.py --ignore benchmarks/bench_data.py -q --threads 1 \
+	  --compile --benchmark-json=$(CPU_RESULTS)/ops.json
+	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --compile --bf16-residual \
+	  --model small-32px:128 --rounds 7 --benchmark-json=$(CPU_RESULTS)/step-small.json
+	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --model base:8 --rounds 5 \
+	  --benchmark-json=$(CPU_RESULTS)/step-base.json
+	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/*.json
+
+report:
+	$(PYTHON) benchmarks/report.py write
+
 gpu:
-	@PYTHON="$(PYTHON)" OUT="$(OUT)" bash benchmarks/run_gpu.sh
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" ONLY="$(ONLY)" bash benchmarks/run_gpu.sh
 
 release-check:
 	@OUT="$(OUT)" bash .ci/release-check

@@ -13,7 +13,7 @@ from fastmae.ops import gather_tokens
 SHAPES = (
     [("encoder-L", 256, 196, 49, 1024), ("decoder", 256, 197, 147, 512)]
     if torch.cuda.is_available()
-    else [("encoder-small", 32, 64, 16, 128), ("decoder-small", 32, 65, 48, 64)]
+    else [("encoder-B", 32, 196, 49, 768), ("decoder", 32, 197, 147, 512)]
 )
 
 

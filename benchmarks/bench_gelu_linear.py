@@ -14,7 +14,7 @@ from fastmae.ops import gelu_linear
 SHAPES = (
     [("encoder-L", 256 * 50, 4096, 1024), ("encoder-B", 256 * 50, 3072, 768), ("decoder", 256 * 197, 2048, 512)]
     if torch.cuda.is_available()
-    else [("encoder-small", 128 * 17, 768, 192), ("decoder-small", 128 * 65, 512, 128)]
+    else [("encoder-B", 8 * 50, 3072, 768), ("decoder", 8 * 197, 2048, 512)]
 )
 
 

@@ -18,7 +18,7 @@ from fastmae.ops import masked_patch_mse
 SHAPES = (
     [("224px-p16", 256, 224, 16), ("224px-p14", 128, 224, 14)]
     if torch.cuda.is_available()
-    else [("64px-p8", 32, 64, 8)]
+    else [("224px-p16", 32, 224, 16)]
 )
 COMPETITORS = ["fastmae", "fastmae-full", "plain", "plain-compile", "plain-gathered", "plain-gathered-compile"]
 

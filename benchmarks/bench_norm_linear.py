@@ -18,7 +18,7 @@ from fastmae.ops import norm_linear
 SHAPES = (
     [("encoder-L", 256 * 50, 1024, 3072), ("encoder-B", 256 * 50, 768, 2304), ("decoder", 256 * 197, 512, 1536)]
     if torch.cuda.is_available()
-    else [("encoder-small", 128 * 17, 192, 576), ("decoder-small", 128 * 65, 128, 384)]
+    else [("encoder-B", 8 * 50, 768, 2304), ("decoder", 8 * 197, 512, 1536)]
 )
 COMPETITORS = ["fastmae", "plain", "plain-compile", "apex"]
 

@@ -13,7 +13,7 @@ from fastmae.ops import restore_tokens
 SHAPES = (
     [("patch16", 256, 196, 49, 512), ("patch14", 128, 256, 64, 512)]
     if torch.cuda.is_available()
-    else [("small", 32, 64, 16, 64), ("patch16", 8, 196, 49, 512)]
+    else [("patch16", 32, 196, 49, 512)]
 )
 
 

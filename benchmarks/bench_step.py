@@ -8,7 +8,7 @@ nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient nor
                          ``-sdpa`` with that of today's timm; AdamW with PyTorch's defaults; ``-fp16`` with a GradScaler
                          as its training script
 ``reference-compile``    ``-sdpa`` with torch.compile and fused AdamW: the baseline to beat
-``*-bf16-residual``      the blocks' residual stream in bfloat16, which changes the numbers
+``*-bf16-residual``      the blocks' residual stream in bfloat16, another computation (compiled: --bf16-residual)
 ``lever: ...``           one change to ``facebookresearch-sdpa`` (with --levers)
 """
 
@@ -28,16 +28,18 @@ from fastmae.train.optim import parameter_groups
 
 CUDA = torch.cuda.is_available()
 MASK_RATIO = 0.75
-# Name: preset or arguments, and the batch on CUDA and on a CPU.
+# --model: name in tables, preset or arguments, batch on CUDA, batch on a CPU.
 MODELS = {
-    "large": ("mae_vit_large_patch16", 256, 4),
-    "base": ("mae_vit_base_patch16", 256, 8),
-    "huge": ("mae_vit_huge_patch14", 128, 2),
+    "large": ("ViT-L/16", "mae_vit_large_patch16", 256, 4),
+    "base": ("ViT-B/16", "mae_vit_base_patch16", 256, 8),
+    "huge": ("ViT-H/14", "mae_vit_huge_patch14", 128, 2),
     "small-32px": (
+        "192 wide, 12 deep, 32 px, patch 4",
         {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3,
          "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4}, 1024, 128,
     ),
     "tiny-test": (
+        "2 blocks, 32 px",
         {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 3,
          "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}, 64, 16,
     ),
@@ -47,9 +49,10 @@ DEFAULT_MODELS = ["large", "base"] if CUDA else ["tiny-test"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train: the model's levers (None for fastmae's own model), and what stands around the model."""
+    """One way to train: the model (levers, or None for fastmae's own with a residual dtype), and what is around it."""
 
     levers: Levers | None = None
+    residual_dtype: str = "float32"
     fused_adamw: bool = True
     compile: bool = False
     dtype: torch.dtype = torch.bfloat16
@@ -64,6 +67,8 @@ RECIPES = {
     "transformers": Recipe(Levers()),
     "fastmae": Recipe(),
     "fastmae-compile": Recipe(compile=True),
+    "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
+    "fastmae-compile-bf16-residual": Recipe(residual_dtype="bfloat16", compile=True),
 }
 LEVERS = {
     "lever: fused AdamW": Recipe(Levers()),
@@ -71,6 +76,7 @@ LEVERS = {
     "lever: patch and token ops": Recipe(Levers(ops=True), fused_adamw=False),
     "lever: masked rows only": Recipe(Levers(masked_only=True), fused_adamw=False),
     "lever: fused blocks": Recipe(Levers(blocks=True), fused_adamw=False),
+    "lever: fused blocks, weights cast once": Recipe(Levers(blocks=True, cast_once=True), fused_adamw=False),
     "lever: bf16 residual": Recipe(Levers(bf16_residual=True), fused_adamw=False),
     "lever: torch.compile": Recipe(Levers(), fused_adamw=False, compile=True),
 }
@@ -98,7 +104,7 @@ class Track:
     def step(self, recipe: Recipe) -> Callable[[], None]:
         """A training step by a recipe."""
         if recipe.levers is None:
-            model = share_parameters(self.fast)
+            model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype)
 
             def loss(masking):
                 return model(self.images, masking=masking, full_pred=False).loss
@@ -159,15 +165,17 @@ def pytest_generate_tests(metafunc):
         name, _, batch = choice.partition(":")
         if name not in MODELS:
             raise pytest.UsageError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
-        models.append((name, int(batch) if batch else MODELS[name][1 if CUDA else 2]))
+        models.append((name, int(batch) if batch else MODELS[name][2 if CUDA else 3]))
     recipes = RECIPES | (LEVERS if metafunc.config.getoption("--levers") else {})
+    if not metafunc.config.getoption("--bf16-residual"):
+        recipes = {name: recipe for name, recipe in recipes.items() if not name.endswith("-compile-bf16-residual")}
     metafunc.parametrize("model", models, ids=lambda model: f"{model[0]}-{model[1]}")
     metafunc.parametrize("competitor", list(recipes))
 
 
 def build(model: tuple[str, int], names: list[str], device: torch.device) -> Contest:
     name, batch = model
-    track = Track(MODELS[name][0], batch, device)
+    track = Track(MODELS[name][1], batch, device)
     steps: dict = {}
     for competitor in names:
         recipe = (RECIPES | LEVERS)[competitor]
@@ -179,8 +187,8 @@ def build(model: tuple[str, int], names: list[str], device: torch.device) -> Con
             steps[competitor] = track.step(recipe)
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
     return Contest(
-        f"training step, {name}, batch {batch}", steps, images=batch, flush=False,
-        resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=4.0 if CUDA else 2.0,
+        f"training step, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,
+        resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
     )  # fmt: skip
 
 

@@ -42,11 +42,14 @@ def gradient(
             gradient, belongs to the job.
     """
 
+    grads: list[Tensor] = []
+
     def results() -> tuple[Tensor, ...]:
         out = function()
-        return out if isinstance(out, tuple) else (out,)
-
-    grads = [torch.ones_like(out) if out.ndim == 0 else torch.randn_like(out) for out in results()]
+        out = out if isinstance(out, tuple) else (out,)
+        if not grads:  # not before: a competitor that is not run is not to be compiled
+            grads.extend(torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o) for o in out)
+        return out
 
     def backward(made: object) -> object:
         found = torch.autograd.grad(made, inputs, grads)

@@ -7,6 +7,7 @@ same parameters, so that a dozen of them fit on one device.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,7 @@ class Levers:
             all patches, gather and cat, and the loss written out.
         masked_only: the last decoder block's queries and MLP and the pixel head for masked patches only.
         blocks: fastmae's fused LayerNorm and GELU ops in the blocks.
+        cast_once: the weights of those blocks are cast to bfloat16 together, not one by one by autocast.
         bf16_residual: the blocks' residual stream in bfloat16.
     """
 
@@ -39,6 +41,7 @@ class Levers:
     ops: bool = False
     masked_only: bool = False
     blocks: bool = False
+    cast_once: bool = False
     bf16_residual: bool = False
 
 
@@ -111,6 +114,10 @@ class LeverModel(MaskedAutoencoder):
         self, images: Tensor, pixels: Tensor, masking: ops.Masking | None = None, mask_ratio: float = 0.75
     ) -> Tensor:
         """The loss, from raw ``images`` and the same normalised, ``pixels``; some levers need a ``masking``."""
+        with self._twin[0].cast_weights(torch.bfloat16) if self.levers.cast_once else nullcontext():
+            return self._forward(images, pixels, masking, mask_ratio)
+
+    def _forward(self, images, pixels, masking, mask_ratio) -> Tensor:
         x, ids_restore, mask = self._embed(images, pixels, masking, mask_ratio)
         x = self.decoder_embed(self.norm(self._run("blocks", x)))
         if self.levers.ops:

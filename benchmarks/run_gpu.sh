@@ -1,10 +1,35 @@
 #!/usr/bin/env bash
 # GPU tests, then benchmarks, on a CUDA machine. Wrong kernels are not worth timing: the benchmarks wait for the tests.
 # PYTHON: the interpreter. OUT: where results go. BUDGET: seconds in all; what it cuts off is the least valuable.
+# ONLY: names from the plan below, to run no others. Needs no network and no git.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python}
 BUDGET=${BUDGET:-470}
+ONLY=${ONLY:-}
+
+# Most valuable first: the whole step, then the ops by their share of it, then whatever else there is. Each line is a
+# name and the arguments of pytest. The seconds are a guess for one H100 and 16 cores, compilation found in the cache:
+# environment 8, tests 100, compilation 90, the plan 265, together 463.
+# A graph of 32 blocks takes the compiler about 50 s, so the residual streams in bf16, compiled, come last (100 s, seldom
+# reached in one go: ONLY=step-large-residual), and ViT-H is not compiled.
+plan=(
+  "step-large          bench_step.py --model large --levers"   # 75
+  "step-base           bench_step.py --model base"             # 40
+  "step-huge           bench_step.py --model huge --no-compile" # 30
+  "attention           bench_attention.py"                     # 25
+  "block               bench_block.py"                         # 20
+  "norm_linear         bench_norm_linear.py"                   # 14
+  "gelu_linear         bench_gelu_linear.py"                   # 12
+  "masked_patch_mse    bench_masked_patch_mse.py"              # 14
+  "restore_tokens      bench_restore_tokens.py"                # 10
+  "gather_patches      bench_gather_patches.py"                # 10
+  "gather_tokens       bench_gather_tokens.py"                 # 8
+  "masking             bench_masking.py"                       # 7
+)
+last=(
+  "step-large-residual bench_step.py --model large --bf16-residual -k compile"
+)
 
 gpu=$("$PYTHON" - <<'PY'
 import re
@@ -21,37 +46,49 @@ if [ -z "$gpu" ]; then
   exit 1
 fi
 
+for file in benchmarks/bench_*.py; do
+  file=$(basename "$file")
+  [[ " ${plan[*]} " == *" $file "* ]] || plan+=("$(basename "${file#bench_}" .py) $file")
+done
+plan+=("${last[@]}")
+
 OUT=${OUT:-benchmarks/results/$gpu}
 mkdir -p "$OUT"
 left() { echo $((BUDGET - SECONDS)); }
+wanted() { [ -z "$ONLY" ] || [[ " $ONLY " == *" $1 "* ]]; }
+# Runs pytest, in a time limit that pytest can end in good order.
+limited() { timeout --signal=INT --kill-after=20 "$1" "$PYTHON" -m pytest "${@:2}"; }
 
 "$PYTHON" -m fastmae env | tee "$OUT/environment.txt"
 
 # Nearly all the time of the tests is compilation, which several processes share out among the cores.
 workers=()
-if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
+if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n 12); fi
 
 echo "== GPU tests"
-if ! timeout --signal=INT --kill-after=20 "$(left)" "$PYTHON" -m pytest tests -m gpu -q ${workers[@]+"${workers[@]}"} --junit-xml="$OUT/tests.xml"; then
+if ! limited "$(left)" tests -m gpu -q ${workers[@]+"${workers[@]}"} --junit-xml="$OUT/tests.xml"; then
   echo "make gpu: the GPU tests did not pass (or none ran, or they took over $BUDGET s): no benchmarks" >&2
   exit 1
 fi
 
-# Most valuable first: the whole step, then the ops by their share of it, then whatever else there is.
-first=(step model attention masked_patch_mse restore_tokens gather_patches gather_tokens masking)
-files=()
-for stem in "${first[@]}"; do [ -f "benchmarks/bench_$stem.py" ] && files+=("benchmarks/bench_$stem.py"); done
-for file in benchmarks/bench_*.py; do
-  [ -f "$file" ] && [[ " ${files[*]-} " != *" $file "* ]] && files+=("$file")
-done
-if [ ${#files[@]} -eq 0 ]; then
-  echo "make gpu: there is no benchmarks/bench_*.py" >&2
-  exit 1
+# torch.compile keeps what it made on disk. Making it in several processes at once, untimed, takes a third of the time.
+# Two of ViT-L at once fit into 80 GB. Whatever fails here is compiled, or fails again, where it is timed.
+warm() { limited 120 "$@" -q --benchmark-disable >/dev/null 2>&1 || true; }
+if [ -z "$ONLY" ] && [ ${#workers[@]} -gt 0 ] && [ "$(left)" -gt 300 ]; then
+  echo "== compilation ($(left) s left)"
+  for one in reference-compile fastmae-compile; do
+    for model in large base; do
+      warm benchmarks/bench_step.py --model "$model" -k "$one"
+    done &
+  done
+  warm benchmarks --ignore benchmarks/bench_step.py -k compile -n 8 &
+  wait
 fi
 
 failed=()
-for file in "${files[@]}"; do
-  name=$(basename "$file" .py)
+for line in "${plan[@]}"; do
+  read -r name file arguments <<<"$line"
+  wanted "$name" || continue
   if [ "$(left)" -lt 15 ]; then
     echo "== $name: left out, $SECONDS of $BUDGET s are gone"
     failed+=("$name")
@@ -59,7 +96,10 @@ for file in "${files[@]}"; do
   fi
   echo "== $name ($(left) s left)"
   rm -f "$OUT/$name.json"
-  timeout --signal=INT --kill-after=20 "$(left)" "$PYTHON" -m pytest "$file" -q --benchmark-json="$OUT/$name.json" || failed+=("$name")
+  # shellcheck disable=SC2086  # the arguments are words
+  limited "$(left)" "benchmarks/$file" -q --benchmark-json="$OUT/$name.json" ${arguments:-} || failed+=("$name")
+  # Single times are large and not worth keeping.
+  if [ -f "$OUT/$name.json" ]; then "$PYTHON" benchmarks/report.py slim "$OUT/$name.json" || failed+=("$name"); fi
 done
 echo "== results in $OUT after $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then
