@@ -13,6 +13,7 @@ from transformers.models.vit_mae import modeling_vit_mae as hugging_face
 from fastmae.interop import vit_mae_layers
 from fastmae.interop.vit_mae_layers import is_untouched
 from fastmae.ops import gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
+from fastmae.ops._check import describe
 
 
 def _masks_some(mask_ratio: float, num_patches: int) -> bool:
@@ -21,10 +22,11 @@ def _masks_some(mask_ratio: float, num_patches: int) -> bool:
 
 def _check_pixels(pixel_values: Tensor, config, image_size: tuple[int, int]) -> None:
     expected = (config.num_channels, *image_size)
-    if not pixel_values.is_floating_point() or pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+    fits = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
+    if not fits or tuple(pixel_values.shape[1:]) != expected:
         raise ValueError(
             f"pixel_values: expected a floating-point tensor of shape (N, {', '.join(map(str, expected))}), "
-            f"got {pixel_values.dtype} {tuple(pixel_values.shape)}"
+            f"got {describe(pixel_values)}"
         )
 
 
