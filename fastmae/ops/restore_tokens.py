@@ -173,8 +173,9 @@ def _backward_mask_token(
 def _backward_mask_token_plain(grad, ids_restore, num_prefix, num_visible, num_tokens, accumulate):
     if num_tokens > 1:
         out = torch.zeros(num_tokens, grad.shape[2], dtype=accumulate, device=grad.device)
-        for row, masked in zip(grad[:, num_prefix:], ids_restore >= num_visible, strict=True):
-            out += torch.where(masked[:, None], row, 0)
+        masked = (ids_restore >= num_visible)[..., None]
+        for rows, chosen in zip(grad[:, num_prefix:].split(16), masked.split(16), strict=True):
+            out += torch.where(chosen, rows, 0).sum(0, dtype=accumulate)
         return out
     sample, patch = (ids_restore >= num_visible).nonzero(as_tuple=True)
     return grad[sample, num_prefix + patch].sum(0, keepdim=True, dtype=accumulate)
