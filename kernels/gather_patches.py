@@ -11,8 +11,8 @@ def gather_patches_fwd_kernel(
     out_ptr,
     images_ptr,
     ids_ptr,
-    scale_ptr,
-    shift_ptr,
+    mean_ptr,
+    std_ptr,
     num_rows,
     K,
     grid_w,
@@ -41,7 +41,7 @@ def gather_patches_fwd_kernel(
     m_row = i_row < num_rows
     i_l = tl.load(ids_ptr + i_row, mask=m_row, other=0).to(tl.int32)
     b_x = load_patches(
-        images_ptr, scale_ptr, shift_ptr, i_row // K, i_l, m_row,
+        images_ptr, mean_ptr, std_ptr, i_row // K, i_l, m_row,
         stride_n, stride_c, stride_h, stride_w, grid_w, C, PH, PW, INNER, BLOCK_P,
     )  # fmt: skip
     q = tl.arange(0, BLOCK_P)

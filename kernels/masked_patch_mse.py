@@ -12,8 +12,8 @@ def masked_patch_mse_fwd_kernel(
     pred_ptr,
     images_ptr,
     ids_ptr,
-    scale_ptr,
-    shift_ptr,
+    mean_ptr,
+    std_ptr,
     num_rows,
     M,
     R,
@@ -51,7 +51,7 @@ def masked_patch_mse_fwd_kernel(
     i_pred = i_l if FULL else i_row % M
     b_pred = _load_pred(pred_ptr, i_n, i_pred, m_row, stride_pn, stride_pl, P, BLOCK_P)
     b_x = load_patches(
-        images_ptr, scale_ptr, shift_ptr, i_n // R, i_l, m_row,
+        images_ptr, mean_ptr, std_ptr, i_n // R, i_l, m_row,
         stride_n, stride_c, stride_h, stride_w, grid_w, C, PH, PW, INNER, BLOCK_P,
     )  # fmt: skip
     b_error = b_pred.to(tl.float32) - _target(b_x.to(tl.float32), eps, P, BLOCK_P, NORM_PIX)
@@ -66,8 +66,8 @@ def masked_patch_mse_bwd_kernel(
     pred_ptr,
     images_ptr,
     ids_ptr,
-    scale_ptr,
-    shift_ptr,
+    mean_ptr,
+    std_ptr,
     num_rows,
     M,
     L,
@@ -117,7 +117,7 @@ def masked_patch_mse_bwd_kernel(
         b_grad = tl.load(grad_ptr + o_grad, mask=m_row, other=0.0)
     b_pred = _load_pred(pred_ptr, i_n, i_pred, m_masked, stride_pn, stride_pl, P, BLOCK_P)
     b_x = load_patches(
-        images_ptr, scale_ptr, shift_ptr, i_n // R, i_l, m_masked,
+        images_ptr, mean_ptr, std_ptr, i_n // R, i_l, m_masked,
         stride_n, stride_c, stride_h, stride_w, grid_w, C, PH, PW, INNER, BLOCK_P,
     )  # fmt: skip
     b_error = b_pred.to(tl.float32) - _target(b_x.to(tl.float32), eps, P, BLOCK_P, NORM_PIX)

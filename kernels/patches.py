@@ -7,8 +7,8 @@ import triton.language as tl
 @triton.jit
 def load_patches(
     images_ptr,
-    scale_ptr,
-    shift_ptr,
+    mean_ptr,
+    std_ptr,
     i_n,
     i_l,
     m_row,
@@ -27,7 +27,7 @@ def load_patches(
 
     Args:
         images_ptr: (N, C, H, W) uint8 or floating, any strides.
-        scale_ptr, shift_ptr: fp32 (P,), or None: bytes become ``x * scale + shift``, or ``x / 255``.
+        mean_ptr, std_ptr: fp32 (C,), or None: bytes become ``(x / 255 - mean) / std``, or ``x / 255``.
         i_n, i_l, m_row: blocks of image index, patch index and mask, (R,).
         INNER: whether a patch's row of PW * C values is contiguous (channels-last memory).
 
@@ -41,13 +41,33 @@ def load_patches(
     b_x = tl.load(images_ptr + (o_patch[:, None] + o_pixel[None, :]), mask=m_patch, other=0)
     if images_ptr.dtype.element_ty == tl.uint8:
         b_x = b_x.to(tl.float32)
-        if scale_ptr is not None:
-            b_scale = tl.load(scale_ptr + q, mask=q < PH * PW * C, other=0.0)
-            b_shift = tl.load(shift_ptr + q, mask=q < PH * PW * C, other=0.0)
+        if mean_ptr is not None:
+            b_scale, b_shift = affine_of_values(mean_ptr, std_ptr, q, C, BLOCK_P)
             b_x = tl.where(m_patch, b_x * b_scale[None, :] + b_shift[None, :], 0.0)
         else:
             b_x = b_x * (1.0 / 255.0)
     return b_x
+
+
+@triton.jit
+def affine_of_values(mean_ptr, std_ptr, q, C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Scale and shift of values ``q`` of a patch, fp32 (BLOCK_P,): ``(x / 255 - mean) / std`` as one multiply-add."""
+    if C <= 8:
+        # The channel, written so that it hangs on a thread's first value and on the place in a run of 16: a run being
+        # in one thread, the compiler sees C different channels in it, not 16 divisions.
+        b_channel = q // 16 * 16 % C + q % 16 % C
+        b_channel = tl.where(b_channel >= C, b_channel - C, b_channel)
+        b_scale = tl.zeros((BLOCK_P,), dtype=tl.float32)
+        b_shift = tl.zeros((BLOCK_P,), dtype=tl.float32)
+        for i_c in tl.static_range(C):
+            scale = tl.div_rn(1.0, tl.load(std_ptr + i_c) * 255.0)
+            shift = tl.load(mean_ptr + i_c) * scale * -255.0
+            b_scale = tl.where(b_channel == i_c, scale, b_scale)
+            b_shift = tl.where(b_channel == i_c, shift, b_shift)
+    else:
+        b_scale = tl.div_rn(1.0, tl.load(std_ptr + q % C) * 255.0)
+        b_shift = tl.load(mean_ptr + q % C) * b_scale * -255.0
+    return b_scale, b_shift
 
 
 @triton.jit

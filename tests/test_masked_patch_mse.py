@@ -237,9 +237,9 @@ def test_gradcheck(full, dtype):
 def test_opcheck(full, dtype):
     case = CASES["five-channels"]
     images, ids = make_images(case, "channels_last", dtype), make_ids(case)
-    scale, shift = patches.affine_tables(images, *make_mean_std(5), case.patch)
+    mean, std = patches.check_statistics(images, *make_mean_std(5))
     pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels)
-    rest = (images, ids, scale, shift, *case.patch, True, 1e-6)
+    rest = (images, ids, mean, std, *case.patch, True, 1e-6)
     torch.library.opcheck(torch.ops.fastmae.masked_patch_mse, (pred.clone().requires_grad_(), *rest))
     torch.library.opcheck(torch.ops.fastmae.masked_patch_mse_backward, (torch.rand(ids.shape), pred, *rest))
 

@@ -51,8 +51,8 @@ def gather_patches(
     if dtype is None:
         dtype = _default_dtype(images)
     check(isinstance(dtype, torch.dtype) and dtype.is_floating_point, "dtype", "a floating point dtype or None", dtype)
-    scale, shift = patches.affine_tables(images, mean, std, patch_size)
-    return _gather_patches(images, ids, scale, shift, *patch_size, dtype)
+    mean, std = patches.check_statistics(images, mean, std)
+    return _gather_patches(images, ids, mean, std, *patch_size, dtype)
 
 
 def _default_dtype(images: Tensor) -> torch.dtype:
@@ -64,28 +64,29 @@ def _default_dtype(images: Tensor) -> torch.dtype:
 
 @torch.library.custom_op("fastmae::gather_patches", mutates_args=())
 def _gather_patches(
-    images: Tensor, ids: Tensor, scale: Tensor | None, shift: Tensor | None, ph: int, pw: int, dtype: torch.dtype
+    images: Tensor, ids: Tensor, mean: Tensor | None, std: Tensor | None, ph: int, pw: int, dtype: torch.dtype
 ) -> Tensor:
     n, c, h, w = images.shape
     (rows, k), pixels = ids.shape, ph * pw * c
     patches.check_id_values("ids", ids, (h // ph) * (w // pw))
     out = torch.empty(rows, k, pixels, dtype=dtype, device=images.device)
     if not takes_triton(images, _kernels) or pixels > patches.MAX_TRITON_PIXELS:
+        affine = patches.affine_plain(mean, std, (ph, pw))
         for part, part_rows in patches.chunks(images, ids, (ph, pw)):
             x = patches.gather_plain(images[part], ids[part_rows], (ph, pw))
-            out[part_rows] = patches.normalise_plain(x, scale, shift)
+            out[part_rows] = patches.normalise_plain(x, *affine)
         return out
     options = patches.launch_options(images, (ph, pw), values=32)
     with torch.cuda.device_of(images):
         # R rows of K ids are, in memory, one row of R * K.
         _kernels.gather_patches_fwd_kernel[(-(-rows * k // options["ROWS"]),)](
-            out, images, ids.contiguous(), scale, shift, rows * k, rows // n * k, w // pw, *images.stride(), **options
+            out, images, ids.contiguous(), mean, std, rows * k, rows // n * k, w // pw, *images.stride(), **options
         )
     return out
 
 
 @_gather_patches.register_fake
-def _(images, ids, scale, shift, ph, pw, dtype):
+def _(images, ids, mean, std, ph, pw, dtype):
     return images.new_empty(ids.shape[0], ids.shape[1], ph * pw * images.shape[1], dtype=dtype)
 
 
@@ -125,7 +126,7 @@ def _memory_format(channels_last: bool) -> torch.memory_format:
 
 
 def _setup_context(ctx, inputs, output):
-    images, ids, _scale, _shift, ctx.ph, ctx.pw, _dtype = inputs
+    images, ids, _mean, _std, ctx.ph, ctx.pw, _dtype = inputs
     ctx.save_for_backward(ids)
     ctx.shape, ctx.dtype = list(images.shape), images.dtype
     ctx.channels_last = images.shape[1] > 1 and patches.is_channels_last(images)

@@ -66,8 +66,8 @@ def masked_patch_mse(
         raise ValueError("norm_pix: expected False for patches of a single value, whose unbiased variance is undefined")
     if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images: expected a tensor that does not require a gradient (targets are data): detach it")
-    scale, shift = patches.affine_tables(images, mean, std, patch_size)
-    loss = _masked_patch_mse(pred, images, ids_mask, scale, shift, *patch_size, norm_pix, float(eps))
+    mean, std = patches.check_statistics(images, mean, std)
+    loss = _masked_patch_mse(pred, images, ids_mask, mean, std, *patch_size, norm_pix, float(eps))
     if reduction == "none":
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
@@ -98,8 +98,8 @@ def _masked_patch_mse(
     pred: Tensor,
     images: Tensor,
     ids_mask: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
     ph: int,
     pw: int,
     norm_pix: bool,
@@ -109,15 +109,16 @@ def _masked_patch_mse(
     patches.check_id_values("ids_mask", ids_mask, (h // ph) * (w // pw))
     loss = torch.empty(n, m, dtype=_compute_dtype(pred), device=pred.device)
     if not _runs_triton(pred, images):
+        affine = patches.affine_plain(mean, std, (ph, pw))
         for part, rows in patches.chunks(images, ids_mask, (ph, pw)):
-            x = _residual_plain(pred[rows], images[part], ids_mask[rows], scale, shift, (ph, pw), norm_pix, eps)
+            x = _residual_plain(pred[rows], images[part], ids_mask[rows], affine, (ph, pw), norm_pix, eps)
             loss[rows] = torch.linalg.vector_norm(x, dim=-1).square_().div_(x.shape[-1])
         return loss
     options = patches.launch_options(images, (ph, pw), values=16)
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
         _kernels.masked_patch_mse_fwd_kernel[(-(-n * m // options["ROWS"]),)](
-            loss, pred, images, ids_mask.contiguous(), scale, shift, n * m, m, n // images.shape[0], w // pw, eps,
+            loss, pred, images, ids_mask.contiguous(), mean, std, n * m, m, n // images.shape[0], w // pw, eps,
             pred.stride(0), pred.stride(1), *images.stride(),
             FULL=pred.shape[1] != m, NORM_PIX=norm_pix, **options,
         )  # fmt: skip
@@ -125,7 +126,7 @@ def _masked_patch_mse(
 
 
 @_masked_patch_mse.register_fake
-def _(pred, images, ids_mask, scale, shift, ph, pw, norm_pix, eps):
+def _(pred, images, ids_mask, mean, std, ph, pw, norm_pix, eps):
     return pred.new_empty(ids_mask.shape, dtype=_compute_dtype(pred))
 
 
@@ -135,8 +136,8 @@ def _masked_patch_mse_backward(
     pred: Tensor,
     images: Tensor,
     ids_mask: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
     ph: int,
     pw: int,
     norm_pix: bool,
@@ -148,9 +149,10 @@ def _masked_patch_mse_backward(
     new = torch.empty if runs_triton or length == m else torch.zeros
     grad_pred = new(n, length, pixels, dtype=pred.dtype, device=pred.device)
     if not runs_triton:
+        affine = patches.affine_plain(mean, std, (ph, pw))
         for part, rows in patches.chunks(images, ids_mask, (ph, pw)):
             ids = ids_mask[rows]
-            x = _residual_plain(pred[rows], images[part], ids, scale, shift, (ph, pw), norm_pix, eps)
+            x = _residual_plain(pred[rows], images[part], ids, affine, (ph, pw), norm_pix, eps)
             x *= grad[rows, :, None] * (-2.0 / pixels)
             if length == m:
                 grad_pred[rows] = x
@@ -162,7 +164,7 @@ def _masked_patch_mse_backward(
     pred = pred if pred.stride(2) == 1 else pred.contiguous()
     with torch.cuda.device_of(pred):
         _kernels.masked_patch_mse_bwd_kernel[(-(-n * length // options["ROWS"]),)](
-            grad_pred, grad, pred, images, ids_mask.contiguous(), scale, shift,
+            grad_pred, grad, pred, images, ids_mask.contiguous(), mean, std,
             n * length, m, length, n // images.shape[0], w // pw, eps,
             *grad.stride(), pred.stride(0), pred.stride(1), *images.stride(),
             FULL=length != m, NORM_PIX=norm_pix, BLOCK_M=max(32, 1024 // options["ROWS"]), **options,
@@ -171,13 +173,13 @@ def _masked_patch_mse_backward(
 
 
 @_masked_patch_mse_backward.register_fake
-def _(grad, pred, images, ids_mask, scale, shift, ph, pw, norm_pix, eps):
+def _(grad, pred, images, ids_mask, mean, std, ph, pw, norm_pix, eps):
     return pred.new_empty(pred.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    pred, images, ids_mask, scale, shift, *ctx.settings = inputs
-    ctx.save_for_backward(pred, images, ids_mask, scale, shift)
+    pred, images, ids_mask, mean, std, *ctx.settings = inputs
+    ctx.save_for_backward(pred, images, ids_mask, mean, std)
 
 
 def _backward(ctx, grad):
@@ -201,15 +203,14 @@ def _residual_plain(
     pred: Tensor,
     images: Tensor,
     ids_mask: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
+    affine: tuple[Tensor, Tensor] | tuple[None, None],
     patch_size: tuple[int, int],
     norm_pix: bool,
     eps: float,
 ) -> Tensor:
     """``target - pred`` of the masked patches, (N * R, M, P), a new tensor; gathers before it computes."""
     target = patches.gather_plain(images, ids_mask, patch_size)
-    target = patches.normalise_plain(target, scale, shift).to(_compute_dtype(pred))
+    target = patches.normalise_plain(target, *affine).to(_compute_dtype(pred))
     if norm_pix:
         target -= target.mean(-1, keepdim=True)
         norm = torch.linalg.vector_norm(target, dim=-1, keepdim=True)

@@ -6,12 +6,10 @@ channel, the channel innermost. Patches of an image are numbered row by row.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastmae.ops._check import check, check_ids, grid_of
 
@@ -38,13 +36,10 @@ def check_id_values(name: str, ids: Tensor, num_patches: int) -> None:
             raise ValueError(f"{name}: expected values in [0, {num_patches}), got values from {low} to {high}")
 
 
-def affine_tables(
-    images: Tensor, mean: Tensor | None, std: Tensor | None, patch_size: tuple[int, int]
-) -> tuple[Tensor | None, Tensor | None]:
-    """``scale`` and ``shift``, fp32 (P,): ``(byte / 255 - mean) / std`` of a patch as one multiply-add.
-
-    None for floating point images, and where mean and std are None.
-    """
+def check_statistics(
+    images: Tensor, mean: Tensor | None, std: Tensor | None
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Mean and std that apply to the images: fp32 (C,), contiguous; None for floating point, and where both are."""
     if mean is None and std is None:
         return None, None
     channels = images.shape[1]
@@ -55,32 +50,7 @@ def affine_tables(
         check(value.device == images.device, name, expected, value)
     if images.dtype != torch.uint8:
         return None, None
-    pixels = patch_size[0] * patch_size[1]
-    if torch.compiler.is_compiling() or mean.is_inference() or std.is_inference() or _is_capturing(mean):
-        return _make_tables(mean, std, pixels)
-    # Statistics are constants: six small launches a call would cost as much as the kernel that reads the tables.
-    stream = torch.cuda.current_stream(mean.device) if mean.is_cuda else None
-    key = (pixels, std.data_ptr(), mean._version, std._version, stream)
-    known = _tables.get(mean)
-    if known is None or known[0] != key or known[1]() is not std:
-        known = _tables[mean] = (key, weakref.ref(std), _make_tables(mean, std, pixels))
-    return known[2]
-
-
-_tables: MutableMapping[Tensor, tuple] = WeakTensorKeyDictionary()
-"""The newest tables of each mean, for as long as that tensor lives."""
-
-
-def _make_tables(mean: Tensor, std: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
-    # As long as a patch, so that kernels read them by wide loads and PyTorch broadcasts over long rows.
-    with torch.no_grad():
-        scale = torch.reciprocal(std * 255.0)
-        return scale.repeat(pixels), (mean * scale * -255.0).repeat(pixels)
-
-
-def _is_capturing(tensor: Tensor) -> bool:
-    """Memory of a graph under capture is the graph's, not ours to keep."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return mean.detach().contiguous(), std.detach().contiguous()
 
 
 def launch_options(images: Tensor, patch_size: tuple[int, int], values: int) -> dict[str, int | bool]:
@@ -151,6 +121,16 @@ def add_rows(matrix: Tensor, index: Tensor, rows: Tensor) -> None:
         matrix.index_put_((index,), rows, accumulate=True)
     else:
         matrix.index_add_(0, index, rows)
+
+
+def affine_plain(
+    mean: Tensor | None, std: Tensor | None, patch_size: tuple[int, int]
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Scale and shift of a patch, fp32 (P,): PyTorch broadcasts best over long rows."""
+    if mean is None:
+        return None, None
+    scale, pixels = torch.reciprocal(std * 255.0), patch_size[0] * patch_size[1]
+    return scale.repeat(pixels), (mean * scale * -255.0).repeat(pixels)
 
 
 def normalise_plain(patches: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
