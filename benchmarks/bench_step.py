@@ -15,11 +15,14 @@ nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient nor
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
-from contest import Contest, Unavailable
+from contest import Contest, Unavailable, later
 from levers import LeverModel, Levers, share_parameters
 
 from fastmae.model import MaskedAutoencoderViT, create_model
@@ -103,11 +106,15 @@ class Track:
 
     def step(self, recipe: Recipe) -> Callable[[], None]:
         """A training step by a recipe."""
+        around = nullcontext
         if recipe.levers is None:
             model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype)
 
             def loss(masking):
                 return model(self.images, masking=masking, full_pred=False).loss
+
+            def around():  # as fastmae's trainer does
+                return model.cast_weights(recipe.dtype)
         else:
             model = LeverModel(self.fast, recipe.levers)
 
@@ -115,11 +122,12 @@ class Track:
                 return model(self.images, self.pixels, masking, MASK_RATIO)
 
         needs_masking = recipe.levers is None or recipe.levers.ops or recipe.levers.masked_only
-        return self.train(loss, needs_masking, recipe, self.optimizers[recipe.fused_adamw])
+        return self.train(loss, needs_masking, recipe, self.optimizers[recipe.fused_adamw], around)
 
     def step_transformers(self) -> Callable[[], None]:
         """A training step of Hugging Face's ViTMAE, with fused AdamW."""
-        transformers = pytest.importorskip("transformers")
+        import transformers
+
         a = self.fast.architecture
         config = transformers.ViTMAEConfig(
             hidden_size=a["embed_dim"], num_hidden_layers=a["depth"], num_attention_heads=a["num_heads"],
@@ -137,7 +145,9 @@ class Track:
         recipe = Recipe(Levers())
         return self.train(lambda _: model(self.pixels).loss, False, recipe, self.optimizer(model, fused=True))
 
-    def train(self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer) -> Callable[[], None]:
+    def train(
+        self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer, around: Callable = nullcontext
+    ) -> Callable[[], None]:
         device, forward = self.device.type, torch.compile(loss, dynamic=False) if recipe.compile else loss
         # A start from 65536, the default, would skip the first steps, and a skipped step is a fast one.
         scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=recipe.dtype == torch.float16)
@@ -149,9 +159,10 @@ class Track:
                 masking = random_masking(
                     self.batch, self.fast.num_patches, MASK_RATIO, seed=0, epoch=self.position, device=self.device
                 )
-            with torch.autocast(device, dtype=recipe.dtype):
-                value = forward(masking)
-            scaler.scale(value).backward()
+            with around():
+                with torch.autocast(device, dtype=recipe.dtype):
+                    value = forward(masking)
+                scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -181,10 +192,12 @@ def build(model: tuple[str, int], names: list[str], device: torch.device) -> Con
         recipe = (RECIPES | LEVERS)[competitor]
         if recipe.dtype == torch.float16 and device.type != "cuda":
             steps[competitor] = Unavailable("fp16 training is for CUDA")
+        elif competitor == "transformers" and find_spec("transformers") is None:
+            steps[competitor] = Unavailable("transformers is not installed")
         elif competitor == "transformers":
-            steps[competitor] = track.step_transformers()
+            steps[competitor] = later(track.step_transformers)
         else:
-            steps[competitor] = track.step(recipe)
+            steps[competitor] = later(partial(track.step, recipe))
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
     return Contest(
         f"training step, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,

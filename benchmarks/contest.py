@@ -61,6 +61,18 @@ def gradient(
     return Prepared(results, backward)
 
 
+def later(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A call whose parts are made when it is first called: those that are not selected cost nothing."""
+    made: list[Callable[[], object]] = []
+
+    def call() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
+
+
 def arm(competitor: Competitor) -> Callable[[], object]:
     """A call to time, all that it needs made."""
     if not isinstance(competitor, Prepared):
