@@ -149,8 +149,10 @@ def test_any_geometry(data):
     grid = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
     case = Case(n, c, (grid[0] * patch[0], grid[1] * patch[1]), patch, data.draw(st.floats(0.05, 0.95)))
     layout, dtype = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from([torch.uint8, torch.float32]))
-    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(c)
-    expected = take(patchify(normalised(images, mean, std, torch.float32), patch), ids)
+    masks = data.draw(st.integers(1, 3))
+    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case._replace(n=n * masks)), make_mean_std(c)
+    repeated = images.repeat_interleave(masks, 0)
+    expected = take(patchify(normalised(repeated, mean, std, torch.float32), patch), ids)
     torch.testing.assert_close(gather_patches(images, ids, patch, mean, std), expected, rtol=1e-5, atol=2e-6)
 
 

@@ -210,10 +210,12 @@ if TRITON:
     from cross_compile import TARGETS, assert_fits, needs_compiler, record_launches
 
     @needs_compiler
-    @pytest.mark.parametrize("target", TARGETS)
     @pytest.mark.parametrize(
-        ("strategy", "grid", "registers"),
-        [("block", (14, 14), 96), ("block", (100, 100), 192), ("grid", (14, 14), 96)],
+        ("target", "strategy", "grid", "registers"),
+        [
+            *((target, strategy, (14, 14), 96) for target in TARGETS for strategy in ("block", "grid")),
+            *((target, "block", (100, 100), 192) for target in ("sm_80", "sm_90", "gfx942")),
+        ],
     )
     def test_cross_compiles(monkeypatch, target, strategy, grid, registers):
         launches = record_launches(monkeypatch, op)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 import torch._dynamo.testing
@@ -18,7 +16,6 @@ from fastmae.ops.masked_patch_mse import masked_patch_mse
 pytestmark = pytest.mark.ops
 
 R = 3
-TRITON = load_kernels("masking") is not None
 LAYOUTS = ("channels_last", "nchw", "cropped")
 SOME = {name: CASES[name] for name in ("p16", "five-channels", "wide-patch")}
 
@@ -126,6 +123,8 @@ def test_model_equals_that_of_repeated_images(device, full_pred, compiled):
     ).to(device)  # fmt: skip
     images = make_images(Case(2, 3, (32, 48), (8, 8), 0.75), "channels_last", torch.uint8).to(device)
     masking = masking_from_noise(torch.rand(2 * R, model.num_patches, device=device), 0.75)
+    if compiled and load_kernels("masking") is not None and is_interpreted():
+        pytest.skip("one compilation is enough")
     forward = torch.compile(model, backend="aot_eager") if compiled else model
     out = forward(images, masking=masking, full_pred=full_pred)
     expected = model(images.repeat_interleave(R, 0), masking=masking, full_pred=full_pred)
@@ -156,29 +155,3 @@ def test_cuda_equals_cpu(dtype, full):
             gradients += torch.autograd.grad((patch * patch.detach()).sum(), x)
         results.append([t.detach().cpu() for t in (patch, loss, *gradients)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-
-
-if TRITON:
-    from cross_compile import TARGETS, assert_fits, needs_compiler, record_launches
-
-    # The package's names of these are the functions.
-    GATHER, MSE = (import_module(f"fastmae.ops.{name}") for name in ("gather_patches", "masked_patch_mse"))
-
-    @needs_compiler
-    @pytest.mark.parametrize("target", TARGETS)
-    def test_cross_compiles(monkeypatch, target):
-        """At the training shape; Triton 3.8 takes 80 registers at most, 3.6 takes 83."""
-        monkeypatch.setattr(torch.version, "hip", "6.4" if target.startswith("gfx") else None)
-        launches = record_launches(monkeypatch, GATHER, MSE)
-        case = Case(2, 3, (224, 224), (16, 16), 0.75)
-        images, ids = make_images(case, "channels_last", torch.uint8), make_ids(repeated(case))
-        affine = make_mean_std(3)
-        pred = torch.zeros(len(ids), ids.shape[1], case.pixels, dtype=torch.bfloat16)
-        gather_patches(images, ids, 16, *affine, torch.bfloat16)
-        masked_patch_mse(pred, images, ids, 16, True, *affine)
-        MSE._masked_patch_mse_backward(torch.ones(ids.shape), pred, images, ids, *affine, 16, 16, True, 1e-6)
-        assert len(launches) == 3
-        for launch in launches:
-            code = launch.compile(target)
-            assert_fits(code, target, max_registers=96)
-            assert max(code.loads) == max(code.stores) == 128 or "mse_fwd" in str(launch.kernel)
