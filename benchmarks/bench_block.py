@@ -13,7 +13,7 @@ import apex_layer_norm
 import plain
 import pytest
 import torch
-from contest import Contest, Unavailable
+from contest import Contest, Unavailable, compiled
 from levers import SDPAttention, with_attention
 from torch import nn
 
@@ -71,11 +71,11 @@ def build(shape: tuple, device: torch.device) -> Contest:
     no_apex, no_xformers = apex_layer_norm.missing(device), without_xformers()
     competitors = {
         "fastmae": passes(fast_blocks("auto")),
-        "fastmae-compile": passes(torch.compile(fast_blocks("auto"))),
+        "fastmae-compile": passes(compiled(fast_blocks("auto"))),
         "fastmae-xformers": Unavailable(no_xformers) if no_xformers else passes(fast_blocks("xformers")),
         "plain": passes(plain_blocks()),
         "sdpa": passes(plain_blocks(SDPAttention)),
-        "sdpa-compile": passes(torch.compile(plain_blocks(SDPAttention))),
+        "sdpa-compile": passes(compiled(plain_blocks(SDPAttention))),
         "apex": Unavailable(no_apex) if no_apex else passes(plain_blocks(SDPAttention, apex_layer_norm.LayerNorm)),
     }
     # Four products of 12 D * D weights in all and two of attention, a multiply and an add each; twice that backward.

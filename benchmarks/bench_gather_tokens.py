@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, gradient
+from contest import Contest, compiled, gradient
 
 from fastmae.ops import gather_tokens
 
@@ -21,11 +21,11 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
     name, n, length, k, dim = shape
     tokens = torch.randn(n, length, dim, device=device, dtype=torch.bfloat16, requires_grad=backward)
     ids = plain.choose(n, length, k, device)
-    compiled = torch.compile(plain.pick, fullgraph=True)
+    compiled_form = compiled(plain.pick)
     competitors = {
         "fastmae": lambda: gather_tokens(tokens, ids),
         "plain": lambda: plain.pick(tokens, ids),
-        "plain-compile": lambda: compiled(tokens, ids),
+        "plain-compile": lambda: compiled_form(tokens, ids),
     }
     if backward:
         competitors = {name: gradient(call, [tokens]) for name, call in competitors.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, gradient
+from contest import Contest, compiled, gradient
 from measure import image_sector_bytes
 
 from fastmae.ops import masked_patch_mse
@@ -44,9 +44,9 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
         "fastmae": (gathered, lambda: masked_patch_mse(gathered, images, ids, p, mean=mean, std=std)),
         "fastmae-full": (full, lambda: masked_patch_mse(full, images, ids, p, mean=mean, std=std)),
         "plain": (full, written_out),
-        "plain-compile": (full, torch.compile(written_out, fullgraph=True)),
+        "plain-compile": (full, compiled(written_out)),
         "plain-gathered": (gathered, written_out_gathered),
-        "plain-gathered-compile": (gathered, torch.compile(written_out_gathered, fullgraph=True)),
+        "plain-gathered-compile": (gathered, compiled(written_out_gathered)),
     }
     # Predictions, and in the backward their gradients; ids; a loss or a gradient a patch.
     others = ids.numel() * (values * (4 if backward else 2) + 8 + 4)

@@ -10,7 +10,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import Contest, Unavailable, gradient
+from contest import Contest, Unavailable, compiled, gradient
 
 from fastmae.ops import norm_linear
 
@@ -48,7 +48,7 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
     calls = {
         "fastmae": lambda: norm_linear(x, branch, branch_bias, norm_weight, norm_bias, weight, bias),
         "plain": written_out,
-        "plain-compile": torch.compile(written_out_with_bias, fullgraph=True),
+        "plain-compile": compiled(written_out_with_bias),
         "apex": Unavailable(reason) if (reason := apex_layer_norm.missing(device)) else with_apex,
     }
     calls = {name: c if isinstance(c, Unavailable) else plain.under_autocast(c, device) for name, c in calls.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, gradient
+from contest import Contest, compiled, gradient
 
 from fastmae.ops import restore_tokens
 
@@ -23,11 +23,11 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
     mask_token = torch.randn(1, 1, dim, device=device, requires_grad=backward)
     pos_embed = torch.randn(1, length + 1, dim, device=device)
     ids_restore = plain.choose(n, length, length, device)[:, torch.randperm(length, device=device)]
-    compiled = torch.compile(plain.restore_tokens, fullgraph=True)
+    compiled_form = compiled(plain.restore_tokens)
     competitors = {
         "fastmae": lambda: restore_tokens(visible, mask_token, ids_restore, pos_embed, num_prefix_tokens=1),
         "plain": lambda: plain.restore_tokens(visible, mask_token, ids_restore, pos_embed),
-        "plain-compile": lambda: compiled(visible, mask_token, ids_restore, pos_embed),
+        "plain-compile": lambda: compiled_form(visible, mask_token, ids_restore, pos_embed),
     }
     if backward:
         competitors = {name: gradient(call, [visible, mask_token]) for name, call in competitors.items()}

@@ -93,6 +93,7 @@ class Track:
         named = isinstance(architecture, str)
         self.fast = create_model(architecture, **options) if named else MaskedAutoencoderViT(**architecture, **options)
         self.fast.to(device).train()
+        torch.backends.cudnn.benchmark = True  # as facebookresearch/mae's training script sets it
         self.batch, self.device, self.position = batch, device, 0
         shape = (batch, *self.fast.img_size, 3)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)

@@ -73,6 +73,11 @@ def later(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
+def compiled(function: Callable) -> Callable:
+    """Compiled for the shapes that it is called with; sizes left open would be a handicap."""
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
 def arm(competitor: Competitor) -> Callable[[], object]:
     """A call to time, all that it needs made."""
     if not isinstance(competitor, Prepared):
