@@ -96,7 +96,7 @@ def mask_token_grad_kernel(
 
 @triton.jit(do_not_specialize=["N", "P", "L", "K"])
 def mask_table_grad_kernel(
-    out_ptr,
+    partial_ptr,
     grad_ptr,
     ids_restore_ptr,
     N,
@@ -106,25 +106,28 @@ def mask_table_grad_kernel(
     stride_n,
     stride_r,
     E: tl.constexpr,
+    CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The sum over the samples, in ascending order, of the gradients where ROWS positions are masked.
+    """The sum over CHUNK samples, in ascending order, of the gradients where ROWS positions are masked.
 
     Args:
-        out_ptr: (L, E), contiguous, float32 or float64.
+        partial_ptr: (number of programs on axis 2, L, E), contiguous, float32 or float64.
         grad_ptr: (N, P + L, E), strides stride_n, stride_r, 1.
         ids_restore_ptr: int64 (N, L), contiguous.
     """
-    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     i_l = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     i_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     m_l, m_e = i_l < L, i_e < E
     o_row = (P + i_l).to(tl.int64)[:, None] * stride_r + i_e[None, :]
     b_sum = tl.zeros((ROWS, BLOCK_E), dtype=ACC)
-    for n in range(N):
+    first = tl.program_id(2) * CHUNK
+    for n in range(first, tl.minimum(first + CHUNK, N)):
         i_n = tl.full((), 0, tl.int64) + n
         i_k = tl.load(ids_restore_ptr + i_n * L + i_l, mask=m_l, other=-1)
         m = (m_l & (i_k >= K))[:, None] & m_e[None, :]
         b_sum += tl.load(grad_ptr + i_n * stride_n + o_row, mask=m, other=0.0).to(ACC)
-    tl.store(out_ptr + i_l.to(tl.int64)[:, None] * E + i_e[None, :], b_sum, mask=m_l[:, None] & m_e[None, :])
+    o_out = (tl.program_id(2).to(tl.int64) * L + i_l)[:, None] * E + i_e[None, :]
+    tl.store(partial_ptr + o_out, b_sum, mask=m_l[:, None] & m_e[None, :])

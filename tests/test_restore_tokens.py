@@ -92,6 +92,11 @@ def test_agrees_everywhere(n, length, share, dim, p, with_pos, table, seed):
     assert_agrees(visible, mask_token, ids_restore, pos_embed if with_pos else None, p)
 
 
+def test_tables_of_more_samples_than_one_partial_sum(device):
+    visible, mask_token, ids_restore, pos_embed, p = make(2 * op._SAMPLES + 3, 5, 2, 8, 1, device=device, table=True)
+    assert_agrees(visible, mask_token, ids_restore, pos_embed, p)
+
+
 def test_nothing_masked(device):
     visible, mask_token, ids_restore, pos_embed, p = make(2, 8, 8, 16, 1, device=device)
     assert_agrees(visible, mask_token, ids_restore, pos_embed, p)

@@ -14,6 +14,10 @@ _kernels = load_kernels("restore_tokens")
 _CHUNK = 128
 """Rows that one partial sum of the mask token's gradient covers; fixed, so that the order of the sum is."""
 
+_SAMPLES = 32
+"""Samples that one partial sum of a table of mask tokens covers. All of them would leave too few programs to hide the
+wait for each row; few would write as many partial sums as there are gradients."""
+
 
 def restore_tokens(
     visible: Tensor,
@@ -153,21 +157,21 @@ def _backward_mask_token(
     grad = with_contiguous_rows(grad)
     tile = tile_of(dim, accumulate.itemsize)
     strides, columns = (grad.stride(0), grad.stride(1)), -(-dim // tile.columns)
-    rows = num_tokens if num_tokens > 1 else -(-n * length // _CHUNK)
-    out = torch.empty(rows, dim, dtype=accumulate, device=grad.device)
+    chunks, rows = (-(-n // _SAMPLES), length) if num_tokens > 1 else (-(-n * length // _CHUNK), 1)
+    out = torch.empty(chunks, rows, dim, dtype=accumulate, device=grad.device)
     options = {"E": dim, "BLOCK_E": tile.columns, "num_warps": 4}
     with torch.cuda.device_of(grad):
         if num_tokens > 1:
-            _kernels.mask_table_grad_kernel[(-(-length // tile.rows), columns)](
+            _kernels.mask_table_grad_kernel[(-(-length // tile.rows), columns, chunks)](
                 out, grad, ids_restore.contiguous(), n, num_prefix, length, num_visible, *strides,
-                ROWS=tile.rows, **options,
+                CHUNK=_SAMPLES, ROWS=tile.rows, **options,
             )  # fmt: skip
-            return out.to(dtype)
-        _kernels.mask_token_grad_kernel[(rows, columns)](
+            return out.sum(0).to(dtype)
+        _kernels.mask_token_grad_kernel[(chunks, columns)](
             out, grad, ids_restore.contiguous(), n * length, num_prefix, length, num_visible, *strides,
             CHUNK=_CHUNK, ROWS=min(tile.rows, _CHUNK), **options,
         )  # fmt: skip
-    return out.sum(0, keepdim=True).to(dtype)
+    return out.sum(0).to(dtype)
 
 
 def _backward_mask_token_plain(grad, ids_restore, num_prefix, num_visible, num_tokens, accumulate):
