@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from contest import Contest, Replay, Results, Unavailable, arm, hold, table
 from measure import Meter
 
+import fastmae
+
 _REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
-_PACKAGES = ("fastmae", "torch", "triton", "transformers", "timm", "xformers", "apex", "pytest-benchmark")
+_PACKAGES = ("torch", "triton", "transformers", "timm", "xformers", "apex", "pytest-benchmark")
 
 
 def pytest_addoption(parser):
@@ -56,18 +58,15 @@ def pytest_terminal_summary(terminalreporter, config):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What a result has to be read with."""
-    device = Path("/proc/cpuinfo")
-    names = (
-        [line for line in device.read_text().splitlines() if line.startswith("model name")] if device.exists() else []
-    )
-    cpu = names[0].split(":", 1)[1].strip() if names else platform.processor()
+    cpu = machine_info["cpu"].get("brand_raw") or platform.machine()
     machine_info["fastmae"] = {
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu,
         "cpu": cpu,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version()} | {p: v for p in _PACKAGES if (v := _version(p))},
+        "versions": {"python": platform.python_version(), "fastmae": fastmae.__version__}
+        | {p: v for p in _PACKAGES if (v := _version(p))},
     }
 
 
@@ -110,6 +109,7 @@ def compete(request, benchmark, meter, _current) -> Callable[..., None]:
         name = item.callspec.params["competitor"]
         if _current.get("case") != case(item):
             _current.clear()
+            gc.collect()
             # What was compiled for other shapes counts against a limit, behind which there is no compilation at all.
             torch.compiler.reset()
             _current.update(case=case(item), contest=build(*args))

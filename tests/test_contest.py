@@ -1,0 +1,136 @@
+"""How benchmarks measure: in turn, failures kept apart, bytes that are those of the ops' budgets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from traffic_cases import OPS, Sizes
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import bench_gather_patches  # noqa: E402
+import bench_gather_tokens  # noqa: E402
+import bench_masked_patch_mse  # noqa: E402
+import bench_masking  # noqa: E402
+import bench_restore_tokens  # noqa: E402
+from contest import Contest, Prepared, Replay, gradient, hold  # noqa: E402
+from measure import Meter, image_sector_bytes  # noqa: E402
+
+CPU = torch.device("cpu")
+# Small enough to build at once, large enough that what is read once a launch (tables, partial sums) hardly counts.
+SIZES = Sizes(N=32, side=64, patch=16, D=128, E=128)
+
+
+class FakeMeter(Meter):
+    """Time as the competitors tell it: each returns the seconds that it took."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+
+    def time(self, call, calls=1, flush=True):
+        return call()
+
+
+def test_competitors_run_in_turn_and_ratios_are_those_within_rounds():
+    called, busy = [], iter([1, 1, 1, 1, 10, 10, 1, 1, 1, 1])
+
+    def competitor(name, seconds):
+        def call():
+            called.append(name)
+            return seconds * next(busy, 1)
+
+        return call
+
+    contest = Contest("x", {"a": competitor("a", 1.0), "b": competitor("b", 2.0)})
+    results = hold(contest, ["a", "b"], FakeMeter(), rounds=3)
+    # Warm-up and a first timing each, then the rounds, each begun by another one.
+    assert "".join(called) == "aabb" + "abbaab"
+    assert results.info["b"]["ratios"]["a"] == 2.0
+    assert sorted(results.times["a"]) == [1.0, 1.0, 10.0]
+
+
+def test_one_that_fails_takes_no_other_with_it():
+    def fails():
+        raise RuntimeError("out of memory")
+
+    results = hold(Contest("x", {"a": lambda: 1.0, "b": fails}), ["a", "b"], FakeMeter(), rounds=2)
+    assert list(results.times) == ["a"]
+    assert str(results.errors["b"]) == "out of memory"
+
+
+def test_what_is_prepared_is_not_timed():
+    meter, events = FakeMeter(), []
+    meter.time = lambda call, calls=1, flush=True: events.append("clock") or call()
+    prepared = Prepared(lambda: events.append("prepare"), lambda made: events.append("call") or 1.0)
+    hold(Contest("x", {"a": prepared}), ["a"], meter, rounds=2)
+    assert events == ["prepare", "call"] + 3 * ["prepare", "clock", "call"]
+
+
+def test_shares_are_those_of_a_copy_and_of_a_product_on_this_device():
+    contest = Contest("x", {"a": lambda: torch.ones(1000).sum()}, useful_bytes=1 << 16, flops=1000)
+    info = hold(contest, ["a"], Meter(CPU), rounds=2).info["a"]
+    assert info["share_of_copy"] == info["share_of_copy_by_sectors"]
+    assert info["share_of_copy"] == pytest.approx(info["gb_per_s"] / info["copy_gb_per_s"])
+    assert info["share_of_matmul"] == pytest.approx(info["tflop_per_s"] / info["matmul_tflop_per_s"])
+
+
+def test_gradient_times_a_backward_with_the_sum_of_a_bias_that_was_added_before():
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(3, requires_grad=True)
+    backward = gradient(lambda: x * w, [x, w], bias_of=x)
+    of_x, of_w, of_bias = backward.call(backward.prepare())
+    torch.testing.assert_close(of_bias, of_x.sum(0))
+    assert of_w.shape == w.shape
+
+
+def test_replay_gives_pytest_benchmark_the_measured_times():
+    replay = Replay()
+    replay.load([0.5, 0.25])
+    readings = [replay() for _ in range(4)]
+    assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.5, 0.25]
+
+
+@pytest.mark.parametrize("layout", ["channels last", "channels first"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_sectors_are_those_that_the_addresses_of_chosen_pixels_fall_into(layout, dtype):
+    n, c, h, w, p = 2, 3, 12, 20, 4
+    shape = (n, h, w, c) if layout == "channels last" else (n, c, h, w)
+    images = torch.zeros(shape, dtype=dtype)
+    images = images.permute(0, 3, 1, 2) if layout == "channels last" else images
+    ids = torch.tensor([[0, 7, 14], [1, 2, 9]])
+    sectors = set()
+    for i in range(n):
+        for patch in ids[i].tolist():
+            top, left = patch // (w // p) * p, patch % (w // p) * p
+            for y in range(top, top + p):
+                for x in range(left, left + p):
+                    for channel in range(c):
+                        place = (i, channel, y, x)
+                        offset = sum(a * b for a, b in zip(place, images.stride(), strict=True))
+                        sectors.add(offset * images.element_size() // 32)
+    assert image_sector_bytes(images, ids, p) == 32 * len(sectors)
+
+
+def cases():
+    s = SIZES
+    return {
+        "random_masking": lambda: bench_masking.build(s.N, s.L, CPU),
+        "gather_patches": lambda: bench_gather_patches.build(("x", s.N, s.side, s.patch), "uint8 NHWC", CPU),
+        "gather_tokens": lambda: bench_gather_tokens.build(("x", s.N, s.L, s.K, s.D), False, CPU),
+        "gather_tokens backward": lambda: bench_gather_tokens.build(("x", s.N, s.L, s.K, s.D), True, CPU),
+        "restore_tokens": lambda: bench_restore_tokens.build(("x", s.N, s.L, s.K, s.E), False, CPU),
+        "restore_tokens backward": lambda: bench_restore_tokens.build(("x", s.N, s.L, s.K, s.E), True, CPU),
+        "masked_patch_mse": lambda: bench_masked_patch_mse.build(("x", s.N, s.side, s.patch), False, CPU),
+        "masked_patch_mse backward": lambda: bench_masked_patch_mse.build(("x", s.N, s.side, s.patch), True, CPU),
+    }
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_useful_bytes_are_the_budget(name):
+    # The gradients of restore_tokens are two launches, each with a budget of its own.
+    parts = [op for key, op in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
+    budget = sum(sum(op.reads(SIZES).values()) + sum(op.writes(SIZES).values()) for op in parts)
+    assert cases()[name]().useful_bytes == pytest.approx(budget, rel=0.03)
