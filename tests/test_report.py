@@ -1,0 +1,144 @@
+"""The pages written from benchmark results: right tables from given numbers, committed pages that are up to date."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import report  # noqa: E402
+import report_figures  # noqa: E402
+import report_pages  # noqa: E402
+
+MACHINE = {
+    "device": "A Card", "cpu": "A Core", "cpu_capability": "AVX512", "threads": 1, "cuda": "13.0",
+    "versions": {"python": "3.12.1", "torch": "2.99.0"},
+}  # fmt: skip
+STEP = {"fastmae": 0.2, "fastmae-compile": 0.1, "facebookresearch-sdpa": 0.3, "reference-compile": 0.09}
+LEVER = "lever: fused AdamW"
+
+
+def entry(group: str, competitor: str, median: float, **extra) -> dict:
+    """As pytest-benchmark writes it."""
+    times = dict.fromkeys(("median", "iqr", "q1", "q3", "min"), median)
+    stats = times | {"rounds": 5, "data": [median] * 5, "mean": median}
+    return {
+        "group": group,
+        "name": f"bench[{competitor}]",
+        "extra_info": {"competitor": competitor} | extra,
+        "stats": stats,
+    }
+
+
+def raw(benchmarks: list[dict], **machine) -> dict:
+    return {
+        "machine_info": {"node": "x", "fastmae": MACHINE | machine}, "datetime": "2026-01-02T03:04:05",
+        "commit_info": {"id": "abcdef0123456789", "dirty": True}, "benchmarks": benchmarks,
+    }  # fmt: skip
+
+
+def step_results() -> list[dict]:
+    # The ratio within rounds, 1.75, is not the ratio of the medians, 1.5.
+    ratios = {"facebookresearch-sdpa": {"ratios": {"fastmae": 1.75, LEVER: 1.2}}}
+    return [
+        entry("training step, ViT-Z/9, batch 3", name, seconds, images_per_s=3 / seconds, **ratios.get(name, {}))
+        for name, seconds in (STEP | {LEVER: 0.26}).items()
+    ]
+
+
+def op_results() -> list[dict]:
+    measured = {
+        "useful_bytes": 1000, "sector_bytes": 2000, "gb_per_s": 12.0, "copy_gb_per_s": 20.0, "share_of_copy": 0.6,
+        "share_of_copy_by_sectors": 0.9, "flops": 500, "tflop_per_s": 0.006, "matmul_tflop_per_s": 60.0,
+        "share_of_matmul": 0.0001,
+    }  # fmt: skip
+    times = {"fastmae": 2e-5, "plain": 5e-5, "plain-compile": 1e-5}
+    return [entry("gather_x, case-1", name, seconds, **measured) for name, seconds in times.items()]
+
+
+def machine(benchmarks: list[dict], **changes) -> report.Machine:
+    return report.Machine("a-card", [report.slim(raw(benchmarks, **changes))])
+
+
+def test_slim_keeps_what_is_shown_and_no_single_times():
+    slimmed = report.slim(raw(op_results()))
+    first = slimmed["benchmarks"][0]
+    assert first["competitor"] == "fastmae"
+    assert first["seconds"]["median"] == 2e-5
+    assert (first["rounds"], first["useful_bytes"], first["share_of_copy"]) == (5, 1000, 0.6)
+    assert "data" not in json.dumps(slimmed)
+    assert (slimmed["machine"], slimmed["date"], slimmed["commit"]) == (MACHINE, "2026-01-02", "abcdef012345-dirty")
+    assert report.slim(slimmed) == slimmed
+
+
+def test_step_table_compares_like_with_like_and_marks_what_is_slower():
+    (entries,) = machine(step_results()).of("training step").values()
+    rows = {line.split("|")[1].strip(): line for line in report.step_table(entries).splitlines()}
+    assert "| 1.75x | `fastmae` |" in rows["`facebookresearch-sdpa`"]
+    assert "| **0.90x (slower)** | `fastmae-compile` |" in rows["`reference-compile`"]
+    assert "| 200 ms | 15.0 | - | - |" in rows["`fastmae`"]
+    assert not any("lever" in row for row in rows)
+
+
+def test_lever_table_has_each_lever_and_all_together():
+    (entries,) = machine(step_results()).of("training step").values()
+    table = report.lever_table(entries)
+    assert "| none | 300 ms | 1.00x |" in table
+    assert "| fused AdamW | 260 ms | 1.20x |" in table
+    assert "| all together (`fastmae`) | 200 ms | 1.75x |" in table
+
+
+def test_op_table():
+    table = report.op_table(machine(op_results()).of("gather_x")).splitlines()
+    assert table[0] == "|  | `fastmae` | GB/s | of a copy: bytes / sectors | `plain` | `plain-compile` |"
+    assert table[2] == "| case-1 | 20 µs | 12 | 0.60 / 0.90 | 50 µs, 2.50x | 10 µs, **0.50x (slower)** |"
+
+
+def test_every_slower_case_is_listed():
+    found = report.losses(machine(step_results() + op_results()))
+    assert [(group.split(",")[0], ours, rival, round(value, 2)) for group, ours, rival, value in found] == [
+        ("training step", "fastmae-compile", "reference-compile", 0.9),
+        ("gather_x", "fastmae", "plain-compile", 0.5),
+    ]
+
+
+def test_groups_without_us_show_the_fastest():
+    results = [entry("attention short", "plain", 2e-3), entry("attention short", "sdpa", 1e-3)]
+    assert "| short | 2 ms | **1 ms** |" in report.op_table(machine(results).of("attention"))
+
+
+@pytest.mark.parametrize(("cuda", "says"), [("13.0", False), (None, True)])
+def test_pages_name_hardware_versions_and_date_and_admit_that_no_gpu_was_used(cuda, says):
+    texts = report_pages.pages([machine(step_results() + op_results(), cuda=cuda)], ROOT)
+    for text in texts.values():
+        assert ("No result from a GPU is committed yet" in text) == says
+        assert "torch 2.99.0" in text
+        assert "2026-01-02" in text
+    assert "| ViT-Z/9, batch 3 | 30.0 (`fastmae-compile`) | 1.75x | **0.90x (slower)** |" in texts["README.md"]
+    assert "the 2 comparisons where fastmae is slower" in texts["README.md"]
+
+
+def test_ratios_never_mix_two_runs():
+    one = report.slim(raw(op_results()))
+    with pytest.raises(ValueError, match="in two files"):
+        report.Machine("a-card", [one, one])
+
+
+def test_figures_are_drawn(tmp_path):
+    report_figures.draw(machine(step_results() + op_results()), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"a-card-step.png", "a-card-ops.png", "a-card-roofline.png"}
+
+
+def test_committed_pages_and_figures_are_those_of_the_committed_results():
+    machines = report.load(report.RESULTS)
+    assert machines
+    for path, text in report_pages.pages(machines, ROOT).items():
+        assert (ROOT / path).read_text() == text, f"{path}: run python benchmarks/report.py write"
+    for one in machines:
+        assert not [name for name in report_pages.figures(one) if not (ROOT / report.FIGURES / name).exists()]
