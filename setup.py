@@ -9,5 +9,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["fastmae", "fastmae.*"], exclude=["fastmae.kernels"]), "fastmae.kernels"],
     package_dir={"fastmae.kernels": "kernels"},
-    package_data={"fastmae": ["py.typed"]},
+    package_data={"fastmae": ["py.typed"], "fastmae.ops": ["attention_choices.json"]},
 )

@@ -1,39 +1,93 @@
-"""Attention at the lengths of a masked autoencoder: each backend, forward and backward."""
+"""Attention at the lengths of a masked autoencoder: each backend, forward and backward, from one packed projection.
+
+``sdpa`` is PyTorch's own choice among its kernels; ``sdpa-flash``, ``sdpa-cudnn`` and ``sdpa-efficient`` are those
+kernels by name. ``choose_attention.py`` makes from the result what ``backend="auto"`` picks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from contest import Contest, Unavailable
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmae.ops import _xformers, attention_qkvpacked
+from fastmae.ops import _attention_triton, _xformers, attention_qkvpacked
+from fastmae.ops._attention_choice import device_key
 
 CUDA = torch.cuda.is_available()
-# (name, N, L, H, Dh): encoder and decoder of ViT-B and ViT-L at 224 pixels, a quarter visible.
-SHAPES = (
-    [("encoder-B", 256, 50, 12, 64), ("encoder-L", 256, 50, 16, 64), ("decoder", 256, 197, 16, 32)]
-    if CUDA
-    else [("encoder-small", 32, 17, 4, 32), ("decoder-small", 32, 65, 2, 32)]
-)
-BACKENDS = ["plain", "sdpa", "xformers"]
+# Encoders keep a quarter of 196 or 256 patches, decoders see all, each with a class token; 80 channels are ViT-H's.
+SHAPES = [(tokens, dim) for tokens in (50, 65, 197, 257) for dim in (32, 64, 80)]
+CASES = [("bfloat16", *shape) for shape in SHAPES]
+# On CUDA full precision is no way to train: only the shapes of ViT-B and ViT-L, to know.
+CASES += [("float32", *shape) for shape in ([(50, 64), (197, 32)] if CUDA else SHAPES)]
+BATCH, HEADS = (128, 16) if CUDA else (8, 12)
+KERNELS = {
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+COMPETITORS = ["sdpa", "plain", "triton", "xformers", *KERNELS]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
-def bench_attention(benchmark, device, synchronized, shape, backend):
-    name, n, length, heads, dim = shape
-    benchmark.group = f"attention {name} forward+backward"
-    qkv = torch.randn(n, length, 3, heads, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-    grad = torch.randn(n, length, heads, dim, device=device, dtype=torch.bfloat16)
-    if backend == "xformers":
-        # Only what is not there is left out: a backend that is there and fails must be seen to fail.
+def missing(name: str, device: torch.device, dtype: torch.dtype, tokens: int, dim: int) -> str | None:
+    """Why a competitor cannot take part; one that can and fails must be seen to fail."""
+    if name == "xformers":
         try:
             _xformers.require(device)
         except ValueError as error:
-            pytest.skip(str(error))
+            return str(error)
+    if name == "triton":
+        return "a kernel for GPUs" if device.type == "cpu" else _attention_triton.unfit(dtype, tokens, dim)
+    if name in KERNELS:
+        if device.type == "cpu":
+            return "a kernel for CUDA"
+        if dtype == torch.float32 and name != "sdpa-efficient":
+            return "does not take float32"
+    return None
 
-    def step():
-        qkv.grad = None
-        attention_qkvpacked(qkv, backend).backward(grad)
 
-    benchmark.extra_info["backend"] = backend
-    benchmark(synchronized(step))
+def named_kernel(kernel: SDPBackend, qkv: Tensor) -> Tensor:
+    with sdpa_kernel(kernel):
+        return attention_qkvpacked(qkv, "sdpa")
+
+
+def build(dtype_name: str, tokens: int, dim: int, device: torch.device) -> Contest:
+    dtype = getattr(torch, dtype_name)
+    qkv = torch.randn(BATCH, tokens, 3, HEADS, dim, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(BATCH, tokens, HEADS, dim, device=device).to(dtype)
+
+    def step(attend: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(attend(qkv), qkv, grad)
+
+    calls = {}
+    for name in COMPETITORS:
+        if reason := missing(name, device, dtype, tokens, dim):
+            calls[name] = Unavailable(reason)
+        elif name in KERNELS:
+            calls[name] = step(lambda x, kernel=KERNELS[name]: named_kernel(kernel, x))
+        else:
+            calls[name] = step(lambda x, name=name: attention_qkvpacked(x, name))
+    heads, row = BATCH * HEADS, tokens * dim
+    return Contest(
+        f"attention, {dtype_name} {tokens} tokens of {dim}",
+        calls,
+        # Forward q, k, v and the output; backward q, k, v, the output's gradient and three gradients.
+        useful_bytes=heads * row * 11 * dtype.itemsize,
+        # Two products forward; backward the scores again, and four.
+        flops=heads * 7 * 2 * tokens * row,
+        dtype=dtype,
+        seconds=0.2 if CUDA else 1.2,
+    )
+
+
+@pytest.mark.parametrize("competitor", COMPETITORS)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
+def bench_attention(compete, benchmark, device, case, competitor):
+    dtype, tokens, head_dim = case
+    benchmark.extra_info.update(
+        dtype=dtype, tokens=tokens, head_dim=head_dim, device_key=device_key(device.type), torch=torch.__version__
+    )
+    compete(build, *case, device)

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 
+def is_installed() -> bool:
+    """Whether the package is there; not whether its operators load."""
+    return find_spec("xformers") is not None
+
+
 def status() -> str:
     """One line: whether xformers can be used here, and if not, why."""
-    if find_spec("xformers") is None:
+    if not is_installed():
         return "not installed (pip install 'fastmae[xformers]')"
     if not torch.cuda.is_available():
         return f"{_version()} installed; it has no operator for the CPU"
@@ -20,7 +25,7 @@ def status() -> str:
 
 def require(device: torch.device) -> None:
     """Raise ``ValueError`` unless xformers can run on this device."""
-    if find_spec("xformers") is None:
+    if not is_installed():
         raise ValueError("backend: 'xformers' was asked for but is not installed (pip install 'fastmae[xformers]')")
     if device.type != "cuda":
         raise ValueError(

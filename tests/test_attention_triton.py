@@ -1,0 +1,240 @@
+"""The Triton backend of attention: values, gradients, layouts, limits, and what the compiler makes of the kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_attention import error, formula
+from torch import Tensor
+
+from fastmae.ops import _attention_triton as op
+from fastmae.ops import _dispatch
+from fastmae.ops.attention import attention, attention_kvpacked, attention_qkvpacked
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.ops
+
+INTERPRETED = _dispatch.is_interpreted()
+needs_a_kernel = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter"
+)
+# Where products are interpreted, few and small; the extra key of 2^k + 1 and the last block's fewer queries included.
+SIZES = [(1, 1, 1, 1, 4), (2, 17, 17, 2, 16), (1, 50, 50, 2, 64), (1, 20, 33, 3, 20), (1, 40, 129, 1, 32)]
+GPU_SIZES = [
+    (8, 50, 50, 12, 64), (8, 65, 65, 16, 80), (8, 197, 197, 16, 32), (8, 147, 197, 16, 32), (4, 257, 257, 16, 32),
+    (4, 192, 257, 16, 32), (3, 129, 129, 2, 64), (2, 128, 128, 3, 48), (2, 65, 65, 2, 128), (5, 100, 7, 3, 8),
+    (1, 1, 1, 1, 16),
+]  # fmt: skip
+
+
+def run(function, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The output, then the inputs' gradients."""
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def assert_as_exact_as_plain(function, inputs: tuple[Tensor, ...], grad: Tensor, expected) -> None:
+    """Errors against double precision at most twice those of the formula in the same dtype."""
+    truth = run(expected, tuple(x.double() for x in inputs), grad)
+    plain = run(expected, inputs, grad)
+    for got, want, formulas in zip(run(function, inputs, grad), truth, plain, strict=True):
+        assert got.dtype == inputs[0].dtype
+        assert got.is_contiguous()
+        # A single key has the weight 1: the gradients of q and k are zero in truth, and rounding in any arithmetic.
+        if want.norm() > 1e-9:
+            assert error(got, want) <= 2 * error(formulas, want) + 1e-6
+        else:
+            assert got.abs().max() < 1e-2
+
+
+def tensors(n, queries, keys, heads, dim, dtype, device) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (n, queries, heads, dim), (n, keys, 2, heads, dim), (n, queries, heads, dim)
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+def formula_kv(q: Tensor, kv: Tensor) -> Tensor:
+    return formula(q, *kv.unbind(2))
+
+
+@needs_a_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees(size, dtype, device):
+    q, kv, grad = tensors(*size, dtype, device)
+    assert_as_exact_as_plain(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad, formula_kv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", GPU_SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_gpu_agrees(size, dtype):
+    if op.unfit(dtype, size[2], size[4]) is not None:
+        pytest.skip("too many keys in this dtype")
+    q, kv, grad = tensors(*size, dtype, "cuda")
+    assert_as_exact_as_plain(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad, formula_kv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("length", "dim"), [(50, 64), (197, 32), (257, 32)])
+def test_gpu_gradients_repeat_bit_by_bit(length, dim):
+    qkv = torch.randn(8, length, 3, 4, dim, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(8, length, 4, dim, device="cuda", dtype=torch.bfloat16)
+    first, *others = (run(lambda x: attention_qkvpacked(x, "triton"), (qkv,), grad) for _ in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_a_kernel
+def test_three_forms_are_one(device):
+    qkv = torch.randn(2, 17, 3, 2, 16, device=device).half()
+    grad = torch.randn(2, 17, 2, 16, device=device).half()
+    out, packed = run(lambda x: attention_qkvpacked(x, "triton"), (qkv,), grad)
+    for function, inputs in (
+        (lambda q, k, v: attention(q, k, v, "triton"), qkv.unbind(2)),
+        (lambda q, kv: attention_kvpacked(q, kv, "triton"), (qkv[:, :, 0], qkv[:, :, 1:])),
+    ):
+        other, dq, *rest = run(function, inputs, grad)
+        assert torch.equal(other, out)
+        assert torch.equal(dq, packed[:, :, 0])
+        assert torch.equal(torch.cat([x.view(2, 17, -1, 2, 16) for x in rest], 2), packed[:, :, 1:])
+
+
+@needs_a_kernel
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+    ],
+    ids=["tokens first", "heads first", "columns first", "expanded"],
+)
+def test_strides(view, device):
+    q, k, v, grad = (view(torch.randn(2, 9, 3, 16, device=device)) for _ in range(4))
+    assert_as_exact_as_plain(lambda *x: attention(*x, "triton"), (q, k, v), grad, formula)
+    strided = attention(q, k, v, "triton")
+    assert torch.equal(strided, attention(*(x.contiguous() for x in (q, k, v)), "triton"))
+
+
+@needs_a_kernel
+def test_gradient_without_strides(device):
+    qkv = torch.randn(2, 6, 3, 2, 16, device=device, requires_grad=True)
+    (got,) = torch.autograd.grad(attention_qkvpacked(qkv, "triton").sum(), qkv)
+    (want,) = torch.autograd.grad(formula(*qkv.unbind(2)).sum(), qkv)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_a_kernel
+def test_large_scores_do_not_overflow(device):
+    q, kv, grad = tensors(1, 5, 20, 1, 16, torch.float32, device)
+    out, dq, dkv = run(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q * 1e3, kv * 1e3), grad)
+    assert out.isfinite().all()
+    assert dq.isfinite().all()
+    assert dkv.isfinite().all()
+
+
+@needs_a_kernel
+def test_opcheck(device):
+    q, kv, _ = tensors(2, 3, 5, 2, 16, torch.float32, device)
+    qkv = torch.randn(2, 5, 3, 2, 16, device=device)
+    for forward, backward, inputs in (
+        (op.triton_attention_qkvpacked, op.triton_attention_qkvpacked_backward, (qkv,)),
+        (op.triton_attention_kvpacked, op.triton_attention_kvpacked_backward, (q, kv)),
+        (op.triton_attention, op.triton_attention_backward, (q, kv[:, :, 0], kv[:, :, 1])),
+    ):
+        torch.library.opcheck(forward, tuple(x.detach().requires_grad_() for x in inputs))
+        out, lse = forward(*inputs)
+        torch.library.opcheck(backward, (torch.randn_like(out), lse, *inputs))
+
+
+@needs_a_kernel
+def test_compiles_to_one_graph(device):
+    compiled = torch.compile(lambda x: attention_qkvpacked(x * 2, "triton"), fullgraph=True, backend="aot_eager")
+    a = torch.randn(2, 5, 3, 2, 16, device=device, requires_grad=True)
+    (got,) = torch.autograd.grad(compiled(a).square().sum(), a)
+    (want,) = torch.autograd.grad(attention_qkvpacked(a * 2, "triton").square().sum(), a)
+    torch.testing.assert_close(got, want)
+
+
+@needs_a_kernel
+def test_empty_batch(device):
+    qkv = torch.randn(0, 5, 3, 2, 16, device=device, requires_grad=True)
+    attention_qkvpacked(qkv, "triton").sum().backward()
+    assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "why"),
+    [
+        ((1, 5, 3, 1, 16), torch.float64, "float64"),
+        ((1, 258, 3, 1, 32), torch.float16, "up to 257 of 32 channels, not 258"),
+        ((1, 130, 3, 1, 64), torch.bfloat16, "up to 129 of 64 channels, not 130"),
+        ((1, 257, 3, 1, 32), torch.float32, "up to 256 of 32 channels, not 257"),
+        ((1, 5, 3, 1, 136), torch.bfloat16, "1 to 128 channels in bfloat16, not 136"),
+        ((1, 5, 3, 1, 80), torch.float32, "1 to 64 channels in float32, not 80"),
+    ],
+)
+def test_what_does_not_fit_is_refused_never_replaced(shape, dtype, why, device):
+    qkv = torch.zeros(shape, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=f"backend: 'triton' .*{why}"):
+        attention_qkvpacked(qkv, "triton")
+    assert attention_qkvpacked(qkv, "auto").shape == (1, shape[1], 1, shape[4])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs on the CPU in this process")
+def test_cpu_tensors_are_refused():
+    with pytest.raises(ValueError, match=r"backend: 'triton' cannot be used here.* cpu tensors"):
+        attention_qkvpacked(torch.zeros(1, 5, 3, 1, 16), "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a fault of the interpreter")
+def test_bfloat16_is_refused_in_the_interpreter():
+    with pytest.raises(ValueError, match="its bfloat16 dot is wrong"):
+        attention_qkvpacked(torch.zeros(1, 5, 3, 1, 16, dtype=torch.bfloat16), "triton")
+
+
+def test_saved_for_the_backward_are_the_inputs_and_one_number_a_query():
+    shapes = []
+    qkv = torch.zeros(2, 5, 3, 2, 16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        op.triton_attention_qkvpacked(qkv)
+    assert sorted(shapes) == [(2, 2, 5), (2, 5, 3, 2, 16)]
+
+
+if op._kernels is not None:
+    from cross_compile import assert_fits, needs_compiler, record_launches
+
+    # (queries, keys, channels): encoder of ViT-B and L, of H, decoder, decoder of H, last block. The tightest first.
+    CODE = [
+        (257, 257, 32, {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}),
+        (147, 197, 32, {"sm_80", "sm_120"}),
+        (197, 197, 32, {"sm_80", "sm_90"}),
+        (65, 65, 80, {"sm_80", "gfx942"}),
+        (50, 50, 64, {"sm_90", "sm_120"}),
+    ]
+
+    @needs_compiler
+    @pytest.mark.parametrize(
+        ("queries", "keys", "dim", "target"), [(*case, target) for *case, on in CODE for target in sorted(on)]
+    )
+    def test_cross_compiles_without_spills(monkeypatch, queries, keys, dim, target):
+        monkeypatch.setattr(op, "_is_rocm", lambda: target == "gfx942")
+        launches = record_launches(monkeypatch, op)
+        # As in the model: 16 heads side by side, all three from one projection, or the queries from their own.
+        q = torch.empty(2, queries, 16, dim, dtype=torch.bfloat16, requires_grad=True)
+        kv = torch.empty(2, keys, 2, 16, dim, dtype=torch.bfloat16, requires_grad=True)
+        qkv = torch.empty(2, keys, 3, 16, dim, dtype=torch.bfloat16, requires_grad=True)
+        out = attention_qkvpacked(qkv, "triton") if queries == keys else attention_kvpacked(q, kv, "triton")
+        out.backward(torch.empty_like(out))
+        forward, backward = launches
+        compiled = backward.compile(target)
+        assert_fits(compiled, target, max_registers=512 if target == "gfx942" else 255)
+        assert compiled.loads[128] >= 4
+        assert compiled.stores[64 if target == "gfx942" else 128] >= 4
+        # LLVM takes half a minute for the forward of 256 keys.
+        if target in ("sm_90", "sm_120"):
+            compiled = forward.compile(target)
+            assert_fits(compiled, target)
+            assert 128 in compiled.loads
+            assert 128 in compiled.stores
