@@ -42,7 +42,7 @@ def load_patches(
     if images_ptr.dtype.element_ty == tl.uint8:
         b_x = b_x.to(tl.float32)
         if mean_ptr is not None:
-            b_scale, b_shift = affine_of_values(mean_ptr, std_ptr, q, C, BLOCK_P)
+            b_scale, b_shift = affine_of_values(mean_ptr, std_ptr, q, C, INNER, BLOCK_P)
             b_x = tl.where(m_patch, b_x * b_scale[None, :] + b_shift[None, :], 0.0)
         else:
             b_x = b_x * (1.0 / 255.0)
@@ -50,13 +50,15 @@ def load_patches(
 
 
 @triton.jit
-def affine_of_values(mean_ptr, std_ptr, q, C: tl.constexpr, BLOCK_P: tl.constexpr):
+def affine_of_values(mean_ptr, std_ptr, q, C: tl.constexpr, INNER: tl.constexpr, BLOCK_P: tl.constexpr):
     """Scale and shift of values ``q`` of a patch, fp32 (BLOCK_P,): ``(x / 255 - mean) / std`` as one multiply-add."""
     if C <= 8:
-        # The channel, written so that it hangs on a thread's first value and on the place in a run of 16: a run being
-        # in one thread, the compiler sees C different channels in it, not 16 divisions.
-        b_channel = q // 16 * 16 % C + q % 16 % C
-        b_channel = tl.where(b_channel >= C, b_channel - C, b_channel)
+        b_channel = q % C
+        if INNER:
+            # Written so that it hangs on a thread's first value and on the place in a run of 16: a run being in one
+            # thread, the compiler sees C different channels in it, not 16 divisions.
+            b_channel = q // 16 * 16 % C + q % 16 % C
+            b_channel = tl.where(b_channel >= C, b_channel - C, b_channel)
         b_scale = tl.zeros((BLOCK_P,), dtype=tl.float32)
         b_shift = tl.zeros((BLOCK_P,), dtype=tl.float32)
         for i_c in tl.static_range(C):
