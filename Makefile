@@ -43,8 +43,8 @@ bench-cpu:
 	$(PYTHON) -m pytest benchmarks --ignore benchmarks/bench_step.py --ignore benchmarks/bench_data.py -q --threads 1 \
 	  --compile --benchmark-json=$(CPU_RESULTS)/ops.json
 	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --compile --bf16-residual \
-	  --model small-32px:128 --rounds 7 --benchmark-json=$(CPU_RESULTS)/step-small.json
-	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --model base:8 --rounds 5 \
+	  --model small-32px:128 --rounds 5 --benchmark-json=$(CPU_RESULTS)/step-small.json
+	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --compile --model base:8 --rounds 5 \
 	  --benchmark-json=$(CPU_RESULTS)/step-base.json
 	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/*.json
 

@@ -10,12 +10,14 @@ ONLY=${ONLY:-}
 
 # Most valuable first: the whole step, then the ops by their share of it, then whatever else there is. Each line is a
 # name and the arguments of pytest. The seconds are a guess for one H100 and 16 cores, compilation found in the cache:
-# environment 8, tests 100, compilation 90, the plan 265, together 463.
+# environment 8, tests 90, compilation 90, the plan 290, together 478: what is cut off, ONLY runs in a second go.
+# The large step: start 15, 16 competitors' models 10, their first steps 10, 5 rounds 20, compilation from the cache 35,
+# memory and launches 10.
 # A graph of 32 blocks takes the compiler about 50 s, so the residual streams in bf16, compiled, come last (100 s, seldom
 # reached in one go: ONLY=step-large-residual), and ViT-H is not compiled.
 plan=(
-  "step-large          bench_step.py --model large --levers"   # 75
-  "step-base           bench_step.py --model base"             # 40
+  "step-large          bench_step.py --model large --levers"   # 100
+  "step-base           bench_step.py --model base"             # 45
   "step-huge           bench_step.py --model huge --no-compile" # 30
   "attention           bench_attention.py"                     # 25
   "block               bench_block.py"                         # 20
