@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastmae import ops
+from fastmae.ops.attention import BACKENDS
+from fastmae.ops.masking import STRATEGIES
 
 ROOT = Path(__file__).parent.parent
 README, OPS = ROOT / "README.md", ROOT / "docs" / "ops.md"
@@ -50,6 +52,7 @@ def test_every_op_is_documented_with_its_signature_and_an_example():
     for name in set(ops.__all__) - {"Masking"}:
         assert f"{name}({', '.join(inspect.signature(getattr(ops, name)).parameters)})" in stated
         assert any(f"ops.{name}(" in example for example in blocks(OPS, "python")), name
+    assert all(f'| `"{name}"` |' in OPS.read_text() for name in (*BACKENDS, *STRATEGIES))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

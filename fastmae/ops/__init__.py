@@ -4,7 +4,7 @@ Every op takes any strides, checks its arguments, runs a Triton kernel on CUDA t
 works under autograd, autocast and ``torch.compile(fullgraph=True)``. Nothing here needs Triton or DALI installed.
 """
 
-from fastmae.ops.attention import attention, attention_qkvpacked
+from fastmae.ops.attention import attention, attention_kvpacked, attention_qkvpacked
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.gather_tokens import gather_tokens
 from fastmae.ops.gelu_linear import gelu_linear
@@ -16,6 +16,7 @@ from fastmae.ops.restore_tokens import restore_tokens
 __all__ = [
     "Masking",
     "attention",
+    "attention_kvpacked",
     "attention_qkvpacked",
     "gather_patches",
     "gather_tokens",
