@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.ops import (
-    attention,
+    attention_kvpacked,
     attention_qkvpacked,
     gather_tokens,
     gelu_linear,
@@ -123,8 +123,7 @@ class Attention(nn.Module):
         casts = (None, None) if self.qkv.weight_cast is None else self.qkv.weight_cast.split([dim, 2 * dim])
         x, kv = stream.norm_linear(norm, key_value, key_value_bias, casts[1])
         x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, query, query_bias, casts[0])
-        k, v = self._heads(kv, 2).unbind(2)
-        return self._project(x, attention(self._heads(q, 1).squeeze(2), k, v, self.backend))
+        return self._project(x, attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend))
 
     def forward_shared(self, x: Tensor, norm: nn.LayerNorm, shared: SharedTokens) -> Stream:
         """What ``forward`` returns for ``x``, which holds ``shared``'s tokens; masked ones computed once a batch."""

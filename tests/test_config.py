@@ -7,12 +7,15 @@ import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 import fastmae.cli as cli_module
 import fastmae.train.config as config_module
-from fastmae.train.config import PretrainConfig, from_json, read_config, to_json
+from fastmae.model import RESIDUAL_DTYPES
+from fastmae.ops.attention import BACKENDS
+from fastmae.train.config import ModelConfig, PretrainConfig, from_json, read_config, to_json
 from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES
@@ -154,3 +157,10 @@ def test_warmup_longer_than_the_run_is_refused():
         ValueError, match=r"--train.warmup-steps: expected a warm-up shorter than the run of 10 steps, got 20"
     ):
         create_schedule(replace(PHOTOGRAPHS.train, steps=10, warmup_steps=20), 100)
+
+
+def test_choices_are_the_models():
+    """Written out for the command line, which must not import PyTorch to print its help."""
+    hints = get_type_hints(ModelConfig)
+    assert set(get_args(hints["attention"])) == set(BACKENDS)
+    assert set(get_args(hints["residual_dtype"])) == set(RESIDUAL_DTYPES)

@@ -43,7 +43,7 @@ class ModelConfig:
     """Decoder blocks."""
     decoder_num_heads: int | None = None
     """Decoder attention heads."""
-    attention: Literal["auto", "plain", "sdpa", "xformers"] = "auto"
+    attention: Literal["auto", "plain", "sdpa", "xformers", "triton"] = "auto"
     """Attention backend. auto picks by shape, precision and device; a named one that is missing is an error."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream under bf16 autocast. float32: as in the paper's code. bfloat16: rounded after every add; less
