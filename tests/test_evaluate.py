@@ -143,6 +143,11 @@ def test_a_model_without_a_decoder_is_refused():
         reconstruct(nn.Linear(2, 2), pictures(), masks())
 
 
+def test_several_masks_an_image_are_refused():
+    with pytest.raises(ValueError, match="masking: expected one mask for each of 3 images, got 6 masks"):
+        reconstruct(tiny(), pictures(), masks(6))
+
+
 def test_bfloat16_runs_under_autocast_and_reports_float32():
     result = reconstruct(tiny(), pictures(), masks(), dtype=torch.bfloat16)
     assert result.reconstruction.dtype == result.mse.dtype == torch.float32

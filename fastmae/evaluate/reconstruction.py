@@ -45,7 +45,7 @@ def reconstruct(
         model: a ``MaskedAutoencoderViT`` with its decoder; its mode is left as it was.
         images: uint8 (N, C, H, W), or floating and already normalised with the model's mean and std; on the model's
             device.
-        masking: of the N images.
+        masking: of the N images, one mask each.
         dtype: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16`` to run the model under autocast.
 
     Raises:
@@ -59,6 +59,8 @@ def reconstruct(
             f"model: expected a masked autoencoder with its decoder (decoder_pred), got {type(model).__name__} without "
             "one; an encoder alone cannot reconstruct pixels, so load a pretraining checkpoint"
         )
+    if len(masking.mask) != len(images):
+        raise ValueError(f"masking: expected one mask for each of {len(images)} images, got {len(masking.mask)} masks")
     was_training = model.training
     model.eval()
     try:
