@@ -130,27 +130,9 @@ def compete(request, benchmark, meter, _current) -> Callable[..., None]:
             request.config.stash[_TABLES].append(table(contest, _current["results"]))
         results: Results = _current["results"]
         if name in results.errors:
-            raise results.errors[name]
+            pytest.fail(results.errors[name], pytrace=False)
         benchmark.extra_info.update(results.info[name])
         _REPLAY.load(results.times[name])
         benchmark.pedantic(lambda: None, rounds=len(results.times[name]))
 
     return run
-
-
-@pytest.fixture
-def synchronized(device) -> Callable[[Callable], Callable]:
-    """Wraps a step so that it returns when the GPU has finished."""
-
-    def wrap(step: Callable) -> Callable:
-        if device.type != "cuda":
-            return step
-
-        def timed():
-            result = step()
-            torch.cuda.synchronize(device)
-            return result
-
-        return timed
-
-    return wrap

@@ -7,6 +7,7 @@ pytest-benchmark gets the measured times through :class:`Replay`, for its statis
 from __future__ import annotations
 
 import statistics
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -122,13 +123,13 @@ class Results:
     """Times of every competitor, round by round, and the errors of those that failed."""
 
     times: dict[str, list[float]]
-    errors: dict[str, Exception]
+    errors: dict[str, str]
     info: dict[str, dict]
 
 
 def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = None) -> Results:
     """Warm up, then run the named competitors round by round, from 5 to 200 rounds unless ``rounds`` is given."""
-    errors: dict[str, Exception] = {}
+    errors: dict[str, str] = {}
     once: dict[str, float] = {}
     for name in names:
         try:
@@ -136,7 +137,8 @@ def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = 
                 arm(contest.competitors[name])()
             once[name] = meter.time(arm(contest.competitors[name]), contest.calls, contest.flush)
         except Exception as error:  # one that fails must not take the others with it; its own test raises this
-            errors[name] = error
+            # As text: the traceback itself would hold on to the memory of what failed.
+            errors[name] = "".join(traceback.format_exception(error))
     names = list(once)
     if rounds is None:
         rounds = int(max(5, min(200, contest.seconds / (sum(once.values()) * contest.calls + 1e-4))))

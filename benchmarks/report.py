@@ -56,18 +56,20 @@ def case_of(group: str) -> str:
 
 
 class Machine:
-    """All results of one folder: by group, in the order of the file, then by competitor."""
+    """All results of one folder: by group, in the order of the files, then by competitor.
 
-    def __init__(self, name: str, results: list[dict]):
-        self.name, self.runs = name, results
-        self.info = results[0]["machine"]
+    A group that two files have stays two groups, the second named after its file: ratios hold within one run only.
+    """
+
+    def __init__(self, name: str, results: dict[str, dict]):
+        self.name, self.runs = name, list(results.values())
+        self.info = self.runs[0]["machine"]
         self.groups: dict[str, dict[str, dict]] = {}
-        for result in results:
-            twice = self.groups.keys() & {entry["group"] for entry in result["benchmarks"]}
-            if twice:
-                raise ValueError(f"{name}: {sorted(twice)} in two files; ratios hold within one run only")
+        for file, result in results.items():
+            before = set(self.groups)
             for entry in result["benchmarks"]:
-                self.groups.setdefault(entry["group"], {})[entry["competitor"]] = entry
+                group = entry["group"] if entry["group"] not in before else f"{entry['group']} ({file})"
+                self.groups.setdefault(group, {})[entry["competitor"]] = entry
 
     @property
     def is_gpu(self) -> bool:
@@ -86,12 +88,11 @@ def load(results: Path) -> list[Machine]:
     """Every folder of results that holds benchmarks, GPUs first."""
     machines = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        files = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        files = [
-            f for f in files if isinstance(f, dict) and f.get("benchmarks") and ("machine" in f or "machine_info" in f)
-        ]
+        files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        # Other JSON lives there too.
+        files = {name: slim(f) for name, f in files.items() if isinstance(f, dict) and f.get("benchmarks")}
         if files:
-            machines.append(Machine(folder.name, [slim(f) for f in files]))
+            machines.append(Machine(folder.name, files))
     return sorted(machines, key=lambda machine: not machine.is_gpu)
 
 

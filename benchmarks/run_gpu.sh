@@ -14,7 +14,7 @@ ONLY=${ONLY:-}
 # The large step: start 15, 16 competitors' models 10, their first steps 10, 5 rounds 20, compilation from the cache 35,
 # memory and launches 10.
 # A graph of 32 blocks takes the compiler about 50 s, so the residual streams in bf16, compiled, come last (100 s, seldom
-# reached in one go: ONLY=step-large-residual), and ViT-H is not compiled.
+# reached in one go: ONLY=step-residual), and ViT-H is not compiled.
 plan=(
   "step-large          bench_step.py --model large --levers"   # 100
   "step-base           bench_step.py --model base"             # 45
@@ -30,7 +30,7 @@ plan=(
   "masking             bench_masking.py"                       # 7
 )
 last=(
-  "step-large-residual bench_step.py --model large --bf16-residual -k compile"
+  "step-residual       bench_step.py --model large --bf16-residual -k compile"
 )
 
 gpu=$("$PYTHON" - <<'PY'

@@ -62,7 +62,7 @@ def op_results() -> list[dict]:
 
 
 def machine(benchmarks: list[dict], **changes) -> report.Machine:
-    return report.Machine("a-card", [report.slim(raw(benchmarks, **changes))])
+    return report.Machine("a-card", {"run": report.slim(raw(benchmarks, **changes))})
 
 
 def test_slim_keeps_what_is_shown_and_no_single_times():
@@ -125,8 +125,9 @@ def test_pages_name_hardware_versions_and_date_and_admit_that_no_gpu_was_used(cu
 
 def test_ratios_never_mix_two_runs():
     one = report.slim(raw(op_results()))
-    with pytest.raises(ValueError, match="in two files"):
-        report.Machine("a-card", [one, one])
+    groups = report.Machine("a-card", {"run": one, "again": one}).groups
+    assert list(groups) == ["gather_x, case-1", "gather_x, case-1 (again)"]
+    assert [len(entries) for entries in groups.values()] == [3, 3]
 
 
 def test_figures_are_drawn(tmp_path):
