@@ -427,8 +427,9 @@ def test_refusals(pair):
         fastmae.accelerate(transformers.ViTMAEForPreTraining(config(image_size=(16, 64))), init=True)
     with torch.device("meta"), pytest.raises(ValueError, match="init: expected a model with memory"):
         fastmae.accelerate(transformers.ViTMAEForPreTraining(config()), init=True)
+    with pytest.raises(ValueError, match="pixel_values"):
+        ours(None)
     for pixels in (
-        None,
         torch.zeros(1, 3, 32, 40),
         torch.zeros(1, 4, 32, 32),
         torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
