@@ -78,6 +78,20 @@ def test_gradients_in_double_precision():
     assert torch.autograd.gradcheck(lambda q, kv: attention(q, *kv.unbind(2), "plain"), (q, kv))
 
 
+@pytest.mark.parametrize(
+    "cache_bytes", [1, 5 * 5 * 4 * 2, 5 * 5 * 4 * 3 * 2, 1 << 30], ids=["head", "heads", "samples", "all"]
+)
+def test_parts_are_pieced_together(cache_bytes, monkeypatch):
+    monkeypatch.setattr(plain_ops, "_CACHE_BYTES", cache_bytes)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    qkv = torch.randn(5, 5, 3, 3, 8, requires_grad=True)
+    out, expected = attention_qkvpacked(qkv, "plain"), formula(*qkv.unbind(2))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(out)
+    (got,), (want,) = torch.autograd.grad(out, qkv, grad), torch.autograd.grad(expected, qkv, grad)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_non_contiguous_input():
     qkv = torch.randn(2, 3, 2, 6, 8).permute(0, 3, 1, 2, 4)
     torch.testing.assert_close(attention_qkvpacked(qkv, "plain"), formula(*qkv.unbind(2)), rtol=1e-5, atol=1e-5)
@@ -92,8 +106,9 @@ def test_opcheck():
         (plain_ops.plain_attention, plain_ops.plain_attention_backward, (q, kv[:, :, 0], kv[:, :, 1])),
     ):
         torch.library.opcheck(forward, inputs)
-        out, *saved = forward(*(x.detach() for x in inputs))
-        torch.library.opcheck(backward, (torch.randn_like(out), *saved))
+        inputs = tuple(x.detach() for x in inputs)
+        out, weights = forward(*inputs)
+        torch.library.opcheck(backward, (torch.randn_like(out), weights, *inputs))
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
