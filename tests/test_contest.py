@@ -134,3 +134,14 @@ def test_useful_bytes_are_the_budget(name):
     parts = [op for key, op in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
     budget = sum(sum(op.reads(SIZES).values()) + sum(op.writes(SIZES).values()) for op in parts)
     assert cases()[name]().useful_bytes == pytest.approx(budget, rel=0.03)
+
+
+@pytest.mark.gpu
+def test_a_meter_on_cuda():
+    device = torch.device("cuda")
+    meter, x = Meter(device), torch.ones(1 << 24, device=device)
+    assert 0 < meter.time(lambda: x + 1) < 1
+    assert meter.peak_memory(lambda: x + 1) == x.nbytes
+    assert meter.copy_seconds(2 * x.nbytes) > 0
+    launches = meter.launches(lambda: x + 1)
+    assert launches is None or launches >= 1
