@@ -126,8 +126,20 @@ def choose_backend(device_type: str, dtype: torch.dtype, num_keys: int, head_dim
     return Choice(DEFAULT, "no measured backend can be used here", row)
 
 
-def explain(choice: Choice) -> str:
-    """The choice with its ratios, for a report."""
-    if choice.row is None:
-        return f"{choice.backend}: {choice.reason}"
-    return f"{choice.backend} ({', '.join(f'{name} {ratio:.2f}' for name, ratio in choice.row.ratios)})"
+def describe_choices(device_type: str) -> list[tuple[str, str]]:
+    """Lines for a report: the pick for each measured shape on the current device of this type, with its ratio."""
+    table, title = table_of(device_type), f"auto, {device_type}"
+    if not table.rows:
+        choice = choose_backend(device_type, torch.bfloat16, 197)
+        return [(title, f"{choice.backend}: {choice.reason}")]
+    lines = [(title, f"by the nearest shape measured on {table.device}; its time over SDPA's in brackets")]
+    for dtype, tokens in dict.fromkeys((row.dtype, row.tokens) for row in table.rows):
+        dims = [row.head_dim for row in table.rows if (row.dtype, row.tokens) == (dtype, tokens)]
+        picks = [choose_backend(device_type, getattr(torch, dtype), tokens, dim) for dim in dims]
+        cells = [f"heads of {dim}: {pick.backend} ({_ratio(pick):.2f})" for dim, pick in zip(dims, picks, strict=True)]
+        lines.append((f"{title}, {dtype}, {tokens} tokens", ", ".join(cells)))
+    return lines
+
+
+def _ratio(choice: Choice) -> float:
+    return dict(choice.row.ratios)[choice.backend] if choice.row else 1.0

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmae.ops import _attention_plain, _attention_triton, _xformers
-from fastmae.ops._attention_choice import choose_backend, explain, table_of
+from fastmae.ops._attention_choice import choose_backend, describe_choices
 from fastmae.ops._check import check
 
 BACKENDS = ("auto", "plain", "sdpa", "triton", "xformers")
@@ -114,18 +114,7 @@ def describe_backends() -> list[tuple[str, str]]:
         ("xformers", _xformers.status()),
     ]
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-        table = table_of(device)
-        if table.rows:
-            rows.append(
-                (
-                    f"auto, {device}",
-                    f"the fastest of the nearest shape measured on {table.device} (time over SDPA's in brackets)",
-                )
-            )
-        cases = [(row.dtype, row.tokens, row.head_dim) for row in table.rows] or [("bfloat16", 197, 32)]
-        for dtype, tokens, head_dim in cases:
-            choice = choose_backend(device, getattr(torch, dtype), tokens, head_dim)
-            rows.append((f"auto, {device}, {dtype}, {tokens} tokens of {head_dim}", explain(choice)))
+        rows += describe_choices(device)
     return rows
 
 
