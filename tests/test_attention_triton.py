@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_attention import error, formula
 from torch import Tensor
 
@@ -63,6 +65,30 @@ def formula_kv(q: Tensor, kv: Tensor) -> Tensor:
 def test_agrees(size, dtype, device):
     q, kv, grad = tensors(*size, dtype, device)
     assert_as_exact_as_plain(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad, formula_kv)
+
+
+@needs_a_kernel
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 2),
+    queries=st.integers(1, 40),
+    keys=st.one_of(st.integers(1, 48), st.sampled_from([64, 65, 66])),
+    heads=st.integers(1, 3),
+    dim=st.integers(1, 48),
+    order=st.permutations([0, 1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_everywhere(n, queries, keys, heads, dim, order, seed):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    back = [order.index(i) for i in range(3)]
+
+    def strided(length: int) -> Tensor:
+        shape = [(n, length, heads)[i] for i in order]
+        return torch.randn(*shape, dim, device=device).permute(*back, 3)
+
+    q, k, v, grad = strided(queries), strided(keys), strided(keys), strided(queries)
+    assert_as_exact_as_plain(lambda *x: attention(*x, "triton"), (q, k, v), grad, formula)
 
 
 @pytest.mark.gpu
@@ -203,21 +229,14 @@ def test_saved_for_the_backward_are_the_inputs_and_one_number_a_query():
 
 
 if op._kernels is not None:
-    from cross_compile import assert_fits, needs_compiler, record_launches
+    from cross_compile import TARGETS, assert_fits, needs_compiler, record_launches
 
-    # (queries, keys, channels): encoder of ViT-B and L, of H, decoder, decoder of H, last block. The tightest first.
-    CODE = [
-        (257, 257, 32, {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}),
-        (147, 197, 32, {"sm_80", "sm_120"}),
-        (197, 197, 32, {"sm_80", "sm_90"}),
-        (65, 65, 80, {"sm_80", "gfx942"}),
-        (50, 50, 64, {"sm_90", "sm_120"}),
-    ]
+    # (queries, keys, channels): encoder of ViT-B and L, of H, decoder, decoder of H, last block.
+    CODE = [(50, 50, 64), (65, 65, 80), (197, 197, 32), (257, 257, 32), (147, 197, 32)]
 
     @needs_compiler
-    @pytest.mark.parametrize(
-        ("queries", "keys", "dim", "target"), [(*case, target) for *case, on in CODE for target in sorted(on)]
-    )
+    @pytest.mark.parametrize("target", TARGETS)
+    @pytest.mark.parametrize(("queries", "keys", "dim"), CODE)
     def test_cross_compiles_without_spills(monkeypatch, queries, keys, dim, target):
         monkeypatch.setattr(op, "_is_rocm", lambda: target == "gfx942")
         launches = record_launches(monkeypatch, op)
@@ -232,9 +251,9 @@ if op._kernels is not None:
         assert_fits(compiled, target, max_registers=512 if target == "gfx942" else 255)
         assert compiled.loads[128] >= 4
         assert compiled.stores[64 if target == "gfx942" else 128] >= 4
-        # LLVM takes half a minute for the forward of 256 keys.
-        if target in ("sm_90", "sm_120"):
+        # LLVM takes half a minute for the forward of 256 keys on AMD.
+        if target != "gfx942" or keys < 128:
             compiled = forward.compile(target)
             assert_fits(compiled, target)
             assert 128 in compiled.loads
-            assert 128 in compiled.stores
+            assert max(compiled.stores) == (64 if target == "gfx942" else 128)
