@@ -1,8 +1,8 @@
 """Attention over short sequences: a head's keys and values stay in one program, the gradient takes a single pass.
 
-Counted for bfloat16 at 3 TB/s and 600 TFLOP/s, a head, forward + backward. 50 tokens of 64: 26 + 45 KB = 23 ns against
+Counted for bfloat16 at 3 TB/s and 600 TFLOP/s, a head, forward + backward. 50 tokens of 64: 26 + 45 KB = 24 ns against
 6 ns of products, so bytes decide; the backward reads q, k, v and the gradient, and neither the output nor a separate
-delta. 197 tokens of 32: 51 + 89 KB = 46 ns against 50 ns of products and 36 ns of exponentials on padded tiles, so the
+delta. 197 tokens of 32: 51 + 89 KB = 47 ns against 45 ns of products and 34 ns of exponentials on padded tiles, so the
 backward takes five products and one exponential where two passes, for dq and for dk and dv, would take seven and two.
 """
 

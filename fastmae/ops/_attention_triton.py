@@ -80,11 +80,14 @@ class Tile(NamedTuple):
 
 
 def forward_tile(num_queries: int, num_keys: int, itemsize: int) -> Tile:
-    """As many queries as the registers have room for scores."""
+    """As many queries as the registers have room for scores, but half as many where most of the last would idle."""
     keys, extra = _key_tile(num_keys, itemsize)
     queries, warps = (128, 8) if keys > 64 else (64, 4)
     if itemsize == 4:
         queries, warps = 16, 8
+    elif -num_queries % queries >= queries // 2:
+        # 65 queries as three blocks of 32, 257 as five of 64.
+        queries //= 2
     if _is_rocm():
         # More would fit, but takes LLVM a minute to compile.
         queries, warps = min(queries, 256 * 32 // keys, 64), 4
