@@ -59,14 +59,14 @@ def pages(machines: list[Machine], root: Path) -> dict[str, str]:
 
 
 def describe(machine: Machine) -> str:
-    """Hardware, versions, date and commit, in a sentence."""
+    """Hardware, versions and date, in a sentence."""
     info, versions = machine.info, dict(machine.info["versions"])
     python = versions.pop("python")
     threads = f"{info['threads']} thread" + ("s" if info["threads"] != 1 else "")
     device = f"{info['device']}, CUDA {info['cuda']}" if machine.is_gpu else f"{info['cpu']} ({info['cpu_capability']})"
-    dates, commits = (sorted({run[key] for run in machine.runs}) for key in ("date", "commit"))
+    dates = sorted({run["date"] for run in machine.runs})
     packages = ", ".join(f"{name} {number}" for name, number in versions.items() if name != "pytest-benchmark")
-    return f"{device}, {threads}; Python {python}, {packages}; {' and '.join(dates)}, at {', '.join(commits)}."
+    return f"{device}, {threads}; Python {python}, {packages}; {' and '.join(dates)}."
 
 
 def _page(machines: list[Machine]) -> str:
@@ -74,7 +74,8 @@ def _page(machines: list[Machine]) -> str:
     if not any(machine.is_gpu for machine in machines):
         parts.append(_NO_GPU)
     for machine in machines:
-        parts += [f"## {machine.info['device']}\n", describe(machine) + "\n"]
+        commits = sorted({run["commit"] for run in machine.runs})
+        parts += [f"## {machine.info['device']}\n", f"{describe(machine)} Commits: {', '.join(commits)}.\n"]
         for kind in machine.kinds():
             groups = machine.of(kind)
             parts.append(f"### {kind[0].upper()}{kind[1:]}\n" if kind == "training step" else f"### `{kind}`\n")
@@ -132,7 +133,8 @@ def _readme_block(machines: list[Machine]) -> str:
         if rows:
             lost, held = len(losses(machine)), sum(len(entries) for entries in machine.groups.values())
             lines += [
-                f"How many times fastmae's time a bf16 training step takes. {describe(machine)}\n",
+                "How many times fastmae's time a training step takes, bf16 unless it says fp16; compiled against compiled. "
+                f"{describe(machine)}\n",
                 rows_to_table(["", "images/s", *rivals], rows),
                 f"\n[All {held} results]({PAGE}), with the {lost} comparisons where fastmae is slower.\n",
             ]
