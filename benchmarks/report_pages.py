@@ -133,8 +133,8 @@ def _readme_block(machines: list[Machine]) -> str:
         if rows:
             lost, held = len(losses(machine)), sum(len(entries) for entries in machine.groups.values())
             lines += [
-                "How many times fastmae's time a training step takes, bf16 unless it says fp16; compiled against compiled. "
-                f"{describe(machine)}\n",
+                "How many times fastmae's time a training step takes, bf16 unless it says fp16; compiled against "
+                f"compiled. {describe(machine)}\n",
                 rows_to_table(["", "images/s", *rivals], rows),
                 f"\n[All {held} results]({PAGE}), with the {lost} comparisons where fastmae is slower.\n",
             ]
