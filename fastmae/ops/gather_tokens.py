@@ -68,11 +68,8 @@ def _gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tenso
     if takes_triton(grad, _kernels):
         return scatter_tokens(grad, ids, 0, num_tokens, grad.dtype)
     n, k, dim = grad.shape
-    # Repeated bfloat16 rows are summed in float32, as on the other path; a copy of the K rows, not of all L.
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    out = torch.zeros(n * num_tokens, dim, dtype=dtype, device=grad.device)
-    out.index_add_(0, flat_rows(ids, num_tokens), grad.reshape(n * k, dim).to(dtype))
-    return out.view(n, num_tokens, dim).to(grad.dtype)
+    rows = sum_rows(grad.reshape(n * k, dim), flat_rows(ids, num_tokens), n * num_tokens)
+    return rows.view(n, num_tokens, dim)
 
 
 @_gather_tokens_backward.register_fake
@@ -143,6 +140,21 @@ def with_contiguous_rows(tokens: Tensor) -> Tensor:
 def flat_rows(ids: Tensor, length: int) -> Tensor:
     """Row numbers of ids (N, K) in the first two dimensions, flattened, of (N, length, D)."""
     return (ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * length).flatten()
+
+
+def sum_rows(rows: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """(num_rows, D): each the sum of ``rows[i]`` over ``index[i]`` equal to it, in at least float32; zero without."""
+    if rows.device.type == "cpu":
+        seen = torch.zeros(num_rows, dtype=torch.bool).index_fill_(0, index, True)
+        if int(seen.sum()) == len(index):  # as in every masking: nothing to sum, so nothing to widen
+            return rows.new_zeros(num_rows, rows.shape[1]).index_copy_(0, index, rows)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    out = torch.zeros(num_rows, rows.shape[1], dtype=wide, device=rows.device)
+    if rows.is_cuda:
+        out.index_put_((index,), rows.to(wide), accumulate=True)  # sorts; index_add_ adds by atomics, in any order
+    else:
+        out.index_add_(0, index, rows.to(wide))
+    return out.to(rows.dtype)
 
 
 def check_values(name: str, ids: Tensor, length: int) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastmae.ops._check import check, check_floating
 from fastmae.ops._dispatch import load_kernels, takes_triton
-from fastmae.ops.gather_tokens import check_values, scatter_tokens, tile_of, with_contiguous_rows
+from fastmae.ops.gather_tokens import check_values, scatter_tokens, sum_rows, tile_of, with_contiguous_rows
 
 _kernels = load_kernels("restore_tokens")
 
@@ -131,13 +131,11 @@ def _backward_visible(
     if takes_triton(grad, _kernels):
         return scatter_tokens(grad, ids_restore, num_prefix, num_visible, dtype)
     n, _, dim = grad.shape
-    accumulate = torch.promote_types(dtype, torch.float32)
-    out = torch.zeros(n, num_prefix + num_visible, dim, dtype=accumulate, device=grad.device)
-    out[:, :num_prefix] = grad[:, :num_prefix]
     sample, patch = (ids_restore < num_visible).nonzero(as_tuple=True)
-    row = sample * (num_prefix + num_visible) + num_prefix + ids_restore[sample, patch]
-    out.view(-1, dim).index_add_(0, row, grad[sample, num_prefix + patch].to(out.dtype))
-    return out.to(dtype)
+    rows = sum_rows(
+        grad[sample, num_prefix + patch], sample * num_visible + ids_restore[sample, patch], n * num_visible
+    )
+    return torch.cat([grad[:, :num_prefix], rows.view(n, num_visible, dim)], dim=1).to(dtype)
 
 
 @_backward_visible.register_fake
