@@ -8,18 +8,19 @@ PYTHON=${PYTHON:-python}
 BUDGET=${BUDGET:-470}
 ONLY=${ONLY:-}
 
-# Most valuable first: the whole step, then the ops by their share of it, then whatever else there is. Each line is a
-# name and the arguments of pytest. The seconds are a guess for one H100 and 16 cores, compilation found in the cache:
-# environment 8, tests 90, compilation 90, the plan 290, together 478: what is cut off, ONLY runs in a second go.
+# Attention goes first, since "auto" picks by what it finds. Then the most valuable: the whole step, the ops by their
+# share of it, whatever else there is. Each line is a name and the arguments of pytest. The seconds are a guess for one
+# H100 and 16 cores, compilation found in the cache: environment 8, tests 90, attention 40, compilation 90, the plan 265,
+# together 493: what is cut off, ONLY runs in a second go.
 # The large step: start 15, 16 competitors' models 10, their first steps 10, 5 rounds 20, compilation from the cache 35,
 # memory and launches 10.
 # A graph of 32 blocks takes the compiler about 50 s, so the residual streams in bf16, compiled, come last (100 s, seldom
 # reached in one go: ONLY=step-residual), and ViT-H is not compiled.
+first="attention      bench_attention.py"
 plan=(
   "step-large          bench_step.py --model large --levers"   # 100
   "step-base           bench_step.py --model base"             # 45
   "step-huge           bench_step.py --model huge --no-compile" # 30
-  "attention           bench_attention.py"                     # 25
   "block               bench_block.py"                         # 20
   "norm_linear         bench_norm_linear.py"                   # 14
   "gelu_linear         bench_gelu_linear.py"                   # 12
@@ -50,7 +51,7 @@ fi
 
 for file in benchmarks/bench_*.py; do
   file=$(basename "$file")
-  [[ " ${plan[*]} " == *" $file "* ]] || plan+=("$(basename "${file#bench_}" .py) $file")
+  [[ " $first ${plan[*]} " == *" $file "* ]] || plan+=("$(basename "${file#bench_}" .py) $file")
 done
 plan+=("${last[@]}")
 
@@ -73,6 +74,35 @@ if ! limited "$(left)" tests -m gpu -q ${workers[@]+"${workers[@]}"} --junit-xml
   exit 1
 fi
 
+failed=()
+# Runs one line of the plan.
+measure() {
+  local name file arguments
+  read -r name file arguments <<<"$1"
+  wanted "$name" || return 0
+  if [ "$(left)" -lt 15 ]; then
+    echo "== $name: left out, $SECONDS of $BUDGET s are gone"
+    failed+=("$name")
+    return 0
+  fi
+  echo "== $name ($(left) s left)"
+  rm -f "$OUT/$name.json"
+  # shellcheck disable=SC2086  # the arguments are words
+  limited "$(left)" "benchmarks/$file" -q --benchmark-json="$OUT/$name.json" ${arguments:-} || failed+=("$name")
+  # Single times are large and not worth keeping.
+  if [ -f "$OUT/$name.json" ]; then "$PYTHON" benchmarks/report.py slim "$OUT/$name.json" || failed+=("$name"); fi
+}
+
+measure "$first"
+if [ -f "$OUT/attention.json" ]; then
+  # What was committed for other devices stays in the table; what was just measured is used by all that follows.
+  tables=("$OUT/attention.json")
+  for file in benchmarks/results/*/attention.json; do
+    [ -f "$file" ] && [ ! "$file" -ef "$OUT/attention.json" ] && tables+=("$file")
+  done
+  "$PYTHON" benchmarks/choose_attention.py "${tables[@]}" || failed+=(choose_attention)
+fi
+
 # torch.compile keeps what it made on disk. Making it in several processes at once, untimed, takes a third of the time.
 # Two of ViT-L at once fit into 80 GB. Whatever fails here is compiled, or fails again, where it is timed.
 warm() { limited 120 "$@" -q --benchmark-disable >/dev/null 2>&1 || true; }
@@ -87,22 +117,7 @@ if [ -z "$ONLY" ] && [ ${#workers[@]} -gt 0 ] && [ "$(left)" -gt 300 ]; then
   wait
 fi
 
-failed=()
-for line in "${plan[@]}"; do
-  read -r name file arguments <<<"$line"
-  wanted "$name" || continue
-  if [ "$(left)" -lt 15 ]; then
-    echo "== $name: left out, $SECONDS of $BUDGET s are gone"
-    failed+=("$name")
-    continue
-  fi
-  echo "== $name ($(left) s left)"
-  rm -f "$OUT/$name.json"
-  # shellcheck disable=SC2086  # the arguments are words
-  limited "$(left)" "benchmarks/$file" -q --benchmark-json="$OUT/$name.json" ${arguments:-} || failed+=("$name")
-  # Single times are large and not worth keeping.
-  if [ -f "$OUT/$name.json" ]; then "$PYTHON" benchmarks/report.py slim "$OUT/$name.json" || failed+=("$name"); fi
-done
+for line in "${plan[@]}"; do measure "$line"; done
 echo "== results in $OUT after $SECONDS s"
 if [ ${#failed[@]} -gt 0 ]; then
   echo "make gpu: not complete: ${failed[*]}" >&2
