@@ -9,6 +9,8 @@ nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient nor
                          as its training script
 ``reference-compile``    ``-sdpa`` with torch.compile and fused AdamW: the baseline to beat
 ``*-bf16-residual``      the blocks' residual stream in bfloat16, another computation (compiled: --bf16-residual)
+``*-xformers``, ``*-apex-adam``  fastmae with xformers' attention, with apex's FusedAdam, where they are installed
+``transformers-fastmae`` Hugging Face's model after ``fastmae.accelerate``
 ``lever: ...``           one change to ``facebookresearch-sdpa`` (with --levers)
 """
 
@@ -25,8 +27,9 @@ import torch
 from contest import Contest, Unavailable, later
 from levers import LeverModel, Levers, share_parameters
 
+import fastmae
 from fastmae.model import MaskedAutoencoderViT, create_model
-from fastmae.ops import random_masking
+from fastmae.ops import attention, random_masking
 from fastmae.train.optim import parameter_groups
 
 CUDA = torch.cuda.is_available()
@@ -56,7 +59,9 @@ class Recipe:
 
     levers: Levers | None = None
     residual_dtype: str = "float32"
+    attention: str = "auto"
     fused_adamw: bool = True
+    apex_adam: bool = False
     compile: bool = False
     dtype: torch.dtype = torch.bfloat16
 
@@ -70,6 +75,9 @@ RECIPES = {
     "transformers": Recipe(Levers()),
     "fastmae": Recipe(),
     "fastmae-compile": Recipe(compile=True),
+    "transformers-fastmae": Recipe(Levers()),
+    "fastmae-xformers": Recipe(attention="xformers"),
+    "fastmae-apex-adam": Recipe(apex_adam=True),
     "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
     "fastmae-compile-bf16-residual": Recipe(residual_dtype="bfloat16", compile=True),
 }
@@ -109,7 +117,7 @@ class Track:
         """A training step by a recipe."""
         around = nullcontext
         if recipe.levers is None:
-            model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype)
+            model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype, attention=recipe.attention)
 
             def loss(masking):
                 return model(self.images, masking=masking, full_pred=False).loss
@@ -123,9 +131,15 @@ class Track:
                 return model(self.images, self.pixels, masking, MASK_RATIO)
 
         needs_masking = recipe.levers is None or recipe.levers.ops or recipe.levers.masked_only
-        return self.train(loss, needs_masking, recipe, self.optimizers[recipe.fused_adamw], around)
+        optimizer = self.apex_adam() if recipe.apex_adam else self.optimizers[recipe.fused_adamw]
+        return self.train(loss, needs_masking, recipe, optimizer, around)
 
-    def step_transformers(self) -> Callable[[], None]:
+    def apex_adam(self):
+        from apex.optimizers import FusedAdam
+
+        return FusedAdam(parameter_groups(self.fast, weight_decay=0.05), lr=1e-5, betas=(0.9, 0.95), adam_w_mode=True)
+
+    def step_transformers(self, accelerated: bool) -> Callable[[], None]:
         """A training step of Hugging Face's ViTMAE, with fused AdamW."""
         import transformers
 
@@ -143,6 +157,8 @@ class Track:
             for parameter in model.parameters():
                 if parameter.ndim == 3:  # position tables and tokens, which are zero in a model built from a config
                     torch.nn.init.normal_(parameter, std=0.02)
+        if accelerated:
+            fastmae.accelerate(model, full_logits=False)
         recipe = Recipe(Levers())
         return self.train(lambda _: model(self.pixels).loss, False, recipe, self.optimizer(model, fused=True))
 
@@ -185,18 +201,40 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize("competitor", list(recipes))
 
 
+def missing(competitor: str, recipe: Recipe, device: torch.device) -> str | None:
+    """Why a competitor cannot run here, or None."""
+    if recipe.dtype == torch.float16 and device.type != "cuda":
+        return "fp16 training is for CUDA"
+    if competitor.startswith("transformers") and find_spec("transformers") is None:
+        return "transformers is not installed"
+    if recipe.attention != "auto":
+        q = torch.zeros(1, 16, 1, 32, device=device, dtype=recipe.dtype)
+        try:
+            attention(q, q, q, recipe.attention)
+        except ValueError as error:
+            return str(error)
+    if recipe.apex_adam:
+        if device.type != "cuda":
+            return "apex's FusedAdam is for CUDA"
+        try:
+            import amp_C  # noqa: F401
+            from apex.optimizers import FusedAdam  # noqa: F401
+        except Exception as error:  # an unrelated package, or extensions that were built for another torch
+            return f"NVIDIA's apex does not load: {error}"
+    return None
+
+
 def build(model: tuple[str, int], names: list[str], device: torch.device) -> Contest:
     name, batch = model
     track = Track(MODELS[name][1], batch, device)
     steps: dict = {}
     for competitor in names:
         recipe = (RECIPES | LEVERS)[competitor]
-        if recipe.dtype == torch.float16 and device.type != "cuda":
-            steps[competitor] = Unavailable("fp16 training is for CUDA")
-        elif competitor == "transformers" and find_spec("transformers") is None:
-            steps[competitor] = Unavailable("transformers is not installed")
-        elif competitor == "transformers":
-            steps[competitor] = later(track.step_transformers)
+        reason = missing(competitor, recipe, device)
+        if reason:
+            steps[competitor] = Unavailable(reason)
+        elif competitor.startswith("transformers"):
+            steps[competitor] = later(partial(track.step_transformers, competitor == "transformers-fastmae"))
         else:
             steps[competitor] = later(partial(track.step, recipe))
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
