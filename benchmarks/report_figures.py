@@ -32,7 +32,7 @@ def draw(machine: Machine, folder: Path) -> None:
 
 
 def _colour(name: str) -> str:
-    if name.startswith("fastmae"):
+    if "fastmae" in name:
         return OURS
     return COMPILED if "compile" in name else RIVAL
 
