@@ -70,7 +70,8 @@ def scatter_tokens_kernel(
 
     b_next, b_copies = _first_source(ids_ptr + i_n * K, i_r - P, K, ROWS, BLOCK_K)
     b_source = tl.where(i_r < P, i_r, P + b_next)
-    b_copies = tl.where(i_r < P, 1, b_copies)
+    # Rows beyond the last may be ids too, of tokens that add nowhere.
+    b_copies = tl.where(i_r < P, 1, tl.where(i_r < P + L, b_copies, 0))
     b_x = tl.zeros((ROWS, BLOCK_D), dtype=ACC)
     num_passes = tl.max(b_copies)
     for i_pass in range(num_passes):
