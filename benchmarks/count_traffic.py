@@ -20,12 +20,15 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from traffic import SECTOR, Moved, counted_traffic  # noqa: E402
-from traffic_cases import OPS, VIT_B, VIT_H, VIT_L, Op, Sizes, gradient_of  # noqa: E402
+from traffic_cases import OPS, Op  # noqa: E402
 from traffic_compiled import compiled_traffic  # noqa: E402
 from traffic_eager import EagerTraffic  # noqa: E402
+from traffic_inputs import VIT_B, VIT_H, VIT_L, Sizes, gradient_of  # noqa: E402
 
 RESULT, PAGE = ROOT / "benchmarks/results/counted/traffic.json", ROOT / "docs/traffic.md"
 MODELS = {"ViT-B/16": VIT_B, "ViT-L/16": VIT_L, "ViT-H/14": VIT_H}
+# What hangs on the encoder's width: the rest of ViT-L is that of ViT-B.
+ENCODER = ("gather_tokens", "norm_linear", "gelu_linear")
 # An image's share is the difference between these two batches: what is read once a launch drops out.
 SMALL, LARGE = 2, 4
 
@@ -43,8 +46,7 @@ def count_ours(op: Op, sizes: Sizes) -> dict[str, int]:
         "from cache": sum(m.accessed - m.unique for name, m in moved if name in op.tables),
         "sector bytes": SECTOR * total.sectors,
         "kernels": len(traffic.launches),
-        "operators around": around.launches,
-        "bytes around": around.bytes,
+        "operators around": around.launches - sum(around.launches_by_op[name] for name in PRODUCTS),
     }
 
 
@@ -64,6 +66,7 @@ def count_compiled(op: Op, sizes: Sizes) -> dict[str, int]:
     return {"bytes": scheduled.bytes, "launches": scheduled.launches}
 
 
+PRODUCTS = ("aten.mm.default", "aten.addmm.default")
 COUNTERS = {"fastmae": count_ours, "eager": count_eager, "compiled": count_compiled}
 
 
@@ -85,8 +88,7 @@ def count(name: str, sizes: Sizes, who: str) -> dict[str, float]:
 def count_all() -> dict:
     results = {}
     for model, sizes in MODELS.items():
-        # What does not hang on the encoder's width is the same for both.
-        names = [n for n in OPS if model != "ViT-L/16" or "gather_tokens" in n]
+        names = [n for n in OPS if model != "ViT-L/16" or n.split()[0] in ENCODER]
         results[model] = {name: {who: count(name, sizes, who) for who in COUNTERS} for name in names}
         print(f"{model}: {len(names)} ops counted", file=sys.stderr)
     return {"torch": torch.__version__.split("+")[0], "models": results}
@@ -120,19 +122,21 @@ pixels, three quarters of the patches masked, uint8 images channels last, bf16 a
 
 ViT-L/16 is listed where it differs from ViT-B/16.
 
+Of `norm_linear` and `gelu_linear` everything but the matrix products is counted, on all sides: eager and compiled are
+the add, the norm or the activation alone, and in their backward the bias's gradient too.
+
 - **budget**: the bytes that the op's definition makes it move, a formula of the sizes (`tests/traffic_cases.py`).
 - **fastmae**: what the kernels really loaded and stored, seen access by access in Triton's interpreter. Something read
-  twice counts twice, except small tables that many programs share (indices, per-pixel scale and shift, the mask token,
+  twice counts twice, except small tables that many programs share (indices, mean and std, the mask token,
   positions): these count once a launch, since a cache serves the rest. What is read once a launch, whatever the batch
   size, is no image's share and is left out (at most the position table, {_positions(results):,.0f} kB).
 - **in sectors**: distinct 32-byte sectors, what DRAM can deliver no less than. A patch's row of 48 bytes touches two.
-- **launches**: our kernels, then the operators on small tensors around them (scale and shift from mean and standard
-  deviation, the final sum of partial sums), which `torch.compile` fuses or hoists.
+- **launches**: our kernels, then the operators on small tensors around them, such as the last sum of partial sums.
 - **eager**: the same result written in plain PyTorch as facebookresearch/mae does, every operator charged its inputs
   and outputs; views are free, and gathering is charged what it picks. A lower bound.
 - **torch.compile**: the same function scheduled by Inductor (torch {results["torch"]}) with its rules for Triton, on
-  the CPU and without running it; its own count of the buffers that each kernel touches. A lower bound too: rows that do not
-  fit a block are read once a pass, and a sum over everything takes a second launch on a GPU.
+  the CPU and without running it; its own count of the buffers that each kernel touches. A lower bound too: rows that do
+  not fit a block are read once a pass, and a sum over everything takes a second launch on a GPU.
 """
 
 

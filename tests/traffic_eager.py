@@ -8,12 +8,13 @@ what they pick, not what they pick from; broadcast (stride 0) dimensions count o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 _aten = torch.ops.aten
 _FREE = {
@@ -35,35 +36,54 @@ _PLACING = {
 }  # fmt: skip
 
 
+_PRODUCTS = {_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm}
+
+
+def is_ours(func: torch._ops.OpOverload) -> bool:
+    return func.namespace == "fastmae"
+
+
 class EagerTraffic(TorchDispatchMode):
     """Counts bytes and launches of the operators that run inside.
 
     Args:
-        formulas: by operator, a function of its arguments and result that gives the bytes, for operators whose inputs
-            are not all read; the operators inside such a one are not counted.
-        within: name spaces whose operators are looked into: what they call is counted in their stead.
+        formulas: by operator, a function of it, its arguments and its result that gives the bytes, for those whose
+            inputs are not all read; the operators inside such a one are not counted.
+        opens: whether to look into an operator: what it calls is counted in its stead. By default into all of ours.
+
+    Attributes:
+        bytes, launches: in all. by_op, launches_by_op: by operator.
+        flops: of matrix products (``mm``, ``addmm``, ``bmm``, ``baddbmm``), two for a multiply-add.
     """
 
-    def __init__(self, formulas: dict | None = None, within: Iterable[str] = ("fastmae",)):
+    def __init__(self, formulas: dict | None = None, opens: Callable[[torch._ops.OpOverload], bool] = is_ours):
         super().__init__()
-        self.formulas, self.within = formulas or {}, set(within)
-        self.bytes, self.launches = 0, 0
+        self.formulas, self.opens = formulas or {}, opens
+        self.bytes, self.launches, self.flops = 0, 0, 0
         self.by_op: Counter[str] = Counter()
         self.launches_by_op: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         formula: Callable | None = self.formulas.get(func)
-        if formula is None and func.namespace in self.within:
+        if formula is None and self.opens(func):
             key = torch._C.DispatchKey.CompositeExplicitAutograd
             key = key if func.has_kernel_for_dispatch_key(key) else torch._C.DispatchKey.CPU
             with self:
                 return func._op_dk(key, *args, **kwargs)
+        if formula is None and func.namespace == "aten" and _is_composite(func):
+            # Arrives whole where autograd is off, as inside our ops.
+            with self:
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         if formula is not None:
-            self._count(func, formula(args, kwargs, out))
-        elif not (func.is_view or func.overloadpacket in _FREE or _aliases(func, args, out)):
+            self._count(func, formula(func, args, kwargs, out))
+        elif not (
+            func.namespace == "prim" or func.is_view or func.overloadpacket in _FREE or _aliases(func, args, out)
+        ):
             self._count(func, _moved(func, args, kwargs, out))
+        if func.overloadpacket in _PRODUCTS:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         return out
 
     def _count(self, func, moved: int) -> None:
@@ -71,6 +91,10 @@ class EagerTraffic(TorchDispatchMode):
         self.launches += 1
         self.by_op[str(func)] += moved
         self.launches_by_op[str(func)] += 1
+
+
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def _aliases(func, args, out) -> bool:
