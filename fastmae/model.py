@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmae.facebook import FacebookMethods
 from fastmae.layers import (
     Block,
     Linear,
@@ -30,29 +31,10 @@ from fastmae.layers import (
 )
 from fastmae.ops import Masking, gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
 from fastmae.ops._check import as_pair, check, grid_of
-from fastmae.ops._linear import linear
 from fastmae.ops.attention import BACKENDS
+from fastmae.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIDUAL_DTYPES = ("float32", "bfloat16")
-
-# Encoders of the paper (section 4; ViT, table 1) and its default decoder (section 4.1). The paper has no tiny and no
-# small model: their encoders are DeiT's, their decoders keep the paper's head width of 32.
-_PAPER_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
-PRESETS: dict[str, dict[str, Any]] = {
-    "mae_vit_tiny_patch16": {
-        "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3,
-        "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4,
-    },
-    "mae_vit_small_patch16": {
-        "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6,
-        "decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8,
-    },
-    "mae_vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **_PAPER_DECODER},
-    "mae_vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER_DECODER},
-    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER_DECODER},
-}  # fmt: skip
 
 
 class MAEOutput(NamedTuple):
@@ -66,7 +48,7 @@ class MAEOutput(NamedTuple):
     """float32 (N * R, L), 1 = masked."""
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(FacebookMethods, nn.Module):
     """Masked autoencoder with a Vision Transformer (He et al., CVPR 2022, section 3).
 
     Args:
@@ -205,50 +187,6 @@ class MaskedAutoencoderViT(nn.Module):
         self._check_images(images)
         with self._cast_weights():
             return self.norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
-
-    def forward_encoder(
-        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """facebookresearch's method: latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
-        self._check_images(images)
-        masking = self._masking(images, mask_ratio, noise, None)
-        with self._cast_weights():
-            return self.norm(self._encode(images, masking.ids_keep).sum()), masking.mask, masking.ids_restore
-
-    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """facebookresearch's method: predictions (N, L, P) from latent (N, 1 + K, D)."""
-        with self._cast_weights():
-            embed = self.decoder_embed
-            visible = linear(latent, embed.weight, embed.bias, weight_cast=embed.weight_cast)
-            return self._decode(visible, ids_restore, None, None)
-
-    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """facebookresearch's method: mean error over the patches whose mask (N, L) is 1, from full predictions.
-
-        With R masks an image, pred (N * R, L, P) and mask (N * R, L).
-        """
-        self._check_images(images)
-        ids = self._all_ids(len(pred), images.device)
-        error = masked_patch_mse(
-            pred, images, ids, self.patch_size, self.norm_pix_loss, self.mean, self.std, reduction="none"
-        )
-        return (error * mask).sum() / mask.sum()
-
-    def patchify(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, L, P), values untouched: patches row by row, in a patch rows, columns, channels."""
-        self._check_images(images)
-        n, (rows, cols), (ph, pw) = len(images), self.grid_size, self.patch_size
-        x = images.reshape(n, self.in_chans, rows, ph, cols, pw).permute(0, 2, 4, 3, 5, 1)
-        return x.reshape(n, self.num_patches, ph * pw * self.in_chans)
-
-    def unpatchify(self, patches: Tensor) -> Tensor:
-        """(N, L, P) to (N, C, H, W): the inverse of :meth:`patchify`."""
-        (rows, cols), (ph, pw) = self.grid_size, self.patch_size
-        expected = (self.num_patches, ph * pw * self.in_chans)
-        fits = patches.ndim == 3 and tuple(patches.shape[1:]) == expected
-        check(fits, "patches", f"shape (N, {expected[0]}, {expected[1]})", patches)
-        x = patches.reshape(len(patches), rows, cols, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(patches), self.in_chans, *self.img_size)
 
     def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """A context that keeps one copy of the weights in ``dtype``, for several forwards between two updates.
