@@ -54,9 +54,10 @@ def add_norm(
         return x_new, normed, mean, rstd
     mean, rstd = (torch.empty(x.shape[:-1], dtype=statistics, device=x.device) for _ in range(2))
     options = _tile(dim, values=16)
+    branch, branch_bias = (None if value is None else value.contiguous() for value in (branch, branch_bias))
     with torch.cuda.device_of(x):
         _kernels.add_norm_fwd_kernel[(-(-rows // options["ROWS"]),)](
-            x_new, normed, mean, rstd, x, None if branch is None else branch.contiguous(), branch_bias,
+            x_new, normed, mean, rstd, x, branch, branch_bias,
             weight.contiguous(), bias.contiguous(), rows, eps, **options,
         )  # fmt: skip
     return x_new, normed, mean, rstd

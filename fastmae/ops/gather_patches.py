@@ -110,7 +110,7 @@ def _gather_patches_backward(
     del options["ROWS"]
     with torch.cuda.device_of(grad):
         _kernels.gather_patches_bwd_kernel[(n * grid_h * grid_w,)](
-            out, grad.contiguous(), ids, k, grid_h * grid_w, grid_w, *out.stride(),
+            out, grad.contiguous(), ids.contiguous(), k, grid_h * grid_w, grid_w, *out.stride(),
             BLOCK_K=256, **options,
         )  # fmt: skip
     return out

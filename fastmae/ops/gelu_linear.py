@@ -141,6 +141,7 @@ def _bias_gelu(h: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         for part in _parts(rows, size, h.device):
             torch.ops.aten.gelu.out(_with_bias(flat[part], bias, dtype), out=results[part])
         return out
+    bias = None if bias is None else bias.contiguous()
     block, tile = _tile(size, 4096)
     with torch.cuda.device_of(h):
         _kernels.bias_gelu_fwd_kernel[(-(-rows // tile), -(-size // block))](
@@ -160,6 +161,7 @@ def _bias_gelu_backward(grad: Tensor, h: Tensor, bias: Tensor | None) -> tuple[T
             torch.ops.aten.gelu.out(x, out=activated[part])
             torch.ops.aten.gelu_backward.grad_input(grad[part], x, grad_input=grad_h[part])
         return grad_h, activated, h.new_empty(0) if bias is None else bias_gradient(grad_h, bias.dtype)
+    bias = None if bias is None else bias.contiguous()
     chunk = chunk_rows(rows)
     block, tile = _tile(size, 2048)
     tile = min(tile, chunk)

@@ -239,7 +239,7 @@ def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
     expected = "a floating point tensor of shape (N, L)"
     check(isinstance(noise, Tensor) and noise.is_floating_point() and noise.ndim == 2, "noise", expected, noise)
     kept = num_kept(noise.shape[1], mask_ratio)
-    noise = noise.detach()
+    noise = noise.detach().contiguous()
     if noise.device.type == "cpu" and not torch.compiler.is_compiling() and bool(noise.isnan().any()):
         raise ValueError(f"noise: expected numbers, got {int(noise.isnan().sum())} NaN")
     order = noise.argsort(dim=1, stable=True)
