@@ -121,8 +121,15 @@ class Attention(nn.Module):
         dim = stream.x.shape[-1]
         (query, key_value), (query_bias, key_value_bias) = (t.split([dim, 2 * dim]) for t in self.qkv.parameters())
         casts = (None, None) if self.qkv.weight_cast is None else self.qkv.weight_cast.split([dim, 2 * dim])
-        x, kv = stream.norm_linear(norm, key_value, key_value_bias, casts[1])
-        x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, query, query_bias, casts[0])
+        if fuses(stream.x, kernels):
+            x, kv = stream.norm_linear(norm, key_value, key_value_bias, casts[1])
+            # Normalising the chosen rows again moves less than keeping and gathering what was normalised.
+            x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, query, query_bias, casts[0])
+        else:
+            x = stream.sum()
+            normed = norm(x.to(norm.weight.dtype))
+            kv, q = linear(normed, key_value, key_value_bias), linear(gather_tokens(normed, ids), query, query_bias)
+            x = gather_tokens(x, ids)
         return self._project(x, attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend))
 
     def forward_shared(self, x: Tensor, norm: nn.LayerNorm, shared: SharedTokens) -> Stream:

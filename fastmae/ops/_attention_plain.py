@@ -53,7 +53,9 @@ def _parts(q: Tensor, weights: Tensor) -> Iterator[tuple[tuple[slice, ...], slic
     if q.device.type == "cpu" and n:
         head = weights.shape[1] * weights.shape[2] * weights.element_size()
         limit = _CACHE_BYTES * torch.get_num_threads()
-        samples = max(1, min(n, limit // (head * heads)))
+        # Equal parts, and none where two would do: a small rest costs its calls and gains nothing.
+        parts = n * heads * head // (2 * limit) + 1
+        samples = -(-n // min(parts, n))
         if head * heads >= 2 * limit:
             some = max(1, limit // head)
     for i in range(0, n, samples):
