@@ -118,7 +118,7 @@ def _read_nvidia(result) -> Compiled:
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
         sass = subprocess.run(
-            [knobs.nvidia.nvdisasm.path, "-c", file.name], check=True, capture_output=True, text=True
+            [knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name], check=True, capture_output=True, text=True
         ).stdout
     usage = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
     instructions = re.findall(r"\b(LDG|STG|LDL|STL)((?:\.\w+)*)\b", sass)
@@ -191,6 +191,7 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *op_modules) -> list[Launch
 
     for module in op_modules:
         monkeypatch.setattr(module, "_kernels", Recorder(module._kernels))
-        if hasattr(module, "takes_triton"):
-            monkeypatch.setattr(module, "takes_triton", lambda *_: True)
+        for decides in ("takes_triton", "fuses"):
+            if hasattr(module, decides):
+                monkeypatch.setattr(module, decides, lambda *_: True)
     return launches

@@ -253,10 +253,9 @@ if TRITON:
 
     @needs_compiler
     @pytest.mark.parametrize("target", TARGETS)
-    @pytest.mark.parametrize(("length", "registers"), [(196, 100), (10_000, 128)])
-    def test_cross_compiles(monkeypatch, target, length, registers):
+    def test_cross_compiles_for_many_patches(monkeypatch, target):
         launches = record_launches(monkeypatch, op)
-        random_masking(4, length, 0.75, seed=1, sample_ids=torch.arange(4))
+        random_masking(4, 10_000, 0.75, seed=1, sample_ids=torch.arange(4))
         (launch,) = launches
         assert launch.grid == (4,)
-        assert_fits(launch.compile(target), target, max_registers=registers)
+        assert_fits(launch.compile(target), target, max_registers=128)

@@ -207,22 +207,15 @@ def test_gpu_equals_cpu(strategy, grid, ratio):
 
 
 if TRITON:
-    from cross_compile import TARGETS, assert_fits, needs_compiler, record_launches
+    from cross_compile import assert_fits, needs_compiler, record_launches
 
     @needs_compiler
-    @pytest.mark.parametrize(
-        ("target", "strategy", "grid", "registers"),
-        [
-            *((target, strategy, (14, 14), 96) for target in TARGETS for strategy in ("block", "grid")),
-            *((target, "block", (100, 100), 192) for target in ("sm_80", "sm_90", "gfx942")),
-        ],
-    )
-    def test_cross_compiles(monkeypatch, target, strategy, grid, registers):
+    @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+    def test_cross_compiles_for_many_patches(monkeypatch, target):
         launches = record_launches(monkeypatch, op)
         ids = torch.arange(4)
-        random_masking(
-            4, grid[0] * grid[1], 0.75, seed=1, sample_ids=ids, strategy=strategy, grid_size=grid, masks_per_image=2
-        )
+        options = {"strategy": "block", "grid_size": (100, 100), "masks_per_image": 2}
+        random_masking(4, 100 * 100, 0.75, seed=1, sample_ids=ids, **options)
         (launch,) = launches
         assert launch.grid == (8,)
-        assert_fits(launch.compile(target), target, max_registers=registers)
+        assert_fits(launch.compile(target), target, max_registers=192)

@@ -1,0 +1,72 @@
+"""The code that GPUs would run for every kernel: nothing spills, resources and access widths are as the table says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+from code_cases import LINES, compiled, excess
+from cross_compile import TARGETS, Compiled, assert_fits, needs_compiler
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+import count_code
+
+RESULTS = json.loads(count_code.RESULT.read_text())
+CASES = [(name, target) for name in LINES for target in TARGETS if target not in LINES[name].slow]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_code_is_as_the_table_says(name, target):
+    line, code = LINES[name].on(target), compiled(name, target)
+    assert_fits(code, target, max_registers=line.registers)
+    assert not excess(line, code), code
+
+
+def test_every_kernel_is_in_the_table():
+    launched = set()
+    for file in (count_code.ROOT / "kernels").glob("*.py"):
+        functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+        launched |= {function.name for function in functions if function.name.endswith("_kernel")}
+    assert launched == {f"{line.kernel}_kernel" for line in LINES.values()}
+
+
+@pytest.mark.parametrize(
+    ("loads", "stores"),
+    [({64: 2}, {128: 1}), ({128: 2}, {64: 1}), ({128: 2, 64: 3}, {128: 1}), ({128: 2, 16: 1}, {128: 1})],
+    ids=["narrow loads", "narrow stores", "too many", "too narrow"],
+)
+def test_narrow_accesses_are_seen(loads, stores):
+    line = replace(LINES["gather_tokens"], few=(2, 0), narrowest=32)
+
+    def code(loads, stores):
+        return Compiled(32, 0, 0, 0, Counter(loads), Counter(stores), "")
+
+    assert not excess(line, code({128: 2, 64: 2}, {128: 1}))
+    assert excess(line, code(loads, stores))
+
+
+# The published table
+
+
+def test_the_page_is_made_from_the_committed_numbers():
+    assert count_code.PAGE.read_text() == count_code.page(RESULTS)
+    assert list(RESULTS["lines"]) == list(LINES)
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["random_masking, grid", "gather_patches", "restore_tokens", "attention, 50 of 64"])
+def test_published_numbers_are_those_of_the_code(name, target):
+    if triton.__version__ != RESULTS["triton"]:
+        pytest.skip(f"compiled with Triton {RESULTS['triton']}")
+    assert count_code.numbers(compiled(name, target)) == RESULTS["lines"][name][target]
