@@ -28,7 +28,7 @@ from traffic_inputs import VIT_B, VIT_H, VIT_L, Sizes, gradient_of  # noqa: E402
 RESULT, PAGE = ROOT / "benchmarks/results/counted/traffic.json", ROOT / "docs/traffic.md"
 MODELS = {"ViT-B/16": VIT_B, "ViT-L/16": VIT_L, "ViT-H/14": VIT_H}
 # What hangs on the encoder's width: the rest of ViT-L is that of ViT-B.
-ENCODER = ("gather_tokens", "norm_linear", "gelu_linear")
+ENCODER = ("gather_tokens", "norm_linear", "gelu_linear", "attention, encoder")
 # An image's share is the difference between these two batches: what is read once a launch drops out.
 SMALL, LARGE = 2, 4
 
@@ -88,7 +88,7 @@ def count(name: str, sizes: Sizes, who: str) -> dict[str, float]:
 def count_all() -> dict:
     results = {}
     for model, sizes in MODELS.items():
-        names = [n for n in OPS if model != "ViT-L/16" or n.split()[0] in ENCODER]
+        names = [n for n in OPS if model != "ViT-L/16" or n.startswith(ENCODER)]
         results[model] = {name: {who: count(name, sizes, who) for who in COUNTERS} for name in names}
         print(f"{model}: {len(names)} ops counted", file=sys.stderr)
     return {"torch": torch.__version__.split("+")[0], "models": results}
@@ -123,7 +123,10 @@ pixels, three quarters of the patches masked, uint8 images channels last, bf16 a
 ViT-L/16 is listed where it differs from ViT-B/16.
 
 Of `norm_linear` and `gelu_linear` everything but the matrix products is counted, on all sides: eager and compiled are
-the add, the norm or the activation alone, and in their backward the bias's gradient too.
+the add, the norm or the activation alone, and in their backward the bias's gradient too. Of attention the products
+count, on all sides; it is the Triton backend, packed, in float16 for bfloat16. Its forward is split by queries, and
+every part reads all keys and values: twice in the decoders of ViT-B and L, three and five times in the encoder and the
+decoder of ViT-H. The budget has them once.
 
 - **budget**: the bytes that the op's definition makes it move, a formula of the sizes (`tests/traffic_cases.py`).
 - **fastmae**: what the kernels really loaded and stored, seen access by access in Triton's interpreter. Something read

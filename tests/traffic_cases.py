@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import traffic_inputs as inputs
 from traffic_inputs import Sizes
 
+from fastmae.ops._attention_triton import forward_tile
+
 BF16, F32, I64 = 2, 4, 8
 
 
@@ -31,6 +33,7 @@ class Op:
         tables: arguments that are shared and small.
         runs: bytes of the contiguous runs in which an argument is touched, where they are no multiple of a sector;
             a run of R bytes at any multiple of 16 bytes touches at most ``(R + 16 + 31) // 32`` sectors.
+        again: bytes of an argument that are read more than once by design: counted, and in no budget.
     """
 
     make: Callable[[Sizes], Callable[[], object]]
@@ -41,6 +44,7 @@ class Op:
     kernels: int = 1
     tables: frozenset[str] = frozenset()
     runs: Callable[[Sizes], dict[str, int]] = lambda s: {}
+    again: Callable[[Sizes], dict[str, int]] = lambda s: {}
 
 
 def _rows(s):
@@ -56,6 +60,43 @@ def _partial_sums(s, width):
 # A row of a patch, and of a token, is contiguous; it starts at a multiple of 16 bytes.
 def _patch_row(s):
     return {"images": 3 * s.patch}
+
+
+def _attention(where, *, backward=False):
+    """Queries, keys and values are packed: all three are read, and their gradients written, where the first starts."""
+
+    def sizes(s):
+        return (1 + s.K, s.heads, s.D) if where == "encoder" else (1 + s.L, 16, s.E)
+
+    def rows(s):
+        length, _, width = sizes(s)
+        return BF16 * s.N * length * width
+
+    def lse(s):
+        length, heads, _ = sizes(s)
+        return F32 * s.N * heads * length
+
+    def again(s):
+        length = sizes(s)[0]
+        # Every block of queries reads all keys and values.
+        blocks = -(-length // forward_tile(length, length, BF16).queries)
+        return {"q": 2 * (blocks - 1) * rows(s)}
+
+    if backward:
+        return Op(
+            make=inputs.attention_backward(where),
+            reads=lambda s: {"q": 3 * rows(s), "grad": rows(s), "lse": lse(s)},
+            writes=lambda s: {"dq": 3 * rows(s)},
+            eager=inputs.eager_attention(where),
+            backward=True,
+        )
+    return Op(
+        make=inputs.attention(where),
+        reads=lambda s: {"q": 3 * rows(s)},
+        writes=lambda s: {"out": rows(s), "lse": lse(s)},
+        eager=inputs.eager_attention(where),
+        again=again,
+    )
 
 
 _LOSS = Op(
@@ -205,4 +246,8 @@ OPS: dict[str, Op] = {
         backward=True,
         tables=frozenset({"bias"}),
     ),
+    "attention, encoder": _attention("encoder"),
+    "attention, encoder backward": _attention("encoder", backward=True),
+    "attention, decoder": _attention("decoder"),
+    "attention, decoder backward": _attention("decoder", backward=True),
 }  # fmt: skip

@@ -44,6 +44,11 @@ class Sizes(NamedTuple):
     def P(self) -> int:
         return 3 * self.patch**2
 
+    @property
+    def heads(self) -> int:
+        """Of the encoder; the decoder has 16."""
+        return 12 if self.D == 768 else 16
+
 
 VIT_B = Sizes(N=2, side=224, patch=16, D=768, E=512)
 VIT_L = Sizes(N=2, side=224, patch=16, D=1024, E=512)
@@ -299,3 +304,36 @@ def eager_gelu(with_bias):
         return function, (h, bias if with_bias else bias.detach())
 
     return make
+
+
+# Attention: in float16, whose bytes are those of bfloat16, since the interpreter's products of the latter are wrong
+
+
+def _packed(s, where):
+    length, heads, width = (1 + s.K, s.heads, s.D) if where == "encoder" else (1 + s.L, 16, s.E)
+    return torch.randn(s.N, length, 3, heads, width // heads).half().requires_grad_()
+
+
+def attention(where):
+    def make(s):
+        qkv = _packed(s, where)
+        return lambda: ops.attention_qkvpacked(qkv, "triton")
+
+    return make
+
+
+def attention_backward(where):
+    def make(s):
+        qkv = _packed(s, where)
+        return gradient_of(ops.attention_qkvpacked(qkv, "triton"), qkv)
+
+    return make
+
+
+def eager_attention(where):
+    def function(qkv):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return (weights @ v).transpose(1, 2).flatten(2)
+
+    return lambda s: (function, (_packed(s, where),))
