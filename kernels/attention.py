@@ -46,15 +46,18 @@ def attention_fwd_kernel(
             vector arithmetic instead of doubling every tile.
         scale: log2(e) / sqrt(D).
     """
-    i_n = (tl.program_id(0) // H).to(tl.int64)
-    i_h = tl.program_id(0) % H
+    # A head's blocks of queries run one after the other: its keys and values come from the cache for all but the first.
+    num_blocks = tl.cdiv(LQ, BLOCK_Q)
+    i_nh = tl.program_id(0) // num_blocks
+    i_n = (i_nh // H).to(tl.int64)
+    i_h = i_nh % H
     q_ptr += i_n * stride_qn + i_h.to(tl.int64) * stride_qh
     k_ptr += i_n * stride_kn + i_h.to(tl.int64) * stride_kh
     v_ptr += i_n * stride_vn + i_h.to(tl.int64) * stride_vh
     i_k = tl.arange(0, BLOCK_K)
     b_k = _load_rows(k_ptr, i_k, LK, stride_kl, D, BLOCK_D)
     b_v = _load_rows(v_ptr, i_k, LK, stride_vl, D, BLOCK_D)
-    i_q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i_q = tl.program_id(0) % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b_q = _load_rows(q_ptr, i_q, LQ, stride_ql, D, BLOCK_D)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     b_s = tl.where((i_k < LK)[None, :], b_s, float("-inf"))
@@ -75,7 +78,7 @@ def attention_fwd_kernel(
     b_out *= tl.div_rn(1.0, b_sum)[:, None]
     o_out = i_n * LQ * H * D + i_h * D
     _store_rows(out_ptr + o_out, b_out, i_q, LQ, H * D, D, BLOCK_D)
-    o_lse = tl.program_id(0).to(tl.int64) * LQ
+    o_lse = i_nh.to(tl.int64) * LQ
     tl.store(lse_ptr + o_lse + i_q, b_max + tl.log2(b_sum), mask=i_q < LQ)
 
 

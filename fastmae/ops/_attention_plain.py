@@ -134,15 +134,20 @@ plain_attention_qkvpacked_backward.register_fake(lambda grad, weights, qkv: qkv.
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # nobody differentiates the weights: zeros for them would be written for nothing
     ctx.save_for_backward(output[1], *inputs)
 
 
-plain_attention.register_autograd(
-    lambda ctx, grad, _: plain_attention_backward(grad, *ctx.saved_tensors), setup_context=_save
-)
-plain_attention_qkvpacked.register_autograd(
-    lambda ctx, grad, _: plain_attention_qkvpacked_backward(grad, *ctx.saved_tensors), setup_context=_save
-)
-plain_attention_kvpacked.register_autograd(
-    lambda ctx, grad, _: plain_attention_kvpacked_backward(grad, *ctx.saved_tensors), setup_context=_save
-)
+def _register(op, backward) -> None:
+    def formula(ctx, grad, _):
+        inputs = ctx.saved_tensors[1:]
+        if grad is None:
+            return None if len(inputs) == 1 else (None,) * len(inputs)
+        return backward(grad, ctx.saved_tensors[0], *inputs)
+
+    op.register_autograd(formula, setup_context=_save)
+
+
+_register(plain_attention, plain_attention_backward)
+_register(plain_attention_qkvpacked, plain_attention_qkvpacked_backward)
+_register(plain_attention_kvpacked, plain_attention_kvpacked_backward)

@@ -129,7 +129,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     tile = forward_tile(queries, k.shape[1], q.element_size())
     if out.numel():
         with torch.cuda.device_of(q):
-            _kernels.attention_fwd_kernel[(n * heads, -(-queries // tile.queries))](
+            _kernels.attention_fwd_kernel[(n * heads * -(-queries // tile.queries),)](
                 out, lse, q, k, v, heads, queries, k.shape[1], dim**-0.5 / math.log(2),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
                 D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, BLOCK_K=tile.keys, EXTRA=tile.extra,
@@ -218,15 +218,20 @@ triton_attention_qkvpacked_backward.register_fake(lambda grad, lse, qkv: qkv.new
 
 
 def _save(ctx, inputs, output) -> None:
+    ctx.set_materialize_grads(False)  # nobody differentiates lse: zeros for it would be a launch for nothing
     ctx.save_for_backward(output[1], *inputs)
 
 
-triton_attention.register_autograd(
-    lambda ctx, grad, _: triton_attention_backward(grad, *ctx.saved_tensors), setup_context=_save
-)
-triton_attention_qkvpacked.register_autograd(
-    lambda ctx, grad, _: triton_attention_qkvpacked_backward(grad, *ctx.saved_tensors), setup_context=_save
-)
-triton_attention_kvpacked.register_autograd(
-    lambda ctx, grad, _: triton_attention_kvpacked_backward(grad, *ctx.saved_tensors), setup_context=_save
-)
+def _register(op, backward) -> None:
+    def formula(ctx, grad, _):
+        inputs = ctx.saved_tensors[1:]
+        if grad is None:
+            return None if len(inputs) == 1 else (None,) * len(inputs)
+        return backward(grad, ctx.saved_tensors[0], *inputs)
+
+    op.register_autograd(formula, setup_context=_save)
+
+
+_register(triton_attention, triton_attention_backward)
+_register(triton_attention_qkvpacked, triton_attention_qkvpacked_backward)
+_register(triton_attention_kvpacked, triton_attention_kvpacked_backward)
