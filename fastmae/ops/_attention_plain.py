@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from fastmae.ops._attention_autograd import differentiate
+
 _aten = torch.ops.aten
 _CACHE_BYTES = 1 << 20
 """Of scores for each thread: a core's level 2 cache on the machines of today."""
@@ -133,21 +135,6 @@ plain_attention_kvpacked_backward.register_fake(
 plain_attention_qkvpacked_backward.register_fake(lambda grad, weights, qkv: qkv.new_empty(qkv.shape))
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # nobody differentiates the weights: zeros for them would be written for nothing
-    ctx.save_for_backward(output[1], *inputs)
-
-
-def _register(op, backward) -> None:
-    def formula(ctx, grad, _):
-        inputs = ctx.saved_tensors[1:]
-        if grad is None:
-            return None if len(inputs) == 1 else (None,) * len(inputs)
-        return backward(grad, ctx.saved_tensors[0], *inputs)
-
-    op.register_autograd(formula, setup_context=_save)
-
-
-_register(plain_attention, plain_attention_backward)
-_register(plain_attention_qkvpacked, plain_attention_qkvpacked_backward)
-_register(plain_attention_kvpacked, plain_attention_kvpacked_backward)
+differentiate(plain_attention, plain_attention_backward)
+differentiate(plain_attention_qkvpacked, plain_attention_qkvpacked_backward)
+differentiate(plain_attention_kvpacked, plain_attention_kvpacked_backward)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmae.ops._attention_autograd import differentiate
 from fastmae.ops._dispatch import is_interpreted, load_kernels, takes_triton
 
 _kernels = load_kernels("attention")
@@ -217,21 +218,6 @@ triton_attention_kvpacked_backward.register_fake(lambda grad, lse, *inputs: tupl
 triton_attention_qkvpacked_backward.register_fake(lambda grad, lse, qkv: qkv.new_empty(qkv.shape))
 
 
-def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)  # nobody differentiates lse: zeros for it would be a launch for nothing
-    ctx.save_for_backward(output[1], *inputs)
-
-
-def _register(op, backward) -> None:
-    def formula(ctx, grad, _):
-        inputs = ctx.saved_tensors[1:]
-        if grad is None:
-            return None if len(inputs) == 1 else (None,) * len(inputs)
-        return backward(grad, ctx.saved_tensors[0], *inputs)
-
-    op.register_autograd(formula, setup_context=_save)
-
-
-_register(triton_attention, triton_attention_backward)
-_register(triton_attention_qkvpacked, triton_attention_qkvpacked_backward)
-_register(triton_attention_kvpacked, triton_attention_kvpacked_backward)
+differentiate(triton_attention, triton_attention_backward)
+differentiate(triton_attention_qkvpacked, triton_attention_qkvpacked_backward)
+differentiate(triton_attention_kvpacked, triton_attention_kvpacked_backward)

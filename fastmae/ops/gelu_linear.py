@@ -21,9 +21,6 @@ from fastmae.ops._linear import (
 
 _kernels = load_kernels("gelu_linear")
 
-_PLAIN_VALUES = 1 << 18
-"""Values that the plain path handles at a time on the CPU: its temporaries then stay in the second-level cache."""
-
 
 def gelu_linear(
     h: Tensor,
@@ -132,16 +129,12 @@ def _runs_triton(h: Tensor) -> bool:
 
 def _bias_gelu(h: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``GELU(h + bias)`` in ``dtype``."""
-    h = h.contiguous()
+    if not _runs_triton(h):
+        return F.gelu(_with_bias(h, bias, dtype))
+    h, bias = h.contiguous(), None if bias is None else bias.contiguous()
     out = torch.empty_like(h, dtype=dtype)
     size = h.shape[-1]
     rows = h.numel() // size
-    if not _runs_triton(h):
-        flat, results = h.view(-1, size), out.view(-1, size)
-        for part in _parts(rows, size, h.device):
-            torch.ops.aten.gelu.out(_with_bias(flat[part], bias, dtype), out=results[part])
-        return out
-    bias = None if bias is None else bias.contiguous()
     block, tile = _tile(size, 4096)
     with torch.cuda.device_of(h):
         _kernels.bias_gelu_fwd_kernel[(-(-rows // tile), -(-size // block))](
@@ -153,15 +146,12 @@ def _bias_gelu(h: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _bias_gelu_backward(grad: Tensor, h: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """From rows (R, F): gradient of h, ``GELU(h + bias)`` in the gradient's dtype, gradient of bias (or empty)."""
     rows, size = h.shape
-    h, grad = h.contiguous(), grad.contiguous()
-    grad_h, activated = torch.empty_like(h), torch.empty_like(grad)
+    h, grad, bias = h.contiguous(), grad.contiguous(), None if bias is None else bias.contiguous()
     if not _runs_triton(h):
-        for part in _parts(rows, size, h.device):
-            x = _with_bias(h[part], bias, grad.dtype)
-            torch.ops.aten.gelu.out(x, out=activated[part])
-            torch.ops.aten.gelu_backward.grad_input(grad[part], x, grad_input=grad_h[part])
-        return grad_h, activated, h.new_empty(0) if bias is None else bias_gradient(grad_h, bias.dtype)
-    bias = None if bias is None else bias.contiguous()
+        x = _with_bias(h, bias, grad.dtype)
+        grad_h = torch.ops.aten.gelu_backward(grad, x).to(h.dtype)
+        return grad_h, F.gelu(x), h.new_empty(0) if bias is None else bias_gradient(grad_h, bias.dtype)
+    grad_h, activated = torch.empty_like(h), torch.empty_like(grad)
     chunk = chunk_rows(rows)
     block, tile = _tile(size, 2048)
     tile = min(tile, chunk)
@@ -184,9 +174,3 @@ def _tile(size: int, values: int) -> tuple[int, int]:
     divisor = min(size & -size, 1024)
     block = divisor if divisor >= 128 else min(max(16, 1 << (size - 1).bit_length()), 1024)
     return block, max(1, values // block)
-
-
-def _parts(rows: int, size: int, device: torch.device) -> list[slice]:
-    """Ranges of rows for the plain path; all at once where temporaries cost no cache."""
-    step = max(1, _PLAIN_VALUES // size) if device.type == "cpu" else max(rows, 1)
-    return [slice(start, start + step) for start in range(0, rows, step)]
