@@ -12,6 +12,7 @@ from PIL import Image
 
 from fastmae.data import DataError, open_dataset, retry
 from fastmae.data import index as index_module
+from fastmae.data.sources import find_source
 
 
 def picture(height=20, width=30, seed=0) -> Image.Image:
@@ -111,7 +112,7 @@ BAD = {
     "header only.png": (PNG[:12], "unreadable header"),
     "movie.gif": (GIF, "GIF is not supported"),
     "new.avif": (AVIF, "AVIF is not supported"),
-    "text.png": (b"hello", "not a JPEG, PNG or WebP"),
+    "text.png": (b"hello", "not a JPEG, PNG, WebP, TIFF or NumPy"),
     "animation.webp": (ANIMATION, "animation"),
 }
 
@@ -120,19 +121,23 @@ BAD = {
 def test_bad_files_are_found_before_training(folder, cache, name):
     content, reason = BAD[name]
     (folder / name).write_bytes(content)
-    dataset = open_dataset(folder, cache_dir=cache)
-    assert len(dataset) == 3
+    dataset = open_dataset(folder, max_bad_fraction=0.25, cache_dir=cache)
+    assert len(dataset) == 4  # numbered with the others
     [bad] = dataset.bad
     assert bad.path == str(folder / name)
     assert reason in bad.reason
-    with pytest.raises(DataError, match=r"(?s)1 of 4 images.*" + name):
-        open_dataset(folder, on_bad="stop", cache_dir=cache)
+    ids = np.arange(4)
+    assert dataset.is_bad(ids).sum() == 1
+    assert dataset.path(int(dataset.bad_ids[0])) == bad.path
+    assert np.array_equal(dataset.is_bad(ids), dataset.rows(ids)["bad"] != 0)
+    with pytest.raises(DataError, match=r"(?s)1 of 4 images.*" + name + ".*--data.max-bad-fraction"):
+        open_dataset(folder, max_bad_fraction=0.24, cache_dir=cache)
 
 
 def test_whole_files_with_something_behind_them_are_good(folder, cache):
     (folder / "film.jpg").write_bytes(thumbnailed(JPEG) + b"a film from a phone" * 1000)
     (folder / "padded.png").write_bytes(PNG + bytes(3000))
-    assert open_dataset(folder, on_bad="stop", cache_dir=cache).bad == []
+    assert open_dataset(folder, max_bad_fraction=0, cache_dir=cache).bad == []
 
 
 def test_links(folder, cache, tmp_path):
@@ -145,8 +150,9 @@ def test_links(folder, cache, tmp_path):
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
     os.mkfifo(folder / "pipe.jpg")
-    dataset = open_dataset(folder, cache_dir=cache)
-    assert names(dataset) == ["a.jpg", "b/c.png", "b/deep/d.webp", "file.jpg", "linked/e.jpg"]
+    dataset = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+    good = [name for name, bad in zip(names(dataset), dataset.is_bad(np.arange(7)), strict=True) if not bad]
+    assert good == ["a.jpg", "b/c.png", "b/deep/d.webp", "file.jpg", "linked/e.jpg"]
     assert [bad.reason for bad in dataset.bad] == ["dangling link"] * 2
 
 
@@ -159,7 +165,6 @@ def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
     assert not built
     assert names(again) == names(first)
     assert again.hash == first.hash
-    assert isinstance(again._entries, np.memmap)
 
     (folder / "z.jpg").write_bytes(encoded("JPEG"))
     assert len(open_dataset(folder, cache_dir=cache)) == 4
@@ -179,11 +184,26 @@ def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
 
 def test_bad_files_survive_the_cache(folder, cache):
     (folder / "empty.jpg").touch()
-    first = open_dataset(folder, cache_dir=cache)
-    assert open_dataset(folder, cache_dir=cache).bad == first.bad != []
+    first = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+    assert open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache).bad == first.bad != []
 
 
-@pytest.mark.parametrize("damage", ["manifest.json", "entries.npy", "paths.npy"])
+def test_verdicts_of_a_full_decode_are_remembered(folder, cache):
+    dataset = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+    marked = dataset.mark_bad({1: "does not decode"})
+    assert marked.bad == [(str(folder / "b" / "c.png"), "does not decode")]
+    assert marked.hash != dataset.hash
+    assert dataset.bad == []
+    again = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+    assert again.bad == marked.bad
+    assert again.hash == marked.hash
+    assert again.mark_bad({1: "something else"}).bad == marked.bad
+    assert len(again.mark_bad({0: "also"}).bad) == 2
+    with pytest.raises(DataError, match="2 of 3 images"):
+        open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "rows.bin", "names.bin"])
 def test_a_damaged_cache_is_built_again(folder, cache, damage):
     first = open_dataset(folder, cache_dir=cache)
     expected, digest = names(first), first.hash
@@ -213,10 +233,10 @@ def test_hash_is_of_the_content_not_of_the_place(folder, cache, tmp_path):
 def test_order_does_not_depend_on_threads(folder):
     for i in range(150):
         (folder / f"{i}.png").write_bytes(encoded("PNG", picture(3 + i, 5)))
-    files = index_module.list_files(folder)
-    one, many = (index_module.build_index(folder, files, num_threads=n) for n in (1, 8))
+    source, accepts = find_source(folder), index_module.Accepts()
+    one, many = (index_module.build_index(source, accepts, num_threads=n) for n in (1, 8))
     assert one.hash == many.hash
-    assert np.array_equal(one.entries, many.entries)
+    assert np.array_equal(one.rows(np.arange(153)), many.rows(np.arange(153)))
 
 
 @pytest.mark.parametrize("what", ["missing", "file", "empty", "only text", "only bad"])
@@ -230,16 +250,20 @@ def test_unusable_folders_are_clear_errors(tmp_path, cache, what):
         (path / "readme.txt").write_text("hello")
     if what == "only bad":
         (path / "empty.jpg").touch()
-    expected = {"missing": "no such folder", "file": "is a file", "only bad": "(?s)only 1 unusable.*empty file"}
+    expected = {"missing": "no such folder or file", "file": "is a file", "only bad": "(?s)only 1 unusable.*empty file"}
     with pytest.raises(DataError, match=expected.get(what, "no image")) as caught:
         open_dataset(path, cache_dir=cache)
     assert str(path) in str(caught.value)
     assert "expected a folder" in str(caught.value)
 
 
-def test_an_on_bad_that_is_no_option(folder, cache):
-    with pytest.raises(ValueError, match="on_bad"):
-        open_dataset(folder, on_bad="ignore", cache_dir=cache)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("max_bad_fraction", 1.5), ("channels", 0), ("max_pixels", 0), ("max_pixels", 1 << 30), ("value_range", (2, 1))],
+)
+def test_options_out_of_range(folder, cache, option, value):
+    with pytest.raises(ValueError, match=option):
+        open_dataset(folder, cache_dir=cache, **{option: value})
 
 
 def test_a_file_system_that_fails_for_a_moment(folder, cache, monkeypatch):

@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def dataset(folder, tmp_path_factory) -> Dataset:
-    return open_dataset(folder, on_bad="stop", cache_dir=tmp_path_factory.mktemp("cache"))
+    return open_dataset(folder, max_bad_fraction=0, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

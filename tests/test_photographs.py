@@ -80,10 +80,10 @@ def test_fixed_crops_replace_what_does_not_decode(tmp_path):
     content = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(content[:500] + bytes(500) + content[1000:])
     options = {"img_size": (16, 16), "seed": 0, "epoch": 1, "count": 6}
-    dataset = open_dataset(tmp_path, cache_dir=tmp_path / ".cache")
+    dataset = open_dataset(tmp_path, max_bad_fraction=0.4, cache_dir=tmp_path / ".cache")
     assert fixed_crops(dataset, **options).shape == (6, 3, 16, 16)
     with pytest.raises(DataError, match=r"1\.png: does not decode"):
-        fixed_crops(open_dataset(tmp_path, on_bad="stop", cache_dir=tmp_path / ".cache"), **options)
+        fixed_crops(open_dataset(tmp_path, max_bad_fraction=0, cache_dir=tmp_path / ".cache"), **options)
 
 
 def test_read_images_turns_crops_and_resizes(tmp_path):

@@ -61,7 +61,7 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     device = _device(config.train.device)
-    dataset = data.open_dataset(config.data.path, on_bad=config.data.on_bad)
+    dataset = data.open_dataset(config.data.path)
     if config.model.attention == "xformers":
         _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)

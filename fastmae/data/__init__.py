@@ -3,7 +3,7 @@
 from fastmae.data.augment import Augment, crop_boxes, flips
 from fastmae.data.batch import BadFile, Batch, DataError
 from fastmae.data.create import LoaderKind, choose_loader, create_loader, fixed_crops, has_dali, open_dataset
-from fastmae.data.dataset import Dataset, OnBad
+from fastmae.data.dataset import Dataset
 from fastmae.data.loader import Loader
 from fastmae.data.photographs import read_images, validation_photographs
 from fastmae.data.sampler import permuted_ids
@@ -16,7 +16,6 @@ __all__ = [
     "Dataset",
     "Loader",
     "LoaderKind",
-    "OnBad",
     "choose_loader",
     "create_loader",
     "crop_boxes",

@@ -11,33 +11,78 @@ from torch import Tensor
 
 from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError
-from fastmae.data.dataset import Dataset, OnBad
-from fastmae.data.index import open_folder
+from fastmae.data.dataset import Dataset, printable
+from fastmae.data.header import Format
+from fastmae.data.index import Accepts, cached_index
 from fastmae.data.loader import Loader, default_threads
 from fastmae.data.photographs import open_photographs
+from fastmae.data.sources import EXPECTED, find_source
 from fastmae.ops.philox import split_seed
 
 LoaderKind = Literal["auto", "dali", "torch"]
+_DALI_FORMATS = {Format.JPEG, Format.PNG, Format.WEBP}
 
 
-def open_dataset(path: Path | str | None, *, on_bad: OnBad = "skip", cache_dir: Path | None = None) -> Dataset:
-    """A folder of images (nested or flat; JPEG, PNG, WebP), or the embedded photographs' training split.
+def open_dataset(
+    path: Path | str | None,
+    *,
+    channels: int = 3,
+    value_range: tuple[float, float] | None = None,
+    max_bad_fraction: float = 0.01,
+    max_pixels: int = Accepts.max_pixels,
+    cache_dir: Path | None = None,
+) -> Dataset:
+    """Images from a folder, from tar shards or by a list, or the embedded photographs' training split.
 
-    Hidden files are ignored, links followed. Files that are empty, truncated, unreadable or images of another format
-    are found here, before training.
+    Files that are empty, truncated, unreadable, huge, or images of another kind are found here, before training.
 
     Args:
-        path: the folder; None for the embedded photographs.
-        on_bad: ``"skip"`` leaves unusable files out and lists them in ``Dataset.bad``; ``"stop"`` refuses the data set.
+        path: None for the embedded photographs; else one of
+
+            - a folder of images (JPEG, PNG, WebP, TIFF, ``.npy``), nested or flat. Hidden files are skipped, links
+              followed. The folders directly below are the classes.
+            - a folder of tar shards in the WebDataset convention, or one ``.tar``. ``.cls`` members are the classes,
+              ``classes.txt`` in the folder names them, a class a line.
+            - a list file (``.txt``, ``.tsv``, ``.lst``): a path a line, of an image or of a shard, relative to the
+              list's folder, and after a tab, for images, a class.
+        channels: C. For 3, grey images become RGB; for 1, colour is refused; anything else is for TIFF and ``.npy``.
+        value_range: (low, high) of 16-bit and float TIFF and ``.npy``, and of 16-bit PNG, mapped to 0..255 and clipped.
+            None: 16-bit PNG is shifted right by 8, and the others are refused.
+        max_bad_fraction: the share of bad images from which on the data set is refused.
+        max_pixels: the largest height x width; more is taken for a decompression bomb.
         cache_dir: where to keep the index, ``~/.cache/fastmae`` if None.
 
     Raises:
-        DataError: no such folder, no images in it, or unusable files and ``on_bad="stop"``.
+        ValueError: an argument out of range.
+        DataError: no such path, nothing usable in it, or too much that is not.
     """
+    if channels < 1:
+        raise ValueError(f"channels: expected at least 1, got {channels}")
+    if not 1 <= max_pixels <= Accepts.max_pixels:
+        raise ValueError(f"max_pixels: expected 1 to {Accepts.max_pixels} (Pillow's limit), got {max_pixels}")
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise ValueError(f"value_range: expected low < high, got {value_range}")
     if path is None:
+        if channels != 3:
+            raise DataError(f"channels: the embedded photographs have 3, got {channels}")
         return open_photographs()
-    root = Path(path).expanduser()
-    return Dataset(open_folder(root, cache_dir), root, name=root.resolve().name, on_bad=on_bad)
+    path = Path(path).expanduser()
+    accepts = Accepts(channels, None if value_range is None else tuple(map(float, value_range)), max_pixels)
+    try:
+        source = find_source(path)
+        index = cached_index(source, path, accepts, cache_dir)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+    name = path.resolve().name if path.is_dir() else path.stem
+    dataset = Dataset(index, source.root, name=name, accepts=accepts, max_bad_fraction=max_bad_fraction)
+    good = len(dataset) - len(index.bad)
+    if not good:
+        reasons = "".join(f"\n  {printable(bad.path)}: {bad.reason}" for bad in dataset.bad[:5])
+        found = f"only {len(index.bad)} unusable files, among them:{reasons}" if index.bad else "no image at all"
+        raise DataError(f"{path}: expected {EXPECTED}; found {found}")
+    dataset.check_bad_fraction()
+    dataset.log_bad()
+    return dataset
 
 
 def has_dali() -> bool:
@@ -46,22 +91,34 @@ def has_dali() -> bool:
 
 
 def choose_loader(dataset: Dataset, loader: LoaderKind = "auto") -> Literal["dali", "torch"]:
-    """What ``loader`` means on this machine: ``"auto"`` is DALI where it is installed, for files of the user's own;
-    the embedded photographs are decoded once and kept, where DALI has nothing to win.
+    """What ``loader`` means on this machine: ``"auto"`` is DALI where it is installed, for JPEG, PNG and WebP of the
+    user's own; the embedded photographs are decoded once and kept, where DALI has nothing to win.
 
     Raises:
-        DataError: DALI is asked for by name and is not installed.
+        DataError: DALI is asked for by name and is not installed, or does not read such images.
     """
     if loader not in ("auto", "dali", "torch"):
         raise ValueError(f"loader: expected 'auto', 'dali' or 'torch', got {loader!r}")
+    refused = _not_for_dali(dataset)
     if loader == "auto":
-        return "dali" if has_dali() and not dataset.embedded else "torch"
+        return "dali" if has_dali() and not dataset.embedded and refused is None else "torch"
+    if loader == "dali" and refused is not None:
+        raise DataError(f"the DALI loader reads 8-bit RGB from JPEG, PNG and WebP; {dataset.root} {refused}: use torch")
     if loader == "dali" and not has_dali():
         raise DataError(
             "the DALI loader was asked for, but NVIDIA DALI is not installed: pip install 'fastmae[dali-cuda13]' "
             "(or 'fastmae[dali-cuda12]' for CUDA 12 drivers; both work without a GPU), or use the torch loader"
         )
     return loader
+
+
+def _not_for_dali(dataset: Dataset) -> str | None:
+    if dataset.channels != 3:
+        return f"is opened for {dataset.channels} channels"
+    if dataset.value_range is not None:
+        return f"is opened with a range of values, {dataset.value_range}"
+    arrays = dataset.formats - _DALI_FORMATS
+    return f"has {' and '.join(sorted(format_.name for format_ in arrays))} files" if arrays else None
 
 
 def create_loader(
@@ -149,7 +206,7 @@ def fixed_crops(
         uint8 (n, 3, height, width), a channels-last view. Files that do not decode are replaced as in training.
 
     Raises:
-        DataError: a file cannot be read; or does not decode, and the data set's ``on_bad`` is ``"stop"``.
+        DataError: a file cannot be read; or more do not decode than the data set's ``max_bad_fraction`` allows.
     """
     options = {"img_size": img_size, "seed": seed, "augment": augment, "loader": "torch"}
     with create_loader(dataset, batch_size=count, position=epoch * len(dataset), **options) as loader:

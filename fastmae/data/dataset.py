@@ -1,58 +1,109 @@
-"""A data set: an index over files, and their bytes."""
+"""A data set: an index over images, and their bytes."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from fastmae.data.batch import DataError
+from fastmae.data.batch import BadFile, DataError
 from fastmae.data.decode import decode
-from fastmae.data.index import Index
+from fastmae.data.header import Format
+from fastmae.data.index import Accepts, Index
 from fastmae.data.retry import with_retries
+from fastmae.data.tar_shards import OpenShards
 
 logger = logging.getLogger(__name__)
 
-OnBad = Literal["skip", "stop"]
 _LISTED = 10
 
 
 class Dataset:
-    """Images that can be trained on, numbered from 0 in the order of their paths.
+    """Images that can be trained on, numbered from 0 in the order of their paths (in shards: of shards and members).
+
+    Bad images are numbered with the others; loaders put another image in their place. All methods may be called from
+    several threads.
 
     Attributes:
         name: what the data set is called in messages and captions.
         root: the folder that the paths start from.
-        bad: files left out, decided before training.
         hash: hex digest of the index; equal for equal data sets, wherever they lie.
-        on_bad: what to do about a file that fails during training: ``"skip"`` or ``"stop"``.
+        classes: names of the labels; empty if there are none, or numbers only.
+        channels: C of the decoded images.
+        value_range: what 16-bit and float pixels are mapped from, or None.
+        formats: the formats that occur.
+        max_bad_fraction: the share of bad images from which on a run stops.
         embedded: whether these are the photographs that come with the installation.
     """
 
-    def __init__(self, index: Index, root: Path, *, name: str, on_bad: OnBad = "skip", embedded: bool = False):
-        if on_bad not in ("skip", "stop"):
-            raise ValueError(f"on_bad: expected 'skip' or 'stop', got {on_bad!r}")
-        self._entries, self._paths, self.bad, self.hash = index
-        self.root, self.name, self.on_bad, self.embedded = root, name, on_bad, embedded
-        if self.bad:
-            listed = "".join(f"\n  {bad.path}: {bad.reason}" for bad in self.bad[:_LISTED])
-            more = f"\n  and {len(self.bad) - _LISTED} more" if len(self.bad) > _LISTED else ""
-            found = f"{root}: {len(self.bad)} of {len(self.bad) + len(self)} images cannot be used:{listed}{more}"
-            if on_bad == "stop":
-                raise DataError(f"{found}\nRemove them, or leave them out with on_bad='skip'.")
-            logger.warning("%s\nThey are left out.", found)
+    def __init__(
+        self,
+        index: Index,
+        root: Path,
+        *,
+        name: str,
+        accepts: Accepts | None = None,
+        max_bad_fraction: float = 0.01,
+        embedded: bool = False,
+    ):
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {max_bad_fraction}")
+        self.index, self.root, self.name, self.embedded = index, root, name, embedded
+        self.accepts, self.max_bad_fraction = accepts or Accepts(), max_bad_fraction
+        self._shards = OpenShards() if index.shards else None
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.index.table)
+
+    @property
+    def hash(self) -> str:
+        return self.index.hash
+
+    @property
+    def classes(self) -> list[str]:
+        return self.index.classes
+
+    @property
+    def formats(self) -> frozenset[Format]:
+        return self.index.formats
+
+    @property
+    def channels(self) -> int:
+        return self.accepts.channels
+
+    @property
+    def value_range(self) -> tuple[float, float] | None:
+        return self.accepts.value_range
+
+    @property
+    def bad(self) -> list[BadFile]:
+        """Images that cannot be trained on, as far as is known, in the order of their numbers."""
+        return [BadFile(self.path(i), reason) for i, reason in self.index.bad.items()]
+
+    @property
+    def bad_ids(self) -> np.ndarray:
+        """The numbers of the images in ``bad``: int64 (n,)."""
+        return np.fromiter(self.index.bad, np.int64, len(self.index.bad))
+
+    def is_bad(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Which samples are known to be bad: bool (n,)."""
+        bad = self.index.bad
+        return np.fromiter((i in bad for i in sample_ids.tolist()), bool, len(sample_ids))
+
+    def rows(self, sample_ids: np.ndarray) -> np.ndarray:
+        """The index's rows of samples: ``table.ENTRY`` (n,), a copy."""
+        return self.index.rows(sample_ids)
 
     def path(self, sample_id: int) -> str:
-        """The path of a sample's file."""
-        start = int(self._entries["path_end"][sample_id - 1]) if sample_id else 0
-        relative = bytes(self._paths[start : int(self._entries["path_end"][sample_id])])
-        return os.path.join(self.root, os.fsdecode(relative))  # noqa: PTH118 - called for each sample of each batch
+        """What a sample is called: its file's path, or its shard's with the member's name behind ``::``."""
+        row = self._row(sample_id)
+        name = os.fsdecode(self.index.table.name(row))
+        if self._shards is None:
+            return os.path.join(self.root, name)  # noqa: PTH118 - called for each sample of each batch
+        return f"{self._shard(row)}::{name}"
 
     def read(self, sample_id: int) -> np.ndarray:
         """A sample's encoded bytes, uint8 (bytes,).
@@ -60,17 +111,22 @@ class Dataset:
         Raises:
             DataError: the file cannot be read, even after waiting and trying again.
         """
-        path = self.path(sample_id)
+        row = self._row(sample_id)
+        if self._shards is not None:
+            shard, offset, size = self._shard(row), int(row["offset"]), int(row["size"])
+            return with_retries(lambda: self._shards.read(shard, offset, size), shard)
+        path = os.path.join(self.root, os.fsdecode(self.index.table.name(row)))  # noqa: PTH118
         return with_retries(lambda: np.fromfile(path, np.uint8), path)
 
     def decode(self, sample_id: int) -> np.ndarray:
-        """A sample's upright pixels, uint8 (height, width, 3), possibly a strided view.
+        """A sample's upright pixels, uint8 (height, width, C), possibly a strided view.
 
         Raises:
             UndecodableImage: the bytes are not an image.
             DataError: the file cannot be read.
         """
-        return decode(self.read(sample_id), int(self._entries["orientation"][sample_id]))
+        orientation = int(self._row(sample_id)["orientation"])
+        return decode(self.read(sample_id), orientation, channels=self.channels, value_range=self.value_range)
 
     def shape(self, sample_id: int) -> tuple[int, int]:
         """Height and width of the upright image."""
@@ -79,13 +135,76 @@ class Dataset:
 
     def shapes(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Heights and widths, int64 (n,), of upright images."""
-        rows = self._entries[sample_ids]
-        heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
-        turned = rows["orientation"] >= 5
-        return np.where(turned, widths, heights), np.where(turned, heights, widths)
+        return upright_shapes(self.rows(sample_ids))
+
+    def labels(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Class numbers, int64 (n,); -1 where there is none."""
+        return self.rows(sample_ids)["label"].astype(np.int64)
 
     def decoded_bytes(self, at_most: int) -> int:
         """Bytes of all images decoded, or any number above ``at_most`` if there are more."""
-        if 3 * len(self) > at_most:
-            return 3 * len(self)
-        return 3 * int((self._entries["height"].astype(np.int64) * self._entries["width"]).sum())
+        total = 0
+        for rows in self.index.table.scan():
+            total += self.channels * int((rows["height"].astype(np.int64) * rows["width"]).sum())
+            if total > at_most:
+                break
+        return total
+
+    def mark_bad(self, verdicts: Mapping[int, str]) -> Dataset:
+        """The data set with more samples known to be bad, which its cached index remembers from now on.
+
+        Args:
+            verdicts: reasons by sample id; those that are known already keep their reason.
+
+        Raises:
+            DataError: more images are bad then than ``max_bad_fraction`` allows.
+        """
+        index = self.index.with_verdicts(verdicts)
+        options = {"name": self.name, "accepts": self.accepts, "embedded": self.embedded}
+        return Dataset(index, self.root, max_bad_fraction=self.max_bad_fraction, **options)
+
+    def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:
+        """Refuse a data set in which too much is bad.
+
+        Args:
+            more: reasons, by sample id, of images found bad since the index was made.
+
+        Raises:
+            DataError: naming some of them.
+        """
+        bad = self.index.bad | dict(more or {})
+        if len(bad) <= self.max_bad_fraction * len(self) and len(bad) < len(self):
+            return
+        raise DataError(
+            f"{self._found(bad)}\nMend or remove them, or allow more: --data.max-bad-fraction "
+            f"(now {self.max_bad_fraction:g}); allowed images that are bad are replaced by others."
+        )
+
+    def log_bad(self) -> None:
+        """Say which images are left out."""
+        if self.index.bad:
+            logger.warning("%s\nOthers take their places.", self._found(self.index.bad))
+
+    def _found(self, bad: Mapping[int, str]) -> str:
+        some = list(bad.items())[:_LISTED]
+        listed = "".join(f"\n  {printable(self.path(i))}: {reason}" for i, reason in some)
+        more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        return f"{self.root}: {len(bad)} of {len(self)} images cannot be used:{listed}{more}"
+
+    def _row(self, sample_id: int) -> np.void:
+        return self.index.table.rows(np.array([sample_id]))[0]
+
+    def _shard(self, row: np.void) -> str:
+        return os.path.join(self.root, self.index.shards[row["shard"]])  # noqa: PTH118
+
+
+def upright_shapes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Heights and widths, int64 (n,), as orientation means the images of some rows to be seen."""
+    heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
+    turned = rows["orientation"] >= 5
+    return np.where(turned, widths, heights), np.where(turned, heights, widths)
+
+
+def printable(name: str) -> str:
+    """A name with whatever a terminal would obey, or could not show, escaped: members of a tar are called anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

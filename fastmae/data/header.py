@@ -1,63 +1,92 @@
-"""What a file's first and last bytes say: its format, its size, its orientation, and whether it is whole.
+"""What a file's first and last bytes say: its format, size, channels and orientation, and whether it is whole.
 
 Nothing is decoded. A JPEG counts as whole if an end-of-image marker follows the start of the scan, a PNG if its IEND
-chunk is there, a WebP if the file is as long as its RIFF header says: a decoder that reads only a crop would not notice
-a missing end, and would notice it for some crops only.
+chunk is there, a WebP if the file is as long as its RIFF header says, a TIFF and an array if their pixels end inside
+the file: a decoder that reads only a crop would not notice a missing end, or would notice it for some crops only.
 """
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
-from io import BufferedReader
-from pathlib import Path
+from io import BufferedIOBase
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 
 class Format(IntEnum):
-    """Formats that every decoder here reads alike."""
+    """Formats that are read. The first three are those of photographs, which every decoder here reads alike."""
 
     JPEG = 1
     PNG = 2
     WEBP = 3
+    TIFF = 4
+    NPY = 5
 
 
 class Header(NamedTuple):
-    """An image file; ``height`` and ``width`` as stored, before ``orientation`` (EXIF, 1 to 8) turns it upright."""
+    """An image file.
+
+    Attributes:
+        format: by its content, whatever its name.
+        height, width: as stored, before ``orientation`` turns the image upright.
+        orientation: EXIF, 1 to 8.
+        channels: of the decoded image, alpha and palettes aside: 1 or 3 for a photograph, any number else.
+        mode: Pillow's name of the pixels (``"L"``, ``"RGB"``, ``"CMYK"``, ...), or NumPy's (``"uint16"``, ...).
+    """
 
     format: Format
     height: int
     width: int
     orientation: int
+    channels: int
+    mode: str
 
 
 class BadImage(Exception):
     """Why a file cannot be trained on."""
 
 
-_SUFFIXES = "jpg jpeg jpe jfif png webp gif avif heic heif bmp tif tiff jp2 jxl ppm pgm"
+_SUFFIXES = "jpg jpeg jpe jfif png webp gif avif heic heif bmp tif tiff npy jp2 jxl ppm pgm"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """A file with one of these suffixes is meant to be an image: if it cannot be read as one, it is reported."""
 
-_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\0\0\0\x0cjP": "JPEG 2000"}
+EXPECTED = "JPEG, PNG, WebP, TIFF or NumPy (.npy)"
+MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "uint8", "uint16", "float32")
+"""Modes by the numbers that the index stores."""
+_GREY = {"1", "L", "LA", "I", "I;16"}
+_STATED_LATER = ("uint8", "uint16", "float32")
+
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",), Format.TIFF: _TIFF_STARTS,
+           Format.NPY: (b"\x93NUMPY",)}  # fmt: skip
+_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
 _END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
 _ORIENTATION_TAG = 0x0112
 
 
 def detect_format(start: bytes) -> Format | None:
     """The format by the file's first 12 bytes, or None if it is not one that is read here."""
-    if start.startswith(b"\xff\xd8\xff"):
-        return Format.JPEG
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return Format.PNG
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         return Format.WEBP
-    return None
+    return next((format_ for format_, starts in _STARTS.items() if start.startswith(starts)), None)
 
 
 def read_header(path: Path | str) -> Header | None:
-    """The header of an image file.
+    """The header of an image file; see ``parse_header``."""
+    with open(path, "rb") as file:  # noqa: PTH123 - a million times over: building a Path costs more than opening
+        return parse_header(file, str(path))
+
+
+def parse_header(file: BufferedIOBase, name: str) -> Header | None:
+    """The header of an image.
+
+    Args:
+        file: its bytes, at their beginning; can seek.
+        name: what it is called, for its suffix.
 
     Returns:
         The header, or None for a file that neither is an image nor is named like one.
@@ -66,21 +95,35 @@ def read_header(path: Path | str) -> Header | None:
         BadImage: the file is empty, truncated, unreadable or of a format that is not read here.
         OSError: the file system failed.
     """
-    with open(path, "rb") as file:  # noqa: PTH123 - a million times over: building a Path costs more than opening
-        start = file.read(16)
-        format_ = detect_format(start)
-        if format_ is None:
-            if Path(path).suffix.lower() not in IMAGE_SUFFIXES:
-                return None
-            raise BadImage(_refusal(start))
-        size = file.seek(0, 2)
-        if format_ is Format.WEBP and size < (expected := int.from_bytes(start[4:8], "little") + 8):
-            raise BadImage(f"truncated: {size} bytes of {expected}")
-        file.seek(0)
-        header, data_start = _parse(file, format_)
-        if format_ in _END_OF_IMAGE:
-            _check_end(file, _END_OF_IMAGE[format_], data_start, size)
-        return header
+    start = file.read(16)
+    format_ = detect_format(start)
+    if format_ is None:
+        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+            return None
+        raise BadImage(_refusal(start))
+    if format_ in (Format.TIFF, Format.NPY) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+        return None  # raw files of cameras begin like a TIFF; and an array is an image only if it says so
+    size = file.seek(0, 2)
+    if format_ is Format.WEBP and size < (expected := int.from_bytes(start[4:8], "little") + 8):
+        raise BadImage(f"truncated: {size} bytes of {expected}")
+    file.seek(0)
+    try:
+        if format_ is Format.TIFF:
+            return _parse_tiff(file, size)
+        if format_ is Format.NPY:
+            return _parse_npy(file, size)
+        header, data_start = _parse_photograph(file, format_)
+    except OSError as error:
+        if error.errno is not None:  # the file system's, not the parser's
+            raise
+        raise BadImage(f"unreadable header: {error}") from error
+    except BadImage:
+        raise
+    except Exception as error:  # parsers raise whatever they like at damaged bytes
+        raise BadImage(f"unreadable header: {error}") from error
+    if format_ in _END_OF_IMAGE:
+        _check_end(file, _END_OF_IMAGE[format_], data_start, size)
+    return header
 
 
 def _refusal(start: bytes) -> str:
@@ -89,25 +132,59 @@ def _refusal(start: bytes) -> str:
     name = next((name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), None)
     if name is None and start[4:8] == b"ftyp":
         name = start[8:12].decode("ascii", "replace").upper()
-    return f"{name} is not supported (JPEG, PNG and WebP are)" if name else "not a JPEG, PNG or WebP file"
+    return f"{name} is not supported ({EXPECTED} are)" if name else f"not a {EXPECTED} file"
 
 
-def _parse(file: BufferedReader, format_: Format) -> tuple[Header, int]:
-    try:
-        with Image.open(file, formats=[format_.name]) as image:
-            width, height = image.size
-            animated = format_ is Format.WEBP and getattr(image, "is_animated", False)
-            exif = image.info.get("exif")
-            data_start = file.tell() if format_ is Format.JPEG else 8
-    except OSError as error:
-        if error.errno is not None:  # the file system's, not the parser's
-            raise
-        raise BadImage(f"unreadable header: {error}") from error
-    except (ValueError, SyntaxError, IndexError, KeyError, TypeError, EOFError, Image.DecompressionBombError) as error:
-        raise BadImage(f"unreadable header: {error}") from error
+def _parse_photograph(file: BufferedIOBase, format_: Format) -> tuple[Header, int]:
+    with Image.open(file, formats=[format_.name]) as image:
+        width, height = image.size
+        animated = format_ is Format.WEBP and getattr(image, "is_animated", False)
+        exif, mode = image.info.get("exif"), image.mode
+        data_start = file.tell() if format_ is Format.JPEG else 8
     if animated:
         raise BadImage("an animation, not a photograph")
-    return Header(format_, height, width, _orientation(exif)), data_start
+    return Header(format_, height, width, _orientation(exif), 1 if mode in _GREY else 3, mode), data_start
+
+
+def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
+    import tifffile
+
+    with tifffile.TiffFile(file) as tiff:
+        page = tiff.pages[0]
+        same = [other for other in tiff.pages[1:] if other.shape == page.shape]
+        if same:
+            raise BadImage(f"{1 + len(same)} pages of one size: expected a single image; split it")
+        if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
+            raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
+        if page.imagedepth != 1:
+            raise BadImage(f"a volume of depth {page.imagedepth}: expected an image; split it into slices")
+        end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+        if end > size:
+            raise BadImage(f"truncated: {size} bytes of {end}")
+        dtype = _pixel_type(np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1"))
+        orientation = page.tags.valueof(_ORIENTATION_TAG, default=1)
+        return Header(
+            Format.TIFF, page.imagelength, page.imagewidth, _in_range(orientation), page.samplesperpixel, dtype
+        )
+
+
+def _parse_npy(file: BufferedIOBase, size: int) -> Header:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if not 2 <= len(shape) <= 3 or 0 in shape:
+        raise BadImage(f"an array of shape {shape}: expected (height, width) or (height, width, channels)")
+    end = file.tell() + math.prod(shape) * dtype.itemsize
+    if size < end:
+        raise BadImage(f"truncated: {size} bytes of {end}")
+    return Header(Format.NPY, shape[0], shape[1], 1, shape[2] if len(shape) == 3 else 1, _pixel_type(dtype))
+
+
+def _pixel_type(dtype: np.dtype) -> str:
+    name = dtype.newbyteorder("=").name
+    if name not in _STATED_LATER:
+        raise BadImage(f"pixels of type {name} are not supported ({', '.join(_STATED_LATER)} are)")
+    return name
 
 
 def _orientation(exif_bytes: bytes | None) -> int:
@@ -116,13 +193,16 @@ def _orientation(exif_bytes: bytes | None) -> int:
     exif = Image.Exif()
     try:
         exif.load(exif_bytes)
-        orientation = exif.get(_ORIENTATION_TAG, 1)
+        return _in_range(exif.get(_ORIENTATION_TAG, 1))
     except Exception:  # whatever is wrong inside a camera's notes, the pixels are good
         return 1
-    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def _check_end(file: BufferedReader, marker: bytes, data_start: int, size: int) -> None:
+def _in_range(orientation: object) -> int:
+    return int(orientation) if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _check_end(file: BufferedIOBase, marker: bytes, data_start: int, size: int) -> None:
     file.seek(max(data_start, size - 64))
     if marker in file.read():
         return

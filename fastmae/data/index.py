@@ -1,9 +1,11 @@
-"""The index of a data set: built once, cached, hashed, memory-mapped.
+"""The index of a data set: built once, cached, hashed, read by position.
 
-A good image is one row of a structured array plus its relative path in one long byte string; opening a cached index
-maps both and reads neither, and a row is looked up by its number. So what a run holds itself does not grow with the
-number of images; the pages that it touches stand in the operating system's cache. Building does hold the folder's
-listing (some 300 bytes a file), and opening does walk the folder again, to notice that it changed.
+An image is one row of fixed size plus its name; opening a cached index reads neither, and a row is looked up by its
+number. So what a run holds does not grow with the number of images. Building writes rows as they are found and holds
+the listing only (some 300 bytes a file; shards are few). Opening walks a folder again, to notice that it changed.
+
+Bad images stay in the index, flagged: their numbers, and with them the order of all samples, are the same whenever it
+was found out that they are bad.
 """
 
 from __future__ import annotations
@@ -13,223 +15,258 @@ import json
 import logging
 import os
 import shutil
-import stat
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 
-from fastmae.data.batch import BadFile, DataError
-from fastmae.data.header import BadImage, read_header
-from fastmae.data.retry import with_retries
+from fastmae.data.header import MODES, Format
+from fastmae.data.parts import Part, image_parts, in_order
+from fastmae.data.sources import Source
+from fastmae.data.table import ENTRY, Bytes, Table
+from fastmae.data.tar_shards import shard_part
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 _KEPT_SECONDS = 30 * 86400
-"""How long the index of what a folder used to hold stays: another run, on another machine even, may have it mapped."""
-
-ENTRY = np.dtype(
-    [("path_end", "<u8"), ("size", "<u8"), ("height", "<u4"), ("width", "<u4"), ("format", "u1"), ("orientation", "u1")]
-)
-"""One good image: where its path ends in the byte string, bytes, stored height and width, format, EXIF orientation."""
+"""How long the index of what a folder used to hold stays: another run, on another machine even, may be reading it."""
+_ROWS, _NAMES, _BAD, _VERDICTS, _MANIFEST = "rows.bin", "names.bin", "bad.jsonl", "verdicts.jsonl", "manifest.json"
 
 
-class ListedFile(NamedTuple):
-    """A file below the folder: relative path, bytes, and time of change in nanoseconds. A dangling link has size -1."""
-
-    path: str
-    size: int
-    mtime: int
-
-
-class Index(NamedTuple):
-    """Good images in the order of their paths, and bad files.
+@dataclass(frozen=True)
+class Accepts:
+    """What images a data set is for; anything else is bad.
 
     Attributes:
-        entries: (N,) of ``ENTRY``.
-        paths: uint8, the relative paths of the good images, one after the other.
-        bad: files that are images by name or content, but cannot be trained on.
-        hash: hex digest of the entries and paths: equal on two machines if and only if the data sets are.
+        channels: of the decoded images.
+        value_range: what 16-bit and float pixels are mapped from; None if they are not expected.
+        max_pixels: the largest height x width.
     """
 
-    entries: np.ndarray
-    paths: np.ndarray
-    bad: list[BadFile]
+    channels: int = 3
+    value_range: tuple[float, float] | None = None
+    max_pixels: int = 178_956_970
+
+
+@dataclass(frozen=True)
+class Index:
+    """An index, open.
+
+    Attributes:
+        table: rows and names.
+        bad: reasons by number, in the order of the numbers.
+        hash: hex digest of all that the order and the pixels of the samples hang on: equal on two machines if and only
+            if the data sets are.
+        classes: names of the labels, empty if unknown.
+        shards: relative paths of the tar files; empty if each image is a file of its own.
+        formats: those of the good images.
+        folder: where it is cached; None if it is not.
+    """
+
+    table: Table
+    bad: dict[int, str]
     hash: str
+    classes: list[str]
+    shards: list[str]
+    formats: frozenset[Format]
+    folder: Path | None = None
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows by number, ``ENTRY`` (n,); ``bad`` is what is known now."""
+        rows = self.table.rows(ids)
+        if self.bad:
+            rows["bad"] = [int(i in self.bad) for i in ids.tolist()]
+        return rows
+
+    def with_verdicts(self, verdicts: Mapping[int, str]) -> Index:
+        """The index with more images known to be bad; stored beside it for the next time, if it is cached."""
+        verdicts = {int(i): reason for i, reason in verdicts.items() if int(i) not in self.bad}
+        if self.folder is not None:
+            verdicts = _read_reasons(self.folder / _VERDICTS) | verdicts
+            _write_reasons(self.folder / _VERDICTS, verdicts)
+        return _judged(self, verdicts)
 
 
-def list_files(root: Path) -> list[ListedFile]:
-    """All files below a folder, sorted by path. Hidden names are skipped, links followed, loops entered once."""
-    found: list[ListedFile] = []
-    pending, entered = [(os.fspath(root), "")], set()
-    while pending:
-        folder, prefix = pending.pop()
-        status = os.stat(folder)  # noqa: PTH116 - of strings, as scandir gives them
-        if (status.st_dev, status.st_ino) in entered:
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as members:
-            for member in members:
-                if member.name.startswith("."):
-                    continue
-                relative, status = prefix + member.name, _status(member)
-                if status is None:
-                    found.append(ListedFile(relative, -1, 0))
-                elif stat.S_ISDIR(status.st_mode):
-                    pending.append((member.path, relative + "/"))
-                elif stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                    found.append(ListedFile(relative, status.st_size, status.st_mtime_ns))
-    return sorted(found)
+def _judged(index: Index, verdicts: Mapping[int, str]) -> Index:
+    if not verdicts:
+        return index
+    digest = hashlib.blake2b(index.hash.encode(), digest_size=16)
+    digest.update(np.array(sorted(verdicts), "<i8").tobytes())
+    return replace(index, bad=dict(sorted((index.bad | dict(verdicts)).items())), hash=digest.hexdigest())
 
 
-def _status(member: os.DirEntry) -> os.stat_result | None:
-    """What a name stands for; None for a link that leads nowhere."""
-    try:
-        return member.stat()
-    except OSError:
-        if member.is_symlink():
-            return None
-        raise
-
-
-def fingerprint(files: Sequence[ListedFile]) -> str:
-    """A digest of names, sizes and times of change: another one means that the index has to be built anew."""
-    digest = hashlib.blake2b(f"v{VERSION}".encode(), digest_size=16)
-    for file in files:
-        digest.update(os.fsencode(file.path) + b"\0%d\0%d\0" % (file.size, file.mtime))
-    return digest.hexdigest()
-
-
-def build_index(root: Path, files: Sequence[ListedFile], num_threads: int | None = None) -> Index:
-    """Read every file's header, in parallel threads, and sort good from bad."""
-    rows, paths, bad, end = [], [], [], 0
-    with ThreadPoolExecutor(num_threads or min(32, 4 * (os.cpu_count() or 1))) as pool:
-        for file, header in zip(files, _map_in_chunks(pool, root, files), strict=True):
-            if isinstance(header, str):
-                bad.append(BadFile(os.fspath(root / file.path), header))
-            elif header is not None:
-                encoded = os.fsencode(file.path)
-                end += len(encoded)
-                paths.append(encoded)
-                rows.append((end, file.size, header.height, header.width, header.format, header.orientation))
-    entries = np.array(rows, dtype=ENTRY)
-    path_bytes = np.frombuffer(b"".join(paths), np.uint8)
-    digest = hashlib.blake2b(f"v{VERSION}".encode(), digest_size=16)
-    digest.update(entries.tobytes())
-    digest.update(path_bytes.tobytes())
-    return Index(entries, path_bytes, bad, digest.hexdigest())
-
-
-def _map_in_chunks(pool: ThreadPoolExecutor, root: Path, files: Sequence[ListedFile]) -> Iterator:
-    chunks = [files[i : i + 64] for i in range(0, len(files), 64)]
-    for results in pool.map(lambda chunk: [_inspect(root, file) for file in chunk], chunks):
-        yield from results
-
-
-def _inspect(root: Path, file: ListedFile):
-    """A header, None for a file of another kind, or the reason why the file is bad."""
-    path = f"{root}/{file.path}"
-    if file.size < 0:
-        return "dangling link"
-    try:
-        return with_retries(lambda: read_header(path), path, give_up_on=(BadImage, PermissionError))
-    except BadImage as error:
-        return str(error)
-    except PermissionError:
-        return "no permission to read it"
-
-
-def cached_index(root: Path, cache_dir: Path | None) -> Index:
-    """The index of a folder, from the cache if the folder's listing has not changed since.
+def build_index(source: Source, accepts: Accepts, folder: Path | None = None, num_threads: int | None = None) -> Index:
+    """Read every image's header and write the index.
 
     Args:
-        root: the folder.
-        cache_dir: where indices are kept; None for ``~/.cache/fastmae``. If it cannot be written to, the index is built
-            in memory, and a log line says so.
+        source: where the images are.
+        accepts: which of them are good.
+        folder: an empty folder to write into; None keeps the index in a temporary file.
+        num_threads: that read; None chooses.
     """
-    files = list_files(root)
-    name = hashlib.blake2b(os.fsencode(root.resolve()), digest_size=8).hexdigest()
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="fastmae-index-") as temporary:
+            # The files are gone with the folder, for everybody but this process, which has them open.
+            return replace(build_index(source, accepts, Path(temporary), num_threads), folder=None)
+    parts, shards = _parts(source, num_threads), []
+    if source.kind == "shards":
+        shards = [file.path for file in source.files]
+    digest = hashlib.blake2b(repr((VERSION, accepts, source.classes, shards)).encode(), digest_size=16)
+    bad: dict[int, str] = {}
+    formats: set[int] = set()
+    with (folder / _ROWS).open("wb") as rows_file, (folder / _NAMES).open("wb") as names_file:
+        for rows, names, reasons in _joined(parts, source.kind == "shards", accepts):
+            bad |= reasons
+            formats |= set(np.unique(rows["format"][rows["bad"] == 0]).tolist())
+            _append(rows_file, rows.tobytes(), digest)
+            _append(names_file, names, digest)
+    index = Index(
+        Table(Bytes(folder / _ROWS), Bytes(folder / _NAMES)),
+        bad,
+        digest.hexdigest(),
+        source.classes,
+        shards,
+        frozenset(Format(number) for number in formats if number),
+        folder,
+    )
+    _write_reasons(folder / _BAD, bad)
+    manifest = {
+        "version": VERSION,
+        "count": len(index.table),
+        "name_bytes": (folder / _NAMES).stat().st_size,
+        "hash": index.hash,
+        "classes": index.classes,
+        "shards": index.shards,
+        "formats": sorted(int(format_) for format_ in index.formats),
+    }
+    (folder / _MANIFEST).write_text(json.dumps(manifest))
+    return index
+
+
+def _append(file: BinaryIO, data: bytes, digest) -> None:
+    file.write(data)
+    digest.update(data)
+
+
+def _parts(source: Source, num_threads: int | None) -> Iterator[Part]:
+    if source.kind == "images":
+        return image_parts(source.root, source.files, source.labels, listed=source.listed, num_threads=num_threads)
+    return in_order(lambda file: shard_part(source.root / file.path), source.files, num_threads)
+
+
+def _joined(
+    parts: Iterable[Part], shards: bool, accepts: Accepts
+) -> Iterator[tuple[np.ndarray, bytes, dict[int, str]]]:
+    """Parts as pieces of one index: names, shards and numbers count from its beginning."""
+    count = name_bytes = 0
+    for number, part in enumerate(parts):
+        rows, reasons = part.rows.copy(), part.bad | judge(part.rows, accepts)
+        rows["name"] += name_bytes
+        rows["shard"] = number if shards else 0
+        rows["bad"][list(reasons)] = 1
+        yield rows, part.names, {count + i: reason for i, reason in sorted(reasons.items())}
+        count += len(rows)
+        name_bytes += len(part.names)
+
+
+def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
+    """Why images whose headers are good are not what the data set is for: reason by number."""
+    pixels = rows["height"].astype(np.int64) * rows["width"]
+    arrays = (rows["format"] == Format.TIFF) | (rows["format"] == Format.NPY)
+    grey = rows["channels"] == 1
+    fits = (rows["channels"] == accepts.channels) | ((grey | ~arrays) & (accepts.channels == 3))
+    wide = arrays & (rows["mode"] != MODES.index("uint8")) & (accepts.value_range is None)
+    good = rows["bad"] == 0
+    reasons: dict[int, str] = {}
+    for i in np.flatnonzero(good & (pixels > accepts.max_pixels)).tolist():
+        size = f"{rows['height'][i]} x {rows['width'][i]} pixels"
+        reasons[i] = f"huge: {size}, more than --data.max-pixels {accepts.max_pixels}"
+    for i in np.flatnonzero(good & wide).tolist():
+        mode = MODES[rows["mode"][i]]
+        reasons.setdefault(i, f"{mode} pixels: expected uint8, or --data.value-range that they are mapped from")
+    for i in np.flatnonzero(good & ~fits).tolist():
+        found = rows["channels"][i]
+        reasons.setdefault(i, f"{found} channels: expected {accepts.channels} (--model.in-chans {found})")
+    return reasons
+
+
+def cached_index(source: Source, path: Path, accepts: Accepts, cache_dir: Path | None) -> Index:
+    """The index of a source, from the cache if its listing has not changed since.
+
+    Args:
+        source: what lies at the path.
+        path: names the index in the cache.
+        accepts: which images are good.
+        cache_dir: where indices are kept; None for ``~/.cache/fastmae``. If it cannot be written to, the index is built
+            in a temporary file, and a log line says so.
+    """
+    name = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
     try:
         cache_dir = cache_dir or Path.home() / ".cache" / "fastmae"
-    except RuntimeError as error:
-        logger.warning("The index of %s is not cached: %s", root, error)
-        return build_index(root, files)
-    folder = cache_dir / f"index-{name}-{fingerprint(files)}"
-    index = _load(folder)
-    if index is not None:
-        return index
-    logger.info("Reading the headers of %d files in %s", len(files), root)
-    index = build_index(root, files)
+        folder = cache_dir / f"index-{name}-{source.fingerprint(VERSION, accepts)}"
+        index = _load(folder)
+        if index is not None:
+            return index
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix="writing-", dir=folder.parent))
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        logger.warning("The index of %s is not cached: %s", path, error)
+        return build_index(source, accepts)
+    logger.info("Reading the headers of the images in %s (%d files)", path, len(source.files))
     try:
-        _save(index, folder, siblings=f"index-{name}-*")
-    except OSError as error:
-        logger.warning("The index of %s is not cached: %s", root, error)
-        return index
-    return _load(folder) or index
+        build_index(source, accepts, temporary)
+        _publish(temporary, folder, siblings=f"index-{name}-*")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    index = _load(folder)
+    if index is None:
+        raise OSError(f"{folder}: was written and cannot be read")
+    return index
 
 
 def _load(folder: Path) -> Index | None:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        count, num_bytes = manifest["count"], manifest["path_bytes"]
-        entries = np.load(folder / "entries.npy", mmap_mode="r") if count else np.empty(0, ENTRY)
-        paths = np.load(folder / "paths.npy", mmap_mode="r") if count else np.empty(0, np.uint8)
-        if entries.dtype != ENTRY or entries.shape != (count,) or paths.shape != (num_bytes,):
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        table = Table(Bytes(folder / _ROWS), rows_names := Bytes(folder / _NAMES))
+        if manifest["version"] != VERSION or rows_names.size != manifest["name_bytes"]:
             return None
-        return Index(entries, paths, [BadFile(*bad) for bad in manifest["bad"]], manifest["hash"])
+        if (folder / _ROWS).stat().st_size != manifest["count"] * ENTRY.itemsize:
+            return None
+        bad = _read_reasons(folder / _BAD)
+        formats = frozenset(Format(number) for number in manifest["formats"])
+        index = Index(table, bad, manifest["hash"], manifest["classes"], manifest["shards"], formats, folder)
+        return _judged(index, _read_reasons(folder / _VERDICTS))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, of another version or damaged: all the same, it is built again
 
 
-def _save(index: Index, folder: Path, siblings: str) -> None:
-    """Write beside, then rename: a reader sees the whole index or none."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix="writing-", dir=folder.parent))
+def _read_reasons(path: Path) -> dict[int, str]:
+    if not path.is_file():
+        return {}
+    pairs = (json.loads(line) for line in path.read_text().splitlines())
+    return {int(number): str(reason) for number, reason in pairs}
+
+
+def _write_reasons(path: Path, reasons: Mapping[int, str]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps([i, reason]) + "\n" for i, reason in sorted(reasons.items())))
+    temporary.replace(path)
+
+
+def _publish(temporary: Path, folder: Path, siblings: str) -> None:
+    """Written beside, then renamed: a reader sees the whole index or none."""
+    if _load(folder) is None:  # not there or damaged; else another process was faster
+        shutil.rmtree(folder, ignore_errors=True)
     try:
-        np.save(temporary / "entries.npy", index.entries)
-        np.save(temporary / "paths.npy", index.paths)
-        manifest = {
-            "count": len(index.entries),
-            "path_bytes": len(index.paths),
-            "hash": index.hash,
-            "bad": [list(bad) for bad in index.bad],
-        }
-        (temporary / "manifest.json").write_text(json.dumps(manifest))
-        if _load(folder) is None:  # not there or damaged; else another process was faster
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        for sibling in folder.parent.glob(siblings):
-            if sibling != folder and sibling.stat().st_mtime < time.time() - _KEPT_SECONDS:
-                shutil.rmtree(sibling, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def open_folder(root: Path, cache_dir: Path | None) -> Index:
-    """The index of a folder of images.
-
-    Raises:
-        DataError: the path is missing, is not a folder, or holds no image that can be trained on.
-    """
-    if not root.exists():
-        raise DataError(f"{root}: no such folder; expected a folder of JPEG, PNG or WebP images")
-    if not root.is_dir():
-        raise DataError(f"{root}: is a file; expected a folder of JPEG, PNG or WebP images")
-    try:
-        index = cached_index(root, cache_dir)
-    except OSError as error:
-        raise DataError(f"{error.filename or root}: cannot be read: {error.strerror or error}") from error
-    if not len(index.entries):
-        reasons = "".join(f"\n  {bad.path}: {bad.reason}" for bad in index.bad[:5])
-        found = f"only {len(index.bad)} unusable files, among them:{reasons}" if index.bad else "no image at all"
-        raise DataError(f"{root}: expected a folder of JPEG, PNG or WebP images, found {found}")
-    return index
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    for sibling in folder.parent.glob(siblings):
+        if sibling != folder and sibling.stat().st_mtime < time.time() - _KEPT_SECONDS:
+            shutil.rmtree(sibling, ignore_errors=True)

@@ -192,8 +192,7 @@ class Loader(ABC):
         with self._lock:
             known = sample_id in self._bad
             self._bad[sample_id] = reason
-        if self.dataset.on_bad == "stop":
-            raise DataError(f"{path}: {reason}\nRemove it, or leave it out with on_bad='skip'.")
+        self.dataset.check_bad_fraction(self._bad)
         if not known:
             logger.warning("%s: %s; another sample takes its place", path, reason)
 

@@ -21,8 +21,9 @@ from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
 from fastmae.data.header import BadImage, read_header
-from fastmae.data.index import ListedFile, build_index
+from fastmae.data.index import Accepts, build_index
 from fastmae.data.retry import with_retries
+from fastmae.data.sources import ListedFile, Source
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def open_photographs() -> Dataset:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
     files = [ListedFile(path.name, path.stat().st_size, 0) for path in _present(TRAINING)]
-    return Dataset(build_index(_folder(), files), _folder(), name="photographs", embedded=True)
+    source = Source("images", _folder(), files, True, [-1] * len(files), [])
+    return Dataset(build_index(source, Accepts()), _folder(), name="photographs", embedded=True)
 
 
 def validation_photographs(img_size: tuple[int, int]) -> tuple[list[str], Tensor]:

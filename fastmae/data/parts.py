@@ -1,0 +1,110 @@
+"""Pieces of an index: what some files of a folder, or the members of one shard, have come to."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from fastmae.data.header import MODES, BadImage, Format, Header, read_header
+from fastmae.data.retry import with_retries
+from fastmae.data.sources import ListedFile
+from fastmae.data.table import ENTRY
+
+_FILES = 64
+_BAD = Header(Format.JPEG, 0, 0, 1, 0, "")
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Part(NamedTuple):
+    """Some rows, their names, and the reasons of those that are bad.
+
+    Attributes:
+        rows: ``ENTRY`` (n,); ``name`` counts from the beginning of ``names``.
+        names: the names, one after the other.
+        bad: reason by number of the row.
+    """
+
+    rows: np.ndarray
+    names: bytes
+    bad: dict[int, str]
+
+
+class PartBuilder:
+    """Collects rows."""
+
+    def __init__(self):
+        self._rows: list[tuple] = []
+        self._names: list[bytes] = []
+        self._end = 0
+        self._bad: dict[int, str] = {}
+
+    def add(self, name: bytes, header: Header | str, *, size: int, offset: int = 0, label: int = -1) -> None:
+        """A row from a header, or from the reason why there is none."""
+        if isinstance(header, str):
+            self._bad[len(self._rows)] = header
+        found = _BAD if isinstance(header, str) else header
+        mode = MODES.index(found.mode) if found.mode in MODES else 0
+        self._rows.append(
+            (self._end, offset, size, found.height, found.width, 0, label, len(name), min(found.channels, 65535))
+            + (found.format if found is not _BAD else 0, found.orientation, mode, found is _BAD)
+        )
+        self._names.append(name)
+        self._end += len(name)
+
+    def build(self) -> Part:
+        return Part(np.array(self._rows, ENTRY), b"".join(self._names), self._bad)
+
+
+def image_parts(
+    root: Path, files: Sequence[ListedFile], labels: Sequence[int], *, listed: bool, num_threads: int | None = None
+) -> Iterator[Part]:
+    """Reads the header of each file, in parallel threads. Files that are no images are left aside, unless ``listed``."""
+
+    def inspect(start: int) -> Part:
+        builder = PartBuilder()
+        for file, label in zip(files[start : start + _FILES], labels[start : start + _FILES], strict=True):
+            header = _inspect(os.path.join(root, file.path), file)  # noqa: PTH118 - a million times
+            if header is None and listed:
+                header = "not an image"
+            if header is not None:
+                builder.add(os.fsencode(file.path), header, size=max(file.size, 0), label=label)
+        return builder.build()
+
+    yield from in_order(inspect, range(0, len(files), _FILES), num_threads)
+
+
+def in_order(
+    action: Callable[[Item], Result], items: Iterable[Item], num_threads: int | None = None
+) -> Iterator[Result]:
+    """Results in the order of the items, computed in threads that run ahead by a bounded number of items."""
+    num_threads = num_threads or min(32, 4 * (os.cpu_count() or 1))
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(action, item))
+                if len(pending) > 2 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _inspect(path: str, file: ListedFile) -> Header | str | None:
+    """A header, None for a file of another kind, or the reason why the file is bad."""
+    if file.size < 0:
+        return "dangling link" if os.path.islink(path) else "no such file"  # noqa: PTH114
+    try:
+        return with_retries(lambda: read_header(path), path, give_up_on=(BadImage, PermissionError))
+    except BadImage as error:
+        return str(error)
+    except PermissionError:
+        return "no permission to read it"

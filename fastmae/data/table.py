@@ -1,0 +1,92 @@
+"""The rows of an index: fixed-size records and names, looked up by number without being held in memory.
+
+A run reads a few hundred rows a batch out of as many as the data set has. They are read by position from the file
+(``pread``) rather than mapped: a mapping would count every page that it touches as the process's own, and the kernel
+would read ahead around each of them, 128 KB for a row of 50 bytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fastmae.data.retry import with_retries
+
+ENTRY = np.dtype(
+    [
+        ("name", "<u8"),  # where its name begins among the names
+        ("offset", "<u8"),  # where its bytes begin in the shard; 0 for a file of its own
+        ("size", "<u8"),  # bytes
+        ("height", "<u4"),  # as stored, before the orientation turns the image upright
+        ("width", "<u4"),
+        ("shard", "<u4"),  # which shard; 0 for a file of its own
+        ("label", "<i4"),  # class, -1 for none
+        ("name_size", "<u2"),
+        ("channels", "<u2"),
+        ("format", "u1"),
+        ("orientation", "u1"),  # EXIF, 1 to 8
+        ("mode", "u1"),  # number in header.MODES
+        ("bad", "u1"),  # not 0: cannot be trained on
+    ]
+)
+"""One image."""
+
+_SCANNED = 1 << 16
+
+
+class Bytes:
+    """Bytes in memory or in a file, read by position, from any thread."""
+
+    def __init__(self, where: Path | bytes):
+        self._memory = where if isinstance(where, bytes) else None
+        if self._memory is None:
+            self._path = where
+            self._file = open(where, "rb", buffering=0)  # noqa: PTH123, SIM115 - as long as this object lives
+            self.size = os.fstat(self._file.fileno()).st_size
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        else:
+            self.size = len(self._memory)
+
+    def read(self, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start`` on."""
+        if self._memory is not None:
+            return self._memory[start : start + size]
+        data = os.pread(self._file.fileno(), size, start)
+        return data if len(data) == size else with_retries(lambda: self._read_all(start, size), str(self._path))
+
+    def _read_all(self, start: int, size: int) -> bytes:
+        data = os.pread(self._file.fileno(), size, start)
+        if len(data) != size:
+            raise OSError(f"ends {size - len(data)} bytes too early")
+        return data
+
+
+class Table:
+    """The rows of an index and their names."""
+
+    def __init__(self, rows: Bytes, names: Bytes):
+        self._rows, self._names = rows, names
+
+    def __len__(self) -> int:
+        return self._rows.size // ENTRY.itemsize
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows by number: ``ENTRY`` (n,), a copy."""
+        size = ENTRY.itemsize
+        data = b"".join([self._rows.read(i * size, size) for i in ids.tolist()])
+        return np.frombuffer(bytearray(data), ENTRY)
+
+    def name(self, row: np.void) -> bytes:
+        """The name of a row."""
+        return self._names.read(int(row["name"]), int(row["name_size"]))
+
+    def scan(self) -> Iterator[np.ndarray]:
+        """All rows in order, some ten thousand at a time."""
+        for start in range(0, len(self), _SCANNED):
+            count = min(_SCANNED, len(self) - start)
+            data = self._rows.read(start * ENTRY.itemsize, count * ENTRY.itemsize)
+            yield np.frombuffer(bytearray(data), ENTRY)
