@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-import fastmae.cli as cli_module
+import fastmae.cli.commands as cli_module
 import fastmae.train.config as config_module
 from fastmae.model import RESIDUAL_DTYPES
 from fastmae.ops.attention import BACKENDS

@@ -1,4 +1,4 @@
-"""The command line: ``fastmae pretrain``, ``fastmae reconstruct``, ``fastmae env``.
+"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``env``.
 
 This file parses arguments, and imports no more than that takes: ``--help`` does not wait for PyTorch. Each command is a
 module beside it, imported when it is called.
@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
+from fastmae.cli.commands import DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
@@ -22,27 +23,6 @@ from fastmae.train.recipes import RECIPES
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 """Exit codes: what the user can mend, and Ctrl-C outside the training loop."""
-
-
-@dataclass(frozen=True)
-class ReconstructConfig:
-    """Draw masked, reconstructed and original images side by side."""
-
-    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Run folder, checkpoint folder or exported .safetensors file."""
-    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES...")]
-    """Images to reconstruct."""
-    out: Path = Path("reconstruction.png")
-    """The figure to write."""
-    mask_ratio: float = 0.75
-    """Share of patches to hide, strictly between 0 and 1."""
-    seed: int = 0
-    """Seed of the masks."""
-
-
-@dataclass(frozen=True)
-class EnvConfig:
-    """Print versions, devices, kernels and attention backends: paste it into a bug report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,18 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = tyro.cli(
             _commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv
         )
-        if isinstance(command, PretrainConfig):
-            from fastmae.cli.pretrain import pretrain
-
-            return pretrain(apply_flags(command, defaults, _given(argv)))
-        if isinstance(command, ReconstructConfig):
-            from fastmae.cli.reconstruct import reconstruct
-
-            return reconstruct(command.checkpoint, command.images, command.out, command.mask_ratio, command.seed)
-        from fastmae.environment import report
-
-        print(report())
-        return 0
+        return _run(command, defaults, argv)
     except KeyboardInterrupt:
         print("fastmae: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -79,9 +48,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _commands(defaults: PretrainConfig) -> Any:
     return (
         Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", default=defaults)]
+        | Annotated[DataCommands, tyro.conf.subcommand("data")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
         | Annotated[EnvConfig, tyro.conf.subcommand("env")]
     )
+
+
+def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
+    if isinstance(command, PretrainConfig):
+        from fastmae.cli.pretrain import pretrain
+
+        return pretrain(apply_flags(command, defaults, _given(argv)))
+    if isinstance(command, DataCommands):
+        from fastmae.cli.data import run
+
+        return run(command.command)
+    if isinstance(command, ReconstructConfig):
+        from fastmae.cli.reconstruct import reconstruct
+
+        return reconstruct(command.checkpoint, command.images, command.out, command.mask_ratio, command.seed)
+    from fastmae.environment import report
+
+    print(report())
+    return 0
 
 
 def _defaults(argv: Sequence[str]) -> PretrainConfig:

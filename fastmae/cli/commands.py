@@ -1,0 +1,140 @@
+"""The commands and their flags; those of ``fastmae pretrain`` stand in ``fastmae.train.config``.
+
+No module that does the work is imported here, so that ``--help`` does not wait for PyTorch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+_SOURCE = tyro.conf.arg(metavar="PATH")
+
+
+@dataclass(frozen=True)
+class ReconstructConfig:
+    """Draw masked, reconstructed and original images side by side."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Run folder, checkpoint folder or exported .safetensors file."""
+    images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES...")]
+    """Images to reconstruct."""
+    out: Path = Path("reconstruction.png")
+    """The figure to write."""
+    mask_ratio: float = 0.75
+    """Share of patches to hide, strictly between 0 and 1."""
+    seed: int = 0
+    """Seed of the masks."""
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Print versions, devices, kernels and attention backends: paste it into a bug report."""
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """Pack images into WebDataset tar shards, verified and with an index beside each. A run that was cut off is
+    continued by the same command, and ends in the same bytes."""
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """Folder of images, list file, .tar file or folder of .tar shards. Only read."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder for the shards: new, empty, or of a run of this command to continue. Not inside FOLDER."""
+    short_side: int | None = None
+    """Shrink 8-bit photographs to this short side in pixels and store them as JPEG; smaller ones keep their bytes. 256
+    is enough for training at 224, and a fraction of the bytes and of the decoding. None: every file's bytes as they
+    are."""
+    quality: int = 90
+    """JPEG quality of what is encoded anew, 1 to 100 (chroma at half resolution, as cameras store it)."""
+    reencode: bool = False
+    """Encode every 8-bit photograph anew as JPEG, also those that keep their size."""
+    shard_bytes: int = 256 << 20
+    """Size of a shard to aim at. Smaller ones are more parallel to read and to write, and less to repeat after a
+    failure; larger ones are fewer files."""
+    images_per_shard: int | None = None
+    """Images in a shard, at most; overrides --shard-bytes."""
+    shuffle_seed: int | None = 0
+    """Seed of the order in which images are packed, so that a reader that goes from front to back meets no sorted
+    classes. None: in the order of their names."""
+    num_workers: int | None = None
+    """Threads that read, resize and encode. None: one a core."""
+    channels: int = 3
+    """Channels of the images; others count as bad."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value of 16-bit and floating-point pixels; such files keep their bytes in any case."""
+    max_bad_fraction: float = 0.01
+    """Stop if more than this share of the images cannot be used; up to it they are left out and listed in
+    OUT/bad_files.jsonl."""
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Read every image's header once and keep what it says: beside tar shards for every reader, of a folder in the
+    cache."""
+
+    path: Annotated[tyro.conf.Positional[Path], _SOURCE]
+    """Folder of images, list file, .tar file or folder of .tar shards."""
+    channels: int = 3
+    """Channels of the images; others count as bad."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Decode every image in full, and remember the bad ones in the index, so that training replaces them from the
+    start. Ctrl-C keeps what was found so far. Exit code 1 if there are more than --max-bad-fraction."""
+
+    path: Annotated[tyro.conf.Positional[Path], _SOURCE]
+    """Folder of images, list file, .tar file or folder of .tar shards."""
+    out: Path | None = None
+    """Also write the bad files here, a line of JSON each, as they are found."""
+    max_bad_fraction: float = 0.01
+    """Share of bad files up to which the exit code is 0."""
+    num_workers: int | None = None
+    """Decoding threads. None: one a core."""
+    channels: int = 3
+    """Channels of the images; others count as bad."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """Count, sizes, formats and modes of the images, those that cannot be used, and the channels' mean and standard
+    deviation as flags of fastmae pretrain."""
+
+    path: Annotated[tyro.conf.Positional[Path], _SOURCE]
+    """Folder of images, list file, .tar file or folder of .tar shards."""
+    sample: int = 2000
+    """Images to decode for mean and standard deviation, drawn at random. 0: none."""
+    seed: int = 0
+    """Seed of the drawing."""
+    json: bool = False
+    """Print JSON in place of tables."""
+    num_workers: int | None = None
+    """Decoding threads. None: one a core."""
+    channels: int = 3
+    """Channels of the images; others count as bad."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+
+
+DataCommand = (
+    Annotated[ShardConfig, tyro.conf.subcommand("shard")]
+    | Annotated[IndexConfig, tyro.conf.subcommand("index")]
+    | Annotated[VerifyConfig, tyro.conf.subcommand("verify")]
+    | Annotated[StatsConfig, tyro.conf.subcommand("stats")]
+)
+
+
+@dataclass(frozen=True)
+class DataCommands:
+    """Prepare a data set: pack it into shards, index it, check every image, describe it."""
+
+    command: tyro.conf.OmitSubcommandPrefixes[DataCommand]
+    """What to do with the images."""
