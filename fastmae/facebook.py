@@ -54,4 +54,4 @@ class FacebookMethods:
         fits = patches.ndim == 3 and tuple(patches.shape[1:]) == expected
         check(fits, "patches", f"shape (N, {expected[0]}, {expected[1]})", patches)
         x = patches.reshape(len(patches), rows, cols, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(patches), self.in_chans, *self.img_size)
+        return x.reshape(len(patches), self.in_chans, *self.input_size)

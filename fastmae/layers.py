@@ -26,25 +26,6 @@ from fastmae.ops._dispatch import fuses
 from fastmae.ops._linear import kernels, linear
 
 
-def sincos_positions(dim: int, grid_size: tuple[int, int]) -> Tensor:
-    """Fixed sine-cosine table (1, 1 + L, dim), float32, rows in patch order behind a zero row for the class token.
-
-    The first half of the channels encodes the column and the second half the row; inside each half the sines come
-    first (He et al., appendix A.1, in the layout of the authors' code).
-
-    Raises:
-        ValueError: dim is not a multiple of 4.
-    """
-    if dim % 4:
-        raise ValueError(f"embed_dim: two-dimensional sine-cosine positions need a multiple of 4, got {dim}")
-    quarter = dim // 4
-    frequency = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows, cols = torch.meshgrid(*(torch.arange(s, dtype=torch.float64) for s in grid_size), indexing="ij")
-    angles = torch.stack([cols, rows], dim=-1).reshape(-1, 2, 1) * frequency
-    table = torch.cat([angles.sin(), angles.cos()], dim=-1).reshape(-1, dim)
-    return F.pad(table, (0, 0, 1, 0))[None].float()
-
-
 class PatchEmbed(nn.Module):
     """Linear projection of patches. ``proj`` is stored as a convolution and applied as a matrix."""
 

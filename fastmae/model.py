@@ -8,7 +8,6 @@ None of this changes the loss.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.facebook import FacebookMethods
+from fastmae.inputs import ImageInputs
 from fastmae.layers import (
     Block,
     Linear,
@@ -27,12 +27,12 @@ from fastmae.layers import (
     Stream,
     cast_weights,
     initialize_parameters,
-    sincos_positions,
 )
-from fastmae.ops import Masking, gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
-from fastmae.ops._check import as_pair, check, grid_of
+from fastmae.ops import Masking, gather_patches, masked_patch_mse, restore_tokens
+from fastmae.ops._check import check
 from fastmae.ops.attention import BACKENDS
-from fastmae.presets import IMAGENET_MEAN, IMAGENET_STD, PRESETS
+from fastmae.positions import sincos_positions
+from fastmae.presets import PRESETS
 
 RESIDUAL_DTYPES = ("float32", "bfloat16")
 
@@ -48,11 +48,11 @@ class MAEOutput(NamedTuple):
     """float32 (N * R, L), 1 = masked."""
 
 
-class MaskedAutoencoderViT(FacebookMethods, nn.Module):
+class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
     """Masked autoencoder with a Vision Transformer (He et al., CVPR 2022, section 3).
 
     Args:
-        img_size: (height, width) in pixels, or an int for a square.
+        img_size: (height, width) in pixels, or an int for a square; :meth:`set_input_size` takes other sizes.
         patch_size: (height, width) in pixels, or an int; must divide ``img_size``.
         in_chans: channels C.
         embed_dim, depth, num_heads: encoder width D, blocks, heads.
@@ -92,11 +92,8 @@ class MaskedAutoencoderViT(FacebookMethods, nn.Module):
         residual_dtype: str = "float32",
         seed: int | None = None,
     ):
-        super().__init__()
-        self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
-        self.grid_size = grid_of(self.img_size, self.patch_size, "img_size")
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
+        super().__init__(img_size, patch_size, in_chans, mean, std)
+        self.norm_pix_loss = norm_pix_loss
         check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
         check(
             residual_dtype in RESIDUAL_DTYPES, "residual_dtype", f"one of {', '.join(RESIDUAL_DTYPES)}", residual_dtype
@@ -107,16 +104,12 @@ class MaskedAutoencoderViT(FacebookMethods, nn.Module):
         check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
         divides = decoder_embed_dim % decoder_num_heads == 0
         check(divides, "decoder_embed_dim", f"a multiple of decoder_num_heads={decoder_num_heads}", decoder_embed_dim)
-        mean = _statistics("mean", mean, IMAGENET_MEAN, in_chans)
-        std = _statistics("std", std, IMAGENET_STD, in_chans)
         self.architecture: dict[str, Any] = {
             "img_size": list(self.img_size), "patch_size": list(self.patch_size), "in_chans": in_chans,
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "decoder_embed_dim": decoder_embed_dim,
             "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads, "mlp_ratio": mlp_ratio,
-            "norm_pix_loss": norm_pix_loss, "mean": mean, "std": std,
+            "norm_pix_loss": norm_pix_loss, **self._statistics,
         }  # fmt: skip
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
 
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
@@ -133,20 +126,11 @@ class MaskedAutoencoderViT(FacebookMethods, nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = Linear(decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
-        self._float_images_seen = False
         self.initialize_weights(seed)
 
     def initialize_weights(self, seed: int | None = None) -> None:
         """Draw all weights anew (appendix A.1), keyed by ``(seed, parameter name)``; None draws the seed."""
         initialize_parameters(self, int(torch.randint(1 << 62, (), device="cpu")) if seed is None else seed)
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        # The pixel statistics stay float32 under .to(bfloat16), and are right again after to_empty().
-        for name in ("mean", "std"):
-            device = self._buffers[name].device
-            self._buffers[name] = torch.tensor(self.architecture[name], dtype=torch.float32, device=device)
-        return self
 
     def forward(
         self,
@@ -206,8 +190,9 @@ class MaskedAutoencoderViT(FacebookMethods, nn.Module):
         patches = gather_patches(images, ids, self.patch_size, self.mean, self.std)
         if not torch.is_autocast_enabled(images.device.type):
             patches = patches.to(self.patch_embed.proj.weight.dtype)
-        x = self.patch_embed(patches) + F.embedding(ids, self.pos_embed[0, 1:])
-        x = torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+        positions, _ = self._positions()
+        x = self.patch_embed(patches) + F.embedding(ids, positions[0, 1:])
+        x = torch.cat([(self.cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
         stream = Stream(self._to_residual(x))
         for block in self.blocks:
             stream = block(stream)
@@ -223,12 +208,13 @@ class MaskedAutoencoderViT(FacebookMethods, nn.Module):
 
         With ``ids_keep`` and more than one block the first block handles the mask tokens once a batch.
         """
-        x = restore_tokens(visible, self.mask_token, ids_restore, self.decoder_pos_embed, num_prefix_tokens=1)
+        _, positions = self._positions()
+        x = restore_tokens(visible, self.mask_token, ids_restore, positions, num_prefix_tokens=1)
         stream, shared = Stream(self._to_residual(x)), None
         if ids_keep is not None and len(self.decoder_blocks) > 1:
-            positions = F.embedding(F.pad(ids_keep + 1, (1, 0)), self.decoder_pos_embed[0])
-            table = self.mask_token + self.decoder_pos_embed[:, 1:]
-            shared = SharedTokens(*map(self._to_residual, (visible + positions, table)), ids_restore)
+            visible = visible + F.embedding(F.pad(ids_keep + 1, (1, 0)), positions[0])
+            table = self.mask_token + positions[:, 1:]
+            shared = SharedTokens(*map(self._to_residual, (visible, table)), ids_restore)
         for block in self.decoder_blocks[:-1]:
             stream, shared = block(stream, shared=shared), None
         stream = self.decoder_blocks[-1](stream, None if ids is None else ids + 1)
@@ -242,49 +228,6 @@ class MaskedAutoencoderViT(FacebookMethods, nn.Module):
 
     def _loss(self, images: Tensor, pred: Tensor, ids_mask: Tensor) -> Tensor:
         return masked_patch_mse(pred, images, ids_mask, self.patch_size, self.norm_pix_loss, self.mean, self.std)
-
-    def _masking(self, images: Tensor, ratio: float, noise: Tensor | None, masking: Masking | None) -> Masking:
-        expected = (len(images), self.num_patches)
-        if masking is not None:
-            check(noise is None, "noise", "None when a masking is given", noise)
-            restore = masking.ids_restore
-            fits = restore.ndim == 2 and restore.shape[1] == self.num_patches and len(restore) > 0
-            if not (fits and (len(restore) == len(images) or len(restore) % max(len(images), 1) == 0)):
-                # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
-                check(False, "masking", f"ids_restore of shape {expected}, or a multiple of its rows", restore)
-            return masking
-        if noise is None:
-            noise = torch.rand(expected, device=images.device)
-        check(tuple(noise.shape) == expected, "noise", f"shape {expected}", noise)
-        return masking_from_noise(noise, ratio)
-
-    def _all_ids(self, n: int, device: torch.device) -> Tensor:
-        return torch.arange(self.num_patches, device=device).expand(n, -1)
-
-    def _check_images(self, images: Tensor) -> None:
-        expected = f"(N, {self.in_chans}, {self.img_size[0]}, {self.img_size[1]}), uint8 or floating point"
-        fits = isinstance(images, Tensor) and tuple(images.shape[1:]) == (self.in_chans, *self.img_size)
-        check(fits and (images.dtype == torch.uint8 or images.is_floating_point()), "images", expected, images)
-        if images.dtype == torch.uint8 or self._float_images_seen or torch.compiler.is_compiling():
-            return
-        # Once, since reading a value waits for the device.
-        self._float_images_seen = True
-        largest = float(images.detach().abs().amax()) if images.numel() else 0.0
-        if not largest < 20:
-            warnings.warn(
-                f"images: floating-point images are taken as already normalised, but the largest magnitude is "
-                f"{largest:.3g}; pass uint8 images to have them normalised",
-                stacklevel=3,
-            )
-
-
-def _statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
-    if values is None:
-        values = imagenet if channels == 3 else (0.5,) * channels
-    values = [float(value) for value in values]
-    check(len(values) == channels, name, f"one value for each of the {channels} channels", values)
-    check(name == "mean" or min(values) > 0, name, "positive values", values)
-    return values
 
 
 def create_model(name: str, **overrides: Any) -> MaskedAutoencoderViT:
