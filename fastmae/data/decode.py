@@ -1,7 +1,7 @@
 """Bytes to pixels: decoding, turning upright, resizing a crop. The same functions serve every loader.
 
-PyTorch's antialiased bicubic resize of uint8 is vectorised for three interleaved channels. JPEG and WebP are decoded by
-torchvision, PNG by Pillow; the pixels are those that Pillow and NVIDIA DALI give (16-bit PNG: within 1 of DALI's).
+JPEG and WebP are decoded by torchvision, PNG by Pillow; the pixels are those that Pillow and NVIDIA DALI give (16-bit
+PNG: within 1 of DALI's). TIFF is decoded by tifffile, arrays by NumPy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fastmae.data.pixels import NPY_START, TIFF_STARTS, read_npy, read_tiff, to_uint8, with_channels
+
+_MAX_INTERLEAVED = 4
+"""PyTorch's resize of uint8 is vectorised for this many interleaved channels; more go through it one by one."""
+_PNG_BIT_DEPTH = 24
+"""Where a PNG file says it: the header always comes first."""
 _SOURCE_LINE = re.compile(r"^\w+, \S+:\d+, ")
 
 
@@ -30,23 +36,34 @@ def _torchvision_io():
     return torchvision.io
 
 
-def decode(encoded: np.ndarray, orientation: int = 1) -> np.ndarray:
-    """An upright RGB image.
+def decode(
+    encoded: np.ndarray,
+    orientation: int = 1,
+    *,
+    channels: int = 3,
+    value_range: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """An upright image.
 
-    Grey becomes RGB, CMYK is converted, alpha is dropped, 16-bit samples are shifted right by 8.
+    Grey becomes RGB if ``channels`` is 3, CMYK is converted, alpha is dropped, 16-bit samples of a PNG are shifted
+    right by 8 unless there is a ``value_range``. JPEG, PNG and WebP files have 1 or 3 channels; TIFF and NumPy (.npy)
+    files any number: (height, width) or (height, width, C), of integers or floats.
 
     Args:
-        encoded: uint8 (bytes,), a JPEG, PNG or WebP file.
+        encoded: uint8 (bytes,), a JPEG, PNG, WebP, TIFF or .npy file.
         orientation: EXIF orientation, 1 to 8; taken from here, not from the file.
+        channels: C of the result.
+        value_range: the values that become 0 and 255, for files of another type than 8 bits; those outside are clipped.
 
     Returns:
-        uint8 (height, width, 3), possibly a strided view.
+        uint8 (height, width, channels), possibly a strided view, possibly of ``encoded``.
 
     Raises:
-        UndecodableImage: the decoder refuses the bytes.
+        UndecodableImage: the decoder refuses the bytes, or they hold another number of channels, or values that need a
+            ``value_range``.
     """
     try:
-        pixels = _decode_png(encoded) if encoded[:4].tobytes() == b"\x89PNG" else _decode_with_torchvision(encoded)
+        pixels = with_channels(_decode_stored(encoded, channels, value_range), channels)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like at damaged bytes
@@ -55,17 +72,31 @@ def decode(encoded: np.ndarray, orientation: int = 1) -> np.ndarray:
     return upright(pixels, orientation)
 
 
-def _decode_with_torchvision(encoded: np.ndarray) -> np.ndarray:
+def _decode_stored(encoded: np.ndarray, channels: int, value_range: tuple[float, float] | None) -> np.ndarray:
+    start = encoded[:6].tobytes()
+    if start.startswith(b"\x89PNG"):
+        return _decode_png(encoded, channels, value_range)
+    if start.startswith(TIFF_STARTS):
+        return to_uint8(read_tiff(encoded), value_range)
+    if start == NPY_START:
+        return to_uint8(read_npy(encoded), value_range)
     io = _torchvision_io()
-    return io.decode_image(torch.from_numpy(encoded), mode=io.ImageReadMode.RGB).permute(1, 2, 0).numpy()
+    mode = io.ImageReadMode.UNCHANGED if channels == 1 else io.ImageReadMode.RGB
+    if not encoded.flags.writeable:  # PyTorch has no tensors that cannot be written, and warns
+        encoded = encoded.copy()
+    return io.decode_image(torch.from_numpy(encoded), mode=mode).permute(1, 2, 0).numpy()
 
 
-def _decode_png(encoded: np.ndarray) -> np.ndarray:
+def _decode_png(encoded: np.ndarray, channels: int, value_range: tuple[float, float] | None) -> np.ndarray:
     # Pillow, because torchvision's PNG decoder takes the whole process down at some damaged files.
     with Image.open(BytesIO(encoded), formats=["PNG"]) as image:
         if image.mode.startswith("I"):
-            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-        return np.array(image.convert("RGB"))
+            values = np.asarray(image)
+            return (values >> 8).astype(np.uint8) if value_range is None else to_uint8(values, value_range)
+        if value_range is not None and encoded[_PNG_BIT_DEPTH] == 16:
+            raise ValueError("a PNG of 16-bit colours cannot be mapped by a value range: convert it to TIFF or .npy")
+        grey = image.mode in ("1", "L", "LA")
+        return np.array(image.convert("L" if grey and channels != 3 else "RGB"))
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -83,21 +114,28 @@ def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray, flip:
     """Write a crop, resized (bicubic, antialiased) and perhaps mirrored.
 
     Args:
-        out: uint8 (height, width, 3), written.
-        pixels: uint8 (H, W, 3), any strides.
+        out: uint8 (height, width, C), written.
+        pixels: uint8 (H, W, C), any strides.
         box: top, left, height, width of the crop within ``pixels``.
         flip: whether to mirror left and right, and top and bottom.
     """
     top, left, height, width = box
-    # NumPy copies in this thread. PyTorch would copy a strided crop with a team of OpenMP threads for each calling
-    # thread: twice the processor time alone, and tens of times slower beside a training loop on the same cores.
-    crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    crop = pixels[top : top + height, left : left + width]
     if crop.shape[:2] != out.shape[:2]:
-        source = torch.from_numpy(crop).permute(2, 0, 1)[None]
-        resized = F.interpolate(source, size=out.shape[:2], mode="bicubic", antialias=True, align_corners=False)
-        crop = resized[0].permute(1, 2, 0).numpy()
+        crop = _resized(crop, out.shape[:2])
     left_right, top_bottom = flip
     out[:] = crop[:: -1 if top_bottom else 1, :: -1 if left_right else 1]
+
+
+def _resized(crop: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    # NumPy copies in this thread. PyTorch would copy a strided crop with a team of OpenMP threads for each calling
+    # thread: twice the processor time alone, and tens of times slower beside a training loop on the same cores.
+    options = {"size": size, "mode": "bicubic", "antialias": True, "align_corners": False}
+    if crop.shape[2] <= _MAX_INTERLEAVED:
+        source = torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)[None]
+        return F.interpolate(source, **options)[0].permute(1, 2, 0).numpy()
+    planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(crop, 2, 0)))[:, None]
+    return F.interpolate(planes, **options)[:, 0].permute(1, 2, 0).numpy()
 
 
 def center_box(height: int, width: int, img_size: tuple[int, int]) -> np.ndarray:

@@ -1,0 +1,202 @@
+"""Decoding images of any number of channels and any type of values; resizing them."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import torch.nn.functional as F
+from loading import smooth
+from PIL import Image
+
+from fastmae.data.decode import UndecodableImage, decode, resize_crop_into
+
+
+def image_of(channels: int, dtype=np.uint8, height: int = 30, width: int = 40) -> np.ndarray:
+    """Structure at several scales over the whole range of an integer type: (height, width, channels)."""
+    planes = [smooth(height, width, seed)[..., 0] for seed in range(channels)]
+    values = np.stack(planes, -1)
+    if dtype == np.uint8:
+        return values
+    return (values / 255.0 * np.iinfo(dtype).max).astype(dtype)
+
+
+def tiff(values: np.ndarray, **options) -> np.ndarray:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, values, **options)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def npy(values: np.ndarray, version=None) -> np.ndarray:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, values, version)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def saved(values: np.ndarray, format_: str, **options) -> np.ndarray:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format_, **options)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+LAYOUTS = {
+    "contiguous": {"photometric": "minisblack", "planarconfig": "contig"},
+    "big-endian": {"photometric": "minisblack", "planarconfig": "contig", "byteorder": ">"},
+    "bigtiff": {"photometric": "minisblack", "planarconfig": "contig", "bigtiff": True},
+    "deflate": {"photometric": "minisblack", "planarconfig": "contig", "compression": "zlib", "predictor": True},
+    "tiled": {"photometric": "minisblack", "planarconfig": "contig", "tile": (16, 16)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("channels", [1, 3, 4, 13])
+def test_tiff_of_any_channels(layout, channels):
+    values = image_of(channels)
+    stored = values if channels > 1 else values[..., 0]
+    options = LAYOUTS[layout] if channels > 1 else {k: v for k, v in LAYOUTS[layout].items() if k != "planarconfig"}
+    assert np.array_equal(decode(tiff(stored, **options), channels=channels), values)
+
+
+def test_tiff_of_planes_and_of_white_zero():
+    values = image_of(5)
+    planes = tiff(np.moveaxis(values, -1, 0), photometric="minisblack", planarconfig="separate")
+    assert np.array_equal(decode(planes, channels=5), values)
+    assert np.array_equal(decode(tiff(255 - values[..., 0], photometric="miniswhite"), channels=1), values[..., :1])
+    bilevel = tiff(values[..., 0] > 128, photometric="miniswhite")
+    pillows = np.asarray(Image.open(io.BytesIO(bilevel)).convert("L"))
+    assert np.array_equal(decode(bilevel, channels=1)[..., 0], pillows)
+
+
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("channels", [1, 3, 13])
+def test_npy_of_any_channels(channels, order, version):
+    values = image_of(channels)
+    assert np.array_equal(decode(npy(np.array(values, order=order), version), channels=channels), values)
+    assert np.array_equal(decode(npy(values[..., 0]), channels=1), values[..., :1])
+
+
+@pytest.mark.parametrize("encode", [tiff, npy])
+def test_grey_becomes_rgb(encode):
+    grey = image_of(1)
+    assert np.array_equal(decode(encode(grey[..., 0])), np.repeat(grey, 3, 2))
+
+
+@pytest.mark.parametrize("encode", [tiff, npy])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_orientation(encode, orientation):
+    values = image_of(3)
+    turns = {1: 0, 3: 2, 6: 3, 8: 1}[orientation]
+    assert np.array_equal(decode(encode(values), orientation), np.rot90(values, turns))
+
+
+@pytest.mark.parametrize("dtype", ["u2", ">u2", "f4", ">f4", "f8", "i2"])
+@pytest.mark.parametrize("encode", [tiff, npy])
+def test_a_value_range_is_mapped_linearly_and_clipped(encode, dtype):
+    low, high = 100.0, 4000.0
+    values = np.linspace(-500 if np.dtype(dtype).kind != "u" else 0, 5000, 600).reshape(20, 30).astype(dtype)
+    ours = decode(encode(values), channels=1, value_range=(low, high))[..., 0]
+    expected = ((values.astype(np.float64) - low) / (high - low) * 255).clip(0, 255)
+    assert np.abs(ours - expected).max() < 0.501
+    assert ours.min() == 0
+    assert ours.max() == 255
+
+
+def test_not_a_number_becomes_0():
+    values = np.array([[np.nan, np.inf, -np.inf, 0.5]], np.float32)
+    assert decode(npy(values), channels=1, value_range=(0, 1))[..., 0].tolist() in (
+        [[0, 255, 0, 127]],
+        [[0, 255, 0, 128]],
+    )
+
+
+def test_a_16_bit_png_by_range_and_by_shift():
+    values = image_of(1, np.uint16)[..., 0]
+    encoded = saved(values, "PNG")
+    assert np.array_equal(decode(encoded)[..., 0], values >> 8)
+    mapped = decode(encoded, channels=1, value_range=(0, 32768))[..., 0]
+    assert np.abs(mapped - (values / 32768 * 255).clip(0, 255)).max() < 0.501
+
+
+def test_8_bits_are_not_mapped():
+    values = image_of(3)
+    for encoded in (tiff(values), npy(values), saved(values, "PNG")):
+        assert np.array_equal(decode(encoded, value_range=(0, 32768)), values)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+def test_a_grey_photograph_for_one_channel(format_):
+    encoded = saved(image_of(1)[..., 0], format_)
+    one, three = decode(encoded, channels=1), decode(encoded)
+    assert one.shape == (30, 40, 1)
+    assert np.array_equal(np.repeat(one, 3, 2), three)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "channels", "message"),
+    [
+        (saved(image_of(3), "JPEG"), 1, r"3 channels: expected 1; set --model.in-chans 3"),
+        (saved(image_of(3), "PNG"), 1, r"3 channels: expected 1"),
+        (saved(image_of(3), "WEBP"), 4, r"3 channels: expected 4"),
+        (tiff(image_of(5), photometric="minisblack", planarconfig="contig"), 3, r"5 channels: expected 3; set .* 5"),
+        (npy(image_of(13)), 1, r"13 channels: expected 1"),
+        (npy(image_of(1)), 4, r"1 channels: expected 4"),
+        (npy(image_of(1, np.uint16)), 1, r"type uint16: .*--data.value-range"),
+        (npy(image_of(1).astype(">f4")), 1, r"type float32: .*--data.value-range"),
+        (tiff(image_of(3, np.uint16)), 3, r"type uint16: .*--data.value-range"),
+        (npy(np.zeros((2, 3, 4, 5), np.uint8)), 3, r"shape \(2, 3, 4, 5\)"),
+        (npy(np.zeros((0, 4, 3), np.uint8)), 3, r"shape \(0, 4, 3\)"),
+        (npy(np.zeros((4, 4), np.complex64)), 1, r"complex64: expected integers or floats"),
+    ],
+)
+def test_refusals_say_what_to_do(encoded, channels, message):
+    with pytest.raises(UndecodableImage, match=message):
+        decode(encoded, channels=channels)
+
+
+def test_nothing_is_unpickled():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[print]], dtype=object), allow_pickle=True)
+    with pytest.raises(UndecodableImage, match="Python objects"):
+        decode(np.frombuffer(buffer.getvalue(), np.uint8), channels=1)
+
+
+@pytest.mark.parametrize("encode", [tiff, npy])
+def test_truncated(encode):
+    with pytest.raises(UndecodableImage):
+        decode(encode(image_of(3))[:-1000])
+
+
+def test_a_header_that_promises_a_terabyte_allocates_nothing():
+    encoded = npy(image_of(1)[..., 0]).copy()
+    text = encoded.tobytes().replace(b"(30, 40), }        ", b"(1000000, 1000000)}")
+    assert len(text) == len(encoded)
+    with pytest.raises(UndecodableImage):
+        decode(np.frombuffer(text, np.uint8), channels=1)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])
+@pytest.mark.parametrize("size", [(24, 20), (60, 70), (30, 20)], ids=str)
+@pytest.mark.parametrize("strides", ["contiguous", "turned", "planes"])
+def test_resizing_any_number_of_channels(channels, size, strides):
+    """Each channel as if it were alone, and as floating point has it but for rounding."""
+    pixels = image_of(channels, height=45, width=64)
+    if strides == "turned":
+        pixels = pixels.swapaxes(0, 1)[::-1]
+    elif strides == "planes":
+        pixels = np.moveaxis(np.ascontiguousarray(np.moveaxis(pixels, 2, 0)), 0, 2)
+    box, flip = np.array([3, 5, 39, 34]), (True, False)
+    out = np.empty((*size, channels), np.uint8)
+    resize_crop_into(out, pixels, box, flip)
+    crop = np.ascontiguousarray(pixels[3:42, 5:39])
+    for channel in range(channels):
+        plane = torch.from_numpy(crop[..., channel].astype(np.float32))[None, None]
+        resized = F.interpolate(plane, size=size, mode="bicubic", antialias=True, align_corners=False)[0, 0]
+        expected = resized.round().clamp(0, 255).numpy()[:, ::-1]
+        assert np.abs(out[..., channel] - expected).max() <= 1
+        alone = np.empty((*size, 1), np.uint8)
+        resize_crop_into(alone, pixels[..., channel : channel + 1], box, flip)
+        assert np.array_equal(out[..., channel], alone[..., 0])
