@@ -1,5 +1,6 @@
 """Images for training: an index over files, a sampler that is a pure function, and loaders with one protocol."""
 
+from fastmae.data.agree import check_agreement
 from fastmae.data.augment import Augment, crop_boxes, flips
 from fastmae.data.batch import BadFile, Batch, DataError
 from fastmae.data.create import LoaderKind, choose_loader, create_loader, fixed_crops, has_dali, open_dataset
@@ -16,6 +17,7 @@ __all__ = [
     "Dataset",
     "Loader",
     "LoaderKind",
+    "check_agreement",
     "choose_loader",
     "create_loader",
     "crop_boxes",

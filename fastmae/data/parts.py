@@ -50,10 +50,9 @@ class PartBuilder:
             self._bad[len(self._rows)] = header
         found = _BAD if isinstance(header, str) else header
         mode = MODES.index(found.mode) if found.mode in MODES else 0
-        self._rows.append(
-            (self._end, offset, size, found.height, found.width, 0, label, len(name), min(found.channels, 65535))
-            + (found.format if found is not _BAD else 0, found.orientation, mode, found is _BAD)
-        )
+        place = self._end, offset, size, found.height, found.width, 0, label, len(name)
+        kind = found.format if found is not _BAD else 0
+        self._rows.append((*place, min(found.channels, 65535), kind, found.orientation, mode, found is _BAD))
         self._names.append(name)
         self._end += len(name)
 
@@ -64,7 +63,7 @@ class PartBuilder:
 def image_parts(
     root: Path, files: Sequence[ListedFile], labels: Sequence[int], *, listed: bool, num_threads: int | None = None
 ) -> Iterator[Part]:
-    """Reads the header of each file, in parallel threads. Files that are no images are left aside, unless ``listed``."""
+    """Reads each file's header, in parallel threads. Files that are no images are left aside, unless ``listed``."""
 
     def inspect(start: int) -> Part:
         builder = PartBuilder()

@@ -12,8 +12,8 @@ from fastmae.data.batch import DataError
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
-PAUSES = (0.1, 0.5, 2.0)
-"""Seconds to wait before the second, third and fourth try."""
+PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)
+"""Seconds to wait before the second try, the third, and so on: half a minute in all."""
 
 
 def with_retries(action: Callable[[], Result], path: str, give_up_on: tuple[type[BaseException], ...] = ()) -> Result:

@@ -44,7 +44,7 @@ class Source(NamedTuple):
     classes: list[str]
 
     def fingerprint(self, *more: object) -> str:
-        """A digest of names, sizes, times of change and labels: another one means that the index is to be built anew."""
+        """A digest of names, sizes, times of change and labels: with another one the index is built anew."""
         digest = hashlib.blake2b(repr((self.kind, self.listed, self.classes, *more)).encode(), digest_size=16)
         for file in self.files:
             digest.update(os.fsencode(file.path) + b"\0%d\0%d\0" % (file.size, file.mtime))

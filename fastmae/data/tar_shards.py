@@ -89,6 +89,9 @@ def parse_shard(path: Path) -> Part:
                     members.append((member.name, member.offset_data, member.size))
                 elif suffix == ".cls" and member.size <= _MAX_LABEL_BYTES:
                     labels[key] = _label(os.pread(file.fileno(), member.size, member.offset_data))
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                # tarfile takes a cut between two members, or inside a header, for the end.
+                raise DataError(f"{path}: expected a whole, plain tar file: no end of archive at byte {tar.offset}")
             builder = PartBuilder()
             for name, offset, size in members:
                 header = _inspect(file.fileno(), name, offset, size)

@@ -1,0 +1,41 @@
+"""Whether all ranks see the same data, asked before the first step."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from fastmae.data.batch import DataError
+from fastmae.data.dataset import Dataset
+
+
+def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) -> None:
+    """Compare the data set's length and hash among the ranks; a collective that every rank has to call.
+
+    Ranks whose folders differ (a copy that is not finished, another cache of full decodes) would train on different
+    samples under the same numbers, and nothing else would tell.
+
+    Args:
+        dataset: this rank's.
+        group: the ranks to compare; None for all. Without ``torch.distributed`` initialised nothing is done.
+
+    Raises:
+        DataError: on every rank, naming those that differ from the majority.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
+    digest = bytes.fromhex(dataset.hash)
+    own = torch.tensor([len(dataset), *digest], dtype=torch.int64, device=device)
+    every = torch.empty(dist.get_world_size(group), len(own), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(every, own, group=group)
+    seen = [(length, bytes(rest).hex()) for length, *rest in every.tolist()]
+    usual = max(seen, key=seen.count)
+    odd = [rank for rank, found in enumerate(seen) if found != usual]
+    if odd:
+        some = "; ".join(f"rank {rank} has {seen[rank][0]:,} images, hash {seen[rank][1]}" for rank in odd[:4])
+        more = f"; and {len(odd) - 4} more ranks" if len(odd) > 4 else ""
+        raise DataError(
+            f"{dataset.root}: the ranks see different data. Rank {seen.index(usual)} and {len(seen) - len(odd) - 1} others "
+            f"have {usual[0]:,} images, hash {usual[1]}; {some}{more}. Expected the same files everywhere"
+        )

@@ -1,0 +1,269 @@
+"""Tar shards and list files: what is read, by whom it is labelled, and that nothing of a tar becomes a path."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmae.data import DataError, open_dataset, retry
+from fastmae.data.tar_shards import parse_shard, read_shard_index, split_key, write_shard_index
+
+
+def encoded(seed: int = 0, format_: str = "JPEG", size: tuple[int, int] = (20, 30)) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, format_)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: dict[str, bytes], format_: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format_) as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    root = tmp_path / "shards"
+    root.mkdir()
+    for shard in range(2):
+        members: dict[str, bytes] = {}
+        for i in range(3):
+            members[f"train/{shard}{i}.jpg"] = encoded(10 * shard + i, size=(20 + i, 30 + shard))
+            members[f"train/{shard}{i}.cls"] = b"%d\n" % i
+            members[f"train/{shard}{i}.json"] = b"{}"
+        write_tar(root / f"train-{shard:06}.tar", members)
+    return root
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_shards_are_read_by_position(shards, cache, indexed):
+    if indexed:
+        for path in sorted(shards.glob("*.tar")):
+            assert write_shard_index(path) == path.with_name(path.name + ".index.npz")
+    dataset = open_dataset(shards, cache_dir=cache)
+    assert len(dataset) == 6
+    assert dataset.name == "shards"
+    assert dataset.path(4) == f"{shards}/train-000001.tar::train/11.jpg"
+    assert dataset.labels(np.arange(6)).tolist() == [0, 1, 2] * 2
+    assert [dataset.shape(i) for i in (0, 5)] == [(20, 30), (22, 31)]
+    for shard in range(2):
+        for i in range(3):
+            assert dataset.read(3 * shard + i).tobytes() == encoded(10 * shard + i, size=(20 + i, 30 + shard))
+    assert dataset.decode(5).shape == (22, 31, 3)
+
+
+def test_an_indexed_data_set_opens_without_reading_a_shard(shards, cache, monkeypatch):
+    plain = open_dataset(shards, cache_dir=cache / "plain")
+    for path in shards.glob("*.tar"):
+        write_shard_index(path)
+    monkeypatch.setattr("fastmae.data.tar_shards.parse_shard", lambda path: pytest.fail(f"{path} was parsed"))
+    assert open_dataset(shards, cache_dir=cache / "indexed").hash == plain.hash
+
+
+def test_an_index_of_another_shard_is_not_used(shards, cache):
+    path = shards / "train-000000.tar"
+    index = write_shard_index(path)
+    assert read_shard_index(path) is not None
+    content = path.read_bytes()
+    write_tar(path, {"other/00.jpg": encoded(7), "x.txt": b""})
+    os.truncate(path, len(content))  # of the same size
+    assert read_shard_index(path) is None
+    assert open_dataset(shards, cache_dir=cache).path(0).endswith("::other/00.jpg")
+    path.write_bytes(content)
+    assert read_shard_index(path) is not None
+    for damaged in (b"", index.read_bytes()[:200], index.read_bytes()[:-3], b"x" * 300):
+        index.write_bytes(damaged)
+        assert read_shard_index(path) is None
+
+
+def test_a_single_tar_and_class_names(shards, cache):
+    (shards / "classes.txt").write_text("ant\nbee\ncat\n")
+    dataset = open_dataset(shards / "train-000001.tar", cache_dir=cache)
+    assert len(dataset) == 3
+    assert dataset.classes == ["ant", "bee", "cat"]
+    assert dataset.path(0) == f"{shards}/train-000001.tar::train/10.jpg"
+
+
+def test_bad_members_are_flagged(tmp_path, cache):
+    members = {"good.jpg": encoded(0), "cut.jpg": encoded(1)[:-200], "empty.png": b"", "text.png": b"hello",
+               "movie.gif": b"GIF89a" + bytes(40), "seg.mask.png": encoded(2, "PNG"), "notes.txt": b"text"}  # fmt: skip
+    path = write_tar(tmp_path / "a.tar", members)
+    write_shard_index(path)
+    for cache_dir in (cache / "1", cache / "2"):
+        dataset = open_dataset(path, max_bad_fraction=0.9, cache_dir=cache_dir)
+        assert [bad.reason.split(":")[0].split(" is ")[0] for bad in dataset.bad] == [
+            "truncated", "empty file", "not a JPEG, PNG, WebP, TIFF or NumPy (.npy) file", "GIF"
+        ]  # fmt: skip
+        assert len(dataset) == 5  # what goes with an image, as a mask or a text, is none
+        path.with_name("a.tar.index.npz").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"(?s)4 of 5 images.*a\.tar::cut\.jpg: truncated"):
+        open_dataset(path, cache_dir=cache)
+
+
+HOSTILE = [
+    "/etc/fastmae.jpg", "../../outside.jpg", "a/../../../outside.jpg", "new\nline.jpg", "\x1b[2Jescape.jpg",
+    "~/home.jpg", "-rf.jpg", "con\udcffd.jpg", "x" * 5000 + ".jpg", "..", "C:\\windows.jpg",
+]  # fmt: skip
+
+
+def test_hostile_members_become_no_paths(tmp_path, cache):
+    path = tmp_path / "in" / "hostile.tar"
+    path.parent.mkdir()
+    outside = tmp_path / "secret.jpg"
+    outside.write_bytes(encoded(99))
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(HOSTILE):
+            info = tarfile.TarInfo(name)
+            content = encoded(i)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+        for name, kind in [("link.jpg", tarfile.SYMTYPE), ("hard.jpg", tarfile.LNKTYPE), ("pipe.jpg", tarfile.FIFOTYPE),
+                           ("device.jpg", tarfile.CHRTYPE)]:  # fmt: skip
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, str(outside)
+            tar.addfile(info)
+    before = {p for p in tmp_path.rglob("*")}
+    write_shard_index(path)
+    dataset = open_dataset(path, max_bad_fraction=0.5, cache_dir=cache)
+    assert len(dataset) == len(HOSTILE) - 1  # ".." is not named like an image
+    for i in range(len(dataset)):
+        assert dataset.decode(i).shape == (20, 30, 3)
+    new = {p for p in tmp_path.rglob("*") if cache not in [p, *p.parents]} - before
+    assert new == {path.with_name("hostile.tar.index.npz")}
+    with pytest.raises(DataError) as caught:
+        dataset.mark_bad({3: "bad", 4: "bad"}).check_bad_fraction({i: "bad" for i in range(10)})
+    assert "\x1b" not in str(caught.value)
+    assert "new\\nline.jpg" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["empty", "no tar", "cut in a header", "cut in a member", "cut between members"])
+def test_a_shard_that_is_no_whole_tar_is_refused(shards, cache, content):
+    path = shards / "train-000001.tar"
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[3]
+    cut = {"cut in a header": second.offset + 100, "cut in a member": second.offset_data + 100}
+    whole = path.read_bytes()[: cut.get(content, second.offset)]
+    path.write_bytes({"empty": b"", "no tar": b"no tar at all" * 100}.get(content, whole))
+    with pytest.raises(DataError, match=r"train-000001\.tar: expected a whole, plain tar file"):
+        open_dataset(shards, cache_dir=cache)
+
+
+def test_what_is_not_plain_shards_is_refused(shards, cache, tmp_path):
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(shards / "train-000000.tar", "x.jpg")
+    with pytest.raises(DataError, match=r"a\.tar\.gz: is compressed"):
+        open_dataset(tmp_path / "a.tar.gz", cache_dir=cache)
+    only = tmp_path / "compressed"
+    only.mkdir()
+    (tmp_path / "a.tar.gz").rename(only / "a.tar.gz")
+    with pytest.raises(DataError, match="compressed"):
+        open_dataset(only, cache_dir=cache)
+    (shards / "preview.jpg").write_bytes(encoded())
+    with pytest.raises(DataError, match=r"1 images \(preview\.jpg.*2 \.tar files"):
+        open_dataset(shards, cache_dir=cache)
+
+
+def test_a_shard_that_shrinks_is_a_clear_error(shards, cache, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    dataset = open_dataset(shards, cache_dir=cache)
+    path = shards / "train-000001.tar"
+    os.truncate(path, 1000)
+    with pytest.raises(DataError, match=r"train-000001\.tar.*after 2 tries.*before the image does"):
+        dataset.read(5)
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
+        dataset.read(3)
+
+
+def test_reading_from_many_threads_with_few_shards_open(shards, cache, monkeypatch):
+    monkeypatch.setattr("fastmae.data.tar_shards._OPEN_SHARDS", 1)
+    dataset = open_dataset(shards, cache_dir=cache)
+    expected, wrong = [dataset.read(i).tobytes() for i in range(6)], []
+
+    def read(seed: int) -> None:
+        for i in np.random.default_rng(seed).integers(0, 6, 200).tolist():
+            if dataset.read(i).tobytes() != expected[i]:
+                wrong.append(i)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_keys():
+    assert split_key("a/b.c/0001.seg.PNG") == ("a/b.c/0001", ".seg.png")
+    assert split_key("noext") == ("noext", "")
+
+
+def test_label_members(tmp_path):
+    members = {"a.jpg": encoded(), "a.cls": b"7", "b.jpg": encoded(), "b.cls": b"seven", "c.jpg": encoded()}
+    part = parse_shard(write_tar(tmp_path / "a.tar", members))
+    assert part.rows["label"].tolist() == [7, -1, -1]
+
+
+def test_a_list_file(tmp_path, cache):
+    (tmp_path / "images" / "b").mkdir(parents=True)
+    for name in ("a.jpg", "b/c d.jpg"):
+        (tmp_path / "images" / name).write_bytes(encoded())
+    (tmp_path / "elsewhere.jpg").write_bytes(encoded(1))
+    path = tmp_path / "images" / "list.tsv"
+    path.write_text(f"# a comment\na.jpg\tdog\n\nb/c d.jpg\tcat\n{tmp_path / 'elsewhere.jpg'}\na.jpg\tdog\n")
+    dataset = open_dataset(path, cache_dir=cache)
+    assert [dataset.path(i) for i in range(4)] == [
+        str(tmp_path / "images" / "a.jpg"),
+        str(tmp_path / "images" / "b" / "c d.jpg"),
+        str(tmp_path / "elsewhere.jpg"),
+        str(tmp_path / "images" / "a.jpg"),
+    ]
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.labels(np.arange(4)).tolist() == [1, 0, -1, 1]
+    assert dataset.read(2).tobytes() == encoded(1)
+    path.write_text("a.jpg\t3\nb/c d.jpg\t12\n")
+    assert open_dataset(path, cache_dir=cache).labels(np.arange(2)).tolist() == [3, 12]
+
+
+def test_a_list_of_what_is_not_there_or_no_image(tmp_path, cache):
+    (tmp_path / "a.jpg").write_bytes(encoded())
+    (tmp_path / "notes.md").write_text("hello")
+    (tmp_path / "list.txt").write_text("a.jpg\ngone.jpg\nnotes.md\n")
+    dataset = open_dataset(tmp_path / "list.txt", max_bad_fraction=0.7, cache_dir=cache)
+    assert [bad.reason for bad in dataset.bad] == ["no such file", "not an image"]
+    (tmp_path / "empty.txt").write_text("\n# nothing\n")
+    with pytest.raises(DataError, match="a path a line, found none"):
+        open_dataset(tmp_path / "empty.txt", cache_dir=cache)
+
+
+def test_a_list_of_shards(shards, cache):
+    (shards / "half.txt").write_text("train-000001.tar\n")
+    dataset = open_dataset(shards / "half.txt", cache_dir=cache)
+    assert len(dataset) == 3
+    (shards / "half.txt").write_text("train-000001.tar\ntrain-000009.tar\n")
+    with pytest.raises(DataError, match="train-000009"):
+        open_dataset(shards / "half.txt", cache_dir=cache)
+
+
+def test_folders_are_classes(tmp_path, cache):
+    for name in ("dog/1.jpg", "cat/deep/2.jpg", "top.jpg"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(encoded())
+    dataset = open_dataset(tmp_path / "images", cache_dir=cache)
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.labels(np.arange(3)).tolist() == [0, 1, -1]
