@@ -19,6 +19,7 @@ from fastmae.train.config import ModelConfig, PretrainConfig, from_json, read_co
 from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES
+from fastmae.train.resolution import create_resolution, progressive_sizes
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
 
@@ -54,8 +55,10 @@ def test_recipes_are_valid_and_survive_json(name):
 
 
 def test_paths_and_pairs_survive_json(tmp_path):
-    config = changed(PHOTOGRAPHS, "model", img_size=(64, 96))
-    config = replace(changed(config, "data", path=Path("/images")), out=tmp_path)
+    config = changed(PHOTOGRAPHS, "model", img_size=(64, 96), in_chans=1, mean=(0.25,), std=(0.5,))
+    data = {"path": Path("/images"), "value_range": (0.0, 4095.0), "progressive_sizes": (32, 64)}
+    config = replace(changed(config, "data", **data), out=tmp_path)
+    validate(config)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     assert read_config(tmp_path) == config
     assert config.img_size == (64, 96)
@@ -86,6 +89,28 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
         ("model", {"mask_strategy": "grid", "mask_ratio": 0.5}, r"--model.mask-strategy: .*0.75 .*got 0.5"),
         ("model", {"mask_strategy": "grid", "img_size": (64, 72)}, r"--model.mask-strategy: .*even .*got \(8, 9\)"),
         ("model", {"depth": -1}, r"--model.depth: expected a positive number, got -1"),
+        ("model", {"in_chans": 5}, r"--model.in-chans: expected 3, as the embedded photographs have, .*got 5"),
+        ("model", {"in_chans": 0}, r"--model.in-chans: expected a positive number, got 0"),
+        (
+            "model",
+            {"mean": (0.5, 0.5)},
+            r"--model.mean: expected one number for each of the 3 channels, got \(0.5, 0.5\)",
+        ),
+        ("model", {"std": (0.5, 0.0, 0.5)}, r"--model.std: expected positive numbers, got"),
+        ("data", {"max_bad_fraction": 1.5}, r"--data.max-bad-fraction: expected a share between 0 and 1, got 1.5"),
+        (
+            "data",
+            {"max_pixels": 1 << 40},
+            r"--data.max-pixels: expected a number from 1 to 178_956_970.*got 1099511627776",
+        ),
+        ("data", {"value_range": (1.0, 1.0)}, r"--data.value-range: .*smallest first, got \(1.0, 1.0\)"),
+        ("data", {"color_jitter": -0.1}, r"--data.color-jitter: .*got -0.1"),
+        ("data", {"prefetch": 0}, r"--data.prefetch: expected a positive number, got 0"),
+        ("data", {"timeout": 0.0}, r"--data.timeout: expected a positive number, got 0.0"),
+        ("data", {"progressive_sizes": (32, 60, 64)}, r"--data.progressive-sizes: .*patch size 8x8, got 60x60"),
+        ("data", {"progressive_sizes": (32, 48)}, r"--data.progressive-sizes: .*the image size 64x64 last, got 48x48"),
+        ("data", {"progressive_sizes": (0, 64)}, r"--data.progressive-sizes: .*got 0"),
+        ("data", {"progressive_sizes": (8, 64)}, r"--model.mask-ratio with images of 8x8: .*of 1 patches keeps 0"),
         ("data", {"scale": (0.5, 0.2)}, r"--data.scale: .*got \(0.5, 0.2\)"),
         ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 32"),
         ("train", {"masks_per_image": 0}, r"--train.masks-per-image: expected a positive number, got 0"),
@@ -111,6 +136,43 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
 def test_mistakes_name_flag_value_and_expectation(section, values, message):
     with pytest.raises(ValueError, match=message):
         validate(changed(PHOTOGRAPHS, section, **values))
+
+
+def test_a_compiled_model_has_no_more_sizes_than_graphs():
+    config = changed(PHOTOGRAPHS, "data", progressive_sizes=(16, 24, 32, 40, 48, 56, 72, 80, 64))
+    validate(config)
+    with pytest.raises(ValueError, match=r"--data.progressive-sizes: expected at most 8 .*--train.compile"):
+        validate(changed(config, "train", compile=True))
+
+
+def test_image_sizes_get_equal_shares_of_the_run_in_whole_epochs():
+    config = changed(LARGE, "data", progressive_sizes=(160, 192, 224))
+    validate(config)
+    resolution = create_resolution(config, create_schedule(config.train, 1_281_167).total_steps, 1_281_167)
+    assert str(resolution) == "160x160 from epoch 0, 192x192 from epoch 267, 224x224 from epoch 533"
+    sizes = [resolution(epoch)[0] for epoch in (0, 266, 267, 532, 533, 799, 10**6)]
+    assert sizes == [160, 160, 192, 192, 224, 224, 224]
+    several = changed(config, "train", masks_per_image=4)
+    assert create_resolution(several, create_schedule(several.train, 1_281_167).total_steps, 1_281_167).starts == (
+        0,
+        67,
+        133,
+    )
+    assert create_resolution(LARGE, 10, 100)(5) == (224, 224)
+
+
+@pytest.mark.parametrize(("steps", "starts"), [(30, (0, 1, 2)), (31, (0, 1, 2)), (45, (0, 2, 3)), (60, (0, 2, 4))])
+def test_a_last_epoch_cut_short_is_no_share_of_its_own(steps, starts):
+    config = changed(PHOTOGRAPHS, "data", progressive_sizes=(32, 48, 64))
+    assert create_resolution(config, steps, 320).starts == starts
+
+
+def test_heights_have_widths_in_proportion():
+    assert progressive_sizes((16, 64), (64, 96)) == ((16, 24), (64, 96))
+    with pytest.raises(ValueError, match="widths in proportion to 64x96 are whole, got 15"):
+        progressive_sizes((15, 64), (64, 96))
+    with pytest.raises(ValueError, match=r"--data.progressive-sizes: .*at least one pass over the 320 images"):
+        create_resolution(changed(PHOTOGRAPHS, "data", progressive_sizes=(32, 48, 64)), 29, 320)
 
 
 def test_unknown_field_of_a_saved_config_is_named():

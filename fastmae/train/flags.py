@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any
 
-from fastmae.train.config import PretrainConfig, TrainConfig
+from fastmae.train.config import DataConfig, PretrainConfig, TrainConfig
+from fastmae.train.resolution import progressive_sizes
 
 
 def flag(section: str, name: str) -> str:
     """The command line's spelling of a field, as in ``--train.base-lr``."""
     return f"--{section}.{name}".replace("_", "-")
+
+
+Require = Callable[[bool, str, str, str], None]
+"""Raises unless a condition holds: section and field that it is about, what was expected."""
+
+MOST_COMPILED_SIZES = 8
+"""Graphs that torch.compile keeps of one function (its recompile_limit); further sizes would run uncompiled."""
 
 
 def validate(config: PretrainConfig) -> None:
@@ -21,46 +29,97 @@ def validate(config: PretrainConfig) -> None:
     Raises:
         ValueError: names the flag, the value that came and what was expected.
     """
-    from fastmae.model import PRESETS
-    from fastmae.ops._check import num_kept
-    from fastmae.ops.masking import check_strategy
-
-    model, data, train = config.model, config.data, config.train
 
     def require(condition: bool, section: str, name: str, expected: str) -> None:
         if not condition:
             value = getattr(getattr(config, section), name)
             raise ValueError(f"{flag(section, name)}: expected {expected}, got {value!r}")
 
+    _validate_model(config, require)
+    _validate_data(config, require)
+    _validate_training(config, require)
+
+
+def _validate_model(config: PretrainConfig, require: Require) -> None:
+    from fastmae.model import PRESETS
+
+    model = config.model
     require(model.name in PRESETS, "model", "name", f"one of {', '.join(PRESETS)}")
     require(0 < model.mask_ratio < 1, "model", "mask_ratio", "a number strictly between 0 and 1")
+    for name in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+        require((getattr(model, name) or 1) > 0, "model", name, "a positive number")
+    require(model.in_chans > 0, "model", "in_chans", "a positive number")
+    colour = config.data.path is not None or model.in_chans == 3
+    require(colour, "model", "in_chans", "3, as the embedded photographs have, or --data.path with other images")
+    for name in ("mean", "std"):
+        values = getattr(model, name)
+        one_each = values is None or len(values) == model.in_chans
+        require(one_each, "model", name, f"one number for each of the {model.in_chans} channels")
+        finite = all(math.isfinite(value) and (name == "mean" or value > 0) for value in values or ())
+        require(finite, "model", name, "finite numbers" if name == "mean" else "positive numbers")
+
     patch = model.patch_size or PRESETS[model.name]["patch_size"]
     patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
     require(min(config.img_size) > 0, "model", "img_size", "positive numbers")
     require(min(patch) > 0, "model", "patch_size", "positive numbers")
-    if any(size % p for size, p in zip(config.img_size, patch, strict=True)):
-        size = "x".join(map(str, config.img_size))
+    _validate_size(config, "--model.img-size", config.img_size, patch)
+    try:
+        sizes = progressive_sizes(config.data.progressive_sizes, config.img_size)
+    except ValueError as error:
+        raise ValueError(f"--data.progressive-sizes: {error}") from error
+    for size in sizes[:-1]:
+        _validate_size(config, "--data.progressive-sizes", size, patch)
+    if config.train.compile:
+        most = f"at most {MOST_COMPILED_SIZES} different sizes with --train.compile, which makes a graph of each"
+        require(len(set(sizes)) <= MOST_COMPILED_SIZES, "data", "progressive_sizes", most)
+
+
+def _validate_size(config: PretrainConfig, name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
+    """That a size divides into patches, of which the masking leaves some and hides some."""
+    from fastmae.ops._check import num_kept
+    from fastmae.ops.masking import check_strategy
+
+    model, where = config.model, "" if size == config.img_size else f" with images of {size[0]}x{size[1]}"
+    if any(side % p for side, p in zip(size, patch, strict=True)):
         raise ValueError(
-            f"--model.img-size: expected a size divisible by the patch size {patch[0]}x{patch[1]}, got {size}; "
+            f"{name}: expected a size divisible by the patch size {patch[0]}x{patch[1]}, got {size[0]}x{size[1]}; "
             "change it or --model.patch-size"
         )
-    grid = tuple(size // p for size, p in zip(config.img_size, patch, strict=True))
+    grid = tuple(side // p for side, p in zip(size, patch, strict=True))
     try:
         num_kept(math.prod(grid), model.mask_ratio)
     except ValueError as error:
-        raise ValueError(f"--model.mask-ratio: {error}") from error
+        raise ValueError(f"--model.mask-ratio{where}: {error}") from error
     try:
         check_strategy(model.mask_strategy, grid, math.prod(grid), model.mask_ratio)
     except ValueError as error:
-        raise ValueError(f"--model.mask-strategy: {error}") from error
-    for name in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
-        require((getattr(model, name) or 1) > 0, "model", name, "a positive number")
+        raise ValueError(f"--model.mask-strategy{where}: {error}") from error
 
+
+def _validate_data(config: PretrainConfig, require: Require) -> None:
+    data = config.data
     require(0 < data.scale[0] <= data.scale[1] <= 1, "data", "scale", "two numbers, 0 < smallest <= largest <= 1")
     require(0 < data.ratio[0] <= data.ratio[1], "data", "ratio", "two numbers, 0 < smallest <= largest")
     for name in ("hflip", "vflip"):
         require(0 <= getattr(data, name) <= 1, "data", name, "a probability between 0 and 1")
+    require(0 <= data.max_bad_fraction <= 1, "data", "max_bad_fraction", "a share between 0 and 1")
+    require(0 <= data.color_jitter <= 1, "data", "color_jitter", "a number between 0 and 1")
+    color = data.color_jitter == 0 or config.model.in_chans == 3
+    require(
+        color, "data", "color_jitter", f"0 for images of {config.model.in_chans} channels, whose colours it changes"
+    )
+    low, high = data.value_range or (0, 1)
+    ordered = math.isfinite(low) and math.isfinite(high) and low < high
+    require(ordered, "data", "value_range", "two finite numbers, smallest first")
+    most = DataConfig.max_pixels
+    require(0 < data.max_pixels <= most, "data", "max_pixels", f"a number from 1 to {most:_}, Pillow's limit")
+    for name in ("num_threads", "prefetch", "timeout"):
+        value = getattr(data, name)
+        require(value is None or value > 0, "data", name, "a positive number")
 
+
+def _validate_training(config: PretrainConfig, require: Require) -> None:
+    train = config.train
     positive = (
         "global_batch_size batch_size masks_per_image epochs steps base_lr clip_grad num_threads max_minutes "
         "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints"

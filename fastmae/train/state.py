@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmae.data import Dataset
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.config import PretrainConfig, to_json
 
@@ -24,6 +25,19 @@ def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, rank: in
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
     return tensors
+
+
+def describe_run(
+    config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset
+) -> dict[str, Any]:
+    """What a manifest says beside the tensors of how they came about; JSON-able."""
+    return {
+        "architecture": model.architecture,
+        "config": to_json(config),
+        "dataset": {"name": dataset.name, "hash": dataset.hash, "samples": len(dataset)},
+        "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "versions": versions(),
+    }
 
 
 def restore_tensors(
@@ -89,8 +103,11 @@ _MAY_DIFFER = {
     "resume",
     "recipe",
     "data.path",  # what counts is the data set's hash
-    "data.on_bad",
+    "data.on_bad",  # of earlier versions
+    "data.max_bad_fraction",  # when to stop, not what to train on
     "data.num_threads",
+    "data.prefetch",
+    "data.timeout",
     "train.max_minutes",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
