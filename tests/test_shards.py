@@ -137,7 +137,7 @@ def test_hostile_members_become_no_paths(tmp_path, cache):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, str(outside)
             tar.addfile(info)
-    before = {p for p in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     write_shard_index(path)
     dataset = open_dataset(path, max_bad_fraction=0.5, cache_dir=cache)
     assert len(dataset) == len(HOSTILE) - 1  # ".." is not named like an image
@@ -146,7 +146,7 @@ def test_hostile_members_become_no_paths(tmp_path, cache):
     new = {p for p in tmp_path.rglob("*") if cache not in [p, *p.parents]} - before
     assert new == {path.with_name("hostile.tar.index.npz")}
     with pytest.raises(DataError) as caught:
-        dataset.mark_bad({3: "bad", 4: "bad"}).check_bad_fraction({i: "bad" for i in range(10)})
+        dataset.mark_bad({3: "bad", 4: "bad"}).check_bad_fraction(dict.fromkeys(range(10), "bad"))
     assert "\x1b" not in str(caught.value)
     assert "new\\nline.jpg" in str(caught.value)
 

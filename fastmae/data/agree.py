@@ -36,6 +36,6 @@ def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) ->
         some = "; ".join(f"rank {rank} has {seen[rank][0]:,} images, hash {seen[rank][1]}" for rank in odd[:4])
         more = f"; and {len(odd) - 4} more ranks" if len(odd) > 4 else ""
         raise DataError(
-            f"{dataset.root}: the ranks see different data. Rank {seen.index(usual)} and {len(seen) - len(odd) - 1} others "
+            f"{dataset.root}: the ranks see different data. {len(seen) - len(odd)} of {len(seen)} "
             f"have {usual[0]:,} images, hash {usual[1]}; {some}{more}. Expected the same files everywhere"
         )

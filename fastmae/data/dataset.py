@@ -14,11 +14,13 @@ from fastmae.data.decode import decode
 from fastmae.data.header import Format
 from fastmae.data.index import Accepts, Index
 from fastmae.data.retry import with_retries
+from fastmae.data.table import ENTRY
 from fastmae.data.tar_shards import OpenShards
 
 logger = logging.getLogger(__name__)
 
 _LISTED = 10
+_SHARD, _OFFSET, _SIZE, _ORIENTATION = (ENTRY.names.index(name) for name in ("shard", "offset", "size", "orientation"))
 
 
 class Dataset:
@@ -99,11 +101,11 @@ class Dataset:
 
     def path(self, sample_id: int) -> str:
         """What a sample is called: its file's path, or its shard's with the member's name behind ``::``."""
-        row = self._row(sample_id)
+        row = self.index.table.row(int(sample_id))
         name = os.fsdecode(self.index.table.name(row))
         if self._shards is None:
             return os.path.join(self.root, name)  # noqa: PTH118 - called for each sample of each batch
-        return f"{self._shard(row)}::{name}"
+        return f"{self._shard(row[_SHARD])}::{name}"
 
     def read(self, sample_id: int) -> np.ndarray:
         """A sample's encoded bytes, uint8 (bytes,).
@@ -111,10 +113,10 @@ class Dataset:
         Raises:
             DataError: the file cannot be read, even after waiting and trying again.
         """
-        row = self._row(sample_id)
+        row = self.index.table.row(int(sample_id))
         if self._shards is not None:
-            shard, offset, size = self._shard(row), int(row["offset"]), int(row["size"])
-            return with_retries(lambda: self._shards.read(shard, offset, size), shard)
+            shard = self._shard(row[_SHARD])
+            return with_retries(lambda: self._shards.read(shard, row[_OFFSET], row[_SIZE]), shard)
         path = os.path.join(self.root, os.fsdecode(self.index.table.name(row)))  # noqa: PTH118
         return with_retries(lambda: np.fromfile(path, np.uint8), path)
 
@@ -125,7 +127,7 @@ class Dataset:
             UndecodableImage: the bytes are not an image.
             DataError: the file cannot be read.
         """
-        orientation = int(self._row(sample_id)["orientation"])
+        orientation = self.index.table.row(int(sample_id))[_ORIENTATION]
         return decode(self.read(sample_id), orientation, channels=self.channels, value_range=self.value_range)
 
     def shape(self, sample_id: int) -> tuple[int, int]:
@@ -191,11 +193,8 @@ class Dataset:
         more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         return f"{self.root}: {len(bad)} of {len(self)} images cannot be used:{listed}{more}"
 
-    def _row(self, sample_id: int) -> np.void:
-        return self.index.table.rows(np.array([sample_id]))[0]
-
-    def _shard(self, row: np.void) -> str:
-        return os.path.join(self.root, self.index.shards[row["shard"]])  # noqa: PTH118
+    def _shard(self, number: int) -> str:
+        return os.path.join(self.root, self.index.shards[number])  # noqa: PTH118
 
 
 def upright_shapes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -119,6 +119,8 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
         raise BadImage(f"unreadable header: {error}") from error
     except BadImage:
         raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"huge: {error}") from error
     except Exception as error:  # parsers raise whatever they like at damaged bytes
         raise BadImage(f"unreadable header: {error}") from error
     if format_ in _END_OF_IMAGE:

@@ -1,0 +1,176 @@
+"""Which images a data set is for: decided from headers, before training, and cheap at any number of images."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from fastmae.data import DataError, choose_loader, has_dali, open_dataset
+from fastmae.data.dataset import Dataset
+from fastmae.data.header import Format
+from fastmae.data.index import Index
+from fastmae.data.sampler import permuted_ids
+from fastmae.data.table import ENTRY, Bytes, Table
+
+
+def values(*shape: int, dtype: str = "uint8") -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+
+
+def tiff(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def npy(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def picture(mode: str, format_: str) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(values(20, 30, 3))
+    (Image.fromarray(values(20, 30, dtype="uint16")) if mode == "I;16" else image.convert(mode)).save(buffer, format_)
+    return buffer.getvalue()
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """The header of a decompression bomb, and an end."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+def reasons(tmp_path: Path, files: dict[str, bytes], **options) -> dict[str, str]:
+    """Why files are refused, by name; a good file stands beside them."""
+    root = tmp_path / "images"
+    root.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (root / name).write_bytes(content)
+    dataset = open_dataset(root, max_bad_fraction=1, cache_dir=tmp_path / "cache", **options)
+    return {os.path.relpath(bad.path, root): bad.reason for bad in dataset.bad}
+
+
+RANGE = {"value_range": (0, 255)}
+GOOD = {
+    "colour": (3, {}, {f"{m}.{f}".lower(): picture(m, f) for m, f in [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"),
+               ("P", "PNG"), ("LA", "PNG"), ("RGBA", "PNG"), ("I;16", "PNG"), ("RGB", "WEBP"), ("1", "PNG")]}
+               | {"c.tif": tiff(values(20, 30, 3)), "g.tiff": tiff(values(20, 30)), "a.npy": npy(values(20, 30, 3)),
+                  "g.npy": npy(values(20, 30))}),
+    "grey": (1, {}, {"g.jpg": picture("L", "JPEG"), "g.png": picture("I;16", "PNG"), "g.npy": npy(values(20, 30)),
+                     "h.npy": npy(values(20, 30, 1)), "g.tif": tiff(values(20, 30))}),
+    "thirteen bands": (13, RANGE, {
+        "a.npy": npy(values(20, 30, 13)),
+        "b.tif": tiff(values(20, 30, 13), photometric="minisblack", planarconfig="contig"),
+        "planar.tif": tiff(values(13, 20, 30), planarconfig="separate", photometric="minisblack"),
+        "sixteen.npy": npy(values(20, 30, 13, dtype="uint16")),
+        "real.npy": npy(values(20, 30, 13, dtype="float32")),
+        "other byte order.npy": npy(values(20, 30, 13).astype(">u2"))}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_accepted_images_decode_to_what_the_header_says(tmp_path, kind):
+    channels, options, files = GOOD[kind]
+    assert reasons(tmp_path, files, channels=channels, **options) == {}
+    dataset = open_dataset(tmp_path / "images", channels=channels, cache_dir=tmp_path / "cache", **options)
+    assert len(dataset) == len(files)
+    for i in range(len(dataset)):
+        assert dataset.shape(i) == (20, 30)
+        pixels = dataset.decode(i)
+        assert pixels.shape == (20, 30, channels), dataset.path(i)
+        assert pixels.dtype == np.uint8
+
+
+REFUSED = {
+    "bomb.png": (3, huge_png(20000, 8000), {"max_pixels": 100_000_000}, "huge: 8000 x 20000 pixels, more than --data"),
+    "beyond.png": (3, huge_png(60000, 60000), {}, "huge: "),
+    "large.npy": (3, npy(values(40, 40, 3)), {"max_pixels": 1000}, "huge: 40 x 40"),
+    "bands.npy": (3, npy(values(20, 30, 13)), {}, "13 channels: expected 3"),
+    "colour.jpg": (1, picture("RGB", "JPEG"), {}, "3 channels: expected 1"),
+    "photo.png": (4, picture("RGBA", "PNG"), {}, "3 channels: expected 4"),
+    "sixteen.tif": (1, tiff(values(20, 30, dtype="uint16")), {}, "uint16 pixels: expected uint8, or --data.value"),
+    "real.npy": (1, npy(values(20, 30, dtype="float32")), {}, "float32 pixels: expected uint8, or --data.value-range"),
+    "double.npy": (1, npy(values(20, 30, dtype="float64")), RANGE, "type float64 are not supported"),
+    "volume.npy": (1, npy(values(5, 20, 30, 2)), {}, "(5, 20, 30, 2): expected (height, width)"),
+    "pages.tif": (1, tiff(values(4, 20, 30), photometric="minisblack"), {}, "4 pages of one size"),
+    "cut.tif": (3, tiff(values(20, 30, 3))[:-9], {}, "truncated"),
+    "cut.npy": (3, npy(values(20, 30, 3))[:-9], {}, "truncated"),
+    "object.npy": (1, npy(np.array([[{}]]), allow_pickle=True), {}, "type object"),
+    "broken.npy": (1, b"\x93NUMPY\x01\x00\x10\x00{'descr': garbage", {}, "unreadable header"),
+    "broken.tif": (1, b"II*\0\xff\xff\xff\xff" + bytes(100), {}, "unreadable header"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_name_the_reason(tmp_path, name):
+    channels, content, options, expected = REFUSED[name]
+    good = {"good.npy": npy(values(20, 30, channels))}
+    found = reasons(tmp_path, {name: content} | good, channels=channels, **options)
+    assert list(found) == [name]
+    assert expected in found[name]
+
+
+def test_arrays_beside_images_that_are_not_meant_are_left_aside(tmp_path):
+    assert (
+        reasons(
+            tmp_path, {"a.jpg": picture("RGB", "JPEG"), "raw.cr2": tiff(values(20, 30, 3)), "x.bin": npy(values(3, 3))}
+        )
+        == {}
+    )
+    assert len(open_dataset(tmp_path / "images", cache_dir=tmp_path / "cache")) == 1
+
+
+@pytest.mark.skipif(not has_dali(), reason="needs NVIDIA DALI")
+def test_dali_is_for_photographs(tmp_path):
+    reasons(tmp_path, {"a.jpg": picture("RGB", "JPEG")})
+    options = {"cache_dir": tmp_path / "cache"}
+    assert choose_loader(open_dataset(tmp_path / "images", **options)) == "dali"
+    assert choose_loader(open_dataset(tmp_path / "images", **RANGE, **options)) == "torch"
+    reasons(tmp_path, {"b.tif": tiff(values(20, 30, 3))})
+    dataset = open_dataset(tmp_path / "images", **options)
+    assert dataset.formats == {Format.JPEG, Format.TIFF}
+    assert choose_loader(dataset) == "torch"
+    with pytest.raises(DataError, match="has TIFF files: use torch"):
+        choose_loader(dataset, "dali")
+
+
+def test_an_index_of_a_hundred_million_is_neither_held_nor_walked(tmp_path):
+    count, batch, reads = 100_000_000, 1024, []
+    for name, size in (("rows", ENTRY.itemsize), ("names", 24)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(count * size)  # takes no room on the disk
+
+    class Counted(Bytes):
+        def read(self, start: int, size: int) -> bytes:
+            reads.append(size)
+            return super().read(start, size)
+
+    table = Table(Counted(tmp_path / "rows"), Counted(tmp_path / "names"))
+    dataset = Dataset(Index(table, {5: "bad"}, "00", [], [], frozenset()), tmp_path, name="many")
+    assert len(dataset) == count
+    resident = []
+    for step in range(50):
+        ids, _ = permuted_ids(np.arange(step * batch, (step + 1) * batch), count, seed=0)
+        reads.clear()
+        dataset.shapes(ids)
+        dataset.is_bad(ids)
+        for i in ids.tolist():
+            dataset.path(i)
+        assert len(reads) == 3 * batch  # a row for the shapes; a row and a name for the file
+        assert sum(reads) <= batch * (2 * ENTRY.itemsize + 24)
+        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert resident[-1] - resident[0] < 20e6
