@@ -5,7 +5,7 @@ No module that does the work is imported here, so that ``--help`` does not wait 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -36,22 +36,35 @@ class EnvConfig:
 
 
 @dataclass(frozen=True)
+class ImagesConfig:
+    """Which images count as good: as for fastmae pretrain, so that both mean the same data set."""
+
+    channels: int = 3
+    """Channels of the images; others count as bad."""
+    value_range: tuple[float, float] | None = None
+    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+    max_pixels: int = 178_956_970
+    """Largest height x width; more is taken for a decompression bomb and counts as bad."""
+    num_workers: int | None = None
+    """Threads that read and decode. None: one a core."""
+
+
+@dataclass(frozen=True)
 class ShardConfig:
     """Pack images into WebDataset tar shards, verified and with an index beside each. A run that was cut off is
     continued by the same command, and ends in the same bytes."""
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder of images, list file, .tar file or folder of .tar shards. Only read."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder for the shards: new, empty, or of a run of this command to continue. Not inside FOLDER."""
     short_side: int | None = None
-    """Shrink 8-bit photographs to this short side in pixels and store them as JPEG; smaller ones keep their bytes. 256
-    is enough for training at 224, and a fraction of the bytes and of the decoding. None: every file's bytes as they
-    are."""
+    """Shrink photographs to this short side in pixels and store them as JPEG, upright; smaller ones keep their bytes,
+    and so do 16-bit, TIFF and NumPy files. 256 is usual for training at 224. None: every file's bytes as they are."""
     quality: int = 90
     """JPEG quality of what is encoded anew, 1 to 100 (chroma at half resolution, as cameras store it)."""
     reencode: bool = False
-    """Encode every 8-bit photograph anew as JPEG, also those that keep their size."""
+    """Encode all photographs anew as JPEG, also those that keep their size."""
     shard_bytes: int = 256 << 20
     """Size of a shard to aim at. Smaller ones are more parallel to read and to write, and less to repeat after a
     failure; larger ones are fewer files."""
@@ -60,12 +73,8 @@ class ShardConfig:
     shuffle_seed: int | None = 0
     """Seed of the order in which images are packed, so that a reader that goes from front to back meets no sorted
     classes. None: in the order of their names."""
-    num_workers: int | None = None
-    """Threads that read, resize and encode. None: one a core."""
-    channels: int = 3
-    """Channels of the images; others count as bad."""
-    value_range: tuple[float, float] | None = None
-    """Lowest and highest value of 16-bit and floating-point pixels; such files keep their bytes in any case."""
+    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
+    """How the images are read."""
     max_bad_fraction: float = 0.01
     """Stop if more than this share of the images cannot be used; up to it they are left out and listed in
     OUT/bad_files.jsonl."""
@@ -78,10 +87,8 @@ class IndexConfig:
 
     path: Annotated[tyro.conf.Positional[Path], _SOURCE]
     """Folder of images, list file, .tar file or folder of .tar shards."""
-    channels: int = 3
-    """Channels of the images; others count as bad."""
-    value_range: tuple[float, float] | None = None
-    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
+    """How the images are read."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,8 @@ class VerifyConfig:
     """Also write the bad files here, a line of JSON each, as they are found."""
     max_bad_fraction: float = 0.01
     """Share of bad files up to which the exit code is 0."""
-    num_workers: int | None = None
-    """Decoding threads. None: one a core."""
-    channels: int = 3
-    """Channels of the images; others count as bad."""
-    value_range: tuple[float, float] | None = None
-    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
+    """How the images are read."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,8 @@ class StatsConfig:
     """Seed of the drawing."""
     json: bool = False
     """Print JSON in place of tables."""
-    num_workers: int | None = None
-    """Decoding threads. None: one a core."""
-    channels: int = 3
-    """Channels of the images; others count as bad."""
-    value_range: tuple[float, float] | None = None
-    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
+    """How the images are read."""
 
 
 DataCommand = (

@@ -2,7 +2,214 @@
 
 from __future__ import annotations
 
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
-def run(command: object) -> int:
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsConfig, VerifyConfig
+from fastmae.cli.data_report import print_statistics
+from fastmae.cli.errors import UsageError, mistakes
+from fastmae.data import DataError, Dataset, open_dataset
+from fastmae.data.dataset import printable
+from fastmae.data.parts import in_order
+from fastmae.data.shard import ShardOptions, write_shards
+from fastmae.data.sources import find_source
+from fastmae.data.stats import measure
+from fastmae.data.tar_shards import read_shard_index, write_shard_index
+from fastmae.data.verify import num_cores, verify_images
+
+EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
+_LISTED = 20
+
+
+def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
     """Run one of the commands; return its exit code."""
-    raise NotImplementedError(type(command).__name__)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    with _own_flags():
+        if isinstance(command, ShardConfig):
+            return shard(command, console)
+        if isinstance(command, IndexConfig):
+            return index(command, console)
+        if isinstance(command, VerifyConfig):
+            return verify(command, console)
+        return stats(command, console)
+
+
+def shard(config: ShardConfig, console: Console) -> int:
+    """``fastmae data shard``."""
+    if config.path.is_dir() and config.out.resolve().is_relative_to(config.path.resolve()):
+        raise UsageError(f"OUT: expected a folder outside of {config.path}, got {config.out}")
+    dataset = _open(config.path, config.images, config.max_bad_fraction)
+    with mistakes():
+        options = ShardOptions(
+            short_side=config.short_side,
+            quality=config.quality,
+            reencode=config.reencode,
+            shard_bytes=config.shard_bytes,
+            images_per_shard=config.images_per_shard,
+            shuffle_seed=config.shuffle_seed,
+        )
+    with _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
+        packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
+    console.print(
+        f"{packed.images:,} images in {packed.shards:,} shards in {packed.folder}: {packed.bytes / 1e6:,.1f} MB, "
+        f"{packed.bytes / max(packed.source_bytes, 1):.1%} of the images' {packed.source_bytes / 1e6:,.1f} MB; "
+        f"{packed.encoded:,} encoded anew, {packed.images - packed.encoded:,} with their bytes as they were"
+    )
+    if packed.bad:
+        console.print(f"{packed.bad:,} left out: {packed.folder / 'bad_files.jsonl'}")
+    return 0
+
+
+def index(config: IndexConfig, console: Console) -> int:
+    """``fastmae data index``."""
+    with mistakes():
+        source = find_source(config.path.expanduser())
+    if source.kind == "shards":
+        paths = [source.root / file.path for file in source.files]
+
+        def write(path: Path) -> bool:
+            with mistakes():
+                return read_shard_index(path) is None and bool(write_shard_index(path))
+
+        with _progress("Indexing shards", len(paths)) as advance:
+            written = 0
+            for new in in_order(write, paths, config.images.num_workers or num_cores()):
+                written += new
+                advance(1)
+        console.print(f"{written:,} indexes written beside {len(paths):,} shards, {len(paths) - written:,} were there")
+    dataset = _open(config.path, config.images)
+    console.print(
+        f"{len(dataset):,} images, {len(dataset.bad_ids):,} of them unusable, {len(dataset.classes):,} named classes\n"
+        f"Hash:  {dataset.hash}\nIndex: {dataset.index.folder or 'not cached'}"
+    )
+    return 0
+
+
+def verify(config: VerifyConfig, console: Console) -> int:
+    """``fastmae data verify``."""
+    dataset = _open(config.path, config.images)
+    known, found, checked, interrupted = len(dataset.bad_ids), {}, 0, False
+    with mistakes():
+        file = config.out.open("w") if config.out else nullcontext()
+    with file as out:
+
+        def note(path: str, reason: str) -> None:
+            if out is not None:
+                out.write(json.dumps({"path": path, "reason": reason}) + "\n")
+                out.flush()
+
+        for bad in dataset.bad:
+            note(*bad)
+        try:
+            with _terminable(), _progress("Decoding", len(dataset) - known) as advance:
+                for verdict in verify_images(dataset, num_threads=config.images.num_workers):
+                    checked += 1
+                    if verdict.reason is not None:
+                        found[verdict.sample_id] = verdict.reason
+                        note(dataset.path(verdict.sample_id), verdict.reason)
+                    advance(1, verdict.size)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            # Whatever ended it: what was found stays known.
+            stored = dataset.index.folder is not None
+            if found:
+                dataset.mark_bad(found)
+    for sample_id, reason in list(found.items())[:_LISTED]:
+        console.print(f"{printable(dataset.path(sample_id))}: {printable(reason)}")
+    if len(found) > _LISTED:
+        console.print(f"and {len(found) - _LISTED:,} more")
+    bad = known + len(found)
+    console.print(
+        f"{checked:,} of {len(dataset) - known:,} images decoded, {len(found):,} of them bad; "
+        f"{known:,} were known to be bad. Bad together: {bad / len(dataset):.3%}"
+        + (f"\nRemembered in {dataset.index.folder}" if found and stored else "")
+        + ("\nNot remembered, since the index is not cached" if found and not stored else "")
+    )
+    if interrupted:
+        console.print("Interrupted before the end", style="bold")
+        return EXIT_INTERRUPTED
+    return EXIT_TOO_MANY_BAD if bad > config.max_bad_fraction * len(dataset) else 0
+
+
+def stats(config: StatsConfig, console: Console) -> int:
+    """``fastmae data stats``."""
+    if config.sample < 0:
+        raise UsageError(f"--sample: expected at least 0, got {config.sample}")
+    dataset = _open(config.path, config.images)
+    sampled = min(config.sample, len(dataset) - len(dataset.bad_ids))
+    with _progress("Decoding a sample", sampled) as advance:
+        statistics = measure(
+            dataset, sample=config.sample, seed=config.seed, num_threads=config.images.num_workers, progress=advance
+        )
+    print_statistics(statistics, dataset, console, as_json=config.json)
+    return 0
+
+
+def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Dataset:
+    if images.num_workers is not None and images.num_workers < 1:
+        raise UsageError(f"--num-workers: expected at least 1, got {images.num_workers}")
+    with mistakes():
+        return open_dataset(
+            path,
+            channels=images.channels,
+            value_range=images.value_range,
+            max_pixels=images.max_pixels,
+            max_bad_fraction=max_bad_fraction,
+        )
+
+
+@contextmanager
+def _own_flags() -> Iterator[None]:
+    """Messages about data name the flags of ``fastmae pretrain``; here they have shorter names."""
+    try:
+        yield
+    except DataError as error:
+        raise UsageError(str(error).replace("--data.", "--").replace("--model.in-chans", "--channels")) from error
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A batch system's SIGTERM ends the work as Ctrl-C does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr; calls to what it gives advance it, by a number of images and of bytes."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[size]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task, done = bar.add_task(title, total=total, size=""), 0
+
+        def advance(images: int, size: int = 0) -> None:
+            nonlocal done
+            done += size
+            bar.update(task, advance=images, size=f"{done / 1e6:,.0f} MB" if done else "")
+
+        yield advance

@@ -1,0 +1,180 @@
+"""What is in a data set: sizes, formats and modes by the index, mean and standard deviation by decoding a sample.
+
+Every image has the same weight, however large: training resizes crops of all of them to one size, so that each gives
+equally many pixels. ImageNet's usual standard deviation (0.229, 0.224, 0.225) is the mean over images of each image's
+own (github.com/pytorch/vision/pull/1965); that of the pixels that a model sees, which makes them unit variance, also
+counts how images differ in brightness and is about a fifth larger. Both are given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmae.data.dataset import Dataset, upright_shapes
+from fastmae.data.decode import UndecodableImage
+from fastmae.data.header import MODES, Format
+from fastmae.data.parts import in_order
+from fastmae.data.sampler import permuted_ids
+from fastmae.data.verify import num_cores
+
+QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+_SCANNED = 65536
+_MAX_ROWS = 1 << 20
+_PIXELS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """A data set in numbers; of images that cannot be used, only their count.
+
+    Attributes:
+        images: that can be trained on.
+        bytes: of their files.
+        quantiles: of height, width (pixels, upright), megapixels and kilobytes, each at ``QUANTILES``; of a million
+            images drawn at random if there are more.
+        formats, modes: images by format and by mode, as in ``header.Header.mode``.
+        rotated: images that EXIF turns or mirrors.
+        labelled: images with a class.
+        bad: images that cannot be used, by reason; numbers within reasons are left out.
+        sampled: images that were decoded for what follows.
+        mean: of the channels, in [0, 1], each image weighing the same.
+        std: of the channels over the pixels of all images, each image weighing the same.
+        std_within: mean over images of the standard deviation within an image.
+    """
+
+    images: int
+    bytes: int
+    quantiles: dict[str, list[float]]
+    formats: dict[str, int]
+    modes: dict[str, int]
+    rotated: int
+    labelled: int
+    bad: dict[str, int]
+    sampled: int
+    mean: list[float]
+    std: list[float]
+    std_within: list[float]
+
+
+def measure(
+    dataset: Dataset,
+    *,
+    sample: int = 2000,
+    seed: int = 0,
+    num_threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Statistics:
+    """Describe a data set.
+
+    Args:
+        dataset: of any number of channels.
+        sample: images to decode, drawn without repetition; 0 for none.
+        seed: of the drawing.
+        num_threads: that decode; None for one a core.
+        progress: called from this thread with how many more images were decoded.
+
+    Raises:
+        ValueError: ``sample`` is negative.
+        DataError: a file cannot be read.
+    """
+    if sample < 0:
+        raise ValueError(f"sample: expected at least 0, got {sample}")
+    total, formats, modes, rotated, labelled = 0, Counter(), Counter(), 0, 0
+    for start in range(0, len(dataset), _SCANNED):
+        rows = dataset.rows(np.arange(start, min(start + _SCANNED, len(dataset))))
+        rows = rows[rows["bad"] == 0]
+        total += int(rows["size"].sum())
+        formats.update({Format(number).name: n for number, n in _counts(rows["format"])})
+        modes.update({MODES[number] or "other": n for number, n in _counts(rows["mode"])})
+        rotated += int((rows["orientation"] != 1).sum())
+        labelled += int((rows["label"] >= 0).sum())
+    moments, undecodable = _moments(dataset, sample, seed, num_threads or num_cores(), progress)
+    mean, std, std_within = _mean_and_std(moments)
+    reasons = Counter(_kind(reason) for reason in [*dataset.index.bad.values(), *undecodable])
+    return Statistics(
+        len(dataset) - len(dataset.index.bad) - len(undecodable),
+        total,
+        _quantiles(dataset, seed),
+        dict(formats.most_common()),
+        dict(modes.most_common()),
+        rotated,
+        labelled,
+        dict(reasons.most_common()),
+        len(moments),
+        mean,
+        std,
+        std_within,
+    )
+
+
+def _counts(values: np.ndarray) -> list[tuple[int, int]]:
+    return [(int(value), int(count)) for value, count in zip(*np.unique(values, return_counts=True), strict=True)]
+
+
+def _kind(reason: str) -> str:
+    """A reason without what is special about one file."""
+    words = reason.partition(":")
+    return words[0] if any(character.isdigit() for character in words[2]) else reason
+
+
+def _drawn(dataset: Dataset, count: int, seed: int) -> np.ndarray:
+    """Good images drawn at random, without repetition: int64 (at most ``count``,)."""
+    wanted = min(len(dataset), count + len(dataset.index.bad))
+    ids, _ = permuted_ids(np.arange(wanted), len(dataset), seed)
+    return ids[~dataset.is_bad(ids)][:count]
+
+
+def _quantiles(dataset: Dataset, seed: int) -> dict[str, list[float]]:
+    rows = dataset.rows(np.sort(_drawn(dataset, _MAX_ROWS, seed)))
+    heights, widths = upright_shapes(rows)
+    values = {
+        "height": heights,
+        "width": widths,
+        "megapixels": heights * widths / 1e6,
+        "kilobytes": rows["size"] / 1e3,
+    }
+    return {name: np.quantile(value, QUANTILES).tolist() for name, value in values.items()}
+
+
+def _moments(dataset: Dataset, sample: int, seed: int, num_threads: int, progress) -> tuple[np.ndarray, list[str]]:
+    """Each sampled image's mean and mean square, float64 (n, 2, C) in [0, 1], and why others did not decode."""
+
+    def moments(sample_id: int) -> np.ndarray | str:
+        try:
+            return _image_moments(dataset.decode(sample_id))
+        except UndecodableImage as error:
+            return str(error)
+
+    found, reasons = [], []
+    for result in in_order(moments, _drawn(dataset, sample, seed).tolist(), num_threads):
+        (reasons if isinstance(result, str) else found).append(result)
+        if progress is not None:
+            progress(1)
+    return np.array(found).reshape(-1, 2, dataset.channels), reasons
+
+
+def _image_moments(pixels: np.ndarray) -> np.ndarray:
+    """Mean and mean square of an image's channels: float64 (2, C), of pixels in [0, 1]. Exact sums, in pieces."""
+    height, width, channels = pixels.shape
+    sums = np.zeros((2, channels), np.uint64)
+    rows_at_once = max(1, min(_PIXELS_AT_ONCE // width, 1 << 16))
+    for top in range(0, height, rows_at_once):
+        # Rows are added up as they lie in memory, which is fast; 2**16 squares of a byte fit into 32 bits.
+        lines = np.ascontiguousarray(pixels[top : top + rows_at_once]).reshape(-1, width * channels)
+        for power, values in enumerate((lines, np.square(lines, dtype=np.uint16))):
+            sums[power] += values.sum(0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.uint64)
+    return sums / (height * width) / np.array([[255.0], [255.0**2]])
+
+
+def _mean_and_std(moments: np.ndarray) -> tuple[list[float], list[float], list[float]]:
+    if not len(moments):
+        return [], [], []
+    means, squares = moments[:, 0], moments[:, 1]
+    mean = means.mean(0)
+    std = np.sqrt(np.maximum(squares.mean(0) - mean**2, 0))
+    within = np.sqrt(np.maximum(squares - means**2, 0)).mean(0)
+    return mean.tolist(), std.tolist(), within.tolist()

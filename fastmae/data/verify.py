@@ -1,0 +1,74 @@
+"""Decoding every image in full, to find before training what an index cannot see: damage behind the header."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from fastmae.data.dataset import Dataset
+from fastmae.data.decode import UndecodableImage
+from fastmae.data.parts import in_order
+
+_SCANNED = 65536
+
+
+class Verdict(NamedTuple):
+    """What decoding an image in full has shown.
+
+    Attributes:
+        sample_id: which image.
+        size: bytes of the file.
+        reason: why it cannot be trained on; None: it can.
+    """
+
+    sample_id: int
+    size: int
+    reason: str | None
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def good_ids(dataset: Dataset) -> Iterator[int]:
+    """The images that are not known to be bad, in order."""
+    for start in range(0, len(dataset), _SCANNED):
+        ids = np.arange(start, min(start + _SCANNED, len(dataset)))
+        yield from ids[~dataset.is_bad(ids)].tolist()
+
+
+def verify_images(
+    dataset: Dataset, sample_ids: Iterable[int] | None = None, *, num_threads: int | None = None
+) -> Iterator[Verdict]:
+    """Decode images in full, in threads, and compare their shapes with what their headers say.
+
+    Images are decoded as the torch loader does it. Nothing is stored: hand the reasons to ``Dataset.mark_bad``, all at
+    once or whenever the iteration ends.
+
+    Args:
+        dataset: whose images.
+        sample_ids: which; None for all that are not known to be bad.
+        num_threads: that decode; None for one a core. Each holds one decoded image.
+
+    Yields:
+        A verdict for each image, in the order of ``sample_ids``.
+
+    Raises:
+        DataError: a file cannot be read, even after waiting and trying again.
+    """
+
+    def verify(sample_id: int) -> Verdict:
+        size, reason = int(dataset.rows(np.array([sample_id]))["size"][0]), None
+        try:
+            shape, expected = dataset.decode(sample_id).shape, (*dataset.shape(sample_id), dataset.channels)
+            if shape != expected:
+                reason = f"decodes to {shape}, its header said {expected}"
+        except UndecodableImage as error:
+            reason = str(error)
+        return Verdict(sample_id, size, reason)
+
+    yield from in_order(verify, good_ids(dataset) if sample_ids is None else sample_ids, num_threads or num_cores())
