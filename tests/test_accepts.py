@@ -78,6 +78,8 @@ GOOD = {
         "planar.tif": tiff(values(13, 20, 30), planarconfig="separate", photometric="minisblack"),
         "sixteen.npy": npy(values(20, 30, 13, dtype="uint16")),
         "real.npy": npy(values(20, 30, 13, dtype="float32")),
+        "signed.npy": npy(values(20, 30, 13, dtype="int16")),
+        "double.npy": npy(values(20, 30, 13, dtype="float64")),
         "other byte order.npy": npy(values(20, 30, 13).astype(">u2"))}),
 }  # fmt: skip
 
@@ -104,7 +106,7 @@ REFUSED = {
     "photo.png": (4, picture("RGBA", "PNG"), {}, "3 channels: expected 4"),
     "sixteen.tif": (1, tiff(values(20, 30, dtype="uint16")), {}, "uint16 pixels: expected uint8, or --data.value"),
     "real.npy": (1, npy(values(20, 30, dtype="float32")), {}, "float32 pixels: expected uint8, or --data.value-range"),
-    "double.npy": (1, npy(values(20, 30, dtype="float64")), RANGE, "type float64 are not supported"),
+    "complex.npy": (1, npy(values(20, 30, dtype="complex64")), RANGE, "type complex64 are not supported"),
     "volume.npy": (1, npy(values(5, 20, 30, 2)), {}, "(5, 20, 30, 2): expected (height, width)"),
     "pages.tif": (1, tiff(values(4, 20, 30), photometric="minisblack"), {}, "4 pages of one size"),
     "cut.tif": (3, tiff(values(20, 30, 3))[:-9], {}, "truncated"),

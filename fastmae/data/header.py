@@ -55,10 +55,12 @@ IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 """A file with one of these suffixes is meant to be an image: if it cannot be read as one, it is reported."""
 
 EXPECTED = "JPEG, PNG, WebP, TIFF or NumPy (.npy)"
-MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "uint8", "uint16", "float32")
+_VALUES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
+MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", *_VALUES)
 """Modes by the numbers that the index stores."""
+READY_MODES = ("bool", "uint8")
+"""Of the values of TIFF and NumPy files, those that need no range to become uint8."""
 _GREY = {"1", "L", "LA", "I", "I;16"}
-_STATED_LATER = ("uint8", "uint16", "float32")
 
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",), Format.TIFF: _TIFF_STARTS,
@@ -184,8 +186,8 @@ def _parse_npy(file: BufferedIOBase, size: int) -> Header:
 
 def _pixel_type(dtype: np.dtype) -> str:
     name = dtype.newbyteorder("=").name
-    if name not in _STATED_LATER:
-        raise BadImage(f"pixels of type {name} are not supported ({', '.join(_STATED_LATER)} are)")
+    if name not in _VALUES:
+        raise BadImage(f"pixels of type {name} are not supported ({', '.join(_VALUES)} are)")
     return name
 
 

@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastmae.data.header import MODES, Format
+from fastmae.data.header import MODES, READY_MODES, Format
 from fastmae.data.parts import Part, image_parts, in_order
 from fastmae.data.sources import Source
 from fastmae.data.table import ENTRY, Bytes, Table
@@ -180,7 +180,8 @@ def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
     arrays = (rows["format"] == Format.TIFF) | (rows["format"] == Format.NPY)
     grey = rows["channels"] == 1
     fits = (rows["channels"] == accepts.channels) | ((grey | ~arrays) & (accepts.channels == 3))
-    wide = arrays & (rows["mode"] != MODES.index("uint8")) & (accepts.value_range is None)
+    ready = np.isin(rows["mode"], [MODES.index(mode) for mode in READY_MODES])
+    wide = arrays & ~ready & (accepts.value_range is None)
     good = rows["bad"] == 0
     reasons: dict[int, str] = {}
     for i in np.flatnonzero(good & (pixels > accepts.max_pixels)).tolist():
