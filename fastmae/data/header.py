@@ -160,6 +160,11 @@ def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
             raise BadImage(f"{1 + len(same)} pages of one size: expected a single image; split it")
         if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
             raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
+        try:
+            tifffile.TIFF.DECOMPRESSORS[page.compression]
+        except KeyError as error:
+            name = getattr(page.compression, "name", page.compression)
+            raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'") from error
         if page.imagedepth != 1:
             raise BadImage(f"a volume of depth {page.imagedepth}: expected an image; split it into slices")
         end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
