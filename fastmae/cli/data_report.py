@@ -38,7 +38,7 @@ def print_statistics(statistics: Statistics, dataset: Dataset, console: Console,
         return
     bad = sum(statistics.bad.values())
     console.print(
-        f"{printable(dataset.name)}: {statistics.images:,} images, {statistics.bytes / 1e6:,.1f} MB, {bad:,} unusable files; "
+        f"{printable(dataset.name)}: {statistics.images:,} images, {statistics.bytes / 1e6:,.1f} MB, {bad:,} unusable; "
         f"{statistics.labelled:,} labelled; {statistics.rotated:,} turned or mirrored by EXIF\n"
     )
     console.print(_quantiles(statistics))

@@ -1,0 +1,417 @@
+"""Packing into shards: what they hold, that equal sources give equal bytes, what a kill or a full disk leaves."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from loading import save_16_bit, smooth
+from PIL import Image
+
+from fastmae.data import DataError, open_dataset, shard_file
+from fastmae.data.shard import ShardOptions, write_shards
+from fastmae.data.shard_folder import ShardFolder
+from fastmae.data.stats import measure
+from fastmae.data.tar_shards import read_shard_index
+
+
+def rotated(orientation: int) -> Image.Exif:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
+def write_source(root: Path, count: int = 20) -> Path:
+    """Folders of two classes, photographs of several sizes."""
+    for i in range(count):
+        path = root / ("cats", "dogs")[i % 2] / f"{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(smooth(40 + 3 * i, 60 + i, i)).save(path, quality=92)
+    return root
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write_source(tmp_path / "source")
+
+
+@pytest.fixture
+def open_(tmp_path):
+    return lambda path, **options: open_dataset(path, cache_dir=tmp_path / "cache", **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path, "r:") as tar:
+            found |= {member.name: tar.extractfile(member).read() for member in tar}
+    return found
+
+
+def by_source(folder: Path) -> dict[int, tuple[str, bytes]]:
+    """The images of shards by their number in the source: suffix, bytes."""
+    images = {name: data for name, data in members(folder).items() if not name.endswith(".cls")}
+    return {int(name[:9]): (Path(name).suffix, data) for name, data in images.items()}
+
+
+def test_bytes_labels_and_classes_survive(source, open_, tmp_path):
+    dataset = open_(source)
+    packed = write_shards(dataset, tmp_path / "out", ShardOptions(images_per_shard=6))
+    assert (packed.shards, packed.images, packed.encoded, packed.bad) == (4, 20, 0, 0)
+    assert packed.source_bytes == sum(path.stat().st_size for path in source.rglob("*.jpg"))
+    assert packed.bytes == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar"))
+    shards = open_(tmp_path / "out")
+    assert shards.classes == ["cats", "dogs"]
+    for i in range(20):
+        number = int(shards.path(i).rpartition("::")[2][:9])
+        assert shards.read(i).tobytes() == dataset.read(number).tobytes()
+        assert shards.labels(np.array([i])) == dataset.labels(np.array([number]))
+        assert shards.shape(i) == dataset.shape(number)
+    assert sorted(by_source(tmp_path / "out")) == list(range(20))
+    assert len(members(tmp_path / "out")) == 40
+    assert members(tmp_path / "out")["000000010-dogs_01.cls"] == b"1"
+
+
+def test_shards_are_plain_tars_with_an_index_and_a_manifest(source, open_, tmp_path):
+    write_shards(open_(source), tmp_path / "out", ShardOptions(images_per_shard=9))
+    manifest = json.loads((tmp_path / "out/shards.json").read_text())
+    assert [shard["images"] for shard in manifest["shards"]] == [6, 7, 7]
+    for shard in manifest["shards"]:
+        path = tmp_path / "out" / shard["name"]
+        assert len(read_shard_index(path).rows) == shard["images"]
+        assert path.stat().st_size == shard["bytes"]
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                assert (member.uid, member.gid, member.mtime, member.mode, member.isreg()) == (0, 0, 0, 0o644, True)
+                assert member.offset_data % 512 == 0
+                assert member.pax_headers == {}
+    assert not [name for name in contents(tmp_path / "out") if name.startswith(".")]
+
+
+def test_equal_bytes_for_any_number_of_threads_and_another_order_for_another_seed(source, open_, tmp_path):
+    def pack(name: str, num_threads: int, **options) -> Path:
+        write_shards(open_(source), tmp_path / name, ShardOptions(short_side=48, **options), num_threads=num_threads)
+        return tmp_path / name
+
+    first = pack("first", 1)
+    assert contents(first) == contents(pack("second", 5))
+    other, sorted_ = pack("other", 2, shuffle_seed=1), pack("sorted", 2, shuffle_seed=None)
+    orders = [list(by_source(folder)) for folder in (first, other, sorted_)]
+    assert orders[2] == list(range(20))
+    assert len(set(map(tuple, orders))) == 3
+    assert members(first) == members(other) == members(sorted_)
+    assert list(members(sorted_))[:3] == ["000000000-cats_00.jpg", "000000000-cats_00.cls", "000000001-cats_02.jpg"]
+
+
+def test_photographs_are_shrunk_upright_and_nothing_else_is(open_, tmp_path):
+    root = tmp_path / "mixed"
+    root.mkdir()
+    wide = Image.fromarray(smooth(120, 200, 0))
+    wide.save(root / "a_wide.jpg", quality=95, exif=rotated(6), icc_profile=b"profile")
+    wide.convert("L").save(root / "b_grey.png")
+    wide.convert("CMYK").save(root / "c_cmyk.jpg")
+    wide.convert("RGBA").save(root / "d_alpha.png")
+    wide.save(root / "e_lossy.webp")
+    save_16_bit(root / "f_grey16.png", smooth(120, 200, 2)[..., 0])
+    Image.fromarray(smooth(120, 200, 0)).save(root / "g_array.tif")
+    np.save(root / "h_array.npy", smooth(120, 200, 0))
+    Image.fromarray(smooth(50, 300, 1)).save(root / "i_low.png")
+    dataset = open_(root)
+    assert dataset.bad == []
+    packed = write_shards(dataset, tmp_path / "out", ShardOptions(short_side=64))
+    assert (packed.images, packed.encoded) == (9, 5)
+    stored = by_source(tmp_path / "out")
+    suffixes = [stored[i][0] for i in range(9)]
+    assert suffixes == [".jpg"] * 5 + [".png", ".tif", ".npy", ".png"]
+    for i in range(5, 9):
+        assert stored[i][1] == dataset.read(i).tobytes()
+    for i in range(5):
+        image = Image.open(io.BytesIO(stored[i][1]))
+        assert image.size == ((64, 107) if i == 0 else (107, 64))
+        assert image.mode == ("L" if i == 1 else "RGB")
+        assert not image.getexif()
+        assert "icc_profile" not in image.info
+        pixels = Image.fromarray(np.ascontiguousarray(dataset.decode(i)))
+        expected = np.asarray(pixels.resize(image.size, Image.Resampling.BICUBIC), np.float32)
+        assert np.abs(np.asarray(image.convert("RGB"), np.float32) - expected).mean() < 3
+    assert measure(open_(tmp_path / "out")).rotated == 0
+
+
+def test_reencode_also_encodes_what_keeps_its_size(source, open_, tmp_path):
+    for quality in (60, 95):
+        options = ShardOptions(short_side=1000, reencode=True, quality=quality)
+        packed = write_shards(open_(source), tmp_path / str(quality), options)
+        assert packed.encoded == 20
+        assert [open_(tmp_path / str(quality)).shape(0)] == [open_(source).shape(_first(tmp_path / str(quality)))]
+    small, large = (sum(len(data) for data in members(tmp_path / name).values()) for name in ("60", "95"))
+    assert small < 0.7 * large
+
+
+def _first(folder: Path) -> int:
+    return int(next(iter(members(folder)))[:9])
+
+
+def test_channels_other_than_three(open_, tmp_path):
+    root = tmp_path / "arrays"
+    root.mkdir()
+    for i in range(3):
+        np.save(root / f"{i}.npy", np.full((20, 30, 5), i, np.uint8))
+    write_shards(open_(root, channels=5), tmp_path / "out", ShardOptions(short_side=8))
+    assert sorted(int(open_(tmp_path / "out", channels=5).decode(i).max()) for i in range(3)) == [0, 1, 2]
+
+
+def test_names_are_harmless_and_tell_everything_apart(open_, tmp_path):
+    root = tmp_path / "source"
+    names = [
+        "a.jpg",
+        "a.png",
+        "-rf *.jpg",
+        "d/a.jpg",
+        "d/a.b.c.jpg",
+        "new\nline.jpg",
+        "\x1b[31mred.jpg",
+        "图.jpg",
+        "x" * 200 + ".jpg",
+    ]
+    (root / "d").mkdir(parents=True)
+    for name in names:
+        Image.fromarray(smooth(9, 9, len(name))).save(root / name, "PNG" if name.endswith("png") else "JPEG")
+    (root / "wrong.png").write_bytes((root / "a.jpg").read_bytes())
+    write_shards(open_(root), tmp_path / "out")
+    found = [name for name in members(tmp_path / "out") if not name.endswith(".cls")]
+    assert all(re.fullmatch(r"[0-9]{9}-[A-Za-z0-9_-]{1,64}\.(jpg|png)", name) for name in found)
+    assert len({name.partition(".")[0] for name in found}) == len(names) + 1
+    assert next(name for name in found if "wrong" in name).endswith(".jpg")
+
+
+def test_shards_can_be_packed_again(source, open_, tmp_path):
+    write_shards(open_(source), tmp_path / "once", ShardOptions(images_per_shard=7))
+    once = open_(tmp_path / "once")
+    write_shards(once, tmp_path / "twice", ShardOptions(images_per_shard=3))
+    twice = open_(tmp_path / "twice")
+    assert sorted(once.read(i).tobytes() for i in range(20)) == sorted(twice.read(i).tobytes() for i in range(20))
+    assert twice.classes == once.classes
+    assert sorted(twice.labels(np.arange(20))) == [0] * 10 + [1] * 10
+
+
+def test_shard_bytes_is_about_the_size_of_a_shard(source, open_, tmp_path):
+    total = write_shards(open_(source), tmp_path / "one").bytes
+    packed = write_shards(open_(source), tmp_path / "several", ShardOptions(shard_bytes=total // 4))
+    assert 4 <= packed.shards <= 5
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(images: int):
+    def progress(more: int, size: int) -> None:
+        nonlocal images
+        images -= more
+        if images < 0:
+            raise Stop
+
+    return progress
+
+
+def test_a_stopped_run_goes_on_where_it_was(source, open_, tmp_path):
+    options, out = ShardOptions(short_side=50, images_per_shard=5), tmp_path / "out"
+    write_shards(open_(source), tmp_path / "undisturbed", options)
+    with pytest.raises(Stop):
+        write_shards(open_(source), out, options, progress=stop_after(12))
+    assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-000000.tar", "shard-000001.tar"]
+    assert not list(out.glob(".*.partial"))
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    seen = []
+    write_shards(open_(source), out, options, progress=lambda images, size: seen.append(images))
+    assert seen[:2] == [5, 5]
+    assert sum(seen) == 20
+    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert before == {name: (out / name).stat().st_mtime_ns for name in before}
+    (out / "shard-000002.tar").unlink()
+    write_shards(open_(source), out, options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fastmae.data import open_dataset, shard_file
+from fastmae.data.shard import ShardOptions, write_shards
+from fastmae.data.shard_folder import ShardFolder
+
+source, out, cache = map(Path, sys.argv[1:])
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def pack(**options):
+    write_shards(open_dataset(source, cache_dir=cache), out, ShardOptions(short_side=50, images_per_shard=5), **options)
+
+class DieAfter:
+    def __init__(self, images):
+        self.left = images
+    def __call__(self, images, size):
+        self.left -= images
+        if self.left < 0:
+            die()
+
+def torn(self, record):  # half a line of what is remembered
+    with (self.path / ".progress.jsonl").open("a") as file:
+        file.write('{"name": "shard-0000')
+        file.flush()
+        die()
+
+def attempts():
+    yield lambda: pack(progress=DieAfter(3))
+    yield lambda: pack(progress=DieAfter(8))
+    shard_file.write_shard_index = die
+    yield pack
+    shard_file.write_shard_index = real_index
+    ShardFolder.add = torn
+    yield pack
+    ShardFolder.add = real_add
+    yield lambda: pack(progress=DieAfter(17))
+    ShardFolder.finish = die
+    yield pack
+
+real_index, real_add = shard_file.write_shard_index, ShardFolder.add
+for attempt in attempts():
+    child = os.fork()
+    if not child:
+        attempt()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    print(len(list(out.glob("*.tar"))), flush=True)
+"""
+
+
+def test_sigkill_at_any_moment(source, open_, tmp_path):
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-c", KILLED, source, out, tmp_path / "cache"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stdout.split() == ["0", "1", "2", "2", "3", "4"], done.stderr
+    options = ShardOptions(short_side=50, images_per_shard=5)
+    write_shards(open_(source), out, options)
+    write_shards(open_(source), tmp_path / "undisturbed", options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+def test_other_options_another_source_and_other_files_are_refused(source, open_, tmp_path):
+    out = tmp_path / "out"
+    write_shards(open_(source), out, ShardOptions(images_per_shard=10))
+    before = contents(out)
+    with pytest.raises(DataError, match=r"other options: short_side None there, 50 here"):
+        write_shards(open_(source), out, ShardOptions(images_per_shard=10, short_side=50))
+    (source / "dogs" / "01.jpg").unlink()
+    with pytest.raises(DataError, match=r"another source or other options: source \w+ there, \w+ here"):
+        write_shards(open_(source), out, ShardOptions(images_per_shard=10))
+    assert contents(out) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").touch()
+    with pytest.raises(DataError, match=r"new or empty folder.*found 'precious.txt'"):
+        write_shards(open_(source), tmp_path / "full")
+    (out / "shards.json").write_text("[")
+    with pytest.raises(DataError, match=r"shards.json: is damaged"):
+        write_shards(open_(source), out, ShardOptions(images_per_shard=10))
+
+
+def test_one_process_at_a_time(source, open_, tmp_path):
+    with ShardFolder(tmp_path / "out", {}), pytest.raises(DataError, match="another process"):
+        write_shards(open_(source), tmp_path / "out")
+
+
+def write_damaged_png(path: Path) -> None:
+    """Header and end are good, pixels are not."""
+    Image.fromarray(smooth(80, 90, 0)).save(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_bad_files_are_left_out_listed_and_limited(source, open_, tmp_path):
+    (source / "dogs" / "19.jpg").unlink()
+    write_damaged_png(source / "dogs" / "19.png")
+    (source / "cats" / "00.jpg").write_bytes(b"")
+    dataset = open_(source, max_bad_fraction=0.1)
+    packed = write_shards(dataset, tmp_path / "out", ShardOptions(short_side=50, images_per_shard=6))
+    assert (packed.images, packed.bad) == (18, 2)
+    listed = [json.loads(line) for line in (tmp_path / "out/bad_files.jsonl").read_text().splitlines()]
+    assert [Path(bad["path"]).name for bad in listed] == ["00.jpg", "19.png"]
+    assert listed[0]["reason"] == "empty file"
+    assert "does not decode" in listed[1]["reason"]
+    before = contents(tmp_path / "out")
+    assert write_shards(dataset, tmp_path / "out", ShardOptions(short_side=50, images_per_shard=6)) == packed
+    assert contents(tmp_path / "out") == before
+    with pytest.raises(DataError, match=r"2 of 20 images cannot be used"):
+        write_shards(open_(source, max_bad_fraction=0.05), tmp_path / "strict", ShardOptions(short_side=50))
+
+
+def test_a_source_that_changes_meanwhile(source, open_, tmp_path):
+    dataset = open_(source)
+    Image.fromarray(smooth(44, 55, 9)).save(source / "cats" / "10.jpg")
+    with pytest.raises(DataError, match=r"cats/10.jpg: changed while it was being packed"):
+        write_shards(dataset, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_a_full_disk_leaves_no_half_shard(source, open_, tmp_path):
+    """A limit on the size of files stands in for it."""
+    dataset, options, out = open_(source), ShardOptions(images_per_shard=10), tmp_path / "out"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limit[1]))
+    try:
+        with pytest.raises(DataError, match=r"out: cannot be written: .*the same command goes on from there"):
+            write_shards(dataset, out, options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert sorted(contents(out)) == [".progress.jsonl", "shards.json"]
+    write_shards(dataset, out, options)
+    write_shards(dataset, tmp_path / "undisturbed", options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("part", ["data", "name"])
+def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypatch, part):
+    real = os.fsync
+
+    def flip(descriptor: int) -> None:
+        real(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.name == ".shard-000000.tar.partial":
+            with path.open("r+b") as file:
+                file.seek(700 if part == "data" else 12)
+                file.write(b"!")
+
+    monkeypatch.setattr(shard_file.os, "fsync", flip)
+    with pytest.raises(DataError, match="reads back otherwise than it was written"):
+        write_shards(open_(source), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"short_side": 0}, "short_side: expected at least 1, got 0"),
+        ({"quality": 101}, "quality: expected 1 to 100, got 101"),
+        ({"images_per_shard": -1}, "images_per_shard: expected at least 1, got -1"),
+        ({"shard_bytes": 0}, "shard_bytes: expected at least 1, got 0"),
+        ({"shuffle_seed": -1}, r"shuffle_seed: expected an integer in \[0, 2\*\*63\), got -1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShardOptions(**options)
