@@ -27,9 +27,9 @@ def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) ->
     device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
     digest = bytes.fromhex(dataset.hash)
     own = torch.tensor([len(dataset), *digest], dtype=torch.int64, device=device)
-    every = torch.empty(dist.get_world_size(group), len(own), dtype=torch.int64, device=device)
+    every = torch.empty(dist.get_world_size(group) * len(own), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(every, own, group=group)
-    seen = [(length, bytes(rest).hex()) for length, *rest in every.tolist()]
+    seen = [(length, bytes(rest).hex()) for length, *rest in every.view(-1, len(own)).tolist()]
     usual = max(seen, key=seen.count)
     odd = [rank for rank, found in enumerate(seen) if found != usual]
     if odd:
