@@ -39,12 +39,19 @@ def write(folder: Path, count: int) -> None:
             names_file.write(np.char.mod("%020d.jpg", numbers).astype(f"S{NAME_BYTES}").tobytes())
 
 
-def measure(folder: Path, batch_size: int, steps: int) -> dict[str, float]:
+def forget(folder: Path) -> None:
+    """Have the operating system drop what it holds of the files, so that the disk is read."""
+    for name in ("rows.bin", "names.bin"):
+        with (folder / name).open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(folder: Path, batch_size: int, steps: int, first: int) -> dict[str, float]:
     """Medians of a batch's lookups in milliseconds, and megabytes by which the process grew."""
     table = Table(Bytes(folder / "rows.bin"), Bytes(folder / "names.bin"))
     dataset = Dataset(Index(table, {}, "00", [], [], frozenset()), folder, name="index")
     sizes, names, resident = [], [], []
-    for step in range(steps):
+    for step in range(first, first + steps):
         ids, _ = permuted_ids(np.arange(step * batch_size, (step + 1) * batch_size), len(dataset), seed=0)
         begun = time.perf_counter()
         dataset.shapes(ids)
@@ -55,9 +62,6 @@ def measure(folder: Path, batch_size: int, steps: int) -> dict[str, float]:
         names.append(time.perf_counter() - between)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     return {
-        "images": len(dataset),
-        "batch_size": batch_size,
-        "steps": steps,
         "sizes_ms": 1e3 * statistics.median(sizes),
         "names_ms": 1e3 * statistics.median(names),
         "grown_mb": (resident[-1] - resident[0]) / 1e6,
@@ -76,7 +80,14 @@ def main() -> None:
     rows = arguments.folder / "rows.bin"
     if not rows.exists() or rows.stat().st_size != arguments.images * ENTRY.itemsize:
         write(arguments.folder, arguments.images)
-    result = measure(arguments.folder, arguments.batch_size, arguments.steps)
+    forget(arguments.folder)
+    result = {
+        "images": arguments.images,
+        "batch_size": arguments.batch_size,
+        "steps": arguments.steps,
+        "from_disk": measure(arguments.folder, arguments.batch_size, arguments.steps, 0),
+        "from_cache": measure(arguments.folder, arguments.batch_size, arguments.steps, 0),
+    }
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.out:

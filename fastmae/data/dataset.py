@@ -55,6 +55,7 @@ class Dataset:
             raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {max_bad_fraction}")
         self.index, self.root, self.name, self.embedded = index, root, name, embedded
         self.accepts, self.max_bad_fraction = accepts or Accepts(), max_bad_fraction
+        self._prefix = os.path.join(root, "")  # noqa: PTH118
         self._shards = OpenShards() if index.shards else None
 
     def __len__(self) -> int:
@@ -104,7 +105,7 @@ class Dataset:
         row = self.index.table.row(int(sample_id))
         name = os.fsdecode(self.index.table.name(row))
         if self._shards is None:
-            return os.path.join(self.root, name)  # noqa: PTH118 - called for each sample of each batch
+            return self._below_root(name)
         return f"{self._shard(row[_SHARD])}::{name}"
 
     def read(self, sample_id: int) -> np.ndarray:
@@ -117,7 +118,7 @@ class Dataset:
         if self._shards is not None:
             shard = self._shard(row[_SHARD])
             return with_retries(lambda: self._shards.read(shard, row[_OFFSET], row[_SIZE]), shard)
-        path = os.path.join(self.root, os.fsdecode(self.index.table.name(row)))  # noqa: PTH118
+        path = self._below_root(os.fsdecode(self.index.table.name(row)))
         return with_retries(lambda: np.fromfile(path, np.uint8), path)
 
     def decode(self, sample_id: int) -> np.ndarray:
@@ -194,7 +195,11 @@ class Dataset:
         return f"{self.root}: {len(bad)} of {len(self)} images cannot be used:{listed}{more}"
 
     def _shard(self, number: int) -> str:
-        return os.path.join(self.root, self.index.shards[number])  # noqa: PTH118
+        return self._below_root(self.index.shards[number])
+
+    def _below_root(self, name: str) -> str:
+        # What os.path.join would do, in a tenth of the time; called for each sample of each batch.
+        return name if name.startswith("/") else self._prefix + name
 
 
 def upright_shapes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
