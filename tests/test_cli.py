@@ -121,7 +121,7 @@ def test_help_documents_every_field_without_importing_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("False\n")
-    flags = "--out --resume --recipe --data.path --data.loader --data.on-bad --model.name --model.img-size"
+    flags = "--out --resume --recipe --data.path --data.loader --data.max-bad-fraction --model.name --model.img-size"
     flags += " --model.patch-size --model.mask-ratio --model.norm-pix-loss --train.global-batch-size --train.batch-size"
     flags += (
         " --train.epochs --train.steps --train.base-lr --train.seed --train.precision --train.compile --train.device"
@@ -156,13 +156,14 @@ def test_an_empty_folder_of_images(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_truncated_image_is_counted_or_stops_by_option(tmp_path, capsys):
+def test_truncated_images_are_counted_up_to_a_share(tmp_path, capsys):
     images = write_images(tmp_path / "images", 5)
     whole = (images / "3.jpg").read_bytes()
     (images / "3.jpg").write_bytes(whole[: len(whole) // 2])
     arguments = ["--data.path", str(images), *SHORT]
-    assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments, "--data.on-bad", "stop")
-    assert main(["pretrain", "--out", str(tmp_path / "skip"), *arguments]) == 0
+    assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments)
+    skip = ["pretrain", "--out", str(tmp_path / "skip"), *arguments, "--data.max-bad-fraction", "0.2"]
+    assert main(skip) == 0
     (bad,) = json.loads((tmp_path / "skip/summary.json").read_text())["bad_images"]
     assert "3.jpg" in bad
 

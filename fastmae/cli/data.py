@@ -50,7 +50,6 @@ def shard(config: ShardConfig, console: Console) -> int:
     """``fastmae data shard``."""
     if config.path.is_dir() and config.out.resolve().is_relative_to(config.path.resolve()):
         raise UsageError(f"OUT: expected a folder outside of {config.path}, got {config.out}")
-    dataset = _open(config.path, config.images, config.max_bad_fraction)
     with mistakes():
         options = ShardOptions(
             short_side=config.short_side,
@@ -60,6 +59,7 @@ def shard(config: ShardConfig, console: Console) -> int:
             images_per_shard=config.images_per_shard,
             shuffle_seed=config.shuffle_seed,
         )
+    dataset = _open(config.path, config.images, config.max_bad_fraction)
     with _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
         packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
     console.print(
