@@ -61,7 +61,8 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     device = _device(config.train.device)
-    dataset = data.open_dataset(config.data.path)
+    limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
+    dataset = data.open_dataset(config.data.path, channels=config.model.in_chans, **limits)
     if config.model.attention == "xformers":
         _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)

@@ -103,7 +103,6 @@ _MAY_DIFFER = {
     "resume",
     "recipe",
     "data.path",  # what counts is the data set's hash
-    "data.on_bad",  # of earlier versions
     "data.max_bad_fraction",  # when to stop, not what to train on
     "data.num_threads",
     "data.prefetch",
