@@ -160,6 +160,15 @@ def test_reencode_also_encodes_what_keeps_its_size(source, open_, tmp_path):
     assert small < 0.7 * large
 
 
+def test_noise_is_encoded_at_the_highest_quality(open_, tmp_path):
+    """It takes more bytes than it has pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    (tmp_path / "noise").mkdir()
+    Image.fromarray(noise).save(tmp_path / "noise" / "a.png")
+    packed = write_shards(open_(tmp_path / "noise"), tmp_path / "out", ShardOptions(reencode=True, quality=100))
+    assert packed.bytes > 300 * 300
+
+
 def _first(folder: Path) -> int:
     return int(next(iter(members(folder)))[:9])
 
