@@ -6,13 +6,14 @@ Parameter names and shapes are those of facebookresearch/mae (and of timm's ViT)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastmae.ops import (
     attention_kvpacked,
@@ -154,7 +155,13 @@ class Block(nn.Module):
 
     Made of ``norm_linear``, attention, ``linear``, ``norm_linear``, ``gelu_linear``: apart from matrix products and
     attention, memory is read and written by two passes forward and two backward.
+
+    Attributes:
+        recompute: what is not kept for the backward but computed again: "nothing", "mlp" (its hidden layer, the widest
+            of the block) or "block" (all but what comes in).
     """
+
+    recompute: Literal["nothing", "mlp", "block"] = "nothing"
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str):
         super().__init__()
@@ -171,13 +178,25 @@ class Block(nn.Module):
             ids: int64 (N, M): only these rows come out, (N, M, D).
             shared: what stream.x was restored from, in a decoder's first block; not with ids.
         """
+        if self.recompute == "block" and torch.is_grad_enabled():
+            return _recomputed(self._forward, stream, ids, shared)
+        return self._forward(stream, ids, shared)
+
+    def _forward(self, stream: Stream, ids: Tensor | None, shared: SharedTokens | None) -> Stream:
         if shared is not None:
             stream = self.attn.forward_shared(stream.x, self.norm1, shared)
         elif ids is not None:
             stream = self.attn.forward_queries(stream, self.norm1, ids)
         else:
             stream = self.attn(stream, self.norm1)
+        if self.recompute == "mlp" and torch.is_grad_enabled():
+            return _recomputed(self.mlp, stream, self.norm2)
         return self.mlp(stream, self.norm2)
+
+
+def _recomputed(function: Callable[..., Stream], *args: object) -> Stream:
+    """``function(*args)``, whose intermediate values the backward computes again. Nothing in a block is random."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
@@ -214,23 +233,28 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """The paper's initialisation (appendix A.1), each parameter drawn on the CPU from a generator of its own.
+    """The paper's initialisation (appendix A.1), each parameter drawn on its own by :func:`draw_parameter`.
 
-    Matrices (the patch projection flattened to one) are Xavier-uniform, biases zero, LayerNorm scales one, tokens
-    normal with a standard deviation of 0.02; parameters that are not trained (position tables) are left alone. The
-    generator is keyed by ``(seed, parameter name)``, so that a parameter's value does not hang on the order of
-    construction, on the device, or on which process draws it. Parameters on the meta device are skipped.
+    Parameters that are not trained (position tables) are left alone; those on the meta device are skipped.
     """
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad or parameter.is_meta:
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        if name.endswith("token"):
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=0.02, generator=generator))
-        elif parameter.ndim > 1:
-            matrix = torch.empty(parameter.shape[0], parameter[0].numel(), device="cpu")
-            nn.init.xavier_uniform_(matrix, generator=generator)
-            parameter.copy_(matrix.view(parameter.shape))
-        else:
-            parameter.fill_(1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)
+        if parameter.requires_grad and not parameter.is_meta:
+            parameter.copy_(draw_parameter(name, parameter.shape, seed))
+
+
+def draw_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The initial value of a parameter, float32 on the CPU.
+
+    Matrices (the patch projection flattened to one) are Xavier-uniform, biases zero, LayerNorm scales one, tokens
+    normal with a standard deviation of 0.02. The generator is keyed by ``(seed, parameter name)``, so that a
+    parameter's value does not hang on the order of construction, on the device, or on which process draws it.
+    """
+    value = torch.empty(shape, device="cpu")
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if name.endswith("token"):
+        return value.normal_(std=0.02, generator=generator)
+    if value.ndim > 1:
+        nn.init.xavier_uniform_(value.flatten(1), generator=generator)
+        return value
+    return value.fill_(1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)
