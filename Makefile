@@ -1,7 +1,7 @@
 # Every target uses the Python on the PATH: activate a virtual environment with `pip install -c constraints.txt -e ".[dev]"`.
 PYTHON ?= python
 
-.PHONY: help test test-plain test-interpreter lint format bench bench-cpu report gpu release-check soak
+.PHONY: help test test-plain test-interpreter lint format bench bench-cpu bench-data report gpu release-check soak
 
 help:
 	@echo "make test           all tests; those of the ops in plain PyTorch and in Triton's interpreter"
@@ -9,6 +9,7 @@ help:
 	@echo "make format         let ruff mend what it can"
 	@echo "make bench          the benchmarks, on this machine"
 	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
+	@echo "make bench-data     the loaders of a CPU, into CPU_RESULTS; IMAGES=FOLDER of JPEGs (about three minutes)"
 	@echo "make report         docs/benchmarks.md, its figures and the README's table, from the committed results"
 	@echo "make gpu            on a CUDA machine: GPU tests, then benchmarks into OUT (default benchmarks/results/<gpu>)"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
@@ -48,6 +49,13 @@ bench-cpu:
 	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --compile --model base:8 --rounds 5 \
 	  --benchmark-json=$(CPU_RESULTS)/step-base.json
 	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/*.json
+
+# One thread of PyTorch's, since the loaders have threads of their own, and all cores for each of them in turn.
+bench-data:
+	mkdir -p $(CPU_RESULTS)
+	$(PYTHON) -m pytest benchmarks/bench_data.py -q --threads 1 --rounds 7 $(if $(IMAGES),--images $(IMAGES)) \
+	  --benchmark-json=$(CPU_RESULTS)/data.json
+	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/data.json
 
 report:
 	$(PYTHON) benchmarks/report.py write

@@ -28,6 +28,9 @@ def pytest_addoption(parser):
     group.addoption("--levers", action="store_true", help="the step benchmark: each lever on its own as well")
     group.addoption("--bf16-residual", action="store_true", help="the step benchmark: it compiled, too")
     group.addoption(
+        "--images", metavar="FOLDER", help="the loader benchmark: its JPEGs (default: cut from photographs)"
+    )
+    group.addoption(
         "--model", action="append", metavar="NAME[:BATCH]",
         help="the step benchmark: tiny-test, small-32px, base, large or huge; may be given more than once",
     )  # fmt: skip

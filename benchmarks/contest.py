@@ -103,6 +103,7 @@ class Contest:
         calls: calls in a row that are timed as one.
         flush: whether the device's cache is emptied before.
         seconds: time for all rounds together, where --rounds does not say how many.
+        facts: more to report about a competitor, from its name and the number of rounds.
     """
 
     group: str
@@ -116,6 +117,7 @@ class Contest:
     calls: int = 1
     flush: bool = True
     seconds: float = 1.0
+    facts: Callable[[str, int], dict] | None = None
 
 
 @dataclass
@@ -180,6 +182,8 @@ def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter:
         }
     if contest.images:
         info["images_per_s"] = contest.images / seconds
+    if contest.facts:
+        info |= contest.facts(name, len(times[name]))
     if meter.is_cuda:
         info["peak_memory_bytes"] = meter.peak_memory(arm(competitor)) + contest.resident_bytes.get(name, 0)
         info["launches"] = meter.launches(arm(competitor))

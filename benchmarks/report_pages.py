@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import report_data
 from report import (
     BEGIN,
     END,
@@ -55,7 +56,13 @@ def pages(machines: list[Machine], root: Path) -> dict[str, str]:
     readme = (root / README).read_text()
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    return {PAGE: _page(machines), README: f"{before}{BEGIN}\n{_readme_block(machines)}\n{END}{after}"}
+    texts = {PAGE: _page(machines), README: f"{before}{BEGIN}\n{_readme_block(machines)}\n{END}{after}"}
+    page = root / report_data.DATA_PAGE
+    if page.exists() and report_data.BEGIN in (text := page.read_text()):
+        before, rest = text.split(report_data.BEGIN)
+        after, block = rest.split(report_data.END)[1], report_data.data_block(machines, describe)
+        texts[report_data.DATA_PAGE] = f"{before}{report_data.BEGIN}\n{block}\n{report_data.END}{after}"
+    return texts
 
 
 def describe(machine: Machine) -> str:
@@ -78,6 +85,8 @@ def _page(machines: list[Machine]) -> str:
         parts += [f"## {machine.info['device']}\n", f"{describe(machine)} Commits: {', '.join(commits)}.\n"]
         for kind in machine.kinds():
             groups = machine.of(kind)
+            if report_data.is_data(kind):
+                continue
             parts.append(f"### {kind[0].upper()}{kind[1:]}\n" if kind == "training step" else f"### `{kind}`\n")
             if kind != "training step":
                 parts.append(op_table(groups) + "\n")
@@ -87,10 +96,12 @@ def _page(machines: list[Machine]) -> str:
                 parts += [f"**{case_of(group)}**\n", step_table(entries) + "\n"]
                 if any(name.startswith("lever") for name in entries):
                     parts.append(lever_table(entries) + "\n")
+        if loaders := report_data.section(machine):
+            parts.append(f"### Loaders\n\n{loaders}")
         for figure, caption in figures(machine).items():
             parts.append(f"![{caption}](figures/{figure})\n\n*{caption}*\n")
         parts.append("### Where fastmae is slower\n")
-        found = losses(machine)
+        found = losses(machine) + report_data.losses(machine)
         rows = [[group, f"`{ours}`", f"`{rival}`", f"{value:.2f}x"] for group, ours, rival, value in found]
         table = rows_to_table(["", "of ours", "is slower than", "whose time is"], rows)
         parts.append((table if rows else "Nowhere in these results.") + "\n")
@@ -131,7 +142,8 @@ def _readme_block(machines: list[Machine]) -> str:
                 row.append(times(ratio(entries, rival, counterpart(rival, entries))) if rival in entries else "")
             rows.append(row)
         if rows:
-            lost, held = len(losses(machine)), sum(len(entries) for entries in machine.groups.values())
+            lost = len(losses(machine) + report_data.losses(machine))
+            held = sum(len(entries) for entries in machine.groups.values())
             lines += [
                 "How many times fastmae's time a training step takes, bf16 unless it says fp16; compiled against "
                 f"compiled. {describe(machine)}\n",

@@ -104,7 +104,7 @@ def test_tested_pins_are_within_the_ranges():
     assert not outside
 
 
-@pytest.mark.parametrize("extra", ["dali-cuda12", "dali-cuda13", "xformers", "eval", "test", "dev"])
+@pytest.mark.parametrize("extra", ["dali-cuda12", "dali-cuda13", "xformers", "bench", "eval", "test", "dev"])
 def test_extras_exist(extra):
     assert PROJECT["optional-dependencies"][extra]
 
