@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_verify import png
 
 from fastmae.cli import data as data_module
 from fastmae.cli import main
+from fastmae.cli.decoder_warnings import DecoderWarnings
 from fastmae.data import open_dataset, retry
 from fastmae.data.tar_shards import read_shard_index
 
@@ -151,6 +153,42 @@ def test_stats_of_five_channels_are_flags_of_pretrain(tmp_path, capsys):
     assert "--channels 5" in mistake(capsys, "stats", tmp_path / "arrays", *arguments[2:])
     paths = ["--data.path", str(tmp_path / "arrays"), "--out", str(tmp_path / "run")]
     assert main(["pretrain", *paths, *SMALL.split(), *flags.split()]) == 0
+
+
+def test_jpegs_that_decode_with_a_warning(tmp_path, capfd):
+    """Cut out of the middle: header, end and every decoder are content, and half of the image is grey."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(40):
+        Image.fromarray(smooth(160, 200, i)).save(root / f"{i:02}.jpg")
+    whole = (root / "17.jpg").read_bytes()
+    (root / "17.jpg").write_bytes(whole[: len(whole) // 2] + whole[-2:])
+    assert run("verify", root, "--out", tmp_path / "bad.jsonl", "--num-workers", 2) == 0
+    captured = capfd.readouterr()
+    assert f"{root}/17.jpg: Corrupt JPEG data: premature end of data segment" in captured.out
+    assert "Corrupt JPEG data" not in captured.err
+    (damaged,) = map(json.loads, (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert (damaged["path"], damaged["bad"]) == (f"{root}/17.jpg", False)
+    assert run("stats", root) == 0
+    captured = capfd.readouterr()
+    assert "Decoders warned 1 times of damage; fastmae data verify names the files" in captured.err
+    assert "Corrupt JPEG data" not in captured.err
+    assert open_dataset(root).bad == []
+    assert run("verify", root, "--strict") == 1
+    assert [Path(bad.path).name for bad in open_dataset(root, max_bad_fraction=1.0).bad] == ["17.jpg"]
+
+
+def test_decoder_warnings_give_stderr_back(capfd):
+    with DecoderWarnings() as said:
+        os.write(2, b"from a library\n")
+        print("from Python", file=sys.stderr)
+        assert said.take() == ["from a library"]
+        assert said.take() == []
+    os.write(2, b"afterwards\n")
+    with suppress(KeyError), DecoderWarnings():
+        os.write(2, b"before the end\n")
+        raise KeyError
+    assert capfd.readouterr().err == "from Python\nafterwards\nbefore the end\n"
 
 
 HOSTILE = [

@@ -96,3 +96,30 @@ def test_a_file_that_is_gone_is_no_bad_image(folder, open_, monkeypatch):
     (folder / "3.png").unlink()
     with pytest.raises(DataError, match=r"3.png: cannot be read"):
         list(verify_images(dataset))
+
+
+def test_warnings_are_put_down_to_their_files(open_, tmp_path):
+    """Whoever decodes three of them says so, at any time while others decode too."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(70):
+        (root / f"{i:02}.png").write_bytes(png(i == 40, i))
+    dataset = open_(root, max_bad_fraction=1.0)
+    real, said = type(dataset).decode, []
+
+    class Listening(type(dataset)):
+        def decode(self, sample_id):
+            if sample_id in (3, 39, 68):
+                said.append(f"warning of {sample_id}")
+            return real(self, sample_id)
+
+    def take():
+        taken, said[:] = list(said), []
+        return taken
+
+    dataset.__class__ = Listening
+    verdicts = list(verify_images(dataset, num_threads=2, take_warnings=take))
+    assert [verdict.sample_id for verdict in verdicts] == list(range(70))
+    warnings = {verdict.sample_id: verdict.warning for verdict in verdicts if verdict.warning}
+    assert warnings == {i: f"warning of {i}" for i in (3, 39, 68)}
+    assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [40]

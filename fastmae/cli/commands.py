@@ -102,6 +102,9 @@ class VerifyConfig:
     """Also write the bad files here, a line of JSON each, as they are found."""
     max_bad_fraction: float = 0.01
     """Share of bad files up to which the exit code is 0."""
+    strict: bool = False
+    """Count JPEGs as bad that decode with a warning: data is missing or wrong in the middle, and part of the image is
+    grey or shifted. Without this they are listed only."""
     images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
     """How the images are read."""
 

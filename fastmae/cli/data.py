@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from rich.progress import (
 
 from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsConfig, VerifyConfig
 from fastmae.cli.data_report import print_statistics
+from fastmae.cli.decoder_warnings import DecoderWarnings
 from fastmae.cli.errors import UsageError, mistakes
 from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
@@ -60,7 +63,7 @@ def shard(config: ShardConfig, console: Console) -> int:
             shuffle_seed=config.shuffle_seed,
         )
     dataset = _open(config.path, config.images, config.max_bad_fraction)
-    with _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
+    with _counted_warnings(), _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
         packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
     console.print(
         f"{packed.images:,} images in {packed.shards:,} shards in {packed.folder}: {packed.bytes / 1e6:,.1f} MB, "
@@ -100,25 +103,27 @@ def index(config: IndexConfig, console: Console) -> int:
 def verify(config: VerifyConfig, console: Console) -> int:
     """``fastmae data verify``."""
     dataset = _open(config.path, config.images)
-    known, found, checked, interrupted = len(dataset.bad_ids), {}, 0, False
+    known, found, damaged, checked, interrupted = len(dataset.bad_ids), {}, {}, 0, False
     with mistakes():
         file = config.out.open("w") if config.out else nullcontext()
     with file as out:
 
-        def note(path: str, reason: str) -> None:
+        def note(path: str, reason: str, bad: bool = True) -> None:
             if out is not None:
-                out.write(json.dumps({"path": path, "reason": reason}) + "\n")
+                out.write(json.dumps({"path": path, "bad": bad, "reason": reason}) + "\n")
                 out.flush()
 
         for bad in dataset.bad:
             note(*bad)
         try:
-            with _terminable(), _progress("Decoding", len(dataset) - known) as advance:
-                for verdict in verify_images(dataset, num_threads=config.images.num_workers):
+            with _terminable(), DecoderWarnings() as said, _progress("Decoding", len(dataset) - known) as advance:
+                options = {"num_threads": config.images.num_workers, "take_warnings": said.take}
+                for verdict in verify_images(dataset, **options):
                     checked += 1
-                    if verdict.reason is not None:
-                        found[verdict.sample_id] = verdict.reason
-                        note(dataset.path(verdict.sample_id), verdict.reason)
+                    if reason := verdict.reason or verdict.warning:
+                        is_bad = config.strict or verdict.reason is not None
+                        (found if is_bad else damaged)[verdict.sample_id] = reason
+                        note(dataset.path(verdict.sample_id), reason, is_bad)
                     advance(1, verdict.size)
         except KeyboardInterrupt:
             interrupted = True
@@ -127,10 +132,10 @@ def verify(config: VerifyConfig, console: Console) -> int:
             stored = dataset.index.folder is not None
             if found:
                 dataset.mark_bad(found)
-    for sample_id, reason in list(found.items())[:_LISTED]:
-        console.print(f"{printable(dataset.path(sample_id))}: {printable(reason)}")
-    if len(found) > _LISTED:
-        console.print(f"and {len(found) - _LISTED:,} more")
+    _list(found, dataset, console)
+    if damaged:
+        console.print(f"{len(damaged):,} images are damaged but decode; --strict counts them as bad:")
+        _list(damaged, dataset, console)
     bad = known + len(found)
     console.print(
         f"{checked:,} of {len(dataset) - known:,} images decoded, {len(found):,} of them bad; "
@@ -144,13 +149,20 @@ def verify(config: VerifyConfig, console: Console) -> int:
     return EXIT_TOO_MANY_BAD if bad > config.max_bad_fraction * len(dataset) else 0
 
 
+def _list(reasons: Mapping[int, str], dataset: Dataset, console: Console) -> None:
+    for sample_id in islice(reasons, _LISTED):
+        console.print(f"{printable(dataset.path(sample_id))}: {printable(reasons[sample_id])}")
+    if len(reasons) > _LISTED:
+        console.print(f"and {len(reasons) - _LISTED:,} more")
+
+
 def stats(config: StatsConfig, console: Console) -> int:
     """``fastmae data stats``."""
     if config.sample < 0:
         raise UsageError(f"--sample: expected at least 0, got {config.sample}")
     dataset = _open(config.path, config.images)
     sampled = min(config.sample, len(dataset) - len(dataset.bad_ids))
-    with _progress("Decoding a sample", sampled) as advance:
+    with _counted_warnings(), _progress("Decoding a sample", sampled) as advance:
         statistics = measure(
             dataset, sample=config.sample, seed=config.seed, num_threads=config.images.num_workers, progress=advance
         )
@@ -178,6 +190,16 @@ def _own_flags() -> Iterator[None]:
         yield
     except DataError as error:
         raise UsageError(str(error).replace("--data.", "--").replace("--model.in-chans", "--channels")) from error
+
+
+@contextmanager
+def _counted_warnings() -> Iterator[None]:
+    """Decoders' warnings name no file: they are counted, in place of a line each across the bar."""
+    with DecoderWarnings() as said:
+        yield
+        count = len(said.take())
+    if count:
+        print(f"Decoders warned {count:,} times of damage; fastmae data verify names the files", file=sys.stderr)
 
 
 @contextmanager

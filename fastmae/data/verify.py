@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from fastmae.data.decode import UndecodableImage
 from fastmae.data.parts import in_order
 
 _SCANNED = 65536
+_CHUNK = 16
 
 
 class Verdict(NamedTuple):
@@ -22,11 +24,13 @@ class Verdict(NamedTuple):
         sample_id: which image.
         size: bytes of the file.
         reason: why it cannot be trained on; None: it can.
+        warning: what the decoder said about damage that it got over: part of the pixels may be grey or shifted.
     """
 
     sample_id: int
     size: int
     reason: str | None
+    warning: str | None = None
 
 
 def num_cores() -> int:
@@ -42,17 +46,25 @@ def good_ids(dataset: Dataset) -> Iterator[int]:
 
 
 def verify_images(
-    dataset: Dataset, sample_ids: Iterable[int] | None = None, *, num_threads: int | None = None
+    dataset: Dataset,
+    sample_ids: Iterable[int] | None = None,
+    *,
+    num_threads: int | None = None,
+    take_warnings: Callable[[], Sequence[str]] | None = None,
 ) -> Iterator[Verdict]:
     """Decode images in full, in threads, and compare their shapes with what their headers say.
 
     Images are decoded as the torch loader does it. Nothing is stored: hand the reasons to ``Dataset.mark_bad``, all at
     once or whenever the iteration ends.
 
+    A JPEG that lacks data in the middle decodes, to whatever comes out: libjpeg says so on stderr alone, and not of
+    which file. Given somebody who listens there, images among which there was a warning are decoded again one by one.
+
     Args:
         dataset: whose images.
         sample_ids: which; None for all that are not known to be bad.
         num_threads: that decode; None for one a core. Each holds one decoded image.
+        take_warnings: returns what decoders have said since it was called last; None: warnings go unnoticed.
 
     Yields:
         A verdict for each image, in the order of ``sample_ids``.
@@ -71,4 +83,17 @@ def verify_images(
             reason = str(error)
         return Verdict(sample_id, size, reason)
 
-    yield from in_order(verify, good_ids(dataset) if sample_ids is None else sample_ids, num_threads or num_cores())
+    num_threads = num_threads or num_cores()
+    ids = iter(good_ids(dataset) if sample_ids is None else sample_ids)
+    if take_warnings is None:
+        yield from in_order(verify, ids, num_threads)
+        return
+    take_warnings()
+    while chunk := list(islice(ids, _CHUNK * num_threads)):
+        verdicts = list(in_order(verify, chunk, num_threads))
+        if not take_warnings():
+            yield from verdicts
+            continue
+        for verdict in verdicts:
+            again, said = verify(verdict.sample_id), take_warnings()
+            yield again._replace(warning=said[0] if said and again.reason is None else None)
