@@ -107,6 +107,15 @@ def test_shard_resizes_and_continues(images, tmp_path, capsys):
     assert "other options: short_side 20 there, 30 here" in mistake(capsys, *arguments, "--short-side", 30)
 
 
+def test_an_interrupted_packing_says_how_to_go_on(images, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(data_module, "write_shards", interrupt)
+    assert run("shard", images, tmp_path / "out", "--max-bad-fraction", 1) == 130
+    assert "the same command goes on from there" in capsys.readouterr().out
+
+
 def test_index_beside_shards_and_of_a_folder(images, tmp_path, capsys):
     run("shard", images, tmp_path / "out", "--max-bad-fraction", 1, "--images-per-shard", 4)
     shards = sorted((tmp_path / "out").glob("*.tar"))

@@ -17,7 +17,7 @@ import pytest
 from loading import save_16_bit, smooth
 from PIL import Image
 
-from fastmae.data import DataError, open_dataset, shard_file
+from fastmae.data import DataError, create, open_dataset, shard_file
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.shard_folder import ShardFolder
 from fastmae.data.stats import measure
@@ -99,6 +99,26 @@ def test_shards_are_plain_tars_with_an_index_and_a_manifest(source, open_, tmp_p
                 assert member.offset_data % 512 == 0
                 assert member.pax_headers == {}
     assert not [name for name in contents(tmp_path / "out") if name.startswith(".")]
+
+
+@pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+def test_a_webdataset_reader_of_others_finds_the_samples(source, open_, tmp_path):
+    import nvidia.dali.fn as fn
+    from nvidia.dali import pipeline_def
+
+    write_shards(open_(source), tmp_path / "out", ShardOptions(images_per_shard=20))
+
+    @pipeline_def(batch_size=20, num_threads=1, device_id=None)
+    def read():
+        images, labels = fn.readers.webdataset(paths=[str(tmp_path / "out/shard-000000.tar")], ext=["jpg", "cls"])
+        return images, labels
+
+    pipeline = read()
+    pipeline.build()
+    images, labels = ([bytes(np.asarray(batch.at(i))) for i in range(20)] for batch in pipeline.run())
+    found = members(tmp_path / "out")
+    assert images == [data for name, data in found.items() if name.endswith(".jpg")]
+    assert labels == [data for name, data in found.items() if name.endswith(".cls")]
 
 
 def test_equal_bytes_for_any_number_of_threads_and_another_order_for_another_seed(source, open_, tmp_path):

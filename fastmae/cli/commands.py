@@ -138,5 +138,5 @@ DataCommand = (
 class DataCommands:
     """Prepare a data set: pack it into shards, index it, check every image, describe it."""
 
-    command: tyro.conf.OmitSubcommandPrefixes[DataCommand]
+    command: Annotated[tyro.conf.OmitSubcommandPrefixes[DataCommand], tyro.conf.arg(name="")]
     """What to do with the images."""

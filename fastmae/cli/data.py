@@ -63,8 +63,12 @@ def shard(config: ShardConfig, console: Console) -> int:
             shuffle_seed=config.shuffle_seed,
         )
     dataset = _open(config.path, config.images, config.max_bad_fraction)
-    with _counted_warnings(), _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
-        packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
+    try:
+        with _counted_warnings(), _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
+            packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
+    except KeyboardInterrupt:
+        console.print(f"Complete shards stay in {config.out}; the same command goes on from there", style="bold")
+        raise
     console.print(
         f"{packed.images:,} images in {packed.shards:,} shards in {packed.folder}: {packed.bytes / 1e6:,.1f} MB, "
         f"{packed.bytes / max(packed.source_bytes, 1):.1%} of the images' {packed.source_bytes / 1e6:,.1f} MB; "

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from fastmae.data.sampler import permuted_ids
 from fastmae.data.shard_file import write_shard
 from fastmae.data.shard_folder import ShardFolder, write_text
 from fastmae.data.shard_image import Encoding, StoredImage, encoder, store_image, stored_shapes
+from fastmae.data.verify import num_cores
 
 BAD_FILES, CLASSES = "bad_files.jsonl", "classes.txt"
 _FORMAT = 1
@@ -187,7 +187,7 @@ def _write(
             return sample_id, str(error)
 
     def images() -> Iterator[StoredImage]:
-        for sample_id, image in in_order(store, ids, num_threads or len(os.sched_getaffinity(0))):
+        for sample_id, image in in_order(store, ids, num_threads or num_cores()):
             if isinstance(image, str):
                 bad.append((sample_id, image))
             else:
