@@ -149,6 +149,14 @@ def test_stats_for_people_and_as_json(images, capsys):
     assert [float(word) for word in words[1:4]] == [round(value, 3) for value in values["mean"]]
 
 
+def test_progress_in_a_log_is_lines(images, capsys, monkeypatch):
+    monkeypatch.setattr(data_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert run("stats", images, "--sample", 5, "--max-pixels", 5000) == 0
+    captured = capsys.readouterr()
+    assert [f"Decoding a sample: {i} of 5" in captured.err for i in range(1, 6)] == [True] * 5
+    assert captured.out.splitlines()[-1].endswith(" --data.max-pixels 5000")
+
+
 def test_stats_of_five_channels_are_flags_of_pretrain(tmp_path, capsys):
     (tmp_path / "arrays").mkdir()
     for i in range(2):

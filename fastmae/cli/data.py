@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -34,6 +35,8 @@ from fastmae.data.verify import num_cores, verify_images
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
 _LISTED = 20
+_SECONDS_BETWEEN_LINES = 60.0
+"""In the log of a batch job, where a bar does not move."""
 
 
 def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
@@ -230,12 +233,17 @@ def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[size]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task, done = bar.add_task(title, total=total, size=""), 0
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as bar:
+        task, done, said = bar.add_task(title, total=total, size=""), [0, 0], time.monotonic()
 
         def advance(images: int, size: int = 0) -> None:
-            nonlocal done
-            done += size
-            bar.update(task, advance=images, size=f"{done / 1e6:,.0f} MB" if done else "")
+            nonlocal said
+            done[0] += images
+            done[1] += size
+            bar.update(task, advance=images, size=f"{done[1] / 1e6:,.0f} MB" if done[1] else "")
+            if not console.is_terminal and time.monotonic() >= said + _SECONDS_BETWEEN_LINES:
+                said = time.monotonic()
+                print(f"{title}: {done[0]:,} of {total:,}", file=sys.stderr)
 
         yield advance

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastmae.data import Dataset
 from fastmae.data.dataset import printable
+from fastmae.data.index import Accepts
 from fastmae.data.stats import QUANTILES, Statistics
 
 _NAMES = ["min", "5 %", "25 %", "median", "75 %", "95 %", "max"]
@@ -26,6 +27,8 @@ def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
         flags.append(f"--model.in-chans {dataset.channels}")
     if dataset.value_range is not None:
         flags.append("--data.value-range {:g} {:g}".format(*dataset.value_range))
+    if dataset.accepts.max_pixels != Accepts.max_pixels:
+        flags.append(f"--data.max-pixels {dataset.accepts.max_pixels}")
     return " ".join(flags)
 
 
