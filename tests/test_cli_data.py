@@ -281,9 +281,13 @@ def test_an_interrupted_verification_keeps_what_it_found(images, tmp_path, capsy
     assert signal.getsignal(signal.SIGTERM) is before
     out = capsys.readouterr().out
     assert "8 of 11 images decoded, 1 of them bad" in out
-    assert "Interrupted before the end" in out
+    assert "Interrupted before the end; go on with --start 8" in out
     assert open_dataset(images, max_bad_fraction=1.0).bad_ids.tolist() == [7, 9]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run("verify", images, "--start", 8) == 1
+    assert "3 of 3 images decoded, 0 of them bad; 2 were known to be bad" in capsys.readouterr().out
 
 
 def test_mistakes(images, tmp_path, capsys, monkeypatch):
@@ -296,6 +300,7 @@ def test_mistakes(images, tmp_path, capsys, monkeypatch):
     assert "quality: expected 1 to 100, got 0" in mistake(capsys, "shard", images, tmp_path / "out", "--quality", 0)
     assert "--sample: expected at least 0, got -1" in mistake(capsys, "stats", images, "--sample", -1)
     assert "--num-workers: expected at least 1, got 0" in mistake(capsys, "verify", images, "--num-workers", 0)
+    assert "--start: expected a number from 0 to 11, got 12" in mistake(capsys, "verify", images, "--start", 12)
     assert "channels: expected at least 1, got 0" in mistake(capsys, "stats", images, "--channels", 0)
     assert "no-folder" in mistake(capsys, "verify", images, "--out", tmp_path / "no-folder" / "bad.jsonl")
     (tmp_path / "no.tar").write_bytes(b"not a tar" * 100)

@@ -11,6 +11,8 @@ from typing import Annotated
 
 import tyro
 
+from fastmae.train.config import DataConfig, ModelConfig, RecipeName, TrainConfig
+
 _SOURCE = tyro.conf.arg(metavar="PATH")
 
 
@@ -47,6 +49,22 @@ class ImagesConfig:
     """Largest height x width; more is taken for a decompression bomb and counts as bad."""
     num_workers: int | None = None
     """Threads that read and decode. None: one a core."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure the loader alone, the model alone and both together; say which is the bottleneck and what would help.
+    Flags are those of fastmae pretrain; each optimiser step has one micro-batch."""
+
+    recipe: RecipeName = "photographs"
+    """Where the defaults of all other flags come from."""
+    seconds: float = 20.0
+    """How long to measure, about; slow steps take longer. Starting and warming up are not counted."""
+    json: Path | None = None
+    """Also write everything that was found here."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -102,6 +120,8 @@ class VerifyConfig:
     """Also write the bad files here, a line of JSON each, as they are found."""
     max_bad_fraction: float = 0.01
     """Share of bad files up to which the exit code is 0."""
+    start: int = 0
+    """Number of the first image to decode: where an interrupted verification says that it was."""
     strict: bool = False
     """Count JPEGs as bad that decode with a warning: data is missing or wrong in the middle, and part of the image is
     grey or shifted. Without this they are listed only."""

@@ -31,7 +31,7 @@ from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.sources import find_source
 from fastmae.data.stats import measure
 from fastmae.data.tar_shards import read_shard_index, write_shard_index
-from fastmae.data.verify import num_cores, verify_images
+from fastmae.data.verify import good_ids, num_cores, verify_images
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
 _LISTED = 20
@@ -110,7 +110,11 @@ def index(config: IndexConfig, console: Console) -> int:
 def verify(config: VerifyConfig, console: Console) -> int:
     """``fastmae data verify``."""
     dataset = _open(config.path, config.images)
+    if not 0 <= config.start < len(dataset):
+        raise UsageError(f"--start: expected a number from 0 to {len(dataset) - 1}, got {config.start}")
     known, found, damaged, checked, interrupted = len(dataset.bad_ids), {}, {}, 0, False
+    total = len(dataset) - config.start - int((dataset.bad_ids >= config.start).sum())
+    next_id = config.start
     with mistakes():
         file = config.out.open("w") if config.out else nullcontext()
     with file as out:
@@ -123,10 +127,10 @@ def verify(config: VerifyConfig, console: Console) -> int:
         for bad in dataset.bad:
             note(*bad)
         try:
-            with _terminable(), DecoderWarnings() as said, _progress("Decoding", len(dataset) - known) as advance:
+            with _terminable(), DecoderWarnings() as said, _progress("Decoding", total) as advance:
                 options = {"num_threads": config.images.num_workers, "take_warnings": said.take}
-                for verdict in verify_images(dataset, **options):
-                    checked += 1
+                for verdict in verify_images(dataset, good_ids(dataset, config.start), **options):
+                    checked, next_id = checked + 1, verdict.sample_id + 1
                     if reason := verdict.reason or verdict.warning:
                         is_bad = config.strict or verdict.reason is not None
                         (found if is_bad else damaged)[verdict.sample_id] = reason
@@ -145,13 +149,13 @@ def verify(config: VerifyConfig, console: Console) -> int:
         _list(damaged, dataset, console)
     bad = known + len(found)
     console.print(
-        f"{checked:,} of {len(dataset) - known:,} images decoded, {len(found):,} of them bad; "
+        f"{checked:,} of {total:,} images decoded, {len(found):,} of them bad; "
         f"{known:,} were known to be bad. Bad together: {bad / len(dataset):.3%}"
         + (f"\nRemembered in {dataset.index.folder}" if found and stored else "")
         + ("\nNot remembered, since the index is not cached" if found and not stored else "")
     )
     if interrupted:
-        console.print("Interrupted before the end", style="bold")
+        console.print(f"Interrupted before the end; go on with --start {next_id}", style="bold")
         return EXIT_INTERRUPTED
     return EXIT_TOO_MANY_BAD if bad > config.max_bad_fraction * len(dataset) else 0
 

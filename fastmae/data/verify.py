@@ -38,10 +38,10 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def good_ids(dataset: Dataset) -> Iterator[int]:
-    """The images that are not known to be bad, in order."""
-    for start in range(0, len(dataset), _SCANNED):
-        ids = np.arange(start, min(start + _SCANNED, len(dataset)))
+def good_ids(dataset: Dataset, start: int = 0) -> Iterator[int]:
+    """The images from ``start`` on that are not known to be bad, in order."""
+    for first in range(start, len(dataset), _SCANNED):
+        ids = np.arange(first, min(first + _SCANNED, len(dataset)))
         yield from ids[~dataset.is_bad(ids)].tolist()
 
 
