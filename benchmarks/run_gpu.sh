@@ -10,8 +10,8 @@ ONLY=${ONLY:-}
 
 # Attention goes first, since "auto" picks by what it finds. Then the most valuable: the whole step, the ops by their
 # share of it, whatever else there is. Each line is a name and the arguments of pytest. The seconds are a guess for one
-# H100 and 16 cores, compilation found in the cache: environment 8, tests 90, attention 40, compilation 90, the plan 265,
-# together 493: what is cut off, ONLY runs in a second go.
+# H100 and 16 cores, compilation found in the cache: environment 8, tests 90, attention 40, compilation 90, the plan 345,
+# together 573: what is cut off, ONLY runs in a second go. The loaders (data) make their own images.
 # The large step: start 15, 16 competitors' models 10, their first steps 10, 5 rounds 20, compilation from the cache 35,
 # memory and launches 10.
 # A graph of 32 blocks takes the compiler about 50 s, so the residual streams in bf16, compiled, come last (100 s, seldom
@@ -29,6 +29,7 @@ plan=(
   "gather_patches      bench_gather_patches.py"                # 10
   "gather_tokens       bench_gather_tokens.py"                 # 8
   "masking             bench_masking.py"                       # 7
+  "data                bench_data.py --rounds 4"               # 80
 )
 last=(
   "step-residual       bench_step.py --model large --bf16-residual -k compile"

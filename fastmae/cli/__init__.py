@@ -1,4 +1,4 @@
-"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``env``.
+"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``bench``, ``env``.
 
 This file parses arguments, and imports no more than that takes: ``--help`` does not wait for PyTorch. Each command is a
 module beside it, imported when it is called.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastmae.cli.commands import DataCommands, EnvConfig, ReconstructConfig
+from fastmae.cli.commands import BenchConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
@@ -50,8 +50,14 @@ def _commands(defaults: PretrainConfig) -> Any:
         Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", default=defaults)]
         | Annotated[DataCommands, tyro.conf.subcommand("data")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench", default=_bench(defaults))]
         | Annotated[EnvConfig, tyro.conf.subcommand("env")]
     )
+
+
+def _bench(defaults: PretrainConfig) -> BenchConfig:
+    sections = {name: getattr(defaults, name) for name in ("recipe", "model", "data", "train")}
+    return BenchConfig(**sections)
 
 
 def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
@@ -59,6 +65,11 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
         from fastmae.cli.pretrain import pretrain
 
         return pretrain(apply_flags(command, defaults, _given(argv)))
+    if isinstance(command, BenchConfig):
+        from fastmae.cli.bench import bench
+
+        config = replace(defaults, model=command.model, data=command.data, train=command.train)
+        return bench(apply_flags(config, defaults, _given(argv)), command.seconds, command.json)
     if isinstance(command, DataCommands):
         from fastmae.cli.data import run
 

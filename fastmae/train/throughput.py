@@ -1,0 +1,219 @@
+"""How fast the loader is alone, the model alone, and both together: the trainer's own step on the loader's own batches.
+
+The three are measured in turn, round by round, so that a busy moment hits all alike. Before each turn the loader's
+queue is full and nobody works; batches that were ready already are not counted. On a GPU the host waits for it at the
+ends of a turn and nowhere in between.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from fastmae.data import Batch, Loader
+from fastmae.train.config import PretrainConfig
+from fastmae.train.loop import Trainer
+
+Phase = Literal["loader", "model", "both"]
+PHASES: tuple[Phase, ...] = ("loader", "model", "both")
+
+_ROUNDS, _MIN_ROUNDS = 5, 2
+_READY_BEYOND_PREFETCH = 3
+"""A loader's queue is not all that it has ready: DALI has one of its own, and a batch is in the making."""
+_MATMUL_SIZE = {"cuda": 8192, "cpu": 1536}
+_MAX_STEPS = 4096
+
+
+def config_to_measure(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with one optimiser step for each batch, without an end, and all sizes the last one's."""
+    train = replace(
+        config.train,
+        global_batch_size=config.train.batch_size or config.train.global_batch_size,
+        epochs=None,
+        steps=1 << 40,
+        warmup_epochs=None,
+        warmup_steps=(1 << 40) - 1,  # the learning rate stays near zero, so that nothing diverges on repeated batches
+        log_every_steps=_MAX_STEPS,
+        max_minutes=None,
+    )
+    sizes = {"progressive_sizes": ()} if hasattr(config.data, "progressive_sizes") else {}
+    return replace(config, train=train, data=replace(config.data, **sizes))
+
+
+class Feed:
+    """Stands between trainer and loader: hands out one resident batch again and again, or the loader's, timed."""
+
+    def __init__(self, loader: Loader):
+        self.loader, self.waited = loader, 0.0
+        self.resident: Batch | None = None
+
+    def __next__(self) -> Batch:
+        if self.resident is not None:
+            return self.resident
+        begun = time.perf_counter()
+        batch = next(self.loader)
+        self.waited += time.perf_counter() - begun
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One phase in one round: batches, seconds, of them waited for the loader, and processors at work."""
+
+    batches: int
+    seconds: float
+    waited: float
+    busy_cores: float
+
+
+@dataclass
+class Throughput:
+    """What was measured.
+
+    Attributes:
+        turns: of each phase, round by round.
+        decoded, masked: images in a batch, as the loader and as the model counts them.
+        kind, threads: of the loader.
+        cores: processors that this process may use.
+        loader_cpu_seconds: processor time of the loader for a decoded image, round by round.
+    """
+
+    decoded: int
+    masked: int
+    kind: str
+    threads: int
+    cores: int
+    turns: dict[Phase, list[Turn]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
+    loader_cpu_seconds: list[float] = field(default_factory=list)
+
+    def rates(self, phase: Phase) -> list[float]:
+        """Images a second, round by round: decoded ones for the loader, masked ones else."""
+        images = self.decoded if phase == "loader" else self.masked
+        return [images * turn.batches / turn.seconds for turn in self.turns[phase]]
+
+    def rate(self, phase: Phase) -> float:
+        return statistics.median(self.rates(phase))
+
+    def together(self) -> float:
+        """Rate of both together over that of the slower one alone, the median within rounds."""
+        masks = self.masked / self.decoded
+        rounds = zip(*map(self.rates, PHASES), strict=True)
+        return statistics.median(both / min(loader * masks, model) for loader, model, both in rounds)
+
+    def wait_share(self) -> float:
+        """Share of the time, loader and model together, that the trainer waits for a batch."""
+        return statistics.median(turn.waited / turn.seconds for turn in self.turns["both"])
+
+    def busy_cores(self, phase: Phase) -> float:
+        return statistics.median(turn.busy_cores for turn in self.turns[phase])
+
+
+def measure(trainer: Trainer, seconds: float) -> Throughput:
+    """Measure for about so many seconds, with at least two rounds however long these take.
+
+    Args:
+        trainer: made of ``config_to_measure``; its weights are trained on.
+        seconds: for all rounds together.
+    """
+    with trainer._open_loader() as loader:
+        feed = trainer.loader = Feed(loader)
+        trainer.model.train()
+        return _measure(trainer, feed, seconds)
+
+
+def _measure(trainer: Trainer, feed: Feed, seconds: float) -> Throughput:
+    train, loader = trainer.config.train, feed.loader
+    decoded = train.global_batch_size // train.masks_per_image
+    found = Throughput(decoded, train.global_batch_size, loader.kind, loader.options.num_threads, loader.options.cores)
+    batch = next(feed)
+    one = {phase: _warm_up(trainer, feed, batch, phase) for phase in PHASES}
+    ready = feed.loader.options.prefetch + _READY_BEYOND_PREFETCH
+    spent = sum(one.values())
+    rounds = int(max(_MIN_ROUNDS, min(_ROUNDS, seconds / max(spent, 1e-6))))
+    share = seconds / (rounds * len(PHASES))
+    for turn in range(rounds):
+        for phase in PHASES[turn % 3 :] + PHASES[: turn % 3]:
+            # Slow steps leave the loader all the time it needs to be ahead; what is ready would only cost time.
+            ahead = 0 if phase == "model" else max(1, min(ready, int(0.4 * share / one[phase])))
+            batches = max(1, min(_MAX_STEPS // 2, math.ceil(0.8 * share / one[phase]) - ahead))
+            feed.resident = batch if phase == "model" else None
+            _take_turn(trainer, feed, phase, ahead, batches, found)
+            trainer.values.take()
+    return found
+
+
+def _warm_up(trainer: Trainer, feed: Feed, batch: Batch, phase: Phase) -> float:
+    """Run a phase until it is warm; return about how long one batch takes."""
+    feed.resident = batch if phase == "model" else None
+    _run(trainer, feed, phase, 2 if phase == "model" else 1)
+    _synchronize(trainer.device)
+    begun = time.perf_counter()
+    # A few of the loader's batches were ready; enough others make up for that.
+    count = 3 * feed.loader.options.prefetch if phase == "loader" else 1
+    _run(trainer, feed, phase, count)
+    _synchronize(trainer.device)
+    trainer.values.take()
+    return max((time.perf_counter() - begun) / count, 1e-5)
+
+
+def _take_turn(trainer: Trainer, feed: Feed, phase: Phase, ahead: int, batches: int, found: Throughput) -> None:
+    settle(trainer.device)
+    cpu_begun = time.process_time()
+    _run(trainer, feed, phase, ahead)
+    _synchronize(trainer.device)
+    begun, waited, cpu = time.perf_counter(), feed.waited, time.process_time()
+    _run(trainer, feed, phase, batches)
+    _synchronize(trainer.device)
+    elapsed = time.perf_counter() - begun
+    busy = (time.process_time() - cpu) / elapsed
+    found.turns[phase].append(Turn(batches, elapsed, feed.waited - waited, busy))
+    if phase == "loader":
+        settle(trainer.device)
+        # From a full queue to a full queue as many images are made as are taken.
+        cost = (time.process_time() - cpu_begun) / ((ahead + batches) * found.decoded)
+        found.loader_cpu_seconds.append(cost)
+
+
+def _run(trainer: Trainer, feed: Feed, phase: Phase, count: int) -> None:
+    for _ in range(count):
+        if phase == "loader":
+            next(feed)
+        else:
+            trainer.train_step()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def settle(device: torch.device, patience: float = 2.0) -> None:
+    """Wait until the device and this process's threads do nothing: the loader's queue is full then."""
+    _synchronize(device)
+    deadline, quiet = time.monotonic() + patience, 0
+    while quiet < 2 and time.monotonic() < deadline:
+        before = time.process_time()
+        time.sleep(0.02)
+        quiet = quiet + 1 if time.process_time() - before < 0.002 else 0
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
+    """FLOP/s of a large square matrix product: what the device does at best, by measurement."""
+    size = _MATMUL_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out, seconds = torch.empty_like(a), []
+    for _ in range(rounds + 2):
+        _synchronize(device)
+        begun = time.perf_counter()
+        torch.mm(a, b, out=out)
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(seconds[2:])
