@@ -95,7 +95,7 @@ def diagnose(facts: Facts) -> Diagnosis:
         share = f"{facts.together:.0%} of what the slower one makes alone"
         if facts.on_gpu:
             sentence = f"Loader and model get in each other's way: together they make {both:,.0f} images/s, {share}."
-            return Diagnosis("host", sentence, (*_host_advice(facts), *_loader_advice(facts, model)))
+            return Diagnosis("host", sentence, _host_advice(facts) + _work_advice(facts, model))
         sentence = (
             f"The processor is the bottleneck: loader and model share {_cores(facts)}, "
             f"and together make {both:,.0f} images/s, {share}."
@@ -119,6 +119,11 @@ def _cores(facts: Facts) -> str:
 
 def _loader_advice(facts: Facts, wanted_rate: float) -> tuple[str, ...]:
     """What would make the loader faster, or need it less; ``wanted_rate`` in masked images a second."""
+    return _threads_advice(facts) + _work_advice(facts, wanted_rate)
+
+
+def _threads_advice(facts: Facts) -> tuple[str, ...]:
+    """Where cores are idle while the loader runs."""
     found = []
     if facts.loader_busy_cores < _IDLE * facts.cores and facts.path is not None:
         busy = f"the loader alone keeps {facts.loader_busy_cores:.1f} of {_cores(facts)} at work"
@@ -130,6 +135,12 @@ def _loader_advice(facts: Facts, wanted_rate: float) -> tuple[str, ...]:
                 f"--data.num-threads {2 * facts.cores}{shards}: {busy} with a thread for each, so threads wait, "
                 "most likely for the file system."
             )
+    return tuple(found)
+
+
+def _work_advice(facts: Facts, wanted_rate: float) -> tuple[str, ...]:
+    """What would leave the processor less to do."""
+    found = []
     if facts.on_gpu and facts.dali == "missing":
         found.append(
             "pip install 'fastmae[dali-cuda13]': images are decoded on the CPU now, and DALI would on the GPU."
@@ -181,7 +192,7 @@ def _cores_advice(facts: Facts) -> tuple[str, ...]:
             f"{_cores(facts)} at work; either their threads are too few, or other processes are busy here."
         )
     if facts.loader_capacity < _CHEAP * facts.model_rate:
-        found += _loader_advice(facts, 2 * facts.loader_capacity)
+        found += _work_advice(facts, 2 * facts.loader_capacity)
     return tuple(found)
 
 
