@@ -1,0 +1,125 @@
+"""The processes that save and load together, and how they agree on what went wrong.
+
+A rank that fails alone leaves the others waiting for it. Here every step is done by all or by the first, and its errors
+reach all of them as one :class:`CheckpointError` of the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastmae.train.checkpoint import CheckpointError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """All ranks of the job, on a gloo group of their own; or this process alone, without ``torch.distributed``.
+
+    A group of its own because collectives of one group must come in one order, and saving happens beside training.
+
+    Args:
+        group: a group that communicates through host memory; None for a process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group else 0
+        self.size = dist.get_world_size(group) if group else 1
+
+    @classmethod
+    def create(cls, timeout: float = 1800.0) -> Ranks:
+        """A new group of all ranks, where ``torch.distributed`` is initialised; all have to call it.
+
+        Args:
+            timeout: seconds to wait for the slowest rank in one step, such as writing its file.
+        """
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return cls()
+        return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+
+    def close(self) -> None:
+        """Give the group's connections back."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group, self.rank, self.size = None, 0, 1
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def gather(self, what: str, function: Callable[[], T]) -> list[T]:
+        """Call a function on every rank; each gets the results of all, in the order of ranks.
+
+        Args:
+            what: for the message, in the manner of "saving step 100".
+            function: called once on each rank.
+
+        Raises:
+            CheckpointError: on every rank and of the same words, if the function raises on any, or if a rank has gone.
+        """
+        result, error = _attempt(function)
+        outcomes: list[Any] = [None] * self.size
+        if self.group is None:
+            outcomes = [(result, error and _words(error))]
+        else:
+            self._guard(what, lambda: dist.all_gather_object(outcomes, (result, error and _words(error)), self.group))
+        failed = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text]
+        if failed:
+            raise CheckpointError(self._message(failed)) from error
+        return [result for result, _ in outcomes]
+
+    def first(self, what: str, function: Callable[[], T]) -> T:
+        """Call a function on rank 0; every rank gets its result.
+
+        Raises:
+            CheckpointError: on every rank and of the same words, if it raises, or if a rank has gone.
+        """
+        result, error = _attempt(function) if self.rank == 0 else (None, None)
+        outcome: list[Any] = [(result, error and _words(error))]
+        if self.group is not None:
+            self._guard(what, lambda: dist.broadcast_object_list(outcome, group=self.group, group_src=0))
+        result, text = outcome[0]
+        if text:
+            raise CheckpointError(text) from error
+        return result
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; all have to ask."""
+        if self.group is None:
+            return flag
+        value = torch.tensor([int(flag)])
+        self._guard("asking all ranks", lambda: dist.all_reduce(value, dist.ReduceOp.MAX, self.group))
+        return bool(value.item())
+
+    def _guard(self, what: str, collective: Callable[[], object]) -> None:
+        try:
+            collective()
+        except RuntimeError as error:  # gloo: a connection was closed, or the time is over
+            reason = str(error).strip().splitlines()[-1][:300]
+            raise CheckpointError(f"{what}: a rank has ended or does not answer ({reason})") from error
+
+    def _message(self, failed: list[tuple[int, str]]) -> str:
+        shown = [f"rank {rank}: {text}" if self.size > 1 else text for rank, text in failed[:3]]
+        more = [f"and {len(failed) - 3} more ranks"] if len(failed) > 3 else []
+        return "; ".join(shown + more)
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _words(error: Exception) -> str:
+    """What an error says; of one that is not about files or checkpoints, its type as well."""
+    expected = isinstance(error, (CheckpointError, OSError, ValueError))
+    return str(error) if expected and str(error) else repr(error)

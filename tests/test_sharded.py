@@ -1,0 +1,439 @@
+"""Checkpoints in one process: pieces, one file from many, saving in the background; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import resource
+import struct
+import threading
+import weakref
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastmae.train import sharded, tensor_file
+from fastmae.train.background_save import BackgroundSaver
+from fastmae.train.checkpoint import MANIFEST, CheckpointError, list_checkpoints, save_checkpoint
+from fastmae.train.checkpoint_reader import open_checkpoint, open_latest
+from fastmae.train.consolidate import consolidate
+from fastmae.train.sharded import manifest_sha256, save
+from fastmae.train.sharded_state import collect, collect_own, load
+from fastmae.train.tensor_file import Piece, read_header, write_tensors
+
+TENSORS = {
+    "model.weight": torch.arange(12.0).reshape(3, 4),
+    "model.strided": torch.arange(12.0).reshape(3, 4).T,
+    "model.half": torch.tensor([1.5, -0.0, float("inf")], dtype=torch.bfloat16),
+    "optimizer.weight.step": torch.tensor(3.0),
+    "optimizer.half.step": torch.tensor(4, dtype=torch.int64),
+    "flags": torch.tensor([True, False, True]),
+    "empty": torch.zeros(0, 3),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saved(folder):
+    return save(folder, 7, TENSORS, {"samples_consumed": 224})
+
+
+def shard_of(path):
+    (shard,) = path.glob("*.safetensors")
+    return shard
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        assert (one[name].dtype, one[name].shape) == (other[name].dtype, other[name].shape), name
+        assert torch.equal(one[name], other[name]), name
+
+
+def read_all(checkpoint):
+    return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def test_round_trip_is_exact(saved):
+    checkpoint = open_checkpoint(saved)
+    assert_equal(read_all(checkpoint), TENSORS)
+    assert (checkpoint.manifest["step"], checkpoint.manifest["samples_consumed"]) == (7, 224)
+    assert_equal(load_file(shard_of(saved)), TENSORS)
+
+
+def test_checkpoints_of_earlier_versions_are_read(folder):
+    path = save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
+    assert_equal(read_all(open_checkpoint(path)), TENSORS)
+
+
+def test_tensors_are_aligned_in_the_file(saved):
+    """The widest type first, after a header of a multiple of eight bytes: readers map the file into memory."""
+    raw = shard_of(saved).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__")
+    widths = {"F32": 4, "BF16": 2, "I64": 8, "BOOL": 1}
+    assert length % 8 == 0
+    assert {name: entry["data_offsets"][0] % widths[entry["dtype"]] for name, entry in header.items()} == dict.fromkeys(
+        TENSORS, 0
+    )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_dcp_reads_the_tensor_file(saved):
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint import load as dcp_load
+
+    target = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}
+    dcp_load(target, storage_reader=HuggingFaceStorageReader(str(saved)), no_dist=True)
+    assert_equal(target, TENSORS)
+
+
+def test_an_announced_tensor_is_what_is_written(tmp_path):
+    piece = Piece(torch.float32, (2,), (0,))
+    with pytest.raises(ValueError, match=r"x: expected torch.float32 \(2,\), got torch.float64 \(2,\)"):
+        write_tensors(tmp_path / "file", {"x": piece}, lambda name: torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"no type for torch.complex64"):
+        write_tensors(tmp_path / "file", {"x": Piece(torch.complex64, (), ())}, lambda name: torch.zeros(()))
+
+
+HEADERS = [b"", b"[]", b'{"a": 1}', b'{"a": {"dtype": "X", "shape": []}}', b'{"a": {"dtype": "F32"}}']
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff" * 16, pickle.dumps(1), *(struct.pack("<Q", len(h)) + h for h in HEADERS)])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, raw):
+    (tmp_path / "file").write_bytes(raw)
+    with pytest.raises(ValueError, match="expected a safetensors file"):
+        read_header(tmp_path / "file")
+
+
+class Malicious:
+    """Writes a file when unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
+
+
+def pickled(value):
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("name", [".metadata", "model.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_planted_pickle_is_refused_and_never_executed(tmp_path, saved, name, listed):
+    """Also where someone wrote a manifest that vouches for it."""
+    marker = tmp_path / "executed"
+    (saved / name).write_bytes(pickled(Malicious(marker)))
+    if listed:
+        manifest = json.loads((saved / MANIFEST).read_text())
+        size, digest = (saved / name).stat().st_size, tensor_file.sha256(saved / name)
+        manifest["files"].append({"name": name, "size": size, "sha256": digest})
+        del manifest["sha256"]
+        (saved / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_sha256(manifest)}))
+    message = f"lists {name}, which is no tensor file" if listed else f"{name}: not listed"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(saved)
+    assert not marker.exists()
+    torch.load(saved / name, weights_only=False)
+    assert marker.exists()  # the plant works, where pickles are trusted
+
+
+def test_a_pickle_under_a_shards_name_is_refused(tmp_path, saved):
+    """With a manifest made for it: what reads the file knows safetensors only."""
+    marker, shard = tmp_path / "executed", shard_of(saved)
+    shard.write_bytes(pickled(Malicious(marker)))
+    manifest = json.loads((saved / MANIFEST).read_text())
+    manifest["files"][0] |= {"size": shard.stat().st_size, "sha256": tensor_file.sha256(shard)}
+    del manifest["sha256"]
+    (saved / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_sha256(manifest)}))
+    with pytest.raises(CheckpointError, match=shard.name):
+        open_checkpoint(saved)
+    assert not marker.exists()
+
+
+def test_pieces_that_leave_a_gap_are_refused(folder, saved):
+    """As a manifest without one of the shards would."""
+    pieces = {"a": Piece(torch.float32, (2,), (2,))}
+    shard = shard_of(saved)
+    written = write_tensors(shard, pieces, lambda name: torch.zeros(2), tensor_file.offsets_metadata(pieces))
+    manifest = json.loads((saved / MANIFEST).read_text())
+    manifest["files"] = [vars(written)]
+    del manifest["sha256"]
+    (saved / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_sha256(manifest)}))
+    with pytest.raises(CheckpointError, match=r"pieces of a do not make up a tensor of shape \(4,\)"):
+        open_checkpoint(saved)
+
+
+def test_reading_refuses_other_shapes_types_and_names(saved):
+    checkpoint = open_checkpoint(saved)
+    with pytest.raises(CheckpointError, match=r"model.weight is float32 \(3, 4\), expected float32 \(4, 3\)"):
+        checkpoint.read_into({"model.weight": torch.zeros(4, 3)})
+    with pytest.raises(CheckpointError, match=r"model.weight is float32 \(3, 4\), expected bfloat16 \(3, 4\)"):
+        checkpoint.read_into({"model.weight": torch.zeros(3, 4, dtype=torch.bfloat16)})
+    with pytest.raises(CheckpointError, match=r"step-7: has no tensor model.other"):
+        checkpoint.read_into({"model.other": torch.zeros(4, 3)})
+
+
+def test_falls_back_loudly_from_a_damaged_one(folder, saved, capsys):
+    newest = save(folder, 20, TENSORS, {})
+    assert open_latest(folder.parent).path == newest
+    shard_of(newest).unlink()
+    assert open_latest(folder.parent).path == saved
+    assert "WARNING: damaged checkpoint passed over" in capsys.readouterr().err
+    (saved / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*step-20.*step-7"):
+        open_latest(folder.parent)
+    with pytest.raises(CheckpointError, match="found none"):
+        open_latest(folder)
+
+
+def test_keeps_the_newest_and_the_milestones(folder):
+    for step in range(0, 80, 10):
+        save(folder, step, {"a": torch.zeros(1)}, {}, keep=2, keep_every=30)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-70", "step-60", "step-30"]
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_saving_a_step_again_replaces_it(folder, saved):
+    assert save(folder, 7, {"a": torch.ones(2)}, {}) == saved
+    assert open_checkpoint(saved).tensors.keys() == {"a"}
+    assert [path.name for path in folder.iterdir()] == ["step-7"]
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run"])
+def test_object_stores_are_refused(address):
+    with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
+        save(address, 1, {}, {})
+    with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
+        BackgroundSaver(address)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(folder, saved):
+    """A limit on the size of files stands in for the full disk: the write fails half way in the same place."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        message = r"could not write .*step-8: .*File too large: '.*shard-00001.*'; earlier checkpoints are untouched"
+        with pytest.raises(CheckpointError, match=message):
+            save(folder, 8, {"model.big": torch.zeros(100_000)}, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert [path.name for path in folder.iterdir()] == ["step-7"]
+    assert open_latest(folder.parent).path == saved
+
+
+def test_a_file_that_was_cut_without_an_error_is_no_checkpoint(folder, saved, monkeypatch):
+    """Some file systems report a full disk late or never; what is there is compared with what was written."""
+    monkeypatch.setattr(tensor_file.os, "fsync", lambda descriptor: tensor_file.os.truncate(descriptor, 50))
+    with pytest.raises(CheckpointError, match=r"could not write .*step-8: .*wrote \d+ bytes, the file has 50"):
+        save(folder, 8, TENSORS, {})
+    monkeypatch.undo()
+    assert list_checkpoints(folder) == [saved]
+
+
+def test_consolidation_holds_one_tensor_at_a_time(folder, saved, tmp_path, monkeypatch):
+    alive, most = set(), []
+    read = type(open_checkpoint(saved)).read
+
+    def counted(self, name):
+        tensor = read(self, name)
+        alive.add(name)
+        weakref.finalize(tensor, alive.discard, name)
+        most.append(len(alive))
+        return tensor
+
+    monkeypatch.setattr("fastmae.train.checkpoint_reader.Checkpoint.read", counted)
+    out = consolidate(saved, tmp_path / "all.safetensors", optimizer=True)
+    assert_equal(load_file(out), TENSORS)
+    assert len(most) == len(TENSORS)
+    assert max(most) <= 2  # the one that is written, and the one before it until its name is taken
+    weights = consolidate(saved, tmp_path / "weights.safetensors")
+    assert load_file(weights).keys() == {"weight", "strided", "half"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "all.safetensors", "weights.safetensors"}
+
+
+def test_consolidation_refuses_what_is_damaged(saved, tmp_path):
+    shard = shard_of(saved)
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x07")
+    with pytest.raises(CheckpointError, match="contents differ"):
+        consolidate(saved, tmp_path / "all.safetensors")
+    assert not (tmp_path / "all.safetensors").exists()
+
+
+class SlowDisk:
+    """Files are written once they are allowed to be."""
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.written = []
+
+    def __call__(self, path, *arguments):
+        assert self.go.wait(30)
+        self.written.append(path.parent.name)
+        return write_tensors(path, *arguments)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    disk = SlowDisk()
+    monkeypatch.setattr(sharded, "write_tensors", disk)
+    yield disk
+    disk.go.set()
+
+
+def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
+    weight = torch.zeros(4)
+    with BackgroundSaver(folder) as saver:
+        values = {"samples": [1]}
+        saver.save(1, {"w": weight}, values)
+        weight += 1  # the next step, while the disk is still busy
+        values["samples"].append(2)
+        assert list_checkpoints(folder) == []
+        saver.check()
+        slow_disk.go.set()
+        assert saver.wait() == folder / "step-1"
+        assert saver.wait() is None
+        saver.save(2, {"w": weight}, values)
+        weight += 1
+    first, second = (open_checkpoint(folder / f"step-{step}") for step in (1, 2))  # leaving it has waited
+    assert (first.read("w").tolist(), first.manifest["samples"]) == ([0.0] * 4, [1])
+    assert (second.read("w").tolist(), second.manifest["samples"]) == ([1.0] * 4, [1, 2])
+
+
+def test_a_second_save_waits_for_the_first(folder, slow_disk):
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        threading.Timer(0.1, slow_disk.go.set).start()
+        saver.save(2, {"w": torch.ones(1)}, {})
+        assert slow_disk.written[0] == "step-1.tmp"
+        assert (folder / "step-1").exists()
+    assert open_checkpoint(folder / "step-1").read("w").item() == 0
+    assert open_checkpoint(folder / "step-2").read("w").item() == 1
+
+
+def test_background_saves_are_deleted_as_others_are(folder):
+    with BackgroundSaver(folder, keep=1, keep_every=2) as saver:
+        for step in range(1, 6):
+            saver.save(step, {"w": torch.zeros(1)}, {})
+    assert [path.name for path in list_checkpoints(folder)] == ["step-5", "step-4", "step-2"]
+
+
+def test_an_error_of_a_background_save_surfaces_later_and_once(folder, monkeypatch):
+    def fails(path, *arguments):
+        raise OSError(28, "No space left on device", str(path))
+
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        saver.wait()
+        monkeypatch.setattr(sharded, "write_tensors", fails)
+        saver.save(2, {"w": torch.zeros(1)}, {})
+        while not saver.failed:
+            pass
+        with pytest.raises(CheckpointError, match=r"could not write .*step-2.*No space left.*untouched"):
+            saver.check()
+        saver.check()
+        saver.save(3, {"w": torch.zeros(1)}, {})
+        with pytest.raises(CheckpointError, match="step-3"):
+            saver.save(4, {"w": torch.zeros(1)}, {})
+        monkeypatch.undo()
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
+def test_values_that_json_does_not_know_are_refused_at_once(folder):
+    with BackgroundSaver(folder) as saver, pytest.raises(TypeError):
+        saver.save(1, {}, {"path": folder})
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        images = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        model(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def test_model_and_optimizer_go_on_exactly(folder):
+    model, optimizer = make()
+    path = save(folder, 0, collect(model, optimizer), {}, own=collect_own(0))
+    assert optimizer.state == {}  # asking must not make a state, nor a step
+    train(model, optimizer, range(3))
+    path = save(folder, 3, collect(model, optimizer), {}, own=collect_own(0))
+    expected = torch.rand(2)
+    train(model, optimizer, range(3, 5))
+
+    again, other = make()
+    load(folder / "step-0", again, other)
+    train(again, other, range(1))
+    load(path, again, other)
+    assert torch.equal(torch.rand(2), expected)
+    assert all(state["step"].item() == 3 for state in other.state.values())
+    train(again, other, range(3, 5))
+    assert_equal(collect(again, other), collect(model, optimizer))
+    load(folder / "step-0", again, other)
+    assert other.state == {}
+
+
+def test_names_are_those_of_the_bare_model(folder):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    model, _ = make()
+    model[0] = torch.compile(checkpoint_wrapper(model[0]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model[0]._orig_mod  # noqa: B018, the wrapper is there
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    names = {name.removeprefix("model.") for name in collect(model, optimizer) if name.startswith("model.")}
+    assert names == get_model_state_dict(model).keys()
+    flat = torch.distributed.checkpoint.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    theirs = get_optimizer_state_dict(model, optimizer, options=flat)
+    ours = {name.removeprefix("optimizer."): t for name, t in collect(model, optimizer).items() if "optimizer" in name}
+    assert_equal(ours, {name.removeprefix("state."): t for name, t in theirs.items() if name.startswith("state.")})
+
+
+def test_a_model_of_other_names_is_refused(folder):
+    model, optimizer = make()
+    path = save(folder, 0, collect(model, optimizer), {})
+    other = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    with pytest.raises(CheckpointError, match=r"do not fit the model: missing \[\], unknown \['model.1.bias'"):
+        load(path, other, torch.optim.AdamW(other.parameters()))
+    wider = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.LayerNorm(3))
+    with pytest.raises(CheckpointError, match=r"model.0.weight is float32 \(3, 5\), expected float32 \(3, 6\)"):
+        load(path, wider, torch.optim.AdamW(wider.parameters()))
+
+
+@pytest.mark.gpu
+def test_copies_of_cuda_tensors_are_of_their_step(folder):
+    weight = torch.zeros(1 << 24, device="cuda")
+    scalar = torch.zeros((), device="cuda")
+    with BackgroundSaver(folder) as saver:
+        for step in range(3):
+            saver.save(step, {"w": weight, "s": scalar}, {})
+            weight += 1
+            scalar += 1
+    for step in range(3):
+        checkpoint = open_checkpoint(folder / f"step-{step}")
+        assert (checkpoint.read("w") == step).all()
+        assert checkpoint.read("s").item() == step
+    target = torch.empty_like(weight)
+    checkpoint.read_into({"w": target})
+    assert (target == 2).all()
