@@ -40,7 +40,7 @@ def spoilt(tmp_path) -> Dataset:
         middle = len(content) // 2
         content[middle : middle + 200] = bytes(200)
         (tmp_path / f"{i}.png").write_bytes(content)
-    dataset = open_dataset(tmp_path, cache_dir=tmp_path / ".cache")
+    dataset = open_dataset(tmp_path, max_bad_fraction=0.5, cache_dir=tmp_path / ".cache")
     assert len(dataset) == 8
     assert dataset.bad == []
     return dataset
@@ -65,13 +65,18 @@ def test_both_loaders_replace_alike(spoilt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_found_bad_late_stops_by_option(spoilt, kind):
-    spoilt.on_bad = "stop"
+def test_too_many_files_found_bad_late_stop(spoilt, kind):
+    spoilt.max_bad_fraction = 0.2
     with create_loader(spoilt, loader=kind, **OPTIONS) as loader:
-        with pytest.raises(DataError, match=r"[25]\.png: does not decode"):
+        with pytest.raises(
+            DataError, match=r"2 of 8 images(.|\n)*[25]\.png: does not decode(.|\n)*--data.max-bad-fraction"
+        ):
             [next(loader) for _ in range(4)]
         with pytest.raises(DataError):
             next(loader)
+    options = OPTIONS | {"known_bad": loader.late_bad[:1]}
+    with create_loader(spoilt, loader=kind, **options) as loader, pytest.raises(DataError, match="2 of 8 images"):
+        [next(loader) for _ in range(4)]
 
 
 @pytest.mark.parametrize("kind", KINDS)

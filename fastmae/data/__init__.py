@@ -2,7 +2,7 @@
 
 from fastmae.data.agree import check_agreement
 from fastmae.data.augment import Augment, crop_boxes, flips
-from fastmae.data.batch import BadFile, Batch, DataError
+from fastmae.data.batch import BadFile, Batch, DataError, LateBad
 from fastmae.data.create import LoaderKind, choose_loader, create_loader, fixed_crops, has_dali, open_dataset
 from fastmae.data.dataset import Dataset
 from fastmae.data.loader import Loader
@@ -15,6 +15,7 @@ __all__ = [
     "Batch",
     "DataError",
     "Dataset",
+    "LateBad",
     "Loader",
     "LoaderKind",
     "check_agreement",

@@ -29,5 +29,19 @@ class BadFile(NamedTuple):
     reason: str
 
 
+class LateBad(NamedTuple):
+    """A file that was found not to decode when training came to it.
+
+    Attributes:
+        sample_id: its number in the index.
+        reason: why it does not decode.
+        position: the global position at which it was found.
+    """
+
+    sample_id: int
+    reason: str
+    position: int
+
+
 class DataError(Exception):
     """A problem with the data that its owner can solve; the message says what came and what was expected."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -10,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastmae.data.augment import Augment
-from fastmae.data.batch import DataError
+from fastmae.data.batch import DataError, LateBad
 from fastmae.data.dataset import Dataset, printable
 from fastmae.data.header import Format
 from fastmae.data.index import Accepts, cached_index
-from fastmae.data.loader import Loader, default_threads
+from fastmae.data.loader import Loader
+from fastmae.data.options import choose_options
 from fastmae.data.photographs import open_photographs
+from fastmae.data.plan import ImgSize, Planner
 from fastmae.data.sources import EXPECTED, find_source
 from fastmae.ops.philox import split_seed
 
@@ -126,7 +130,7 @@ def create_loader(
     *,
     loader: LoaderKind = "auto",
     batch_size: int,
-    img_size: tuple[int, int],
+    img_size: ImgSize,
     seed: int,
     position: int = 0,
     rank: int = 0,
@@ -134,6 +138,9 @@ def create_loader(
     device: torch.device | str = "cpu",
     augment: Augment | None = None,
     num_threads: int | None = None,
+    prefetch: int | None = None,
+    timeout: float = 600.0,
+    known_bad: Iterable[LateBad] = (),
     cache_bytes: int = 256 << 20,
 ) -> Loader:
     """An endless iterator of ``Batch``, made ahead in background threads.
@@ -142,22 +149,28 @@ def create_loader(
         dataset: from ``open_dataset``.
         loader: ``"dali"``, ``"torch"``, or ``"auto"`` (see ``choose_loader``).
         batch_size: samples a batch, on this rank.
-        img_size: height and width of the crops.
+        img_size: height and width of the crops, or a function that gives them for an epoch; a global batch that
+            straddles epochs has the size of the one that it begins in.
         seed: of order, crops and flips; in [0, 2**63).
         position: samples that all ranks together have consumed; a run continued from here gets the very batches that it
             would have got.
         rank, world_size: which slice of each global batch of ``batch_size * world_size`` is this one's.
         device: where batches are handed out.
         augment: crop and flip; None for ``Augment()``.
-        num_threads: decoding threads; None for one a core (half the cores where ``device`` is the CPU, which trains).
+        num_threads: decoding threads; None for one a core, at most 16 (half the cores where ``device`` is the CPU,
+            which trains).
+        prefetch: finished batches that wait at most; None for 2.
+        timeout: seconds without a batch after which ``next`` raises.
+        known_bad: ``Loader.late_bad`` of the run that is continued.
         cache_bytes: the torch loader decodes each image once and keeps it, if all of them together take no more.
 
     Raises:
         ValueError: an argument out of range.
         DataError: DALI is asked for by name and is not installed.
     """
-    height, width = img_size
-    counts = {"batch_size": batch_size, "img_size": min(height, width), "world_size": world_size}
+    counts = {"batch_size": batch_size, "world_size": world_size}
+    if not callable(img_size):
+        counts["img_size"] = min(img_size)
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {img_size if name == 'img_size' else value}")
@@ -165,28 +178,22 @@ def create_loader(
         raise ValueError(f"position: expected at least 0, got {position}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
-    if num_threads is not None and num_threads < 1:
-        raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+    if not timeout > 0:
+        raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
     split_seed(seed)
     device = torch.device(device)
-    options = {
-        "batch_size": batch_size,
-        "img_size": (height, width),
-        "seed": seed,
-        "position": position,
-        "rank": rank,
-        "world_size": world_size,
-        "device": device,
-        "augment": augment or Augment(),
-        "num_threads": num_threads or default_threads(device),
-    }
+    img_size = img_size if callable(img_size) else tuple(img_size)
+    planner = Planner(dataset, batch_size, img_size, seed, position, rank, world_size, augment or Augment())
+    batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels
+    machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
+    options = {"device": device, "options": machine, "timeout": timeout, "known_bad": known_bad}
     if choose_loader(dataset, loader) == "dali":
         from fastmae.data.dali_loader import DaliLoader
 
-        return DaliLoader(dataset, **options)
+        return DaliLoader(planner, **options)
     from fastmae.data.torch_loader import TorchLoader
 
-    return TorchLoader(dataset, cache_bytes=cache_bytes, **options)
+    return TorchLoader(planner, cache_bytes=cache_bytes, **options)
 
 
 def fixed_crops(

@@ -1,23 +1,27 @@
 """A loader on NVIDIA DALI, told what to do sample by sample.
 
-DALI reads and decodes; which samples, which boxes and which flips come from the plan, through ``fn.external_source``.
-With a GPU, DALI also resizes and mirrors there. Without one it stops at the decoded crops, because PyTorch's uint8
-resize is twice as fast as DALI's on a CPU.
+DALI decodes; which samples, which boxes and which flips come from the plan, and the files' bytes from the data set,
+through ``fn.external_source``. With a GPU, DALI also resizes, mirrors and changes colours there. Without one it stops
+at the decoded crops, because PyTorch's uint8 resize is twice as fast as DALI's on a CPU.
 
 An image that does not decode makes a DALI pipeline invalid, and the error often does not say which image it was. So on
-an error the step's samples are decoded one by one on the host to find it, and the pipeline is built again at the same
-step, which takes milliseconds.
+an error the step's samples are decoded one by one on the host, those that fail are replaced, and the pipeline is built
+again at the same step, which takes milliseconds.
 
-DALI reads no more of a JPEG than the crop needs, so damage below a crop can pass unseen here and be found by the torch
-loader, which decodes the whole. The index finds missing ends beforehand; other damage is for a full verification.
+DALI reads no more of a JPEG than the crop needs, so damage below a crop passes unseen. Whether a batch fails, and what
+takes the failed samples' place, must not depend on what was found earlier: a run that is continued from a checkpoint
+would otherwise differ from one that never stopped, and so would ranks that have seen different samples. Hence a file
+that was found bad is tried again when it comes again, and a failing step is decided by decoding all of its samples as a
+whole: functions of the step alone. That costs a failing step some milliseconds and the decoding of a batch. A data set
+with many bad files is better verified once, so that its index knows them.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -26,37 +30,52 @@ import torch
 from nvidia.dali import Pipeline
 
 from fastmae.data.batch import Batch, DataError
-from fastmae.data.dataset import Dataset
-from fastmae.data.decode import UndecodableImage, resize_crop_into
-from fastmae.data.loader import PREFETCH, Loader, Plan
+from fastmae.data.dali_hints import decoder_hints
+from fastmae.data.loader import Loader
+from fastmae.data.plan import Plan, Planner
 
 logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 10
-_NO_FILE = np.frombuffer(b"/nonexistent/placeholder", np.uint8)
+_DEPTH = 2
+"""Batches inside the pipeline: one being decoded while the one before is taken out."""
+_NO_IMAGE = np.zeros(1, np.uint8)
 
 
 class DaliLoader(Loader):
-    """Decodes with DALI: on the CPU, or with nvJPEG where ``device`` is a GPU."""
+    """Decodes with DALI: on the CPU, or with nvJPEG where ``device`` is a GPU.
+
+    Args:
+        planner: what the batches are made of.
+        hw_decoder_load: with a GPU, the share of JPEG files for the hardware decoder, if there is one.
+        options: of ``Loader``.
+    """
 
     kind = "dali"
 
-    def __init__(self, dataset: Dataset, **options):
-        super().__init__(dataset, **options)
+    def __init__(self, planner: Planner, *, hw_decoder_load: float = 0.65, **options):
+        super().__init__(planner, **options)
         self._plans: deque[Plan] = deque()
         self._pipeline: Pipeline | None = None
         self._failures = 0
         self._stream = torch.cuda.Stream(self.device) if self._on_gpu else None
+        self._hints = decoder_hints(self.dataset, hw_decoder_load) if self._on_gpu else {}
+
+    def describe(self) -> str:
+        where = f"nvJPEG on {self.device}" if self._on_gpu else "the CPU"
+        return f"DALI loader, decoding on {where}: {self.options.describe()}"
 
     def close(self) -> None:
         super().close()
-        self._pipeline = None
+        if not self._producers.alive:  # or a thread hangs in it
+            self._pipeline = None
 
     def produce(self, step: int) -> Batch:
+        mended: Plan | None = None
         while True:
             if self._pipeline is None:
                 self._plans.clear()
-                self._pipeline = self._build(step)
+                self._pipeline = self._build(step, mended)
             try:
                 (crops,) = self._pipeline.run()
                 batch = self._deliver(self._plans[0], crops)
@@ -65,23 +84,34 @@ class DaliLoader(Loader):
                 self._pipeline = None
                 if plan.error is not None:
                     raise plan.error from error
-                if self._find_bad(plan):
-                    continue
-                return self._make_on_host(plan, error)
+                if mended is None:
+                    mended = self._mend(plan)
+                    if not np.array_equal(mended.source_ids, plan.source_ids):
+                        continue
+                return self._make_on_host(mended, error)
             self._plans.popleft()
             self._failures = 0
             return batch
 
-    def _build(self, step: int) -> Pipeline:
-        feed = _feed(weakref.ref(self), self._plans, step, self.batch_size, with_flips=self._on_gpu)
+    def _build(self, step: int, mended: Plan | None) -> Pipeline:
+        with_jitter = self._on_gpu and self.planner.augment.color_jitter > 0
+        names = ["encoded", "anchors", "shapes"]
+        if self._on_gpu:
+            names += ["sizes", "left_right", "top_bottom"] + [
+                "brightness",
+                "contrast",
+                "saturation",
+                "hue",
+            ] * with_jitter
+        feed = _feed(weakref.ref(self), self.batch_size, self._plans, step, mended, names)
         device_id = self.device.index if self._on_gpu else None
-        pipeline = Pipeline(self.batch_size, self.num_threads, device_id, prefetch_queue_depth=PREFETCH)
+        pipeline = Pipeline(self.batch_size, self.options.num_threads, device_id, prefetch_queue_depth=_DEPTH)
         with pipeline:
-            paths, anchors, shapes, *mirrored = fn.external_source(feed, num_outputs=3 + 2 * self._on_gpu, batch=True)
+            inputs = dict(zip(names, fn.external_source(feed, num_outputs=len(names), batch=True), strict=True))
             images = fn.decoders.image_slice(
-                fn.io.file.read(paths),
-                anchors,
-                shapes,
+                inputs["encoded"],
+                inputs["anchors"],
+                inputs["shapes"],
                 axis_names="HW",
                 normalized_anchor=False,
                 normalized_shape=False,
@@ -89,10 +119,14 @@ class DaliLoader(Loader):
                 # The boxes are those of upright images, and so must be DALI's idea of the image.
                 adjust_orientation=True,
                 device="mixed" if self._on_gpu else "cpu",
+                **self._hints,
             )
             if self._on_gpu:
-                images = fn.resize(images, size=self.img_size, interp_type=types.INTERP_CUBIC, antialias=True)
-                images = fn.flip(images, horizontal=mirrored[0], vertical=mirrored[1])
+                resize = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+                images = fn.resize(images, size=inputs["sizes"], **resize)
+                images = fn.flip(images, horizontal=inputs["left_right"], vertical=inputs["top_bottom"])
+            if with_jitter:
+                images = fn.color_twist(images, **{name: inputs[name] for name in names[-4:]})
             pipeline.set_outputs(images)
         try:
             pipeline.build()
@@ -104,19 +138,22 @@ class DaliLoader(Loader):
         if self._on_gpu:
             from nvidia.dali.plugin.pytorch import feed_ndarray
 
+            # Not DALI's own memory through DLPack: DALI would fill it again as soon as the last reference is gone,
+            # while kernels may still read it. The copy takes what a 38 MB batch takes at the memory's speed.
             with torch.cuda.stream(self._stream):
-                images = torch.empty(self.batch_size, *self.img_size, 3, dtype=torch.uint8, device=self.device)
+                shape = self.batch_size, *plan.img_size, 3
+                images = torch.empty(shape, dtype=torch.uint8, device=self.device)
                 feed_ndarray(crops.as_tensor(), images, cuda_stream=self._stream)
                 self._stream.synchronize()
             return self.finish(plan, images)
-        images = self.empty_images()
+        images = self.empty_images(plan.img_size)
         out = images.numpy()
 
-        def resize(j: int) -> None:
+        def finish(j: int) -> None:
             crop = crops.at(j)
-            resize_crop_into(out[j], crop, np.array([0, 0, *crop.shape[:2]]), plan.flips[j])
+            self.finish_image(plan, j, crop, np.array([0, 0, *crop.shape[:2]]), out[j])
 
-        self.for_each(resize, self.batch_size)
+        self.for_each(finish, self.batch_size)
         return self.finish(plan, images)
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -125,17 +162,16 @@ class DaliLoader(Loader):
             batch.images.record_stream(torch.cuda.current_stream(self.device))
         return super()._to_device(batch)
 
-    def _find_bad(self, plan: Plan) -> bool:
-        known = set(self._bad)
+    def _mend(self, plan: Plan) -> Plan:
+        """The plan with samples all of which decode as a whole on the host."""
+        source_ids, boxes = plan.source_ids.copy(), plan.boxes.copy()
 
         def check(j: int) -> None:
-            try:
-                self.image(int(plan.source_ids[j]))
-            except UndecodableImage as error:
-                self.record_bad(int(plan.source_ids[j]), str(error))
+            good, _ = self.decodable(plan, j)
+            source_ids[j], boxes[j] = good.source_ids[j], good.boxes[j]
 
         self.for_each(check, self.batch_size)
-        return set(self._bad) != known
+        return replace(plan, source_ids=source_ids, boxes=boxes)
 
     def _make_on_host(self, plan: Plan, error: RuntimeError) -> Batch:
         """For a step that DALI fails at although every image decodes: once in a while, not all the time."""
@@ -143,29 +179,69 @@ class DaliLoader(Loader):
         if self._failures > _MAX_FAILURES:
             raise DataError(f"DALI failed at {self._failures} steps in a row: {error}") from error
         logger.warning("DALI cannot make step %d, so it is decoded on the host: %s", plan.step, error)
-        images = self.empty_images()
+        images = self.empty_images(plan.img_size)
         out = images.numpy()
         self.for_each(lambda j: self.render(plan, j, out[j]), self.batch_size)
         return self.finish(plan, images)
 
 
-def _feed(reference: weakref.ref[DaliLoader], plans: deque[Plan], step: int, batch_size: int, with_flips: bool):
-    """DALI's callback: plans one batch a call, and notes it. It never raises, because DALI would lose the batches that
-    are already under way; it notes the error and names a file that does not exist, so that the right step fails."""
+def _feed(
+    reference: weakref.ref[DaliLoader],
+    batch_size: int,
+    plans: deque[Plan],
+    step: int,
+    mended: Plan | None,
+    names: list[str],
+):
+    """DALI's callback: plans one batch a call, notes it, and reads its files. It never raises, because DALI would lose
+    the batches that are already under way; it notes the error and hands out what is no image, so that the right step
+    fails.
+
+    Args:
+        step: of the first batch.
+        mended: the first batch's plan, if that is not the usual one.
+        names: of the inputs that the pipeline wants.
+    """
 
     def feed():
         nonlocal step
+        plan = mended if mended is not None and step == mended.step else None
+        encoded = [_NO_IMAGE] * batch_size
         try:
             loader = reference()
-            plan = loader.plan(step)
-            paths = [np.frombuffer(os.fsencode(loader.dataset.path(int(i))), np.uint8) for i in plan.source_ids]
+            plan = plan or loader.plan(step)
+
+            def read(j: int) -> None:
+                encoded[j] = loader.read(int(plan.source_ids[j]))
+
+            loader.for_each(read, batch_size)
         except Exception as error:
-            nothing = np.zeros(batch_size, np.int64)
-            boxes = np.zeros((batch_size, 4), np.int64)
-            plan, paths = Plan(step, nothing, nothing, nothing, boxes, boxes[:, :2], error), [_NO_FILE] * batch_size
+            plan, encoded = _failed(plan, step, batch_size, error), [_NO_IMAGE] * batch_size
         plans.append(plan)
         step += 1
-        inputs = paths, plan.boxes[:, :2].astype(np.int32), plan.boxes[:, 2:].astype(np.int32)
-        return (*inputs, *plan.flips.T.astype(np.int32)) if with_flips else inputs
+        return tuple(_inputs(plan, encoded)[name] for name in names)
 
     return feed
+
+
+def _failed(plan: Plan | None, step: int, batch_size: int, error: Exception) -> Plan:
+    nothing, boxes = np.zeros(batch_size, np.int64), np.zeros((batch_size, 4), np.int64)
+    return (
+        replace(plan, error=error)
+        if plan
+        else Plan(step, (1, 1), nothing, nothing, nothing, nothing, boxes, boxes[:, :2], None, error)
+    )
+
+
+def _inputs(plan: Plan, encoded: list[np.ndarray]) -> dict[str, object]:
+    inputs = {
+        "encoded": encoded,
+        "anchors": plan.boxes[:, :2].astype(np.int32),
+        "shapes": plan.boxes[:, 2:].astype(np.int32),
+        "sizes": np.tile(np.float32(plan.img_size), (len(encoded), 1)),
+        "left_right": plan.flips[:, 0].astype(np.int32),
+        "top_bottom": plan.flips[:, 1].astype(np.int32),
+    }
+    jitter = np.ones((len(encoded), 4)) if plan.jitter is None else plan.jitter
+    brightness, contrast, saturation, turn = jitter.astype(np.float32).T
+    return inputs | {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": 360 * turn}

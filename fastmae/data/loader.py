@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import Future
 from typing import Self
 
 import numpy as np
 import torch
 
-from fastmae.data.augment import Augment, crop_boxes, flips
-from fastmae.data.batch import BadFile, Batch, DataError
-from fastmae.data.dataset import Dataset
+from fastmae.data.augment import jitter_into
+from fastmae.data.batch import BadFile, Batch, DataError, LateBad
 from fastmae.data.decode import UndecodableImage, resize_crop_into
-from fastmae.data.sampler import batch_positions, permuted_ids, replacements
+from fastmae.data.options import LoaderOptions
+from fastmae.data.plan import Plan, Planner
+from fastmae.data.threads import Threads, join
 
 logger = logging.getLogger(__name__)
-
-PREFETCH = 2
-"""Batches made ahead; more does not help where the loader is slower, and costs memory where it is faster."""
-
-
-@dataclass
-class Plan:
-    """Everything about one batch that is known before a file is opened. All arrays have one row a sample.
-
-    Attributes:
-        sample_ids, epochs: int64, the keys of the samples' random draws.
-        source_ids: int64, whose pixels to take: ``sample_ids``, but for replacements.
-        boxes: int64 (n, 4), top, left, height, width in the upright source image.
-        flips: bool (n, 2), left and right, top and bottom.
-        error: what went wrong in planning.
-    """
-
-    step: int
-    sample_ids: np.ndarray
-    epochs: np.ndarray
-    source_ids: np.ndarray
-    boxes: np.ndarray
-    flips: np.ndarray
-    error: BaseException | None = field(default=None)
 
 
 class Loader(ABC):
@@ -53,6 +29,10 @@ class Loader(ABC):
 
     Batch ``k`` holds the global positions ``position + k * batch_size * world_size + rank * batch_size + j``. Batches
     are equal bit for bit whatever the number of threads, and wherever in the run the loader was started.
+
+    Attributes:
+        kind: ``"torch"`` or ``"dali"``.
+        options: what it uses of the machine.
     """
 
     kind: str
@@ -60,30 +40,28 @@ class Loader(ABC):
 
     def __init__(
         self,
-        dataset: Dataset,
+        planner: Planner,
         *,
-        batch_size: int,
-        img_size: tuple[int, int],
-        seed: int,
-        position: int,
-        rank: int,
-        world_size: int,
         device: torch.device,
-        augment: Augment,
-        num_threads: int,
+        options: LoaderOptions,
+        timeout: float = 600.0,
+        known_bad: Iterable[LateBad] = (),
     ):
-        self.dataset, self.batch_size, self.img_size, self.seed = dataset, batch_size, img_size, seed
-        self.position, self.rank, self.world_size = position, rank, world_size
+        self.planner, self.options, self.timeout = planner, options, timeout
+        self.dataset, self.batch_size = planner.dataset, planner.batch_size
+        if planner.augment.color_jitter and self.dataset.channels != 3:
+            raise ValueError(f"color_jitter: hue and saturation need 3 channels, got {self.dataset.channels}")
         self._on_gpu = device.type == "cuda"
         if self._on_gpu and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self.device, self.augment, self.num_threads = device, augment, num_threads
-        self._bad: dict[int, str] = {}
+        self.device = device
+        self._late = {late.sample_id: late for late in (LateBad(*item) for item in known_bad)}
+        self._reading: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastmae-decode")
+        self._pool = Threads(options.num_threads, "fastmae-decode")
         # Threads start on the first GPU: without this, every rank would open a context there.
-        on_device = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if self._on_gpu else {}
-        self._producers = ThreadPoolExecutor(self.num_producers, thread_name_prefix="fastmae-batch", **on_device)
+        initializer = (lambda: torch.cuda.set_device(device)) if self._on_gpu else None
+        self._producers = Threads(self.num_producers, "fastmae-batch", initializer)
         self._pending: deque[Future[Batch]] = deque()
         self._next_step = 0
         self._error: BaseException | None = None
@@ -93,21 +71,37 @@ class Loader(ABC):
     def produce(self, step: int) -> Batch:
         """Make the batch of a step; called in a background thread, in order if there is one producer."""
 
+    @property
+    def num_threads(self) -> int:
+        """Decoding threads."""
+        return self.options.num_threads
+
+    def describe(self) -> str:
+        """For a log: how images are decoded, and what is used of the machine."""
+        return f"{self.kind} loader: {self.options.describe()}"
+
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
+        """The next batch.
+
+        Raises:
+            DataError: a file cannot be read, too many do not decode, or no batch came within ``timeout`` seconds.
+        """
         if self._error is not None:
             raise self._error
         if not self._finalizer.alive:
             raise ValueError("the loader is closed")
-        while len(self._pending) < PREFETCH:
+        while len(self._pending) < self.options.prefetch:
             self._submit()
+        future = self._pending.popleft()
         try:
-            batch = self._pending.popleft().result()
+            batch = future.result(self.timeout)
         except Exception as error:
-            self._error = error  # going on would leave out this batch
-            raise
+            # Going on would leave out this batch, so the same comes again.
+            self._error = error if future.done() else self._late_batch()
+            raise self._error from None if self._error is error else error
         self._submit()
         return self._to_device(batch)
 
@@ -115,15 +109,23 @@ class Loader(ABC):
         self._pending.append(self._producers.submit(_produce, weakref.ref(self), self._next_step))
         self._next_step += 1
 
+    def _late_batch(self) -> DataError:
+        reading = sorted(set(self._reading.copy().values()))
+        paths = "".join(f"\n  {self.dataset.path(i)}" for i in reading[:5]) or " none"
+        return DataError(
+            f"{self.dataset.root}: no batch came within {self.timeout:g} s. Files being read or decoded:{paths}\n"
+            "The file system may hang. If it is only slow: a longer --data.timeout."
+        )
+
     def _to_device(self, batch: Batch) -> Batch:
         return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def close(self) -> None:
-        """Stop the background threads and wait for what they are at. Closing twice does no harm."""
+        """Stop the background threads; what hangs in a file is left behind. Closing twice does no harm."""
         self._finalizer()
         self._pending.clear()
-        self._producers.shutdown(wait=True)
-        self._pool.shutdown(wait=True)
+        if not join([self._producers, self._pool]):
+            logger.warning("%s: a thread still waits for a file; it is left behind", self.dataset.root)
 
     def __enter__(self) -> Self:
         return self
@@ -132,76 +134,86 @@ class Loader(ABC):
         self.close()
 
     @property
-    def bad_files(self) -> list[BadFile]:
-        """Files that turned out not to decode since this loader was made, in the order of their sample ids."""
+    def late_bad(self) -> list[LateBad]:
+        """Files that turned out not to decode, ``known_bad`` and since, in the order of their sample ids.
+
+        They are for reports and for the limit on bad files. Batches do not depend on them, so that a loader started
+        anywhere in the run gives what one that ran all along does.
+        """
         with self._lock:
-            return [BadFile(self.dataset.path(sample_id), reason) for sample_id, reason in sorted(self._bad.items())]
+            return [late for _, late in sorted(self._late.items())]
+
+    @property
+    def bad_files(self) -> list[BadFile]:
+        """``late_bad`` by path."""
+        return [BadFile(self.dataset.path(late.sample_id), late.reason) for late in self.late_bad]
 
     def plan(self, step: int) -> Plan:
-        """The samples, boxes and flips of a step; samples known to be bad are replaced already."""
-        positions = batch_positions(
-            step, batch_size=self.batch_size, position=self.position, rank=self.rank, world_size=self.world_size
-        )
-        sample_ids, epochs = permuted_ids(positions, len(self.dataset), self.seed)
-        source_ids = sample_ids.copy()
-        for j in range(len(sample_ids)) if self._bad else ():
-            if int(sample_ids[j]) in self._bad:
-                source_ids[j] = self._replacement(int(sample_ids[j]), int(epochs[j]))
-        boxes = crop_boxes(sample_ids, epochs, *self.dataset.shapes(source_ids), seed=self.seed, augment=self.augment)
-        mirrored = flips(sample_ids, epochs, seed=self.seed, augment=self.augment)
-        return Plan(step, sample_ids, epochs, source_ids, boxes, mirrored)
+        """What the batch of a step is made of, but for files that the index does not know to be bad."""
+        return self.planner.plan(step)
 
     def image(self, sample_id: int) -> np.ndarray:
-        """A sample's upright pixels, uint8 (height, width, 3)."""
-        pixels = self.dataset.decode(sample_id)
+        """A sample's upright pixels, uint8 (height, width, C)."""
+        with _Noted(self._reading, sample_id):
+            pixels = self.dataset.decode(sample_id)
         if pixels.shape[:2] != self.dataset.shape(sample_id):
             raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {self.dataset.shape(sample_id)}")
         return pixels
 
+    def read(self, sample_id: int) -> np.ndarray:
+        """A sample's encoded bytes, uint8 (bytes,)."""
+        with _Noted(self._reading, sample_id):
+            return self.dataset.read(sample_id)
+
     def render(self, plan: Plan, j: int, out: np.ndarray) -> None:
-        """Decode sample ``j`` of a plan on the host into ``out``, uint8 (H, W, 3); replace it if it is bad."""
-        source_id = int(plan.source_ids[j])
-        try:
-            pixels, box = self.image(source_id), plan.boxes[j]
-        except UndecodableImage as error:
-            self.record_bad(source_id, str(error))
-            pixels, box = self._replace(plan, j)
-        resize_crop_into(out, pixels, box, plan.flips[j])
+        """Decode sample ``j`` of a plan on the host into ``out``, uint8 (H, W, C); replace it if it is bad."""
+        plan, pixels = self.decodable(plan, j)
+        self.finish_image(plan, j, pixels, plan.boxes[j], out)
 
-    def _replace(self, plan: Plan, j: int) -> tuple[np.ndarray, np.ndarray]:
+    def decodable(self, plan: Plan, j: int) -> tuple[Plan, np.ndarray]:
+        """The plan with a sample ``j`` that decodes as a whole, and its pixels.
+
+        Which one that is depends on the files alone: one known to be bad is not tried again, and would fail again.
+        """
         while True:
-            source_id = self._replacement(int(plan.sample_ids[j]), int(plan.epochs[j]))
-            try:
-                pixels = self.image(source_id)
-            except UndecodableImage as error:
-                self.record_bad(source_id, str(error))
-                continue
-            shapes = self.dataset.shapes(np.array([source_id]))
-            keys = plan.sample_ids[j : j + 1], plan.epochs[j : j + 1]
-            return pixels, crop_boxes(*keys, *shapes, seed=self.seed, augment=self.augment)[0]
+            source_id = int(plan.source_ids[j])
+            if source_id not in self._late:
+                try:
+                    return plan, self.image(source_id)
+                except UndecodableImage as error:
+                    self.record_bad(LateBad(source_id, str(error), int(plan.positions[j])))
+            keys = int(plan.sample_ids[j]), int(plan.epochs[j])
+            plan = self.planner.with_source(plan, j, self.planner.replacement(*keys, self._late))
 
-    def _replacement(self, sample_id: int, epoch: int) -> int:
-        for candidate in replacements(sample_id, epoch, len(self.dataset), self.seed):
-            if candidate not in self._bad:
-                return candidate
-        raise DataError(f"{self.dataset.root}: {len(self._bad)} of {len(self.dataset)} images do not decode")
+    def finish_image(self, plan: Plan, j: int, pixels: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
+        """Resize a crop of some pixels into ``out``, mirror it and change its colours as the plan says."""
+        resize_crop_into(out, pixels, box, plan.flips[j])
+        if plan.jitter is not None:
+            jitter_into(out, plan.jitter[j])
 
-    def record_bad(self, sample_id: int, reason: str) -> None:
-        """Remember a sample that does not decode; stop if the data set says so."""
-        path = self.dataset.path(sample_id)
+    def record_bad(self, late: LateBad) -> None:
+        """Remember a sample that does not decode.
+
+        Raises:
+            DataError: more samples are bad than the data set allows.
+        """
         with self._lock:
-            known = sample_id in self._bad
-            self._bad[sample_id] = reason
-        self.dataset.check_bad_fraction(self._bad)
-        if not known:
-            logger.warning("%s: %s; another sample takes its place", path, reason)
+            known = self._late.get(late.sample_id)
+            if known is None or late.position < known.position:
+                self._late[late.sample_id] = late
+            reasons = {sample_id: late.reason for sample_id, late in self._late.items()} if known is None else {}
+        if known is None:
+            path = self.dataset.path(late.sample_id)
+            logger.warning("%s: %s; another sample takes its place", path, late.reason)
+            self.dataset.check_bad_fraction(reasons)
 
-    def empty_images(self) -> torch.Tensor:
-        """Memory for a batch's images: uint8 (N, H, W, 3), pinned if it goes to a GPU."""
-        return torch.empty(self.batch_size, *self.img_size, 3, dtype=torch.uint8, pin_memory=self._on_gpu)
+    def empty_images(self, img_size: tuple[int, int]) -> torch.Tensor:
+        """Memory for a batch's images: uint8 (N, H, W, C), pinned if it goes to a GPU."""
+        shape = self.batch_size, *img_size, self.dataset.channels
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def finish(self, plan: Plan, images: torch.Tensor) -> Batch:
-        """A batch from images (N, H, W, 3)."""
+        """A batch from images (N, H, W, C)."""
         ids, epochs = torch.from_numpy(plan.sample_ids), torch.from_numpy(plan.epochs)
         if self._on_gpu:
             ids, epochs = ids.pin_memory(), epochs.pin_memory()
@@ -209,11 +221,24 @@ class Loader(ABC):
 
     def for_each(self, action, count: int) -> None:
         """Run ``action(j)`` for ``j`` in ``0..count-1`` on the decoding threads, a few to a task."""
-        chunk = max(1, min(16, count // (4 * self.num_threads)))
+        chunk = max(1, min(16, count // (4 * self.options.num_threads)))
         starts = range(0, count, chunk)
         tasks = [self._pool.submit(_run_range, action, start, min(start + chunk, count)) for start in starts]
         for task in tasks:
             task.result()
+
+
+class _Noted:
+    """What the current thread is at, so that a message can tell when it never returns."""
+
+    def __init__(self, notes: dict[int, int], sample_id: int):
+        self.notes, self.sample_id = notes, sample_id
+
+    def __enter__(self) -> None:
+        self.notes[threading.get_ident()] = self.sample_id
+
+    def __exit__(self, *exception: object) -> None:
+        self.notes.pop(threading.get_ident(), None)
 
 
 def _run_range(action, start: int, stop: int) -> None:
@@ -229,13 +254,6 @@ def _produce(reference: weakref.ref[Loader], step: int) -> Batch:
     return loader.produce(step)
 
 
-def _shut_down(producers: ThreadPoolExecutor, pool: ThreadPoolExecutor) -> None:
-    producers.shutdown(wait=False, cancel_futures=True)
-    # A producer waits for its tasks in the pool, so the pool ends after it, and is not cancelled under it.
-    pool.shutdown(wait=False)
-
-
-def default_threads(device: torch.device) -> int:
-    """Decoding threads: one a core for a GPU, at most 16; half the cores where the model trains on the CPU itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, cores) if device.type != "cpu" else max(1, min(16, cores // 2))
+def _shut_down(producers: Threads, pool: Threads) -> None:
+    for threads in (producers, pool):
+        threads.shutdown(wait=False)

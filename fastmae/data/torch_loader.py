@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastmae.data.batch import Batch
-from fastmae.data.dataset import Dataset
 from fastmae.data.loader import Loader
+from fastmae.data.plan import Planner
 
 
 class TorchLoader(Loader):
@@ -16,9 +16,9 @@ class TorchLoader(Loader):
     # Two batches are in the making at once, so that no thread waits for the slowest image of a batch.
     num_producers = 2
 
-    def __init__(self, dataset: Dataset, *, cache_bytes: int, **options):
-        super().__init__(dataset, **options)
-        small = dataset.decoded_bytes(cache_bytes) <= cache_bytes
+    def __init__(self, planner: Planner, *, cache_bytes: int, **options):
+        super().__init__(planner, **options)
+        small = self.dataset.decoded_bytes(cache_bytes) <= cache_bytes
         self._images: dict[int, np.ndarray] | None = {} if small else None
 
     def image(self, sample_id: int) -> np.ndarray:
@@ -30,7 +30,8 @@ class TorchLoader(Loader):
         return pixels
 
     def produce(self, step: int) -> Batch:
-        plan, images = self.plan(step), self.empty_images()
+        plan = self.plan(step)
+        images = self.empty_images(plan.img_size)
         out = images.numpy()
         self.for_each(lambda j: self.render(plan, j, out[j]), len(out))
         return self.finish(plan, images)

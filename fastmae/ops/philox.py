@@ -37,6 +37,7 @@ class Stream(IntEnum):
     FLIP = 2
     ORDER = 3
     REPLACE = 4
+    JITTER = 5
 
 
 def philox4x32(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) -> tuple[Array, Array, Array, Array]:
