@@ -20,6 +20,7 @@ from PIL import Image
 from fastmae.data import DataError, create, open_dataset, shard_file
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.shard_folder import ShardFolder
+from fastmae.data.shard_image import StoredImage
 from fastmae.data.stats import measure
 from fastmae.data.tar_shards import read_shard_index
 
@@ -180,6 +181,14 @@ def test_reencode_also_encodes_what_keeps_its_size(source, open_, tmp_path):
     assert small < 0.7 * large
 
 
+def test_what_is_too_long_for_a_jpeg_keeps_its_bytes(open_, tmp_path):
+    (tmp_path / "long").mkdir()
+    Image.new("RGB", (65_501, 4)).save(tmp_path / "long" / "a.png")
+    Image.new("RGB", (65_500, 4)).save(tmp_path / "long" / "b.png")
+    packed = write_shards(open_(tmp_path / "long"), tmp_path / "out", ShardOptions(reencode=True))
+    assert (packed.images, packed.encoded) == (2, 1)
+
+
 def test_noise_is_encoded_at_the_highest_quality(open_, tmp_path):
     """It takes more bytes than it has pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
@@ -275,12 +284,25 @@ def test_a_stopped_run_goes_on_where_it_was(source, open_, tmp_path):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+def test_what_is_damaged_in_the_folder_is_made_again(source, open_, tmp_path):
+    options, out = ShardOptions(images_per_shard=5), tmp_path / "out"
+    write_shards(open_(source), out, options)
+    before = contents(out)
+    os.truncate(out / "shard-000001.tar", 5000)
+    (out / "shard-000002.tar.index.npz").unlink()
+    for leftover in (".shard-000003.tar.partial", ".shards.json.partial", ".writing-abc.index.npz"):
+        (out / leftover).touch()
+    write_shards(open_(source), out, options)
+    assert contents(out) == before
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fastmae.data import open_dataset, shard_file
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.shard_folder import ShardFolder
+from fastmae.data.shard_image import StoredImage
 
 source, out, cache = map(Path, sys.argv[1:])
 
@@ -429,6 +451,17 @@ def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypa
     with pytest.raises(DataError, match="reads back otherwise than it was written"):
         write_shards(open_(source), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar*"))
+
+
+def test_what_does_not_read_as_it_was_meant(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(smooth(20, 30, 0)).save(buffer, "JPEG")
+    image = StoredImage("0.jpg", buffer.getvalue(), 3, 20, 30, False)
+    shard_file.write_shard(tmp_path / "good.tar", [image])
+    for number, change in enumerate(({"height": 21}, {"data": b"no image"}, {"label": 10**40})):
+        with pytest.raises(DataError, match="1 images were written, 1 read back; first other one: Written"):
+            shard_file.write_shard(tmp_path / f"{number}.tar", [image._replace(**change)])
+    assert sorted(contents(tmp_path)) == ["good.tar", "good.tar.index.npz"]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def test_white_and_black_images_weigh_the_same_whatever_their_size(open_, tmp_pa
     assert (found.mean, found.std, found.std_within) == ([0.5] * 3, [0.5] * 3, [0.0] * 3)
 
 
+def test_a_very_high_image(open_, tmp_path):
+    """Of which the squares of one column, 70,000 times 255**2, do not fit into 32 bits."""
+    np.save(tmp_path / "high.npy", np.full((70_000, 1), 255, np.uint8))
+    found = measure(open_(tmp_path, channels=1))
+    assert (found.mean, found.std) == ([1.0], [0.0])
+
+
 @pytest.mark.parametrize("channels", [1, 5])
 def test_other_numbers_of_channels(open_, tmp_path, channels):
     generator = np.random.default_rng(0)
