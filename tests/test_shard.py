@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -383,6 +384,14 @@ def test_other_options_another_source_and_other_files_are_refused(source, open_,
 def test_one_process_at_a_time(source, open_, tmp_path):
     with ShardFolder(tmp_path / "out", {}), pytest.raises(DataError, match="another process"):
         write_shards(open_(source), tmp_path / "out")
+
+
+def test_a_file_system_without_locks(source, open_, tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fastmae.data.shard_folder.fcntl.flock", flock)
+    assert write_shards(open_(source), tmp_path / "out").images == 20
 
 
 def write_damaged_png(path: Path) -> None:
