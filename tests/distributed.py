@@ -124,10 +124,11 @@ def _run(function: Callable[..., Any], args: tuple, rank: int, folder: Path, tim
         result = function(rank, *args)
         (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.barrier()
     except BaseException:
         (folder / f"{rank}.error").write_text(traceback.format_exc())
         os._exit(1)  # without waiting for the others, as the end of the process group would
+    os._exit(0)  # gloo's threads now and then abort in the destructor of a group that DTensors used (torch 2.14)
 
 
 def _wait(processes: list[BaseProcess], folder: Path, timeout: float) -> None:

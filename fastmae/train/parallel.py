@@ -1,0 +1,256 @@
+"""Several processes on one model: process group and device mesh, DDP, FSDP2, and hybrid sharding (HSDP).
+
+Sharding follows PyTorch's order: activation checkpointing, then ``torch.compile`` of each block, then ``fully_shard``
+of each block, then of the rest. Names of parameters stay those of the bare model in every mode, so that checkpoints,
+optimiser groups and the initialisation need not know.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmae.layers import draw_parameter
+from fastmae.positions import sincos_positions
+
+Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
+Precision = Literal["bf16", "fp16", "fp32"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""What matrix products compute in."""
+
+_RECOMPUTE = {"none": "nothing", "selective": "mlp", "full": "block"}
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_GRAPHS = 64
+"""Graphs of a block that the compiler may keep: six a model (first, middle and last block of encoder and decoder
+differ) for each image size."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Where this process stands among those that train a model together, and how they do it.
+
+    Attributes:
+        mode: "none", "ddp" (every process has the whole model), "fsdp" (parameters, gradients and optimiser state are
+            sharded over all processes) or "hsdp" (sharded inside groups, replicated across them).
+        rank, world_size: of all processes.
+        local_rank: of those on this node.
+        device: of this process.
+        mesh: one-dimensional ("shard" or "replicate") or, for HSDP, ("replicate", "shard"); None for "none".
+    """
+
+    mode: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded (DTensors)."""
+        return self.mode in ("fsdp", "hsdp")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that reports."""
+        return self.rank == 0
+
+
+def initialize(
+    mode: Mode = "auto", device_type: str = "cpu", *, shard_size: int | None = None, timeout: float = 600.0
+) -> Parallelism:
+    """Join the processes that torchrun started: default process group, this process's device, device mesh.
+
+    Reads what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them
+    this is the only process. A process group that exists is used as it is.
+
+    Args:
+        mode: as :class:`Parallelism` has it; "auto" is "none" for one process and "ddp" for several.
+        device_type: "cpu" (gloo) or "cuda" (NCCL, and gloo for tensors on the CPU; the device of the local rank).
+        shard_size: processes that share one copy of the model under "hsdp"; None for those of a node. If that is all of
+            them, "hsdp" shards over all as "fsdp" does.
+        timeout: seconds until a collective that not all ranks reach is an error.
+
+    Raises:
+        ValueError: several processes and mode "none", a shard size that does not divide them, too few GPUs, or an
+            environment that is torchrun's in part only.
+    """
+    rank, world_size, local_rank, local_world_size = _environment()
+    if mode == "auto":
+        mode = "ddp" if world_size > 1 else "none"
+    if mode == "none" and world_size > 1:
+        raise ValueError(f"mode: expected auto, ddp, fsdp or hsdp for {world_size} processes, got none")
+    if shard_size is not None and mode != "hsdp":
+        raise ValueError(f"shard_size: only hsdp takes one, got {shard_size} with {mode}")
+    shard_size = shard_size or local_world_size
+    if mode == "hsdp" and (shard_size < 1 or world_size % shard_size):
+        raise ValueError(f"shard_size: expected a divisor of the {world_size} processes, got {shard_size}")
+    device = _device(device_type, local_rank)
+    if mode == "none":
+        return Parallelism(device=device)
+    if not dist.is_initialized():
+        _init_process_group(device, rank, world_size, timeout)
+    shape, names = (world_size,), ("replicate" if mode == "ddp" else "shard",)
+    if mode == "hsdp" and shard_size < world_size:
+        shape, names = (world_size // shard_size, shard_size), ("replicate", "shard")
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    return Parallelism(mode, rank, world_size, local_rank, device, mesh)
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def construct(create: Callable[[], nn.Module], parallelism: Parallelism) -> nn.Module:
+    """``create()`` where its weights need not exist yet: on the meta device if they will be sharded."""
+    with torch.device("meta") if parallelism.sharded else nullcontext():
+        return create()
+
+
+def parallelize(
+    model: nn.Module,
+    parallelism: Parallelism,
+    *,
+    seed: int,
+    precision: Precision = "fp32",
+    activation_checkpointing: ActivationCheckpointing = "none",
+    compile: bool = False,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Put a model on this process's device, as one of several that train it.
+
+    The computation is to run under ``torch.autocast`` of the precision in every mode. Sharded parameters are cast once,
+    where they are gathered (bf16 or fp16, gradients reduced in float32), and autocast then finds them cast. What goes
+    into a module is not cast: masks, images and the residual stream are what they are in a single process. Position
+    tables are neither sharded nor cast.
+
+    Args:
+        model: a ``MaskedAutoencoderViT``, changed in place; its parameters may be on the meta device.
+        parallelism: from :func:`initialize`.
+        seed: draws the weights of a model on the meta device: those that a single process would draw.
+        precision: of the matrix products.
+        activation_checkpointing: what the backward computes again: "selective", the hidden layers of the MLPs (of a
+            block's 24 bytes a token and unit of width, 10 are saved, for a third of its forward); "full", all but the
+            blocks' inputs.
+        compile: compile each block.
+        reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
+            backward; False keeps them, which takes the memory of the whole model in the precision.
+
+    Returns:
+        The module to call: the model itself, or its ``DistributedDataParallel``.
+    """
+    blocks = [*model.blocks, *model.decoder_blocks]
+    for block in blocks:
+        block.recompute = _RECOMPUTE[activation_checkpointing]
+        if compile:
+            # Of the instance, and not by wrapping it, so that no name changes and hooks stay outside the graph.
+            block.forward = torch.compile(block.forward, dynamic=False, **_graph_limit())
+    if parallelism.sharded:
+        _shard(model, blocks, parallelism, DTYPES[precision], reshard_after_forward)
+    if next(model.parameters()).is_meta:
+        materialize(model, parallelism.device, seed)
+    else:
+        model.to(parallelism.device)
+    if parallelism.mode == "ddp":
+        ids = [parallelism.device.index] if parallelism.device.type == "cuda" else None
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        return DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
+    return model
+
+
+@torch.no_grad()
+def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
+    """Give a model on the meta device the weights that :meth:`initialize_weights` with this seed gives it elsewhere.
+
+    Every process draws every parameter and keeps its shard, so that nothing is communicated and no process ever holds
+    more than one whole parameter.
+    """
+    model.to_empty(device=device)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            parameter.copy_(sincos_positions(parameter.shape[-1], model.base_grid))
+            continue
+        value = draw_parameter(name, parameter.shape, seed)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)
+
+
+def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """A context for forward and backward of one of several batches that accumulate into a step.
+
+    Gradients are reduced over the processes with the last one only; until then a process keeps its own, whole ones.
+    """
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    return nullcontext()
+
+
+def _environment() -> tuple[int, int, int, int]:
+    missing = [name for name in _ENVIRONMENT if name not in os.environ]
+    if len(missing) == len(_ENVIRONMENT):
+        return 0, 1, 0, 1
+    if missing:
+        raise ValueError(f"environment: expected torchrun's {', '.join(_ENVIRONMENT)}, got no {', '.join(missing)}")
+    return tuple(int(os.environ[name]) for name in _ENVIRONMENT)
+
+
+def _device(device_type: str, local_rank: int) -> torch.device:
+    if device_type != "cuda":
+        return torch.device(device_type)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(f"device_type: expected a GPU for each process of a node, got {count} for rank {local_rank}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _init_process_group(device: torch.device, rank: int, world_size: int, timeout: float) -> None:
+    cuda = device.type == "cuda"
+    options = {"timeout": timedelta(seconds=timeout), "device_id": device if cuda else None}
+    if "MASTER_ADDR" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+
+
+def _shard(
+    model: nn.Module, blocks: list[nn.Module], parallelism: Parallelism, dtype: torch.dtype, reshard: bool
+) -> None:
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    options = {"mesh": parallelism.mesh, "mp_policy": policy}
+    for block in blocks:
+        fully_shard(block, reshard_after_forward=reshard, **options)
+    # The root's own parameters are used at the beginning and at the end, so they stay until the backward is done.
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    fully_shard(model, reshard_after_forward=False, ignored_params=frozen, **options)
+    for name in ("encode", "forward_encoder", "forward_decoder"):
+        register_fsdp_forward_method(model, name)
+    for block, following in pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
+
+
+def _graph_limit() -> dict[str, int]:
+    return {"recompile_limit": _GRAPHS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
