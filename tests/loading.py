@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,30 @@ def assert_equal(first, second) -> None:
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def write_shards(root: Path, files: list[Path], per_shard: int) -> Path:
+    """Pack files into tar shards, a few in each."""
+    root.mkdir()
+    for start in range(0, len(files), per_shard):
+        with tarfile.open(root / f"part-{start:06}.tar", "w") as tar:
+            for path in files[start : start + per_shard]:
+                tar.add(path, arcname=path.name)
+    return root
+
+
+def write_source(kind: str, root: Path, count: int = 11) -> Path:
+    """Small images of several sizes and formats as a ``"folder"``, as ``"shards"`` or by a ``"list"``."""
+    folder = root / "images"
+    folder.mkdir(parents=True)
+    for i in range(count):
+        suffix = ("jpg", "png", "webp")[i % 3]
+        Image.fromarray(smooth(40 + 3 * i, 70 - 2 * i, i)).save(folder / f"{i:02}.{suffix}")
+    files = sorted(folder.iterdir())
+    if kind == "shards":
+        return write_shards(root / "shards", files, per_shard=4)
+    if kind == "list":
+        listed = root / "list.txt"
+        listed.write_text("".join(f"images/{path.name}\n" for path in reversed(files)))
+        return listed
+    return folder
