@@ -141,6 +141,7 @@ def create_loader(
     prefetch: int | None = None,
     timeout: float = 600.0,
     known_bad: Iterable[LateBad] = (),
+    samples_per_step: int | None = None,
     cache_bytes: int = 256 << 20,
 ) -> Loader:
     """An endless iterator of ``Batch``, made ahead in background threads.
@@ -162,13 +163,15 @@ def create_loader(
         prefetch: finished batches that wait at most; None for 2.
         timeout: seconds without a batch after which ``next`` raises.
         known_bad: ``Loader.late_bad`` of the run that is continued.
+        samples_per_step: of the steps that several global batches make up, if any: all of a step have the size of the
+            epoch in which it begins, so that sizes do not hang on how a step is split.
         cache_bytes: the torch loader decodes each image once and keeps it, if all of them together take no more.
 
     Raises:
         ValueError: an argument out of range.
         DataError: DALI is asked for by name and is not installed.
     """
-    counts = {"batch_size": batch_size, "world_size": world_size}
+    counts = {"batch_size": batch_size, "world_size": world_size, "samples_per_step": samples_per_step or 1}
     if not callable(img_size):
         counts["img_size"] = min(img_size)
     for name, value in counts.items():
@@ -183,7 +186,8 @@ def create_loader(
     split_seed(seed)
     device = torch.device(device)
     img_size = img_size if callable(img_size) else tuple(img_size)
-    planner = Planner(dataset, batch_size, img_size, seed, position, rank, world_size, augment or Augment())
+    order = batch_size, img_size, seed, position, rank, world_size
+    planner = Planner(dataset, *order, augment or Augment(), samples_per_step)
     batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels
     machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
     options = {"device": device, "options": machine, "timeout": timeout, "known_bad": known_bad}

@@ -175,15 +175,20 @@ class Loader(ABC):
 
         Which one that is depends on the files alone: one known to be bad is not tried again, and would fail again.
         """
+        tried: set[int] = set()
         while True:
-            source_id = int(plan.source_ids[j])
-            if source_id not in self._late:
+            source_id, position = int(plan.source_ids[j]), int(plan.positions[j])
+            late = self._late.get(source_id)
+            if late is None:
                 try:
                     return plan, self.image(source_id)
                 except UndecodableImage as error:
-                    self.record_bad(LateBad(source_id, str(error), int(plan.positions[j])))
+                    late = LateBad(source_id, str(error), position)
+            # Also one that another thread found in a later batch, so that its position is the first one in any case.
+            self.record_bad(late._replace(position=position))
+            tried.add(source_id)
             keys = int(plan.sample_ids[j]), int(plan.epochs[j])
-            plan = self.planner.with_source(plan, j, self.planner.replacement(*keys, self._late))
+            plan = self.planner.with_source(plan, j, self.planner.replacement(*keys, tried))
 
     def finish_image(self, plan: Plan, j: int, pixels: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
         """Resize a crop of some pixels into ``out``, mirror it and change its colours as the plan says."""
@@ -201,11 +206,11 @@ class Loader(ABC):
             known = self._late.get(late.sample_id)
             if known is None or late.position < known.position:
                 self._late[late.sample_id] = late
-            reasons = {sample_id: late.reason for sample_id, late in self._late.items()} if known is None else {}
+            reasons = {sample_id: late.reason for sample_id, late in self._late.items()}
         if known is None:
             path = self.dataset.path(late.sample_id)
             logger.warning("%s: %s; another sample takes its place", path, late.reason)
-            self.dataset.check_bad_fraction(reasons)
+        self.dataset.check_bad_fraction(reasons)
 
     def empty_images(self, img_size: tuple[int, int]) -> torch.Tensor:
         """Memory for a batch's images: uint8 (N, H, W, C), pinned if it goes to a GPU."""

@@ -56,12 +56,15 @@ class Planner:
     rank: int
     world_size: int
     augment: Augment
+    samples_per_step: int | None = None
 
     def size(self, step: int) -> tuple[int, int]:
-        """Height and width of a step's images: those of the epoch in which the global batch begins, on every rank."""
+        """Height and width of a batch's images: those of the epoch in which the global batch begins, on every rank, or
+        of the one in which the optimiser's step begins that the batch is a part of."""
         if not callable(self.img_size):
             return self.img_size
         first = self.position + step * self.batch_size * self.world_size
+        first -= first % (self.samples_per_step or 1)
         height, width = self.img_size(first // len(self.dataset))
         if min(height, width) < 1:
             raise ValueError(f"img_size: expected at least 1, got {(height, width)} at global position {first}")
