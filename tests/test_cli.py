@@ -164,7 +164,8 @@ def test_truncated_images_are_counted_up_to_a_share(tmp_path, capsys):
     assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments)
     skip = ["pretrain", "--out", str(tmp_path / "skip"), *arguments, "--data.max-bad-fraction", "0.2"]
     assert main(skip) == 0
-    (bad,) = json.loads((tmp_path / "skip/summary.json").read_text())["bad_images"]
+    assert json.loads((tmp_path / "skip/summary.json").read_text())["bad_files"] == 1
+    (bad,) = (tmp_path / "skip/bad_files.jsonl").read_text().splitlines()
     assert "3.jpg" in bad
 
 

@@ -124,7 +124,7 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch
     trainer.train_step()
     trainer.train_step()
     monkeypatch.undo()
-    assert trainer.values.count == 3
+    assert trainer.reporter.values.count == 3
     trainer.run.close()
 
 
@@ -225,6 +225,30 @@ def test_a_compiled_model_trains_to_the_same_losses(tmp_path, images, monkeypatc
         trainer.fit()
         losses.append([row["loss"] for row in trainer.run.read_metrics()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_compiled_model_follows_sizes_that_grow(tmp_path, images, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    losses = []
+    for compiled in (False, True):
+        options = {"progressive_sizes": (16, 32)}
+        trainer = make_trainer(tmp_path / str(compiled), images, options=options, precision="fp32", compile=compiled)
+        trainer.fit()
+        losses.append([row["loss"] for row in trainer.run.read_metrics()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_step_has_one_size_however_it_is_split(tmp_path, images):
+    """The size changes after 44 of 96 images, in the middle of the sixth step."""
+    runs = []
+    for batch_size in (None, 2):
+        options = {"options": {"progressive_sizes": (16, 32)}, "precision": "fp32", "log_every_steps": 1}
+        trainer = make_trainer(tmp_path / str(batch_size), images, batch_size=batch_size, **options)
+        trainer.fit()
+        runs.append(trainer.run.read_metrics())
+    for whole, parts in zip(*runs, strict=True):
+        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+    assert [row["input_height"] for row in runs[0]] == [row["input_height"] for row in runs[1]] == [16] * 6 + [32] * 6
 
 
 def test_the_first_signal_asks_and_the_second_leaves():

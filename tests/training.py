@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,19 +49,40 @@ def write_images(folder: Path, count: int = 11) -> Path:
     return folder
 
 
-def make_trainer(out: Path, images: Path, *, resume: bool = False, model=MODEL, loader="torch", **train) -> Trainer:
-    """A trainer in a fresh (or continued) run folder, with fields of ``TRAIN`` replaced."""
+def write_shards(folder: Path, images: Path, per_shard: int = 4) -> Path:
+    """The files of a folder in tar shards, a few in each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = sorted(images.iterdir())
+    for start in range(0, len(paths), per_shard):
+        with tarfile.open(folder / f"{start:04}.tar", "w") as shard:
+            for path in paths[start : start + per_shard]:
+                shard.add(path, path.name)
+    return folder
+
+
+def make_trainer(
+    out: Path,
+    images: Path,
+    *,
+    resume: bool = False,
+    model=MODEL,
+    loader="torch",
+    options: dict | None = None,
+    dataset: data.Dataset | None = None,
+    **train,
+) -> Trainer:
+    """A trainer in a fresh (or continued) run folder, with fields of ``TRAIN`` replaced and ``options`` of the data."""
     config = PretrainConfig(
         out=out,
         resume=resume,
         model=model,
-        data=DataConfig(path=images, loader=loader, num_threads=1),
+        data=DataConfig(path=images, loader=loader, num_threads=1, **options or {}),
         train=replace(TRAIN, **train),
     )
     return Trainer(
         config,
         create_model(**config.model_arguments()).to(config.train.device),
-        data.open_dataset(images),
+        dataset or data.open_dataset(images, max_bad_fraction=config.data.max_bad_fraction),
         RunFolder(out, resume=resume),
         create_loader=data.create_loader,
         console=Console(file=io.StringIO()),

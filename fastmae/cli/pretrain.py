@@ -70,6 +70,8 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
+    if config.data.progressive_sizes:
+        console.print(f"  images of {trainer.resolution}")
     console.print(
         f"{weights / 1e6:.1f} M weights on {device} ({torch.get_num_threads()} threads), {len(dataset):,} images "
         f"({kind} loader), {trainer.schedule.total_steps:,} steps of "
@@ -93,9 +95,10 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
     config, model, dataset = trainer.config, trainer.model.eval(), trainer.dataset
     # The paper's crops, whatever the run was trained on, so that runs can be compared.
     crops = data.fixed_crops(dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=_NEW_CROPS)
-    names, photographs = data.validation_photographs(config.img_size)
     source = "photographs" if config.data.path is None else "images"
-    sets = {f"new crops of the training {source}": crops, _UNSEEN: photographs}
+    sets, names = {f"new crops of the training {source}": crops}, {}
+    if config.model.in_chans == 3:
+        names[_UNSEEN], sets[_UNSEEN] = data.validation_photographs(config.img_size)
     picture = run.reconstructions / "final.png"
     errors = evaluate_sets(
         model,
@@ -104,7 +107,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         seed=config.train.seed,
         path=picture,
         dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        names={_UNSEEN: names},
+        names=names,
         num_rows=_ROWS,
     )
     weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
@@ -119,12 +122,14 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         "device": str(trainer.device),
         "num_threads": trainer.num_threads,
         "loader": trainer.loader.kind,
-        "bad_images": [f"{bad.path}: {bad.reason}" for bad in [*dataset.bad, *trainer.loader.bad_files]],
+        "bad_files": len(trainer.bad_files),
         "sets": errors,
         "picture": str(picture),
         "weights": str(weights),
     }
     run.write_json("summary.json", summary)
+    if bad := len(trainer.bad_files):
+        console.print(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {run.path / 'bad_files.jsonl'}")
     for name, values in errors.items():
         console.print(
             f"{name}: error {values['mse']:.3f}  (mean colour {values['mse_mean_color']:.3f}, "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,26 +14,18 @@ from torch import nn
 
 from fastmae import ops
 from fastmae.data import Augment, Batch
+from fastmae.data.agree import check_agreement
 from fastmae.train import checkpoint, state
+from fastmae.train.bad_files import BadFiles
 from fastmae.train.config import PretrainConfig, to_json
-from fastmae.train.metrics import HostCopy, JsonLines, Row, Sink, StepValues, TensorBoard, Terminal, mean_of_finite
+from fastmae.train.metrics import Row
 from fastmae.train.optim import create_optimizer, create_schedule, step_unless_non_finite
+from fastmae.train.reporter import Reporter, deadline_after
+from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import StopRequest
 
 Status = Literal["finished", "preempted"]
-
-MAX_SKIPPED = 20
-"""Steps in a row without a finite gradient after which a run ends: skipping more will not mend it."""
-
-
-@dataclass
-class Clock:
-    """Where the seconds of a log interval went, as the host sees them: a device that lags behind shows as waiting."""
-
-    begun: float = 0.0
-    step: int = 0
-    data: float = 0.0
 
 
 class Trainer:
@@ -50,7 +40,7 @@ class Trainer:
         console: where progress is shown.
 
     Raises:
-        ValueError: if the warm-up is not shorter than the run.
+        ValueError: if the warm-up is not shorter than the run, or there are more image sizes than epochs.
     """
 
     def __init__(
@@ -71,15 +61,15 @@ class Trainer:
         self.batch_size = train.batch_size or train.global_batch_size
         self.accumulation = train.global_batch_size // self.batch_size
         self.schedule = create_schedule(train, len(dataset))
+        self.resolution = create_resolution(config, self.schedule.total_steps, len(dataset))
         self.optimizer = create_optimizer(model, train)
         self.step = 0
-        self.values = StepValues(("loss", "grad_norm", "skipped"), train.log_every_steps, self.device)
-        self.clock = Clock()
+        self.samples_per_step = train.global_batch_size // train.masks_per_image
+        self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.samples_per_step)
+        advice = f"fastmae bench --data.path {config.data.path} says what would help"
+        self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice)
         self._create_loader = create_loader
-        self._rows: list[tuple[Row, HostCopy]] = []
-        self._sinks: list[Sink] = []
         self._saved_step: int | None = None
-        self._skipped_in_a_row = 0
 
     @property
     def num_threads(self) -> int:
@@ -89,8 +79,7 @@ class Trainer:
     @property
     def samples(self) -> int:
         """Images decoded and consumed so far: all that the order of the following ones hangs on."""
-        train = self.config.train
-        return self.step * (train.global_batch_size // train.masks_per_image)
+        return self.step * self.samples_per_step
 
     def fit(
         self,
@@ -105,20 +94,22 @@ class Trainer:
 
         Raises:
             CheckpointError: if a checkpoint cannot be written.
-            FloatingPointError: after ``MAX_SKIPPED`` steps in a row without a finite gradient.
+            DataError: if the images cannot be read, too many are bad, or ranks see different ones.
+            FloatingPointError: after many steps in a row without a finite gradient.
         """
         train, total = self.config.train, self.schedule.total_steps
-        self._on_log, self._on_checkpoint = on_log, on_checkpoint
-        self._sinks = [JsonLines(self.run.metrics), TensorBoard(self.run.path, self.step)]
-        deadline = time.monotonic() + 60 * train.max_minutes if train.max_minutes else math.inf
-        self._sinks.append(Terminal(self.console, self.step, total, deadline))
+        self._on_checkpoint = on_checkpoint
+        deadline = deadline_after(train.max_minutes)
+        self.reporter.open(self.step, total, deadline, on_log)
         try:
+            check_agreement(self.dataset)
             with StopRequest() as stop, self._open_loader() as self.loader:
                 self.run.write_json("status.json", {"status": "running", "step": self.step})
+                self.bad_files.begin()
                 if self._saved_step is None:
                     self.save()
                 self.model.train()
-                self.clock = Clock(time.monotonic(), self.step)
+                self.reporter.start(self.step)
                 self._saved_at = time.monotonic()
                 while self.step < total and not stop.requested and time.monotonic() < deadline:
                     self.train_step()
@@ -126,7 +117,7 @@ class Trainer:
                         self.log()
                     if self._checkpoint_due():
                         self.save()
-                self._flush_rows()
+                self.reporter.flush()
                 if self._saved_step != self.step:
                     self.save()
         except BaseException as error:
@@ -134,8 +125,8 @@ class Trainer:
                 self.run.write_json("status.json", {"status": "failed", "step": self.step, "reason": repr(error)})
             raise
         finally:
-            for sink in self._sinks:
-                sink.close()
+            self.reporter.close()
+            self.model.set_input_size()
         status: Status = "preempted" if stop.requested and self.step < total else "finished"
         reason = stop.requested or ("all steps done" if self.step == total else "time limit")
         self.run.write_json("status.json", {"status": status, "step": self.step, "reason": reason})
@@ -157,45 +148,38 @@ class Trainer:
                 losses.append(loss.detach())
         norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad)
         self.optimizer.zero_grad(set_to_none=True)
-        self.values.add(sum(losses[1:], losses[0]), norm, skipped)
+        self.reporter.add(sum(losses[1:], losses[0]), norm, skipped)
         self.step += 1
 
     def log(self) -> None:
-        """Close an interval: its values begin their way to the host, and those of the interval before are written.
+        """Close an interval of steps: a row of metrics.
 
         Rates and epochs count masked images, as the configuration does; ``samples`` counts decoded ones.
         """
-        now, clock = time.monotonic(), self.clock
-        seconds = max(now - clock.begun, 1e-9)
+        self._note_bad_files()
+        batch_size = self.config.train.global_batch_size
         row: Row = {
             "step": self.step,
             "samples": self.samples,
-            "epoch": self.step * self.config.train.global_batch_size / len(self.dataset),
+            "epoch": self.step * batch_size / len(self.dataset),
             "lr": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": (self.step - clock.step) * self.config.train.global_batch_size / seconds,
-            "data_share": clock.data / seconds,
+            "bad_files": len(self.bad_files),
         }
-        if self.device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._rows.append((row, self.values.take()))
-        self.clock = Clock(now, self.step)
-        self._flush_rows(pending=1 if self.device.type == "cuda" else 0)
+        if self.config.data.progressive_sizes:
+            row["input_height"], row["input_width"] = self.model.input_size
+        self.reporter.log(row, batch_size)
 
     def save(self) -> None:
         """Save a checkpoint of the state after ``step`` steps."""
-        self._flush_rows()
+        self.reporter.flush()
+        self._note_bad_files()
         tensors = state.collect_tensors(self.model, self.optimizer)
-        tensors["metrics.interval"] = self.values.state()
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        manifest = {
+        tensors["metrics.interval"] = self.reporter.values.state()
+        manifest = state.describe_run(self.config, self.model, self.optimizer, self.dataset) | {
             "samples_consumed": self.samples,
             "world_size": 1,
             "num_threads": self.num_threads,
-            "architecture": self.model.architecture,
-            "config": to_json(self.config),
-            "dataset": {"name": self.dataset.name, "hash": self.dataset.hash, "samples": len(self.dataset)},
-            "param_groups": groups,
-            "versions": state.versions(),
+            "late_bad": self.bad_files.state(),
         }
         keep = self.config.train.keep_checkpoints
         path = checkpoint.save_checkpoint(self.run.checkpoints, self.step, tensors, manifest, keep=keep)
@@ -219,24 +203,33 @@ class Trainer:
         tensors, _ = checkpoint.load_checkpoint(path, verify=False)
         state.restore_tensors(tensors, self.model, self.optimizer)
         self.step = self._saved_step = manifest["step"]
-        self.values.restore(tensors["metrics.interval"], self.step)
+        self.reporter.values.restore(tensors["metrics.interval"], self.step)
+        if manifest["dataset"]["hash"] == self.dataset.hash:  # else its sample ids mean other files
+            self.bad_files.restore(manifest.get("late_bad", []))
         checkpoint.set_aside_after(self.run.checkpoints, self.step)
         self.run.cut_metrics(self.step)
         return differences
 
     def _open_loader(self) -> Any:
         data = self.config.data
-        return self._create_loader(
+        names = ("crop", "scale", "ratio", "hflip", "vflip", "color_jitter")
+        loader = self._create_loader(
             self.dataset,
             loader=data.loader,
             batch_size=self.batch_size // self.config.train.masks_per_image,
-            img_size=self.config.img_size,
+            img_size=self.resolution if data.progressive_sizes else self.config.img_size,
             seed=self.config.train.seed,
             position=self.samples,
             device=self.device,
-            augment=Augment(scale=data.scale, ratio=data.ratio, hflip=data.hflip, vflip=data.vflip),
+            augment=Augment(**{name: getattr(data, name) for name in names}),
             num_threads=data.num_threads,
+            prefetch=data.prefetch,
+            timeout=data.timeout,
+            known_bad=self.bad_files.late,
+            samples_per_step=self.samples_per_step,
         )
+        self.console.print(f"Images: {loader.describe()}")
+        return loader
 
     def _mask(self, batch: Batch) -> ops.Masking:
         """The masks of a batch, those of an image adjacent: a pure function of the seed and of what the batch says."""
@@ -254,35 +247,18 @@ class Trainer:
         )
 
     def _next_batch(self) -> Batch:
-        begun = time.monotonic()
-        batch = next(self.loader)
-        self.clock.data += time.monotonic() - begun
+        with self.reporter.clock.waiting():
+            batch = next(self.loader)
+        size = tuple(batch.images.shape[-2:])
+        if size != self.model.input_size:
+            self.model.set_input_size(size)
         return batch
+
+    def _note_bad_files(self) -> None:
+        self.bad_files.update(self.loader.late_bad, self.samples)
 
     def _checkpoint_due(self) -> bool:
         train = self.config.train
         by_step = train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0
         seconds = train.checkpoint_every_seconds
         return bool(by_step or (seconds and time.monotonic() - self._saved_at >= seconds))
-
-    def _flush_rows(self, pending: int = 0) -> None:
-        """Write the rows whose values have been given time to arrive; all but the newest ``pending``."""
-        while len(self._rows) > pending:
-            row, copy = self._rows.pop(0)
-            values = copy.wait()
-            row["loss"], row["grad_norm"] = mean_of_finite(values["loss"]), mean_of_finite(values["grad_norm"])
-            row["skipped_steps"] = int(sum(values["skipped"]))
-            for sink in self._sinks:
-                sink.write(row)
-            if self._on_log:
-                self._on_log(row)
-            self._end_if_hopeless(values["skipped"], row["step"])
-
-    def _end_if_hopeless(self, skipped: list[float], step: int) -> None:
-        for one in skipped:
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if one else 0
-        if self._skipped_in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"no finite gradient in the last {self._skipped_in_a_row} steps up to step {step}; "
-                "the weights are as they were before them"
-            )

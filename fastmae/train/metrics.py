@@ -113,7 +113,8 @@ class TensorBoard:
 
 
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere: loss, learning rate, images/s, time left."""
+    """A progress bar on a terminal, plain lines elsewhere: loss, learning rate, images/s, waiting for images, time
+    left."""
 
     def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
         self._console, self._total, self._deadline = console, total_steps, deadline
@@ -131,8 +132,9 @@ class Terminal:
         left = (now - self._begun) / max(done, 1) * (self._total - row["step"])
         left = max(0.0, min(left, self._deadline - now))
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        rate = row.get("images_per_second")
-        text = f"loss {loss}  lr {row['lr']:.2e}  {rate:,.0f} images/s  {_clock(left)} left"
+        rate = row["images_per_second"]
+        text = f"loss {loss}  lr {row['lr']:.2e}  {rate:,.0f} images/s  "
+        text += f"data {1000 * row['data_time']:.1f} ms ({row['data_share']:.0%})  {_clock(left)} left"
         if row["skipped_steps"]:
             text += f"  {row['skipped_steps']} steps skipped"
         if self._progress is None:

@@ -1,0 +1,76 @@
+"""``bad_files.jsonl``: the files that a run leaves out, why, and since when."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastmae.data import Dataset, LateBad
+
+
+class BadFiles:
+    """The bad files of a run: those that the index knows, and those that are found while training.
+
+    The file has a line each, ``{"path", "reason", "sample_id", "found"}``; ``found`` is ``"index"`` or the step of
+    training. It is written anew when a run begins or goes on, from what the index and the checkpoint know, so that
+    nothing is in it twice. A loader works ahead: what it found in batches that no step has used yet is not told, so
+    that a run that is stopped and continued tells the same at the same steps.
+
+    Args:
+        path: of the file.
+        dataset: with ``bad`` and ``bad_ids``.
+        samples_per_step: images that a step decodes.
+    """
+
+    def __init__(self, path: Path, dataset: Dataset, samples_per_step: int) -> None:
+        self._path, self._dataset, self._samples_per_step = path, dataset, samples_per_step
+        self._late: dict[int, LateBad] = {}
+
+    def __len__(self) -> int:
+        return len(self._dataset.bad_ids) + len(self._late)
+
+    @property
+    def late(self) -> list[LateBad]:
+        """Files found while training, in the order of their positions."""
+        return sorted(self._late.values(), key=lambda bad: (bad.position, bad.sample_id))
+
+    def state(self) -> list[list[Any]]:
+        """``late`` for a checkpoint's manifest."""
+        return [list(bad) for bad in self.late]
+
+    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+        """Know what a run knew when it was saved."""
+        self._late = {bad.sample_id: bad for bad in (LateBad(*values) for values in state)}
+
+    def begin(self) -> None:
+        """Write all that is known."""
+        known = zip(self._dataset.bad, self._dataset.bad_ids.tolist(), strict=True)
+        lines = [_line(bad.path, bad.reason, sample_id, "index") for bad, sample_id in known]
+        partial = self._path.with_name(f".{self._path.name}.tmp")
+        partial.write_text("".join([*lines, *map(self._line, self.late)]))
+        partial.replace(self._path)
+
+    def update(self, found: Iterable[LateBad], samples: int) -> None:
+        """Append what is new.
+
+        Args:
+            found: the loader's ``late_bad``.
+            samples: images consumed so far; what lies beyond is left for later.
+        """
+        new = [bad for bad in found if bad.sample_id not in self._late and bad.position < samples]
+        if not new:
+            return
+        new.sort(key=lambda bad: (bad.position, bad.sample_id))
+        self._late |= {bad.sample_id: bad for bad in new}
+        with self._path.open("a") as file:
+            file.writelines(map(self._line, new))
+
+    def _line(self, bad: LateBad) -> str:
+        found = bad.position // self._samples_per_step + 1
+        return _line(self._dataset.path(bad.sample_id), bad.reason, bad.sample_id, found)
+
+
+def _line(path: str, reason: str, sample_id: int, found: Any) -> str:
+    return json.dumps({"path": path, "reason": reason, "sample_id": sample_id, "found": found}) + "\n"

@@ -1,0 +1,76 @@
+"""``fastmae pretrain`` on other data than a folder of photographs: channels, shards, sizes that grow, bad files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_resume import FLAGS
+from training import write_images, write_shards
+
+from fastmae import data
+from fastmae.cli import main
+from fastmae.train.weights import load_model
+
+SHORT = [*FLAGS.split(), "--train.steps", "6"]
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(out, path, *arguments: str) -> dict:
+    """Train; return the summary."""
+    assert main(["pretrain", "--out", str(out), "--data.path", str(path), *SHORT, *arguments]) == 0
+    return json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_float_images_of_any_number_of_channels(tmp_path, channels):
+    generator = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for index in range(6):
+        pixels = generator.normal(100.0, 20.0, (40 + index, 60, channels)).astype(np.float32)
+        np.save(tmp_path / "images" / f"{index}.npy", pixels)
+    statistics = [*["--model.mean", *["0.5"] * channels], *["--model.std", *["0.2"] * channels]]
+    flags = ["--model.in-chans", str(channels), "--data.value-range", "50", "150", *statistics, "--data.loader", "auto"]
+    summary = run(tmp_path / "run", tmp_path / "images", *flags)
+    assert list(summary["sets"]) == ["new crops of the training images"]  # the photographs have other channels
+    assert summary["last_loss"] == pytest.approx(1.0, abs=0.6)  # the statistics fit, so targets have variance 1
+    model, _ = load_model(tmp_path / "run")
+    assert (model.in_chans, model.architecture["mean"]) == (channels, [0.5] * channels)
+
+
+def test_sizes_that_grow_are_printed_used_and_end_at_the_models(tmp_path, capsys):
+    shards = write_shards(tmp_path / "shards", write_images(tmp_path / "images"))
+    flags = ["--data.progressive-sizes", "16", "32", "--train.log-every-steps", "1", "--data.loader", "torch"]
+    summary = run(tmp_path / "run", shards, *flags)
+    text = capsys.readouterr().out
+    assert "images of 16x24 from epoch 0, 32x48 from epoch 2" in text
+    assert "Images: " in text
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [(row["input_height"], row["input_width"]) for row in rows] == [(16, 24)] * 3 + [(32, 48)] * 3
+    assert all(row["data_time"] >= 0 for row in rows)
+    assert summary["sets"]["new crops of the training images"]["num_images"] > 0  # evaluated at the model's size
+    assert load_model(tmp_path / "run")[0].input_size == (32, 48)
+
+
+@pytest.mark.skipif(not data.has_dali(), reason="needs NVIDIA DALI")
+def test_sizes_that_grow_with_dali(tmp_path):
+    images = write_images(tmp_path / "images")
+    run(tmp_path / "run", images, "--data.progressive-sizes", "16", "32", "--data.loader", "dali")
+
+
+def test_bad_files_are_said_and_counted(tmp_path, capsys):
+    images = write_images(tmp_path / "images")
+    (images / "3.jpg").write_bytes(b"")
+    summary = run(tmp_path / "run", images, "--data.max-bad-fraction", "0.1")
+    assert summary["bad_files"] == 1
+    assert f"1 bad file, replaced by others: {tmp_path / 'run/bad_files.jsonl'}" in capsys.readouterr().out
+    (line,) = (tmp_path / "run/bad_files.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(images / "3.jpg")
