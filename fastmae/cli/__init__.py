@@ -1,4 +1,4 @@
-"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``bench``, ``env``.
+"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``bench``, ``plan``, ``env``.
 
 This file parses arguments, and imports no more than that takes: ``--help`` does not wait for PyTorch. Each command is a
 module beside it, imported when it is called.
@@ -17,6 +17,7 @@ import tyro
 
 from fastmae.cli.commands import BenchConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
+from fastmae.cli.plan import PlanConfig
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
 from fastmae.train.recipes import RECIPES
@@ -51,6 +52,7 @@ def _commands(defaults: PretrainConfig) -> Any:
         | Annotated[DataCommands, tyro.conf.subcommand("data")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench", default=_bench(defaults))]
+        | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
         | Annotated[EnvConfig, tyro.conf.subcommand("env")]
     )
 
@@ -74,6 +76,10 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
         from fastmae.cli.data import run
 
         return run(command.command)
+    if isinstance(command, PlanConfig):
+        from fastmae.cli.plan import plan
+
+        return plan(command)
     if isinstance(command, ReconstructConfig):
         from fastmae.cli.reconstruct import reconstruct
 

@@ -1,0 +1,96 @@
+"""The machines that a plan is made for. Every number can be replaced; what is not on a data sheet is an assumption."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from fastmae.train.scaling.sizes import expect
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU, its links, its node and the storage behind it. Defaults: H100 SXM, 8 in a node, a 400 Gb/s network port
+    for each GPU. One direction of every link counts."""
+
+    name: str = "H100 SXM"
+    """For the title."""
+    matmul_tflops: float = 989.4
+    """Peak of dense matrix products in the compute precision, TFLOP/s (data sheet, bf16). In fp32 give 494.7 for TF32,
+    66.9 without."""
+    matmul_fraction: float = 0.65
+    """Share of the peak that the step's matrix products reach on average. Assumed."""
+    hbm_gb: float = 80.0
+    """Device memory, GB of 10^9 bytes (data sheet)."""
+    hbm_usable_fraction: float = 0.95
+    """Share of the memory that tensors can fill before fragmentation stops them. Assumed."""
+    reserved_gb: float = 3.0
+    """Device memory for the CUDA context, communication buffers and library workspaces, GB. Assumed."""
+    hbm_tb_per_s: float = 3.35
+    """Bandwidth of the device memory, TB/s (data sheet)."""
+    hbm_fraction: float = 0.85
+    """Share of it that passes over activations and weights reach. Assumed."""
+    nvlink_gb_per_s: float = 450.0
+    """From one GPU to the others of its node, GB/s (data sheet)."""
+    network_gb_per_s: float = 50.0
+    """From one GPU out of its node, GB/s (400 Gb/s)."""
+    link_fraction: float = 0.8
+    """Share of both that collectives reach with large messages. Assumed."""
+    node_latency_us: float = 20.0
+    """Of a collective inside a node, however small, microseconds. Assumed."""
+    network_latency_us: float = 10.0
+    """More for each doubling of the number of nodes, microseconds. Assumed."""
+    pcie_gb_per_s: float = 25.0
+    """From a GPU to the memory of its host, GB/s. Assumed."""
+    storage_write_gb_per_s: float = 2.0
+    """That one node writes to storage, GB/s. Assumed."""
+
+    def check(self) -> None:
+        """Raise ``ValueError`` naming the field that cannot be."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "name":
+                continue
+            may_be_zero = field.name.endswith("_us") or field.name == "reserved_gb"
+            fits = math.isfinite(value) and (value > 0 or (may_be_zero and value == 0))
+            expect(fits, f"hardware.{field.name}", "a positive number", value)
+            if field.name.endswith("fraction"):
+                expect(value <= 1, f"hardware.{field.name}", "at most 1", value)
+
+    @property
+    def matmul_rate(self) -> float:
+        """Operations a second that the step's products reach."""
+        return self.matmul_tflops * 1e12 * self.matmul_fraction
+
+    @property
+    def hbm_rate(self) -> float:
+        """Bytes a second that passes over device memory reach."""
+        return self.hbm_tb_per_s * 1e12 * self.hbm_fraction
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of device memory, for tensors."""
+        return self.hbm_gb * 1e9 * self.hbm_usable_fraction - self.reserved_gb * 1e9
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs in nodes."""
+
+    gpus: int = 8
+    gpus_per_node: int = 8
+
+    def __post_init__(self):
+        expect(self.gpus >= 1, "gpus", "at least 1", self.gpus)
+        expect(self.gpus_per_node >= 1, "gpus_per_node", "at least 1", self.gpus_per_node)
+        whole = self.gpus <= self.gpus_per_node or self.gpus % self.gpus_per_node == 0
+        expect(whole, "gpus", f"whole nodes of {self.gpus_per_node}, or part of one", self.gpus)
+
+    @property
+    def nodes(self) -> int:
+        return max(1, self.gpus // self.gpus_per_node)
+
+    @property
+    def gpus_in_node(self) -> int:
+        """That take part."""
+        return min(self.gpus, self.gpus_per_node)
