@@ -201,14 +201,15 @@ def _setup_add_norm(ctx, inputs, output):
 
 def _gradients(ctx, grad_x_new, grad_out):
     """Of x, branch, branch_bias, norm_weight, norm_bias, weight, bias."""
-    norm_weight, norm_bias = ctx.saved_tensors[3:5]
+    saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
+    norm_weight, norm_bias = saved[3:5]
     _, bias_dtype, branch_dtype = ctx.dtypes
     if grad_out is None:  # nothing but the residual stream was used
         branch = None if branch_dtype is None or grad_x_new is None else grad_x_new.to(branch_dtype)
         has_bias = ctx.branch_bias_dtype is not None and grad_x_new is not None
         branch_bias = bias_gradient(grad_x_new.flatten(0, -2), ctx.branch_bias_dtype) if has_bias else None
         return grad_x_new, branch, branch_bias, None, None, None, None
-    x, branch, vectors, weight, bias = _norm_linear_backward(grad_out, grad_x_new, *ctx.saved_tensors, *ctx.dtypes)
+    x, branch, vectors, weight, bias = _norm_linear_backward(grad_out, grad_x_new, *saved, *ctx.dtypes)
     norm_weight, norm_bias = vectors[0].to(norm_weight.dtype), vectors[1].to(norm_bias.dtype)
     branch_bias = None if ctx.branch_bias_dtype is None else vectors[2].to(ctx.branch_bias_dtype)
     if branch_dtype is None:
