@@ -1,0 +1,239 @@
+"""What stands in the batches: sizes by epoch, crop modes, colours, any number of channels, and both loaders alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from loading import KINDS, OPTIONS, assert_equal, smooth, take, write_source
+from PIL import Image
+
+from fastmae.data import Augment, DataError, Dataset, create, create_loader, crop_boxes, open_dataset, photographs
+from fastmae.data.augment import jitter_factors, jitter_into
+
+needs_dali = pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    return open_dataset(
+        write_source("folder", tmp_path_factory.mktemp("images")), cache_dir=tmp_path_factory.mktemp("cache")
+    )
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Dataset:
+    """The embedded photographs as JPEGs of a usual size."""
+    root = tmp_path_factory.mktemp("real")
+    for path in photographs._present(photographs.TRAINING):
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            image.thumbnail((500, 500), Image.Resampling.LANCZOS)
+            image.save(root / f"{path.stem}.jpg", quality=90)
+    return open_dataset(root, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+def difference(first, second) -> float:
+    """Mean absolute difference of two lists of batches, of 255."""
+    pairs = zip(first, second, strict=True)
+    return float(torch.stack([(a.images.int() - b.images.int()).abs().float().mean() for a, b in pairs]).mean())
+
+
+@needs_dali
+@pytest.mark.parametrize("img_size", [(224, 224), (96, 128)], ids=str)
+def test_loaders_agree_on_photographs(real, img_size):
+    options = {"batch_size": 14, "img_size": img_size}
+    torchs, dalis = take(real, "torch", 3, **options), take(real, "dali", 3, **options)
+    assert difference(torchs, dalis) < 0.05  # measured: 0, as both decode with libjpeg-turbo; the promise is 2
+    assert difference(torchs, torchs[::-1]) > 20  # other photographs
+
+
+@pytest.mark.gpu
+@needs_dali
+@pytest.mark.parametrize("color_jitter", [0.0, 0.4])
+def test_loaders_agree_on_photographs_on_a_gpu(real, color_jitter):
+    options = {"batch_size": 14, "img_size": (224, 224), "augment": Augment(color_jitter=color_jitter)}
+    on_gpu = [batch._replace(images=batch.images.cpu()) for batch in take(real, "dali", 3, device="cuda", **options)]
+    # Contrast turns around the image's mean on the host, around mid-grey in DALI.
+    assert difference(take(real, "torch", 3, **options), on_gpu) < (2 if color_jitter == 0 else 20)
+
+
+@pytest.mark.gpu
+@needs_dali
+def test_sizes_by_epoch_on_a_gpu(dataset):
+    on_gpu = take(dataset, "dali", 8, img_size=by_epoch, device="cuda")
+    on_host = take(dataset, "torch", 8, img_size=by_epoch)
+    assert [batch.images.shape for batch in on_gpu] == [batch.images.shape for batch in on_host]
+    assert difference([batch._replace(images=batch.images.cpu()) for batch in on_gpu], on_host) < 2
+    assert_equal(take(dataset, "dali", 5, img_size=by_epoch, device="cuda", position=15), on_gpu[3:])
+
+
+# Sizes by epoch
+
+
+def by_epoch(epoch: int) -> tuple[int, int]:
+    return [(16, 24), (32, 32), (48, 40)][min(epoch, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_by_epoch(dataset, kind):
+    batches = take(dataset, kind, 8, img_size=by_epoch)
+    for step, batch in enumerate(batches):
+        assert batch.images.shape[2:] == by_epoch(5 * step // len(dataset))
+    assert len({batch.images.shape for batch in batches}) == 3
+    for step in (1, 3, 5):
+        assert_equal(take(dataset, kind, 8 - step, img_size=by_epoch, position=5 * step), batches[step:])
+    fixed = take(dataset, kind, 1, img_size=(16, 24))
+    assert_equal(fixed, batches[:1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_have_one_size_where_an_epoch_begins(dataset, kind):
+    ranks = [take(dataset, kind, 6, img_size=by_epoch, rank=r, world_size=3, batch_size=2) for r in range(3)]
+    straddled = 0
+    for step, batches in enumerate(zip(*ranks, strict=True)):
+        sizes = {batch.images.shape for batch in batches}
+        assert sizes == {(2, 3, *by_epoch(6 * step // len(dataset)))}
+        straddled += len({int(epoch) for batch in batches for epoch in batch.epochs}) > 1
+    assert straddled
+
+
+def test_a_size_below_1_is_refused(dataset):
+    with pytest.raises(ValueError, match="img_size"):
+        create_loader(dataset, **(OPTIONS | {"img_size": lambda epoch: (0, 8)}))
+
+
+# Crops
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("crop", ["center", "fixed"])
+def test_crop_modes(dataset, kind, crop):
+    augment = Augment(crop=crop, hflip=0)
+    [batch] = take(dataset, kind, 1, batch_size=11, augment=augment, img_size=(32, 32))
+    for image, sample_id in zip(batch.images, batch.sample_ids.tolist(), strict=True):
+        pixels = dataset.decode(sample_id)
+        side = min(pixels.shape[:2])
+        free = np.array(pixels.shape[:2]) - side
+        candidates = [free // 2] if crop == "center" else np.ndindex(*(free + 1))
+        errors = []
+        for top, left in candidates:
+            cut = Image.fromarray(pixels[top : top + side, left : left + side])
+            expected = np.asarray(cut.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+            errors.append(np.abs(image.permute(1, 2, 0).numpy() - expected).max())
+        assert min(errors) <= 4
+
+
+def test_a_fixed_crop_has_the_training_size_s_aspect_and_lies_anywhere():
+    ids = np.arange(4000)
+    heights, widths = np.full(4000, 300), np.full(4000, 500)
+    options = {"seed": 0, "augment": Augment(crop="fixed")}
+    boxes = crop_boxes(ids, ids * 0, heights, widths, img_size=(224, 224), **options)
+    assert (boxes[:, 2:] == 300).all()
+    assert (boxes[:, 0] == 0).all()
+    left = boxes[:, 1]
+    assert left.min() == 0
+    assert left.max() == 200
+    assert abs(left.mean() - 100) < 4
+    wide = crop_boxes(ids, ids * 0, heights, widths, img_size=(100, 200), **options)
+    assert (wide[:, 2:] == (250, 500)).all()
+    center = crop_boxes(ids, ids * 0, heights, widths, img_size=(100, 200), seed=0, augment=Augment(crop="center"))
+    assert (center == (25, 0, 250, 500)).all()
+    with pytest.raises(ValueError, match="img_size"):
+        crop_boxes(ids, ids * 0, heights, widths, **options)
+
+
+# Colours
+
+
+def test_jitter_is_drawn_evenly_and_by_key():
+    ids = np.arange(20_000)
+    factors = jitter_factors(ids, ids * 0, seed=0, augment=Augment(color_jitter=0.4))
+    low, high = [0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1]
+    assert np.allclose(factors.min(0), low, atol=1e-3)
+    assert np.allclose(factors.max(0), high, atol=1e-3)
+    assert np.allclose(factors.mean(0), np.add(low, high) / 2, atol=5e-3)
+    assert np.abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.03
+    [row] = jitter_factors(ids[7:8], ids[:1], seed=0, augment=Augment(color_jitter=0.4))
+    assert np.array_equal(row, factors[7])
+    assert (jitter_factors(ids, ids * 0 + 1, seed=0, augment=Augment(color_jitter=0.4)) != factors).all(1).mean() > 0.99
+    assert jitter_factors(ids, ids, seed=0, augment=Augment()) is None
+    assert jitter_factors(ids, ids, seed=0, augment=Augment(color_jitter=2))[:, :3].min() >= 0
+
+
+def test_jitter_changes_what_it_says():
+    image = smooth(40, 50, 0)
+
+    def jittered(*factors):
+        out = image.copy()
+        jitter_into(out, np.array(factors, dtype=np.float64))
+        return out.astype(int)
+
+    assert np.array_equal(jittered(1, 1, 1, 0), jittered(1.0, 1.0, 1.0, 0.0))
+    assert np.abs(jittered(1, 1, 1, 0) - image).mean() < 3  # there and back through hue in 8 bits
+    assert np.abs(jittered(0.5, 1, 1, 0) - image * 0.5).mean() < 3
+    grey = jittered(1, 1, 0, 0)
+    assert np.abs(grey - grey.mean(2, keepdims=True)).max() <= 1
+    assert jittered(1, 0, 1, 0).std() < 1
+    turned = jittered(1, 1, 1, 1 / 3)
+    assert np.abs(turned - np.roll(image.astype(int), 1, 2)).mean() < 6  # red to green, green to blue, blue to red
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_jitter_in_batches(dataset, kind):
+    plain = take(dataset, kind, 4)
+    jittered = take(dataset, kind, 4, augment=Augment(color_jitter=0.4))
+    seed = OPTIONS["seed"]
+    for before, after in zip(plain, jittered, strict=True):
+        keys = before.sample_ids.numpy(), before.epochs.numpy()
+        factors = jitter_factors(*keys, seed=seed, augment=Augment(color_jitter=0.4))
+        for j in range(len(factors)):
+            expected = before.images[j].permute(1, 2, 0).contiguous().numpy()
+            jitter_into(expected, factors[j])
+            assert np.array_equal(after.images[j].permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize(("name", "value"), [("crop", "centre"), ("color_jitter", -0.1), ("color_jitter", 2.1)])
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        Augment(**{name: value})
+
+
+# Channels
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+@pytest.mark.parametrize("format_", ["tif", "npy"])
+def test_any_number_of_channels(tmp_path, channels, format_):
+    values = {}
+    for i in range(4):
+        image = np.stack([smooth(40 + i, 50, 20 * i + c)[..., 0] for c in range(channels)], -1).astype(np.uint16) * 16
+        path = tmp_path / f"{i}.{format_}"
+        if format_ == "npy":
+            np.save(path, image)
+        else:
+            layout = {"planarconfig": "contig"} if channels > 1 else {}
+            tifffile.imwrite(path, image, photometric="minisblack", **layout)
+        values[i] = image
+    dataset = open_dataset(tmp_path, channels=channels, value_range=(0, 4080), cache_dir=tmp_path / ".cache")
+    augment = Augment(crop="center", hflip=0)
+    [batch] = take(dataset, "torch", 1, batch_size=4, img_size=(40, 40), augment=augment)
+    assert batch.images.shape == (4, channels, 40, 40)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    first = batch.sample_ids.tolist().index(0)
+    expected = values[0][:, 5:45] / 16
+    assert np.array_equal(batch.images[first].permute(1, 2, 0).numpy(), expected)
+    assert create.choose_loader(dataset) == "torch"
+    with pytest.raises((DataError, ValueError), match="color_jitter"):
+        create_loader(dataset, augment=Augment(color_jitter=0.4), **OPTIONS)
+
+
+def test_grey_photographs_for_one_channel(tmp_path):
+    for i, suffix in enumerate(("jpg", "png")):
+        Image.fromarray(smooth(40, 50, i)[..., 0]).save(tmp_path / f"{i}.{suffix}")
+    dataset = open_dataset(Path(tmp_path), channels=1, cache_dir=tmp_path / ".cache")
+    [batch] = take(dataset, "torch", 1)
+    assert batch.images.shape == (5, 1, 32, 48)
