@@ -1,0 +1,291 @@
+"""Checkpoints of many ranks: read by any number of others, bit for bit; what fails on one fails on all, by name."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from distributed import run_ranks, start_ranks
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fastmae.train import sharded
+from fastmae.train.background_save import BackgroundSaver
+from fastmae.train.checkpoint import CheckpointError, list_checkpoints
+from fastmae.train.checkpoint_reader import open_checkpoint, open_latest
+from fastmae.train.consolidate import consolidate
+from fastmae.train.ranks import Ranks
+from fastmae.train.sharded import is_distributed, save
+from fastmae.train.sharded_state import collect, collect_own, load
+
+SHAPES = (7, 5, 4, 3)
+"""Widths that four ranks cannot divide evenly: the last of them holds nothing of some tensors."""
+
+
+def make(mesh: DeviceMesh | None, wrap: str):
+    torch.manual_seed(0)
+    layers = [nn.Linear(a, b) for a, b in pairwise(SHAPES)]
+    model = nn.Sequential(*layers, nn.LayerNorm(SHAPES[-1]))
+    if wrap == "fsdp":
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif wrap == "ddp":
+        model = DistributedDataParallel(model, device_mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def train(model, optimizer, steps, rank):
+    for step in steps:
+        images = torch.randn(4, SHAPES[0], generator=torch.Generator().manual_seed(10 * step + rank))
+        model(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def whole(model, optimizer):
+    """Every tensor of the state, gathered and in host memory."""
+    tensors = {name: t.full_tensor() if is_distributed(t) else t for name, t in collect(model, optimizer).items()}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def differences(one, other):
+    if one.keys() != other.keys():
+        return sorted(one.keys() ^ other.keys())
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def shards(path):
+    return sorted(p.name.split("-")[1] for p in path.glob("*.safetensors"))
+
+
+def error_of(function):
+    try:
+        function()
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def four_ranks(rank: int, folder: Path) -> dict:
+    """Groups of two, three and four of them save and load, so that few processes are started."""
+    result = {}
+    meshes = {n: DeviceMesh("cpu", torch.arange(n)) for n in (2, 3, 4)}
+    square = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("replicate", "shard"))
+    groups = {n: dist.new_group(list(range(n))) for n in (2, 3, 4)}
+
+    if rank < 2:  # FSDP on two: saved, continued, and continued again from what was saved
+        ranks = Ranks(groups[2])
+        model, optimizer = make(meshes[2], "fsdp")
+        train(model, optimizer, range(3), rank)
+        torch.manual_seed(rank)
+        path = save(folder, 3, collect(model, optimizer), {"step": 3}, own=collect_own(rank), ranks=ranks)
+        saved = whole(model, optimizer)
+        random = torch.rand(1)
+        train(model, optimizer, range(3, 5), rank)
+        again, other = make(meshes[2], "fsdp")
+        load(path, again, other, ranks=ranks)
+        result["random"] = torch.equal(torch.rand(1), random)
+        result["loaded on 2"] = differences(whole(again, other), saved)
+        train(again, other, range(3, 5), rank)
+        result["continued on 2"] = differences(whole(again, other), whole(model, optimizer))
+        result["files"] = shards(path)
+        result["dcp"] = read_with_dcp(path, meshes[2], groups[2], saved)
+        result["saved"] = saved
+    dist.barrier()
+
+    for n in (3, 4):
+        if rank < n:
+            ranks = Ranks(groups[n])
+            model, optimizer = make(meshes[n], "fsdp")
+            load(folder / "step-3", model, optimizer, ranks=ranks)
+            state = whole(model, optimizer)
+            if rank < 2:
+                result[f"loaded on {n}"] = differences(state, result["saved"])
+            path = save(folder, n * 10, collect(model, optimizer), {}, ranks=ranks)
+            result[f"files of {n}"] = shards(path)
+
+    model, optimizer = make(square, "fsdp")
+    load(folder / "step-40", model, optimizer)  # and with a group made for the call
+    path = save(folder, 22, collect(model, optimizer), {})
+    result["files of 2x2"] = shards(path)
+
+    sharded.SMALL = 60  # so that the larger tensors are divided among the ranks
+    model, optimizer = make(None, "ddp")
+    load(path, model, optimizer)
+    path = save(folder, 23, collect(model, optimizer), {})
+    result["files of ddp"] = shards(path)
+    return result
+
+
+def read_with_dcp(path, mesh, group, saved):
+    model, optimizer = make(mesh, "fsdp")
+    train(model, optimizer, range(1), 0)
+    tensors = collect(model, optimizer)
+    dcp_load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), process_group=group)
+    return differences(whole(model, optimizer), saved)
+
+
+def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path):
+    results = run_ranks(four_ranks, 4, tmp_path, timeout=120)
+    for rank in (0, 1):
+        assert results[rank]["random"]
+        for case in ("loaded on 2", "continued on 2", "dcp", "loaded on 3", "loaded on 4"):
+            assert results[rank][case] == [], (rank, case)
+    saved = results[0]["saved"]
+    assert {saved[name].item() for name in saved if name.endswith(".step")} == {3.0}
+    files = {"files": 2, "files of 3": 3, "files of 4": 4, "files of 2x2": 2, "files of ddp": 4}
+    for case, number in files.items():
+        assert results[0][case] == [f"{i:05d}" for i in range(1, number + 1)], case
+    for step in (3, 30, 40, 22, 23):  # and a process alone
+        model, optimizer = make(None, "none")
+        load(tmp_path / f"step-{step}", model, optimizer)
+        assert differences(whole(model, optimizer), saved) == [], step
+        out = consolidate(tmp_path / f"step-{step}", tmp_path / f"{step}.safetensors", optimizer=True)
+        tensors = {name: t for name, t in load_file(out).items() if not name.startswith("rng.")}
+        assert differences(tensors, saved) == [], step
+    opened = open_checkpoint(tmp_path / "step-3")
+    assert {name for name in opened.tensors if "rng" in name} == {"rng.0.cpu", "rng.1.cpu"}
+
+
+DAMAGES = ("missing", "stale", "flipped", "truncated", "pickle", "unknown shard")
+
+
+def damage(kind: str, path: Path, older: Path) -> None:
+    shard = path / sharded.SHARD.format(2)
+    if kind == "missing":
+        shard.unlink()
+    elif kind == "stale":
+        shutil.copy(older / shard.name, shard)
+    elif kind == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[-2] ^= 4
+        shard.write_bytes(data)
+    elif kind == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-8])
+    elif kind == "pickle":
+        (path / "__0_0.distcp").write_bytes(b"cos\nsystem\n(S'touch " + str(path.parent / "ran").encode() + b"'\ntR.")
+    else:
+        shutil.copy(shard, path / sharded.SHARD.format(3))
+
+
+def two_ranks(rank: int, folder: Path) -> dict:
+    """What goes wrong, one case after the other; no case may hang or end differently on the ranks."""
+    result: dict = {}
+    ranks = Ranks.create(20.0)
+    mesh = DeviceMesh("cpu", torch.arange(2))
+    model, optimizer = make(mesh, "fsdp")
+    own = collect_own(rank)
+    train(model, optimizer, range(1), rank)
+    older = save(folder, 1, collect(model, optimizer), {}, own=own, ranks=ranks)
+    train(model, optimizer, range(1, 2), rank)
+    good = save(folder, 2, collect(model, optimizer), {}, own=own, ranks=ranks)
+
+    for kind in DAMAGES:
+        bad = folder / "step-3"
+        if rank == 0:
+            shutil.rmtree(bad, ignore_errors=True)
+            shutil.copytree(good, bad)
+            damage(kind, bad, older)
+        dist.barrier()
+        text = error_of(lambda path=bad: load(path, model, optimizer, ranks=ranks))
+        latest = open_latest(folder.parent, ranks=ranks).path
+        result[kind] = (text, latest.name)
+        dist.barrier()
+    if rank == 0:
+        shutil.rmtree(bad)
+    dist.barrier()
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:  # its disk is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    result["full"] = error_of(lambda: save(folder, 4, collect(model, optimizer), {}, ranks=ranks))
+    dist.barrier()  # rank 0 has cleared up
+    result["left"] = sorted(p.name for p in folder.iterdir())
+    with BackgroundSaver(folder) as saver:
+        saver.save(5, collect(model, optimizer), {}, own=own)
+        while not (text := error_of(saver.check)):
+            time.sleep(0.001)
+        result["full in the background"] = text
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        saver.save(6, collect(model, optimizer), {}, own=own)
+        expected = whole(model, optimizer)
+        train(model, optimizer, range(2, 4), rank)  # its collectives run beside those of the save
+    load(folder / "step-6", model, optimizer, ranks=ranks)
+    result["in the background"] = differences(whole(model, optimizer), expected)
+    path = save(folder, 8, {"a": torch.full((2,), float(rank))}, {}, own={f"b.{rank}": torch.zeros(())}, ranks=ranks)
+    checkpoint = open_checkpoint(path, ranks=ranks)
+    result["plain"] = (checkpoint.read("a").tolist(), sorted(checkpoint.tensors))
+    result["uneven"] = error_of(lambda: save(folder, 9, {"a": torch.zeros(1 + rank)}, {}, ranks=ranks))
+    return result
+
+
+def test_what_goes_wrong_is_the_same_on_all_ranks_and_keeps_earlier_checkpoints(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    first, second = run_ranks(two_ranks, 2, folder, timeout=60)
+    assert first == second
+    second_shard = sharded.SHARD.format(2)
+    messages = {
+        "missing": f"{second_shard}: missing, but listed",
+        "stale": f"{second_shard}: contents differ",
+        "flipped": f"{second_shard}: contents differ",
+        "truncated": f"{second_shard}: expected",
+        "pickle": "__0_0.distcp: not listed",
+        "unknown shard": f"{sharded.SHARD.format(3)}: not listed",
+    }
+    for kind, message in messages.items():
+        text, latest = first[kind]
+        assert message in text, kind
+        assert latest == "step-2", kind
+    assert not (folder / "ran").exists()
+    for case in ("full", "full in the background"):
+        assert "rank 1: " in first[case]
+        assert "File too large" in first[case]
+        assert second_shard in first[case]
+        assert "earlier checkpoints are untouched" in first[case]
+    assert first["left"] == ["step-1", "step-2"]
+    assert first["in the background"] == []
+    assert first["plain"] == ([0.0, 0.0], ["a", "b.0", "b.1"])
+    assert "elements" in first["uneven"]
+
+
+def dying_rank(rank: int, folder: Path) -> None:
+    """Rank 1 is killed when its file of the second save is on the disk; rank 0 writes down what it is told."""
+    write = sharded.write_tensors
+
+    def killed(path, *arguments):
+        write(path, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    save(folder, 1, {"a": torch.zeros(1)}, {}, own={f"b.{rank}": torch.zeros(4)})
+    if rank == 1:
+        sharded.write_tensors = killed
+    text = error_of(lambda: save(folder, 2, {"a": torch.ones(1)}, {}, own={f"b.{rank}": torch.zeros(4)}))
+    (folder / "message.txt").write_text(str(text))
+
+
+def test_a_rank_killed_during_a_save_leaves_no_checkpoint_and_no_one_waiting(tmp_path):
+    folder, logs = tmp_path / "checkpoints", tmp_path / "logs"
+    folder.mkdir()
+    logs.mkdir()
+    with start_ranks(dying_rank, 2, folder, folder=logs, timeout=60) as processes:
+        for process in processes:
+            process.join(40)
+        assert processes[1].exitcode == -signal.SIGKILL
+    text = (folder / "message.txt").read_text()
+    assert "writing a checkpoint: a rank has ended or does not answer" in text
+    assert [path.name for path in list_checkpoints(folder)] == ["step-1"]
+    assert open_latest(tmp_path).read("a").item() == 0
