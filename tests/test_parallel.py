@@ -299,7 +299,9 @@ def test_compiled_blocks_train_alike(images, single):
 
 
 def job_compiled(rank: int, images: Path, cases: list[Case]) -> list[Run]:
-    return [run_case(images, case) for case in cases]
+    runs = [run_case(images, case) for case in cases]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return runs
 
 
 @pytest.mark.gpu

@@ -16,9 +16,9 @@ GROWTH_INTERVAL = 2000
 class LossScale:
     """The factor that keeps small fp16 gradients from rounding to zero: halved by an overflow, doubled now and then.
 
-    It does what ``torch.amp.GradScaler`` does for a fused optimiser, with one difference: an overflow is what the
-    global gradient norm says, which is the same on all ranks. GradScaler asks each rank's own gradients, and where
-    those are shards, ranks would disagree on whether to step.
+    It does what ``torch.amp.GradScaler`` does for a fused optimiser, but takes an overflow from the global gradient
+    norm, which is computed anyway and is the same on all ranks. GradScaler reads all gradients once more, and agrees
+    on shards by a collective of its own.
 
     Args:
         device: of the loss.
