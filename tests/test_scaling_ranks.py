@@ -1,0 +1,64 @@
+"""What is planned for several GPUs is what processes do: collectives and their bytes, and what each process holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from collective_bytes import SIZES, measure, measure_all, pretended
+from distributed import run_ranks
+
+from fastmae.train.scaling.communication import collectives
+from fastmae.train.scaling.hardware import Cluster
+from fastmae.train.scaling.memory import states
+from fastmae.train.scaling.plan import COMPUTE_BYTES
+from fastmae.train.scaling.sizes import Sizes
+
+PLANNED = Sizes(**SIZES)
+CASES = [
+    ("ddp", {"accumulation": 2}),
+    ("ddp", {"precision": "fp32"}),
+    ("fsdp", {}),
+    ("fsdp", {"accumulation": 2, "reshard_after_forward": False}),
+    ("hsdp", {}),
+    ("hsdp", {"precision": "fp32", "accumulation": 3}),
+]
+
+
+@pytest.fixture(scope="module")
+def four() -> list[list[dict]]:
+    """By rank and case, of four real processes in two nodes."""
+    return run_ranks(measure_all, 4, CASES, ranks_per_node=2)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join(map(str, (CASES[n][0], *CASES[n][1]))))
+def test_collectives_and_memory_of_four_processes(four, number):
+    mode, options = CASES[number]
+    for rank in range(4):
+        assert_as_planned(four[rank][number], mode, Cluster(4, 2), options, rank)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
+@pytest.mark.parametrize(("gpus", "per_node"), [(6, 3), (64, 8), (512, 8)])
+@pytest.mark.parametrize("mode", ["fsdp", "hsdp"])
+def test_collectives_and_memory_of_many_pretended_processes(monkeypatch, mode, gpus, per_node):
+    """More processes than rows: shards are padded, and most are empty."""
+    with pretended(gpus, per_node, monkeypatch):
+        assert_as_planned(measure(mode), mode, Cluster(gpus, per_node), {}, 0)
+
+
+def assert_as_planned(measured: dict, mode: str, cluster: Cluster, options: dict, rank: int) -> None:
+    options = dict(options)
+    options["compute_bytes"] = COMPUTE_BYTES[options.pop("precision", "bf16")]
+    planned = collectives(PLANNED, mode, cluster, **options)
+    assert measured["bytes"] == {(c.name, c.ranks): c.bytes for c in planned}
+    if mode != "ddp":  # whose buckets hang on the order in which gradients come
+        assert measured["calls"] == {(c.name, c.ranks): c.calls for c in planned}
+    held = states(PLANNED, mode, cluster, **options)
+    kinds = ("weights", "gradients", "optimizer")
+    if mode == "ddp" or rank == 0:
+        # After the step gradients are reduced, also where whole ones were summed before.
+        reduced = states(PLANNED, mode, cluster, **options | {"accumulation": 1})
+        assert (measured["weights"], measured["optimizer"]) == (held.weights, held.optimizer)
+        assert measured["gradients"] == reduced.gradients
+    else:
+        assert all(measured[kind] <= getattr(held, kind) for kind in kinds)
