@@ -22,12 +22,15 @@ import logging
 import weakref
 from collections import deque
 from dataclasses import replace
+from functools import cache
+from io import BytesIO
 
 import numpy as np
 import nvidia.dali.fn as fn
 import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline
+from PIL import Image
 
 from fastmae.data.batch import Batch, DataError
 from fastmae.data.dali_hints import decoder_hints
@@ -39,7 +42,6 @@ logger = logging.getLogger(__name__)
 _MAX_FAILURES = 10
 _DEPTH = 2
 """Batches inside the pipeline: one being decoded while the one before is taken out."""
-_NO_IMAGE = np.zeros(1, np.uint8)
 
 
 class DaliLoader(Loader):
@@ -78,6 +80,8 @@ class DaliLoader(Loader):
                 self._pipeline = self._build(step, mended)
             try:
                 (crops,) = self._pipeline.run()
+                if self._plans[0].error is not None:
+                    raise self._plans[0].error
                 batch = self._deliver(self._plans[0], crops)
             except RuntimeError as error:
                 plan = self._plans[0] if self._plans else self.plan(step)
@@ -194,8 +198,8 @@ def _feed(
     names: list[str],
 ):
     """DALI's callback: plans one batch a call, notes it, and reads its files. It never raises, because DALI would lose
-    the batches that are already under way; it notes the error and hands out what is no image, so that the right step
-    fails.
+    the batches that are already under way; it notes the error and hands out a blank image, so that the right step
+    fails. (What is no image at all can crash DALI 2.4's decoder on the CPU, and with it the process.)
 
     Args:
         step: of the first batch.
@@ -206,17 +210,18 @@ def _feed(
     def feed():
         nonlocal step
         plan = mended if mended is not None and step == mended.step else None
-        encoded = [_NO_IMAGE] * batch_size
+        encoded: list = [None] * batch_size
         try:
             loader = reference()
             plan = plan or loader.plan(step)
+            source_ids, into = plan.source_ids, encoded
 
             def read(j: int) -> None:
-                encoded[j] = loader.read(int(plan.source_ids[j]))
+                into[j] = loader.read(int(source_ids[j]))
 
             loader.for_each(read, batch_size)
         except Exception as error:
-            plan, encoded = _failed(plan, step, batch_size, error), [_NO_IMAGE] * batch_size
+            plan, encoded = _failed(step, batch_size, error), [_blank_image()] * batch_size
         plans.append(plan)
         step += 1
         return tuple(_inputs(plan, encoded)[name] for name in names)
@@ -224,13 +229,17 @@ def _feed(
     return feed
 
 
-def _failed(plan: Plan | None, step: int, batch_size: int, error: Exception) -> Plan:
-    nothing, boxes = np.zeros(batch_size, np.int64), np.zeros((batch_size, 4), np.int64)
-    return (
-        replace(plan, error=error)
-        if plan
-        else Plan(step, (1, 1), nothing, nothing, nothing, nothing, boxes, boxes[:, :2], None, error)
-    )
+def _failed(step: int, batch_size: int, error: Exception) -> Plan:
+    nothing, boxes = np.zeros(batch_size, np.int64), np.tile([0, 0, 1, 1], (batch_size, 1))
+    return Plan(step, (1, 1), nothing, nothing, nothing, nothing, boxes, np.zeros((batch_size, 2), bool), None, error)
+
+
+@cache
+def _blank_image() -> np.ndarray:
+    """A JPEG file of one pixel."""
+    file = BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "JPEG")
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def _inputs(plan: Plan, encoded: list[np.ndarray]) -> dict[str, object]:
