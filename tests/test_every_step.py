@@ -13,7 +13,8 @@ from training import make_trainer, write_images, write_shards
 
 from fastmae import data
 
-STEPS = 12
+STEPS = 10
+ROWS = [3, 6, 9, 10]
 PLAIN = {"steps": STEPS, "log_every_steps": 3}
 # The epoch that changes the size begins within the sixth step; a global batch of 8 is 4 images with two masks each, in two forward passes.
 RICH = PLAIN | {"masks_per_image": 2, "batch_size": 4, "clip_grad": 1.0}
@@ -92,4 +93,4 @@ def test_with_a_file_that_is_found_bad_on_the_way(tmp_path, loader):
     assert all(1 <= line["found"] <= STEPS and "does not decode" in line["reason"] for line in lines)
     assert [dataset.path(line["sample_id"]) for line in lines] == [line["path"] for line in lines]
     counts = [row["bad_files"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
-    assert counts == [sum(line["found"] <= step for line in lines) for step in range(3, STEPS + 1, 3)]
+    assert counts == [sum(line["found"] <= step for line in lines) for step in ROWS]

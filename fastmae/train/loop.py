@@ -66,7 +66,8 @@ class Trainer:
         self.step = 0
         self.samples_per_step = train.global_batch_size // train.masks_per_image
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.samples_per_step)
-        advice = f"fastmae bench --data.path {config.data.path} says what would help"
+        images = "" if config.data.path is None else f" --data.path {config.data.path}"
+        advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
         self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice)
         self._create_loader = create_loader
         self._saved_step: int | None = None

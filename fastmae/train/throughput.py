@@ -146,7 +146,7 @@ def _measure(trainer: Trainer, feed: Feed, seconds: float) -> Throughput:
             batches = max(1, min(_MAX_STEPS // 2, math.ceil(0.8 * share / one[phase]) - ahead))
             feed.resident = batch if phase == "model" else None
             _take_turn(trainer, feed, phase, ahead, batches, found)
-            trainer.values.take()
+            trainer.reporter.values.take()
     return found
 
 
@@ -160,7 +160,7 @@ def _warm_up(trainer: Trainer, feed: Feed, batch: Batch, phase: Phase) -> float:
     count = 3 * feed.loader.options.prefetch if phase == "loader" else 1
     _run(trainer, feed, phase, count)
     _synchronize(trainer.device)
-    trainer.values.take()
+    trainer.reporter.values.take()
     return max((time.perf_counter() - begun) / count, 1e-5)
 
 
