@@ -16,7 +16,8 @@ from fastmae import data
 STEPS = 10
 ROWS = [3, 6, 9, 10]
 PLAIN = {"steps": STEPS, "log_every_steps": 3}
-# The epoch that changes the size begins within the sixth step; a global batch of 8 is 4 images with two masks each, in two forward passes.
+# The epoch that changes the size begins within the sixth step. A global batch of 8 is 4 images with two masks each, in
+# two forward passes.
 RICH = PLAIN | {"masks_per_image": 2, "batch_size": 4, "clip_grad": 1.0}
 RICH_DATA = {"progressive_sizes": (16, 32), "color_jitter": 0.3, "scale": (0.2, 1.0), "vflip": 0.3}
 
