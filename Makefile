@@ -53,7 +53,7 @@ bench-cpu:
 # One thread of PyTorch's, since the loaders have threads of their own, and all cores for each of them in turn.
 bench-data:
 	mkdir -p $(CPU_RESULTS)
-	$(PYTHON) -m pytest benchmarks/bench_data.py -q --threads 1 --rounds 7 $(if $(IMAGES),--images $(IMAGES)) \
+	$(PYTHON) -m pytest benchmarks/bench_data.py -q -k "not photographs" --threads 1 --rounds 7 $(if $(IMAGES),--images $(IMAGES)) \
 	  --benchmark-json=$(CPU_RESULTS)/data.json
 	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/data.json
 

@@ -8,6 +8,7 @@ DATA_PAGE = "docs/data.md"
 BEGIN, END = "<!-- loaders:begin -->", "<!-- loaders:end -->"
 LOADERS, STAGES = "loader", "loader stages"
 BASELINES = {"pillow-uint8, folder": "`pillow-uint8`", "pillow-float, folder": "`pillow-float`"}
+_STAGES = ("read", "decode", "crop copy", "resize", "hand over")
 
 TEXT = """All loaders make the same crops of the same images, in turn in one run, with one thread or worker process a
 core and a warm page cache; medians over rounds, ratios within rounds. `pillow-uint8` is facebookresearch/mae's
@@ -15,9 +16,9 @@ core and a warm page cache; medians over rounds, ratios within rounds. `pillow-u
 `webdataset` has the uint8 transform behind a WebDataset pipeline. **2.00x**: twice as fast as that baseline on the
 folder. Processor time counts worker processes. "At 256" are shards whose images were re-encoded at that short side.
 """
-STAGES_TEXT = """Where the time of an image goes: microseconds in one thread, stage by stage, and the processor time of
-the whole loader beside them, which also plans, wakes threads and passes batches on. Pillow reads while it decodes, and
-ours mirror while they write the resized crop into the batch. DALI decodes the crop only.
+STAGES_TEXT = """Where the time of an image goes: microseconds of processor time in one thread, stage by stage, and
+beside them those of the whole loader, which also plans, wakes threads and passes batches on. Pillow reads while it
+decodes, and ours mirror while they write the resized crop into the batch. DALI decodes the crop only.
 """
 
 
@@ -60,8 +61,7 @@ def _against(name: str, baseline: str, value: float) -> str:
 
 def stage_table(stages: dict[str, dict], loaders: dict[str, dict]) -> str:
     """Microseconds of each stage; behind them the sum, and what the whole loader takes."""
-    columns = list(dict.fromkeys(stage for entry in stages.values() for stage in entry["stages_us"]))
-    columns.sort(key=_order(stages).index)
+    columns = [stage for stage in _STAGES if any(stage in entry["stages_us"] for entry in stages.values())]
     rows = []
     for who, entry in stages.items():
         found, whole = entry["stages_us"], loaders.get(f"{who}, folder")
@@ -69,14 +69,6 @@ def stage_table(stages: dict[str, dict], loaders: dict[str, dict]) -> str:
         row += [f"{sum(found.values()):,.0f}", f"{whole['cpu_seconds_per_image'] * 1e6:,.0f}" if whole else ""]
         rows.append(row)
     return rows_to_table(["µs an image", *columns, "stages together", "whole loader, CPU"], rows)
-
-
-def _order(stages: dict[str, dict]) -> list[str]:
-    """Stages as the loader with most of them has them."""
-    order: list[str] = []
-    for entry in sorted(stages.values(), key=lambda entry: -len(entry["stages_us"])):
-        order += [stage for stage in entry["stages_us"] if stage not in order]
-    return order
 
 
 def losses(machine: Machine) -> list[tuple[str, str, str, float]]:

@@ -29,7 +29,7 @@ plan=(
   "gather_patches      bench_gather_patches.py"                # 10
   "gather_tokens       bench_gather_tokens.py"                 # 8
   "masking             bench_masking.py"                       # 7
-  "data                bench_data.py --rounds 4"               # 80
+  "data                bench_data.py --rounds 4 -k loader"     # 80
 )
 last=(
   "step-residual       bench_step.py --model large --bf16-residual -k compile"
