@@ -149,7 +149,7 @@ def test_image_sizes_get_equal_shares_of_the_run_in_whole_epochs():
     config = changed(LARGE, "data", progressive_sizes=(160, 192, 224))
     validate(config)
     resolution = create_resolution(config, create_schedule(config.train, 1_281_167).total_steps, 1_281_167)
-    assert str(resolution) == "160x160 from epoch 0, 192x192 from epoch 267, 224x224 from epoch 533"
+    assert str(resolution) == "160x160 from pass 0, 192x192 from pass 267, 224x224 from pass 533"
     sizes = [resolution(epoch)[0] for epoch in (0, 266, 267, 532, 533, 799, 10**6)]
     assert sizes == [160, 160, 192, 192, 224, 224, 224]
     several = changed(config, "train", masks_per_image=4)

@@ -51,7 +51,7 @@ def test_sizes_that_grow_are_printed_used_and_end_at_the_models(tmp_path, capsys
     flags = ["--data.progressive-sizes", "16", "32", "--train.log-every-steps", "1", "--data.loader", "torch"]
     summary = run(tmp_path / "run", shards, *flags)
     text = capsys.readouterr().out
-    assert "images of 16x24 from epoch 0, 32x48 from epoch 2" in text
+    assert "images of 16x24 from pass 0, 32x48 from pass 2 over the images" in text
     assert "Images: " in text
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(row["input_height"], row["input_width"]) for row in rows] == [(16, 24)] * 3 + [(32, 48)] * 3

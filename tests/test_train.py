@@ -13,6 +13,8 @@ import torch
 from training import MODEL, make_trainer, write_images
 
 import fastmae.train
+from fastmae.data import DataError, has_dali
+from fastmae.train import loop
 from fastmae.train.metrics import StepValues, mean_of_finite
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import StopRequest
@@ -251,6 +253,20 @@ def test_a_step_has_one_size_however_it_is_split(tmp_path, images):
     assert [row["input_height"] for row in runs[0]] == [row["input_height"] for row in runs[1]] == [16] * 6 + [32] * 6
 
 
+def test_ranks_agree_on_the_images_before_anything_else(tmp_path, images, monkeypatch):
+    def disagree(dataset):
+        assert dataset is trainer.dataset
+        raise DataError("the ranks see different data")
+
+    trainer = make_trainer(tmp_path / "run", images)
+    monkeypatch.setattr(loop, "check_agreement", disagree)
+    with pytest.raises(DataError, match="different data"):
+        trainer.fit()
+    assert trainer.step == 0
+    assert list(trainer.run.checkpoints.iterdir()) == []
+    assert trainer.run.read_json("status.json")["status"] == "failed"
+
+
 def test_the_first_signal_asks_and_the_second_leaves():
     child = os.fork()
     if child == 0:
@@ -275,6 +291,26 @@ def test_public_names_resolve():
     assert all(callable(getattr(fastmae.train, name)) for name in fastmae.train.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
         _ = fastmae.train.Trainr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["torch", "dali"])
+def test_sizes_grow_on_a_gpu(tmp_path, images, loader):
+    """With compiled kernels, in bf16, from both loaders: the same run, stopped half-way and continued."""
+    if loader == "dali" and not has_dali():
+        pytest.skip("needs NVIDIA DALI")
+    options = {"options": {"progressive_sizes": (16, 32)}, "device": "cuda", "loader": loader, "log_every_steps": 1}
+    trainer = make_trainer(tmp_path / "run", images, checkpoint_every_steps=4, **options)
+    trainer.fit()
+    trainer.run.close()
+    rows = trainer.run.read_metrics()
+    assert [row["input_height"] for row in rows] == [16] * 6 + [32] * 6
+    resumed = make_trainer(tmp_path / "run", images, resume=True, **options)
+    resumed.resume(tmp_path / "run/checkpoints/step-4")
+    resumed.fit()
+    for before, after in zip(rows, resumed.run.read_metrics(), strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-2)
+        assert after["samples"] == before["samples"]
 
 
 @pytest.mark.gpu

@@ -71,7 +71,7 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
     if config.data.progressive_sizes:
-        console.print(f"  images of {trainer.resolution}")
+        console.print(f"  images of {trainer.resolution} over the images, counted from 0")
     console.print(
         f"{weights / 1e6:.1f} M weights on {device} ({torch.get_num_threads()} threads), {len(dataset):,} images "
         f"({kind} loader), {trainer.schedule.total_steps:,} steps of "

@@ -30,7 +30,7 @@ class Resolution:
         return self.sizes[bisect_right(self.starts, epoch) - 1]
 
     def __str__(self) -> str:
-        parts = (f"{h}x{w} from epoch {start}" for (h, w), start in zip(self.sizes, self.starts, strict=True))
+        parts = (f"{h}x{w} from pass {start}" for (h, w), start in zip(self.sizes, self.starts, strict=True))
         return ", ".join(parts)
 
 
