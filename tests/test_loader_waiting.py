@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 import weakref
+from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from loading import KINDS, OPTIONS, smooth, write_source
+from loading import KINDS, OPTIONS, assert_equal, smooth, take, write_source
 from PIL import Image
 
 from fastmae.data import DataError, Dataset, create, create_loader, open_dataset
@@ -95,6 +97,27 @@ def test_a_slow_batch_is_no_error(dataset, kind, monkeypatch):
     monkeypatch.setattr(Dataset, "read", slow)
     with create_loader(dataset, loader=kind, timeout=20, **OPTIONS) as loader:
         assert len(next(loader).images) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupting_the_waiting_loses_no_batch(dataset, kind, monkeypatch):
+    with create_loader(dataset, loader=kind, **OPTIONS) as loader:
+        first = next(loader)
+        with monkeypatch.context() as patched:
+            patched.setattr(Future, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(loader)
+        second = next(loader)
+    assert_equal([first, second], take(dataset, kind, 2))
+
+
+_result = Future.result
+
+
+def interrupted(self, timeout=None):
+    if threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+    return _result(self, timeout)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,6 +232,29 @@ def test_options_follow_the_machine(monkeypatch):
     assert choose_options(cuda, 1, num_threads=5, prefetch=4)[:2] == (5, 4)
     text = choose_options(cuda, 38_535_168, num_threads=1).describe()
     assert text == "1 decoding thread on 24 cores, 2 batches ahead of 38.5 MB each"
+
+
+def test_hints_for_the_gpu_decoder_are_the_largest_image(dataset):
+    from fastmae.data.dali_hints import decoder_hints
+
+    hints = decoder_hints(dataset, 0.5)
+    rows = dataset.rows(np.arange(len(dataset)))
+    assert hints["preallocate_height_hint"] == rows["height"].max()
+    assert hints["preallocate_width_hint"] == rows["width"].max()
+    assert hints["hw_decoder_load"] == 0.5
+    with pytest.raises(ValueError, match="hw_decoder_load"):
+        decoder_hints(dataset, 1.5)
+
+
+@pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+def test_dali_knows_the_hints(dataset):
+    from nvidia.dali.backend import GetSchema
+
+    from fastmae.data.dali_hints import decoder_hints
+
+    schema = GetSchema("decoders__ImageSlice")
+    for name in decoder_hints(dataset, 0.5):
+        assert schema.HasArgument(name), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

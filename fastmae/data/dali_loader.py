@@ -154,7 +154,7 @@ class DaliLoader(Loader):
         out = images.numpy()
 
         def finish(j: int) -> None:
-            crop = crops.at(j)
+            crop = np.asarray(crops[j])  # DALI's own memory; at(j) would be a copy
             self.finish_image(plan, j, crop, np.array([0, 0, *crop.shape[:2]]), out[j])
 
         self.for_each(finish, self.batch_size)

@@ -95,13 +95,14 @@ class Loader(ABC):
             raise ValueError("the loader is closed")
         while len(self._pending) < self.options.prefetch:
             self._submit()
-        future = self._pending.popleft()
+        future = self._pending[0]
         try:
             batch = future.result(self.timeout)
         except Exception as error:
             # Going on would leave out this batch, so the same comes again.
             self._error = error if future.done() else self._late_batch()
             raise self._error from None if self._error is error else error
+        self._pending.popleft()  # not before: interrupting the waiting must not lose a batch
         self._submit()
         return self._to_device(batch)
 
