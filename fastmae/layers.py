@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -179,7 +180,7 @@ class Block(nn.Module):
             shared: what stream.x was restored from, in a decoder's first block; not with ids.
         """
         if self.recompute == "block" and torch.is_grad_enabled():
-            return _recomputed(self._forward, stream, ids, shared)
+            return _recomputed(self, self._forward, stream, ids, shared)
         return self._forward(stream, ids, shared)
 
     def _forward(self, stream: Stream, ids: Tensor | None, shared: SharedTokens | None) -> Stream:
@@ -190,13 +191,31 @@ class Block(nn.Module):
         else:
             stream = self.attn(stream, self.norm1)
         if self.recompute == "mlp" and torch.is_grad_enabled():
-            return _recomputed(self.mlp, stream, self.norm2)
+            return _recomputed(self.mlp, self.mlp, stream, self.norm2)
         return self.mlp(stream, self.norm2)
 
 
-def _recomputed(function: Callable[..., Stream], *args: object) -> Stream:
-    """``function(*args)``, whose intermediate values the backward computes again. Nothing in a block is random."""
+def _recomputed(module: nn.Module, function: Callable[..., Stream], *args: object) -> Stream:
+    """``function(*args)``, whose intermediate values the backward computes again. Nothing in a block is random.
+
+    The backward comes when :func:`cast_weights` has ended: the copies of the module's weights are held until then, as
+    they are where nothing is computed again. In a compiled block they are inputs of the graph, and held anyway.
+    """
+    if not torch.compiler.is_compiling():
+        copies = [(m, m.weight_cast) for m in module.modules() if isinstance(m, Linear)]
+        function = partial(_with_copies, copies, function)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _with_copies(copies: list[tuple[Linear, Tensor | None]], function: Callable[..., Stream], *args: object) -> Stream:
+    before = [module.weight_cast for module, _ in copies]
+    for module, copy in copies:
+        module.weight_cast = copy
+    try:
+        return function(*args)
+    finally:
+        for (module, _), copy in zip(copies, before, strict=True):
+            module.weight_cast = copy
 
 
 def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
