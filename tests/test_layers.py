@@ -24,7 +24,7 @@ ALLOWED = {
     "model": {"ops", "layers", "positions", "inputs", "presets", "facebook", "fastmae"},
     "data": {"ops", "model", "fastmae"},
     "interop": {"ops", "layers", "positions", "model", "fastmae"},
-    "train": {"ops", "model", "data", "presets", "fastmae"},
+    "train": {"ops", "model", "layers", "positions", "data", "presets", "fastmae"},
     "evaluate": {"ops", "model", "data", "fastmae"},
     "environment": {"ops", "fastmae"},
     "cli": {"ops", "model", "data", "train", "evaluate", "interop", "environment", "fastmae"},
