@@ -90,7 +90,7 @@ class Stages:
         encoded = [self._timed("read", self.dataset.read, int(number)) for number in self.ids]
         crops = self._timed("decode", self._crops, encoded, self.boxes)
         for j in range(len(self.ids)):
-            self._resize(j, self._timed("crop copy", crops.at, j))
+            self._resize(j, self._timed("crop copy", lambda j=j: np.asarray(crops[j])))
 
     def _resize(self, j: int, crop: np.ndarray) -> None:
         box = np.array([0, 0, *crop.shape[:2]])
