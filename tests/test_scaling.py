@@ -261,3 +261,24 @@ def test_json_holds_the_whole_plan(capsys):
 def test_no_module_of_a_plan_needs_pytorch():
     code = "import sys, fastmae.cli; assert fastmae.cli.main(['plan']) == 0; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def test_the_page_has_the_tables_that_the_formulas_give():
+    sys.path.append(str(ROOT / "benchmarks"))
+    import report_scaling
+
+    text = report_scaling.PAGE.read_text()
+    assert report_scaling.page(text) == text, "run python benchmarks/report_scaling.py"
+    with pytest.raises(ValueError, match="images:begin"):
+        report_scaling.page(text.replace("<!-- images:begin -->", ""))
+
+
+def test_the_commands_of_the_page_run(capsys):
+    text = (ROOT / "docs/scaling.md").read_text()
+    commands = text.split("```bash\n")[1].split("```")[0].replace("\\\n", "").splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        words = command.split("#")[0].split()
+        assert words[0] == "fastmae"
+        assert main(words[1:]) == 0
+        assert capsys.readouterr().out
