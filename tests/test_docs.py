@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fastmae import ops
+from fastmae.cli import main
 from fastmae.ops.attention import BACKENDS
 from fastmae.ops.masking import STRATEGIES
 
@@ -69,3 +70,32 @@ def test_the_photographs_table_is_that_of_the_committed_run():
         errors = (f"{numbers[key]:.3f}" for key in ("mse", "mse_mean_color", "mse_inverse_distance"))
         assert f"| {name} | {' | '.join(errors)} | {numbers['psnr']:.1f} dB |" in page
     assert f"{summary['steps']:,} steps of 32 crops took {summary['seconds']:.0f} s" in page
+
+
+def test_the_table_of_packing_is_that_of_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks/results/counted/shards.json").read_text())
+    page = (ROOT / "docs/data.md").read_text()
+    assert f"on {measured['images']} of ImageNet's images" in page
+    for name, numbers in measured["stored"].items():
+        label, share = f"JPEG {name}", f"{numbers['share']:.1%}"
+        if name == "uncompressed":
+            label, share = "not compressed", ""
+        assert f"| {label} | {numbers['difference']:.2f} | {share} |" in page
+
+
+COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "data shard", "data index", "data verify", "data stats"]
+
+
+def test_every_flag_and_command_that_is_named_exists(capsys):
+    flags = set()
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([*command.split(), "--help"])
+        flags |= set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
+    for page in (README, ROOT / "docs" / "data.md"):
+        text = re.sub(r"<!--.*?-->|```python.*?```", "", page.read_text(), flags=re.DOTALL)
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text))
+        assert len(named) > 4
+        assert named <= flags, f"{page.name}: {named - flags}"
+        commands = set(re.findall(r"^fastmae ((?:data )?[a-z]+)", text, re.MULTILINE))
+        assert commands <= set(COMMANDS), f"{page.name}: {commands - set(COMMANDS)}"
