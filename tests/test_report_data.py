@@ -211,3 +211,15 @@ def test_children_are_found_and_their_processor_time_is_read():
 def _burn() -> None:
     while True:
         pass
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hardware", [None, 0.0])
+def test_bare_dali_makes_the_crops_of_our_loader_in_the_same_order(images, tmp_path, hardware):
+    pytest.importorskip("nvidia.dali")
+    dataset, size = open_dataset(images, cache_dir=tmp_path), (24, 32)
+    plan = loaders.draw_plan(dataset, size, seed=3, epochs=2)
+    batches = loaders.bare_dali(dataset, plan, 4, 2, hardware)
+    for mine in ours(dataset, 4, size):
+        theirs = next(batches).cpu()
+        assert (theirs.float() - mine.images.float()).abs().mean() < 3
