@@ -51,6 +51,35 @@ def test_loaders_agree_on_photographs(real, img_size):
     assert difference(torchs, torchs[::-1]) > 20  # other photographs
 
 
+@needs_dali
+@pytest.mark.parametrize(("color_jitter", "limit"), [(0.0, 0.5), (0.4, 15.0)])
+def test_what_a_gpu_would_do(real, color_jitter, limit):
+    """The operators that a GPU's pipeline has, run on the CPU, against the host's functions."""
+    import nvidia.dali.fn as fn
+    from nvidia.dali import Pipeline
+
+    from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
+
+    options = {"batch_size": 14, "img_size": (96, 80), "seed": 3}
+    augment = Augment(vflip=0.5, color_jitter=color_jitter)
+    with create_loader(real, loader="torch", augment=augment, **options) as loader:
+        plan, batch = loader.plan(0), next(loader)
+        values = input_values(plan, [loader.read(int(i)) for i in plan.source_ids])
+    names = input_names(finished=True, jitter=color_jitter > 0)
+    pipeline = Pipeline(14, 2, None)
+    with pipeline:
+        feed = fn.external_source(lambda: tuple(values[name] for name in names), num_outputs=len(names), batch=True)
+        inputs = dict(zip(names, feed, strict=True))
+        pipeline.set_outputs(finished_images(decoded_crops(inputs, "cpu", {}), inputs))
+    pipeline.build()
+    images = torch.from_numpy(pipeline.run()[0].as_array()).permute(0, 3, 1, 2)
+    mean = difference([batch], [batch._replace(images=images)])
+    assert mean < limit
+    if color_jitter:  # the same factors, each where it belongs: closer than without
+        [plain] = take(real, "torch", 1, **(options | {"augment": Augment(vflip=0.5)}))
+        assert mean < 0.5 * difference([batch], [plain])
+
+
 @pytest.mark.gpu
 @needs_dali
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])

@@ -27,12 +27,12 @@ from io import BytesIO
 
 import numpy as np
 import nvidia.dali.fn as fn
-import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline
 from PIL import Image
 
 from fastmae.data.batch import Batch, DataError
+from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
 from fastmae.data.dali_hints import decoder_hints
 from fastmae.data.loader import Loader
 from fastmae.data.plan import Plan, Planner
@@ -99,40 +99,14 @@ class DaliLoader(Loader):
             return batch
 
     def _build(self, step: int, mended: Plan | None) -> Pipeline:
-        with_jitter = self._on_gpu and self.planner.augment.color_jitter > 0
-        names = ["encoded", "anchors", "shapes"]
-        if self._on_gpu:
-            names += ["sizes", "left_right", "top_bottom"] + [
-                "brightness",
-                "contrast",
-                "saturation",
-                "hue",
-            ] * with_jitter
+        names = input_names(self._on_gpu, self.planner.augment.color_jitter > 0)
         feed = _feed(weakref.ref(self), self.batch_size, self._plans, step, mended, names)
         device_id = self.device.index if self._on_gpu else None
         pipeline = Pipeline(self.batch_size, self.options.num_threads, device_id, prefetch_queue_depth=_DEPTH)
         with pipeline:
             inputs = dict(zip(names, fn.external_source(feed, num_outputs=len(names), batch=True), strict=True))
-            images = fn.decoders.image_slice(
-                inputs["encoded"],
-                inputs["anchors"],
-                inputs["shapes"],
-                axis_names="HW",
-                normalized_anchor=False,
-                normalized_shape=False,
-                output_type=types.RGB,
-                # The boxes are those of upright images, and so must be DALI's idea of the image.
-                adjust_orientation=True,
-                device="mixed" if self._on_gpu else "cpu",
-                **self._hints,
-            )
-            if self._on_gpu:
-                resize = {"interp_type": types.INTERP_CUBIC, "antialias": True}
-                images = fn.resize(images, size=inputs["sizes"], **resize)
-                images = fn.flip(images, horizontal=inputs["left_right"], vertical=inputs["top_bottom"])
-            if with_jitter:
-                images = fn.color_twist(images, **{name: inputs[name] for name in names[-4:]})
-            pipeline.set_outputs(images)
+            images = decoded_crops(inputs, "mixed" if self._on_gpu else "cpu", self._hints)
+            pipeline.set_outputs(finished_images(images, inputs) if self._on_gpu else images)
         try:
             pipeline.build()
         except RuntimeError as error:
@@ -237,7 +211,8 @@ def _feed(
             plan, encoded = _failed(step, batch_size, error), [_blank_image()] * batch_size
         plans.append(plan)
         step += 1
-        return tuple(_inputs(plan, encoded)[name] for name in names)
+        inputs = input_values(plan, encoded)
+        return tuple(inputs[name] for name in names)
 
     return feed
 
@@ -253,17 +228,3 @@ def _blank_image() -> np.ndarray:
     file = BytesIO()
     Image.new("RGB", (1, 1)).save(file, "JPEG")
     return np.frombuffer(file.getvalue(), np.uint8)
-
-
-def _inputs(plan: Plan, encoded: list[np.ndarray]) -> dict[str, object]:
-    inputs = {
-        "encoded": encoded,
-        "anchors": plan.boxes[:, :2].astype(np.int32),
-        "shapes": plan.boxes[:, 2:].astype(np.int32),
-        "sizes": np.tile(np.float32(plan.img_size), (len(encoded), 1)),
-        "left_right": plan.flips[:, 0].astype(np.int32),
-        "top_bottom": plan.flips[:, 1].astype(np.int32),
-    }
-    jitter = np.ones((len(encoded), 4)) if plan.jitter is None else plan.jitter
-    brightness, contrast, saturation, turn = jitter.astype(np.float32).T
-    return inputs | {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": 360 * turn}
