@@ -44,7 +44,7 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
         with mistakes():
-            trainer = _trainer(throughput.config_to_measure(config), run)
+            trainer = _trainer(throughput.config_to_measure(config), run, console)
         console.print(_setting(trainer), style="dim")
         result = _result(trainer, throughput.measure(trainer, seconds), config)
     _print(result, console)
@@ -53,7 +53,7 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
     return 0
 
 
-def _trainer(config: PretrainConfig, run: RunFolder) -> Trainer:
+def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Trainer:
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     name = config.train.device
@@ -66,7 +66,7 @@ def _trainer(config: PretrainConfig, run: RunFolder) -> Trainer:
         _xformers.require(device)
     data.choose_loader(dataset, config.data.loader)
     model = create_model(**config.model_arguments()).to(device)
-    return Trainer(config, model, dataset, run, create_loader=data.create_loader)
+    return Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
 
 
 def _setting(trainer: Trainer) -> str:
