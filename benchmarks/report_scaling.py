@@ -60,7 +60,7 @@ def images() -> str:
                 f"{flops.model / 1e9:.1f}",
                 f"{moved.passes / 1e6:.0f}",
                 f"{moved.products / 1e6:.0f}",
-                f"{1e6 * flops.model / Hardware().matmul_rate:.0f}",
+                f"{1e6 * flops.model / Hardware().matmul_rate():.0f}",
                 f"{1e6 * moved.passes / Hardware().hbm_rate:.0f}",
             ]
         )

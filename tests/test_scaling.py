@@ -206,6 +206,33 @@ def test_data_and_checkpoints():
     assert plan.checkpoint.write_seconds == pytest.approx(plan.checkpoint.bytes / (2 * 2e9))
 
 
+def test_fp32_and_several_masks():
+    plan = make_plan(Run(LARGE, precision="fp32"))
+    assert plan.step.products > 10 * make_plan(Run(LARGE)).step.products
+    assert plan.memory.states.copies == 0
+    assert plan.memory.activations == plan.batch_size * kept_per_image(LARGE, compute_bytes=4).activations
+    several = make_plan(Run(LARGE, data=Data(masks_per_image=4)))
+    assert several.batch_size % 4 == 0
+    assert several.memory.images * 4 == make_plan(Run(LARGE)).memory.images
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--gpus 1", "--gpus 4 --model mae_vit_tiny_patch16", "--gpus 6 --gpus-per-node 1 --global-batch 600",
+     "--gpus 16 --decoder-depth 1 --img-size 32 64 --patch-size 8 --global-batch 16", "--gpus 2 --attention plain",
+     "--gpus 16 --precision fp16 --residual bfloat16 --activation-checkpointing full --no-reshard-after-forward"],
+)  # fmt: skip
+def test_uncommon_runs_can_be_planned(capsys, flags):
+    assert main(["plan", *flags.split(), "--json"]) == 0
+    for shown in json.loads(capsys.readouterr().out):
+        assert (
+            shown["batch_size"] * shown["accumulation"] * shown["run"]["cluster"]["gpus"]
+            == (shown["run"]["global_batch"])
+        )
+        assert 0 < shown["step"]["seconds"] < 100
+        assert 0 < shown["mfu"] < 1
+
+
 def plan_of(name: str, gpus: int, mode: str) -> Plan:
     return make_plan(Run(preset_sizes(name), Cluster(gpus), mode))
 
@@ -218,7 +245,7 @@ def plan_of(name: str, gpus: int, mode: str) -> Plan:
         ("--gpus 64 --global-batch 4000", "--global-batch: expected a multiple of 64 for 64 GPUs, got 4000"),
         ("--model mae_vit_giant", "--model: expected one of mae_vit_tiny_patch16"),
         ("--parallel none", "--parallel: expected ddp, fsdp or hsdp for 8 GPUs, got 'none'"),
-        ("--parallel hsdp", "--parallel: expected none, ddp or fsdp for 1 node"),
+        ("--parallel hsdp", "--parallel: expected ddp or fsdp for 1 x 8 GPUs, as hsdp needs"),
         ("--batch-size 300", "--batch-size: expected a divisor of the 512 images of a GPU, got 300"),
         ("--batch-size 4096 --global-batch 65536", "--batch-size: expected at most"),
         ("--hardware.hbm-gb 12 --parallel ddp --model mae_vit_huge_patch14", "--hardware.hbm-gb: expected room for"),
@@ -282,3 +309,36 @@ def test_the_commands_of_the_page_run(capsys):
         assert words[0] == "fastmae"
         assert main(words[1:]) == 0
         assert capsys.readouterr().out
+
+
+def test_what_the_page_concludes_is_what_the_formulas_say():
+    found = {(n, g, m): plan_of(f"mae_vit_{n}", g, m) for n in _PAPER for g in (8, 64, 512) for m in _modes(g)}
+    assert found["huge_patch14", 8, "ddp"].memory.states.total / 1e9 == pytest.approx(12, abs=0.5)
+    assert {plan.accumulation for plan in found.values()} == {1}
+    for name in _PAPER:
+        by_mode = {g: {m: found[name, g, m] for m in _modes(g)} for g in (8, 64, 512)}
+        assert all(0.025 < plan.step.share_without_overlap < 0.055 for plan in by_mode[8].values())
+        assert 0.15 < by_mode[64]["ddp"].step.weights / by_mode[64]["ddp"].step.seconds < 0.25
+        fastest = {g: min(plans, key=lambda m, plans=plans: plans[m].step.seconds) for g, plans in by_mode.items()}
+        assert (fastest[64], fastest[512]) == ("fsdp", "hsdp")
+        rates = {g: by_mode[g][fastest[g]].images_per_s for g in by_mode}
+        assert 1.3 < rates[512] / rates[64] < 1.75
+        assert all(plan.step.share_exposed > 0.5 for plan in by_mode[512].values())
+        assert all(plan.step.share_exposed < 0.05 for plan in by_mode[64].values())
+        slow = Hardware(network_gb_per_s=12.5 / 8)
+        runs = [Run(preset_sizes(f"mae_vit_{name}"), Cluster(64), mode, hardware=slow) for mode in _modes(64)]
+        assert all(make_plan(run).images_per_s < rates[8] for run in runs)
+    base, huge = (found[name, 8, "fsdp"].data.images_per_s for name in (_PAPER[0], _PAPER[2]))
+    assert (base, base / huge) == (pytest.approx(50_000, rel=0.1), pytest.approx(4, rel=0.1))
+    costs = [plan.checkpoint for plan in found.values()]
+    assert max(c.copy_seconds for c in costs) < 0.0405
+    assert max(c.write_seconds for c in costs) < 4
+    hours = [24 * found["large_patch16", g, "fsdp"].days["1600"] for g in (8, 64)]
+    assert hours == [pytest.approx(21, abs=0.5), pytest.approx(3, abs=0.5)]
+
+
+_PAPER = ("base_patch16", "large_patch16", "huge_patch14")
+
+
+def _modes(gpus: int) -> list[str]:
+    return ["ddp", "fsdp"] + ["hsdp"] * (gpus > 8)

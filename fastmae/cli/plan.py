@@ -37,7 +37,7 @@ class PlanConfig:
     batch_size: int | None = None
     """Masked images on a GPU at a time. None: the largest that fits and divides a GPU's share of the global batch."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Of matrix products. For fp32 set --hardware.matmul-tflops too."""
+    """Of matrix products."""
     residual: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the residual stream."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"

@@ -152,5 +152,8 @@ def check_mode(mode: str, cluster: Cluster) -> None:
     """Raise ``ValueError`` for a mode that these GPUs cannot run."""
     expect(mode in ("none", "ddp", "fsdp", "hsdp"), "parallel", "none, ddp, fsdp or hsdp", mode)
     expect(mode != "none" or cluster.gpus == 1, "parallel", f"ddp, fsdp or hsdp for {cluster.gpus} GPUs", mode)
-    more = f"none, ddp or fsdp for {cluster.nodes} node of {cluster.gpus_in_node} GPUs"
-    expect(mode != "hsdp" or (cluster.nodes > 1 and cluster.gpus_in_node > 1), "parallel", more, mode)
+    several = cluster.nodes > 1 and cluster.gpus_in_node > 1
+    other = (
+        f"ddp or fsdp for {cluster.nodes} x {cluster.gpus_in_node} GPUs, as hsdp needs several nodes of several GPUs"
+    )
+    expect(mode != "hsdp" or several, "parallel", other, mode)

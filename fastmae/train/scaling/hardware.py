@@ -16,8 +16,9 @@ class Hardware:
     name: str = "H100 SXM"
     """For the title."""
     matmul_tflops: float = 989.4
-    """Peak of dense matrix products in the compute precision, TFLOP/s (data sheet, bf16). In fp32 give 494.7 for TF32,
-    66.9 without."""
+    """Peak of dense matrix products in bf16 and fp16, TFLOP/s (data sheet)."""
+    fp32_tflops: float = 66.9
+    """The same in fp32, which PyTorch computes without TF32 unless told otherwise (data sheet)."""
     matmul_fraction: float = 0.65
     """Share of the peak that the step's matrix products reach on average. Assumed."""
     hbm_gb: float = 80.0
@@ -57,10 +58,13 @@ class Hardware:
             if field.name.endswith("fraction"):
                 expect(value <= 1, f"hardware.{field.name}", "at most 1", value)
 
-    @property
-    def matmul_rate(self) -> float:
+    def peak_rate(self, compute_bytes: int = 2) -> float:
+        """Operations a second of matrix products, by the data sheet."""
+        return 1e12 * (self.matmul_tflops if compute_bytes < 4 else self.fp32_tflops)
+
+    def matmul_rate(self, compute_bytes: int = 2) -> float:
         """Operations a second that the step's products reach."""
-        return self.matmul_tflops * 1e12 * self.matmul_fraction
+        return self.peak_rate(compute_bytes) * self.matmul_fraction
 
     @property
     def hbm_rate(self) -> float:

@@ -80,13 +80,15 @@ class Memory(NamedTuple):
         return self.states.total + self.activations + self.transient + self.images + self.reserved
 
 
-def memory(sizes: Sizes, states: States, kept: Kept, batch: int, hardware: Hardware) -> Memory:
-    """With a batch of so many images on the GPU."""
-    images = BATCHES_AHEAD * batch * sizes.image_bytes
+def memory(
+    sizes: Sizes, states: States, kept: Kept, batch: int, hardware: Hardware, masks_per_image: int = 1
+) -> Memory:
+    """With a batch of so many masked images on the GPU."""
+    images = BATCHES_AHEAD * -(-batch // masks_per_image) * sizes.image_bytes
     return Memory(states, batch * kept.activations, batch * kept.transient, images, round(hardware.reserved_gb * 1e9))
 
 
-def largest_batch(sizes: Sizes, states: States, kept: Kept, hardware: Hardware) -> int:
-    """The most images at a time for which memory suffices; 0 if not even one's does."""
-    image = kept.activations + kept.transient + BATCHES_AHEAD * sizes.image_bytes
-    return max(0, int((hardware.usable_bytes - states.total) // image))
+def largest_batch(sizes: Sizes, states: States, kept: Kept, hardware: Hardware, masks_per_image: int = 1) -> int:
+    """The most masked images at a time for which memory suffices, whole images with all their masks; 0 for none."""
+    image = masks_per_image * (kept.activations + kept.transient) + BATCHES_AHEAD * sizes.image_bytes
+    return masks_per_image * max(0, int((hardware.usable_bytes - states.total) // image))

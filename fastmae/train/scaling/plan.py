@@ -130,7 +130,7 @@ class Plan:
     def mfu(self) -> float:
         """Share of the peak that the mathematics' operations take."""
         rate = self.flops.model * self.images_per_s / self.run.cluster.gpus
-        return rate / (self.run.hardware.matmul_tflops * 1e12)
+        return rate / self.run.hardware.peak_rate(COMPUTE_BYTES[self.run.precision])
 
 
 def make_plan(run: Run) -> Plan:
@@ -149,7 +149,7 @@ def make_plan(run: Run) -> Plan:
 
     def fits(accumulation: int) -> int:
         held = states(sizes, run.parallel, cluster, accumulation=accumulation, **options)
-        return largest_batch(sizes, held, kept, hardware)
+        return largest_batch(sizes, held, kept, hardware, several)
 
     share, several = run.global_batch // cluster.gpus, run.data.masks_per_image
     most = fits(1)
@@ -183,7 +183,7 @@ def make_plan(run: Run) -> Plan:
         largest_batch=most,
         batch_size=batch,
         accumulation=accumulation,
-        memory=memory(sizes, held, kept, batch, hardware),
+        memory=memory(sizes, held, kept, batch, hardware, several),
         flops=flops_per_image(sizes, run.mask_ratio, run.activation_checkpointing),
         collectives=sent,
         step=step,

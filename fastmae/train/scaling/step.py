@@ -81,7 +81,7 @@ def step_time(
     # Weights read by both passes, gradients written; with few images this is more than the operations take.
     weights_moved = (2 * compute_bytes + WIDE) * trained
     products = max(
-        (batch * flops.executed + flops_per_batch(sizes)) / hardware.matmul_rate,
+        (batch * flops.executed + flops_per_batch(sizes)) / hardware.matmul_rate(compute_bytes),
         (batch * moved.products + weights_moved) / hardware.hbm_rate,
     )
     passes = batch * moved.passes / hardware.hbm_rate
