@@ -230,6 +230,10 @@ def test_options_follow_the_machine(monkeypatch):
     assert choose_options(cuda, 1, world_size=2).num_threads == 12
     assert choose_options(cuda, 1, world_size=64).num_threads == 3
     assert choose_options(cuda, 1, num_threads=5, prefetch=4)[:2] == (5, 4)
+    monkeypatch.setattr(options_module, "physical_bytes", lambda: 64 << 30)
+    assert choose_options(cuda, 1 << 29, world_size=8).prefetch == 2
+    assert choose_options(cuda, 1 << 30, world_size=8).prefetch == 1
+    assert choose_options(cuda, 1 << 30, world_size=8, prefetch=3).prefetch == 3
     text = choose_options(cuda, 38_535_168, num_threads=1).describe()
     assert text == "1 decoding thread on 24 cores, 2 batches ahead of 38.5 MB each"
 

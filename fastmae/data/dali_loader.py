@@ -65,7 +65,10 @@ class DaliLoader(Loader):
         self._hints = decoder_hints(self.dataset, hw_decoder_load) if self._on_gpu else {}
 
     def describe(self) -> str:
-        where = f"nvJPEG on {self.device}" if self._on_gpu else "the CPU"
+        where = "the CPU"
+        if self._on_gpu:
+            largest = f"{self._hints['preallocate_height_hint']} x {self._hints['preallocate_width_hint']}"
+            where = f"{self.device} (memory for {largest} pixels)"
         return f"DALI loader, decoding on {where}: {self.options.describe()}"
 
     def close(self) -> None:

@@ -10,6 +10,8 @@ import torch
 PREFETCH = 2
 """Batches made ahead; more does not help where the loader is slower, and costs memory where it is faster."""
 _MOST_THREADS = 16
+_MEMORY_SHARE = 8
+"""Batches made ahead take at most this part of the memory, or only one is made."""
 
 
 class LoaderOptions(NamedTuple):
@@ -30,7 +32,8 @@ class LoaderOptions(NamedTuple):
     def describe(self) -> str:
         """For a log: what was chosen, out of what."""
         threads = f"{self.num_threads} decoding thread{'s' * (self.num_threads != 1)} on {self.cores} cores"
-        return f"{threads}, {self.prefetch} batches ahead of {self.batch_bytes / 1e6:.1f} MB each"
+        batches = f"{self.prefetch} batch{'es' * (self.prefetch != 1)} ahead"
+        return f"{threads}, {batches} of {self.batch_bytes / 1e6:.1f} MB each"
 
 
 def choose_options(
@@ -59,7 +62,13 @@ def choose_options(
     neighbours = min(world_size, max(torch.cuda.device_count(), 1)) if device.type == "cuda" else 1
     share = cores // neighbours if device.type != "cpu" else cores // 2
     threads = num_threads or max(1, min(_MOST_THREADS, share))
-    return LoaderOptions(threads, prefetch or PREFETCH, cores, batch_bytes)
+    affordable = PREFETCH * batch_bytes <= physical_bytes() // neighbours // _MEMORY_SHARE
+    return LoaderOptions(threads, prefetch or (PREFETCH if affordable else 1), cores, batch_bytes)
+
+
+def physical_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def available_cores() -> int:
