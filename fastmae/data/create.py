@@ -142,6 +142,7 @@ def create_loader(
     timeout: float = 600.0,
     known_bad: Iterable[LateBad] = (),
     samples_per_step: int | None = None,
+    hw_decoder_load: float = 0.65,
     cache_bytes: int = 256 << 20,
 ) -> Loader:
     """An endless iterator of ``Batch``, made ahead in background threads.
@@ -165,6 +166,7 @@ def create_loader(
         known_bad: ``Loader.late_bad`` of the run that is continued.
         samples_per_step: of the steps that several global batches make up, if any: all of a step have the size of the
             epoch in which it begins, so that sizes do not hang on how a step is split.
+        hw_decoder_load: with DALI on a GPU that has a hardware JPEG decoder, its share of the files.
         cache_bytes: the torch loader decodes each image once and keeps it, if all of them together take no more.
 
     Raises:
@@ -194,7 +196,7 @@ def create_loader(
     if choose_loader(dataset, loader) == "dali":
         from fastmae.data.dali_loader import DaliLoader
 
-        return DaliLoader(planner, **options)
+        return DaliLoader(planner, hw_decoder_load=hw_decoder_load, **options)
     from fastmae.data.torch_loader import TorchLoader
 
     return TorchLoader(planner, cache_bytes=cache_bytes, **options)
