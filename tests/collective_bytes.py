@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from living import Living
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,3 +110,25 @@ def measure_all(rank: int, cases: list[tuple[str, dict]]) -> list[dict[str, Any]
 def _held(tensors) -> int:
     local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in local)
+
+
+def peaks(sizes: dict, accumulation: int, reshard_after_forward: bool) -> tuple[int, int, int]:
+    """Bytes of a rank's shards under FSDP, and at most more in the first forward and in the step's last backward."""
+    place = parallel.initialize("fsdp")
+    model = parallel.construct(lambda: MaskedAutoencoderViT(**sizes, seed=0), place)
+    options = {"precision": "bf16", "reshard_after_forward": reshard_after_forward}
+    forward = parallel.parallelize(model, place, seed=0, **options)
+    images = torch.randint(0, 256, (2, 3, *sizes["img_size"]), dtype=torch.uint8)
+    masking = random_masking(2, model.num_patches, 0.5, seed=0)
+    with Living(every_op=True) as living:
+        living.see(*(p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()))
+        held, seen = living.bytes(), []
+        for index in range(accumulation):
+            with parallel.no_sync(forward, last=index == accumulation - 1):
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = forward(images, masking=masking, full_pred=False).loss
+                seen.append(living.peak)
+                living.peak = 0
+                loss.backward()
+                seen.append(living.peak)
+    return held, seen[0] - held, seen[-1] - held

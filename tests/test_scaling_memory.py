@@ -9,10 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from living import Living
 from traffic_eager import EagerTraffic
 
 from fastmae.model import MaskedAutoencoderViT
@@ -30,26 +27,6 @@ ODD = Sizes((24, 40), (4, 8), 2, 48, 2, 3, 32, 2, 2)
 SHALLOW = Sizes((32, 32), (8, 8), 1, 64, 2, 4, 32, 1, 2, mlp_ratio=2.5)
 
 
-class Living(TorchDispatchMode):
-    """Knows which of the storages made inside are still alive; what an op makes for itself is not seen."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        return out
-
-    def bytes_alive(self, but: list[Tensor]) -> int:
-        known = {tensor.untyped_storage()._cdata for tensor in but}
-        return sum(n for key, (ref, n) in self.storages.items() if key not in known and not ref.expired())
-
-
 def step(sizes: Sizes, mask_ratio: float, checkpointing: str, attention: str, batch: int) -> tuple[int, int]:
     """Bytes alive after the forward, and operations of the step."""
     model = MaskedAutoencoderViT(
@@ -64,7 +41,7 @@ def step(sizes: Sizes, mask_ratio: float, checkpointing: str, attention: str, ba
     with Living() as living:
         loss = model(images, masking=masking, full_pred=False).loss
         gc.collect()
-        alive = living.bytes_alive([*model.parameters(), *model.buffers(), images, loss, *masking])
+        alive = living.bytes((*model.parameters(), *model.buffers(), images, loss, *masking))
     flops = 0
     if attention == "plain":  # whose products are seen
         with EagerTraffic() as traffic:
