@@ -31,7 +31,7 @@ class Augment:
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip, for pictures that have no up and down (or are very few).
         color_jitter: strength s of brightness, contrast and saturation, each multiplied by a factor from 1 - s to
-            1 + s, and of hue, turned by up to s / 4 of the circle (MoCo: 0.4, 0.4, 0.4, 0.1).
+            1 + s, and of hue, turned by up to s / 4 of the circle (MoCo v2: 0.4, 0.4, 0.4, 0.1).
     """
 
     scale: tuple[float, float] = (0.2, 1.0)

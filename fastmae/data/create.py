@@ -185,6 +185,8 @@ def create_loader(
         raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
     if not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
+    if not 0 <= hw_decoder_load <= 1:
+        raise ValueError(f"hw_decoder_load: expected a share from 0 to 1, got {hw_decoder_load}")
     split_seed(seed)
     device = torch.device(device)
     img_size = img_size if callable(img_size) else tuple(img_size)

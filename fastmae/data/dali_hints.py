@@ -20,12 +20,7 @@ def decoder_hints(dataset: Dataset, hw_decoder_load: float) -> dict[str, float |
     Args:
         dataset: the images.
         hw_decoder_load: the share of the JPEG files for the hardware decoder, if there is one.
-
-    Raises:
-        ValueError: ``hw_decoder_load`` outside 0 to 1.
     """
-    if not 0 <= hw_decoder_load <= 1:
-        raise ValueError(f"hw_decoder_load: expected a share from 0 to 1, got {hw_decoder_load}")
     rows = dataset.rows(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
     height, width = (min(int(rows[side].max()), _MOST_SIDE) for side in ("height", "width"))
     return {
