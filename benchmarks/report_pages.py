@@ -58,9 +58,10 @@ def pages(machines: list[Machine], root: Path) -> dict[str, str]:
     after = rest.split(END)[1]
     texts = {PAGE: _page(machines), README: f"{before}{BEGIN}\n{_readme_block(machines)}\n{END}{after}"}
     page = root / report_data.DATA_PAGE
-    if page.exists() and report_data.BEGIN in (text := page.read_text()):
+    block = report_data.data_block(machines, describe)
+    if block and page.exists() and report_data.BEGIN in (text := page.read_text()):
         before, rest = text.split(report_data.BEGIN)
-        after, block = rest.split(report_data.END)[1], report_data.data_block(machines, describe)
+        after = rest.split(report_data.END)[1]
         texts[report_data.DATA_PAGE] = f"{before}{report_data.BEGIN}\n{block}\n{report_data.END}{after}"
     return texts
 
