@@ -27,8 +27,8 @@ ODD = Sizes((24, 40), (4, 8), 2, 48, 2, 3, 32, 2, 2)
 SHALLOW = Sizes((32, 32), (8, 8), 1, 64, 2, 4, 32, 1, 2, mlp_ratio=2.5)
 
 
-def step(sizes: Sizes, mask_ratio: float, checkpointing: str, attention: str, batch: int) -> tuple[int, int]:
-    """Bytes alive after the forward, and operations of the step."""
+def build(sizes: Sizes, mask_ratio: float, checkpointing: str, attention: str, batch: int):
+    """Model, images and masking."""
     model = MaskedAutoencoderViT(
         sizes.img_size, sizes.patch_size, sizes.in_chans, sizes.embed_dim, sizes.depth, sizes.num_heads,
         sizes.decoder_embed_dim, sizes.decoder_depth, sizes.decoder_num_heads, sizes.mlp_ratio,
@@ -37,7 +37,12 @@ def step(sizes: Sizes, mask_ratio: float, checkpointing: str, attention: str, ba
     for block in [*model.blocks, *model.decoder_blocks]:
         block.recompute = RECOMPUTE[checkpointing]
     images = torch.randint(0, 256, (batch, sizes.in_chans, *sizes.img_size), dtype=torch.uint8)
-    masking = random_masking(batch, model.num_patches, mask_ratio, seed=0)
+    return model, images, random_masking(batch, model.num_patches, mask_ratio, seed=0)
+
+
+def step(sizes: Sizes, mask_ratio: float, checkpointing: str, attention: str, batch: int) -> tuple[int, int]:
+    """Bytes alive after the forward, and operations of the step."""
+    model, images, masking = build(sizes, mask_ratio, checkpointing, attention, batch)
     with Living() as living:
         loss = model(images, masking=masking, full_pred=False).loss
         gc.collect()
