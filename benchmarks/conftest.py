@@ -16,7 +16,10 @@ import fastmae
 
 _REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
-_PACKAGES = ("torch", "triton", "transformers", "timm", "xformers", "apex", "pytest-benchmark")
+_PACKAGES = (
+    "torch", "torchvision", "triton", "transformers", "timm", "xformers", "apex", "pillow", "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130", "webdataset", "pytest-benchmark",
+)  # fmt: skip
 
 
 def pytest_addoption(parser):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from report import TIE, Machine, is_rival, ratio, rows_to_table, times
+from report import TIE, Machine, is_rival, kind_of, ratio, rows_to_table, times
 
 DATA_PAGE = "docs/data.md"
 BEGIN, END = "<!-- loaders:begin -->", "<!-- loaders:end -->"
 LOADERS, STAGES = "loader", "loader stages"
 BASELINES = {"pillow-uint8, folder": "`pillow-uint8`", "pillow-float, folder": "`pillow-float`"}
+_PACKAGES = ("python", "torch", "torchvision", "pillow", "webdataset")
+_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _STAGES = ("read", "decode", "crop copy", "resize", "hand over")
 
 TEXT = """All loaders make the same crops of the same images, in turn in one run, with one thread or worker process a
@@ -82,6 +84,14 @@ def losses(machine: Machine) -> list[tuple[str, str, str, float]]:
     return [loss for loss in found if loss[-1] < TIE]
 
 
+def describe(machine: Machine) -> str:
+    """Hardware, versions, date and commit of the run that measured the loaders, in a sentence."""
+    run = next(run for run in machine.runs if any(kind_of(one["group"]) == LOADERS for one in run["benchmarks"]))
+    info, names = run["machine"], (*_PACKAGES, *_DALI)
+    versions = [f"{name} {info['versions'][name]}" for name in names if name in info["versions"]]
+    return f"Measured on {info['device']} with {', '.join(versions)}; {run['date']}, commit {run['commit']}."
+
+
 def section(machine: Machine) -> str:
     """The loaders' part of a machine, without a heading; empty where they were not measured."""
     parts, loaders = [], {}
@@ -89,16 +99,16 @@ def section(machine: Machine) -> str:
         parts += [f"**{group.partition(', ')[2]}**\n", loader_table(loaders) + "\n"]
     for stages in machine.of(STAGES).values():
         parts += [STAGES_TEXT, stage_table(stages, loaders) + "\n"]
-    return "\n".join([TEXT, *parts]) if parts else ""
+    return "\n".join([f"{describe(machine)}\n", TEXT, *parts]) if parts else ""
 
 
-def data_block(machines: list[Machine], describe) -> str:
+def data_block(machines: list[Machine]) -> str:
     """What docs/data.md holds between its markers: every machine's tables, and where ours are slower."""
     parts = []
     for machine in machines:
         if not (text := section(machine)):
             continue
-        parts += [f"{describe(machine)}\n", text]
+        parts.append(text)
         rows = [[f"`{ours}`", f"`{rival}`", f"{value:.2f}x"] for _, ours, rival, value in losses(machine)]
         if rows:
             parts.append(rows_to_table(["of ours", "is slower than", "whose time is"], rows) + "\n")

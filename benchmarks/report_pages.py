@@ -58,7 +58,7 @@ def pages(machines: list[Machine], root: Path) -> dict[str, str]:
     after = rest.split(END)[1]
     texts = {PAGE: _page(machines), README: f"{before}{BEGIN}\n{_readme_block(machines)}\n{END}{after}"}
     page = root / report_data.DATA_PAGE
-    block = report_data.data_block(machines, describe)
+    block = report_data.data_block(machines)
     if block and page.exists() and report_data.BEGIN in (text := page.read_text()):
         before, rest = text.split(report_data.BEGIN)
         after = rest.split(report_data.END)[1]

@@ -105,6 +105,8 @@ def test_the_block_of_the_data_page_is_written_between_its_markers(machine, tmp_
     assert "| `fastmae-torch` | folder | 100 | 2.25x |" in text
     assert "| `fastmae-torch, tar shards` | `webdataset, tar shards` | 0.75x |" in text
     assert "### Loaders" in texts[report.PAGE]
+    for one in (text, texts[report.PAGE]):
+        assert "Measured on A Card with python 3.12.1, torch 2.99.0; 2026-01-02, commit abcdef012345-dirty." in one
     page.unlink()
     assert report_data.DATA_PAGE not in report_pages.pages([machine], tmp_path)
 
