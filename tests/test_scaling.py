@@ -22,7 +22,7 @@ from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.memory import largest_batch, memory, states
 from fastmae.train.scaling.plan import Data, Plan, Run, make_plan
 from fastmae.train.scaling.report import to_json
-from fastmae.train.scaling.sizes import Sizes, parameters, preset_sizes
+from fastmae.train.scaling.sizes import Sizes, architecture_sizes, parameters, preset_sizes
 from fastmae.train.scaling.work import flops_per_batch, flops_per_image, kept_per_image, moved_per_image
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +42,7 @@ def arguments(sizes: Sizes) -> dict:
 def test_parameters_are_those_of_the_model(sizes):
     with torch.device("meta"):
         model = MaskedAutoencoderViT(**arguments(sizes))
+    assert architecture_sizes(model.architecture) == sizes
     planned = {p.name: p for p in parameters(sizes)}
     assert {name: p.shape for name, p in planned.items()} == {n: tuple(p.shape) for n, p in model.named_parameters()}
     assert {p.name for p in planned.values() if p.trainable} == {

@@ -6,8 +6,8 @@ Nothing here imports PyTorch. A test holds the parameters against those of the m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from fastmae.presets import PRESETS
@@ -83,6 +83,12 @@ def preset_sizes(name: str, **overrides: Any) -> Sizes:
         if isinstance(values.get(key), int):
             values[key] = (values[key], values[key])
     return Sizes(**values)
+
+
+def architecture_sizes(architecture: Mapping[str, Any]) -> Sizes:
+    """Sizes of a model from its ``MaskedAutoencoderViT.architecture``, or from what a checkpoint says of it."""
+    values = {field.name: architecture[field.name] for field in fields(Sizes)}
+    return Sizes(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 class Parameter(NamedTuple):
