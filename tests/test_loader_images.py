@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def test_what_a_gpu_would_do(real, color_jitter, limit):
         inputs = dict(zip(names, feed, strict=True))
         pipeline.set_outputs(finished_images(decoded_crops(inputs, "cpu", {}), inputs))
     pipeline.build()
+    assert set(names) <= set(input_values(replace(plan, jitter=None), values["encoded"]))  # as of a plan that failed
     images = torch.from_numpy(pipeline.run()[0].as_array()).permute(0, 3, 1, 2)
     mean = difference([batch], [batch._replace(images=images)])
     assert mean < limit

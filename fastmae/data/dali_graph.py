@@ -11,6 +11,7 @@ import nvidia.dali.types as types
 from fastmae.data.plan import Plan
 
 _COLORS = ("brightness", "contrast", "saturation", "hue")
+_NO_JITTER = (1.0, 1.0, 1.0, 0.0)
 
 
 def input_names(finished: bool, jitter: bool) -> list[str]:
@@ -23,18 +24,20 @@ def input_names(finished: bool, jitter: bool) -> list[str]:
 
 def input_values(plan: Plan, encoded: list[np.ndarray]) -> dict[str, list[np.ndarray] | np.ndarray]:
     """All inputs for a batch: its files' bytes, and its plan as DALI wants it."""
-    values = {
+    jitter = np.tile(_NO_JITTER, (len(encoded), 1)) if plan.jitter is None else plan.jitter
+    brightness, contrast, saturation, turn = np.ascontiguousarray(jitter.T, np.float32)
+    return {
         "encoded": encoded,
         "anchors": plan.boxes[:, :2].astype(np.int32),
         "shapes": plan.boxes[:, 2:].astype(np.int32),
         "sizes": np.tile(np.float32(plan.img_size), (len(encoded), 1)),
         "left_right": plan.flips[:, 0].astype(np.int32),
         "top_bottom": plan.flips[:, 1].astype(np.int32),
+        "brightness": brightness,
+        "contrast": contrast,
+        "saturation": saturation,
+        "hue": 360 * turn,
     }
-    if plan.jitter is not None:
-        brightness, contrast, saturation, turn = np.ascontiguousarray(plan.jitter.T, np.float32)
-        values |= dict(zip(_COLORS, (brightness, contrast, saturation, 360 * turn), strict=True))
-    return values
 
 
 def decoded_crops(inputs: Mapping, device: str, hints: Mapping):
