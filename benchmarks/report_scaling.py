@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from fastmae.train.scaling.hardware import Cluster, Hardware  # noqa: E402
 from fastmae.train.scaling.plan import Plan, Run, make_plan  # noqa: E402
-from fastmae.train.scaling.report import assumptions  # noqa: E402
+from fastmae.train.scaling.report import inputs  # noqa: E402
 from fastmae.train.scaling.sizes import preset_sizes  # noqa: E402
 from fastmae.train.scaling.work import flops_per_image, kept_per_image, moved_per_image  # noqa: E402
 
@@ -213,7 +213,15 @@ def checkpoints() -> str:
 
 def assumed() -> str:
     plan = make_plan(Run(MODELS["ViT-L/16"]))
-    return table(["flag", "value"], [[f"`--{name.replace('_', '-')}`", value] for name, value in assumptions(plan)])
+    rows = [
+        [
+            f"`--{name.replace('_', '-')}`",
+            "**assumed**" if is_assumed else "data sheet" if "hardware" in name else "data",
+            value,
+        ]
+        for name, value, is_assumed in inputs(plan)
+    ]
+    return table(["flag", "what it is", "value"], rows, 2)
 
 
 TABLES = {

@@ -15,7 +15,7 @@ from fastmae.cli.errors import UsageError
 from fastmae.train.scaling.communication import Mode
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.plan import Data, Plan, Run, make_plan
-from fastmae.train.scaling.report import assumptions, sections, to_json
+from fastmae.train.scaling.report import inputs, sections, to_json
 from fastmae.train.scaling.sizes import Sizes, preset_sizes
 
 
@@ -107,8 +107,10 @@ def show(plans: list[Plan], console: Console) -> None:
             table.add_row(f"  {label}", *values)
         table.add_row()
     console.print(table)
-    console.print("Nothing of this was measured. It rests on (each is a flag):", style="bold")
-    console.print(", ".join(f"{name.replace('_', '-')} {value}" for name, value in assumptions(first)))
+    console.print("Nothing of this was measured. It rests on these flags:", style="bold")
+    for title, wanted in (("assumed", True), ("of data sheets and data", False)):
+        values = [f"{name.replace('_', '-')} {value}" for name, value, assumed in inputs(first) if assumed == wanted]
+        console.print(f"{title}: {', '.join(values)}")
 
 
 def _run(config: PlanConfig, mode: Mode) -> Run:

@@ -9,6 +9,12 @@ from typing import Any
 from fastmae.train.scaling.communication import Collective
 from fastmae.train.scaling.plan import Plan
 
+FACTS = (
+    "matmul_tflops", "fp32_tflops", "hbm_gb", "hbm_tb_per_s", "nvlink_gb_per_s", "network_gb_per_s",
+    "images", "image_kb", "masks_per_image",
+)  # fmt: skip
+"""What stands in data sheets, or is so of the data. All else is assumed until somebody measures it."""
+
 Section = tuple[str, list[tuple[str, list[str]]]]
 """A title, and rows: what it is, and a value for each plan."""
 
@@ -88,12 +94,14 @@ def sections(plans: Sequence[Plan]) -> list[Section]:
     return [section for section in found if section[1]]
 
 
-def assumptions(plan: Plan) -> list[tuple[str, str]]:
-    """Of the hardware and the data: names and values."""
-    found = []
-    for prefix, part in (("hardware", plan.run.hardware), ("data", plan.run.data)):
-        found += [(f"{prefix}.{f.name}", f"{getattr(part, f.name):.10g}") for f in fields(part) if f.name != "name"]
-    return found
+def inputs(plan: Plan) -> list[tuple[str, str, bool]]:
+    """Of the hardware and the data: names, values, and whether the default is an assumption rather than a fact."""
+    return [
+        (f"{prefix}.{f.name}", f"{getattr(part, f.name):.10g}", f.name not in FACTS)
+        for prefix, part in (("hardware", plan.run.hardware), ("data", plan.run.data))
+        for f in fields(part)
+        if f.name != "name"
+    ]
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
