@@ -51,14 +51,23 @@ def lzw_tiff() -> bytes:
     return buffer.getvalue()
 
 
-def huge_png(width: int, height: int) -> bytes:
-    """The header of a decompression bomb, and an end."""
-
+def rgb_png(width: int, height: int, rows: bytes, bits: int = 8) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    size = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """The header of a decompression bomb, and an end."""
+    return rgb_png(width, height, b"\0" * 99)
+
+
+def deep_png() -> bytes:
+    """Colour of 16 bits, which Pillow does not write."""
+    values = np.random.default_rng(0).integers(0, 65536, (20, 30, 3)).astype(">u2")
+    return rgb_png(30, 20, b"".join(b"\0" + row.tobytes() for row in values), bits=16)
 
 
 def reasons(tmp_path: Path, files: dict[str, bytes], **options) -> dict[str, str]:
@@ -117,12 +126,20 @@ REFUSED = {
     "volume.npy": (1, npy(values(5, 20, 30, 2)), {}, "(5, 20, 30, 2): expected (height, width)"),
     "pages.tif": (1, tiff(values(4, 20, 30), photometric="minisblack"), {}, "4 pages of one size"),
     "lzw.tif": (3, lzw_tiff(), {}, "LZW compression needs a package"),
+    "deep.png": (3, deep_png(), RANGE, "16-bit colour PNG"),
     "cut.tif": (3, tiff(values(20, 30, 3))[:-9], {}, "truncated"),
     "cut.npy": (3, npy(values(20, 30, 3))[:-9], {}, "truncated"),
     "object.npy": (1, npy(np.array([[{}]]), allow_pickle=True), {}, "type object"),
     "broken.npy": (1, b"\x93NUMPY\x01\x00\x10\x00{'descr': garbage", {}, "unreadable header"),
     "broken.tif": (1, b"II*\0\xff\xff\xff\xff" + bytes(100), {}, "unreadable header"),
 }  # fmt: skip
+
+
+def test_16_bit_colour_comes_with_its_upper_bits(tmp_path):
+    assert reasons(tmp_path, {"deep.png": deep_png()}) == {}
+    dataset = open_dataset(tmp_path / "images", cache_dir=tmp_path / "cache")
+    expected = np.random.default_rng(0).integers(0, 65536, (20, 30, 3)) >> 8
+    assert np.abs(dataset.decode(0).astype(int) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -56,7 +56,8 @@ IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 
 EXPECTED = "JPEG, PNG, WebP, TIFF or NumPy (.npy)"
 _VALUES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
-MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", *_VALUES)
+MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "RGB;16", "RGBA;16",
+         *_VALUES)  # fmt: skip
 """Modes by the numbers that the index stores."""
 READY_MODES = ("bool", "uint8")
 """Of the values of TIFF and NumPy files, those that need no range to become uint8."""
@@ -68,6 +69,10 @@ _STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",),
 _OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
 _END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
 _ORIENTATION_TAG = 0x0112
+_PNG_DEPTH = 24
+"""Where a PNG states its bits a sample."""
+COLOR_16 = ("RGB;16", "RGBA;16")
+"""Photographs that only come with the upper 8 of their bits: no decoder here gives all of them."""
 
 
 def detect_format(start: bytes) -> Format | None:
@@ -145,6 +150,9 @@ def _parse_photograph(file: BufferedIOBase, format_: Format) -> tuple[Header, in
         animated = format_ is Format.WEBP and getattr(image, "is_animated", False)
         exif, mode = image.info.get("exif"), image.mode
         data_start = file.tell() if format_ is Format.JPEG else 8
+        if format_ is Format.PNG and mode in ("RGB", "RGBA"):
+            file.seek(_PNG_DEPTH)
+            mode += ";16" if file.read(1) == b"\x10" else ""  # of which Pillow tells nothing
     if animated:
         raise BadImage("an animation, not a photograph")
     return Header(format_, height, width, _orientation(exif), 1 if mode in _GREY else 3, mode), data_start

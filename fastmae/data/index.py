@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastmae.data.header import MODES, READY_MODES, Format
+from fastmae.data.header import COLOR_16, MODES, READY_MODES, Format
 from fastmae.data.parts import Part, image_parts, in_order
 from fastmae.data.sources import Source
 from fastmae.data.table import ENTRY, Bytes, Table
@@ -190,6 +190,9 @@ def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
     for i in np.flatnonzero(good & wide).tolist():
         mode = MODES[rows["mode"][i]]
         reasons.setdefault(i, f"{mode} pixels: expected uint8, or --data.value-range that they are mapped from")
+    colour = np.isin(rows["mode"], [MODES.index(mode) for mode in COLOR_16]) & (accepts.value_range is not None)
+    for i in np.flatnonzero(good & colour).tolist():
+        reasons.setdefault(i, "16-bit colour PNG: expected 8 bits or grey with --data.value-range; convert it to TIFF")
     for i in np.flatnonzero(good & ~fits).tolist():
         found = rows["channels"][i]
         reasons.setdefault(i, f"{found} channels: expected {accepts.channels} (--model.in-chans {found})")
