@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
 from fastmae.train import parallel
+from fastmae.train.ranks import Ranks
+from fastmae.train.sharded import share_of
+from fastmae.train.sharded_state import collect
 
 SIZES = {
     "img_size": (32, 32), "patch_size": (8, 8), "in_chans": 3, "embed_dim": 40, "depth": 3, "num_heads": 2,
@@ -72,9 +75,15 @@ def pretended(world_size: int, ranks_per_node: int, monkeypatch):
 
 
 def measure(
-    mode: str, *, precision: str = "bf16", accumulation: int = 1, reshard_after_forward: bool = True
+    mode: str,
+    *,
+    precision: str = "bf16",
+    accumulation: int = 1,
+    reshard_after_forward: bool = True,
+    saves: bool = False,
 ) -> dict[str, Any]:
-    """A step in any mode: its collectives by name and ranks, and bytes of what this rank holds after it."""
+    """A step in any mode: its collectives by name and ranks, and bytes of what this rank holds after it, and would
+    write into a checkpoint."""
     place = parallel.initialize(mode)
     model = parallel.construct(lambda: MaskedAutoencoderViT(**SIZES, seed=0), place)
     forward = parallel.parallelize(
@@ -99,12 +108,19 @@ def measure(
         "weights": _held(model.parameters()),
         "gradients": _held(gradients),
         "optimizer": _held(states),
+        "written": _written(model, optimizer) if saves else 0,
     }
 
 
 def measure_all(rank: int, cases: list[tuple[str, dict]]) -> list[dict[str, Any]]:
     """One rank's part of :func:`measure`, for each case."""
-    return [measure(mode, **options) for mode, options in cases]
+    return [measure(mode, saves=True, **options) for mode, options in cases]
+
+
+def _written(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    with Ranks.create() as ranks:
+        parts = share_of(collect(model, optimizer), {}, ranks).parts.values()
+    return sum(part.tensor.numel() * part.tensor.element_size() for part in parts)
 
 
 def _held(tensors) -> int:

@@ -10,7 +10,7 @@ from distributed import run_ranks
 from fastmae.train.scaling.communication import collectives
 from fastmae.train.scaling.hardware import Cluster
 from fastmae.train.scaling.memory import states
-from fastmae.train.scaling.plan import COMPUTE_BYTES
+from fastmae.train.scaling.plan import COMPUTE_BYTES, Run, make_plan
 from fastmae.train.scaling.sizes import Sizes
 
 PLANNED = Sizes(**SIZES)
@@ -35,6 +35,14 @@ def test_collectives_and_memory_of_four_processes(four, number):
     mode, options = CASES[number]
     for rank in range(4):
         assert_as_planned(four[rank][number], mode, Cluster(4, 2), options, rank)
+    written = [four[rank][number]["written"] for rank in range(4)]
+    checkpoint = make_plan(Run(PLANNED, Cluster(4, 2), mode, 8)).checkpoint
+    assert sum(written) == checkpoint.bytes
+    if mode == "fsdp":
+        assert all(written)
+    if mode == "hsdp":
+        assert all(written[:2])
+        assert not any(written[2:])
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="no torch.distributed")
