@@ -13,7 +13,7 @@ help:
 	@echo "make report         docs/benchmarks.md, its figures and the README's table, from the committed results"
 	@echo "make gpu            on a CUDA machine: GPU tests, then benchmarks into OUT (default benchmarks/results/<gpu>)"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
-	@echo "make soak           kill and resume a training run KILLS (default 50) times; the weights must come out the same"
+	@echo "make soak           the slow tests; kill and resume a run KILLS (default 50) times: the weights must be the same"
 
 # One of the tests runs those of the ops again in Triton's interpreter, in a process of its own, because Triton decides
 # when a kernel is defined whether it is interpreted.
@@ -68,4 +68,5 @@ release-check:
 
 KILLS ?= 50
 soak:
+	$(PYTHON) -m pytest tests -m slow
 	$(PYTHON) tests/soak.py --kills $(KILLS)

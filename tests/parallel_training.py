@@ -140,7 +140,7 @@ def whole(tensor: Tensor) -> Tensor:
     (dim,) = (d for d, placement in enumerate(tensor.placements) if placement.is_shard())
     group = tensor.device_mesh.get_group(dim)
     parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, tensor.to_local().detach(), group=group)
+    dist.all_gather_object(parts, tensor.to_local().detach().cpu(), group=group)
     return torch.cat(parts)
 
 

@@ -77,6 +77,10 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
+        ("train", {"shard_size": 4}, r"--train.shard-size: expected none without --train.parallel hsdp, got 4"),
+        ("train", {"shard_size": 0, "parallel": "hsdp"}, r"--train.shard-size: expected a positive number, got 0"),
+        ("train", {"optimizer": "apex", "parallel": "fsdp", "device": "cuda"}, r"--train.optimizer: .*no shards"),
+        ("train", {"optimizer": "apex", "device": "cpu"}, r"--train.optimizer: expected adamw on the CPU, got 'apex'"),
         ("model", {"name": "resnet50"}, r"--model.name: expected one of mae_vit_tiny_patch16.*got 'resnet50'"),
         ("model", {"mask_ratio": 1.0}, r"--model.mask-ratio: .*strictly between 0 and 1, got 1.0"),
         ("model", {"mask_ratio": 0.0}, r"--model.mask-ratio: .*got 0.0"),

@@ -281,6 +281,29 @@ def test_checkpointing_keeps_less_and_changes_no_gradient(amount):
     assert bytes_kept < {"selective": 0.8, "full": 0.5}[amount] * all_bytes
 
 
+@pytest.mark.ops
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_parameters_in_bf16_as_shards_are_gathered_train_like_their_masters(checkpointing):
+    """What FSDP's cast gives the kernels: norms and biases in bf16 beside a stream in float32."""
+    pixels = torch.randint(0, 256, (2, 3, *IMG_SIZE), dtype=torch.uint8)
+    masking, found = ops.random_masking(2, 24, 0.75, seed=0), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = parallel.parallelize(
+            create(), parallel.Parallelism(), seed=SEED, activation_checkpointing=checkpointing
+        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(pixels, masking=masking, full_pred=False).loss
+        loss.backward()
+        assert {p.grad.dtype for p in trained} == {dtype}
+        found.append((loss.detach(), torch.cat([p.grad.float().flatten() for p in trained])))
+    (expected, gradient), (loss, other) = found
+    torch.testing.assert_close(loss, expected, rtol=5e-3, atol=0)
+    assert torch.cosine_similarity(gradient, other, dim=0) > 0.995
+
+
 def test_checkpointing_belongs_to_the_model_and_not_to_the_class():
     model = parallel.parallelize(create(), parallel.Parallelism(), seed=SEED, activation_checkpointing="full")
     assert {block.recompute for block in model.blocks} == {"block"}

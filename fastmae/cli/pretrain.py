@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +16,17 @@ from fastmae.cli.errors import UsageError, mistakes
 from fastmae.evaluate import evaluate_sets
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.checkpoint import latest_checkpoint, list_checkpoints
+from fastmae.train.checkpoint import list_checkpoints
+from fastmae.train.checkpoint_reader import open_latest
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.loop import Trainer
+from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
+from fastmae.train.ranks import Ranks
 from fastmae.train.recipes import RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED
-from fastmae.train.weights import export_weights
+from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12
 _NEW_CROPS_EPOCH = 2**31
@@ -35,55 +39,88 @@ def pretrain(config: PretrainConfig) -> int:
     """Train, evaluate, and say where the picture is; return the exit code."""
     with mistakes():
         validate(config)
-        config = replace(config, out=config.out or Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S"))
-        try:
-            run = RunFolder(config.out, resume=config.resume)
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
+        shard_size = config.train.shard_size
+        parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
+    try:
+        with Ranks.create() as ranks:
+            return _pretrain(config, parallelism, ranks)
+    finally:
+        shutdown(parallelism)
+
+
+def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks) -> int:
+    default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
+    config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
+    with mistakes():
+        run = _open_run(config, ranks)
     with run:
-        console = Console(highlight=False, markup=False, soft_wrap=True)
+        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
         with mistakes():
-            trainer = _prepare(config, run, console)
+            trainer = _prepare(config, run, console, parallelism, ranks)
         begun, first_step = time.monotonic(), trainer.step
         status = trainer.fit()
         seconds = time.monotonic() - begun
         if status == "preempted":
             console.print(f"Saved at step {trainer.step}. Continue with: fastmae pretrain --out {run.path} --resume")
             return PREEMPTED
-        _finish(trainer, run, console, seconds, trainer.step - first_step)
+        if parallelism.is_main:
+            _finish(trainer, run, console, seconds, trainer.step - first_step)
+        ranks.first("ending the run", lambda: None)  # the others wait for it
     return 0
 
 
-def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Trainer:
+def _open_run(config: PretrainConfig, ranks: Ranks) -> RunFolder:
+    """The run folder, locked by the first rank."""
+    run = None
+
+    def lead() -> None:
+        nonlocal run
+        try:
+            run = RunFolder(config.out, resume=config.resume)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
+
+    lead() if ranks.size == 1 else ranks.first("opening the run folder", lead)
+    return run or RunFolder(config.out, resume=config.resume, leader=False)
+
+
+def _prepare(
+    config: PretrainConfig, run: RunFolder, console: Console, parallelism: Parallelism, ranks: Ranks
+) -> Trainer:
     """The trainer of a run, at its first step or where its newest checkpoint left it."""
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    device = _device(config.train.device)
+    device = parallelism.device
     limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
-    dataset = data.open_dataset(config.data.path, channels=config.model.in_chans, **limits)
+    open_dataset = partial(data.open_dataset, config.data.path, channels=config.model.in_chans, **limits)
+    if ranks.size > 1:
+        ranks.first("opening the data", lambda: open_dataset() and None)  # the others then find its index
+    dataset = open_dataset()
     if config.model.attention == "xformers":
         _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)
-    model = create_model(**config.model_arguments()).to(device)
-    trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
+    model = construct(lambda: create_model(**config.model_arguments()), parallelism)
+    options = {"console": console, "parallelism": parallelism, "ranks": ranks}
+    trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
     if config.data.progressive_sizes:
         console.print(f"  images of {trainer.resolution} over the images, counted from 0")
+    processes = f"{ranks.size} processes ({parallelism.mode}) x " if ranks.size > 1 else ""
     console.print(
         f"{weights / 1e6:.1f} M weights on {device} ({torch.get_num_threads()} threads), {len(dataset):,} images "
         f"({kind} loader), {trainer.schedule.total_steps:,} steps of "
-        f"{trainer.accumulation} x {trainer.batch_size} images"
+        f"{processes}{trainer.accumulation} x {trainer.batch_size} images"
     )
-    if config.resume and list_checkpoints(run.checkpoints):
-        path = latest_checkpoint(run.path)
-        differences = trainer.resume(path)
-        console.print(f"Continuing from {path}")
-        for difference in differences:
+    if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
+        saved = open_latest(run.path, ranks=ranks)
+        differences = trainer.resume(saved)
+        console.print(f"Continuing from {saved.path}")
+        for difference in differences if parallelism.is_main else ():
             print(f"WARNING: not an exact continuation: {difference}", file=sys.stderr)
-    elif config.resume:
+    elif config.resume and parallelism.is_main:
         print(f"WARNING: --resume: no checkpoint in {run.path} yet; starting at step 0", file=sys.stderr)
     run.write_json("config.json", to_json(config))
     console.print(f"Run folder: {run.path}")
@@ -92,7 +129,10 @@ def _prepare(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
 
 def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
     """Export the weights, reconstruct crops and photographs that were not trained on, write the summary."""
-    config, model, dataset = trainer.config, trainer.model.eval(), trainer.dataset
+    config, dataset = trainer.config, trainer.dataset
+    # Of shards there is one whole copy: the checkpoint that was just saved.
+    sharded = trainer.parallelism.sharded
+    model = load_model(run.path)[0].to(trainer.device) if sharded else trainer.model.eval()
     # The paper's crops, whatever the run was trained on, so that runs can be compared.
     crops = data.fixed_crops(dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=_NEW_CROPS)
     source = "photographs" if config.data.path is None else "images"
@@ -106,7 +146,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         mask_ratio=config.model.mask_ratio,
         seed=config.train.seed,
         path=picture,
-        dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        dtype=DTYPES[config.train.precision],
         names=names,
         num_rows=_ROWS,
     )
@@ -138,12 +178,12 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
     console.print(f"Weights: {weights}\nPicture: {picture}")
 
 
-def _device(name: str) -> torch.device:
+def _device_type(name: str) -> str:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--train.device: expected a CUDA device for cuda, but PyTorch finds none")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return name
 
 
 def _print_config(config: PretrainConfig, console: Console) -> None:

@@ -22,9 +22,11 @@ class BadFiles:
         path: of the file.
         dataset: with ``bad`` and ``bad_ids``.
         samples_per_step: images that a step decodes.
+        writes: False on all ranks but one, which know the same and write nothing.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, samples_per_step: int) -> None:
+    def __init__(self, path: Path, dataset: Dataset, samples_per_step: int, *, writes: bool = True) -> None:
+        self._writes = writes
         self._path, self._dataset, self._samples_per_step = path, dataset, samples_per_step
         self._late: dict[int, LateBad] = {}
 
@@ -46,6 +48,8 @@ class BadFiles:
 
     def begin(self) -> None:
         """Write all that is known."""
+        if not self._writes:
+            return
         known = zip(self._dataset.bad, self._dataset.bad_ids.tolist(), strict=True)
         lines = [_line(bad.path, bad.reason, sample_id, "index") for bad, sample_id in known]
         partial = self._path.with_name(f".{self._path.name}.tmp")
@@ -56,7 +60,7 @@ class BadFiles:
         """Append what is new.
 
         Args:
-            found: the loader's ``late_bad``.
+            found: the loader's ``late_bad``, those of all ranks.
             samples: images consumed so far; what lies beyond is left for later.
         """
         new = [bad for bad in found if bad.sample_id not in self._late and bad.position < samples]
@@ -64,6 +68,8 @@ class BadFiles:
             return
         new.sort(key=lambda bad: (bad.position, bad.sample_id))
         self._late |= {bad.sample_id: bad for bad in new}
+        if not self._writes:
+            return
         with self._path.open("a") as file:
             file.writelines(map(self._line, new))
 

@@ -110,8 +110,9 @@ class TrainConfig:
     """Masked images that one optimiser step averages over, an image masked several times counted as many times. The
     learning rate follows it: base_lr * global_batch_size / 256."""
     batch_size: int | None = None
-    """Masked images in one forward pass on one device; gradients accumulate up to the global batch, which must be a
-    multiple. None: the whole global batch at once."""
+    """Masked images in one forward pass on one device, at most; gradients accumulate up to the global batch, which must
+    be a multiple. With several processes it is the largest divisor of their share of the global batch that is not
+    larger. None: no accumulation."""
     masks_per_image: int = 1
     """Masks for each decoded image, which is read in place for every one of them (repeated sampling, Feichtenhofer et
     al. 2022; there each with a crop of its own, here all of one crop). Batches and epochs count masked images, so that
@@ -134,14 +135,30 @@ class TrainConfig:
     """AdamW's weight decay; biases and norms have none."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's first and second moment."""
+    optimizer: Literal["adamw", "apex"] = "adamw"
+    """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA, not
+    with fsdp or hsdp."""
     clip_grad: float | None = None
     """Largest global gradient norm. None: no clipping."""
     seed: int = 0
     """Seed of the initialisation, the sample order, the crops and the masks."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast to bfloat16, weights and optimiser in float32."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """bf16: autocast to bfloat16, weights and optimiser in float32. fp16: the same with float16 and a loss scale, for
+    GPUs without bfloat16."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile with torch.compile: the whole model in one process, each block in several."""
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """What the processes that torchrun starts share. ddp: gradients; each has the whole model. fsdp: also weights and
+    optimiser state, sharded over all. hsdp: sharded inside a node, replicated across nodes. auto: none for one process,
+    ddp for several."""
+    shard_size: int | None = None
+    """Processes that share one copy of the model with hsdp. None: those of a node."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Memory for time: what is computed again in the backward. selective: the MLPs, which spares two fifths of the
+    activations for about a fifth more time. full: the blocks, three quarters for a third."""
+    reshard_after_forward: bool = True
+    """With fsdp and hsdp, free a block's gathered weights after its forward and gather them again for its backward.
+    Off: faster for small models, which then take their whole memory."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: CUDA where there is a GPU."""
     num_threads: int | None = None

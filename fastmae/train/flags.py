@@ -122,7 +122,7 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     train = config.train
     positive = (
         "global_batch_size batch_size masks_per_image epochs steps base_lr clip_grad num_threads max_minutes "
-        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints"
+        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints shard_size"
     )
     for name in positive.split():
         value = getattr(train, name)
@@ -131,6 +131,11 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
         value = getattr(train, name)
         require(value is None or (value >= 0 and math.isfinite(value)), "train", name, "a number of at least 0")
     require(0 <= train.seed < 1 << 63, "train", "seed", "an integer in [0, 2**63)")
+    whole = train.optimizer != "apex" or train.parallel not in ("fsdp", "hsdp")
+    require(whole, "train", "optimizer", f"adamw with --train.parallel {train.parallel}; apex knows no shards")
+    require(train.optimizer != "apex" or train.device != "cpu", "train", "optimizer", "adamw on the CPU")
+    takes = train.shard_size is None or train.parallel == "hsdp"
+    require(takes, "train", "shard_size", "none without --train.parallel hsdp")
     require(all(0 <= beta < 1 for beta in train.betas), "train", "betas", "two numbers in [0, 1)")
     require(train.masks_per_image <= 256, "train", "masks_per_image", "at most 256")
     name = "global_batch_size" if train.batch_size is None else "batch_size"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -15,15 +14,21 @@ from torch import nn
 from fastmae import ops
 from fastmae.data import Augment, Batch
 from fastmae.data.agree import check_agreement
-from fastmae.train import checkpoint, state
+from fastmae.train import checkpoint, sharded, sharded_state, state
 from fastmae.train.bad_files import BadFiles
+from fastmae.train.batch_division import divide_batch
+from fastmae.train.checkpoint_reader import Checkpoint, open_checkpoint
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.metrics import Row
-from fastmae.train.optim import create_optimizer, create_schedule, step_unless_non_finite
+from fastmae.train.optim import create_optimizer, create_schedule
+from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
+from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
+from fastmae.train.ranks import Ranks
 from fastmae.train.reporter import Reporter, deadline_after
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import StopRequest
+from fastmae.train.watch import Watch
 
 Status = Literal["finished", "preempted"]
 
@@ -33,11 +38,13 @@ class Trainer:
 
     Args:
         config: a validated configuration.
-        model: a ``MaskedAutoencoderViT`` on the device to train on.
+        model: a ``MaskedAutoencoderViT`` on the device to train on, or where :func:`parallel.construct` made it.
         dataset: the images; its length and hash are recorded.
         run: the run folder, locked.
         create_loader: ``fastmae.data.create_loader`` or something of its signature.
         console: where progress is shown.
+        parallelism: the processes that train together, this one alone if None. Every one of them makes a trainer.
+        ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
 
     Raises:
         ValueError: if the warm-up is not shorter than the run, or there are more image sizes than epochs.
@@ -52,23 +59,31 @@ class Trainer:
         *,
         create_loader: Callable[..., Any],
         console: Console | None = None,
+        parallelism: Parallelism | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         train = config.train
+        self.parallelism = parallelism or Parallelism(device=next(model.parameters()).device)
+        self.ranks = ranks or Ranks()
         self.config, self.model, self.dataset, self.run = config, model, dataset, run
         self.console = console or Console()
-        self.device = next(model.parameters()).device
-        self.forward = torch.compile(model, dynamic=False) if train.compile else model
-        self.batch_size = train.batch_size or train.global_batch_size
-        self.accumulation = train.global_batch_size // self.batch_size
+        self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
+        names = ("seed", "precision", "activation_checkpointing", "compile", "reshard_after_forward")
+        self.forward = parallelize(model, self.parallelism, **{name: getattr(train, name) for name in names})
+        self.batch_size, self.accumulation = divide_batch(
+            train.global_batch_size, self.ranks.size, train.batch_size, multiple_of=train.masks_per_image
+        )
+        self.loss_scale = LossScale(self.device) if train.precision == "fp16" else None
         self.schedule = create_schedule(train, len(dataset))
         self.resolution = create_resolution(config, self.schedule.total_steps, len(dataset))
         self.optimizer = create_optimizer(model, train)
         self.step = 0
         self.samples_per_step = train.global_batch_size // train.masks_per_image
-        self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.samples_per_step)
+        main = self.parallelism.is_main
+        self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.samples_per_step, writes=main)
         images = "" if config.data.path is None else f" --data.path {config.data.path}"
         advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
-        self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice)
+        self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice, self.parallelism)
         self._create_loader = create_loader
         self._saved_step: int | None = None
 
@@ -99,6 +114,7 @@ class Trainer:
             FloatingPointError: after many steps in a row without a finite gradient.
         """
         train, total = self.config.train, self.schedule.total_steps
+        steps_between = train.checkpoint_every_steps
         self._on_checkpoint = on_checkpoint
         deadline = deadline_after(train.max_minutes)
         self.reporter.open(self.step, total, deadline, on_log)
@@ -107,16 +123,17 @@ class Trainer:
             with StopRequest() as stop, self._open_loader() as self.loader:
                 self.run.write_json("status.json", {"status": "running", "step": self.step})
                 self.bad_files.begin()
+                self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
                 if self._saved_step is None:
                     self.save()
                 self.model.train()
                 self.reporter.start(self.step)
-                self._saved_at = time.monotonic()
-                while self.step < total and not stop.requested and time.monotonic() < deadline:
+                self.watch.saved()
+                while self.step < total and not self.watch.must_leave():
                     self.train_step()
                     if self.step % train.log_every_steps == 0 or self.step == total:
                         self.log()
-                    if self._checkpoint_due():
+                    if self.watch.save_due or (steps_between and self.step % steps_between == 0):
                         self.save()
                 self.reporter.flush()
                 if self._saved_step != self.step:
@@ -128,8 +145,9 @@ class Trainer:
         finally:
             self.reporter.close()
             self.model.set_input_size()
-        status: Status = "preempted" if stop.requested and self.step < total else "finished"
-        reason = stop.requested or ("all steps done" if self.step == total else "time limit")
+        signal = self.watch.signal()
+        status: Status = "preempted" if signal and self.step < total else "finished"
+        reason = signal or ("all steps done" if self.step == total else "time limit")
         self.run.write_json("status.json", {"status": status, "step": self.step, "reason": reason})
         return status
 
@@ -138,16 +156,17 @@ class Trainer:
         train, losses = self.config.train, []
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(self.step)
-        bf16 = train.precision == "bf16"
-        with self.model.cast_weights(torch.bfloat16) if bf16 else nullcontext():
-            for _ in range(self.accumulation):
+        low_precision = self.dtype != torch.float32
+        with self.model.cast_weights(self.dtype) if low_precision else nullcontext():
+            for remaining in reversed(range(self.accumulation)):
                 batch = self._next_batch()
                 masking = self._mask(batch)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                    loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
-                loss.backward()
+                with no_sync(self.forward, last=remaining == 0):
+                    with torch.autocast(self.device.type, self.dtype, enabled=low_precision):
+                        loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
+                    (loss * self.loss_scale.value if self.loss_scale else loss).backward()
                 losses.append(loss.detach())
-        norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad)
+        norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad, self.loss_scale)
         self.optimizer.zero_grad(set_to_none=True)
         self.reporter.add(sum(losses[1:], losses[0]), norm, skipped)
         self.step += 1
@@ -174,22 +193,26 @@ class Trainer:
         """Save a checkpoint of the state after ``step`` steps."""
         self.reporter.flush()
         self._note_bad_files()
-        tensors = state.collect_tensors(self.model, self.optimizer)
+        tensors = sharded_state.collect(self.model, self.optimizer)
         tensors["metrics.interval"] = self.reporter.values.state()
+        if self.loss_scale:
+            tensors["loss_scale"] = self.loss_scale.state()
         manifest = state.describe_run(self.config, self.model, self.optimizer, self.dataset) | {
             "samples_consumed": self.samples,
-            "world_size": 1,
+            "world_size": self.ranks.size,
             "num_threads": self.num_threads,
             "late_bad": self.bad_files.state(),
         }
-        keep = self.config.train.keep_checkpoints
-        path = checkpoint.save_checkpoint(self.run.checkpoints, self.step, tensors, manifest, keep=keep)
-        self._saved_step, self._saved_at = self.step, time.monotonic()
+        options = {"keep": self.config.train.keep_checkpoints, "ranks": self.ranks}
+        own = sharded_state.collect_own(self.ranks.rank)
+        path = sharded.save(self.run.checkpoints, self.step, tensors, manifest, own=own, **options)
+        self._saved_step = self.step
+        self.watch.saved()
         if self._on_checkpoint:
             self._on_checkpoint(path)
 
-    def resume(self, path: Path) -> list[str]:
-        """Go on from a checkpoint folder.
+    def resume(self, saved: Path | Checkpoint) -> list[str]:
+        """Go on from a checkpoint folder, which may be of any number of processes.
 
         Returns:
             What differs from the run that was saved, in words, where it makes the continuation inexact.
@@ -197,19 +220,25 @@ class Trainer:
         Raises:
             CheckpointError: if the checkpoint is damaged, of another architecture, or needs another seed or batch.
         """
-        manifest = checkpoint.verify_checkpoint(path)
+        saved = open_checkpoint(saved, ranks=self.ranks) if isinstance(saved, Path) else saved
+        manifest = saved.manifest
         state.check_architecture(manifest["architecture"], self.model.architecture)
         differences = state.compare_configs(manifest["config"], to_json(self.config))
-        differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash)
-        tensors, _ = checkpoint.load_checkpoint(path, verify=False)
-        state.restore_tensors(tensors, self.model, self.optimizer)
+        differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash, self.ranks.size)
+        self.ranks.gather("reading a checkpoint", lambda: self._restore(saved))
         self.step = self._saved_step = manifest["step"]
-        self.reporter.values.restore(tensors["metrics.interval"], self.step)
+        self.reporter.values.restore(saved.read("metrics.interval"), self.step)
         if manifest["dataset"]["hash"] == self.dataset.hash:  # else its sample ids mean other files
             self.bad_files.restore(manifest.get("late_bad", []))
-        checkpoint.set_aside_after(self.run.checkpoints, self.step)
+        if self.parallelism.is_main:
+            checkpoint.set_aside_after(self.run.checkpoints, self.step)
         self.run.cut_metrics(self.step)
         return differences
+
+    def _restore(self, saved: Checkpoint) -> None:
+        sharded_state.restore(saved, self.model, self.optimizer, self.ranks.rank)
+        if self.loss_scale and "loss_scale" in saved.tensors:
+            self.loss_scale.restore(saved.read("loss_scale"))
 
     def _open_loader(self) -> Any:
         data = self.config.data
@@ -221,6 +250,8 @@ class Trainer:
             img_size=self.resolution if data.progressive_sizes else self.config.img_size,
             seed=self.config.train.seed,
             position=self.samples,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
             device=self.device,
             augment=Augment(**{name: getattr(data, name) for name in names}),
             num_threads=data.num_threads,
@@ -256,10 +287,5 @@ class Trainer:
         return batch
 
     def _note_bad_files(self) -> None:
-        self.bad_files.update(self.loader.late_bad, self.samples)
-
-    def _checkpoint_due(self) -> bool:
-        train = self.config.train
-        by_step = train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0
-        seconds = train.checkpoint_every_seconds
-        return bool(by_step or (seconds and time.monotonic() - self._saved_at >= seconds))
+        found = self.ranks.gather("collecting bad files", lambda: self.loader.late_bad)
+        self.bad_files.update([bad for late in found for bad in late], self.samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +22,22 @@ class StepValues:
 
     They are part of a checkpoint, so that the interval in which a run was interrupted has the same mean as it would
     have had without the interruption.
+
+    Args:
+        names: of the values.
+        interval: steps in a row of metrics.
+        device: where the values are.
+        average: a mean over all ranks, which is taken of an interval's values together and not of each step's.
     """
 
-    def __init__(self, names: Sequence[str], interval: int, device: torch.device) -> None:
-        self.names, self.count = tuple(names), 0
+    def __init__(
+        self,
+        names: Sequence[str],
+        interval: int,
+        device: torch.device,
+        average: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> None:
+        self.names, self.count, self._average = tuple(names), 0, average
         self.values = torch.zeros(interval, len(self.names), device=device)
 
     def add(self, *values: Tensor) -> None:
@@ -35,13 +47,13 @@ class StepValues:
 
     def take(self) -> HostCopy:
         """Start copying the interval to the host, and begin the next one."""
-        copy = HostCopy(self.names, self.values[: self.count])
+        copy = HostCopy(self.names, self._average(self.values[: self.count]))
         self.count = 0
         return copy
 
     def state(self) -> Tensor:
-        """The steps of the unfinished interval, (count, names)."""
-        return self.values[: self.count].clone()
+        """The steps of the unfinished interval, (count, names), the same on all ranks."""
+        return self._average(self.values[: self.count])
 
     def restore(self, state: Tensor, step: int) -> None:
         """Continue the unfinished interval of a run that was saved at ``step``, perhaps with another interval."""

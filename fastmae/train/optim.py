@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastmae.train.apex_adam import create_apex_adam
 from fastmae.train.config import TrainConfig
 
 
@@ -64,28 +65,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
 
-def create_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """Fused AdamW; the trainer sets its learning rate before each step."""
-    groups = parameter_groups(model, train.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
+def create_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """Fused AdamW, PyTorch's or apex's; the trainer sets its learning rate before each step.
 
-
-@torch.no_grad()
-def step_unless_non_finite(optimizer: torch.optim.AdamW, clip_grad: float | None = None) -> tuple[Tensor, Tensor]:
-    """Clip, and take the step unless a gradient is not finite; decided on the device, without a synchronisation.
-
-    Fused AdamW reads ``found_inf`` as a gradient scaler would set it: where it is 1, weights, moments and step counts
-    stay as they are, bit for bit.
-
-    Returns:
-        The global gradient norm before clipping, and 1.0 if the step was skipped or else 0.0; float32 scalars on the
-        device of the gradients.
+    Raises:
+        ValueError: apex is asked for and does not load.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip_grad is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
-    skipped = norm.isfinite().logical_not().float()
-    optimizer.found_inf = skipped
-    optimizer.step()
-    return norm, skipped
+    groups = parameter_groups(model, train.weight_decay)
+    if train.optimizer == "apex":
+        return create_apex_adam(groups, train.betas)
+    return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)

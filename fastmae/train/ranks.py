@@ -93,11 +93,21 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all have to ask."""
+        return self.ask(flag)()[0]
+
+    def ask(self, *flags: bool) -> Callable[[], list[bool]]:
+        """Of each flag, whether it is set on any rank; all have to ask. Returns at once: the result gives the answers,
+        and waits for ranks that have not asked yet."""
         if self.group is None:
-            return flag
-        value = torch.tensor([int(flag)])
-        self._guard("asking all ranks", lambda: dist.all_reduce(value, dist.ReduceOp.MAX, self.group))
-        return bool(value.item())
+            return lambda: list(flags)
+        values = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(values, dist.ReduceOp.MAX, self.group, async_op=True)
+
+        def answer() -> list[bool]:
+            self._guard("asking all ranks", work.wait)
+            return values.bool().tolist()
+
+        return answer
 
     def _guard(self, what: str, collective: Callable[[], object]) -> None:
         try:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastmae.train.clock import Clock
 from fastmae.train.metrics import HostCopy, JsonLines, Row, Sink, StepValues, TensorBoard, Terminal, mean_of_finite
+from fastmae.train.parallel import Parallelism
 from fastmae.train.run_folder import RunFolder
 
 MAX_SKIPPED = 20
@@ -32,10 +33,20 @@ class Reporter:
         device: of the steps' values.
         interval: steps in a row.
         advice: where to look if the images are slow, for the terminal.
+        parallelism: the ranks whose values are averaged; the first of them writes.
     """
 
-    def __init__(self, run: RunFolder, console: Console, device: torch.device, interval: int, advice: str = "") -> None:
-        self.values = StepValues(("loss", "grad_norm", "skipped"), interval, device)
+    def __init__(
+        self,
+        run: RunFolder,
+        console: Console,
+        device: torch.device,
+        interval: int,
+        advice: str = "",
+        parallelism: Parallelism | None = None,
+    ) -> None:
+        self._parallelism = parallelism or Parallelism(device=device)
+        self.values = StepValues(("loss", "grad_norm", "skipped"), interval, device, self._parallelism.mean)
         self.clock = Clock(device)
         self._run, self._console, self._device, self._advice = run, console, device, advice
         self._rows: list[tuple[Row, HostCopy]] = []
@@ -48,6 +59,8 @@ class Reporter:
     def open(self, step: int, total_steps: int, deadline: float, on_row: Callable[[Row], None] | None = None) -> None:
         """Begin to write, after ``step`` of the run's ``total_steps``; ``deadline`` is of ``time.monotonic()``."""
         self._on_row = on_row
+        if not self._parallelism.is_main:
+            return
         self._sinks = [
             JsonLines(self._run.metrics),
             TensorBoard(self._run.path, step),

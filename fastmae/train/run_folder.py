@@ -22,15 +22,24 @@ _LOCK = ".lock"
 class RunFolder:
     """A run folder that this process holds the lock of; use as a context manager.
 
+    Args:
+        path: made if it is not there.
+        resume: whether it may hold a run.
+        leader: False for the other processes of the one that holds the lock: they write nothing here themselves, and
+            what they are told to write is left to it.
+
     Raises:
         ValueError: if the folder already holds something and ``resume`` is false.
         OSError: if it cannot be made or written, or if another process holds it (``BlockingIOError``).
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, *, resume: bool = False, leader: bool = True) -> None:
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics = self.path / "metrics.jsonl"
+        self.leader = leader
+        if not leader:
+            return
         self._was_there = self.path.exists()
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / _LOCK).open("a+")
@@ -62,7 +71,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Give the lock back. What was made for a run that did not begin is removed, so that the next one can."""
-        if self._lock.closed:
+        if not self.leader or self._lock.closed:
             return
         if self._is_new():
             for path in (self.checkpoints, self.reconstructions):
@@ -82,6 +91,8 @@ class RunFolder:
     def write_json(self, name: str, values: dict[str, Any]) -> Path:
         """Write a JSON file of the folder by way of a rename, so that it is never seen half written."""
         path = self.path / name
+        if not self.leader:
+            return path
         partial = path.with_name(f".{name}.tmp")
         partial.write_text(json.dumps(values, indent=1) + "\n")
         return partial.replace(path)
@@ -101,6 +112,8 @@ class RunFolder:
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows after a step, which a continued run writes again."""
+        if not self.leader:
+            return
         partial = self.metrics.with_name(".metrics.jsonl.tmp")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step))
         partial.replace(self.metrics)

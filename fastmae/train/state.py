@@ -15,18 +15,6 @@ from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.config import PretrainConfig, to_json
 
 
-def collect_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> dict[str, Tensor]:
-    """``model.<name>``, ``optimizer.<name>.{step,exp_avg,exp_avg_sq}`` and ``rng.<rank>.{cpu,cuda}``."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        for key, tensor in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = tensor
-    tensors[f"rng.{rank}.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
 def describe_run(
     config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset
 ) -> dict[str, Any]:
@@ -38,31 +26,6 @@ def describe_run(
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "versions": versions(),
     }
-
-
-def restore_tensors(
-    tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
-) -> None:
-    """Put the tensors of :func:`collect_tensors` back into a model and optimiser of the same architecture.
-
-    Raises:
-        CheckpointError: if names or shapes do not match the model's.
-    """
-    load_weights(model, section(tensors, "model."))
-    parameters = dict(model.named_parameters())
-    optimizer.state.clear()
-    for name, tensor in section(tensors, "optimizer.").items():
-        parameter_name, key = name.rsplit(".", 1)
-        if parameter_name not in parameters:
-            raise CheckpointError(f"optimizer.{name}: the model has no parameter {parameter_name}")
-        parameter = parameters[parameter_name]
-        # Into a tensor like the optimiser's own: memory format decides the order of a fused kernel's arithmetic.
-        own = torch.empty_like(parameter) if tensor.ndim else torch.empty_like(tensor, device=parameter.device)
-        optimizer.state[parameter][key] = own.copy_(tensor)
-    if f"rng.{rank}.cpu" in tensors:
-        torch.set_rng_state(tensors[f"rng.{rank}.cpu"])
-    if f"rng.{rank}.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[f"rng.{rank}.cuda"])
 
 
 def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -112,6 +75,8 @@ _MAY_DIFFER = {
     "train.checkpoint_every_steps",
     "train.checkpoint_every_seconds",
     "train.keep_checkpoints",
+    "train.activation_checkpointing",
+    "train.reshard_after_forward",
 }
 
 
@@ -138,14 +103,17 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     return [f"{key} was {saved.get(key)}, is {here.get(key)}" for key in differ if key not in _MAY_DIFFER]
 
 
-def compare_circumstances(manifest: Mapping[str, Any], num_threads: int, dataset_hash: str) -> list[str]:
-    """How threads, data and versions differ from those that a checkpoint was written with, one text each."""
+def compare_circumstances(
+    manifest: Mapping[str, Any], num_threads: int, dataset_hash: str, world_size: int = 1
+) -> list[str]:
+    """How processes, threads, data and versions differ from those that a checkpoint was written with, one text each."""
     saved = {
+        "world_size": manifest.get("world_size", 1),
         "num_threads": manifest["num_threads"],
         "dataset.hash": manifest["dataset"]["hash"],
         **manifest["versions"],
     }
-    here = {"num_threads": num_threads, "dataset.hash": dataset_hash, **versions()}
+    here = {"world_size": world_size, "num_threads": num_threads, "dataset.hash": dataset_hash, **versions()}
     return [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
 
 
