@@ -27,7 +27,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def four() -> list[list[dict]]:
     """By rank and case, of four real processes in two nodes."""
-    return run_ranks(measure_all, 4, CASES, ranks_per_node=2)
+    return run_ranks(measure_all, 4, CASES, ranks_per_node=2, timeout=150)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: "-".join(map(str, (CASES[n][0], *CASES[n][1]))))
