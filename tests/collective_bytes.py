@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
 from fastmae.train import parallel
-from fastmae.train.ranks import Ranks
-from fastmae.train.sharded import share_of
-from fastmae.train.sharded_state import collect
+from fastmae.train.checkpoint import Ranks
+from fastmae.train.checkpoint.write import share_of
+from fastmae.train.model_state import collect
 
 SIZES = {
     "img_size": (32, 32), "patch_size": (8, 8), "in_chans": 3, "embed_dim": 40, "depth": 3, "num_heads": 2,

@@ -1,9 +1,9 @@
 """Kill a training run with SIGKILL again and again, resume it each time, and compare it with one that was left alone.
 
 ``make soak``, or ``python tests/soak.py --kills 3 --steps 200``. Every other kill waits for a checkpoint that is being
-written; the others come at any moment, start-up included. After each kill the run folder must hold a checkpoint that
-loads, once it has held one; at the end of each round the weights and the logged losses must be those of the undisturbed
-run, bit for bit.
+written, in the background or not; the others come at any moment, start-up included. After each kill the run folder must
+hold a checkpoint that loads, once it has held one; at the end of each round the weights and the logged losses must be
+those of the undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def start(out: Path, steps: int) -> subprocess.Popen:
     flags = {
         "--out": out, "--train.steps": steps, "--train.warmup-steps": steps // 10, "--train.num-threads": 1,
         "--train.checkpoint-every-steps": STEPS_BETWEEN_CHECKPOINTS, "--train.log-every-steps": 10,
-        "--train.max-minutes": None, "--train.device": "cpu",
+        "--train.max-minutes": None, "--train.device": "cpu", "--train.background-save": random.choice((True, False)),
     }  # fmt: skip
     words = [str(word) for pair in flags.items() for word in pair]
     command = [sys.executable, "-m", "fastmae", "pretrain", "--resume", *words]

@@ -19,8 +19,7 @@ from distributed import run_ranks, start_ranks
 from training import write_images
 
 from fastmae.cli import main
-from fastmae.train.checkpoint_reader import open_checkpoint
-from fastmae.train.ranks import Ranks
+from fastmae.train.checkpoint import Ranks, open_checkpoint
 from fastmae.train.weights import load_model
 
 SIZES = {"img-size": 32, "patch-size": 8, "embed-dim": 32, "depth": 2, "num-heads": 2}

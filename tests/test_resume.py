@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ from training import MODEL, make_trainer, write_images
 
 from fastmae import data
 from fastmae.cli import main
-from fastmae.train.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
+from fastmae.train.checkpoint import CheckpointError, consolidate, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.weights import load_model
 
@@ -69,6 +70,32 @@ def test_stopping_and_resuming_equals_going_straight(tmp_path, images, loader, p
     assert_same_tensors(tmp_path / "straight/checkpoints/step-14", tmp_path / "stopped/checkpoints/step-14")
 
 
+def test_saving_in_the_background_changes_nothing(tmp_path, images, monkeypatch):
+    seen = {}
+    for name, background in (("waiting", False), ("background", True)):
+        trainer = make_trainer(tmp_path / name, images, checkpoint_every_steps=4, background_save=background)
+        seen[name] = []
+        trainer.fit(on_checkpoint=lambda path, name=name: seen[name].append(path.name))
+        trainer.run.close()
+    assert seen["background"] == seen["waiting"] == ["step-0", "step-4", "step-8", "step-12"]
+    for step in ("step-4", "step-8", "step-12"):
+        assert_same_tensors(*(tmp_path / name / "checkpoints" / step for name in seen))
+
+    def full(path, *arguments):
+        raise OSError(28, "No space left on device", str(path))
+
+    trainer = make_trainer(tmp_path / "full", images, checkpoint_every_steps=4, background_save=True)
+
+    def fill(path):
+        monkeypatch.setattr("fastmae.train.checkpoint.write.write_tensors", full)
+
+    with pytest.raises(CheckpointError, match=r"could not write .*step-4: .*No space left"):
+        trainer.fit(on_checkpoint=fill)
+    trainer.run.close()
+    assert trainer.run.read_json("status.json")["status"] == "failed"
+    assert list_checkpoints(tmp_path / "full/checkpoints") == [tmp_path / "full/checkpoints/step-0"]
+
+
 def test_rng_state_is_restored(tmp_path, images):
     trainer = make_trainer(tmp_path / "run", images)
     trainer.fit()
@@ -78,6 +105,16 @@ def test_rng_state_is_restored(tmp_path, images):
     resumed = make_trainer(tmp_path / "run", images, resume=True)
     resumed.resume(latest_checkpoint(tmp_path / "run"))
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_consolidated_weights_are_those_of_the_run(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images)
+    trainer.fit()
+    trainer.run.close()
+    model, manifest = load_model(consolidate(latest_checkpoint(tmp_path / "run"), tmp_path / "weights.safetensors"))
+    assert (manifest["step"], manifest["architecture"]) == (12, json.loads(json.dumps(trainer.model.architecture)))
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, images, capsys):

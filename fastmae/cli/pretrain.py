@@ -16,13 +16,11 @@ from fastmae.cli.errors import UsageError, mistakes
 from fastmae.evaluate import evaluate_sets
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.checkpoint import list_checkpoints
-from fastmae.train.checkpoint_reader import open_latest
+from fastmae.train.checkpoint import Ranks, list_checkpoints, open_latest
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
-from fastmae.train.ranks import Ranks
 from fastmae.train.recipes import RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED

@@ -15,6 +15,7 @@ _HOMES = {
     "RunFolder": "run_folder",
     "TrainConfig": "config",
     "Trainer": "loop",
+    "consolidate": "checkpoint",
     "export_weights": "weights",
     "latest_checkpoint": "checkpoint",
     "load_checkpoint": "checkpoint",

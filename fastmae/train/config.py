@@ -173,6 +173,10 @@ class TrainConfig:
     """Seconds between two checkpoints. None: by steps only."""
     keep_checkpoints: int = 3
     """Number of newest checkpoints to keep."""
+    keep_every_steps: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever. None: none is."""
+    background_save: bool | None = None
+    """Write checkpoints while the training goes on, which waits for a copy in host memory only. None: on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     train = config.train
     positive = (
         "global_batch_size batch_size masks_per_image epochs steps base_lr clip_grad num_threads max_minutes "
-        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints shard_size"
+        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints keep_every_steps shard_size"
     )
     for name in positive.split():
         value = getattr(train, name)

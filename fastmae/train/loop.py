@@ -14,16 +14,15 @@ from torch import nn
 from fastmae import ops
 from fastmae.data import Augment, Batch
 from fastmae.data.agree import check_agreement
-from fastmae.train import checkpoint, sharded, sharded_state, state
+from fastmae.train import model_state, state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_division import divide_batch
-from fastmae.train.checkpoint_reader import Checkpoint, open_checkpoint
+from fastmae.train.checkpoint import BackgroundSaver, Checkpoint, Ranks, open_checkpoint, set_aside_after
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.metrics import Row
 from fastmae.train.optim import create_optimizer, create_schedule
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
-from fastmae.train.ranks import Ranks
 from fastmae.train.reporter import Reporter, deadline_after
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
@@ -106,7 +105,7 @@ class Trainer:
 
         Args:
             on_log: called with each row of metrics.
-            on_checkpoint: called with each checkpoint's folder.
+            on_checkpoint: called with each checkpoint's folder, between two steps, once it is there.
 
         Raises:
             CheckpointError: if a checkpoint cannot be written.
@@ -120,7 +119,7 @@ class Trainer:
         self.reporter.open(self.step, total, deadline, on_log)
         try:
             check_agreement(self.dataset)
-            with StopRequest() as stop, self._open_loader() as self.loader:
+            with StopRequest() as stop, self._open_loader() as self.loader, self._open_saver() as self.saver:
                 self.run.write_json("status.json", {"status": "running", "step": self.step})
                 self.bad_files.begin()
                 self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
@@ -131,6 +130,7 @@ class Trainer:
                 self.watch.saved()
                 while self.step < total and not self.watch.must_leave():
                     self.train_step()
+                    self._report_saved(self.saver.poll())
                     if self.step % train.log_every_steps == 0 or self.step == total:
                         self.log()
                     if self.watch.save_due or (steps_between and self.step % steps_between == 0):
@@ -138,6 +138,7 @@ class Trainer:
                 self.reporter.flush()
                 if self._saved_step != self.step:
                     self.save()
+                self._report_saved(self.saver.wait())
         except BaseException as error:
             with suppress(OSError):  # a full disk must not hide what went wrong
                 self.run.write_json("status.json", {"status": "failed", "step": self.step, "reason": repr(error)})
@@ -190,10 +191,10 @@ class Trainer:
         self.reporter.log(row, batch_size)
 
     def save(self) -> None:
-        """Save a checkpoint of the state after ``step`` steps."""
+        """Save a checkpoint of the state after ``step`` steps, or begin to: in the background, on a GPU."""
         self.reporter.flush()
         self._note_bad_files()
-        tensors = sharded_state.collect(self.model, self.optimizer)
+        tensors = model_state.collect(self.model, self.optimizer)
         tensors["metrics.interval"] = self.reporter.values.state()
         if self.loss_scale:
             tensors["loss_scale"] = self.loss_scale.state()
@@ -203,13 +204,12 @@ class Trainer:
             "num_threads": self.num_threads,
             "late_bad": self.bad_files.state(),
         }
-        options = {"keep": self.config.train.keep_checkpoints, "ranks": self.ranks}
-        own = sharded_state.collect_own(self.ranks.rank)
-        path = sharded.save(self.run.checkpoints, self.step, tensors, manifest, own=own, **options)
+        self._report_saved(self.saver.wait())
+        self.saver.save(self.step, tensors, manifest, own=model_state.collect_own(self.ranks.rank))
         self._saved_step = self.step
         self.watch.saved()
-        if self._on_checkpoint:
-            self._on_checkpoint(path)
+        if not self._in_background:
+            self._report_saved(self.saver.wait())
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
         """Go on from a checkpoint folder, which may be of any number of processes.
@@ -231,12 +231,12 @@ class Trainer:
         if manifest["dataset"]["hash"] == self.dataset.hash:  # else its sample ids mean other files
             self.bad_files.restore(manifest.get("late_bad", []))
         if self.parallelism.is_main:
-            checkpoint.set_aside_after(self.run.checkpoints, self.step)
+            set_aside_after(self.run.checkpoints, self.step)
         self.run.cut_metrics(self.step)
         return differences
 
     def _restore(self, saved: Checkpoint) -> None:
-        sharded_state.restore(saved, self.model, self.optimizer, self.ranks.rank)
+        model_state.restore(saved, self.model, self.optimizer, self.ranks.rank)
         if self.loss_scale and "loss_scale" in saved.tensors:
             self.loss_scale.restore(saved.read("loss_scale"))
 
@@ -262,6 +262,17 @@ class Trainer:
         )
         self.console.print(f"Images: {loader.describe()}")
         return loader
+
+    def _open_saver(self) -> BackgroundSaver:
+        train = self.config.train
+        background = train.background_save
+        self._in_background = self.device.type == "cuda" if background is None else background
+        options = {"keep": train.keep_checkpoints, "keep_every": train.keep_every_steps, "ranks": self.ranks}
+        return BackgroundSaver(self.run.checkpoints, **options)
+
+    def _report_saved(self, path: Path | None) -> None:
+        if path and self._on_checkpoint:
+            self._on_checkpoint(path)
 
     def _mask(self, batch: Batch) -> ops.Masking:
         """The masks of a batch, those of an image adjacent: a pure function of the seed and of what the batch says."""

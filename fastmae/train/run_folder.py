@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastmae.train.checkpoint import clean
+from fastmae.train.checkpoint import clean, refuse_url
 
 _LOCK = ".lock"
 
@@ -29,11 +29,12 @@ class RunFolder:
             what they are told to write is left to it.
 
     Raises:
-        ValueError: if the folder already holds something and ``resume`` is false.
+        ValueError: if the folder already holds something and ``resume`` is false, or is in an object store.
         OSError: if it cannot be made or written, or if another process holds it (``BlockingIOError``).
     """
 
     def __init__(self, path: Path, *, resume: bool = False, leader: bool = True) -> None:
+        refuse_url(path)
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics = self.path / "metrics.jsonl"

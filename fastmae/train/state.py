@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training run: its tensors by name, and putting them back."""
+"""What a checkpoint's manifest says of a training run, and whether another one may go on from it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,6 @@ def describe_run(
         "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
         "versions": versions(),
     }
-
-
-def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with the prefix, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
@@ -77,6 +72,8 @@ _MAY_DIFFER = {
     "train.keep_checkpoints",
     "train.activation_checkpointing",
     "train.reshard_after_forward",
+    "train.keep_every_steps",
+    "train.background_save",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fastmae.train.ranks import Ranks
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.signals import StopRequest
 
 

@@ -10,9 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastmae.train.checkpoint import CheckpointError, latest_checkpoint
-from fastmae.train.checkpoint_reader import open_checkpoint
-from fastmae.train.ranks import Ranks
+from fastmae.train.checkpoint import CheckpointError, Ranks, latest_checkpoint, load_checkpoint
 from fastmae.train.state import load_weights
 
 
@@ -57,11 +55,8 @@ def load_model(path: Path | str, *, need_decoder: bool = True) -> tuple[nn.Modul
     path = Path(path)
     if path.is_dir():
         is_checkpoint = path.name.startswith("step-")
-        folder = path if is_checkpoint else latest_checkpoint(path)
-        checkpoint = open_checkpoint(folder, verify=is_checkpoint, ranks=Ranks())
-        manifest = dict(checkpoint.manifest)
-        names = [name for name in checkpoint.tensors if name.startswith("model.")]
-        weights = {name.removeprefix("model."): checkpoint.read(name) for name in names}
+        folder = path if is_checkpoint else latest_checkpoint(path, ranks=Ranks())
+        weights, manifest = load_checkpoint(folder, prefix="model.", verify=is_checkpoint)
     else:
         weights, manifest = _read_file(path)
     has_decoder = any(name.startswith("decoder_pred.") for name in weights)

@@ -15,7 +15,6 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -95,9 +94,13 @@ def write_tensors(
     digest, written = hashlib.sha256(), 0
     try:
         with path.open("wb") as file:
-            for block in chain([header], (_bytes(name, read(name), pieces[name]) for name in names)):
+            digest.update(header)
+            written += file.write(header)
+            for name in names:
+                block = _bytes(name, read(name), pieces[name])
                 digest.update(block)
                 written += file.write(block)
+                del block  # before the next one is read
             file.flush()
             os.fsync(file.fileno())
         size = path.stat().st_size
@@ -137,15 +140,6 @@ def sha256(path: Path) -> str:
     """Checksum of a whole file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """``fsync`` of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def offsets_metadata(pieces: Mapping[str, Piece]) -> dict[str, str]:

@@ -1,36 +1,34 @@
-"""Checkpoints of one process or of many ranks: every tensor once, whoever holds it, and read back by any number.
-
-A rank writes what it holds into one safetensors file of its own; rank 0 then lists all files in ``manifest.json`` and
-renames the folder. The files are those of ``torch.distributed.checkpoint`` with safetensors storage, whose
-``HuggingFaceStorageReader`` reads them. PyTorch's own writer is not used: it holds a rank's file in memory twice, takes
-no checksums, and its reader opens every file on every rank.
-"""
+"""Writing checkpoints: every tensor once, whoever holds it, and one file a rank."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import shutil
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastmae.train.checkpoint import FORMAT, FORMAT_VERSION, MANIFEST, SHARD, CheckpointError, discard, list_checkpoints
-from fastmae.train.checkpoint import _manifest_sha256 as manifest_sha256
-from fastmae.train.ranks import Ranks
-from fastmae.train.tensor_file import Piece, Written, offsets_metadata, sync, write_tensors
+from fastmae.train.checkpoint.folder import (
+    SHARD,
+    CheckpointError,
+    discard,
+    prune,
+    publish,
+    refuse_url,
+    sync,
+    write_manifest,
+)
+from fastmae.train.checkpoint.ranks import Ranks, as_ranks
+from fastmae.train.checkpoint.tensor_file import Piece, Written, offsets_metadata, write_tensors
 
 SMALL = 1 << 20
-"""Bytes below which a tensor that all ranks hold is written by rank 0: readers find all of those in one file."""
+"""Bytes below which a tensor that all ranks hold is not worth another rank's writing it."""
 WRITERS = 8
-"""Ranks, at most, that share the writing of large tensors that all hold; every reader needs the files of them all."""
+"""Ranks, at most, that share the writing of tensors that all hold: every reader needs the files of them all."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Share:
         return sum(part.tensor.numel() for name, part in self.parts.items() if name not in self.own)
 
 
-def save(
+def save_checkpoint(
     folder: Path,
     step: int,
     tensors: Mapping[str, Tensor],
@@ -95,30 +93,13 @@ def save(
     return path
 
 
-def refuse_url(folder: Path | str) -> None:
-    """Refuse ``s3://bucket/run`` and its kin, of which a ``Path`` would make a local folder named ``s3:``.
-
-    Raises:
-        ValueError: if it begins with a protocol.
-    """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
-        raise ValueError(
-            f"{folder}: expected a folder of a mounted file system: a checkpoint comes into being by a rename, which "
-            "object stores do not have. Train into a local or shared folder and copy finished checkpoints"
-        )
-
-
-def as_ranks(ranks: Ranks | None) -> AbstractContextManager[Ranks]:
-    """The given ranks, or a new group of all that is closed afterwards."""
-    return nullcontext(ranks) if ranks else Ranks.create()
-
-
 def share_of(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], ranks: Ranks) -> Share:
     """What this rank writes. Every rank computes the same division, so nothing has to be exchanged.
 
-    Of a DTensor each rank writes its shard, the first where there are replicas. Of tensors that all ranks hold, rank 0
-    writes the small ones and ranks far apart the large ones.
+    Of a DTensor each rank writes its shard, the first where there are replicas. Tensors that all ranks hold are written
+    by rank 0; if there are no others, ranks far apart share the large ones.
     """
+    spread = not any(map(is_distributed, tensors.values()))
     writers = dict.fromkeys(range(0, ranks.size, math.ceil(ranks.size / WRITERS)), 0)
     parts = {name: Part(_whole(tensor), tensor) for name, tensor in own.items()}
     for name in sorted(tensors, key=lambda name: (-tensors[name].numel(), name)):
@@ -129,7 +110,7 @@ def share_of(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], ranks: Ra
                 parts[name] = part
             continue
         size = tensor.numel() * tensor.dtype.itemsize
-        writer = min(writers, key=writers.__getitem__) if size >= SMALL else 0
+        writer = min(writers, key=writers.__getitem__) if spread and size >= SMALL else 0
         writers[writer] += size
         if writer == ranks.rank:
             parts[name] = Part(_whole(tensor), tensor)
@@ -137,7 +118,7 @@ def share_of(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], ranks: Ra
 
 
 def write(folder: Path, step: int, share: Share, manifest: str, ranks: Ranks) -> Path:
-    """The work of :func:`save` but deleting: all ranks write, and then rank 0 makes it a checkpoint.
+    """The work of :func:`save_checkpoint` but deleting: all ranks write, and then rank 0 makes it a checkpoint.
 
     Args:
         manifest: the values, as JSON text.
@@ -152,17 +133,6 @@ def write(folder: Path, step: int, share: Share, manifest: str, ranks: Ranks) ->
             shutil.rmtree(partial, ignore_errors=True)  # what little was written may be what fills the disk
         raise CheckpointError(f"could not write {final}: {error}; earlier checkpoints are untouched") from error
     return final
-
-
-def prune(folder: Path, written: Path, keep: int | None, keep_every: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints, those of every ``keep_every`` steps, and the one just written."""
-    for old in list_checkpoints(folder)[max(keep, 1) :] if keep is not None else ():
-        step = int(old.name.removeprefix("step-"))
-        if old != written and not (keep_every and step and step % keep_every == 0):
-            try:
-                discard(old)
-            except OSError as error:
-                print(f"WARNING: could not delete the old checkpoint {old}: {error}", file=sys.stderr, flush=True)
 
 
 def is_distributed(tensor: Tensor) -> bool:
@@ -218,18 +188,5 @@ def _commit(
                 f"{partial / file.name}: a rank wrote {file.size} bytes, rank 0 sees {size}; "
                 "expected a folder on a file system that all ranks share"
             )
-    head = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step}
-    values = {**head, **json.loads(manifest), "files": [vars(file) for file in files]}
-    text = json.dumps({**values, "sha256": manifest_sha256(values)}, indent=1)
-    with (partial / MANIFEST).open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    sync(partial)
-    replaced = final.with_name(f".trash-{final.name}")
-    discard(replaced)
-    if final.exists():
-        final.rename(replaced)
-    partial.rename(final)
-    sync(final.parent)
-    discard(replaced)
+    write_manifest(partial, step, {**json.loads(manifest), "files": [vars(file) for file in files]})
+    publish(partial, final)

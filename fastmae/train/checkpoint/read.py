@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastmae.train.checkpoint import MANIFEST, CheckpointError, list_checkpoints, read_manifest
-from fastmae.train.ranks import Ranks
-from fastmae.train.sharded import as_ranks, local_part
-from fastmae.train.tensor_file import Piece, read_header, sha256
+from fastmae.train.checkpoint.folder import MANIFEST, CheckpointError, list_checkpoints, read_manifest
+from fastmae.train.checkpoint.ranks import Ranks, as_ranks
+from fastmae.train.checkpoint.tensor_file import Piece, read_header, sha256
+from fastmae.train.checkpoint.write import local_part
 
 _FILE = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
@@ -128,6 +128,37 @@ def open_latest(run_folder: Path, *, verify: bool = True, ranks: Ranks | None = 
                 if ranks.rank == 0:
                     print(f"WARNING: damaged checkpoint passed over: {error}", file=sys.stderr, flush=True)
         raise CheckpointError(f"{run_folder}: no undamaged checkpoint; " + "; ".join(reasons))
+
+
+def latest_checkpoint(run_folder: Path, *, verify: bool = True, ranks: Ranks | None = None) -> Path:
+    """The folder of :func:`open_latest`."""
+    return open_latest(run_folder, verify=verify, ranks=ranks).path
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare a checkpoint's files with its manifest, in this process alone: names, sizes, SHA-256.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: naming the file that is missing, unknown, truncated or altered.
+    """
+    return dict(open_checkpoint(path, ranks=Ranks()).manifest)
+
+
+def load_checkpoint(path: Path, *, prefix: str = "", verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Whole tensors (on the CPU, by name) and manifest of a checkpoint folder, in this process alone.
+
+    Args:
+        prefix: read only tensors whose names start with it, such as ``model.``; it is taken off.
+
+    Raises:
+        CheckpointError: if anything is missing or altered; see :func:`verify_checkpoint`.
+    """
+    checkpoint = open_checkpoint(path, verify=verify, ranks=Ranks())
+    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): checkpoint.read(name) for name in names}, dict(checkpoint.manifest)
 
 
 def _read_listing(path: Path) -> dict[str, Any]:

@@ -5,23 +5,36 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import resource
 import struct
+import subprocess
+import sys
 import threading
+import time
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fastmae.train import sharded, tensor_file
-from fastmae.train.background_save import BackgroundSaver
-from fastmae.train.checkpoint import MANIFEST, CheckpointError, list_checkpoints, save_checkpoint
-from fastmae.train.checkpoint_reader import open_checkpoint, open_latest
-from fastmae.train.consolidate import consolidate
-from fastmae.train.sharded import manifest_sha256, save
-from fastmae.train.sharded_state import collect, collect_own, load
-from fastmae.train.tensor_file import Piece, read_header, write_tensors
+from fastmae.train.checkpoint import (
+    MANIFEST,
+    BackgroundSaver,
+    Checkpoint,
+    CheckpointError,
+    consolidate,
+    list_checkpoints,
+    load_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+    tensor_file,
+    write,
+)
+from fastmae.train.checkpoint.folder import SHARD, write_manifest
+from fastmae.train.checkpoint.tensor_file import Piece, read_header, write_tensors
+from fastmae.train.model_state import collect, collect_own, load
+from fastmae.train.run_folder import RunFolder
 
 TENSORS = {
     "model.weight": torch.arange(12.0).reshape(3, 4),
@@ -42,12 +55,18 @@ def folder(tmp_path):
 
 @pytest.fixture
 def saved(folder):
-    return save(folder, 7, TENSORS, {"samples_consumed": 224})
+    return save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
 
 
 def shard_of(path):
     (shard,) = path.glob("*.safetensors")
     return shard
+
+
+def vouch(path, files):
+    """Write a manifest, as whoever planted the files could."""
+    values = [{"name": f.name, "size": f.stat().st_size, "sha256": tensor_file.sha256(f)} for f in files]
+    write_manifest(path, 7, {"files": values})
 
 
 def assert_equal(one, other):
@@ -61,15 +80,13 @@ def read_all(checkpoint):
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def test_round_trip_is_exact(saved):
-    checkpoint = open_checkpoint(saved)
-    assert_equal(read_all(checkpoint), TENSORS)
-    assert (checkpoint.manifest["step"], checkpoint.manifest["samples_consumed"]) == (7, 224)
-    assert_equal(load_file(shard_of(saved)), TENSORS)
-
-
 def test_checkpoints_of_earlier_versions_are_read(folder):
-    path = save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
+    """They had one file, written by safetensors itself."""
+    path = folder / "step-7"
+    path.mkdir()
+    shard = path / SHARD.format(1)
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, shard)
+    vouch(path, [shard])
     assert_equal(read_all(open_checkpoint(path)), TENSORS)
 
 
@@ -84,16 +101,6 @@ def test_tensors_are_aligned_in_the_file(saved):
     assert {name: entry["data_offsets"][0] % widths[entry["dtype"]] for name, entry in header.items()} == dict.fromkeys(
         TENSORS, 0
     )
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_reads_the_tensor_file(saved):
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
-    from torch.distributed.checkpoint import load as dcp_load
-
-    target = {name: torch.ones_like(tensor) for name, tensor in TENSORS.items()}
-    dcp_load(target, storage_reader=HuggingFaceStorageReader(str(saved)), no_dist=True)
-    assert_equal(target, TENSORS)
 
 
 def test_an_announced_tensor_is_what_is_written(tmp_path):
@@ -137,11 +144,7 @@ def test_a_planted_pickle_is_refused_and_never_executed(tmp_path, saved, name, l
     marker = tmp_path / "executed"
     (saved / name).write_bytes(pickled(Malicious(marker)))
     if listed:
-        manifest = json.loads((saved / MANIFEST).read_text())
-        size, digest = (saved / name).stat().st_size, tensor_file.sha256(saved / name)
-        manifest["files"].append({"name": name, "size": size, "sha256": digest})
-        del manifest["sha256"]
-        (saved / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_sha256(manifest)}))
+        vouch(saved, [shard_of(saved), saved / name])
     message = f"lists {name}, which is no tensor file" if listed else f"{name}: not listed"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(saved)
@@ -154,10 +157,7 @@ def test_a_pickle_under_a_shards_name_is_refused(tmp_path, saved):
     """With a manifest made for it: what reads the file knows safetensors only."""
     marker, shard = tmp_path / "executed", shard_of(saved)
     shard.write_bytes(pickled(Malicious(marker)))
-    manifest = json.loads((saved / MANIFEST).read_text())
-    manifest["files"][0] |= {"size": shard.stat().st_size, "sha256": tensor_file.sha256(shard)}
-    del manifest["sha256"]
-    (saved / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_sha256(manifest)}))
+    vouch(saved, [shard])
     with pytest.raises(CheckpointError, match=shard.name):
         open_checkpoint(saved)
     assert not marker.exists()
@@ -167,11 +167,8 @@ def test_pieces_that_leave_a_gap_are_refused(folder, saved):
     """As a manifest without one of the shards would."""
     pieces = {"a": Piece(torch.float32, (2,), (2,))}
     shard = shard_of(saved)
-    written = write_tensors(shard, pieces, lambda name: torch.zeros(2), tensor_file.offsets_metadata(pieces))
-    manifest = json.loads((saved / MANIFEST).read_text())
-    manifest["files"] = [vars(written)]
-    del manifest["sha256"]
-    (saved / MANIFEST).write_text(json.dumps({**manifest, "sha256": manifest_sha256(manifest)}))
+    write_tensors(shard, pieces, lambda name: torch.zeros(2), tensor_file.offsets_metadata(pieces))
+    vouch(saved, [shard])
     with pytest.raises(CheckpointError, match=r"pieces of a do not make up a tensor of shape \(4,\)"):
         open_checkpoint(saved)
 
@@ -186,79 +183,60 @@ def test_reading_refuses_other_shapes_types_and_names(saved):
         checkpoint.read_into({"model.other": torch.zeros(4, 3)})
 
 
-def test_falls_back_loudly_from_a_damaged_one(folder, saved, capsys):
-    newest = save(folder, 20, TENSORS, {})
-    assert open_latest(folder.parent).path == newest
-    shard_of(newest).unlink()
-    assert open_latest(folder.parent).path == saved
-    assert "WARNING: damaged checkpoint passed over" in capsys.readouterr().err
-    (saved / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*step-20.*step-7"):
-        open_latest(folder.parent)
-    with pytest.raises(CheckpointError, match="found none"):
-        open_latest(folder)
-
-
 def test_keeps_the_newest_and_the_milestones(folder):
     for step in range(0, 80, 10):
-        save(folder, step, {"a": torch.zeros(1)}, {}, keep=2, keep_every=30)
+        save_checkpoint(folder, step, {"a": torch.zeros(1)}, {}, keep=2, keep_every=30)
     assert [path.name for path in list_checkpoints(folder)] == ["step-70", "step-60", "step-30"]
     assert len(list(folder.iterdir())) == 3
 
 
-def test_saving_a_step_again_replaces_it(folder, saved):
-    assert save(folder, 7, {"a": torch.ones(2)}, {}) == saved
-    assert open_checkpoint(saved).tensors.keys() == {"a"}
-    assert [path.name for path in folder.iterdir()] == ["step-7"]
+def test_what_an_interrupted_save_left_is_not_taken_over(folder):
+    stale = folder / "step-7.tmp" / SHARD.format(2)
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another run")
+    path = save_checkpoint(folder, 7, TENSORS, {})
+    assert {file.name for file in path.iterdir()} == {MANIFEST, SHARD.format(1)}
+    assert [file.name for file in folder.iterdir()] == ["step-7"]
 
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run"])
 def test_object_stores_are_refused(address):
     with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
-        save(address, 1, {}, {})
+        save_checkpoint(address, 1, {}, {})
     with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
-        BackgroundSaver(address)
-
-
-def test_a_full_disk_keeps_the_previous_checkpoint(folder, saved):
-    """A limit on the size of files stands in for the full disk: the write fails half way in the same place."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        message = r"could not write .*step-8: .*File too large: '.*shard-00001.*'; earlier checkpoints are untouched"
-        with pytest.raises(CheckpointError, match=message):
-            save(folder, 8, {"model.big": torch.zeros(100_000)}, {}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert [path.name for path in folder.iterdir()] == ["step-7"]
-    assert open_latest(folder.parent).path == saved
+        BackgroundSaver(Path(address))
+    with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
+        RunFolder(Path(address))
 
 
 def test_a_file_that_was_cut_without_an_error_is_no_checkpoint(folder, saved, monkeypatch):
     """Some file systems report a full disk late or never; what is there is compared with what was written."""
     monkeypatch.setattr(tensor_file.os, "fsync", lambda descriptor: tensor_file.os.truncate(descriptor, 50))
     with pytest.raises(CheckpointError, match=r"could not write .*step-8: .*wrote \d+ bytes, the file has 50"):
-        save(folder, 8, TENSORS, {})
+        save_checkpoint(folder, 8, TENSORS, {})
     monkeypatch.undo()
     assert list_checkpoints(folder) == [saved]
 
 
 def test_consolidation_holds_one_tensor_at_a_time(folder, saved, tmp_path, monkeypatch):
     alive, most = set(), []
-    read = type(open_checkpoint(saved)).read
+    read = Checkpoint.read
 
     def counted(self, name):
         tensor = read(self, name)
+        memory = np.empty(max(tensor.nbytes, 1), np.uint8)
         alive.add(name)
-        weakref.finalize(tensor, alive.discard, name)
+        weakref.finalize(memory, alive.discard, name)
         most.append(len(alive))
-        return tensor
+        return torch.from_numpy(memory)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
-    monkeypatch.setattr("fastmae.train.checkpoint_reader.Checkpoint.read", counted)
+    monkeypatch.setattr(Checkpoint, "read", counted)
     out = consolidate(saved, tmp_path / "all.safetensors", optimizer=True)
     assert_equal(load_file(out), TENSORS)
     assert len(most) == len(TENSORS)
-    assert max(most) <= 2  # the one that is written, and the one before it until its name is taken
+    assert max(most) == 1
+    assert_equal(load_checkpoint(saved)[0], TENSORS)
+    assert load_checkpoint(saved, prefix="model.")[0].keys() == {"weight", "strided", "half"}
     weights = consolidate(saved, tmp_path / "weights.safetensors")
     assert load_file(weights).keys() == {"weight", "strided", "half"}
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "all.safetensors", "weights.safetensors"}
@@ -288,7 +266,7 @@ class SlowDisk:
 @pytest.fixture
 def slow_disk(monkeypatch):
     disk = SlowDisk()
-    monkeypatch.setattr(sharded, "write_tensors", disk)
+    monkeypatch.setattr(write, "write_tensors", disk)
     yield disk
     disk.go.set()
 
@@ -301,10 +279,11 @@ def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
         weight += 1  # the next step, while the disk is still busy
         values["samples"].append(2)
         assert list_checkpoints(folder) == []
-        saver.check()
+        assert saver.poll() is None
         slow_disk.go.set()
         assert saver.wait() == folder / "step-1"
         assert saver.wait() is None
+        assert saver.poll() is None
         saver.save(2, {"w": weight}, values)
         weight += 1
     first, second = (open_checkpoint(folder / f"step-{step}") for step in (1, 2))  # leaving it has waited
@@ -323,6 +302,19 @@ def test_a_second_save_waits_for_the_first(folder, slow_disk):
     assert open_checkpoint(folder / "step-2").read("w").item() == 1
 
 
+def poll_until_done(saver):
+    while (path := saver.poll()) is None:
+        time.sleep(0.001)
+    return path
+
+
+def test_a_step_learns_of_a_save_that_is_done_once(folder):
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        assert poll_until_done(saver) == folder / "step-1"
+        assert saver.poll() is None
+
+
 def test_background_saves_are_deleted_as_others_are(folder):
     with BackgroundSaver(folder, keep=1, keep_every=2) as saver:
         for step in range(1, 6):
@@ -337,18 +329,51 @@ def test_an_error_of_a_background_save_surfaces_later_and_once(folder, monkeypat
     with BackgroundSaver(folder) as saver:
         saver.save(1, {"w": torch.zeros(1)}, {})
         saver.wait()
-        monkeypatch.setattr(sharded, "write_tensors", fails)
+        monkeypatch.setattr(write, "write_tensors", fails)
         saver.save(2, {"w": torch.zeros(1)}, {})
-        while not saver.failed:
-            pass
         with pytest.raises(CheckpointError, match=r"could not write .*step-2.*No space left.*untouched"):
-            saver.check()
-        saver.check()
+            poll_until_done(saver)
+        assert saver.poll() is None
         saver.save(3, {"w": torch.zeros(1)}, {})
         with pytest.raises(CheckpointError, match="step-3"):
             saver.save(4, {"w": torch.zeros(1)}, {})
         monkeypatch.undo()
     assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
+LEAVES = """
+import sys, time, torch
+from pathlib import Path
+from fastmae.train.checkpoint import BackgroundSaver, write
+unhurried = write.write_tensors
+write.write_tensors = lambda *arguments: (time.sleep(0.5), unhurried(*arguments))[1]
+BackgroundSaver(Path(sys.argv[1])).save(1, {"w": torch.ones(3)}, {})
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_waits_for_its_save(folder):
+    process = subprocess.run([sys.executable, "-c", LEAVES, str(folder)], cwd=Path(__file__).parents[1])
+    assert process.returncode == 3
+    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 3
+
+
+def test_an_error_of_the_training_is_not_hidden_by_one_of_the_save(folder, monkeypatch, capsys):
+    def fails(path, *arguments):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(write, "write_tensors", fails)
+
+    def train_and_fail():
+        with BackgroundSaver(folder) as saver:
+            saver.save(1, {"w": torch.zeros(1)}, {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train_and_fail()
+    assert "WARNING: could not write" in capsys.readouterr().err
+    with pytest.raises(CheckpointError), BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
 
 
 def test_values_that_json_does_not_know_are_refused_at_once(folder):
@@ -372,10 +397,10 @@ def make():
 
 def test_model_and_optimizer_go_on_exactly(folder):
     model, optimizer = make()
-    path = save(folder, 0, collect(model, optimizer), {}, own=collect_own(0))
+    path = save_checkpoint(folder, 0, collect(model, optimizer), {}, own=collect_own(0))
     assert optimizer.state == {}  # asking must not make a state, nor a step
     train(model, optimizer, range(3))
-    path = save(folder, 3, collect(model, optimizer), {}, own=collect_own(0))
+    path = save_checkpoint(folder, 3, collect(model, optimizer), {}, own=collect_own(0))
     expected = torch.rand(2)
     train(model, optimizer, range(3, 5))
 
@@ -389,6 +414,15 @@ def test_model_and_optimizer_go_on_exactly(folder):
     assert_equal(collect(again, other), collect(model, optimizer))
     load(folder / "step-0", again, other)
     assert other.state == {}
+
+
+def test_steps_that_are_counted_in_groups_go_on(folder):
+    """As apex's FusedAdam counts them."""
+    model, optimizer = make()
+    path = save_checkpoint(folder, 3, collect(model, optimizer), {"param_groups": [{"lr": 0.5, "step": 3}]})
+    load(path, model, optimizer)
+    assert optimizer.param_groups[0]["step"] == 3
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 def test_names_are_those_of_the_bare_model(folder):
@@ -412,7 +446,7 @@ def test_names_are_those_of_the_bare_model(folder):
 
 def test_a_model_of_other_names_is_refused(folder):
     model, optimizer = make()
-    path = save(folder, 0, collect(model, optimizer), {})
+    path = save_checkpoint(folder, 0, collect(model, optimizer), {})
     other = torch.nn.Sequential(torch.nn.Linear(5, 3))
     with pytest.raises(CheckpointError, match=r"do not fit the model: missing \[\], unknown \['model.1.bias'"):
         load(path, other, torch.optim.AdamW(other.parameters()))
@@ -437,3 +471,31 @@ def test_copies_of_cuda_tensors_are_of_their_step(folder):
     target = torch.empty_like(weight)
     checkpoint.read_into({"w": target})
     assert (target == 2).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_training_on_a_gpu_goes_on_exactly(folder, fused):
+    def make_there():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64, device="cuda")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    def train_there(model, optimizer, steps):
+        for step in steps:
+            images = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).cuda()
+            model(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = make_there()
+    train_there(model, optimizer, range(3))
+    with BackgroundSaver(folder) as saver:
+        saver.save(3, collect(model, optimizer), {}, own=collect_own(0))
+        train_there(model, optimizer, range(3, 5))
+    again, other = make_there()
+    load(folder / "step-3", again, other)
+    here, there = (next(iter(o.state.values()))["step"].device.type for o in (other, optimizer))
+    assert here == there
+    train_there(again, other, range(3, 5))
+    assert_equal(collect(again, other), collect(model, optimizer))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.checkpoint_reader import open_checkpoint
-from fastmae.train.ranks import Ranks
-from fastmae.train.tensor_file import write_tensors
+from fastmae.train.checkpoint.folder import CheckpointError
+from fastmae.train.checkpoint.ranks import Ranks
+from fastmae.train.checkpoint.read import open_checkpoint
+from fastmae.train.checkpoint.tensor_file import write_tensors
 
 
 def consolidate(folder: Path, out: Path, *, optimizer: bool = False) -> Path:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.checkpoint_reader import Checkpoint, open_checkpoint
-from fastmae.train.ranks import Ranks
-from fastmae.train.sharded import as_ranks
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint
+from fastmae.train.checkpoint.ranks import as_ranks
 
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 
@@ -43,15 +41,23 @@ def collect_own(rank: int) -> dict[str, Tensor]:
     return tensors
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: Ranks | None = None) -> Checkpoint:
-    """Verify a checkpoint and put it into a model and optimiser, of any number of ranks; every rank calls it.
+def load(
+    path: Path | Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: Ranks | None = None
+) -> Checkpoint:
+    """Put a checkpoint into a model and optimiser, on any number of ranks; every rank calls it.
+
+    Args:
+        path: a folder ``step-N``, which is verified, or one that is open already.
+        model: bare or wrapped; its parameters may be DTensors.
+        optimizer: of this model's parameters; its state is replaced.
+        ranks: who reads; None makes a group for this call.
 
     Raises:
-        CheckpointError: on all ranks alike, as :func:`~fastmae.train.checkpoint_reader.open_checkpoint`, or if names,
-            shapes or types are not the model's.
+        CheckpointError: on all ranks alike, as :func:`~fastmae.train.checkpoint.open_checkpoint`, or if names, shapes
+            or types are not the model's.
     """
     with as_ranks(ranks) as ranks:
-        checkpoint = open_checkpoint(path, ranks=ranks)
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, ranks=ranks)
         ranks.gather("reading a checkpoint", lambda: restore(checkpoint, model, optimizer, ranks.rank))
     return checkpoint
 
@@ -69,6 +75,9 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
     moments = _allocate(checkpoint, _parameters(model), optimizer)
     checkpoint.read_into({**weights, **moments})
+    for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
+        if "step" in saved_group:  # where apex's FusedAdam counts
+            group["step"] = saved_group["step"]
     generators = [("cpu", torch.set_rng_state)]
     if torch.cuda.is_available():
         generators.append(("cuda", torch.cuda.set_rng_state))

@@ -21,14 +21,21 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmae.train import sharded
-from fastmae.train.background_save import BackgroundSaver
-from fastmae.train.checkpoint import CheckpointError, list_checkpoints
-from fastmae.train.checkpoint_reader import open_checkpoint, open_latest
-from fastmae.train.consolidate import consolidate
-from fastmae.train.ranks import Ranks
-from fastmae.train.sharded import is_distributed, save
-from fastmae.train.sharded_state import collect, collect_own, load
+from fastmae.train.checkpoint import (
+    BackgroundSaver,
+    CheckpointError,
+    Ranks,
+    consolidate,
+    list_checkpoints,
+    open_checkpoint,
+    open_latest,
+    read,
+    save_checkpoint,
+    write,
+)
+from fastmae.train.checkpoint.folder import SHARD
+from fastmae.train.checkpoint.write import is_distributed
+from fastmae.train.model_state import collect, collect_own, load
 
 SHAPES = (7, 5, 4, 3)
 """Widths that four ranks cannot divide evenly: the last of them holds nothing of some tensors."""
@@ -91,7 +98,7 @@ def four_ranks(rank: int, folder: Path) -> dict:
         model, optimizer = make(meshes[2], "fsdp")
         train(model, optimizer, range(3), rank)
         torch.manual_seed(rank)
-        path = save(folder, 3, collect(model, optimizer), {"step": 3}, own=collect_own(rank), ranks=ranks)
+        path = save_checkpoint(folder, 3, collect(model, optimizer), {"step": 3}, own=collect_own(rank), ranks=ranks)
         saved = whole(model, optimizer)
         random = torch.rand(1)
         train(model, optimizer, range(3, 5), rank)
@@ -114,18 +121,24 @@ def four_ranks(rank: int, folder: Path) -> dict:
             state = whole(model, optimizer)
             if rank < 2:
                 result[f"loaded on {n}"] = differences(state, result["saved"])
-            path = save(folder, n * 10, collect(model, optimizer), {}, ranks=ranks)
+            big = torch.zeros(write.SMALL, dtype=torch.uint8)
+            tensors = {**collect(model, optimizer), "table": big, "table 2": big}
+            path = save_checkpoint(folder, n * 10, tensors, {}, ranks=ranks)
             result[f"files of {n}"] = shards(path)
 
+    opened, safe_open = [], read.safe_open
+    read.safe_open = lambda file, **options: opened.append(file.name) or safe_open(file, **options)
+    load(path, model, optimizer)
+    result["opened"] = sorted(opened)
     model, optimizer = make(square, "fsdp")
     load(folder / "step-40", model, optimizer)  # and with a group made for the call
-    path = save(folder, 22, collect(model, optimizer), {})
+    path = save_checkpoint(folder, 22, collect(model, optimizer), {})
     result["files of 2x2"] = shards(path)
 
-    sharded.SMALL = 60  # so that the larger tensors are divided among the ranks
+    write.SMALL = 60  # so that the larger tensors are divided among the ranks
     model, optimizer = make(None, "ddp")
     load(path, model, optimizer)
-    path = save(folder, 23, collect(model, optimizer), {})
+    path = save_checkpoint(folder, 23, collect(model, optimizer), {})
     result["files of ddp"] = shards(path)
     return result
 
@@ -149,13 +162,17 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path):
     files = {"files": 2, "files of 3": 3, "files of 4": 4, "files of 2x2": 2, "files of ddp": 4}
     for case, number in files.items():
         assert results[0][case] == [f"{i:05d}" for i in range(1, number + 1)], case
+    for rank, result in enumerate(results):  # its own, and the first, which has what all ranks hold
+        assert result["opened"] == sorted({SHARD.format(1), SHARD.format(rank + 1)})
     for step in (3, 30, 40, 22, 23):  # and a process alone
         model, optimizer = make(None, "none")
         load(tmp_path / f"step-{step}", model, optimizer)
         assert differences(whole(model, optimizer), saved) == [], step
         out = consolidate(tmp_path / f"step-{step}", tmp_path / f"{step}.safetensors", optimizer=True)
-        tensors = {name: t for name, t in load_file(out).items() if not name.startswith("rng.")}
+        tensors = {name: t for name, t in load_file(out).items() if name in saved}
         assert differences(tensors, saved) == [], step
+    with_tables = open_checkpoint(tmp_path / "step-40").tensors
+    assert {file for name in ("table", "table 2") for file, _ in with_tables[name].pieces} == {SHARD.format(1)}
     opened = open_checkpoint(tmp_path / "step-3")
     assert {name for name in opened.tensors if "rng" in name} == {"rng.0.cpu", "rng.1.cpu"}
 
@@ -164,7 +181,7 @@ DAMAGES = ("missing", "stale", "flipped", "truncated", "pickle", "unknown shard"
 
 
 def damage(kind: str, path: Path, older: Path) -> None:
-    shard = path / sharded.SHARD.format(2)
+    shard = path / SHARD.format(2)
     if kind == "missing":
         shard.unlink()
     elif kind == "stale":
@@ -178,7 +195,7 @@ def damage(kind: str, path: Path, older: Path) -> None:
     elif kind == "pickle":
         (path / "__0_0.distcp").write_bytes(b"cos\nsystem\n(S'touch " + str(path.parent / "ran").encode() + b"'\ntR.")
     else:
-        shutil.copy(shard, path / sharded.SHARD.format(3))
+        shutil.copy(shard, path / SHARD.format(3))
 
 
 def two_ranks(rank: int, folder: Path) -> dict:
@@ -189,9 +206,9 @@ def two_ranks(rank: int, folder: Path) -> dict:
     model, optimizer = make(mesh, "fsdp")
     own = collect_own(rank)
     train(model, optimizer, range(1), rank)
-    older = save(folder, 1, collect(model, optimizer), {}, own=own, ranks=ranks)
+    older = save_checkpoint(folder, 1, collect(model, optimizer), {}, own=own, ranks=ranks)
     train(model, optimizer, range(1, 2), rank)
-    good = save(folder, 2, collect(model, optimizer), {}, own=own, ranks=ranks)
+    good = save_checkpoint(folder, 2, collect(model, optimizer), {}, own=own, ranks=ranks)
 
     for kind in DAMAGES:
         bad = folder / "step-3"
@@ -211,12 +228,12 @@ def two_ranks(rank: int, folder: Path) -> dict:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:  # its disk is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
-    result["full"] = error_of(lambda: save(folder, 4, collect(model, optimizer), {}, ranks=ranks))
+    result["full"] = error_of(lambda: save_checkpoint(folder, 4, collect(model, optimizer), {}, ranks=ranks))
     dist.barrier()  # rank 0 has cleared up
     result["left"] = sorted(p.name for p in folder.iterdir())
     with BackgroundSaver(folder) as saver:
         saver.save(5, collect(model, optimizer), {}, own=own)
-        while not (text := error_of(saver.check)):
+        while not (text := error_of(saver.poll)):
             time.sleep(0.001)
         result["full in the background"] = text
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -225,10 +242,20 @@ def two_ranks(rank: int, folder: Path) -> dict:
         train(model, optimizer, range(2, 4), rank)  # its collectives run beside those of the save
     load(folder / "step-6", model, optimizer, ranks=ranks)
     result["in the background"] = differences(whole(model, optimizer), expected)
-    path = save(folder, 8, {"a": torch.full((2,), float(rank))}, {}, own={f"b.{rank}": torch.zeros(())}, ranks=ranks)
+    path = save_checkpoint(
+        folder, 8, {"a": torch.full((2,), float(rank))}, {}, own={f"b.{rank}": torch.zeros(())}, ranks=ranks
+    )
     checkpoint = open_checkpoint(path, ranks=ranks)
     result["plain"] = (checkpoint.read("a").tolist(), sorted(checkpoint.tensors))
-    result["uneven"] = error_of(lambda: save(folder, 9, {"a": torch.zeros(1 + rank)}, {}, ranks=ranks))
+    apart = folder if rank == 0 else folder.parent / "another disk"
+    apart.mkdir(exist_ok=True)
+    state = {"a": torch.zeros(1)}
+    result["apart"] = error_of(lambda: save_checkpoint(apart, 9, state, {}, own={f"b.{rank}": torch.ones(1)}))
+    result["uneven"] = error_of(lambda: save_checkpoint(folder, 9, {"a": torch.zeros(1 + rank)}, {}, ranks=ranks))
+    impatient = Ranks.create(1.0)
+    if rank == 0:  # the other does not come
+        result["alone"] = error_of(lambda: impatient.gather("saving", lambda: None))
+    dist.barrier()
     return result
 
 
@@ -236,15 +263,17 @@ def test_what_goes_wrong_is_the_same_on_all_ranks_and_keeps_earlier_checkpoints(
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     first, second = run_ranks(two_ranks, 2, folder, timeout=60)
+    assert "saving: a rank has ended or does not answer" in first.pop("alone")
+    second["apart"] = second["apart"].replace("another disk", "checkpoints")
     assert first == second
-    second_shard = sharded.SHARD.format(2)
+    second_shard = SHARD.format(2)
     messages = {
         "missing": f"{second_shard}: missing, but listed",
         "stale": f"{second_shard}: contents differ",
         "flipped": f"{second_shard}: contents differ",
         "truncated": f"{second_shard}: expected",
         "pickle": "__0_0.distcp: not listed",
-        "unknown shard": f"{sharded.SHARD.format(3)}: not listed",
+        "unknown shard": f"{SHARD.format(3)}: not listed",
     }
     for kind, message in messages.items():
         text, latest = first[kind]
@@ -259,21 +288,23 @@ def test_what_goes_wrong_is_the_same_on_all_ranks_and_keeps_earlier_checkpoints(
     assert first["left"] == ["step-1", "step-2"]
     assert first["in the background"] == []
     assert first["plain"] == ([0.0, 0.0], ["a", "b.0", "b.1"])
+    assert f"{second_shard}: a rank wrote" in first["apart"]
+    assert "expected a folder on a file system that all ranks share" in first["apart"]
     assert "elements" in first["uneven"]
 
 
 def dying_rank(rank: int, folder: Path) -> None:
     """Rank 1 is killed when its file of the second save is on the disk; rank 0 writes down what it is told."""
-    write = sharded.write_tensors
+    unharmed = write.write_tensors
 
     def killed(path, *arguments):
-        write(path, *arguments)
+        unharmed(path, *arguments)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    save(folder, 1, {"a": torch.zeros(1)}, {}, own={f"b.{rank}": torch.zeros(4)})
+    save_checkpoint(folder, 1, {"a": torch.zeros(1)}, {}, own={f"b.{rank}": torch.zeros(4)})
     if rank == 1:
-        sharded.write_tensors = killed
-    text = error_of(lambda: save(folder, 2, {"a": torch.ones(1)}, {}, own={f"b.{rank}": torch.zeros(4)}))
+        write.write_tensors = killed
+    text = error_of(lambda: save_checkpoint(folder, 2, {"a": torch.ones(1)}, {}, own={f"b.{rank}": torch.zeros(4)}))
     (folder / "message.txt").write_text(str(text))
 
 

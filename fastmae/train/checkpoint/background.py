@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmae.train.ranks import Ranks
-from fastmae.train.sharded import Part, Share, prune, refuse_url, share_of, write
+from fastmae.train.checkpoint.folder import CheckpointError, prune, refuse_url
+from fastmae.train.checkpoint.ranks import Ranks
+from fastmae.train.checkpoint.write import Part, Share, share_of, write
 
 
 class BackgroundSaver:
@@ -25,16 +27,25 @@ class BackgroundSaver:
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        keep, keep_every: as in :func:`~fastmae.train.sharded.save`.
+        keep, keep_every: as in :func:`~fastmae.train.checkpoint.save_checkpoint`.
+        ranks: who saves; None makes a group. Each has to be here.
         timeout: seconds that one step of a save may take on the slowest rank.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int | None = None, keep_every: int | None = None, timeout: float = 1800.0
+        self,
+        folder: Path,
+        *,
+        keep: int | None = None,
+        keep_every: int | None = None,
+        ranks: Ranks | None = None,
+        timeout: float = 1800.0,
     ) -> None:
         refuse_url(folder)
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
-        self._ranks, self._asking = Ranks.create(timeout), Ranks.create(timeout)
+        self._made = None if ranks else Ranks.create(timeout)
+        self._asking = ranks or self._made
+        self._ranks = self._asking.another(timeout)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copies = _HostCopies()
         self._pending: Future[Path] | None = None
@@ -49,32 +60,31 @@ class BackgroundSaver:
     ) -> None:
         """Begin a save; the tensors may change as soon as this returns. Waits for the save before, if that is not done.
 
-        Args and exceptions are those of :func:`~fastmae.train.sharded.save`; errors of the save before are raised here.
+        Arguments and exceptions are those of :func:`~fastmae.train.checkpoint.save_checkpoint`; errors of the save
+        before are raised here.
         """
         self.wait()
         text = json.dumps(manifest)
         share = share_of(tensors, own or {}, self._ranks)
         self._pending = self._thread.submit(self._save, step, self._copies.take(share), text)
 
-    @property
-    def failed(self) -> bool:
-        """Whether the save that was begun last has failed here. Costs nothing, but ranks may differ for a while."""
-        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+    def poll(self) -> Path | None:
+        """The folder of a save that has just been done on all ranks, or its error; None if there is nothing new.
 
-    def check(self) -> None:
-        """Raise the error of a failed save, on all ranks at the same step. Every rank calls it, at every step or some.
+        Every rank calls it at the same steps. It asks the others only while a save is under way.
 
         Raises:
-            CheckpointError: as :func:`~fastmae.train.sharded.save`.
+            CheckpointError: on all ranks alike, as :func:`~fastmae.train.checkpoint.save_checkpoint`; once.
         """
-        if self._asking.any(self.failed):
-            self.wait()
+        if self._pending is None or self._asking.any(not self._pending.done()):
+            return None
+        return self.wait()
 
     def wait(self) -> Path | None:
         """Wait for the save that was begun last; every rank gets the same path or error. None if there is none.
 
         Raises:
-            CheckpointError: as :func:`~fastmae.train.sharded.save`; once.
+            CheckpointError: as :func:`~fastmae.train.checkpoint.save_checkpoint`; once.
         """
         pending, self._pending = self._pending, None
         return pending.result() if pending else None
@@ -86,13 +96,19 @@ class BackgroundSaver:
         finally:
             self._thread.shutdown()
             self._ranks.close()
-            self._asking.close()
+            if self._made:
+                self._made.close()
 
     def __enter__(self) -> BackgroundSaver:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            print(f"WARNING: {error}", file=sys.stderr, flush=True)  # what ended the training is told by its own error
 
     def _save(self, step: int, copy: _Copied, manifest: str) -> Path:
         for event in copy.events:

@@ -7,13 +7,14 @@ reach all of them as one :class:`CheckpointError` of the same words.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.checkpoint.folder import CheckpointError
 
 T = TypeVar("T")
 
@@ -42,6 +43,14 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
         return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+
+    def another(self, timeout: float = 1800.0) -> Ranks:
+        """The same ranks on another group, for another thread; each of them has to call it."""
+        if self.group is None:
+            return Ranks()
+        members = dist.get_process_group_ranks(self.group)
+        options = {"backend": "gloo", "timeout": timedelta(seconds=timeout), "use_local_synchronization": True}
+        return Ranks(dist.new_group(members, **options))
 
     def close(self) -> None:
         """Give the group's connections back."""
@@ -120,6 +129,11 @@ class Ranks:
         shown = [f"rank {rank}: {text}" if self.size > 1 else text for rank, text in failed[:3]]
         more = [f"and {len(failed) - 3} more ranks"] if len(failed) > 3 else []
         return "; ".join(shown + more)
+
+
+def as_ranks(ranks: Ranks | None) -> AbstractContextManager[Ranks]:
+    """The given ranks, or a new group of all that is closed afterwards."""
+    return nullcontext(ranks) if ranks else Ranks.create()
 
 
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
