@@ -33,7 +33,16 @@ FLAGS = ["pretrain", *(text for s, v in SECTIONS.items() for k, x in v.items() f
 RUNS = {
     "ddp": ["--train.parallel", "auto"],
     "fsdp": ["--train.parallel", "fsdp", "--train.batch-size", "2", "--train.activation-checkpointing", "full"],
-    "fsdp-fp16": ["--train.parallel", "fsdp", "--train.precision", "fp16", "--train.steps", "5"],
+    "fsdp-fp16": [
+        "--train.parallel",
+        "fsdp",
+        "--train.precision",
+        "fp16",
+        "--train.steps",
+        "5",
+        "--train.background-save",
+        "True",
+    ],
 }
 
 
@@ -49,6 +58,9 @@ def job(rank: int, folder: Path) -> dict:
         threading.Thread(target=end_once_training, args=(folder / "stopped",), daemon=True).start()
     endless = ["--train.steps", "100000", "--train.warmup-steps", "3", "--train.parallel", "fsdp"]
     codes["stopped"] = main([*flags, "--out", str(folder / "stopped"), *endless])
+    codes["odd"] = main(
+        [*flags, "--out", str(folder / "odd"), "--train.global-batch-size", "9", "--train.batch-size", "9"]
+    )
     return codes
 
 
@@ -68,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
     try:
         assert main([*FLAGS, "--data.path", str(folder / "images"), "--out", str(folder / "single")]) == 0
         for codes in run_ranks(job, 2, folder, timeout=100):
-            assert codes == dict.fromkeys(RUNS, 0) | {"stopped": 75}
+            assert codes == dict.fromkeys(RUNS, 0) | {"stopped": 75, "odd": 2}
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -126,6 +138,17 @@ def test_one_process_continues_a_run_of_two_and_says_what_differs(folder, capsys
     assert [row["step"] for row in rows(run)] == [5, 10, 12, 14]
 
 
+def test_mistakes_name_the_flag_and_leave_no_folder(folder, tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
+    assert main([*FLAGS, "--out", str(tmp_path / "none"), "--train.parallel", "none"]) == 2
+    assert "--train.parallel: expected auto, ddp, fsdp or hsdp for 2 processes, got none" in capsys.readouterr().err
+    assert main([*FLAGS, "--out", str(tmp_path / "none"), "--train.parallel", "hsdp", "--train.shard-size", "3"]) == 2
+    assert "--train.shard-size: expected a divisor of the 2 processes, got 3" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert not (folder / "odd").exists()
+
+
 def test_signal_to_one_process_stops_both_at_one_step(folder):
     status = json.loads((folder / "stopped/status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "a signal to another rank")
@@ -150,7 +173,7 @@ def go_on(rank: int, folder: Path) -> list[int]:
     return [straight, main(["pretrain", "--out", str(folder / "killed"), "--resume"])]
 
 
-LONG = ["--train.steps", "60", "--train.parallel", "fsdp"]
+LONG = ["--train.steps", "60", "--train.parallel", "fsdp", "--train.background-save", "True"]
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.flops import step_flops
 from fastmae.train.loop import Trainer
+from fastmae.train.parallel import DTYPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.throughput import PHASES, Throughput
 
@@ -84,7 +85,7 @@ def _result(trainer: Trainer, found: Throughput, config: PretrainConfig) -> dict
     facts = _facts(trainer, found)
     diagnosis: Diagnosis = diagnose(facts)
     train, model = trainer.config.train, trainer.config.model
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    dtype = DTYPES[train.precision]
     flops = step_flops(trainer.model.architecture, found.masked, model.mask_ratio)
     best = throughput.matmul_flops(trainer.device, dtype)
     rates = {phase: {"images_per_second": found.rate(phase), "rounds": found.rates(phase)} for phase in PHASES}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -12,12 +12,17 @@ class UsageError(Exception):
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """What goes wrong here is the user's to mend: outside, a ValueError or OSError counts as a bug."""
+def mistakes(flags: Mapping[str, str] | None = None) -> Iterator[None]:
+    """What goes wrong here is the user's to mend: outside, a ValueError or OSError counts as a bug.
+
+    Args:
+        flags: by the name of an argument, with which a message begins, the flag that it comes from.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+        name, colon, rest = str(error).partition(":")
+        raise UsageError((flags or {}).get(name, name) + colon + rest) from error
 
 
 def is_mistake(error: Exception) -> bool:

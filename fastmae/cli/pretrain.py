@@ -30,12 +30,21 @@ _NEW_CROPS, _ROWS = 256, 12
 _NEW_CROPS_EPOCH = 2**31
 """An epoch that no run reaches: crops of it were never trained on."""
 
+_FLAGS = {
+    "mode": "--train.parallel",
+    "shard_size": "--train.shard-size",
+    "device_type": "--train.device",
+    "global_batch": "--train.global-batch-size",
+    "max_batch": "--train.batch-size",
+}
+"""Where arguments come from that functions complain about by their own names."""
+
 _UNSEEN = "a photograph never trained on"
 
 
 def pretrain(config: PretrainConfig) -> int:
     """Train, evaluate, and say where the picture is; return the exit code."""
-    with mistakes():
+    with mistakes(_FLAGS):
         validate(config)
         shard_size = config.train.shard_size
         parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
@@ -53,7 +62,7 @@ def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks) ->
         run = _open_run(config, ranks)
     with run:
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
-        with mistakes():
+        with mistakes(_FLAGS):
             trainer = _prepare(config, run, console, parallelism, ranks)
         begun, first_step = time.monotonic(), trainer.step
         status = trainer.fit()
