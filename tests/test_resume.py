@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training import MODEL, make_trainer, write_images
 
 from fastmae import data
 from fastmae.cli import main
-from fastmae.train.checkpoint import CheckpointError, consolidate, latest_checkpoint, list_checkpoints, load_checkpoint
+from fastmae.train.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.weights import load_model
 
@@ -107,14 +108,32 @@ def test_rng_state_is_restored(tmp_path, images):
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_consolidated_weights_are_those_of_the_run(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images)
+def test_consolidated_weights_are_those_of_the_run(tmp_path, images, capsys):
+    trainer = make_trainer(tmp_path / "run", images, checkpoint_every_steps=5)
     trainer.fit()
     trainer.run.close()
-    model, manifest = load_model(consolidate(latest_checkpoint(tmp_path / "run"), tmp_path / "weights.safetensors"))
-    assert (manifest["step"], manifest["architecture"]) == (12, json.loads(json.dumps(trainer.model.architecture)))
+    for folder, step in ((tmp_path / "run", 12), (tmp_path / "run/checkpoints/step-5", 5)):
+        file = tmp_path / f"{step}.safetensors"
+        assert main(["consolidate", str(folder), str(file)]) == 0
+        assert f"step-{step} -> {file}" in capsys.readouterr().out
+        model, manifest = load_model(file)
+        assert (manifest["step"], manifest["architecture"]) == (step, json.loads(json.dumps(model.architecture)))
+        expected = load_model(tmp_path / f"run/checkpoints/step-{step}")[0].state_dict()
+        for name, weight in model.state_dict().items():
+            assert torch.equal(expected[name], weight), name
     for name, weight in trainer.model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], weight), name
+        assert torch.equal(load_model(tmp_path / "12.safetensors")[0].state_dict()[name], weight), name
+    everything = tmp_path / "all.safetensors"
+    assert main(["consolidate", str(tmp_path / "run"), str(everything), "--optimizer"]) == 0
+    assert load_file(everything)["optimizer.norm.weight.step"].item() == 12
+    capsys.readouterr()
+    assert main(["consolidate", str(tmp_path / "run"), str(tmp_path / "weights.pt")]) == 2
+    assert main(["consolidate", str(tmp_path / "no run"), str(tmp_path / "a.safetensors")]) == 2
+    assert main(["consolidate", str(tmp_path / "run"), str(tmp_path / "no folder/a.safetensors")]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == f"fastmae: error: OUT: expected a .safetensors file, got {tmp_path}/weights.pt"
+    assert errors[1].startswith(f"fastmae: error: {tmp_path}/no run: expected a run folder")
+    assert errors[2].startswith(f"fastmae: error: could not write {tmp_path}/no folder/a.safetensors: ")
 
 
 def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(tmp_path, images, capsys):

@@ -1,4 +1,4 @@
-"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``bench``, ``plan``, ``env``.
+"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``consolidate``, ``bench``, ``plan``, ``env``.
 
 This file parses arguments, and imports no more than that takes: ``--help`` does not wait for PyTorch. Each command is a
 module beside it, imported when it is called.
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fastmae.cli.commands import BenchConfig, DataCommands, EnvConfig, ReconstructConfig
+from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
 from fastmae.cli.plan import PlanConfig
 from fastmae.train.config import PretrainConfig, read_config
@@ -51,6 +51,7 @@ def _commands(defaults: PretrainConfig) -> Any:
         Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", default=defaults)]
         | Annotated[DataCommands, tyro.conf.subcommand("data")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
+        | Annotated[ConsolidateConfig, tyro.conf.subcommand("consolidate")]
         | Annotated[BenchConfig, tyro.conf.subcommand("bench", default=_bench(defaults))]
         | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
         | Annotated[EnvConfig, tyro.conf.subcommand("env")]
@@ -80,6 +81,10 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
         from fastmae.cli.plan import plan
 
         return plan(command)
+    if isinstance(command, ConsolidateConfig):
+        from fastmae.cli.consolidate import consolidate
+
+        return consolidate(command.checkpoint, command.out, command.optimizer)
     if isinstance(command, ReconstructConfig):
         from fastmae.cli.reconstruct import reconstruct
 

@@ -33,6 +33,19 @@ class ReconstructConfig:
 
 
 @dataclass(frozen=True)
+class ConsolidateConfig:
+    """Write a checkpoint, of however many processes, into one .safetensors file that every command here reads."""
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Checkpoint folder, or run folder: then its newest undamaged checkpoint."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """The file to write; replaced if it is there."""
+    optimizer: bool = False
+    """Also write the optimiser's state and all else, under the names that the checkpoint has for them. Only for other
+    tools: such a file is no longer one of weights."""
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """Print versions, devices, kernels and attention backends: paste it into a bug report."""
 
