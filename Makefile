@@ -59,6 +59,7 @@ bench-data:
 
 report:
 	$(PYTHON) benchmarks/report.py write
+	$(PYTHON) benchmarks/report_scaling.py
 
 gpu:
 	@PYTHON="$(PYTHON)" OUT="$(OUT)" ONLY="$(ONLY)" bash benchmarks/run_gpu.sh
