@@ -308,6 +308,16 @@ def poll_until_done(saver):
     return path
 
 
+def test_who_waits_needs_no_copies(folder, slow_disk):
+    weight = torch.zeros(4)
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": weight}, {}, copy=False)
+        weight += 1  # too early
+        slow_disk.go.set()
+        saver.wait()
+    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 4
+
+
 def test_a_step_learns_of_a_save_that_is_done_once(folder):
     with BackgroundSaver(folder) as saver:
         saver.save(1, {"w": torch.zeros(1)}, {})

@@ -205,7 +205,8 @@ class Trainer:
             "late_bad": self.bad_files.state(),
         }
         self._report_saved(self.saver.wait())
-        self.saver.save(self.step, tensors, manifest, own=model_state.collect_own(self.ranks.rank))
+        own = model_state.collect_own(self.ranks.rank)
+        self.saver.save(self.step, tensors, manifest, own=own, copy=self._in_background)
         self._saved_step = self.step
         self.watch.saved()
         if not self._in_background:

@@ -57,16 +57,21 @@ class BackgroundSaver:
         manifest: Mapping[str, Any],
         *,
         own: Mapping[str, Tensor] | None = None,
+        copy: bool = True,
     ) -> None:
         """Begin a save; the tensors may change as soon as this returns. Waits for the save before, if that is not done.
 
         Arguments and exceptions are those of :func:`~fastmae.train.checkpoint.save_checkpoint`; errors of the save
         before are raised here.
+
+        Args:
+            copy: False takes no memory for copies, and the tensors must not change until :meth:`wait` returns.
         """
         self.wait()
         text = json.dumps(manifest)
         share = share_of(tensors, own or {}, self._ranks)
-        self._pending = self._thread.submit(self._save, step, self._copies.take(share), text)
+        share = self._copies.take(share) if copy else share
+        self._pending = self._thread.submit(self._save, step, share, _events({**tensors, **(own or {})}), text)
 
     def poll(self) -> Path | None:
         """The folder of a save that has just been done on all ranks, or its error; None if there is nothing new.
@@ -110,19 +115,13 @@ class BackgroundSaver:
                 raise
             print(f"WARNING: {error}", file=sys.stderr, flush=True)  # what ended the training is told by its own error
 
-    def _save(self, step: int, copy: _Copied, manifest: str) -> Path:
-        for event in copy.events:
+    def _save(self, step: int, share: Share, ready: list[torch.cuda.Event], manifest: str) -> Path:
+        for event in ready:
             event.synchronize()
-        path = write(self.folder, step, copy.share, manifest, self._ranks)
+        path = write(self.folder, step, share, manifest, self._ranks)
         if self._ranks.rank == 0:
             prune(self.folder, path, self.keep, self.keep_every)
         return path
-
-
-@dataclass
-class _Copied:
-    share: Share
-    events: list[torch.cuda.Event]
 
 
 @dataclass
@@ -132,19 +131,22 @@ class _HostCopies:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
-    def take(self, share: Share) -> _Copied:
+    def take(self, share: Share) -> Share:
         """Begin copying; on a CUDA device in its current stream, so before anything that the stream is given next."""
-        parts, devices = {}, set()
+        parts = {}
         for name, part in share.parts.items():
-            cuda = part.tensor.device if part.tensor.is_cuda else None
-            buffer = self.buffers.get(name)
-            if buffer is None or (buffer.dtype, buffer.shape) != (part.tensor.dtype, part.tensor.shape):
-                buffer = torch.empty(part.tensor.shape, dtype=part.tensor.dtype, pin_memory=cuda is not None)
-            self.buffers[name] = buffer.copy_(part.tensor, non_blocking=cuda is not None)
+            tensor, buffer = part.tensor, self.buffers.get(name)
+            if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self.buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
             parts[name] = Part(part.piece, buffer)
-            devices |= {cuda} if cuda else set()
-        events = []
-        for device in devices:
-            events.append(torch.cuda.Event())
-            events[-1].record(torch.cuda.current_stream(device))
-        return _Copied(Share(parts, share.own, share.total), events)
+        return Share(parts, share.own, share.total)
+
+
+def _events(tensors: Mapping[str, Tensor]) -> list[torch.cuda.Event]:
+    """What is reached when all that was queued so far on the tensors' CUDA devices is done."""
+    events = []
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        events.append(torch.cuda.Event())
+        events[-1].record(torch.cuda.current_stream(device))
+    return events
