@@ -1,4 +1,8 @@
-"""Leaving on request: SIGINT and SIGTERM ask the training loop to save and stop; a second one ends it at once."""
+"""Leaving on request: SIGINT, SIGTERM and SIGUSR1 ask the training loop to save and stop.
+
+A second SIGINT or SIGTERM ends it at once. A second SIGUSR1 does not: a batch system that gives notice with it may
+deliver it to every process of a job, and the launcher that gets it too passes it on.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,13 @@ PREEMPTED = 75
 
 
 class StopRequest:
-    """A context within which the first SIGINT or SIGTERM only sets ``requested``.
+    """A context within which the first of the signals only sets ``requested``.
 
     The handler does nothing else: the loop looks at the flag between steps, so that a save never starts inside one.
     Outside the main thread, where Python does not allow handlers, the flag stays unset.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested: str | None = None
@@ -35,6 +39,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if self.requested and number == signal.SIGUSR1:
+            return
         if self.requested:
             os._exit(128 + number)
         self.requested = name

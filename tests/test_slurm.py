@@ -1,0 +1,181 @@
+"""The Slurm script's decisions, with executables in Slurm's and torchrun's place that do as little as they can."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.signals import StopRequest
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "slurm" / "pretrain.sbatch"
+LONG = 30
+
+SRUN = """#!/bin/bash
+echo "srun $*" >> "$CALLS"
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> "$CALLS"
+[ "$1 $2" = "show hostnames" ] && printf 'node1\\nnode2\\n'
+exit 0
+"""
+TORCHRUN = """#!/bin/bash
+leave() {
+    echo "torchrun got SIGUSR1" >> "$CALLS"
+    cp "$STATUS" "$RUN/status.json"
+    exit 1
+}
+trap leave USR1
+mkdir -p "$RUN"
+if [ -n "$WAITS" ]; then
+    echo waiting >> "$CALLS"
+    for _ in $(seq 600); do sleep 0.05; done
+fi
+[ -n "$STATUS" ] && cp "$STATUS" "$RUN/status.json"
+exit "$CODE"
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+class Job:
+    """The script as Slurm runs it: ``calls`` are those of the executables."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run, self._calls = folder, folder / "run", folder / "calls"
+        binaries = folder / "bin"
+        binaries.mkdir()
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": TORCHRUN}.items():
+            (binaries / name).write_text(text)
+            (binaries / name).chmod(0o755)
+        self._path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+
+    def status(self, status: str, step: int) -> Path:
+        """A file that says how a run ended, as a run writes it."""
+        with RunFolder(self.folder / f"{status}-{step}", resume=True) as run:
+            return run.write_json("status.json", {"status": status, "step": step, "reason": 'all "step": 9 done'})
+
+    def start(
+        self, *flags: str, restarts: int = 0, status: Path | None = None, code: int = 1, waits: bool = False
+    ) -> subprocess.Popen:
+        own = {"PATH": self._path, "CALLS": self._calls, "RUN": self.run, "CODE": code, "WAITS": "1" * waits}
+        own |= {"STATUS": status or "", "SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2}
+        own |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 4}
+        if restarts:
+            own["SLURM_RESTART_COUNT"] = restarts
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        command = ["bash", str(SCRIPT), str(self.run), *flags]
+        return subprocess.Popen(
+            command,
+            env=environment | {name: str(value) for name, value in own.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, *flags: str, **options) -> tuple[int, str]:
+        process = self.start(*flags, **options)
+        output = process.communicate(timeout=LONG)[0]
+        return process.returncode, output
+
+    @property
+    def calls(self) -> str:
+        return self._calls.read_text() if self._calls.exists() else ""
+
+    @property
+    def requeued(self) -> bool:
+        return "scontrol requeue 12345\n" in self.calls
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def test_it_is_bash():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_a_finished_run_ends_the_job(job):
+    code, output = job.finish("--recipe", "imagenet-vit-b", status=job.status("finished", 9), code=0)
+    assert (code, job.requeued) == (0, False), output
+    assert "-m fastmae pretrain --out" in job.calls
+    assert "--recipe imagenet-vit-b" in job.calls
+    assert "--resume" not in job.calls
+    assert "--rdzv-endpoint node1:32345 --rdzv-id 12345-0" in job.calls
+    assert "--nodes=2 --ntasks-per-node=1 --cpus-per-task=4" in job.calls
+
+
+def test_a_preempted_run_goes_back_into_the_queue_whatever_torchrun_exits_with(job):
+    code, output = job.finish(status=job.status("preempted", 9), code=1)
+    assert (code, job.requeued) == (0, True), output
+
+
+@pytest.mark.parametrize("status", ["failed", "running"])
+def test_a_failed_or_killed_run_ends_the_job_with_the_code_of_the_launcher(job, status):
+    code, output = job.finish(status=job.status(status, 9), code=7)
+    assert (code, job.requeued) == (7, False)
+    assert f"{status}; not requeued" in output
+
+
+def test_a_requeued_job_resumes_once(job):
+    job.finish(status=job.status("preempted", 9))
+    code, output = job.finish(restarts=1, status=job.status("preempted", 12))
+    assert (code, job.requeued) == (0, True), output
+    assert job.calls.splitlines()[-2].count("--resume") == 1
+    job.finish("--resume", restarts=2, status=job.status("finished", 15))
+    assert job.calls.splitlines()[-1].count("--resume") == 1
+
+
+def test_the_status_of_an_earlier_start_does_not_count(job):
+    job.finish(status=job.status("preempted", 9))
+    job._calls.unlink()
+    code, output = job.finish(restarts=1, status=None, code=1)  # fails before it trains
+    assert (code, job.requeued) == (1, False)
+    assert "did not start training; not requeued" in output
+    assert (job.run / "status.previous.json").exists()
+
+
+def test_a_run_that_gets_nowhere_is_not_requeued_for_ever(job):
+    job.finish(status=job.status("preempted", 9))
+    job._calls.unlink()
+    code, output = job.finish(restarts=1, status=job.status("preempted", 9))
+    assert (code, job.requeued) == (1, False)
+    assert "preempted at step 9, where it began" in output
+
+
+def test_notice_is_passed_on_and_the_end_is_waited_for(job):
+    process = job.start(status=job.status("preempted", 9), waits=True)
+    deadline = time.monotonic() + LONG
+    while "waiting" not in job.calls and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=LONG)[0]
+    assert "torchrun got SIGUSR1" in job.calls, output
+    assert (process.returncode, job.requeued) == (0, True), output
+
+
+def test_torchrun_knows_the_options_and_fastmae_the_signal(job):
+    text = SCRIPT.read_text()
+    command = re.search(r"^    torchrun (.*?)&$", text, re.DOTALL | re.MULTILINE).group(1)
+    options = set(re.findall(r"--[a-z-]+", command.split("-m fastmae")[0]))
+    usage = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(options) >= 7
+    assert options <= set(re.findall(r"--[a-z-]+", usage))
+    assert "SIGUSR1" in re.search(r"--signals-to-handle (\S+)", command).group(1)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)  # from the batch system and from torchrun: no reason to end at once
+        assert stop.requested == "SIGUSR1"
