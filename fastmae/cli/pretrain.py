@@ -14,14 +14,17 @@ from rich.console import Console
 from fastmae import data
 from fastmae.cli.errors import UsageError, mistakes
 from fastmae.evaluate import evaluate_sets
+from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.checkpoint import Ranks, list_checkpoints, open_latest
+from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
+from fastmae.train.init_from import initialize as initialize_weights
+from fastmae.train.init_from import read_weights
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
-from fastmae.train.recipes import RECIPES
+from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED
 from fastmae.train.weights import export_weights, load_model
@@ -46,6 +49,8 @@ def pretrain(config: PretrainConfig) -> int:
     """Train, evaluate, and say where the picture is; return the exit code."""
     with mistakes(_FLAGS):
         validate(config)
+        if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
+            raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
         shard_size = config.train.shard_size
         parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
     try:
@@ -121,17 +126,39 @@ def _prepare(
         f"({kind} loader), {trainer.schedule.total_steps:,} steps of "
         f"{processes}{trainer.accumulation} x {trainer.batch_size} images"
     )
+    train, schedule = config.train, trainer.schedule
+    console.print(
+        f"learning rate {train.base_lr:g} x {train.global_batch_size} / 256 = {schedule.peak_lr:.3g} after "
+        f"{schedule.warmup_steps:,.0f} steps of warm-up, then a cosine to {train.min_lr:g}"
+    )
     if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
         saved = open_latest(run.path, ranks=ranks)
         differences = trainer.resume(saved)
         console.print(f"Continuing from {saved.path}")
         for difference in differences if parallelism.is_main else ():
             print(f"WARNING: not an exact continuation: {difference}", file=sys.stderr)
-    elif config.resume and parallelism.is_main:
-        print(f"WARNING: --resume: no checkpoint in {run.path} yet; starting at step 0", file=sys.stderr)
+    else:
+        if config.resume and parallelism.is_main:
+            print(f"WARNING: --resume: no checkpoint in {run.path} yet; starting at step 0", file=sys.stderr)
+        if train.init_from is not None:
+            _start_from(train.init_from, trainer, console, ranks)
     run.write_json("config.json", to_json(config))
     console.print(f"Run folder: {run.path}")
     return trainer
+
+
+def _start_from(path: Path, trainer: Trainer, console: Console, ranks: Ranks) -> None:
+    """Give a new run's model the weights that the user named."""
+
+    def load() -> str:
+        try:
+            weights, architecture = (read_hugging_face if is_hugging_face(path) else read_weights)(path)
+            return initialize_weights(trainer.model, weights, architecture)
+        except (CheckpointError, ValueError) as error:
+            raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+    loaded = ranks.gather(f"--train.init-from {path}", load)
+    console.print(f"Weights from {path}: {loaded[0]}")
 
 
 def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
@@ -196,6 +223,7 @@ def _device_type(name: str) -> str:
 def _print_config(config: PretrainConfig, console: Console) -> None:
     """The resolved configuration, a line a flag; what the recipe does not say is bold."""
     recipe = RECIPES[config.recipe]
+    console.print(f"Recipe {config.recipe}, version {config.recipe_version}: {DESCRIPTIONS[config.recipe]}")
     for section in ("model", "data", "train"):
         for field in fields(getattr(config, section)):
             value = getattr(getattr(config, section), field.name)

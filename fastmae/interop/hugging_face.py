@@ -171,9 +171,13 @@ def _facebook_names(model: nn.Module) -> dict[str, list[Tensor]]:
     """Trained parameters under facebookresearch/mae's names; queries, keys and values, in that order, share one."""
     named: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if name in _TABLES:
-            continue
-        for theirs, facebook in _RENAMED:
-            name = name.replace(theirs, facebook)
-        named.setdefault(name, []).append(parameter)
+        if name not in _TABLES:
+            named.setdefault(facebook_name(name), []).append(parameter)
     return named
+
+
+def facebook_name(name: str) -> str:
+    """A parameter's name in facebookresearch/mae; that of queries, keys and values is the same. Not of tables."""
+    for theirs, facebook in _RENAMED:
+        name = name.replace(theirs, facebook)
+    return name

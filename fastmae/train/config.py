@@ -9,9 +9,22 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-RecipeName = Literal["photographs", "imagenet-vit-b", "imagenet-vit-l", "imagenet-vit-h"]
+import tyro
+
+RecipeName = Literal[
+    "photographs",
+    "imagenet-vit-b",
+    "imagenet-vit-l",
+    "imagenet-vit-h",
+    "imagenet-vit-b-1600",
+    "imagenet-vit-l-1600",
+    "imagenet-vit-h-1600",
+    "imagenet-vit-b-100",
+    "small-data",
+    "adapt-vit-b",
+]
 
 
 @dataclass(frozen=True)
@@ -138,6 +151,10 @@ class TrainConfig:
     optimizer: Literal["adamw", "apex"] = "adamw"
     """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA, not
     with fsdp or hsdp."""
+    init_from: Path | None = None
+    """Weights to start from: a .pth file of facebookresearch/mae, .safetensors under its names, a folder of a Hugging
+    Face ViTMAE, a run folder or a checkpoint. All shapes must fit; a decoder that is not there is drawn anew. A resumed
+    run goes on from its own checkpoint. None: random weights."""
     clip_grad: float | None = None
     """Largest global gradient norm. None: no clipping."""
     seed: int = 0
@@ -189,6 +206,8 @@ class PretrainConfig:
     """Continue the run in --out from its newest checkpoint, with its configuration; flags given here override it."""
     recipe: RecipeName = "photographs"
     """Where the defaults of all other flags come from."""
+    recipe_version: Annotated[int, tyro.conf.Suppress] = 1
+    """Version of the recipe; the recipe sets it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -237,8 +256,10 @@ def from_json(values: dict[str, Any]) -> PretrainConfig:
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
     built = {name: build(kind, values.pop(name, {}), f"{name}.") for name, kind in sections.items()}
     config = build(PretrainConfig, values | built, "")
-    out, path = (None if p is None else Path(p) for p in (config.out, config.data.path))
-    return replace(config, out=out, data=replace(config.data, path=path))
+    paths = (config.out, config.data.path, config.train.init_from)
+    out, path, init_from = (None if p is None else Path(p) for p in paths)
+    data, train = replace(config.data, path=path), replace(config.train, init_from=init_from)
+    return replace(config, out=out, data=data, train=train)
 
 
 def read_config(run_folder: Path) -> PretrainConfig | None:

@@ -55,11 +55,12 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 _NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
 """Constructor arguments that do not change what a checkpoint's weights mean."""
 
-_MUST_EQUAL = ("train.seed", "train.global_batch_size", "train.masks_per_image")
+_MUST_EQUAL = ("train.seed", "train.global_batch_size", "train.masks_per_image", "train.init_from")
 _MAY_DIFFER = {
     "out",
     "resume",
     "recipe",
+    "recipe_version",
     "data.path",  # what counts is the data set's hash
     "data.max_bad_fraction",  # when to stop, not what to train on
     "data.num_threads",
@@ -85,7 +86,7 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
 
     Raises:
         CheckpointError: if the seed, the global batch or the masks an image differ, since the order of samples hangs on
-            them.
+            them, or the weights that the run started from.
     """
     # A configuration saved by an earlier version lacks fields, which then had what is their default now.
     defaults = dict(_flatten(to_json(PretrainConfig())))

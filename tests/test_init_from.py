@@ -1,0 +1,207 @@
+"""A run can start from others' weights: read without executing anything, fitted exactly or refused by name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_resume import FLAGS
+from training import MODEL, write_images
+
+from fastmae.cli import main
+from fastmae.interop.hugging_face_weights import read_hugging_face
+from fastmae.model import create_model
+from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.config import PretrainConfig
+from fastmae.train.init_from import initialize, read_weights
+from fastmae.train.weights import export_weights
+
+ARGUMENTS = PretrainConfig(model=MODEL).model_arguments()
+
+
+def build(seed: int = 1, **changes) -> torch.nn.Module:
+    """A model in which every tensor, norms and biases too, tells the seed."""
+    model = create_model(**ARGUMENTS | changes | {"seed": seed})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def encoder(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("decoder_") and n != "mask_token"}
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w, "epoch": 7, "args": argparse.Namespace(lr=1.0)}])
+def test_pth_files_of_weights_and_of_training(tmp_path, wrap, legacy):
+    source, model = build(1), build(2)
+    torch.save(wrap(source.state_dict()), tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    assert initialize(model, *read_weights(tmp_path / "w.pth")) == "encoder and decoder"
+    assert_equal(model.state_dict(), source.state_dict())
+
+
+class Planted:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "bin"])
+def test_nothing_in_a_file_is_executed(tmp_path, suffix):
+    path, proof = tmp_path / f"w.{suffix}", tmp_path / "executed"
+    torch.save({"model": build().state_dict(), "args": Planted(proof)}, path)
+    with pytest.raises(CheckpointError, match=rf"w\.{suffix}: not read"):
+        read_weights(path)
+    path.write_bytes(pickle.dumps(Planted(proof)))
+    with pytest.raises(CheckpointError, match=rf"w\.{suffix}: not read"):
+        read_weights(path)
+    (tmp_path / "config.json").write_text('{"model_type": "vit_mae"}')
+    torch.save({"model": Planted(proof)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: unreadable"):
+        read_hugging_face(tmp_path)
+    assert not proof.exists()
+
+
+def test_an_encoder_alone_leaves_the_decoder_as_it_was_drawn(tmp_path):
+    source, model = build(1), build(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(encoder(source), tmp_path / "w.safetensors")
+    assert "no decoder, which is drawn anew" in initialize(model, *read_weights(tmp_path / "w.safetensors"))
+    assert_equal(model.state_dict(), before | encoder(source))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_embed_dim": 32}, r"mask_token: the weights' has shape \(1, 1, 32\), this model's \(1, 1, 16\)"),
+        ({"img_size": (32, 32)}, r"pos_embed: .*\(1, 17, 32\).*\(1, 25, 32\); positions are not interpolated"),
+        ({"depth": 1}, r"blocks\.1\.norm1\.weight: missing"),
+        ({"depth": 3}, r"blocks\.2\.attn\.proj\.bias: among the weights, but not a tensor of this model"),
+        ({"num_heads": 4}, "num_heads: the weights are of a model with 4, this one has 2"),
+        ({"decoder_num_heads": 4}, "decoder_num_heads: the weights are of a model with 4"),
+    ],
+)
+def test_what_does_not_fit_is_named_and_changes_nothing(tmp_path, changes, message):
+    path = export_weights(build(1, **changes), tmp_path / "w.safetensors")
+    model, before = build(2), build(2).state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        initialize(model, *read_weights(path))
+    assert_equal(model.state_dict(), before)
+
+
+def test_half_a_decoder_and_damaged_numbers_are_refused():
+    whole = build(1).state_dict()
+    with pytest.raises(CheckpointError, match=r"decoder_pred\.bias: missing"):
+        initialize(build(2), {n: t for n, t in whole.items() if n != "decoder_pred.bias"}, {})
+    with pytest.raises(CheckpointError, match=r"norm\.bias: has values that are not finite"):
+        initialize(build(2), whole | {"norm.bias": whole["norm.bias"] * float("nan")}, {})
+
+
+def test_another_target_of_the_decoder_is_said(tmp_path):
+    path = export_weights(build(1), tmp_path / "w.safetensors")
+    said = initialize(build(2, norm_pix_loss=True), *read_weights(path))
+    assert "trained for plain pixels and goes on with normalised pixels" in said
+
+
+@pytest.mark.parametrize("name", ["none", "none.pth", "notes.txt", "w.safetensors", "w.pth", "list.pth"])
+def test_a_source_that_is_none_is_named(tmp_path, name):
+    if not name.startswith("none"):
+        (tmp_path / name).write_text("words")
+    if name == "list.pth":
+        torch.save([torch.zeros(1)], tmp_path / name)
+    with pytest.raises(CheckpointError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_a_folder_of_hugging_face_gives_the_same_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+        decoder_intermediate_size=64, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    from fastmae import accelerate
+    from fastmae.interop import decelerate
+
+    torch.manual_seed(0)
+    theirs = decelerate(accelerate(transformers.ViTMAEForPreTraining(config), init=True)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    expected = theirs(images, noise=noise)
+    sizes = {"img_size": 32, "decoder_depth": 2}
+    for shards, options in (("whole", {}), ("shards", {"max_shard_size": "20KB"})):
+        theirs.save_pretrained(tmp_path / shards, **options)
+        model = build(3, **sizes)
+        assert initialize(model, *read_hugging_face(tmp_path / shards)) == "encoder and decoder"
+        ours = model(images, noise=noise)
+        torch.testing.assert_close(ours.pred, expected.logits, rtol=1e-5, atol=1e-5)
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "whole" / "pytorch_model.bin")
+    assert_equal(read_hugging_face(tmp_path / "whole")[0], read_hugging_face(tmp_path / "shards")[0])
+    theirs.vit.save_pretrained(tmp_path / "encoder")
+    assert "no decoder" in initialize(build(3, **sizes), *read_hugging_face(tmp_path / "encoder"))
+
+
+def test_a_folder_of_another_library_or_with_unset_positions_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(ValueError, match="expected model_type vit_mae, got vit"):
+        read_hugging_face(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit_mae"}))
+    with pytest.raises(ValueError, match="expected one of model"):
+        read_hugging_face(tmp_path)
+    save_file({"vit.embeddings.position_embeddings": torch.zeros(1, 5, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="pos_embed is all zeros"):
+        read_hugging_face(tmp_path)
+
+
+def test_a_run_starts_from_weights_and_a_resumed_one_does_not_read_them_again(tmp_path, capsys):
+    """The rate is too small to change a weight, so the first run's end shows what it started from."""
+    images, path = write_images(tmp_path / "images"), tmp_path / "w.safetensors"
+    source = build(5)
+    export_weights(source, path)
+    command = ["pretrain", "--data.path", str(images), *FLAGS.split(), "--train.steps", "2", "--out"]
+    assert main([*command, str(tmp_path / "one"), "--train.init-from", str(path), "--train.base-lr", "1.6e-29"]) == 0
+    printed = capsys.readouterr().out
+    assert f"Weights from {path}: encoder and decoder" in printed
+    assert "Recipe photographs, version 1: " in printed
+    assert "learning rate 1.6e-29 x 8 / 256 = 5e-31 after 0 steps of warm-up, then a cosine to 0" in printed
+    assert_equal(load_file(tmp_path / "one" / "model.safetensors"), source.state_dict())
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["train"]["init_from"] == str(path)
+
+    path.unlink()
+    resume = ["pretrain", "--out", str(tmp_path / "one"), "--resume", "--train.steps", "3"]
+    assert main(resume) == 0
+    assert "Weights from" not in capsys.readouterr().out
+    assert main([*resume, "--train.init-from", str(tmp_path / "other.pth")]) == 2
+    assert "--train.init-from: a continued run needs the value it started with" in capsys.readouterr().err
+
+    assert main([*command, str(tmp_path / "two"), "--train.init-from", str(tmp_path / "one")]) == 0
+    assert f"Weights from {tmp_path / 'one'}: encoder and decoder" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "three"), "--train.init-from", str(path)]) == 2
+    assert f"--train.init-from {path}: no such file or folder" in capsys.readouterr().err
+    assert not (tmp_path / "three").exists()
+
+
+def test_the_recipe_that_continues_asks_for_weights(tmp_path, capsys):
+    assert main(["pretrain", "--recipe", "adapt-vit-b", "--out", str(tmp_path / "run")]) == 2
+    assert "--train.init-from: expected weights to continue from with adapt-vit-b, got none" in capsys.readouterr().err
