@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import run_ranks
 from safetensors.torch import load_file, save_file
 from test_resume import FLAGS
+from torch.distributed.tensor import DTensor
 from training import MODEL, write_images
 
 from fastmae.cli import main
 from fastmae.interop.hugging_face_weights import read_hugging_face
 from fastmae.model import create_model
+from fastmae.train import parallel
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.config import PretrainConfig
 from fastmae.train.init_from import initialize, read_weights
@@ -172,6 +175,23 @@ def test_a_folder_of_another_library_or_with_unset_positions_is_refused(tmp_path
     save_file({"vit.embeddings.position_embeddings": torch.zeros(1, 5, 8)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="pos_embed is all zeros"):
         read_hugging_face(tmp_path)
+
+
+def shard_and_load(rank: int, path: Path) -> dict[str, torch.Tensor]:
+    """The whole weights of a model that was made on the meta device, sharded, drawn and then given a file's encoder."""
+    parallelism = parallel.initialize("fsdp")
+    model = parallel.construct(lambda: create_model(**ARGUMENTS), parallelism)
+    parallel.parallelize(model, parallelism, seed=2)
+    assert "no decoder" in initialize(model, *read_weights(path))
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
+
+
+def test_sharded_models_start_from_the_same_weights(tmp_path):
+    source = build(1)
+    save_file(encoder(source), tmp_path / "w.safetensors")
+    whole = create_model(**ARGUMENTS | {"seed": 2}).state_dict() | encoder(source)
+    for weights in run_ranks(shard_and_load, 2, tmp_path / "w.safetensors"):
+        assert_equal(weights, whole)
 
 
 def test_a_run_starts_from_weights_and_a_resumed_one_does_not_read_them_again(tmp_path, capsys):
