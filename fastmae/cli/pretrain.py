@@ -24,6 +24,7 @@ from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
+from fastmae.train.preflight import preflight
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED
@@ -114,6 +115,7 @@ def _prepare(
         _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)
     model = construct(lambda: create_model(**config.model_arguments()), parallelism)
+    preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
     options = {"console": console, "parallelism": parallelism, "ranks": ranks}
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)
     _print_config(config, console)
