@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from fastmae.cli import main
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import StopRequest
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "slurm" / "pretrain.sbatch"
+ROOT = Path(__file__).parent.parent
+SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "launching.md"
 LONG = 30
 
 SRUN = """#!/bin/bash
@@ -165,17 +167,56 @@ def test_notice_is_passed_on_and_the_end_is_waited_for(job):
     assert (process.returncode, job.requeued) == (0, True), output
 
 
-def test_torchrun_knows_the_options_and_fastmae_the_signal(job):
-    text = SCRIPT.read_text()
-    command = re.search(r"^    torchrun (.*?)&$", text, re.DOTALL | re.MULTILINE).group(1)
-    options = set(re.findall(r"--[a-z-]+", command.split("-m fastmae")[0]))
+def commands(path: Path) -> list[tuple[str, str]]:
+    """Of every torchrun in a file, its own options and fastmae's."""
+    text = path.read_text().replace("\\\n", " ")
+    return re.findall(r"\btorchrun (--.*?) -m fastmae (.*)$", text, re.MULTILINE)
+
+
+def test_torchrun_knows_the_options_of_script_and_page():
     usage = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    assert len(options) >= 7
-    assert options <= set(re.findall(r"--[a-z-]+", usage))
-    assert "SIGUSR1" in re.search(r"--signals-to-handle (\S+)", command).group(1)
+    known = set(re.findall(r"--[a-z-]+", usage))
+    ((script, _),) = commands(SCRIPT)
+    page = [options for options, _ in commands(PAGE)]
+    assert len(page) == 4
+    assert "SIGUSR1" in re.search(r"--signals-to-handle (\S+)", script).group(1)
+    for options in (script, *page):
+        named = set(re.findall(r"--[a-z-]+", options))
+        assert named
+        assert named <= known
+
+
+def test_fastmae_knows_the_flags_of_the_page(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["pretrain", "--help"])
+    known = set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
+    page = PAGE.read_text()
+    named = set(re.findall(r"--(?:train|data|model)\.[a-z-]*[a-z]", page))
+    for _, flags in commands(PAGE):
+        named |= set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", flags))
+    assert {"--out", "--resume", "--train.parallel"} <= named
+    assert named <= known
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_that_slurm_and_torchrun_both_deliver_is_one_request(number):
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        os.kill(os.getpid(), signal.SIGUSR1)  # from the batch system and from torchrun: no reason to end at once
-        assert stop.requested == "SIGUSR1"
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.requested == signal.Signals(number).name
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_same_signal_later_is_another_request_unless_it_is_notice(number):
+    child = os.fork()
+    if child == 0:
+        with StopRequest():
+            os.kill(os.getpid(), number)
+            later = time.monotonic() + 2
+            time.monotonic = lambda: later
+            os.kill(os.getpid(), number)
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == (0 if number == signal.SIGUSR1 else 128 + number)

@@ -1,7 +1,7 @@
 """Leaving on request: SIGINT, SIGTERM and SIGUSR1 ask the training loop to save and stop.
 
-A second SIGINT or SIGTERM ends it at once. A second SIGUSR1 does not: a batch system that gives notice with it may
-deliver it to every process of a job, and the launcher that gets it too passes it on.
+A second SIGINT or SIGTERM ends it at once, but not the same one within a second: a batch system may signal every
+process of a job, launchers included, and those pass on what they get. SIGUSR1 is notice only, however often it comes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 PREEMPTED = 75
 """Exit code of a run that saved and left on a signal: ``EX_TEMPFAIL`` of sysexits.h, "try again later"."""
+_TWICE = 1.0
+"""Seconds within which the same signal again is the same request, delivered in two ways."""
 
 
 class StopRequest:
@@ -26,6 +29,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._requested_at = 0.0
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -39,10 +43,11 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.requested and number == signal.SIGUSR1:
-            return
         if self.requested:
+            repeated = name == self.requested and time.monotonic() - self._requested_at < _TWICE
+            if repeated or number == signal.SIGUSR1:
+                return
             os._exit(128 + number)
-        self.requested = name
+        self.requested, self._requested_at = name, time.monotonic()
         # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
         os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
