@@ -81,7 +81,7 @@ def preflight(
         timeout: seconds that adding up may take.
 
     Raises:
-        PreflightError: on every rank and of the same words, naming ranks and their hosts.
+        PreflightError: on every rank, naming ranks and their hosts; of the same words, once all ranks have come.
         CheckpointError: on the ranks that are left, if one ends meanwhile.
     """
     host = socket.gethostname()
