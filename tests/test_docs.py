@@ -83,6 +83,15 @@ def test_the_table_of_packing_is_that_of_the_committed_measurement():
         assert f"| {label} | {numbers['difference']:.2f} | {share} |" in page
 
 
+def test_the_cost_of_an_index_is_that_of_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks/results/counted/index.json").read_text())
+    page = " ".join((ROOT / "docs/data.md").read_text().split())
+    cache, disk = measured["from_cache"], measured["from_disk"]
+    assert measured["images"] == 10**8
+    assert f"costs {cache['sizes_ms']:.1f} ms for sizes and {cache['names_ms']:.1f} ms for names" in page
+    assert f"{disk['sizes_ms']:.1f} and {disk['names_ms']:.1f} ms where the disk is read" in page
+
+
 COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "data shard", "data index", "data verify", "data stats"]
 
 
