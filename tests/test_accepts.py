@@ -14,7 +14,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from fastmae.data import DataError, choose_loader, has_dali, open_dataset
+from fastmae.data import DataError, choose_loader, has_dali, open_dataset, retry
 from fastmae.data.dataset import Dataset
 from fastmae.data.header import Format
 from fastmae.data.index import Index
@@ -188,6 +188,10 @@ def test_an_index_of_a_hundred_million_is_neither_held_nor_walked(tmp_path):
             reads.append(size)
             return super().read(start, size)
 
+        def read_many(self, starts: list[int], size: int) -> tuple[bytearray, bool]:
+            reads.extend([size] * len(starts))
+            return Bytes.read_many(Bytes(self._path), starts, size)
+
     table = Table(Counted(tmp_path / "rows"), Counted(tmp_path / "names"))
     dataset = Dataset(Index(table, {5: "bad"}, "00", [], [], frozenset()), tmp_path, name="many")
     assert len(dataset) == count
@@ -203,3 +207,24 @@ def test_an_index_of_a_hundred_million_is_neither_held_nor_walked(tmp_path):
         assert sum(reads) <= batch * (2 * ENTRY.itemsize + 24)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
     assert resident[-1] - resident[0] < 20e6
+
+
+def test_rows_are_the_same_whether_the_system_holds_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    rows = np.zeros(5000, ENTRY)
+    rows["size"] = np.arange(5000)
+    (tmp_path / "rows").write_bytes(rows.tobytes())
+    (tmp_path / "names").write_bytes(b"name")
+    ids = np.array([4999, 0, 17, 4000])
+    with (tmp_path / "rows").open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    table = Table(Bytes(tmp_path / "rows"), Bytes(tmp_path / "names"))
+    for _ in range(2):  # the second time from memory
+        assert table.rows(ids)["size"].tolist() == ids.tolist()
+    in_memory = Table(Bytes(rows.tobytes()), Bytes(b""))
+    assert np.array_equal(in_memory.rows(ids), table.rows(ids))
+    with (tmp_path / "rows").open("rb+") as file:
+        file.truncate(100 * ENTRY.itemsize + 5)
+    with pytest.raises(DataError, match="too early"):
+        table.rows(np.array([100]))

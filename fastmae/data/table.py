@@ -39,8 +39,6 @@ _PLAIN = struct.Struct("<QQQIIIiHHBBBB")
 _NAME, _NAME_SIZE = (ENTRY.names.index(field) for field in ("name", "name_size"))
 
 _SCANNED = 1 << 16
-_SMALL = 256 << 20
-"""Files up to this size are taken to be in memory, in the operating system's cache."""
 
 
 class Bytes:
@@ -64,12 +62,31 @@ class Bytes:
         data = os.pread(self._file.fileno(), size, start)
         return data if len(data) == size else with_retries(lambda: self._read_all(start, size), str(self._path))
 
+    def read_many(self, starts: list[int], size: int) -> tuple[bytearray, bool]:
+        """``size`` bytes from each of many places, and whether a disk had to be asked.
+
+        What the operating system does not hold is asked for all together, so that a disk serves it so, and read then.
+        """
+        if self._memory is not None or not hasattr(os, "RWF_NOWAIT"):
+            return bytearray().join([self.read(start, size) for start in starts]), False
+        data, missing, descriptor = bytearray(len(starts) * size), [], self._file.fileno()
+        places = [memoryview(data)[at : at + size] for at in range(0, len(data), size)]
+        for start, place in zip(starts, places, strict=True):
+            try:
+                if os.preadv(descriptor, (place,), start, os.RWF_NOWAIT) != size:
+                    missing.append((start, place))
+            except OSError:  # not held; or a file system that cannot tell
+                missing.append((start, place))
+        self.expect((start, size) for start, _ in missing)
+        for start, place in missing:
+            place[:] = self.read(start, size)
+        return data, bool(missing)
+
     def expect(self, places: Iterable[tuple[int, int]]) -> None:
-        """Begin to read many places, (start, size), so that a disk serves them together instead of one by one."""
-        if self._memory is None and self.size > _SMALL and hasattr(os, "posix_fadvise"):
-            descriptor = self._file.fileno()
+        """Begin to read many places, (start, size)."""
+        if self._memory is None and hasattr(os, "posix_fadvise"):
             for start, size in places:
-                os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
 
     def _read_all(self, start: int, size: int) -> bytes:
         data = os.pread(self._file.fileno(), size, start)
@@ -89,12 +106,11 @@ class Table:
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows by number: ``ENTRY`` (n,), a copy."""
-        size, starts = ENTRY.itemsize, (ids * ENTRY.itemsize).tolist()
-        self._rows.expect((start, size) for start in starts)
-        data = bytearray().join([self._rows.read(start, size) for start in starts])
+        data, from_disk = self._rows.read_many((ids * ENTRY.itemsize).tolist(), ENTRY.itemsize)
         rows = np.frombuffer(data, ENTRY)
-        # Whoever asks for rows of a batch reads the images next, by their names.
-        self._names.expect(zip(rows["name"].tolist(), rows["name_size"].tolist(), strict=True))
+        if from_disk:
+            # Whoever asks for rows of a batch reads the images next, by their names.
+            self._names.expect(zip(rows["name"].tolist(), rows["name_size"].tolist(), strict=True))
         return rows
 
     def row(self, number: int) -> tuple[int, ...]:
