@@ -26,12 +26,13 @@ from fastmae.cli.decoder_warnings import DecoderWarnings
 from fastmae.cli.errors import UsageError, mistakes
 from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
+from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.sources import find_source
 from fastmae.data.stats import measure
 from fastmae.data.tar_shards import read_shard_index, write_shard_index
-from fastmae.data.verify import good_ids, num_cores, verify_images
+from fastmae.data.verify import good_ids, verify_images
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
 _LISTED = 20
@@ -95,7 +96,7 @@ def index(config: IndexConfig, console: Console) -> int:
 
         with _progress("Indexing shards", len(paths)) as advance:
             written = 0
-            for new in in_order(write, paths, config.images.num_workers or num_cores()):
+            for new in in_order(write, paths, config.images.num_workers or available_cores()):
                 written += new
                 advance(1)
         console.print(f"{written:,} indexes written beside {len(paths):,} shards, {len(paths) - written:,} were there")

@@ -21,12 +21,12 @@ import numpy as np
 from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage
+from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
 from fastmae.data.sampler import permuted_ids
 from fastmae.data.shard_file import write_shard
 from fastmae.data.shard_folder import ShardFolder, write_text
 from fastmae.data.shard_image import Encoding, StoredImage, encoder, store_image, stored_shapes
-from fastmae.data.verify import num_cores
 
 BAD_FILES, CLASSES = "bad_files.jsonl", "classes.txt"
 _FORMAT = 1
@@ -187,7 +187,7 @@ def _write(
             return sample_id, str(error)
 
     def images() -> Iterator[StoredImage]:
-        for sample_id, image in in_order(store, ids, num_threads or num_cores()):
+        for sample_id, image in in_order(store, ids, num_threads or available_cores()):
             if isinstance(image, str):
                 bad.append((sample_id, image))
             else:

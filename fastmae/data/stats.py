@@ -17,9 +17,9 @@ import numpy as np
 from fastmae.data.dataset import Dataset, upright_shapes
 from fastmae.data.decode import UndecodableImage
 from fastmae.data.header import MODES, Format
+from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
 from fastmae.data.sampler import permuted_ids
-from fastmae.data.verify import num_cores
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _SCANNED = 65536
@@ -92,7 +92,7 @@ def measure(
         modes.update({MODES[number] or "other": n for number, n in _counts(rows["mode"])})
         rotated += int((rows["orientation"] != 1).sum())
         labelled += int((rows["label"] >= 0).sum())
-    moments, undecodable = _moments(dataset, sample, seed, num_threads or num_cores(), progress)
+    moments, undecodable = _moments(dataset, sample, seed, num_threads or available_cores(), progress)
     mean, std, std_within = _mean_and_std(moments)
     reasons = Counter(_kind(reason) for reason in [*dataset.index.bad.values(), *undecodable])
     return Statistics(

@@ -49,9 +49,10 @@ class Bytes:
         if self._memory is None:
             self._path = where
             self._file = open(where, "rb", buffering=0)  # noqa: PTH123, SIM115 - as long as this object lives
-            self.size = os.fstat(self._file.fileno()).st_size
+            self._descriptor = self._file.fileno()
+            self.size = os.fstat(self._descriptor).st_size
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         else:
             self.size = len(self._memory)
 
@@ -59,7 +60,7 @@ class Bytes:
         """``size`` bytes from ``start`` on."""
         if self._memory is not None:
             return self._memory[start : start + size]
-        data = os.pread(self._file.fileno(), size, start)
+        data = os.pread(self._descriptor, size, start)
         return data if len(data) == size else with_retries(lambda: self._read_all(start, size), str(self._path))
 
     def read_many(self, starts: list[int], size: int) -> tuple[bytearray, bool]:
@@ -69,7 +70,7 @@ class Bytes:
         """
         if self._memory is not None or not hasattr(os, "RWF_NOWAIT"):
             return bytearray().join([self.read(start, size) for start in starts]), False
-        data, missing, descriptor = bytearray(len(starts) * size), [], self._file.fileno()
+        data, missing, descriptor = bytearray(len(starts) * size), [], self._descriptor
         places = [memoryview(data)[at : at + size] for at in range(0, len(data), size)]
         for start, place in zip(starts, places, strict=True):
             try:
@@ -86,10 +87,10 @@ class Bytes:
         """Begin to read many places, (start, size)."""
         if self._memory is None and hasattr(os, "posix_fadvise"):
             for start, size in places:
-                os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
 
     def _read_all(self, start: int, size: int) -> bytes:
-        data = os.pread(self._file.fileno(), size, start)
+        data = os.pread(self._descriptor, size, start)
         if len(data) != size:
             raise OSError(f"ends {size - len(data)} bytes too early")
         return data

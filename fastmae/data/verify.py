@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage
+from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
 
 _SCANNED = 65536
@@ -31,11 +31,6 @@ class Verdict(NamedTuple):
     size: int
     reason: str | None
     warning: str | None = None
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def good_ids(dataset: Dataset, start: int = 0) -> Iterator[int]:
@@ -83,7 +78,7 @@ def verify_images(
             reason = str(error)
         return Verdict(sample_id, size, reason)
 
-    num_threads = num_threads or num_cores()
+    num_threads = num_threads or available_cores()
     ids = iter(good_ids(dataset) if sample_ids is None else sample_ids)
     if take_warnings is None:
         yield from in_order(verify, ids, num_threads)
