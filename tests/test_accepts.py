@@ -51,6 +51,14 @@ def lzw_tiff() -> bytes:
     return buffer.getvalue()
 
 
+def zstd_tiff() -> bytes:
+    """A TIFF that says it is compressed by Zstandard; its header is all that is read."""
+    plain = tiff(values(20, 30, 3), photometric="rgb")
+    tag = struct.pack("<HHIHH", 259, 3, 1, 1, 0)
+    assert plain.count(tag) == 1
+    return plain.replace(tag, struct.pack("<HHIHH", 259, 3, 1, 50000, 0))
+
+
 def rgb_png(width: int, height: int, rows: bytes, bits: int = 8) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -126,6 +134,7 @@ REFUSED = {
     "volume.npy": (1, npy(values(5, 20, 30, 2)), {}, "(5, 20, 30, 2): expected (height, width)"),
     "pages.tif": (1, tiff(values(4, 20, 30), photometric="minisblack"), {}, "4 pages of one size"),
     "lzw.tif": (3, lzw_tiff(), {}, "LZW compression needs a package"),
+    "zstd.tif": (3, zstd_tiff(), {}, "ZSTD compression needs a package"),
     "deep.png": (3, deep_png(), RANGE, "16-bit colour PNG"),
     "cut.tif": (3, tiff(values(20, 30, 3))[:-9], {}, "truncated"),
     "cut.npy": (3, npy(values(20, 30, 3))[:-9], {}, "truncated"),
@@ -144,8 +153,8 @@ def test_16_bit_colour_comes_with_its_upper_bits(tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_the_reason(tmp_path, name):
-    if name == "lzw.tif" and find_spec("imagecodecs"):
-        pytest.skip("imagecodecs is installed, so nothing is missing")
+    if name in ("lzw.tif", "zstd.tif") and (find_spec("imagecodecs") or find_spec("compression")):
+        pytest.skip("the decoders are installed, so nothing is missing")
     channels, content, options, expected = REFUSED[name]
     good = {"good.npy": npy(values(20, 30, channels))}
     found = reasons(tmp_path, {name: content} | good, channels=channels, **options)

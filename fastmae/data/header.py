@@ -168,11 +168,9 @@ def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
             raise BadImage(f"{1 + len(same)} pages of one size: expected a single image; split it")
         if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
             raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
-        try:
-            tifffile.TIFF.DECOMPRESSORS[page.compression]
-        except KeyError as error:
+        if not _can_decompress(page.compression):
             name = getattr(page.compression, "name", page.compression)
-            raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'") from error
+            raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'")
         if page.imagedepth != 1:
             raise BadImage(f"a volume of depth {page.imagedepth}: expected an image; split it into slices")
         end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
@@ -183,6 +181,19 @@ def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
         return Header(
             Format.TIFF, page.imagelength, page.imagewidth, _in_range(orientation), page.samplesperpixel, dtype
         )
+
+
+def _can_decompress(compression: int) -> bool:
+    """Whether tifffile has what it takes; some of its decoders find out only when they are called."""
+    import tifffile
+
+    try:
+        tifffile.TIFF.DECOMPRESSORS[compression](b"")
+    except (KeyError, ImportError):
+        return False
+    except Exception:  # nothing is no compressed data
+        return True
+    return True
 
 
 def _parse_npy(file: BufferedIOBase, size: int) -> Header:
