@@ -25,6 +25,7 @@ from fastmae.train.flags import validate
 from fastmae.train.flops import step_flops
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES
+from fastmae.train.peak import matmul_flops
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.throughput import PHASES, Throughput
 
@@ -87,7 +88,7 @@ def _result(trainer: Trainer, found: Throughput, config: PretrainConfig) -> dict
     train, model = trainer.config.train, trainer.config.model
     dtype = DTYPES[train.precision]
     flops = step_flops(trainer.model.architecture, found.masked, model.mask_ratio)
-    best = throughput.matmul_flops(trainer.device, dtype)
+    best = matmul_flops(trainer.device, dtype)
     rates = {phase: {"images_per_second": found.rate(phase), "rounds": found.rates(phase)} for phase in PHASES}
     return {
         "setting": _setting(trainer),

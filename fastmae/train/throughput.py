@@ -25,7 +25,6 @@ PHASES: tuple[Phase, ...] = ("loader", "model", "both")
 _ROUNDS, _MIN_ROUNDS = 5, 2
 _READY_BEYOND_PREFETCH = 3
 """A loader's queue is not all that it has ready: DALI has one of its own, and a batch is in the making."""
-_MATMUL_SIZE = {"cuda": 8192, "cpu": 1536}
 _MAX_STEPS = 4096
 
 
@@ -203,17 +202,3 @@ def settle(device: torch.device, patience: float = 2.0) -> None:
         before = time.process_time()
         time.sleep(0.02)
         quiet = quiet + 1 if time.process_time() - before < 0.002 else 0
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
-    """FLOP/s of a large square matrix product: what the device does at best, by measurement."""
-    size = _MATMUL_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out, seconds = torch.empty_like(a), []
-    for _ in range(rounds + 2):
-        _synchronize(device)
-        begun = time.perf_counter()
-        torch.mm(a, b, out=out)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size**3 / statistics.median(seconds[2:])
