@@ -6,13 +6,12 @@ import ast
 import inspect
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
 
-import fastmae.cli.commands as cli_module
-import fastmae.train.config as config_module
 from fastmae.model import RESIDUAL_DTYPES
 from fastmae.ops.attention import BACKENDS
 from fastmae.train.config import ModelConfig, PretrainConfig, from_json, read_config, to_json
@@ -24,20 +23,23 @@ from fastmae.train.resolution import create_resolution, progressive_sizes
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
 
 
-@pytest.mark.parametrize("module", [config_module, cli_module])
+CONFIG = "fastmae.train.config"
+SECTIONS = ("model", "data", "train", "report")
+
+
+@pytest.mark.parametrize("module", ["fastmae.cli.commands", CONFIG, *(f"{CONFIG}.{section}" for section in SECTIONS)])
 def test_every_flag_is_documented(module):
     """``--help`` shows the string below a field."""
     classes = [
         n
-        for n in ast.parse(inspect.getsource(module)).body
+        for n in ast.parse(inspect.getsource(import_module(module))).body
         if isinstance(n, ast.ClassDef) and n.name.endswith("Config")
     ]
     assert classes
-    sections = {"model", "data", "train"}  # their classes say what they are
     for cls in classes:
         assert ast.get_docstring(cls)
         for field, below in zip(cls.body, [*cls.body[1:], None], strict=True):
-            if isinstance(field, ast.AnnAssign) and field.target.id not in sections:
+            if isinstance(field, ast.AnnAssign) and field.target.id not in SECTIONS:  # their classes say what they are
                 assert isinstance(below, ast.Expr), f"{cls.name}.{field.target.id}"
                 assert isinstance(below.value.value, str)
 

@@ -23,11 +23,12 @@ from fastmae.train.flags import validate
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.loop import Trainer
+from fastmae.train.observers import Observer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.preflight import preflight
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.signals import PREEMPTED
+from fastmae.train.signals import PREEMPTED, StopRequest
 from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12
@@ -48,6 +49,11 @@ _UNSEEN = "a photograph never trained on"
 
 def pretrain(config: PretrainConfig) -> int:
     """Train, evaluate, and say where the picture is; return the exit code."""
+    with StopRequest() as stop:
+        return _join_and_pretrain(config, stop)
+
+
+def _join_and_pretrain(config: PretrainConfig, stop: StopRequest) -> int:
     with mistakes(_FLAGS):
         validate(config)
         if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
@@ -56,12 +62,12 @@ def pretrain(config: PretrainConfig) -> int:
         parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
     try:
         with Ranks.create() as ranks:
-            return _pretrain(config, parallelism, ranks)
+            return _pretrain(config, parallelism, ranks, stop)
     finally:
         shutdown(parallelism)
 
 
-def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks) -> int:
+def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, stop: StopRequest) -> int:
     default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
     config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
     with mistakes():
@@ -69,7 +75,7 @@ def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks) ->
     with run:
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
         with mistakes(_FLAGS):
-            trainer = _prepare(config, run, console, parallelism, ranks)
+            trainer = _prepare(config, run, console, parallelism, ranks, stop)
         begun, first_step = time.monotonic(), trainer.step
         status = trainer.fit()
         seconds = time.monotonic() - begun
@@ -100,7 +106,12 @@ def _open_run(config: PretrainConfig, ranks: Ranks) -> RunFolder:
 
 
 def _prepare(
-    config: PretrainConfig, run: RunFolder, console: Console, parallelism: Parallelism, ranks: Ranks
+    config: PretrainConfig,
+    run: RunFolder,
+    console: Console,
+    parallelism: Parallelism,
+    ranks: Ranks,
+    stop: StopRequest,
 ) -> Trainer:
     """The trainer of a run, at its first step or where its newest checkpoint left it."""
     if config.train.num_threads:
@@ -116,7 +127,8 @@ def _prepare(
     kind = data.choose_loader(dataset, config.data.loader)
     model = construct(lambda: create_model(**config.model_arguments()), parallelism)
     preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
-    options = {"console": console, "parallelism": parallelism, "ranks": ranks}
+    options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop}
+    options["observers"] = _observers(config, dataset)
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
@@ -147,6 +159,15 @@ def _prepare(
     run.write_json("config.json", to_json(config))
     console.print(f"Run folder: {run.path}")
     return trainer
+
+
+def _observers(config: PretrainConfig, dataset: data.Dataset) -> list[Observer]:
+    """What looks at the run between steps, as ``--report`` says; the same on all ranks.
+
+    Raises:
+        ValueError: if something cannot be observed, naming the flag.
+    """
+    return []
 
 
 def _start_from(path: Path, trainer: Trainer, console: Console, ranks: Ranks) -> None:
@@ -226,7 +247,7 @@ def _print_config(config: PretrainConfig, console: Console) -> None:
     """The resolved configuration, a line a flag; what the recipe does not say is bold."""
     recipe = RECIPES[config.recipe]
     console.print(f"Recipe {config.recipe}, version {config.recipe_version}: {DESCRIPTIONS[config.recipe]}")
-    for section in ("model", "data", "train"):
+    for section in ("model", "data", "train", "report"):
         for field in fields(getattr(config, section)):
             value = getattr(getattr(config, section), field.name)
             changed = value != getattr(getattr(recipe, section), field.name)

@@ -38,6 +38,7 @@ def validate(config: PretrainConfig) -> None:
     _validate_model(config, require)
     _validate_data(config, require)
     _validate_training(config, require)
+    _validate_report(config, require)
 
 
 def _validate_model(config: PretrainConfig, require: Require) -> None:
@@ -122,11 +123,15 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     train = config.train
     positive = (
         "global_batch_size batch_size masks_per_image epochs steps base_lr clip_grad num_threads max_minutes "
-        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints keep_every_steps shard_size"
+        "log_every_steps checkpoint_every_steps checkpoint_every_seconds keep_checkpoints keep_every_steps shard_size "
+        "rollback_after"
     )
     for name in positive.split():
         value = getattr(train, name)
-        require(value is None or value > 0, "train", name, "a positive number")
+        require(value in (None, "auto") or value > 0, "train", name, "a positive number")
+    require(train.max_rollbacks >= 0, "train", "max_rollbacks", "a number of at least 0")
+    compiled = train.compile or train.compile_mode == "default"
+    require(compiled, "train", "compile_mode", "default without --train.compile")
     for name in ("warmup_epochs", "warmup_steps", "min_lr", "weight_decay"):
         value = getattr(train, name)
         require(value is None or (value >= 0 and math.isfinite(value)), "train", name, "a number of at least 0")
@@ -138,10 +143,10 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     require(takes, "train", "shard_size", "none without --train.parallel hsdp")
     require(all(0 <= beta < 1 for beta in train.betas), "train", "betas", "two numbers in [0, 1)")
     require(train.masks_per_image <= 256, "train", "masks_per_image", "at most 256")
-    name = "global_batch_size" if train.batch_size is None else "batch_size"
+    name = "batch_size" if isinstance(train.batch_size, int) else "global_batch_size"
     fits = getattr(train, name) % train.masks_per_image == 0
     require(fits, "train", name, f"a multiple of --train.masks-per-image {train.masks_per_image}")
-    if train.batch_size is not None and train.global_batch_size % train.batch_size:
+    if isinstance(train.batch_size, int) and train.global_batch_size % train.batch_size:
         raise ValueError(
             f"--train.global-batch-size: expected a multiple of --train.batch-size {train.batch_size}, "
             f"got {train.global_batch_size}"
@@ -154,6 +159,14 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
             )
     if train.epochs is None and train.steps is None:
         raise ValueError("--train.epochs or --train.steps: expected one of them, got neither")
+
+
+def _validate_report(config: PretrainConfig, require: Require) -> None:
+    report = config.report
+    positive = "picture_every_steps probe_every_epochs probe_images profile_at_step profile_steps stall_seconds"
+    for name in positive.split():
+        value = getattr(report, name)
+        require(value is None or value > 0, "report", name, "a positive number")
 
 
 def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:
@@ -179,7 +192,11 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
             train = replace(train, **{one: None})
     if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
         train = replace(train, **_scaled_warmup(train, base))
-    if given & {"global_batch_size", "masks_per_image"} and "batch_size" not in given and train.batch_size is not None:
+    if (
+        given & {"global_batch_size", "masks_per_image"}
+        and "batch_size" not in given
+        and isinstance(train.batch_size, int)
+    ):
         masks = max(train.masks_per_image, 1)
         multiples = range(masks, min(train.batch_size, train.global_batch_size) + 1, masks)
         divisors = [size for size in multiples if train.global_batch_size % size == 0]

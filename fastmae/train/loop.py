@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +11,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastmae import ops
-from fastmae.data import Augment, Batch
+from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
 from fastmae.train import model_state, state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_division import divide_batch
 from fastmae.train.checkpoint import BackgroundSaver, Checkpoint, Ranks, open_checkpoint, set_aside_after
 from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.metrics import Row
+from fastmae.train.observers import Observer, observing
 from fastmae.train.optim import create_optimizer, create_schedule
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
@@ -44,6 +45,8 @@ class Trainer:
         console: where progress is shown.
         parallelism: the processes that train together, this one alone if None. Every one of them makes a trainer.
         ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
+        observers: what looks at the run between steps; the same on all ranks.
+        stop: signals, while something else than :meth:`fit` watches for them; None for the time of :meth:`fit`.
 
     Raises:
         ValueError: if the warm-up is not shorter than the run, or there are more image sizes than epochs.
@@ -60,6 +63,8 @@ class Trainer:
         console: Console | None = None,
         parallelism: Parallelism | None = None,
         ranks: Ranks | None = None,
+        observers: Sequence[Observer] = (),
+        stop: StopRequest | None = None,
     ) -> None:
         train = config.train
         self.parallelism = parallelism or Parallelism(device=next(model.parameters()).device)
@@ -83,7 +88,7 @@ class Trainer:
         images = "" if config.data.path is None else f" --data.path {config.data.path}"
         advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
         self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice, self.parallelism)
-        self._create_loader = create_loader
+        self.observers, self._stop, self._create_loader = observers, stop, create_loader
         self._saved_step: int | None = None
 
     @property
@@ -113,39 +118,34 @@ class Trainer:
             FloatingPointError: after many steps in a row without a finite gradient.
         """
         train, total = self.config.train, self.schedule.total_steps
-        steps_between = train.checkpoint_every_steps
         self._on_checkpoint = on_checkpoint
         deadline = deadline_after(train.max_minutes)
         self.reporter.open(self.step, total, deadline, on_log)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.model.set_input_size)
+            stack.callback(self.reporter.close)
+            stack.enter_context(self.run.failure_noted(lambda: self.step))
             check_agreement(self.dataset)
-            with StopRequest() as stop, self._open_loader() as self.loader, self._open_saver() as self.saver:
-                self.run.write_json("status.json", {"status": "running", "step": self.step})
-                self.bad_files.begin()
-                self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
-                if self._saved_step is None:
-                    self.save()
-                self.model.train()
-                self.reporter.start(self.step)
-                self.watch.saved()
-                while self.step < total and not self.watch.must_leave():
-                    self.train_step()
-                    self._report_saved(self.saver.poll())
-                    if self.step % train.log_every_steps == 0 or self.step == total:
-                        self.log()
-                    if self.watch.save_due or (steps_between and self.step % steps_between == 0):
-                        self.save()
-                self.reporter.flush()
-                if self._saved_step != self.step:
-                    self.save()
-                self._report_saved(self.saver.wait())
-        except BaseException as error:
-            with suppress(OSError):  # a full disk must not hide what went wrong
-                self.run.write_json("status.json", {"status": "failed", "step": self.step, "reason": repr(error)})
-            raise
-        finally:
-            self.reporter.close()
-            self.model.set_input_size()
+            stop = self._stop or stack.enter_context(StopRequest())
+            self.loader = self._open_loader()
+            stack.callback(lambda: self.loader.close())
+            self.saver = stack.enter_context(self._open_saver())
+            self.run.write_json("status.json", {"status": "running", "step": self.step})
+            self.bad_files.begin()
+            self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
+            if self._saved_step is None:
+                self.save()
+            stack.enter_context(observing(self.observers, self))
+            self.model.train()
+            self.reporter.start(self.step)
+            self.watch.saved()
+            while self.step < total and not self.watch.must_leave():
+                self.train_step()
+                self._between_steps()
+            self.reporter.flush()
+            if self._saved_step != self.step:
+                self.save()
+            self._report_saved(self.saver.wait())
         signal = self.watch.signal()
         status: Status = "preempted" if signal and self.step < total else "finished"
         reason = signal or ("all steps done" if self.step == total else "time limit")
@@ -161,7 +161,7 @@ class Trainer:
         with self.model.cast_weights(self.dtype) if low_precision else nullcontext():
             for remaining in reversed(range(self.accumulation)):
                 batch = self._next_batch()
-                masking = self._mask(batch)
+                masking = draw_masks(batch, self.model, self.config)
                 with no_sync(self.forward, last=remaining == 0):
                     with torch.autocast(self.device.type, self.dtype, enabled=low_precision):
                         loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
@@ -171,6 +171,16 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.reporter.add(sum(losses[1:], losses[0]), norm, skipped)
         self.step += 1
+
+    def _between_steps(self) -> None:
+        train = self.config.train
+        for observer in self.observers:
+            observer.after_step(self)
+        self._report_saved(self.saver.poll())
+        if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:
+            self.log()
+        if self.watch.save_due or (train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0):
+            self.save()
 
     def log(self) -> None:
         """Close an interval of steps: a row of metrics.
@@ -242,24 +252,16 @@ class Trainer:
             self.loss_scale.restore(saved.read("loss_scale"))
 
     def _open_loader(self) -> Any:
-        data = self.config.data
-        names = ("crop", "scale", "ratio", "hflip", "vflip", "color_jitter")
-        loader = self._create_loader(
+        loader = open_loader(
+            self._create_loader,
+            self.config,
             self.dataset,
-            loader=data.loader,
-            batch_size=self.batch_size // self.config.train.masks_per_image,
-            img_size=self.resolution if data.progressive_sizes else self.config.img_size,
-            seed=self.config.train.seed,
+            batch_size=self.batch_size,
+            img_size=self.resolution if self.config.data.progressive_sizes else self.config.img_size,
             position=self.samples,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
+            ranks=self.ranks,
             device=self.device,
-            augment=Augment(**{name: getattr(data, name) for name in names}),
-            num_threads=data.num_threads,
-            prefetch=data.prefetch,
-            timeout=data.timeout,
             known_bad=self.bad_files.late,
-            samples_per_step=self.samples_per_step,
         )
         self.console.print(f"Images: {loader.describe()}")
         return loader
@@ -274,21 +276,6 @@ class Trainer:
     def _report_saved(self, path: Path | None) -> None:
         if path and self._on_checkpoint:
             self._on_checkpoint(path)
-
-    def _mask(self, batch: Batch) -> ops.Masking:
-        """The masks of a batch, those of an image adjacent: a pure function of the seed and of what the batch says."""
-        model, train = self.config.model, self.config.train
-        return ops.random_masking(
-            len(batch.images),
-            self.model.num_patches,
-            model.mask_ratio,
-            seed=train.seed,
-            epoch=batch.epochs,
-            sample_ids=batch.sample_ids,
-            strategy=model.mask_strategy,
-            grid_size=self.model.grid_size,
-            masks_per_image=train.masks_per_image,
-        )
 
     def _next_batch(self) -> Batch:
         with self.reporter.clock.waiting():

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
@@ -90,18 +92,26 @@ class Sink(Protocol):
 
     def write(self, row: Row) -> None: ...
 
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """What an evaluation of the weights after a step found: numbers, and picture files."""
+
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One JSON object a line, appended."""
+    """One JSON object a line, appended: rows to one file, evaluations to another."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+    def __init__(self, path: Path, evaluations: Path) -> None:
+        self._file, self._evaluations = path.open("a"), evaluations
 
     def write(self, row: Row) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        row = {"step": step, **values, **{name: str(path) for name, path in pictures.items()}}
+        with self._evaluations.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -119,6 +129,13 @@ class TensorBoard:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(f"train/{name}", value, row["step"])
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"eval/{name}", value, step)
+        for name, path in pictures.items():
+            with Image.open(path) as picture:
+                self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
@@ -153,6 +170,10 @@ class Terminal:
             self._console.print(f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}", highlight=False)
         else:
             self._progress.update(self._task, completed=row["step"], text=text, refresh=True)
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        found = [f"{name} {value:.4g}" for name, value in values.items()] + [str(path) for path in pictures.values()]
+        self._console.print(f"step {step}: {', '.join(found)}", highlight=False)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -62,7 +63,7 @@ class Reporter:
         if not self._parallelism.is_main:
             return
         self._sinks = [
-            JsonLines(self._run.metrics),
+            JsonLines(self._run.metrics, self._run.evaluations),
             TensorBoard(self._run.path, step),
             Terminal(self._console, step, total_steps, deadline),
         ]
@@ -108,6 +109,11 @@ class Reporter:
                 self._on_row(row)
             self._say_if_waiting(row)
             self._end_if_hopeless(values["skipped"], row["step"])
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
+        """Show what an evaluation of the weights after a step found: numbers by name, and picture files by name."""
+        for sink in self._sinks:
+            sink.evaluate(step, values, pictures or {})
 
     def close(self) -> None:
         for sink in self._sinks:

@@ -1,7 +1,7 @@
 """The run folder: made and locked before anything else, so that a long run does not end in an unwritable place.
 
-It holds ``config.json``, ``status.json``, ``metrics.jsonl``, TensorBoard events, ``checkpoints/``,
-``reconstructions/``, ``model.safetensors`` (the final weights) and ``summary.json``.
+It holds ``config.json``, ``status.json``, ``metrics.jsonl``, ``evaluations.jsonl``, TensorBoard events,
+``checkpoints/``, ``reconstructions/``, ``model.safetensors`` (the final weights) and ``summary.json``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import fcntl
 import json
 import os
 import socket
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class RunFolder:
         refuse_url(path)
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
         self.leader = leader
         if not leader:
             return
@@ -103,18 +104,34 @@ class RunFolder:
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
 
+    @contextmanager
+    def failure_noted(self, step: Callable[[], int]) -> Iterator[None]:
+        """Whatever is raised inside is put into ``status.json``, with the step that a function gives, and raised on."""
+        try:
+            yield
+        except BaseException as error:
+            with suppress(OSError):  # a full disk must not hide what went wrong
+                self.write_json("status.json", {"status": "failed", "step": step(), "reason": repr(error)})
+            raise
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``, without one that a kill left half written."""
-        rows = []
-        for line in self.metrics.read_text().splitlines() if self.metrics.exists() else ():
-            with suppress(ValueError):
-                rows.append(json.loads(line))
-        return rows
+        return _read_rows(self.metrics)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the rows after a step, which a continued run writes again."""
+        """Drop the rows of metrics and evaluations after a step, which a continued run writes again."""
         if not self.leader:
             return
-        partial = self.metrics.with_name(".metrics.jsonl.tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.read_metrics() if row["step"] <= step))
-        partial.replace(self.metrics)
+        for path in (self.metrics, self.evaluations):
+            if path.exists():
+                partial = path.with_name(f".{path.name}.tmp")
+                partial.write_text("".join(json.dumps(row) + "\n" for row in _read_rows(path) if row["step"] <= step))
+                partial.replace(path)
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows

@@ -98,7 +98,8 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
                 f"{flag}: a continued run needs the value it started with, {saved.get(key)}, got {here.get(key)}"
             )
     differ = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))
-    return [f"{key} was {saved.get(key)}, is {here.get(key)}" for key in differ if key not in _MAY_DIFFER]
+    differ = [key for key in differ if key not in _MAY_DIFFER and not key.startswith("report.")]
+    return [f"{key} was {saved.get(key)}, is {here.get(key)}" for key in differ]
 
 
 def compare_circumstances(
