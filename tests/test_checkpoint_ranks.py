@@ -30,6 +30,8 @@ from fastmae.train.checkpoint import (
     open_checkpoint,
     open_latest,
     read,
+    read_together,
+    replicas,
     save_checkpoint,
     write,
 )
@@ -127,19 +129,31 @@ def four_ranks(rank: int, folder: Path) -> dict:
             result[f"files of {n}"] = shards(path)
 
     opened, safe_open = [], read.safe_open
-    read.safe_open = lambda file, **options: opened.append(file.name) or safe_open(file, **options)
-    load(path, model, optimizer)
-    result["opened"] = sorted(opened)
-    model, optimizer = make(square, "fsdp")
-    load(folder / "step-40", model, optimizer)  # and with a group made for the call
+    for module in (read, replicas):
+        module.safe_open = lambda file, **options: opened.append(file.name) or safe_open(file, **options)
+
+    def load_counted(case, path, wrap, mesh=None):
+        opened.clear()
+        model, optimizer = make(mesh, wrap)
+        load(path, model, optimizer)  # with a group made for the call
+        result[f"opened by {case}"] = sorted(set(opened))
+        return model, optimizer
+
+    replicas.BLOCK = 100  # so that tensors are sent in several blocks, and some are larger than one
+    load_counted("fsdp", path, "fsdp", meshes[4])
+    path = folder / "step-40"
+    model, optimizer = load_counted("2x2", path, "fsdp", square)
+    result["on 2x2"] = whole(model, optimizer)
     path = save_checkpoint(folder, 22, collect(model, optimizer), {})
     result["files of 2x2"] = shards(path)
 
     write.SMALL = 60  # so that the larger tensors are divided among the ranks
-    model, optimizer = make(None, "ddp")
-    load(path, model, optimizer)
+    model, optimizer = load_counted("ddp of 2x2", path, "ddp")
+    result["ddp of 2x2"] = whole(model, optimizer)
     path = save_checkpoint(folder, 23, collect(model, optimizer), {})
     result["files of ddp"] = shards(path)
+    model, optimizer = load_counted("ddp of ddp", path, "ddp")
+    result["ddp of ddp"] = whole(model, optimizer)
     return result
 
 
@@ -162,8 +176,14 @@ def test_any_number_of_ranks_reads_what_any_other_wrote(tmp_path):
     files = {"files": 2, "files of 3": 3, "files of 4": 4, "files of 2x2": 2, "files of ddp": 4}
     for case, number in files.items():
         assert results[0][case] == [f"{i:05d}" for i in range(1, number + 1)], case
-    for rank, result in enumerate(results):  # its own, and the first, which has what all ranks hold
-        assert result["opened"] == sorted({SHARD.format(1), SHARD.format(rank + 1)})
+    for rank, result in enumerate(results):
+        own = [SHARD.format(rank + 1)]
+        assert result["opened by fsdp"] == own  # what all ranks hold is in the first, and only the first rank reads it
+        assert (result["opened by 2x2"] == []) == (rank >= 2)  # the second replica is sent what the first has read
+        assert result["opened by ddp of 2x2"] == ([SHARD.format(rank // 2 + 1)] if rank % 2 == 0 else [])
+        assert result["opened by ddp of ddp"] == own
+        for case in ("on 2x2", "ddp of 2x2", "ddp of ddp"):
+            assert differences(result[case], saved) == [], (rank, case)
     for step in (3, 30, 40, 22, 23):  # and a process alone
         model, optimizer = make(None, "none")
         load(tmp_path / f"step-{step}", model, optimizer)
@@ -225,6 +245,21 @@ def two_ranks(rank: int, folder: Path) -> dict:
         shutil.rmtree(bad)
     dist.barrier()
 
+    # Verified, and gone when it is to be read, by the second rank: the first learns of it and does not wait.
+    state = {"a": torch.zeros(9), "b": torch.zeros(9)}
+    write.SMALL, small = 1, write.SMALL
+    path = save_checkpoint(folder, 3, state, {}, ranks=ranks)
+    write.SMALL = small
+    opened = open_checkpoint(path, ranks=ranks)
+    dist.barrier()
+    if rank == 1:
+        (path / SHARD.format(2)).unlink()
+    result["gone"] = error_of(lambda: read_together(opened, state, ranks))
+    result["unlike"] = error_of(lambda: read_together(opened, {"a": torch.zeros(9 - rank)}, ranks))
+    if rank == 0:
+        shutil.rmtree(path)
+    dist.barrier()
+
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:  # its disk is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
@@ -280,6 +315,9 @@ def test_what_goes_wrong_is_the_same_on_all_ranks_and_keeps_earlier_checkpoints(
         assert message in text, kind
         assert latest == "step-2", kind
     assert not (folder / "ran").exists()
+    assert f"{second_shard}: unreadable" in first["gone"]
+    assert "rank 1: " in first["unlike"]
+    assert "a is float32 (9,), expected float32 (8,)" in first["unlike"]
     for case in ("full", "full in the background"):
         assert "rank 1: " in first[case]
         assert "File too large" in first[case]

@@ -5,14 +5,14 @@ Names are those of the plain model, whatever wraps it: activation checkpointing,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint, read_together
 from fastmae.train.checkpoint.ranks import as_ranks
 
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
@@ -58,26 +58,58 @@ def load(
     """
     with as_ranks(ranks) as ranks:
         checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, ranks=ranks)
-        ranks.gather("reading a checkpoint", lambda: restore(checkpoint, model, optimizer, ranks.rank))
+        restore(checkpoint, model, optimizer, ranks)
     return checkpoint
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
-    """Put weights, optimiser state and this rank's random generators back. Communicates with nobody.
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    others: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Put weights, optimiser state and each rank's random generators back; every rank calls it.
+
+    What several ranks hold is read by one of them: see :func:`~fastmae.train.checkpoint.read_together`.
+
+    Args:
+        others: names of tensors of the checkpoint that are neither, to read along.
+
+    Returns:
+        The others, on the CPU.
 
     Raises:
-        CheckpointError: if names, shapes or types are not the model's; the model may then be half loaded.
+        CheckpointError: on all ranks alike, if names, shapes or types are not the model's, or a file cannot be read;
+            the model may then be half loaded.
     """
+    if isinstance(ranks, int):
+        own, ranks = ranks, Ranks()
+        ranks.rank = own
+    what = "reading a checkpoint"
+    targets: dict[str, Tensor] = {}
+    ranks.gather(what, lambda: targets.update(_targets(checkpoint, model, optimizer)))
+    wholes = {name: checkpoint.tensors[name].whole for name in others}
+    plain = {name: torch.empty(whole.shape, dtype=whole.dtype) for name, whole in wholes.items()}
+    read_together(checkpoint, targets | plain, ranks)
+    for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
+        if "step" in saved_group:  # where apex's FusedAdam counts
+            group["step"] = saved_group["step"]
+    ranks.gather(what, lambda: _restore_generators(checkpoint, ranks.rank))
+    return plain
+
+
+def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is to be filled of a model and of its optimiser, whose state is made anew for it."""
     weights = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
     saved = {name for name in checkpoint.tensors if name.startswith("model.")}
     if saved != weights.keys():
         here, there = sorted(weights.keys() - saved)[:3], sorted(saved - weights.keys())[:3]
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
-    moments = _allocate(checkpoint, _parameters(model), optimizer)
-    checkpoint.read_into({**weights, **moments})
-    for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
-        if "step" in saved_group:  # where apex's FusedAdam counts
-            group["step"] = saved_group["step"]
+    return weights | _allocate(checkpoint, _parameters(model), optimizer)
+
+
+def _restore_generators(checkpoint: Checkpoint, rank: int) -> None:
     generators = [("cpu", torch.set_rng_state)]
     if torch.cuda.is_available():
         generators.append(("cuda", torch.cuda.set_rng_state))

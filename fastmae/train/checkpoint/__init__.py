@@ -21,7 +21,7 @@ from fastmae.train.checkpoint.folder import (
     refuse_url,
     set_aside_after,
 )
-from fastmae.train.checkpoint.ranks import Ranks
+from fastmae.train.checkpoint.ranks import LostRankError, Ranks
 from fastmae.train.checkpoint.read import (
     Checkpoint,
     latest_checkpoint,
@@ -30,6 +30,7 @@ from fastmae.train.checkpoint.read import (
     open_latest,
     verify_checkpoint,
 )
+from fastmae.train.checkpoint.replicas import read_together
 from fastmae.train.checkpoint.write import save_checkpoint
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "BackgroundSaver",
     "Checkpoint",
     "CheckpointError",
+    "LostRankError",
     "Ranks",
     "clean",
     "consolidate",
@@ -46,6 +48,7 @@ __all__ = [
     "open_checkpoint",
     "open_latest",
     "read_manifest",
+    "read_together",
     "refuse_url",
     "save_checkpoint",
     "set_aside_after",

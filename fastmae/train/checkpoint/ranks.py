@@ -13,10 +13,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fastmae.train.checkpoint.folder import CheckpointError
 
 T = TypeVar("T")
+
+
+class LostRankError(CheckpointError):
+    """A rank has ended or does not answer: nothing more can be agreed on."""
 
 
 class Ranks:
@@ -72,7 +77,8 @@ class Ranks:
             function: called once on each rank.
 
         Raises:
-            CheckpointError: on every rank and of the same words, if the function raises on any, or if a rank has gone.
+            CheckpointError: on every rank and of the same words, if the function raises on any.
+            LostRankError: if a rank has gone.
         """
         result, error = _attempt(function)
         outcomes: list[Any] = [None] * self.size
@@ -100,6 +106,24 @@ class Ranks:
             raise CheckpointError(text) from error
         return result
 
+    def broadcast(self, what: str, tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
+        """Give every rank the elements that a tensor has on one of them.
+
+        Tensors on a GPU go over the default process group, if that is of these ranks, since it is the fast one.
+
+        Args:
+            source: a rank, of the group.
+            group: some of the ranks, who then call it; None for all.
+
+        Raises:
+            LostRankError: if a rank has gone.
+        """
+        if group is None:
+            group = self.group
+            if tensor.is_cuda and dist.get_world_size() == self.size:
+                group = dist.group.WORLD
+        self._guard(what, lambda: dist.broadcast(tensor, group=group, group_src=source))
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all have to ask."""
         return self.ask(flag)()[0]
@@ -123,7 +147,7 @@ class Ranks:
             collective()
         except RuntimeError as error:  # gloo: a connection was closed, or the time is over
             reason = str(error).strip().splitlines()[-1][:300]
-            raise CheckpointError(f"{what}: a rank has ended or does not answer ({reason})") from error
+            raise LostRankError(f"{what}: a rank has ended or does not answer ({reason})") from error
 
     def _message(self, failed: list[tuple[int, str]]) -> str:
         shown = [f"rank {rank}: {text}" if self.size > 1 else text for rank, text in failed[:3]]

@@ -60,9 +60,10 @@ class Checkpoint:
         Raises:
             CheckpointError: if a tensor is not there, has another shape or type, or a file cannot be read.
         """
+        self.check(targets)
         wanted: dict[str, list[tuple[str, Tensor, tuple[slice, ...] | None]]] = defaultdict(list)
         for name, target in targets.items():
-            entry = self._entry(name, target)
+            entry = self.tensors[name]
             part = local_part(target)
             for file, piece in entry.pieces:
                 overlap = _overlap(piece, part.piece)
@@ -78,14 +79,19 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.path / file}: unreadable: {error}") from error
 
-    def _entry(self, name: str, target: Tensor) -> Entry:
-        if name not in self.tensors:
-            raise CheckpointError(f"{self.path}: has no tensor {name}")
-        entry = self.tensors[name]
-        there, here = (entry.whole.dtype, entry.whole.shape), (target.dtype, tuple(target.shape))
-        if there != here:
-            raise CheckpointError(f"{self.path}: {name} is {_text(*there)}, expected {_text(*here)}")
-        return entry
+    def check(self, targets: Mapping[str, Tensor]) -> None:
+        """Compare tensors with those that it holds under their names.
+
+        Raises:
+            CheckpointError: if one is not there, or has another shape or type.
+        """
+        for name, target in targets.items():
+            if name not in self.tensors:
+                raise CheckpointError(f"{self.path}: has no tensor {name}")
+            whole = self.tensors[name].whole
+            there, here = (whole.dtype, whole.shape), (target.dtype, tuple(target.shape))
+            if there != here:
+                raise CheckpointError(f"{self.path}: {name} is {_text(*there)}, expected {_text(*here)}")
 
 
 def open_checkpoint(path: Path, *, verify: bool = True, ranks: Ranks | None = None) -> Checkpoint:
@@ -103,10 +109,19 @@ def open_checkpoint(path: Path, *, verify: bool = True, ranks: Ranks | None = No
     """
     with as_ranks(ranks) as ranks:
         manifest = ranks.first("reading a manifest", lambda: _read_listing(path))
-        share = manifest["files"][ranks.rank :: ranks.size]  # at an equal number of ranks, what this one will read
+        files = manifest["files"]
+        share = [file for i, file in enumerate(files) if reader_of(i, len(files), ranks.size) == ranks.rank]
         headers = ranks.gather("verifying a checkpoint", lambda: [_check_file(path, file, verify) for file in share])
         found = [item for rank in headers for item in rank]
         return Checkpoint(path, manifest, _tensors(path, found))
+
+
+def reader_of(file: int, files: int, ranks: int) -> int:
+    """The rank that verifies the file of a number, and reads of it what all want.
+
+    With as many files as ranks it is the rank's own, and fewer files go to ranks far apart, as they were written.
+    """
+    return file * ranks // files if files <= ranks else file % ranks
 
 
 def open_latest(run_folder: Path, *, verify: bool = True, ranks: Ranks | None = None) -> Checkpoint:

@@ -131,7 +131,7 @@ def write(folder: Path, step: int, share: Share, manifest: str, ranks: Ranks) ->
     except CheckpointError as error:
         if ranks.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)  # what little was written may be what fills the disk
-        raise CheckpointError(f"could not write {final}: {error}; earlier checkpoints are untouched") from error
+        raise type(error)(f"could not write {final}: {error}; earlier checkpoints are untouched") from error
     return final
 
 
