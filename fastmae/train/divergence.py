@@ -1,0 +1,93 @@
+"""Steps without a finite gradient: each is skipped where it happens; many in a row mean that the run has diverged.
+
+A skipped step leaves weights and moments as they are, so the same weights have then failed on batch after batch. More
+batches will not mend them. Older weights on other images may: Chowdhery et al., "PaLM" (arXiv 2204.02311, section 5.1),
+restart from a checkpoint before the trouble and leave out the batches around it; with the same batches from other
+weights it did not come back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Divergence:
+    """Counts steps in a row without a finite gradient, and says when, and how far, the run has to go back.
+
+    It looks at values that reach the host late, with the rows of metrics. What follows from them does not depend on how
+    late: the first ``rollback_after`` steps of a streak are the offending ones, whatever was done since.
+
+    A loss scale (fp16) that begins too high is halved by a step after the other, which looks the same; therefore
+    ``rollback_after`` must be at least ``LEAST_FP16`` there.
+
+    Args:
+        rollback_after: steps in a row after which a run goes back.
+        max_rollbacks: times in a run.
+
+    Attributes:
+        due: the first of ``rollback_after`` steps in a row, counted from 1; None if there are none.
+        rollbacks: times that the run has gone back.
+        last_finite: the newest step that is known to have been taken; 0 before the first.
+    """
+
+    def __init__(self, rollback_after: int, max_rollbacks: int) -> None:
+        self.rollback_after, self.max_rollbacks = rollback_after, max_rollbacks
+        self.restore({})
+
+    def observe(self, row: dict[str, Any], values: Mapping[str, Sequence[float]]) -> None:
+        """Look at an interval's values, one a step up to ``row["step"]``; adds ``rollbacks`` to the row."""
+        row["rollbacks"] = self.rollbacks
+        skipped = values["skipped"]
+        for step, one in enumerate(skipped, row["step"] - len(skipped) + 1):
+            if not one:
+                self._length, self.last_finite = 0, step
+                continue
+            self._first = self._first if self._length else step
+            self._length += 1
+            if self._length >= self.rollback_after and self.due is None:
+                self.due = self._first
+
+    @property
+    def offending(self) -> tuple[int, int]:
+        """The first and the last of the steps for which the run goes back."""
+        assert self.due is not None
+        return self.due, self.due + self.rollback_after - 1
+
+    @property
+    def newest_sound(self) -> int:
+        """The step up to which a checkpoint may be gone back to.
+
+        The one before the offending steps. But if that is where the run went back to last time, then its weights have
+        failed twice, on different images.
+        """
+        assert self.due is not None
+        return self.due - 1 - (self._went_to == self.due - 1)
+
+    def went_back(self, step: int, rollbacks: int) -> None:
+        """The run went back to ``step``, and has done so ``rollbacks`` times."""
+        self.due, self._length, self._went_to, self.rollbacks = None, 0, step, rollbacks
+        self.last_finite = min(self.last_finite, step)
+
+    def state(self) -> dict[str, int | None]:
+        """For a checkpoint's manifest."""
+        return {
+            "due": self.due,
+            "first": self._first,
+            "length": self._length,
+            "last_finite": self.last_finite,
+            "rollbacks": self.rollbacks,
+            "went_to": self._went_to,
+        }
+
+    def restore(self, state: Mapping[str, int | None]) -> None:
+        """Go on from what :meth:`state` returned; from nothing, if that is empty."""
+        self.due = state.get("due")
+        self._first, self._length = state.get("first") or 0, state.get("length") or 0
+        self.last_finite, self.rollbacks = state.get("last_finite") or 0, state.get("rollbacks") or 0
+        self._went_to = state.get("went_to")
+
+
+LEAST_FP16 = 17
+"""Halvings that take a loss scale from its first value, 2**16, below 1: a gradient that then overflows is no matter of
+the scale."""
