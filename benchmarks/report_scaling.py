@@ -17,10 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastmae.train.scaling.hardware import Cluster, Hardware  # noqa: E402
+from fastmae.train.scaling.kept import kept_per_image  # noqa: E402
+from fastmae.train.scaling.moved import moved_per_image  # noqa: E402
 from fastmae.train.scaling.plan import Plan, Run, make_plan  # noqa: E402
 from fastmae.train.scaling.report import inputs  # noqa: E402
 from fastmae.train.scaling.sizes import preset_sizes  # noqa: E402
-from fastmae.train.scaling.work import flops_per_image, kept_per_image, moved_per_image  # noqa: E402
+from fastmae.train.scaling.work import flops_per_image  # noqa: E402
 
 PAGE = ROOT / "docs/scaling.md"
 MODELS = {

@@ -1,21 +1,19 @@
-"""The parts of the encoder and the decoder: patch projection, Transformer block, position table, initialisation.
+"""The parts of the encoder and the decoder: patch projection and Transformer block.
 
 Parameter names and shapes are those of facebookresearch/mae (and of timm's ViT), so that state dicts pass both ways.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from fastmae.linear import Linear
 from fastmae.ops import (
     attention_kvpacked,
     attention_qkvpacked,
@@ -26,6 +24,7 @@ from fastmae.ops import (
 )
 from fastmae.ops._dispatch import fuses
 from fastmae.ops._linear import kernels, linear
+from fastmae.recompute import recomputed
 
 
 class PatchEmbed(nn.Module):
@@ -39,12 +38,6 @@ class PatchEmbed(nn.Module):
         """(N, K, ph*pw*C), channels innermost, to (N, K, D)."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(patches, weight, self.proj.bias)
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` that takes a low-precision copy of its weight along while :func:`cast_weights` provides one."""
-
-    weight_cast: Tensor | None = None
 
 
 class Stream(NamedTuple):
@@ -97,7 +90,7 @@ class Attention(nn.Module):
     def forward(self, stream: Stream, norm: nn.LayerNorm) -> Stream:
         """Attention among all tokens."""
         x, qkv = stream.norm_linear(norm, self.qkv.weight, self.qkv.bias, self.qkv.weight_cast)
-        return self._project(x, attention_qkvpacked(self._heads(qkv, 3), self.backend))
+        return Stream(x, *self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend)))
 
     def forward_queries(self, stream: Stream, norm: nn.LayerNorm, ids: Tensor) -> Stream:
         """The rows ``ids`` (N, M) of what ``forward`` returns: keys and values for all, queries for those only."""
@@ -113,25 +106,29 @@ class Attention(nn.Module):
             normed = norm(x.to(norm.weight.dtype))
             kv, q = linear(normed, key_value, key_value_bias), linear(gather_tokens(normed, ids), query, query_bias)
             x = gather_tokens(x, ids)
-        return self._project(x, attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend))
+        attended = attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend)
+        return Stream(x, *self._project(attended))
 
-    def forward_shared(self, x: Tensor, norm: nn.LayerNorm, shared: SharedTokens) -> Stream:
-        """What ``forward`` returns for ``x``, which holds ``shared``'s tokens; masked ones computed once a batch."""
-        (n, visible, dim), prefix = shared.visible.shape, x.shape[1] - shared.ids_restore.shape[1]
+    def forward_shared(
+        self, shared: SharedTokens, norm: nn.LayerNorm, num_prefix_tokens: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Branch and bias of what ``forward`` returns for ``shared``'s tokens; masked ones computed once a batch."""
+        n, visible, dim = shared.visible.shape
         rows = torch.cat([shared.visible.reshape(-1, dim), shared.table[0].to(shared.visible.dtype)])
         _, qkv = Stream(rows).norm_linear(norm, self.qkv.weight, self.qkv.bias, self.qkv.weight_cast)
         visible_qkv, table = qkv[: n * visible].unflatten(0, (n, visible)), qkv[None, n * visible :]
-        qkv = restore_tokens(visible_qkv, table, shared.ids_restore, num_prefix_tokens=prefix)
-        return self._project(x, attention_qkvpacked(self._heads(qkv, 3), self.backend))
+        qkv = restore_tokens(visible_qkv, table, shared.ids_restore, num_prefix_tokens=num_prefix_tokens)
+        return self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         return x.unflatten(-1, (parts, self.num_heads, -1))
 
-    def _project(self, x: Tensor, attended: Tensor) -> Stream:
+    def _project(self, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Branch and bias."""
         proj, attended = self.proj, attended.flatten(2)
-        if fuses(x, kernels):
-            return Stream(x, linear(attended, proj.weight, weight_cast=proj.weight_cast), proj.bias)
-        return Stream(x, linear(attended, proj.weight, proj.bias))
+        if fuses(attended, kernels):
+            return linear(attended, proj.weight, weight_cast=proj.weight_cast, wanted=proj.wanted), proj.bias
+        return linear(attended, proj.weight, proj.bias), None
 
 
 class MLP(nn.Module):
@@ -146,7 +143,8 @@ class MLP(nn.Module):
         fc1, fc2 = self.fc1, self.fc2
         if fuses(stream.x, kernels):
             x, h = stream.norm_linear(norm, fc1.weight, None, fc1.weight_cast)
-            return Stream(x, gelu_linear(h, fc1.bias, fc2.weight, weight_cast=fc2.weight_cast), fc2.bias.clone())
+            branch = gelu_linear(h, fc1.bias, fc2.weight, weight_cast=fc2.weight_cast, wanted=fc2.wanted)
+            return Stream(x, branch, fc2.bias.clone())
         x, h = stream.norm_linear(norm, fc1.weight, fc1.bias)
         return Stream(x, gelu_linear(h, None, fc2.weight, fc2.bias))
 
@@ -158,11 +156,12 @@ class Block(nn.Module):
     attention, memory is read and written by two passes forward and two backward.
 
     Attributes:
-        recompute: what is not kept for the backward but computed again: "nothing", "mlp" (its hidden layer, the widest
-            of the block) or "block" (all but what comes in).
+        recompute: what is not kept for the backward but computed again: "nothing", "attention" (norm, queries, keys and
+            values, and what they give: as many bytes as the MLP's hidden layer, for less work) or "block" (all but what
+            comes in).
     """
 
-    recompute: Literal["nothing", "mlp", "block"] = "nothing"
+    recompute: Literal["nothing", "attention", "block"] = "nothing"
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str):
         super().__init__()
@@ -180,42 +179,25 @@ class Block(nn.Module):
             shared: what stream.x was restored from, in a decoder's first block; not with ids.
         """
         if self.recompute == "block" and torch.is_grad_enabled():
-            return _recomputed(self, self._forward, stream, ids, shared)
+            return recomputed(self, self.mlp.fc2, self._forward, stream, ids, shared)
         return self._forward(stream, ids, shared)
 
     def _forward(self, stream: Stream, ids: Tensor | None, shared: SharedTokens | None) -> Stream:
+        attn, run = self.attn, _run
+        if self.recompute == "attention" and torch.is_grad_enabled():
+            run = partial(recomputed, attn, attn.proj)
         if shared is not None:
-            stream = self.attn.forward_shared(stream.x, self.norm1, shared)
+            prefix = stream.x.shape[1] - shared.ids_restore.shape[1]
+            stream = Stream(stream.x, *run(attn.forward_shared, shared, self.norm1, prefix))
         elif ids is not None:
-            stream = self.attn.forward_queries(stream, self.norm1, ids)
+            stream = run(attn.forward_queries, stream, self.norm1, ids)
         else:
-            stream = self.attn(stream, self.norm1)
-        if self.recompute == "mlp" and torch.is_grad_enabled():
-            return _recomputed(self.mlp, self.mlp, stream, self.norm2)
+            stream = run(attn, stream, self.norm1)
         return self.mlp(stream, self.norm2)
 
 
-def _recomputed(module: nn.Module, function: Callable[..., Stream], *args: object) -> Stream:
-    """``function(*args)``, whose intermediate values the backward computes again. Nothing in a block is random.
-
-    The backward comes when :func:`cast_weights` has ended: the copies of the module's weights are held until then, as
-    they are where nothing is computed again. In a compiled block they are inputs of the graph, and held anyway.
-    """
-    if not torch.compiler.is_compiling():
-        copies = [(m, m.weight_cast) for m in module.modules() if isinstance(m, Linear)]
-        function = partial(_with_copies, copies, function)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _with_copies(copies: list[tuple[Linear, Tensor | None]], function: Callable[..., Stream], *args: object) -> Stream:
-    before = [module.weight_cast for module, _ in copies]
-    for module, copy in copies:
-        module.weight_cast = copy
-    try:
-        return function(*args)
-    finally:
-        for (module, _), copy in zip(copies, before, strict=True):
-            module.weight_cast = copy
+def _run(function: Callable[..., Stream], *args: object) -> Stream:
+    return function(*args)
 
 
 def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
@@ -224,56 +206,3 @@ def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
     for block in blocks:
         stream = block(stream)
     return stream.sum()
-
-
-@contextmanager
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Gives every :class:`Linear` of the model a copy of its weight in ``dtype`` for as long as the context lasts.
-
-    All copies are made in one multi-tensor launch, where autocast would cast weight after weight, and serve every
-    forward and backward inside, as those of one accumulated step. The weights must not change inside. Weights that
-    have the dtype already, or are sharded, or run where no kernel does, are left alone.
-    """
-    wants = [m for m in model.modules() if isinstance(m, Linear) and m.weight.dtype != dtype]
-    wants = [m for m in wants if fuses(m.weight, kernels)]
-    wants = [m for m in wants if m.weight_cast is None and not hasattr(m.weight, "to_local")]
-    with torch.no_grad():
-        copies = [torch.empty_like(m.weight, dtype=dtype) for m in wants]
-        if copies:
-            torch._foreach_copy_(copies, [m.weight for m in wants])
-    for module, copy in zip(wants, copies, strict=True):
-        module.weight_cast = copy
-    try:
-        yield
-    finally:
-        for module in wants:
-            module.weight_cast = None
-
-
-@torch.no_grad()
-def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """The paper's initialisation (appendix A.1), each parameter drawn on its own by :func:`draw_parameter`.
-
-    Parameters that are not trained (position tables) are left alone; those on the meta device are skipped.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not parameter.is_meta:
-            parameter.copy_(draw_parameter(name, parameter.shape, seed))
-
-
-def draw_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
-    """The initial value of a parameter, float32 on the CPU.
-
-    Matrices (the patch projection flattened to one) are Xavier-uniform, biases zero, LayerNorm scales one, tokens
-    normal with a standard deviation of 0.02. The generator is keyed by ``(seed, parameter name)``, so that a
-    parameter's value does not hang on the order of construction, on the device, or on which process draws it.
-    """
-    value = torch.empty(shape, device="cpu")
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    if name.endswith("token"):
-        return value.normal_(std=0.02, generator=generator)
-    if value.ndim > 1:
-        nn.init.xavier_uniform_(value.flatten(1), generator=generator)
-        return value
-    return value.fill_(1.0 if "norm" in name.split(".")[-2] and name.endswith("weight") else 0.0)

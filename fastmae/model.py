@@ -18,16 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.facebook import FacebookMethods
+from fastmae.initialization import initialize_parameters
 from fastmae.inputs import ImageInputs
 from fastmae.layers import (
     Block,
-    Linear,
     PatchEmbed,
     SharedTokens,
     Stream,
-    cast_weights,
-    initialize_parameters,
 )
+from fastmae.linear import Linear, cast_weights
 from fastmae.ops import Masking, gather_patches, masked_patch_mse, restore_tokens
 from fastmae.ops._check import check
 from fastmae.ops.attention import BACKENDS

@@ -8,7 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from fastmae.layers import Block, Linear, SharedTokens, Stream, cast_weights, run_blocks
+from fastmae.layers import Block, SharedTokens, Stream, run_blocks
+from fastmae.linear import Linear, cast_weights
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import _linear, random_masking, restore_tokens
 from fastmae.reference import Block as ReferenceBlock
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.ops
 BF16 = torch.bfloat16
 
 
-MODULES = [import_module(f"fastmae.{name}") for name in ("layers", "ops._linear", "ops.norm_linear", "ops.gelu_linear")]
+PARTS = ("layers", "linear", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
+MODULES = [import_module(f"fastmae.{name}") for name in PARTS]
 
 
 @pytest.fixture
@@ -87,9 +89,9 @@ def test_the_decoder_projects_no_mask_token_twice(device, monkeypatch):
     rows = []
     inner = type(model.decoder_blocks[0].attn).forward_shared
 
-    def seen(self, x, norm, shared):
+    def seen(self, shared, norm, num_prefix_tokens):
         rows.append((shared.visible.shape[:2], shared.table.shape[1]))
-        return inner(self, x, norm, shared)
+        return inner(self, shared, norm, num_prefix_tokens)
 
     monkeypatch.setattr(type(model.decoder_blocks[0].attn), "forward_shared", seen)
     model(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, device=device))

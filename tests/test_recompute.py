@@ -13,7 +13,7 @@ pytestmark = pytest.mark.ops
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("recompute", ["attention", "block"])
 def test_gradients_are_those_without(recompute, dtype):
     sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "decoder_embed_dim": 16, "decoder_num_heads": 2}
     model = MaskedAutoencoderViT(32, 8, **sizes, decoder_depth=2, attention="plain", seed=0)

@@ -19,11 +19,13 @@ from fastmae.model import PRESETS, MaskedAutoencoderViT, create_model
 from fastmae.ops import random_masking
 from fastmae.train.scaling.communication import Collective, collectives
 from fastmae.train.scaling.hardware import Cluster, Hardware
+from fastmae.train.scaling.kept import kept_per_image
 from fastmae.train.scaling.memory import largest_batch, memory, states
+from fastmae.train.scaling.moved import moved_per_image
 from fastmae.train.scaling.plan import Data, Plan, Run, make_plan
 from fastmae.train.scaling.report import to_json
 from fastmae.train.scaling.sizes import Sizes, architecture_sizes, parameters, preset_sizes
-from fastmae.train.scaling.work import flops_per_batch, flops_per_image, kept_per_image, moved_per_image
+from fastmae.train.scaling.work import flops_per_batch, flops_per_image
 
 ROOT = Path(__file__).parent.parent
 COUNTED = json.loads((ROOT / "benchmarks/results/counted/step.json").read_text())["models"]

@@ -8,11 +8,11 @@ import torch
 from fastmae.model import create_model
 from fastmae.ops import random_masking
 from fastmae.train.scaling.hardware import Cluster
+from fastmae.train.scaling.kept import kept_per_image
 from fastmae.train.scaling.memory import states
 from fastmae.train.scaling.sizes import architecture_sizes
-from fastmae.train.scaling.work import kept_per_image
 
-RECOMPUTE = {"none": "nothing", "selective": "mlp", "full": "block"}
+RECOMPUTE = {"none": "nothing", "selective": "attention", "full": "block"}
 
 
 @pytest.mark.gpu

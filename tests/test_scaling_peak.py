@@ -14,8 +14,8 @@ from test_scaling_memory import RECOMPUTE, build
 from traffic_eager import EagerTraffic
 
 from fastmae.ops import _dispatch
+from fastmae.train.scaling.kept import kept_per_image
 from fastmae.train.scaling.sizes import Sizes
-from fastmae.train.scaling.work import kept_per_image
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastmae.layers import initialize_parameters
+from fastmae.initialization import initialize_parameters
 from fastmae.positions import sincos_positions
 
 if TYPE_CHECKING:

@@ -69,13 +69,21 @@ def chunk_rows(num_rows: int) -> int:
     return min(max(1 << (wanted - 1).bit_length(), 16), 128)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_cast: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    weight_cast: Tensor | None = None,
+    *,
+    wanted: bool = True,
+) -> Tensor:
     """``x @ weight.T + bias`` in the compute dtype: ``F.linear`` that takes the weight's low-precision copy along.
 
     Args:
         x: (..., D), floating point.
         weight: (F, D). bias: (F,) or None.
         weight_cast: a copy of weight in the compute dtype, so that it need not be cast; no gradient flows to it.
+        wanted: False where only what the op keeps for its backward is: where a kernel runs, the result is not written.
 
     Returns:
         (..., F) in the compute dtype (autocast's where active, else the weight's).
@@ -89,17 +97,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, weight_cast: T
     dtype = compute_dtype(x, weight)
     if not fuses(x, kernels):
         return F.linear(x.to(dtype), weight, bias)
-    return _linear(x.to(dtype), weight, bias, weight_cast)
+    return _linear(x.to(dtype), weight, bias, weight_cast, wanted)
 
 
 @torch.library.custom_op("fastmae::linear", mutates_args=())
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_cast: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, weight_cast: Tensor | None, wanted: bool = True) -> Tensor:
+    if not wanted:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
     bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x, operand(weight, weight_cast, x.dtype), bias)
 
 
 @_linear.register_fake
-def _(x, weight, bias, weight_cast):
+def _(x, weight, bias, weight_cast, wanted=True):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -121,14 +131,14 @@ def _(grad, x, weight, dtype, bias_dtype):
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, weight_cast = inputs
+    x, weight, bias, weight_cast, _ = inputs
     ctx.save_for_backward(x, weight if weight_cast is None else weight_cast)
     ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
 
 def _backward(ctx, grad):
     grad_x, grad_weight, grad_bias = _linear_backward(grad, *ctx.saved_tensors, *ctx.dtypes)
-    return grad_x, grad_weight, None if ctx.dtypes[1] is None else grad_bias, None
+    return grad_x, grad_weight, None if ctx.dtypes[1] is None else grad_bias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)

@@ -29,6 +29,7 @@ def gelu_linear(
     out_bias: Tensor | None = None,
     *,
     weight_cast: Tensor | None = None,
+    wanted: bool = True,
 ) -> Tensor:
     """The second half of an MLP, ``GELU(h + bias) @ weight.T + out_bias``, with the exact (erf) GELU.
 
@@ -42,6 +43,7 @@ def gelu_linear(
         bias: (F,) or None.
         weight: (D, F). out_bias: (D,) or None.
         weight_cast: a copy of weight in the compute dtype, so that it need not be cast; no gradient flows to it.
+        wanted: False where only what the op keeps for its backward is: where a kernel runs, the result is not written.
 
     Returns:
         (..., D) in the compute dtype: autocast's where active, else the weight's. The kernel computes in float32.
@@ -59,7 +61,7 @@ def gelu_linear(
     if not fuses(h, _kernels):
         h = h if bias is None else (h + bias).to(h.dtype)
         return linear(F.gelu(h), weight, out_bias)
-    return _gelu_linear(h, bias, weight, out_bias, weight_cast, dtype)
+    return _gelu_linear(h, bias, weight, out_bias, weight_cast, dtype, wanted)
 
 
 @torch.library.custom_op("fastmae::gelu_linear", mutates_args=())
@@ -70,14 +72,17 @@ def _gelu_linear(
     out_bias: Tensor | None,
     weight_cast: Tensor | None,
     dtype: torch.dtype,
+    wanted: bool = True,
 ) -> Tensor:
+    if not wanted:
+        return h.new_empty(*h.shape[:-1], weight.shape[0], dtype=dtype)
     activated = _bias_gelu(h, bias, dtype)
     out_bias = None if out_bias is None else out_bias.to(dtype)
     return F.linear(activated, operand(weight, weight_cast, dtype), out_bias)
 
 
 @_gelu_linear.register_fake
-def _(h, bias, weight, out_bias, weight_cast, dtype):
+def _(h, bias, weight, out_bias, weight_cast, dtype, wanted=True):
     return h.new_empty(*h.shape[:-1], weight.shape[0], dtype=dtype)
 
 
@@ -107,7 +112,7 @@ def _(grad, h, bias, weight, weight_dtype, out_bias_dtype):
 
 
 def _setup_context(ctx, inputs, output):
-    h, bias, weight, out_bias, weight_cast, _ = inputs
+    h, bias, weight, out_bias, weight_cast, *_ = inputs
     ctx.save_for_backward(h, bias, weight if weight_cast is None else weight_cast)
     ctx.dtypes = weight.dtype, None if out_bias is None else out_bias.dtype
 
@@ -116,7 +121,7 @@ def _backward(ctx, grad):
     h, bias, weight = ctx.saved_tensors
     grad_h, grad_bias, grad_weight, grad_out_bias = _gelu_linear_backward(grad, h, bias, weight, *ctx.dtypes)
     grad_bias = None if bias is None else grad_bias
-    return grad_h, grad_bias, grad_weight, None if ctx.dtypes[1] is None else grad_out_bias, None, None
+    return grad_h, grad_bias, grad_weight, None if ctx.dtypes[1] is None else grad_out_bias, None, None, None
 
 
 _gelu_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmae.layers import draw_parameter
+from fastmae.initialization import draw_parameter
 from fastmae.positions import sincos_positions
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
@@ -35,7 +35,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What matrix products compute in."""
 
-_RECOMPUTE = {"none": "nothing", "selective": "mlp", "full": "block"}
+_RECOMPUTE = {"none": "nothing", "selective": "attention", "full": "block"}
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _GRAPHS = 64
 """Graphs of a block that the compiler may keep: six a model (first, middle and last block of encoder and decoder
@@ -159,9 +159,9 @@ def parallelize(
         parallelism: from :func:`initialize`.
         seed: draws the weights of a model on the meta device: those that a single process would draw.
         precision: of the matrix products.
-        activation_checkpointing: what the backward computes again: "selective", the MLPs (of a block's 24 bytes a
-            token and unit of width in bf16, 10 are saved, for two thirds of its forward); "full", all but the blocks'
-            inputs (18 are saved, for all of it).
+        activation_checkpointing: what the backward computes again: "selective", the blocks' attention (of a block's 24
+            bytes a token and unit of width in bf16, 10 are saved, for a quarter of its products); "full", all but the
+            blocks' inputs (18 are saved, for two thirds of its products).
         compile: compile the model where it is alone, else each block.
         reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
             backward; False keeps them, which takes the memory of the whole model in the precision.

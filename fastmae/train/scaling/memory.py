@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from fastmae.train.scaling.communication import Mode, check_mode, units
 from fastmae.train.scaling.hardware import Cluster, Hardware
+from fastmae.train.scaling.kept import Kept
 from fastmae.train.scaling.sizes import Sizes, parameters
-from fastmae.train.scaling.work import WIDE, Kept
+from fastmae.train.scaling.work import WIDE
 
 BATCHES_AHEAD = 3
 """Batches of images on the device: the one in use and two that the loader has ready."""

@@ -9,10 +9,11 @@ from typing import Any, Literal, NamedTuple
 from fastmae.train.batch_division import divide_batch
 from fastmae.train.scaling.communication import Collective, Mode, check_mode, collectives
 from fastmae.train.scaling.hardware import Cluster, Hardware
+from fastmae.train.scaling.kept import kept_per_image
 from fastmae.train.scaling.memory import Memory, largest_batch, memory, states
 from fastmae.train.scaling.sizes import Sizes, expect, parameters
 from fastmae.train.scaling.step import StepTime, step_time
-from fastmae.train.scaling.work import WIDE, Attention, Checkpointing, Flops, flops_per_image, kept_per_image
+from fastmae.train.scaling.work import WIDE, Attention, Checkpointing, Flops, flops_per_image
 
 Precision = Literal["bf16", "fp16", "fp32"]
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

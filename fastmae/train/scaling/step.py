@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from fastmae.train.scaling.communication import BUCKET_BYTES, Collective, Mode, latency, units
 from fastmae.train.scaling.hardware import Cluster, Hardware
+from fastmae.train.scaling.moved import moved_per_image
 from fastmae.train.scaling.sizes import Sizes, parameters
-from fastmae.train.scaling.work import WIDE, Checkpointing, flops_per_batch, flops_per_image, moved_per_image
+from fastmae.train.scaling.work import WIDE, Checkpointing, flops_per_batch, flops_per_image
 
 
 class StepTime(NamedTuple):
