@@ -41,7 +41,7 @@ class PlanConfig:
     residual: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the residual stream."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """What the backward computes again: nothing, the hidden layers of the MLPs, or all but the blocks' inputs."""
+    """What the backward computes again: nothing, the blocks' attention, or all but the blocks' inputs."""
     reshard_after_forward: bool = True
     """FSDP and HSDP: free gathered weights after the forward and gather them again for the backward."""
     attention: Literal["fused", "plain"] = "fused"
