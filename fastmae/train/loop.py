@@ -16,9 +16,10 @@ from fastmae.data.agree import check_agreement
 from fastmae.train import model_state, state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_division import divide_batch
-from fastmae.train.checkpoint import BackgroundSaver, Checkpoint, Ranks, open_checkpoint, set_aside_after
+from fastmae.train.checkpoint import Checkpoint, Ranks, open_checkpoint, set_aside_after
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.feed import draw_masks, open_loader
+from fastmae.train.labels import Stage, unlabelled
 from fastmae.train.metrics import Row
 from fastmae.train.observers import Observer, observing
 from fastmae.train.optim import create_optimizer, create_schedule
@@ -27,6 +28,7 @@ from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
 from fastmae.train.reporter import Reporter, deadline_after
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.saves import Saves
 from fastmae.train.signals import StopRequest
 from fastmae.train.watch import Watch
 
@@ -89,7 +91,8 @@ class Trainer:
         advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
         self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice, self.parallelism)
         self.observers, self._stop, self._create_loader = observers, stop, create_loader
-        self._saved_step: int | None = None
+        self.stage: Stage = unlabelled
+        self.saves = Saves(run, train, self.device, self.ranks)
 
     @property
     def num_threads(self) -> int:
@@ -118,7 +121,7 @@ class Trainer:
             FloatingPointError: after many steps in a row without a finite gradient.
         """
         train, total = self.config.train, self.schedule.total_steps
-        self._on_checkpoint = on_checkpoint
+        self.saves.on_saved = on_checkpoint
         deadline = deadline_after(train.max_minutes)
         self.reporter.open(self.step, total, deadline, on_log)
         with ExitStack() as stack:
@@ -129,11 +132,11 @@ class Trainer:
             stop = self._stop or stack.enter_context(StopRequest())
             self.loader = self._open_loader()
             stack.callback(lambda: self.loader.close())
-            self.saver = stack.enter_context(self._open_saver())
+            stack.enter_context(self.saves.open())
             self.run.write_json("status.json", {"status": "running", "step": self.step})
             self.bad_files.begin()
             self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
-            if self._saved_step is None:
+            if self.saves.newest is None:
                 self.save()
             stack.enter_context(observing(self.observers, self))
             self.model.train()
@@ -143,9 +146,9 @@ class Trainer:
                 self.train_step()
                 self._between_steps()
             self.reporter.flush()
-            if self._saved_step != self.step:
-                self.save()
-            self._report_saved(self.saver.wait())
+            self.saves.wait()
+            if not self.saves.holds(self.step):
+                self.save(last=True)
         signal = self.watch.signal()
         status: Status = "preempted" if signal and self.step < total else "finished"
         reason = signal or ("all steps done" if self.step == total else "time limit")
@@ -161,14 +164,17 @@ class Trainer:
         with self.model.cast_weights(self.dtype) if low_precision else nullcontext():
             for remaining in reversed(range(self.accumulation)):
                 batch = self._next_batch()
-                masking = draw_masks(batch, self.model, self.config)
+                with self.stage("masking"):
+                    masking = draw_masks(batch, self.model, self.config)
                 with no_sync(self.forward, last=remaining == 0):
-                    with torch.autocast(self.device.type, self.dtype, enabled=low_precision):
+                    with self.stage("forward"), torch.autocast(self.device.type, self.dtype, enabled=low_precision):
                         loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
-                    (loss * self.loss_scale.value if self.loss_scale else loss).backward()
+                    with self.stage("backward"):
+                        (loss * self.loss_scale.value if self.loss_scale else loss).backward()
                 losses.append(loss.detach())
-        norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad, self.loss_scale)
-        self.optimizer.zero_grad(set_to_none=True)
+        with self.stage("optimizer"):
+            norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad, self.loss_scale)
+            self.optimizer.zero_grad(set_to_none=True)
         self.reporter.add(sum(losses[1:], losses[0]), norm, skipped)
         self.step += 1
 
@@ -176,7 +182,7 @@ class Trainer:
         train = self.config.train
         for observer in self.observers:
             observer.after_step(self)
-        self._report_saved(self.saver.poll())
+        self.saves.poll()
         if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:
             self.log()
         if self.watch.save_due or (train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0):
@@ -195,13 +201,14 @@ class Trainer:
             "epoch": self.step * batch_size / len(self.dataset),
             "lr": self.optimizer.param_groups[0]["lr"],
             "bad_files": len(self.bad_files),
+            "failed_saves": self.saves.failed,
         }
         if self.config.data.progressive_sizes:
             row["input_height"], row["input_width"] = self.model.input_size
         self.reporter.log(row, batch_size)
 
-    def save(self) -> None:
-        """Save a checkpoint of the state after ``step`` steps, or begin to: in the background, on a GPU."""
+    def save(self, *, last: bool = False) -> None:
+        """Save a checkpoint of the state after ``step`` steps, or begin to; what a failure means, :class:`Saves` says."""
         self.reporter.flush()
         self._note_bad_files()
         tensors = model_state.collect(self.model, self.optimizer)
@@ -214,13 +221,8 @@ class Trainer:
             "num_threads": self.num_threads,
             "late_bad": self.bad_files.state(),
         }
-        self._report_saved(self.saver.wait())
-        own = model_state.collect_own(self.ranks.rank)
-        self.saver.save(self.step, tensors, manifest, own=own, copy=self._in_background)
-        self._saved_step = self.step
+        self.saves.save(self.step, tensors, manifest, model_state.collect_own(self.ranks.rank), last=last)
         self.watch.saved()
-        if not self._in_background:
-            self._report_saved(self.saver.wait())
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
         """Go on from a checkpoint folder, which may be of any number of processes.
@@ -236,20 +238,18 @@ class Trainer:
         state.check_architecture(manifest["architecture"], self.model.architecture)
         differences = state.compare_configs(manifest["config"], to_json(self.config))
         differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash, self.ranks.size)
-        self.ranks.gather("reading a checkpoint", lambda: self._restore(saved))
-        self.step = self._saved_step = manifest["step"]
-        self.reporter.values.restore(saved.read("metrics.interval"), self.step)
+        names = ["metrics.interval", *(["loss_scale"] if self.loss_scale else [])]
+        others = model_state.restore(saved, self.model, self.optimizer, self.ranks, names)
+        self.step, self.saves.newest = manifest["step"], saved.path
+        self.reporter.values.restore(others["metrics.interval"], self.step)
+        if self.loss_scale and "loss_scale" in others:
+            self.loss_scale.restore(others["loss_scale"])
         if manifest["dataset"]["hash"] == self.dataset.hash:  # else its sample ids mean other files
             self.bad_files.restore(manifest.get("late_bad", []))
         if self.parallelism.is_main:
             set_aside_after(self.run.checkpoints, self.step)
         self.run.cut_metrics(self.step)
         return differences
-
-    def _restore(self, saved: Checkpoint) -> None:
-        model_state.restore(saved, self.model, self.optimizer, self.ranks.rank)
-        if self.loss_scale and "loss_scale" in saved.tensors:
-            self.loss_scale.restore(saved.read("loss_scale"))
 
     def _open_loader(self) -> Any:
         loader = open_loader(
@@ -266,19 +266,8 @@ class Trainer:
         self.console.print(f"Images: {loader.describe()}")
         return loader
 
-    def _open_saver(self) -> BackgroundSaver:
-        train = self.config.train
-        background = train.background_save
-        self._in_background = self.device.type == "cuda" if background is None else background
-        options = {"keep": train.keep_checkpoints, "keep_every": train.keep_every_steps, "ranks": self.ranks}
-        return BackgroundSaver(self.run.checkpoints, **options)
-
-    def _report_saved(self, path: Path | None) -> None:
-        if path and self._on_checkpoint:
-            self._on_checkpoint(path)
-
     def _next_batch(self) -> Batch:
-        with self.reporter.clock.waiting():
+        with self.stage("data"), self.reporter.clock.waiting():
             batch = next(self.loader)
         size = tuple(batch.images.shape[-2:])
         if size != self.model.input_size:

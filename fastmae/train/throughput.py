@@ -16,8 +16,10 @@ from typing import Any, Literal
 import torch
 
 from fastmae.data import Batch, Loader
+from fastmae.train.breakdown import Breakdown
 from fastmae.train.config import PretrainConfig
 from fastmae.train.loop import Trainer
+from fastmae.train.records import Recorder
 
 Phase = Literal["loader", "model", "both"]
 PHASES: tuple[Phase, ...] = ("loader", "model", "both")
@@ -26,6 +28,8 @@ _ROUNDS, _MIN_ROUNDS = 5, 2
 _READY_BEYOND_PREFETCH = 3
 """A loader's queue is not all that it has ready: DALI has one of its own, and a batch is in the making."""
 _MAX_STEPS = 4096
+_RECORDED_STEPS, _RECORDED_SHARE = 5, 0.2
+"""Steps whose time is broken down, and the share of the measuring that they may take; at least two."""
 
 
 def config_to_measure(config: PretrainConfig) -> PretrainConfig:
@@ -83,6 +87,7 @@ class Throughput:
         kind, threads: of the loader.
         cores: processors that this process may use.
         loader_cpu_seconds: processor time of the loader for a decoded image, round by round.
+        breakdown: where the time of a step goes, loader and model together; recording makes the step a little slower.
     """
 
     decoded: int
@@ -92,6 +97,7 @@ class Throughput:
     cores: int
     turns: dict[Phase, list[Turn]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     loader_cpu_seconds: list[float] = field(default_factory=list)
+    breakdown: Breakdown | None = None
 
     def rates(self, phase: Phase) -> list[float]:
         """Images a second, round by round: decoded ones for the loader, masked ones else."""
@@ -146,7 +152,25 @@ def _measure(trainer: Trainer, feed: Feed, seconds: float) -> Throughput:
             feed.resident = batch if phase == "model" else None
             _take_turn(trainer, feed, phase, ahead, batches, found)
             trainer.reporter.values.take()
+    found.breakdown = _record(trainer, feed, min(_RECORDED_STEPS, int(_RECORDED_SHARE * seconds / one["both"])))
     return found
+
+
+def _record(trainer: Trainer, feed: Feed, steps: int) -> Breakdown:
+    """Break down steps on the loader's batches, behind those that were ready."""
+    feed.resident = None
+    settle(trainer.device)
+    recorder = Recorder(trainer, max(2, steps), warmup=1)
+    _run(trainer, feed, "both", min(feed.loader.options.prefetch + _READY_BEYOND_PREFETCH, 2 * max(2, steps)))
+    recorder.start()
+    try:
+        while recorder.running:
+            trainer.train_step()
+            recorder.step()
+    finally:
+        recorder.stop()
+    trainer.reporter.values.take()
+    return recorder.breakdown()
 
 
 def _warm_up(trainer: Trainer, feed: Feed, batch: Batch, phase: Phase) -> float:
