@@ -19,12 +19,14 @@ from fastmae.train.batch_division import divide_batch
 from fastmae.train.checkpoint import Checkpoint, Ranks, open_checkpoint, set_aside_after
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.feed import draw_masks, open_loader
+from fastmae.train.flops import StepFlops
 from fastmae.train.labels import Stage, unlabelled
 from fastmae.train.metrics import Row
 from fastmae.train.observers import Observer, observing
 from fastmae.train.optim import create_optimizer, create_schedule
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
+from fastmae.train.rank_values import RankValues
 from fastmae.train.reporter import Reporter, deadline_after
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
@@ -89,7 +91,19 @@ class Trainer:
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.samples_per_step, writes=main)
         images = "" if config.data.path is None else f" --data.path {config.data.path}"
         advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
-        self.reporter = Reporter(run, self.console, self.device, train.log_every_steps, advice, self.parallelism)
+        block = model.blocks[len(model.blocks) // 2]
+        self.reporter = Reporter(
+            run,
+            self.console,
+            self.device,
+            train.log_every_steps,
+            advice,
+            self.parallelism,
+            rank_values=RankValues(self.ranks, self.device, train.log_every_steps, block),
+            flops=StepFlops(model, self.batch_size, self.accumulation * self.ranks.size, config.model.mask_ratio),
+            dtype=self.dtype,
+            wandb_project=config.report.wandb_project,
+        )
         self.observers, self._stop, self._create_loader = observers, stop, create_loader
         self.stage: Stage = unlabelled
         self.saves = Saves(run, train, self.device, self.ranks)
@@ -208,7 +222,7 @@ class Trainer:
         self.reporter.log(row, batch_size)
 
     def save(self, *, last: bool = False) -> None:
-        """Save a checkpoint of the state after ``step`` steps, or begin to; what a failure means, :class:`Saves` says."""
+        """Save a checkpoint of the state after ``step`` steps, or begin to; :class:`Saves` says what a failure means."""
         self.reporter.flush()
         self._note_bad_files()
         tensors = model_state.collect(self.model, self.optimizer)

@@ -74,7 +74,7 @@ def restore(
     What several ranks hold is read by one of them: see :func:`~fastmae.train.checkpoint.read_together`.
 
     Args:
-        others: names of tensors of the checkpoint that are neither, to read along.
+        others: names of other tensors, to read along where the checkpoint has them.
 
     Returns:
         The others, on the CPU.
@@ -83,13 +83,10 @@ def restore(
         CheckpointError: on all ranks alike, if names, shapes or types are not the model's, or a file cannot be read;
             the model may then be half loaded.
     """
-    if isinstance(ranks, int):
-        own, ranks = ranks, Ranks()
-        ranks.rank = own
     what = "reading a checkpoint"
     targets: dict[str, Tensor] = {}
     ranks.gather(what, lambda: targets.update(_targets(checkpoint, model, optimizer)))
-    wholes = {name: checkpoint.tensors[name].whole for name in others}
+    wholes = {name: checkpoint.tensors[name].whole for name in others if name in checkpoint.tensors}
     plain = {name: torch.empty(whole.shape, dtype=whole.dtype) for name, whole in wholes.items()}
     read_together(checkpoint, targets | plain, ranks)
     for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
