@@ -222,7 +222,7 @@ class Trainer:
         self.reporter.log(row, batch_size)
 
     def save(self, *, last: bool = False) -> None:
-        """Save a checkpoint of the state after ``step`` steps, or begin to; :class:`Saves` says what a failure means."""
+        """Save a checkpoint of the state after ``step`` steps, or begin to; :class:`Saves` judges a failure."""
         self.reporter.flush()
         self._note_bad_files()
         tensors = model_state.collect(self.model, self.optimizer)
