@@ -54,10 +54,14 @@ def test_waiting_is_a_share_of_the_interval(monkeypatch):
     wait(clock, time, 3.0)
     time.now += 4.0
     wait(clock, time, 1.0)
-    assert clock.read(steps=2, images=16) == {"images_per_second": 2.0, "data_time": 2.0, "data_share": 0.5}
+    assert clock.read(steps=2, images=16) == {
+        "images_per_second": 2.0, "step_time": 4.0, "data_time": 2.0, "data_share": 0.5
+    }  # fmt: skip
     clock.restart()
     time.now += 1.0
-    assert clock.read(steps=1, images=16) == {"images_per_second": 16.0, "data_time": 0.0, "data_share": 0.0}
+    assert clock.read(steps=1, images=16) == {
+        "images_per_second": 16.0, "step_time": 1.0, "data_time": 0.0, "data_share": 0.0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("reached", "expected"), [(True, 3.0), (False, 0.0)])
@@ -105,7 +109,7 @@ def test_a_loader_that_is_too_slow_is_said_once_and_not_of_the_start(tmp_path, m
     assert text.count("waiting for images") == 1
     assert "waiting for images: 50% of the time; ask fastmae bench" in text
     assert [row["data_time"] for row in rows] == pytest.approx([4.5, 0.5, 2.5, 3.0])
-    assert "data 4500.0 ms (90%)" in text
+    assert "data 90%" in text
 
 
 def test_a_loader_that_is_fast_enough_is_not(tmp_path, monkeypatch):

@@ -36,11 +36,12 @@ class Clock:
             self._waited += time.monotonic() - begun
 
     def read(self, steps: int, images: int) -> dict[str, float]:
-        """``images_per_second``; ``data_time``, the seconds that each of the steps waited for images; ``data_share``,
-        the share of the interval that was such waiting."""
+        """``images_per_second``; ``step_time``, the seconds that each of the steps took, with all between them;
+        ``data_time``, those of them that waited for images; ``data_share``, the share of the interval that did."""
         seconds = max(time.monotonic() - self._begun, 1e-9)
         return {
             "images_per_second": images / seconds,
+            "step_time": seconds / max(steps, 1),
             "data_time": self._waited / max(steps, 1),
             "data_share": self._waited / seconds,
         }

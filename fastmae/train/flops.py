@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from fastmae.train.scaling.sizes import architecture_sizes
 from fastmae.train.scaling.work import flops_per_batch, flops_per_image
 
@@ -25,3 +27,25 @@ def step_flops(architecture: Mapping[str, Any], batch_size: int, mask_ratio: flo
     """
     sizes = architecture_sizes(architecture)
     return batch_size * flops_per_image(sizes, mask_ratio).model + flops_per_batch(sizes)
+
+
+class StepFlops:
+    """FLOPs of an optimiser step over all ranks, as :func:`step_flops` counts them, of images as large as they are now.
+
+    Args:
+        model: a ``MaskedAutoencoderViT``; its ``input_size`` may change.
+        batch_size: masked images of one forward pass.
+        passes: forward passes of a step, over all ranks.
+        mask_ratio: share of the patches that is masked.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int, passes: int, mask_ratio: float) -> None:
+        self._model, self._batch_size, self._passes, self._mask_ratio = model, batch_size, passes, mask_ratio
+        self._counted: dict[tuple[int, int], int] = {}
+
+    def __call__(self) -> int:
+        size = self._model.input_size
+        if size not in self._counted:
+            architecture = self._model.architecture | {"img_size": size}
+            self._counted[size] = self._passes * step_flops(architecture, self._batch_size, self._mask_ratio)
+        return self._counted[size]

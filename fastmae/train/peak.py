@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 _SIZE = {"cuda": 8192, "cpu": 1536}
-_QUICK_SIZE = {"cuda": 8192, "cpu": 512}
+_QUICK_SIZE = {"cuda": 8192, "cpu": 384}
 _QUICK_ROUNDS = 3
 
 
@@ -40,7 +40,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """:func:`matmul_flops` once a process for each device, dtype and number of threads; None where it cannot be had.
 
     A run begins with it, so it is short: on a GPU a few milliseconds and under a gigabyte that is given back, on a CPU
-    about as much time with matrices of 512, which fit its caches. A large product is up to a few tenths faster or
+    about as much time with matrices of 384, which fit its caches. A large product is up to a few tenths faster or
     slower there, and so is the share of the peak that follows.
     """
     return _peak_flops(str(device), dtype, torch.get_num_threads())

@@ -11,10 +11,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.clock import Clock
-from fastmae.train.metrics import HostCopy, JsonLines, Row, Sink, StepValues, TensorBoard, Terminal, mean_of_finite
+from fastmae.train.metrics import HostCopy, Row, StepValues, mean_of_finite
 from fastmae.train.parallel import Parallelism
+from fastmae.train.rank_values import RankValues, Shared
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.sinks import JsonLines, Sink, TensorBoard, Terminal
+from fastmae.train.wandb_sink import WeightsAndBiases
 
 MAX_SKIPPED = 20
 """Steps in a row without a finite gradient after which a run ends: skipping more will not mend it."""
@@ -26,7 +30,8 @@ WAITING = 0.2
 class Reporter:
     """Collects each step's values, and writes a row an interval to ``metrics.jsonl``, TensorBoard and the terminal.
 
-    Values stay on the device for an interval and are read an interval late, so that no step waits for the device.
+    Values stay on the device for an interval and are read an interval late, so that no step waits for the device. So
+    are those of other ranks.
 
     Args:
         run: the run folder.
@@ -35,6 +40,10 @@ class Reporter:
         interval: steps in a row.
         advice: where to look if the images are slow, for the terminal.
         parallelism: the ranks whose values are averaged; the first of them writes.
+        rank_values: what each of the ranks measures of itself; None for this one alone.
+        flops: FLOPs of a step over all ranks, at present; None for no such figure.
+        dtype: of the matrix products that they are compared with.
+        wandb_project: project of Weights & Biases; None for none.
     """
 
     def __init__(
@@ -45,12 +54,21 @@ class Reporter:
         interval: int,
         advice: str = "",
         parallelism: Parallelism | None = None,
+        *,
+        rank_values: RankValues | None = None,
+        flops: Callable[[], int] | None = None,
+        dtype: torch.dtype = torch.float32,
+        wandb_project: str | None = None,
     ) -> None:
         self._parallelism = parallelism or Parallelism(device=device)
         self.values = StepValues(("loss", "grad_norm", "skipped"), interval, device, self._parallelism.mean)
         self.clock = Clock(device)
         self._run, self._console, self._device, self._advice = run, console, device, advice
-        self._rows: list[tuple[Row, HostCopy]] = []
+        self._rank_values = rank_values or RankValues(Ranks(), device, interval)
+        self._late = int(device.type == "cuda" or self._rank_values.are_several)
+        self._flops_of_step, self._dtype, self._wandb_project = flops, dtype, wandb_project
+        self._flops, self._peak = 0, None
+        self._rows: list[tuple[Row, HostCopy, Shared]] = []
         self._sinks: list[Sink] = []
         self._on_row: Callable[[Row], None] | None = None
         self._skipped_in_a_row = 0
@@ -58,24 +76,34 @@ class Reporter:
         self._waiting_said: bool | None = None
 
     def open(self, step: int, total_steps: int, deadline: float, on_row: Callable[[Row], None] | None = None) -> None:
-        """Begin to write, after ``step`` of the run's ``total_steps``; ``deadline`` is of ``time.monotonic()``."""
+        """Begin to write, after ``step`` of the run's ``total_steps``; ``deadline`` is of ``time.monotonic()``.
+
+        All ranks begin together. Each measures once what its device can do at best.
+
+        Raises:
+            ValueError: if Weights & Biases is asked for and not installed.
+        """
         self._on_row = on_row
+        self._peak = self._rank_values.open(self._dtype)
         if not self._parallelism.is_main:
             return
-        self._sinks = [
-            JsonLines(self._run.metrics, self._run.evaluations),
-            TensorBoard(self._run.path, step),
-            Terminal(self._console, step, total_steps, deadline),
-        ]
+        config = self._run.read_json("config.json")
+        self._sinks = [JsonLines(self._run.metrics, self._run.evaluations), TensorBoard(self._run.path, step, config)]
+        if self._wandb_project:
+            self._sinks.append(WeightsAndBiases(self._wandb_project, self._run, config, self._console.print))
+        self._sinks.append(Terminal(self._console, step, total_steps, deadline))
 
     def start(self, step: int) -> None:
         """Begin the first interval, after ``step`` steps."""
-        self._last_step = step
+        self._last_step, self._flops = step, 0
         self.clock.restart()
 
     def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
         """A step's values: scalars on the device."""
         self.values.add(loss, grad_norm, skipped)
+        self._rank_values.next_step()
+        if self._flops_of_step is not None:
+            self._flops += self._flops_of_step()
 
     def log(self, row: Row, images: int) -> None:
         """Close an interval: its values begin their way to the host, and the row of the interval before is written.
@@ -86,11 +114,14 @@ class Reporter:
         """
         steps = row["step"] - self._last_step
         row |= self.clock.read(steps, steps * images)
-        if self._device.type == "cuda":
-            row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._rows.append((row, self.values.take()))
+        if self._flops and steps:
+            rate = self._flops / (steps * row["step_time"])
+            row["tflops_per_second"] = rate / 1e12
+            if self._peak:
+                row["mfu"] = rate / self._peak
+        self._rows.append((row, self.values.take(), self._rank_values.share(row)))
         self.start(row["step"])
-        self.flush(pending=1 if self._device.type == "cuda" else 0)
+        self.flush(pending=self._late)
 
     def flush(self, pending: int = 0) -> None:
         """Write the rows whose values have been given time to arrive; all but the newest ``pending``.
@@ -99,14 +130,18 @@ class Reporter:
             FloatingPointError: after ``MAX_SKIPPED`` steps in a row without a finite gradient.
         """
         while len(self._rows) > pending:
-            row, copy = self._rows.pop(0)
+            row, copy, shared = self._rows.pop(0)
             values = copy.wait()
+            of_ranks, stragglers = shared()
+            row |= of_ranks
             row["loss"], row["grad_norm"] = mean_of_finite(values["loss"]), mean_of_finite(values["grad_norm"])
             row["skipped_steps"] = int(sum(values["skipped"]))
             for sink in self._sinks:
                 sink.write(row)
             if self._on_row:
                 self._on_row(row)
+            for line in stragglers:
+                self._console.print(line)
             self._say_if_waiting(row)
             self._end_if_hopeless(values["skipped"], row["step"])
 
@@ -116,6 +151,7 @@ class Reporter:
             sink.evaluate(step, values, pictures or {})
 
     def close(self) -> None:
+        self._rank_values.close()
         for sink in self._sinks:
             sink.close()
 

@@ -1,0 +1,138 @@
+"""Where rows of metrics and the results of evaluations go: files, TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from fastmae.train.metrics import Row
+
+_BAR = 10
+"""Columns of the progress bar."""
+
+
+class Sink(Protocol):
+    """Somewhere that rows of metrics go."""
+
+    def write(self, row: Row) -> None: ...
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """What an evaluation of the weights after a step found: numbers, and picture files."""
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One JSON object a line, appended: rows to one file, evaluations to another."""
+
+    def __init__(self, path: Path, evaluations: Path) -> None:
+        self._file, self._evaluations = path.open("a"), evaluations
+
+    def write(self, row: Row) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        row = {"step": step, **values, **{name: str(path) for name, path in pictures.items()}}
+        with self._evaluations.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """What of a row can be drawn over the steps, by the names of charts: ``train/<name>``, and ``ranks/<name>/<rank>``
+    where the row has each rank's own."""
+    found = {f"train/{name}": v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+    for name, values in row.get("ranks", {}).items():
+        found |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values) if value is not None}
+    return found
+
+
+class TensorBoard:
+    """TensorBoard events; rows of a run's abandoned future are purged on resume.
+
+    Args:
+        folder: of the events.
+        step: after which the run begins or goes on.
+        config: shown as a text.
+    """
+
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if config:
+            lines = json.dumps(config, indent=2).splitlines()
+            self._writer.add_text("config", "\n".join("    " + line for line in lines), step)  # Markdown for code
+
+    def write(self, row: Row) -> None:
+        for name, value in scalars(row).items():
+            self._writer.add_scalar(name, value, row["step"])
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"eval/{name}", value, step)
+        for name, path in pictures.items():
+            with Image.open(path) as picture:
+                self._writer.add_image(f"eval/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Terminal:
+    """A progress bar on a terminal, plain lines elsewhere: loss, learning rate, images/s, MFU, share of
+    the time that waits for images, time left. Both fit 100 columns."""
+
+    def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
+        self._console, self._total, self._deadline = console, total_steps, deadline
+        self._begun, self._first = time.monotonic(), step
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = (BarColumn(_BAR), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self._progress = Progress(*columns, console=console, auto_refresh=False)  # no thread beside the training
+            self._task = self._progress.add_task("training", total=total_steps, completed=step, text="")
+            self._progress.start()
+
+    def write(self, row: Row) -> None:
+        text = self._text(row)
+        if self._progress is None:
+            self._console.print(f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}", highlight=False)
+        else:
+            self._progress.update(self._task, completed=row["step"], text=text, refresh=True)
+
+    def _text(self, row: Row) -> str:
+        now = time.monotonic()
+        left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
+        left = max(0.0, min(left, self._deadline - now))
+        parts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
+        # What goes wrong takes the place of what is known.
+        parts.append(f"{row['skipped_steps']} skipped" if row["skipped_steps"] else f"lr {row['lr']:.2e}")
+        parts.append(f"{row['images_per_second']:,.0f} images/s")
+        if "mfu" in row:
+            parts.append(f"MFU {row['mfu']:.0%}")
+        return "  ".join([*parts, f"data {row['data_share']:.0%}", f"{_clock(left)} left"])
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        found = [f"{name} {value:.4g}" for name, value in values.items()] + [str(path) for path in pictures.values()]
+        self._console.print(f"step {step}: {', '.join(found)}", highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
