@@ -18,6 +18,7 @@ import tyro
 from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
 from fastmae.cli.plan import PlanConfig
+from fastmae.cli.said_once import rank_and_size, say_once, usage_once
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
 from fastmae.train.recipes import RECIPES
@@ -32,17 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with mistakes():
             defaults = _defaults(argv)
-        command = tyro.cli(
-            _commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv
-        )
+        with usage_once(argv):
+            command = tyro.cli(
+                _commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv
+            )
         return _run(command, defaults, argv)
     except KeyboardInterrupt:
-        print("fastmae: interrupted", file=sys.stderr)
+        if rank_and_size()[0] == 0:
+            print("fastmae: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if not is_mistake(error):
             raise
-        print(f"fastmae: error: {error}", file=sys.stderr)
+        say_once(str(error))
         return EXIT_MISTAKE
 
 
