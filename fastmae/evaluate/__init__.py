@@ -1,20 +1,41 @@
-"""Looking at a pretrained model: reconstructions in pixels, their errors beside baselines, and figures."""
+"""Looking at a pretrained model: reconstructions in pixels, their errors beside baselines, and figures; features of
+labelled images, nearest neighbours and a linear classifier on them."""
 
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
+from fastmae.evaluate.features import Features, evaluating, extract_features, join_ranks
 from fastmae.evaluate.figure import Block, Row, draw
+from fastmae.evaluate.knn import knn_scores, top_k_accuracy
+from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
+from fastmae.evaluate.linear_probe import LinearClassifier, fit_linear
+from fastmae.evaluate.probe import judge, probe
 from fastmae.evaluate.reconstruction import Reconstruction, masked_error, masked_psnr, reconstruct
-from fastmae.evaluate.sets import evaluate_sets, rows_of
+from fastmae.evaluate.sets import FixedSets, evaluate_sets, rows_of
 
 __all__ = [
     "Block",
+    "Features",
+    "FixedSets",
+    "LabelledImages",
+    "LinearClassifier",
     "Reconstruction",
     "Row",
+    "choose_labelled",
     "draw",
     "evaluate_sets",
+    "evaluating",
+    "extract_features",
     "fill_inverse_distance",
     "fill_mean_color",
+    "fit_linear",
+    "hold_out",
+    "join_ranks",
+    "judge",
+    "knn_scores",
     "masked_error",
     "masked_psnr",
+    "match_classes",
+    "probe",
     "reconstruct",
     "rows_of",
+    "top_k_accuracy",
 ]

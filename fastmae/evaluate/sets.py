@@ -58,37 +58,106 @@ def evaluate_sets(
     Raises:
         ValueError: an empty set, names that do not fit, or what :func:`reconstruct` refuses.
     """
-    summary, blocks = {}, []
-    for heading, images in sets.items():
-        labels = list((names or {}).get(heading, []))
-        if len(images) == 0:
-            raise ValueError(f"sets[{heading!r}]: expected at least one image, got none")
-        if labels and len(labels) != len(images):
-            raise ValueError(f"names[{heading!r}]: expected {len(images)} names, one an image, got {len(labels)}")
-        errors, draws, rows = _evaluate(model, images, mask_ratio, seed, dtype, num_masks, num_rows)
-        numbers = {metric: float(values.mean()) for metric, values in errors.items()} | {
-            "num_images": len(images),
-            "masks_per_image": draws,
-            "mask_ratio": mask_ratio,
-            "denormalized_with_target_statistics": bool(model.norm_pix_loss),
-        }
-        if labels:
-            rows = [row._replace(name=labels[i % len(labels)]) for i, row in enumerate(rows)]
-            numbers["images"] = [
-                {"name": label} | {metric: float(values[i]) for metric, values in errors.items()}
-                for i, label in enumerate(labels)
-            ]
-        summary[heading] = numbers
-        blocks.append(Block(heading[:1].upper() + heading[1:], _describe(numbers), rows))
-    note = "De-normalised with the target patches' own mean and standard deviation. " if model.norm_pix_loss else ""
-    draw(
-        blocks,
-        path,
-        title=f"Masked autoencoder, {100 * mask_ratio:g} % of patches masked",
-        note=f"{note}Visible patches are pasted. Error: mean squared, masked patches only, pixels in units of the "
-        "data's standard deviation.",
-    )
-    return summary
+    options = {"names": names, "num_masks": num_masks, "num_rows": num_rows}
+    return FixedSets(sets, mask_ratio=mask_ratio, seed=seed, **options).evaluate(model, path, dtype=dtype)
+
+
+class FixedSets:
+    """Sets of images and masks that stay the same, to look at a model again and again while it trains.
+
+    What needs no model is computed once. Arguments, results and errors are those of :func:`evaluate_sets`.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Tensor],
+        *,
+        mask_ratio: float,
+        seed: int,
+        names: Mapping[str, Sequence[str]] | None = None,
+        num_masks: int = 256,
+        num_rows: int = 9,
+    ) -> None:
+        self._sets, self._names = sets, {heading: list((names or {}).get(heading, [])) for heading in sets}
+        for heading, images in sets.items():
+            labels = self._names[heading]
+            if len(images) == 0:
+                raise ValueError(f"sets[{heading!r}]: expected at least one image, got none")
+            if labels and len(labels) != len(images):
+                raise ValueError(f"names[{heading!r}]: expected {len(images)} names, one an image, got {len(labels)}")
+        self._mask_ratio, self._seed, self._num_masks, self._num_rows = mask_ratio, seed, num_masks, num_rows
+        self._baselines: dict[str, dict[str, Tensor]] = {}
+
+    def evaluate(
+        self, model: nn.Module, path: Path | str | None, *, dtype: torch.dtype = torch.float32
+    ) -> dict[str, dict]:
+        """As :func:`evaluate_sets`; without a path nothing is drawn, as on the ranks of a sharded model whose forward
+        they have to join."""
+        summary, blocks = {}, []
+        for heading, images in self._sets.items():
+            labels = self._names[heading]
+            errors, draws, rows = self._measure(model, heading, dtype)
+            numbers = {metric: float(values.mean()) for metric, values in errors.items()} | {
+                "num_images": len(images),
+                "masks_per_image": draws,
+                "mask_ratio": self._mask_ratio,
+                "denormalized_with_target_statistics": bool(model.norm_pix_loss),
+            }
+            if labels:
+                rows = [row._replace(name=labels[i % len(labels)]) for i, row in enumerate(rows)]
+                numbers["images"] = [
+                    {"name": label} | {metric: float(values[i]) for metric, values in errors.items()}
+                    for i, label in enumerate(labels)
+                ]
+            summary[heading] = numbers
+            blocks.append(Block(heading[:1].upper() + heading[1:], _describe(numbers), rows))
+        if path is not None:
+            self._draw(blocks, path, model.norm_pix_loss)
+        return summary
+
+    def _draw(self, blocks: list[Block], path: Path | str, normalized: bool) -> None:
+        note = "De-normalised with the target patches' own mean and standard deviation. " if normalized else ""
+        draw(
+            blocks,
+            path,
+            title=f"Masked autoencoder, {100 * self._mask_ratio:g} % of patches masked",
+            note=f"{note}Visible patches are pasted. Error: mean squared, masked patches only, pixels in units of the "
+            "data's standard deviation.",
+        )
+
+    def _measure(self, model: nn.Module, heading: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, list[Row]]:
+        """Each image's errors, float64 (N,) by metric; the number of masks an image; rows for the figure."""
+        images = self._sets[heading]
+        draws = min(_MOST_MASKS, math.ceil(self._num_masks / len(images))) or 1
+        together = max(1, _BATCH // len(images))  # draws a forward, of small sets
+        num_rows = min(self._num_rows, len(images) * math.ceil(_FEWEST_ROWS / len(images)), len(images) * draws)
+        drawn: dict[str, list[Tensor]] = {}
+        rows: list[Row] = []
+        for first in range(0, draws, together):
+            some = range(first, min(first + together, draws))
+            for start in range(0, len(images), _BATCH):
+                batch = images[start : start + _BATCH].to(model.mean.device)
+                masking = self._masking(model, start, len(batch), some)
+                result = reconstruct(model, batch.repeat(len(some), 1, 1, 1), masking, dtype=dtype)
+                errors = {"mse": result.mse, "psnr": result.psnr}
+                if heading not in self._baselines:
+                    errors |= _baseline_errors(result, model.std)
+                for metric, values in errors.items():
+                    drawn.setdefault(metric, []).append(values.double().cpu())
+                if missing := num_rows - len(rows):
+                    rows += rows_of(Reconstruction(*(part[:missing] for part in result)))
+        means = {metric: torch.cat(values).view(draws, len(images)).mean(0) for metric, values in drawn.items()}
+        own = {metric: means.pop(metric) for metric in ("mse", "psnr")}
+        return own | self._baselines.setdefault(heading, means), draws, rows
+
+    def _masking(self, model: nn.Module, start: int, count: int, draws: Sequence[int]) -> ops.Masking:
+        """Masks of ``count`` images from number ``start`` on, for one draw after the other."""
+        device = model.mean.device
+        ids = torch.arange(start, start + count, device=device)
+        length, ratio = model.num_patches, self._mask_ratio
+        options = {"seed": self._seed, "sample_ids": ids, "device": device}
+        parts = [ops.random_masking(count, length, ratio, draw=draw_index, **options) for draw_index in draws]
+        return ops.Masking(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
 def rows_of(result: Reconstruction) -> list[Row]:
@@ -100,33 +169,9 @@ def rows_of(result: Reconstruction) -> list[Row]:
     return [Row(*triplet, caption) for triplet, caption in zip(pictures, captions, strict=True)]
 
 
-def _evaluate(
-    model: nn.Module, images: Tensor, mask_ratio: float, seed: int, dtype: torch.dtype, num_masks: int, num_rows: int
-) -> tuple[dict[str, Tensor], int, list[Row]]:
-    """Each image's errors, float64 (N,) by metric; the number of masks an image; rows for the figure."""
-    device = model.mean.device
-    draws = min(_MOST_MASKS, math.ceil(num_masks / len(images))) or 1
-    drawn: dict[str, list[Tensor]] = {}
-    rows: list[Row] = []
-    for draw_index in range(draws):
-        for start in range(0, len(images), _BATCH):
-            batch = images[start : start + _BATCH].to(device)
-            ids = torch.arange(start, start + len(batch), device=device)
-            masking = ops.random_masking(
-                len(batch), model.num_patches, mask_ratio, seed=seed, sample_ids=ids, draw=draw_index, device=device
-            )
-            result = reconstruct(model, batch, masking, dtype=dtype)
-            for metric, values in _errors(result, model.std).items():
-                drawn.setdefault(metric, []).append(values.double().cpu())
-            if draw_index * len(images) < _FEWEST_ROWS and len(rows) < num_rows:
-                rows += rows_of(result)[: num_rows - len(rows)]
-    errors = {metric: torch.cat(values).view(draws, len(images)).mean(0) for metric, values in drawn.items()}
-    return errors, draws, rows
-
-
-def _errors(result: Reconstruction, std: Tensor) -> dict[str, Tensor]:
-    """(N,) by metric: the model's, then each baseline's."""
-    errors = {"mse": result.mse, "psnr": result.psnr}
+def _baseline_errors(result: Reconstruction, std: Tensor) -> dict[str, Tensor]:
+    """(N,) by metric."""
+    errors = {}
     for name, fill in _BASELINES.items():
         filled = fill(result.original, result.visible)
         errors[f"mse{name}"] = masked_error(filled, result.original, result.visible, std.view(1, -1, 1, 1))

@@ -1,0 +1,116 @@
+"""How good features are: nearest neighbours and a linear classifier on frozen features of labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastmae.evaluate.features import Features, extract_features, join_ranks
+from fastmae.evaluate.knn import knn_scores, top_k_accuracy
+from fastmae.evaluate.labelled import LabelledImages
+from fastmae.evaluate.linear_probe import fit_linear
+
+_KINDS = {"": "pooled", "_class_token": "class_token"}
+"""Behind the name of each number: what was pooled stands for the model, as it has no token of its own to learn."""
+_TOP = 5
+
+Gather = Callable[[Features], list[Features] | None]
+
+
+def probe(
+    model: nn.Module,
+    known: LabelledImages,
+    tests: LabelledImages,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+    num_threads: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather | None = None,
+    timeout: float = 600.0,
+) -> dict[str, float] | None:
+    """Classify test images by the frozen encoder's features, two ways; the model is afterwards as it was before.
+
+    Args:
+        model: a ``MaskedAutoencoderViT``, in any state of its training, sharded or not.
+        known: the images to learn from.
+        tests: the images to classify, of another data set or the same; labels by the numbers of ``known``'s.
+        dtype, batch_size, num_threads, timeout: as for :func:`extract_features`.
+        rank, world_size: of the processes that share the images; each of them calls this.
+        gather: given this rank's features, those of all ranks on the first one, and None on the others.
+
+    Returns:
+        The numbers of :func:`judge`; None where ``gather`` gave None.
+
+    Raises:
+        ValueError: what :func:`extract_features` and :func:`judge` refuse.
+    """
+    options = {"dtype": dtype, "batch_size": batch_size, "num_threads": num_threads, "timeout": timeout}
+    extract = partial(extract_features, model, rank=rank, world_size=world_size, **options)
+    found = []
+    for images in (known, tests):
+        own = extract(images.dataset, images.sample_ids)
+        parts = [own] if gather is None else gather(own)
+        found.append(join_ranks(parts) if parts else None)
+    if None in found:
+        return None
+    return judge(found[0], known.labels, found[1], tests.labels)
+
+
+def judge(known: Features, labels: np.ndarray, tests: Features, test_labels: np.ndarray) -> dict[str, float]:
+    """Accuracies of classifying by features.
+
+    Images that could not be read are left out. Test images of a class that is not among the known ones count as
+    misclassified.
+
+    Args:
+        known, labels: n features to learn from and their classes, int64 (n,), any numbers.
+        tests, test_labels: m features to classify, and their classes.
+
+    Returns:
+        ``knn_top1``, ``linear_top1`` (:func:`knn_scores` with its defaults, :func:`fit_linear`) of the pooled patch
+        tokens, ``knn_top5`` with more than five classes; the same of the class token, with ``_class_token`` behind the
+        name. Shares of the test images, from 0 to 1. Also ``unreadable``, the number of images left out, if any was.
+
+    Raises:
+        ValueError: no readable image, a single class, or features that are not finite.
+    """
+    unreadable = sum(int((~part.readable).sum()) for part in (known, tests))
+    known, labels = _readable("known", known, labels)
+    tests, test_labels = _readable("tests", tests, test_labels)
+    classes, targets = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"labels: expected at least two classes, got only {classes[0]}")
+    device = known.pooled.device
+    places = np.searchsorted(classes, test_labels).clip(max=len(classes) - 1)
+    test_targets = torch.from_numpy(np.where(classes[places] == test_labels, places, -1)).to(device)
+    targets = torch.from_numpy(targets.astype(np.int64)).to(device)
+    values: dict[str, float] = {}
+    for suffix, kind in _KINDS.items():
+        bank, queries = getattr(known, kind), getattr(tests, kind).to(device)
+        if not bool(bank.isfinite().all() & queries.isfinite().all()):
+            raise ValueError("features: expected finite numbers, got some that are not")
+        values |= {f"{name}{suffix}": value for name, value in _judge(bank, targets, queries, test_targets).items()}
+    return values | ({"unreadable": unreadable} if unreadable else {})
+
+
+def _judge(bank: Tensor, labels: Tensor, queries: Tensor, targets: Tensor) -> dict[str, float]:
+    votes = knn_scores(bank, labels, queries)
+    values = {"knn_top1": top_k_accuracy(votes, targets)}
+    if votes.shape[1] > _TOP:
+        values["knn_top5"] = top_k_accuracy(votes, targets, _TOP)
+    return values | {"linear_top1": top_k_accuracy(fit_linear(bank, labels).scores(queries), targets)}
+
+
+def _readable(name: str, features: Features, labels: np.ndarray) -> tuple[Features, np.ndarray]:
+    if len(labels) != len(features.readable):
+        raise ValueError(f"{name}: expected a label for each of {len(features.readable)} images, got {len(labels)}")
+    good = features.readable
+    if not bool(good.any()):
+        raise ValueError(f"{name}: none of the {len(labels)} images could be read")
+    return Features(*(part[good] for part in features)), labels[good.cpu().numpy()]

@@ -1,0 +1,80 @@
+"""The linear classifier: it is at the optimum of its objective, on standardised features, as scikit-learn finds it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastmae.evaluate import fit_linear, top_k_accuracy
+
+
+def clusters(n=300, classes=4, dim=12, spread=1.0):
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(n) % classes
+    return 5.0 + 3.0 * (centers[labels] + spread * torch.randn(n, dim)), labels
+
+
+def objective(classifier, features, labels, l2):
+    weights = classifier.weight.double().requires_grad_()
+    bias = classifier.bias.double().requires_grad_()
+    x = (features.double() - features.double().mean(0)) / features.double().std(0, correction=0)
+    loss = F.cross_entropy(F.linear(x, weights, bias), labels) + l2 / 2 * weights.square().sum()
+    return torch.autograd.grad(loss, [weights, bias])
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-2, 1.0])
+def test_the_gradient_of_the_objective_vanishes(l2):
+    features, labels = clusters()
+    classifier = fit_linear(features, labels, l2=l2)
+    for gradient in objective(classifier, features, labels, l2):
+        assert gradient.abs().max() < 1e-4
+
+
+def test_the_same_classifier_as_scikit_learns():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    features, labels = clusters()
+    ours = fit_linear(features, labels, l2=0.01)
+    x = ((features - ours.mean) / ours.std).double().numpy()
+    theirs = linear_model.LogisticRegression(C=1 / (0.01 * len(x)), tol=1e-10, max_iter=5000).fit(x, labels.numpy())
+    torch.testing.assert_close(ours.weight.double(), torch.from_numpy(theirs.coef_), rtol=0, atol=2e-3)
+    agree = ours.scores(features).argmax(1) == torch.from_numpy(theirs.predict(x))
+    assert agree.all()
+
+
+def test_separate_classes_are_recognised_and_shuffled_labels_are_not():
+    features, labels = clusters(spread=0.1)
+    assert top_k_accuracy(fit_linear(features[:200], labels[:200]).scores(features[200:]), labels[200:]) == 1.0
+    shuffled = labels[torch.randperm(300)]
+    accuracy = top_k_accuracy(fit_linear(features[:200], shuffled[:200]).scores(features[200:]), shuffled[200:])
+    assert 0.05 < accuracy < 0.5
+
+
+def test_units_of_the_features_do_not_matter_nor_does_a_constant_one():
+    features, labels = clusters()
+    scores = fit_linear(features, labels).scores(features)
+    moved = torch.cat([1000 * features - 77, torch.full((300, 1), 3.0)], 1)
+    torch.testing.assert_close(fit_linear(moved, labels).scores(moved), scores, rtol=1e-3, atol=1e-3)
+
+
+def test_neither_gradients_nor_random_numbers_are_touched():
+    features, labels = clusters()
+    features.requires_grad_()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        classifier = fit_linear(features, labels)
+    assert features.grad is None
+    assert not classifier.scores(features.detach()).requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_does_not_fit_is_refused():
+    features, labels = clusters()
+    with pytest.raises(ValueError, match="l2: expected at least 0, got -1"):
+        fit_linear(features, labels, l2=-1)
+    with pytest.raises(ValueError, match="features: expected finite numbers"):
+        fit_linear(features.log(), labels)
+    with pytest.raises(ValueError, match=r"labels: expected int64 of shape \(300,\)"):
+        fit_linear(features, labels[:5])
+    with pytest.raises(ValueError, match="classes from 0 to 1, got 0 to 3"):
+        fit_linear(features, labels, num_classes=2)
