@@ -26,6 +26,7 @@ from fastmae.train.loop import Trainer
 from fastmae.train.observers import Observer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.preflight import preflight
+from fastmae.train.rank_log import RankLog
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED, StopRequest
@@ -72,7 +73,7 @@ def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, st
     config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
     with mistakes():
         run = _open_run(config, ranks)
-    with run:
+    with run, RankLog(run.path, ranks.rank, ranks.size, parallelism.device):
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
         with mistakes(_FLAGS):
             trainer = _prepare(config, run, console, parallelism, ranks, stop)

@@ -167,6 +167,10 @@ def _validate_report(config: PretrainConfig, require: Require) -> None:
     for name in positive.split():
         value = getattr(report, name)
         require(value is None or value > 0, "report", name, "a positive number")
+    if report.wandb_project is not None:
+        from fastmae.train.wandb_sink import require_wandb
+
+        require_wandb()
 
 
 def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:

@@ -1,7 +1,8 @@
 """The run folder: made and locked before anything else, so that a long run does not end in an unwritable place.
 
 It holds ``config.json``, ``status.json``, ``metrics.jsonl``, ``evaluations.jsonl``, TensorBoard events,
-``checkpoints/``, ``reconstructions/``, ``model.safetensors`` (the final weights) and ``summary.json``.
+``checkpoints/``, ``reconstructions/``, ``logs/`` (a file a process), ``model.safetensors`` (the final weights) and
+``summary.json``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +19,7 @@ from typing import Any
 
 from fastmae.train.checkpoint import clean, refuse_url
 
-_LOCK = ".lock"
+_LOCK, _LOGS = ".lock", "logs"
 
 
 class RunFolder:
@@ -39,6 +41,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
+        self.spikes, self.rollbacks = self.path / "spikes.jsonl", self.path / "rollbacks.jsonl"
         self.leader = leader
         if not leader:
             return
@@ -79,13 +82,15 @@ class RunFolder:
             for path in (self.checkpoints, self.reconstructions):
                 if path.is_dir():
                     path.rmdir()
+            shutil.rmtree(self.path / _LOGS, ignore_errors=True)
             (self.path / _LOCK).unlink(missing_ok=True)
             if not self._was_there:
-                self.path.rmdir()
+                with suppress(OSError):  # another process may just have written its log
+                    self.path.rmdir()
         self._lock.close()
 
     def _is_new(self) -> bool:
-        empty = {_LOCK} | {
+        empty = {_LOCK, _LOGS} | {
             p.name for p in (self.checkpoints, self.reconstructions) if p.is_dir() and not any(p.iterdir())
         }
         return all(p.name in empty for p in self.path.iterdir())
@@ -119,14 +124,28 @@ class RunFolder:
         return _read_rows(self.metrics)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the rows of metrics and evaluations after a step, which a continued run writes again."""
-        if not self.leader:
-            return
-        for path in (self.metrics, self.evaluations):
-            if path.exists():
-                partial = path.with_name(f".{path.name}.tmp")
-                partial.write_text("".join(json.dumps(row) + "\n" for row in _read_rows(path) if row["step"] <= step))
-                partial.replace(path)
+        """Drop the rows of metrics, evaluations and spikes after a step, which a continued run writes again."""
+        # A spike is written with the row of metrics that counts it.
+        for path, key in ((self.metrics, "step"), (self.evaluations, "step"), (self.spikes, "row")):
+            self._cut(path, lambda row, _, key=key: row[key] <= step)
+
+    def add_rollback(self, record: dict[str, Any]) -> None:
+        """Append to ``rollbacks.jsonl``."""
+        if self.leader:
+            with self.rollbacks.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def cut_rollbacks(self, count: int) -> None:
+        """Keep the first ``count`` lines of ``rollbacks.jsonl``."""
+        self._cut(self.rollbacks, lambda _, index: index < count)
+
+    def _cut(self, path: Path, keeps: Callable[[dict[str, Any], int], bool]) -> None:
+        """Keep some lines of a file, as a function of the row and its index says."""
+        if self.leader and path.exists():
+            kept = [json.dumps(row) + "\n" for index, row in enumerate(_read_rows(path)) if keeps(row, index)]
+            partial = path.with_name(f".{path.name}.tmp")
+            partial.write_text("".join(kept))
+            partial.replace(path)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
