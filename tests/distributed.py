@@ -85,7 +85,7 @@ def start_ranks(
     """
     per_node = ranks_per_node or world_size
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context, processes = multiprocessing.get_context("spawn"), []
+    processes = []
     common = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
@@ -98,11 +98,8 @@ def start_ranks(
     try:
         for rank in range(world_size):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank % per_node), "GROUP_RANK": str(rank // per_node)}
-            arguments = (function, args, rank, folder, timeout, init_group)
-            process = context.Process(target=_run, args=arguments, name=f"rank {rank}", daemon=True)
-            with patch.dict(os.environ, common | own):
-                process.start()
-            processes.append(process)
+            arguments = (function, args, rank, folder, timeout, init_group, common | own)
+            processes.append(start_process(_run, *arguments, name=f"rank {rank}"))
         yield processes
     finally:
         for process in processes:
@@ -110,7 +107,29 @@ def start_ranks(
             process.join()
 
 
-def _run(function: Callable[..., Any], args: tuple, rank: int, folder: Path, timeout: float, init_group: bool) -> None:
+def start_process(function: Callable[..., Any], *args: Any, name: str | None = None) -> BaseProcess:
+    """Call a function of a module in a process of its own, a fork of one that has imported what takes long.
+
+    That one has one thread and has used neither a GPU nor PyTorch's thread pools, so that it may be forked.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "fastmae.cli"])
+    with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+        process = context.Process(target=function, args=args, name=name, daemon=True)
+        process.start()
+    return process
+
+
+def _run(
+    function: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    folder: Path,
+    timeout: float,
+    init_group: bool,
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)
     log = (folder / f"{rank}.log").open("wb", buffering=0)
     for stream in (1, 2):
         os.dup2(log.fileno(), stream)
