@@ -47,14 +47,14 @@ class Recorder:
         activities = [ProfilerActivity.CPU]
         if self._trainer.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        plan = schedule(wait=0, warmup=self._warmup, active=self._wanted, repeat=1)
         self._left = self._warmup
         self._labels.enter_context(labelled(self._trainer))
         if not self._left:
             self._synchronize()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
-            self.profiler = profile(activities=activities, schedule=plan, acc_events=False)
+            plan = schedule(wait=0, warmup=self._warmup, active=self._wanted, repeat=1)
+            self.profiler = profile(activities=activities, schedule=plan)
             self.profiler.start()
         self.running = True
 
@@ -84,19 +84,20 @@ class Recorder:
     def breakdown(self) -> Breakdown:
         """Where the time of the recorded steps went."""
         events = self.profiler.profiler.kineto_results.events()
-        return break_down(events, on_gpu=self._trainer.device.type == "cuda")
+        return break_down(events, self._trainer.device.type == "cuda", self.steps)
 
     def _synchronize(self) -> None:
         if self._trainer.device.type == "cuda":
             torch.cuda.synchronize(self._trainer.device)
 
 
-def break_down(events: Iterable[Any], on_gpu: bool) -> Breakdown:
+def break_down(events: Iterable[Any], on_gpu: bool, num_steps: int | None = None) -> Breakdown:
     """Where the time went in what a profiler recorded.
 
     Args:
         events: PyTorch's kineto events.
         on_gpu: whether the device's time is asked for, or that of the thread that trains.
+        num_steps: whole steps among them, the first so many; None: all are whole.
 
     Raises:
         ValueError: if no whole step is among the events.
@@ -113,6 +114,7 @@ def break_down(events: Iterable[Any], on_gpu: bool) -> Breakdown:
     steps = [(thread, e) for thread, found in host.items() for e in found if e.name().startswith(_STEP)]
     if not steps:
         raise ValueError("events: expected at least one recorded step, got none")
+    steps = sorted(steps, key=lambda step: step[1].start_ns())[:num_steps]
     trains = steps[0][0]
     window = min(e.start_ns() for _, e in steps) / 1e3, max(e.end_ns() for _, e in steps) / 1e3
     spans = {thread: [_span(e) for e in found if not e.name().startswith(_STEP)] for thread, found in host.items()}

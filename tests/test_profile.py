@@ -1,0 +1,170 @@
+"""``--report.profile-at-step``: the trace and its summary are there, the training is what it is without."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from training import make_trainer, write_images
+
+from fastmae.train.labels import labelled, unlabelled
+from fastmae.train.profile import Profile
+from fastmae.train.records import Recorder
+
+LABELS = {"data", "masking", "forward", "embedding", "encoder", "decoder", "backward", "optimizer"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def train(out, images, profile=None, *, resume_from=None, **options):
+    """Run to the end, profiled or not; the trainer, what it printed in ``.said``, its folder unlocked."""
+    trainer = make_trainer(out, images, resume=resume_from is not None, **options)
+    if profile is not None:
+        trainer.observers = [Profile(*profile)]
+    if resume_from is not None:
+        trainer.resume(resume_from)
+    trainer.fit()
+    trainer.run.close()
+    trainer.said = trainer.console.file.getvalue().replace("\n", "")
+    return trainer
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def read_trace(path):
+    with gzip.open(path, "rt") as file:
+        return json.load(file)["traceEvents"]
+
+
+def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_same(tmp_path, images):
+    plain = train(tmp_path / "plain", images)
+    profiled = train(tmp_path / "run", images, (5, 3))
+    for name, value in weights(plain).items():
+        assert torch.equal(value, weights(profiled)[name]), name
+    trace = tmp_path / "run" / "traces" / "rank-0-steps-5-7.json.gz"
+    events = [event for event in read_trace(trace) if event.get("cat") == "user_annotation"]
+    counts = {name: sum(event["name"] == name for event in events) for name in LABELS}
+    assert counts == dict.fromkeys(LABELS, 3)
+    encoder, forward = (next(e for e in events if e["name"] == name) for name in ("encoder", "forward"))
+    assert forward["ts"] < encoder["ts"]
+    assert encoder["ts"] + encoder["dur"] < forward["ts"] + forward["dur"]
+    summary = trace.with_name("rank-0-steps-5-7.txt").read_text()
+    assert "steps 5 to 7 on cpu" in summary
+    assert len(re.findall(r"together +\S+ +100.0%", summary)) == 2
+    assert "aten::addmm" in summary
+    assert str(trace) in profiled.said
+    assert profiled.stage is unlabelled
+    assert not profiled.model._forward_hooks
+    assert not profiled.model.blocks[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_the_first_steps_can_be_had(tmp_path, images, first):
+    train(tmp_path / "run", images, (first, 1), steps=4)
+    trace = tmp_path / "run" / "traces" / f"rank-0-steps-{first}-{first}.json.gz"
+    assert sum(event["name"] == "backward" for event in read_trace(trace)) == 1
+
+
+def test_accumulated_batches_are_all_in_it(tmp_path, images):
+    train(tmp_path / "run", images, (2, 1), steps=4, batch_size=2)
+    trace = tmp_path / "run" / "traces" / "rank-0-steps-2-2.json.gz"
+    names = [event["name"] for event in read_trace(trace)]
+    assert (names.count("backward"), names.count("encoder"), names.count("optimizer")) == (4, 4, 1)
+
+
+def test_steps_are_those_of_the_run_after_a_resume_too(tmp_path, images):
+    first = train(tmp_path / "run", images, checkpoint_every_steps=6)
+    resumed = train(tmp_path / "run", images, (9, 2), resume_from=first.run.checkpoints / "step-6")
+    assert [path.name for path in sorted((tmp_path / "run" / "traces").iterdir())] == [
+        "rank-0-steps-9-10.json.gz", "rank-0-steps-9-10.txt",
+    ]  # fmt: skip
+    assert resumed.step == 12
+
+
+def test_a_step_in_the_past_is_said_to_be_so(tmp_path, images):
+    first = train(tmp_path / "run", images, checkpoint_every_steps=6)
+    resumed = train(tmp_path / "run", images, (6, 2), resume_from=first.run.checkpoints / "step-6")
+    assert "--report.profile-at-step 6: the run is at step 6 already; nothing is profiled" in resumed.said
+    assert not (tmp_path / "run" / "traces").exists()
+
+
+@pytest.mark.parametrize("step", [13, 14, 99])
+def test_a_run_that_ends_before_says_that_nothing_was_profiled(tmp_path, images, step):
+    trainer = train(tmp_path / "run", images, (step, 2))
+    assert f"--report.profile-at-step {step}: the run ended at step 12; nothing was profiled" in trainer.said
+    assert not (tmp_path / "run" / "traces").exists()
+    assert trainer.stage is unlabelled
+
+
+def test_a_run_that_ends_in_between_leaves_the_steps_that_it_made(tmp_path, images):
+    train(tmp_path / "run", images, (11, 5))
+    folder = tmp_path / "run" / "traces"
+    assert "steps 11 to 12" in (folder / "rank-0-steps-11-12.txt").read_text()
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images)
+    (tmp_path / "run" / "traces").write_text("in the way")
+    trainer.observers = [Profile(2, 1)]
+    assert trainer.fit() == "finished"
+    assert "the trace could not be written" in trainer.console.file.getvalue()
+
+
+def test_labels_of_a_forward_that_fails_are_closed(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images)
+    trainer.model.blocks[1].register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="broken"), labelled(trainer):
+        trainer.fit()
+    assert trainer.stage is unlabelled
+    with torch.profiler.profile() as profiler:
+        torch.ones(2).sum()
+    assert "encoder" not in {event.name for event in profiler.events()}
+
+
+def _fail(*_):
+    raise RuntimeError("broken")
+
+
+def test_a_compiled_model_is_recorded_without_hooks_in_it(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images)
+    trainer.config = replace(trainer.config, train=replace(trainer.config.train, compile=True))
+    with labelled(trainer):
+        assert not trainer.model.blocks[0]._forward_pre_hooks
+        assert trainer.stage is not unlabelled
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "written"), [(8, 0, True), (9, 1, False)])
+def test_the_first_process_of_each_node_is_recorded(tmp_path, images, rank, local_rank, written):
+    trainer = make_trainer(tmp_path / "run", images, steps=4)
+    trainer.parallelism = replace(trainer.parallelism, rank=rank, local_rank=local_rank)
+    trainer.observers = [Profile(2, 1)]
+    trainer.fit()
+    assert (tmp_path / "run" / "traces" / f"rank-{rank}-steps-2-2.json.gz").exists() == written
+    assert (tmp_path / "run" / "traces").exists() == written
+
+
+@pytest.mark.gpu
+def test_a_trace_of_a_gpu_has_kernels_and_its_time_is_accounted_for(tmp_path, images):
+    trainer = train(tmp_path / "run", images, (5, 3), device="cuda", precision="bf16")
+    trace = tmp_path / "run" / "traces" / "rank-0-steps-5-7.json.gz"
+    assert any(event.get("cat") == "kernel" for event in read_trace(trace))
+    with trainer._open_loader() as trainer.loader:
+        recorder = Recorder(trainer, 3, warmup=1)
+        recorder.start()
+        while recorder.running:
+            trainer.train_step()
+            recorder.step()
+    found = recorder.breakdown()
+    assert sum(found.kinds.values()) == pytest.approx(found.step_ms)
+    assert {"matrix products", "attention", "fastmae's kernels", "optimiser"} <= found.kinds.keys()
+    assert {"encoder", "decoder", "loss", "backward", "norm and optimiser"} <= found.stages.keys()
+    assert found.attributed > 0.95
