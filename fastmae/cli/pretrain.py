@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fastmae import data
 from fastmae.cli.errors import UsageError, mistakes
+from fastmae.cli.evaluations import Pictures, Probe, newest_values, reconstruction_sets
 from fastmae.evaluate import evaluate_sets
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
@@ -26,6 +27,7 @@ from fastmae.train.loop import Trainer
 from fastmae.train.observers import Observer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.preflight import preflight
+from fastmae.train.profile import Profile
 from fastmae.train.rank_log import RankLog
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
@@ -33,8 +35,6 @@ from fastmae.train.signals import PREEMPTED, StopRequest
 from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12
-_NEW_CROPS_EPOCH = 2**31
-"""An epoch that no run reaches: crops of it were never trained on."""
 
 _FLAGS = {
     "mode": "--train.parallel",
@@ -44,8 +44,6 @@ _FLAGS = {
     "max_batch": "--train.batch-size",
 }
 """Where arguments come from that functions complain about by their own names."""
-
-_UNSEEN = "a photograph never trained on"
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -129,7 +127,7 @@ def _prepare(
     model = construct(lambda: create_model(**config.model_arguments()), parallelism)
     preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
     options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop}
-    options["observers"] = _observers(config, dataset)
+    options["observers"] = _observers(config, dataset, ranks)
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
@@ -162,13 +160,20 @@ def _prepare(
     return trainer
 
 
-def _observers(config: PretrainConfig, dataset: data.Dataset) -> list[Observer]:
+def _observers(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> list[Observer]:
     """What looks at the run between steps, as ``--report`` says; the same on all ranks.
 
     Raises:
         ValueError: if something cannot be observed, naming the flag.
     """
-    return []
+    observers: list[Observer] = []
+    if config.report.picture_every_steps:
+        observers.append(Pictures(config, dataset))
+    if config.report.probe_every_epochs:
+        observers.append(Probe(config, dataset, ranks))
+    if config.report.profile_at_step:
+        observers.append(Profile(config.report.profile_at_step, config.report.profile_steps))
+    return observers
 
 
 def _start_from(path: Path, trainer: Trainer, console: Console, ranks: Ranks) -> None:
@@ -187,16 +192,11 @@ def _start_from(path: Path, trainer: Trainer, console: Console, ranks: Ranks) ->
 
 def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
     """Export the weights, reconstruct crops and photographs that were not trained on, write the summary."""
-    config, dataset = trainer.config, trainer.dataset
+    config = trainer.config
     # Of shards there is one whole copy: the checkpoint that was just saved.
     sharded = trainer.parallelism.sharded
     model = load_model(run.path)[0].to(trainer.device) if sharded else trainer.model.eval()
-    # The paper's crops, whatever the run was trained on, so that runs can be compared.
-    crops = data.fixed_crops(dataset, config.img_size, seed=config.train.seed, epoch=_NEW_CROPS_EPOCH, count=_NEW_CROPS)
-    source = "photographs" if config.data.path is None else "images"
-    sets, names = {f"new crops of the training {source}": crops}, {}
-    if config.model.in_chans == 3:
-        names[_UNSEEN], sets[_UNSEEN] = data.validation_photographs(config.img_size)
+    sets, names = reconstruction_sets(config, trainer.dataset, _NEW_CROPS)
     picture = run.reconstructions / "final.png"
     errors = evaluate_sets(
         model,
@@ -222,6 +222,7 @@ def _finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, 
         "loader": trainer.loader.kind,
         "bad_files": len(trainer.bad_files),
         "sets": errors,
+        "evaluations": newest_values(run),
         "picture": str(picture),
         "weights": str(weights),
     }

@@ -123,6 +123,10 @@ class RunFolder:
         """The rows of ``metrics.jsonl``, without one that a kill left half written."""
         return _read_rows(self.metrics)
 
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """The rows of ``evaluations.jsonl``, in the order in which they were written."""
+        return _read_rows(self.evaluations)
+
     def cut_metrics(self, step: int) -> None:
         """Drop the rows of metrics, evaluations and spikes after a step, which a continued run writes again."""
         # A spike is written with the row of metrics that counts it.

@@ -1,0 +1,190 @@
+"""Looking at the weights while they are trained: reconstruction pictures, and a probe of the features."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from fastmae import data
+from fastmae.evaluate import (
+    Features,
+    FixedSets,
+    LabelledImages,
+    choose_labelled,
+    evaluating,
+    hold_out,
+    match_classes,
+    probe,
+)
+from fastmae.train.checkpoint import Ranks
+from fastmae.train.config import PretrainConfig
+from fastmae.train.loop import Trainer
+from fastmae.train.observers import Observer
+from fastmae.train.run_folder import RunFolder
+
+NEW_CROPS, UNSEEN = "new crops of the training {}", "a photograph never trained on"
+_NAMES = {UNSEEN: "unseen"}  # of the values; what is not named here is "crops"
+_NEW_CROPS_EPOCH = 2**31
+"""An epoch that no run reaches: crops of it were never trained on."""
+_CROPS, _MASKS = 12, 48
+"""What a picture during the training shows and measures; the one at the end measures more."""
+_ERRORS = ("mse", "mse_mean_color", "mse_inverse_distance")
+
+
+def reconstruction_sets(
+    config: PretrainConfig, dataset: data.Dataset, num_crops: int
+) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """The images that every picture of a run shows: uint8 (N, C, H, W) by heading, and names by heading.
+
+    Crops of the training images that are not trained on themselves, as the paper crops and not as the run does, so that
+    runs can be compared; of colour models also the photographs that are held out of every training.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    seed, size = config.train.seed, config.img_size
+    source = "photographs" if config.data.path is None else "images"
+    crops = data.fixed_crops(dataset, size, seed=seed, epoch=_NEW_CROPS_EPOCH, count=num_crops)
+    sets, names = {NEW_CROPS.format(source): crops}, {}
+    if config.model.in_chans == 3:
+        names[UNSEEN], sets[UNSEEN] = data.validation_photographs(size)
+    return sets, names
+
+
+def newest_values(run: RunFolder) -> dict[str, float]:
+    """The newest value of every number in ``evaluations.jsonl``."""
+    rows = {name: value for row in run.read_evaluations() for name, value in row.items()}
+    return {name: value for name, value in rows.items() if name != "step" and isinstance(value, int | float)}
+
+
+class Pictures(Observer):
+    """Every so many steps the same images with the same masks, to ``reconstructions/step-N.png``.
+
+    Of a model that every rank has whole, the first rank looks alone, and the others wait for it in their next step.
+    """
+
+    def __init__(self, config: PretrainConfig, dataset: data.Dataset) -> None:
+        self._config, self._dataset, self._every = config, dataset, config.report.picture_every_steps
+
+    def begin(self, trainer: Trainer) -> None:
+        self._looks = trainer.parallelism.is_main or trainer.parallelism.sharded
+        trainer.ranks.gather("reading the images of the pictures", self._read)
+
+    def _read(self) -> None:
+        if self._looks:
+            sets, names = reconstruction_sets(self._config, self._dataset, _CROPS)
+            options = {"mask_ratio": self._config.model.mask_ratio, "seed": self._config.train.seed, "names": names}
+            self._sets = FixedSets(sets, **options, num_masks=_MASKS, num_rows=_CROPS)
+
+    def after_step(self, trainer: Trainer) -> None:
+        if self._looks and trainer.step % self._every == 0:
+            self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        path = trainer.run.reconstructions / f"step-{trainer.step:06}.png" if trainer.parallelism.is_main else None
+        try:
+            with evaluating(trainer.model):
+                summary = self._sets.evaluate(trainer.model, path, dtype=trainer.dtype)
+        except OSError as error:  # of writing the file, when all ranks have done their part
+            trainer.console.print(f"step {trainer.step}: no picture: {error}")
+            return
+        values = {
+            f"{_NAMES.get(heading, 'crops')}_{name}": numbers[name]
+            for heading, numbers in summary.items()
+            for name in _ERRORS
+        }
+        if path:
+            trainer.reporter.evaluation(trainer.step, values, {"reconstructions": path})
+
+
+class Probe(Observer):
+    """Every so many epochs, and at the end: nearest neighbours and a linear classifier on the frozen features.
+
+    Raises:
+        ValueError: the images have no labels, or too few, or of one class only, or other classes than those to test on;
+            naming the flag.
+        DataError: the images to test on cannot be opened.
+    """
+
+    def __init__(self, config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> None:
+        self._config = config
+        self._every = Fraction(str(config.report.probe_every_epochs))
+        self._epoch = Fraction(len(dataset), config.train.global_batch_size)  # in steps
+        self._probed: int | None = None
+        self._known, self._tests = _images_to_probe(config, dataset, ranks)
+
+    def begin(self, trainer: Trainer) -> None:
+        known, tests = self._known, self._tests
+        trainer.console.print(
+            f"Probe every {self._config.report.probe_every_epochs:g} epochs: {len(known.labels):,} images of "
+            f"{len(np.unique(known.labels)):,} classes to learn from, {len(tests.labels):,} of {tests.dataset.name} "
+            "to test on"
+        )
+
+    def after_step(self, trainer: Trainer) -> None:
+        self._probed = None
+        if self.is_due(trainer.step):
+            self._probe(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        if self._probed != trainer.step:
+            self._probe(trainer)
+
+    def is_due(self, step: int) -> bool:
+        """Whether an interval of epochs ends in a step: a function of the step, so that resuming needs no state."""
+        done, before = (count / self._epoch // self._every for count in (step, step - 1))
+        return done > before
+
+    def _probe(self, trainer: Trainer) -> None:
+        begun, ranks = time.monotonic(), trainer.ranks
+        self._probed = trainer.step
+        options = {"dtype": trainer.dtype, "num_threads": self._config.data.num_threads}
+        options |= {"rank": ranks.rank, "world_size": ranks.size, "timeout": self._config.data.timeout}
+        if ranks.size > 1:
+            options["gather"] = lambda own: _gather(own, ranks)
+        try:
+            values = probe(trainer.model, self._known, self._tests, **options)
+        except ValueError as error:  # of the first rank's judgement, when all have done their part
+            trainer.console.print(f"step {trainer.step}: no probe: {error}")
+            return
+        if values is not None:
+            values["probe_seconds"] = time.monotonic() - begun
+            trainer.reporter.evaluation(trainer.step, values)
+
+
+def _images_to_probe(
+    config: PretrainConfig, dataset: data.Dataset, ranks: Ranks
+) -> tuple[LabelledImages, LabelledImages]:
+    """Those to learn from and those to test on."""
+    count, path = config.report.probe_images, config.report.probe_path
+    try:
+        images = choose_labelled(dataset, count)
+        if len(np.unique(images.labels)) < 2:
+            raise ValueError(f"expected images of at least two classes in {dataset.name}, got one")
+        if path is None:
+            return hold_out(images)
+    except ValueError as error:
+        raise ValueError(f"--report.probe-every-epochs: {error}") from error
+
+    def opened() -> data.Dataset:
+        limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
+        return data.open_dataset(path, channels=config.model.in_chans, **limits)
+
+    if ranks.size > 1:
+        ranks.first(f"--report.probe-path {path}", lambda: opened() and None)  # the others then find its index
+    try:
+        return images, match_classes(images, choose_labelled(opened(), count))
+    except (ValueError, data.DataError) as error:
+        raise ValueError(f"--report.probe-path: {error}") from error
+
+
+def _gather(own: Features, ranks: Ranks) -> list[Features] | None:
+    """Every rank's features on the first rank, on its device; None on the others."""
+    device = own.pooled.device
+    parts = [None] * ranks.size if ranks.rank == 0 else None
+    dist.gather_object(Features(*(part.cpu() for part in own)), parts, group=ranks.group, group_dst=0)
+    return parts and [Features(*(tensor.to(device) for tensor in part)) for part in parts]
