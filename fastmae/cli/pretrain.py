@@ -21,6 +21,7 @@ from fastmae.ops import _xformers
 from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
+from fastmae.train.heartbeat import Heartbeat
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.loop import Trainer
@@ -29,6 +30,7 @@ from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, s
 from fastmae.train.preflight import preflight
 from fastmae.train.profile import Profile
 from fastmae.train.rank_log import RankLog
+from fastmae.train.rank_states import StateBoard
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.signals import PREEMPTED, StopRequest
@@ -59,14 +61,19 @@ def _join_and_pretrain(config: PretrainConfig, stop: StopRequest) -> int:
             raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
         shard_size = config.train.shard_size
         parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
+    stall_seconds = config.report.stall_seconds
     try:
-        with Ranks.create() as ranks:
-            return _pretrain(config, parallelism, ranks, stop)
+        with Heartbeat(parallelism.rank, StateBoard.create(), stall_seconds) as heartbeat, heartbeat.explaining():
+            with Ranks.create() as ranks, heartbeat.explaining():
+                ranks.waiting = heartbeat.waiting
+                return _pretrain(config, parallelism, ranks, stop, heartbeat)
     finally:
         shutdown(parallelism)
 
 
-def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, stop: StopRequest) -> int:
+def _pretrain(
+    config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, stop: StopRequest, heartbeat: Heartbeat
+) -> int:
     default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
     config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
     with mistakes():
@@ -74,7 +81,7 @@ def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, st
     with run, RankLog(run.path, ranks.rank, ranks.size, parallelism.device):
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
         with mistakes(_FLAGS):
-            trainer = _prepare(config, run, console, parallelism, ranks, stop)
+            trainer = _prepare(config, run, console, parallelism, ranks, stop, heartbeat)
         begun, first_step = time.monotonic(), trainer.step
         status = trainer.fit()
         seconds = time.monotonic() - begun
@@ -82,7 +89,9 @@ def _pretrain(config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, st
             console.print(f"Saved at step {trainer.step}. Continue with: fastmae pretrain --out {run.path} --resume")
             return PREEMPTED
         if parallelism.is_main:
+            heartbeat.begin("evaluating")
             _finish(trainer, run, console, seconds, trainer.step - first_step)
+        heartbeat.begin("ending")
         ranks.first("ending the run", lambda: None)  # the others wait for it
     return 0
 
@@ -111,6 +120,7 @@ def _prepare(
     parallelism: Parallelism,
     ranks: Ranks,
     stop: StopRequest,
+    heartbeat: Heartbeat,
 ) -> Trainer:
     """The trainer of a run, at its first step or where its newest checkpoint left it."""
     if config.train.num_threads:
@@ -118,15 +128,17 @@ def _prepare(
     device = parallelism.device
     limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
     open_dataset = partial(data.open_dataset, config.data.path, channels=config.model.in_chans, **limits)
+    heartbeat.begin("opening the data")
     if ranks.size > 1:
         ranks.first("opening the data", lambda: open_dataset() and None)  # the others then find its index
     dataset = open_dataset()
     if config.model.attention == "xformers":
         _xformers.require(device)
+    heartbeat.begin("starting")
     kind = data.choose_loader(dataset, config.data.loader)
     model = construct(lambda: create_model(**config.model_arguments()), parallelism)
     preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
-    options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop}
+    options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop, "heartbeat": heartbeat}
     options["observers"] = _observers(config, dataset, ranks)
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)
     _print_config(config, console)

@@ -17,6 +17,9 @@ from dataclasses import replace
 
 from fastmae.train.collectives import CollectiveError, is_broken, reason_of
 from fastmae.train.rank_states import (
+    COMPUTING,
+    COMPUTING_FIRST,
+    SAVING,
     WAITING,
     RankState,
     StateBoard,
@@ -63,8 +66,11 @@ class Heartbeat:
         self._point: _Point = (0, "starting", object())
         self._published = self._point
         self._unreachable = False
+        self._first: int | None = None
+        self._aside: str | None = None
         self._stop = threading.Event()
         self._publishing = threading.Lock()
+        self._trains = threading.current_thread()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     @property
@@ -76,19 +82,27 @@ class Heartbeat:
         """Say what begins now. It costs an assignment; being said again counts as progress, too."""
         self._point = (step, phase, object())
 
+    def compute(self, step: int) -> None:
+        """Say that a step computes; the first one compiles what is to be compiled, and may take long."""
+        self._first = step if self._first is None else self._first
+        self.at(step, COMPUTING if step != self._first else COMPUTING_FIRST)
+
     def begin(self, phase: str) -> None:
         """Say what begins now, at the step that was reported last."""
         self.at(self.step, phase)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Around what waits for other ranks."""
+        """Around what waits for other ranks; in a thread beside the one that trains, it counts while that one saves."""
+        if threading.current_thread() is not self._trains:
+            self._aside = f"{WAITING} ({what})"
+            yield
+            self._aside = None
+            return
         step, phase, _ = self._point
         self.at(step, f"{WAITING} ({what})")
-        try:
-            yield
-        finally:
-            self.at(step, phase)
+        yield
+        self.at(step, phase)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -193,9 +207,8 @@ class Heartbeat:
         with self._publishing:
             point, own, now = self._point, self._own, time.time()
             since = own.since if point is self._published else now
-            self._own = replace(
-                own, step=point[0], phase=point[1], since=since, beat=own.beat + 1, alive=now, **changes
-            )
+            phase = self._aside or SAVING if point[1] == SAVING else point[1]
+            self._own = replace(own, step=point[0], phase=phase, since=since, beat=own.beat + 1, alive=now, **changes)
             self._published = point
             if self._board:
                 try:

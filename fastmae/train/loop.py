@@ -20,6 +20,7 @@ from fastmae.train.checkpoint import Checkpoint, Ranks, open_checkpoint, set_asi
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.flops import StepFlops
+from fastmae.train.heartbeat import Heartbeat
 from fastmae.train.labels import Stage, unlabelled
 from fastmae.train.metrics import Row
 from fastmae.train.observers import Observer, observing
@@ -51,6 +52,7 @@ class Trainer:
         ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
         observers: what looks at the run between steps; the same on all ranks.
         stop: signals, while something else than :meth:`fit` watches for them; None for the time of :meth:`fit`.
+        heartbeat: is told what the run is doing, and watched by its owner; None for nobody.
 
     Raises:
         ValueError: if the warm-up is not shorter than the run, or there are more image sizes than epochs.
@@ -69,6 +71,7 @@ class Trainer:
         ranks: Ranks | None = None,
         observers: Sequence[Observer] = (),
         stop: StopRequest | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         train = config.train
         self.parallelism = parallelism or Parallelism(device=next(model.parameters()).device)
@@ -106,6 +109,7 @@ class Trainer:
         )
         self.observers, self._stop, self._create_loader = observers, stop, create_loader
         self.stage: Stage = unlabelled
+        self.heartbeat = heartbeat or Heartbeat()
         self.saves = Saves(run, train, self.device, self.ranks)
 
     @property
@@ -147,6 +151,7 @@ class Trainer:
             self.loader = self._open_loader()
             stack.callback(lambda: self.loader.close())
             stack.enter_context(self.saves.open())
+            stack.enter_context(self.heartbeat.explaining())
             self.run.write_json("status.json", {"status": "running", "step": self.step})
             self.bad_files.begin()
             self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
@@ -194,8 +199,10 @@ class Trainer:
 
     def _between_steps(self) -> None:
         train = self.config.train
+        self.heartbeat.at(self.step, "evaluating" if self.observers else "between steps")
         for observer in self.observers:
             observer.after_step(self)
+        self.heartbeat.at(self.step, "between steps")
         self.saves.poll()
         if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:
             self.log()
@@ -223,6 +230,7 @@ class Trainer:
 
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint of the state after ``step`` steps, or begin to; :class:`Saves` judges a failure."""
+        self.heartbeat.at(self.step, "saving")
         self.reporter.flush()
         self._note_bad_files()
         tensors = model_state.collect(self.model, self.optimizer)
@@ -252,6 +260,7 @@ class Trainer:
         state.check_architecture(manifest["architecture"], self.model.architecture)
         differences = state.compare_configs(manifest["config"], to_json(self.config))
         differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash, self.ranks.size)
+        self.heartbeat.at(self.step, "reading a checkpoint")
         names = ["metrics.interval", *(["loss_scale"] if self.loss_scale else [])]
         others = model_state.restore(saved, self.model, self.optimizer, self.ranks, names)
         self.step, self.saves.newest = manifest["step"], saved.path
@@ -281,8 +290,10 @@ class Trainer:
         return loader
 
     def _next_batch(self) -> Batch:
+        self.heartbeat.at(self.step, "waiting for images")
         with self.stage("data"), self.reporter.clock.waiting():
             batch = next(self.loader)
+        self.heartbeat.compute(self.step)
         size = tuple(batch.images.shape[-2:])
         if size != self.model.input_size:
             self.model.set_input_size(size)

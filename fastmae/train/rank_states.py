@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-COMPUTING, WAITING = "computing", "waiting for the others"
+COMPUTING, COMPUTING_FIRST, WAITING = "computing", "computing the first step", "waiting for the others"
 """Phases in which a rank may stand because of another one. In any other it has work of its own."""
 
-LONG = ("starting", "opening", "checking", "reading", "saving", "evaluating", "ending", "in the first step")
+SAVING = "saving"
+
+LONG = ("starting", "opening", "reading", SAVING, "evaluating", "ending", COMPUTING_FIRST)
 """Beginnings of phases that may take minutes with nothing wrong."""
 
 _SHOWN = 3
@@ -55,7 +57,7 @@ class RankState:
     @property
     def progress(self) -> tuple[int, int]:
         """Grows with what a rank has done: of two ranks the one behind is waited for."""
-        stands = 2 if self.phase.startswith(WAITING) else int(self.phase == COMPUTING)
+        stands = 2 if self.phase.startswith(WAITING) else int(self.phase in (COMPUTING, COMPUTING_FIRST))
         return self.step, stands
 
     @property

@@ -31,12 +31,16 @@ class Ranks:
 
     Args:
         group: a group that communicates through host memory; None for a process alone.
+
+    Attributes:
+        waiting: entered around what waits for other ranks, with words for it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group else 0
         self.size = dist.get_world_size(group) if group else 1
+        self.waiting: Callable[[str], AbstractContextManager[object]] = nullcontext
 
     @classmethod
     def create(cls, timeout: float = 1800.0) -> Ranks:
@@ -55,7 +59,9 @@ class Ranks:
             return Ranks()
         members = dist.get_process_group_ranks(self.group)
         options = {"backend": "gloo", "timeout": timedelta(seconds=timeout), "use_local_synchronization": True}
-        return Ranks(dist.new_group(members, **options))
+        ranks = Ranks(dist.new_group(members, **options))
+        ranks.waiting = self.waiting
+        return ranks
 
     def close(self) -> None:
         """Give the group's connections back."""
@@ -144,7 +150,8 @@ class Ranks:
 
     def _guard(self, what: str, collective: Callable[[], object]) -> None:
         try:
-            collective()
+            with self.waiting(what):
+                collective()
         except RuntimeError as error:  # gloo: a connection was closed, or the time is over
             reason = str(error).strip().splitlines()[-1][:300]
             raise LostRankError(f"{what}: a rank has ended or does not answer ({reason})") from error
