@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fastmae.train.scaling.hardware import Cluster, Hardware  # noqa: E402
-from fastmae.train.scaling.kept import kept_per_image  # noqa: E402
+from fastmae.train.scaling.kept import input_of_attention, kept_by_attention, kept_by_mlp, kept_per_image  # noqa: E402
 from fastmae.train.scaling.moved import moved_per_image  # noqa: E402
 from fastmae.train.scaling.plan import Plan, Run, make_plan  # noqa: E402
 from fastmae.train.scaling.report import inputs  # noqa: E402
-from fastmae.train.scaling.sizes import preset_sizes  # noqa: E402
+from fastmae.train.scaling.sizes import block_shapes, preset_sizes  # noqa: E402
 from fastmae.train.scaling.work import flops_per_image  # noqa: E402
 
 PAGE = ROOT / "docs/scaling.md"
@@ -90,6 +90,35 @@ def checkpointing() -> str:
                 ]
             )
     header = ["model", "checkpointing", "MB kept an image", "largest batch (DDP)", "more operations", "longer step"]
+    return table(header, rows, 2)
+
+
+def parts() -> str:
+    """What one block spares and repeats if a part of it is computed again; the middle block of encoder and decoder."""
+    rows = []
+    for name, sizes in MODELS.items():
+        shapes = list(block_shapes(sizes, 0.75))
+        for where, b in (("encoder", shapes[1]), ("decoder", shapes[sizes.depth + 1])):
+            projections = 2 * b.keys * 3 * b.width**2
+            candidates = {
+                "attention (`selective`)": (
+                    kept_by_attention(b, 2, 4, "fused") - input_of_attention(b, 2, 4, False),
+                    projections + 4 * b.keys**2 * b.width,
+                ),
+                "MLP": (kept_by_mlp(b, 2, 4) - 2 * b.queries * b.width, 2 * b.queries * b.width * b.hidden),
+                "queries, keys, values": (6 * b.keys * b.width, projections),
+            }
+            for part, (spared, again) in candidates.items():
+                rows.append(
+                    [
+                        f"{name}, {where}",
+                        part,
+                        f"{spared / 1e3:,.0f}",
+                        f"{again / 1e6:,.0f}",
+                        f"{1e3 * spared / again:.2f}",
+                    ]
+                )
+    header = ["a block of", "computed again", "kB spared an image", "million operations again", "bytes a thousand"]
     return table(header, rows, 2)
 
 
@@ -218,16 +247,16 @@ def assumed() -> str:
     rows = [
         [
             f"`--{name.replace('_', '-')}`",
-            "**assumed**" if is_assumed else "data sheet" if "hardware" in name else "data",
+            "**assumed**" if kind == "assumed" else kind,
             value,
         ]
-        for name, value, is_assumed in inputs(plan)
+        for name, value, kind in inputs(plan)
     ]
     return table(["flag", "what it is", "value"], rows, 2)
 
 
 TABLES = {
-    "assumptions": assumed, "images": images, "checkpointing": checkpointing, "memory": memory,
+    "assumptions": assumed, "images": images, "parts": parts, "checkpointing": checkpointing, "memory": memory,
     "communication": communication, "batches": batches, "networks": networks, "data": data, "checkpoints": checkpoints,
 }  # fmt: skip
 

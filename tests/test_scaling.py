@@ -18,11 +18,12 @@ from fastmae.layers import Linear
 from fastmae.model import PRESETS, MaskedAutoencoderViT, create_model
 from fastmae.ops import random_masking
 from fastmae.train.scaling.communication import Collective, collectives
+from fastmae.train.scaling.data import IMAGE_KB, IMAGES_PER_CPU_SECOND, MEASURED_IN, Data
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.kept import kept_per_image
 from fastmae.train.scaling.memory import largest_batch, memory, states
 from fastmae.train.scaling.moved import moved_per_image
-from fastmae.train.scaling.plan import Data, Plan, Run, make_plan
+from fastmae.train.scaling.plan import Plan, Run, make_plan
 from fastmae.train.scaling.report import to_json
 from fastmae.train.scaling.sizes import Sizes, architecture_sizes, parameters, preset_sizes
 from fastmae.train.scaling.work import flops_per_batch, flops_per_image
@@ -209,6 +210,22 @@ def test_data_and_checkpoints():
     assert plan.checkpoint.write_seconds == pytest.approx(plan.checkpoint.bytes / (2 * 2e9))
 
 
+def test_decoding_rates_are_the_measured_ones():
+    measured = {
+        one["competitor"]: one["images_per_cpu_second"]
+        for one in json.loads((ROOT / MEASURED_IN).read_text())["benchmarks"]
+        if "images_per_cpu_second" in one
+    }
+    names = {"folder": "folder", "shards": "tar shards", "shards-256": "tar shards at 256"}
+    for (loader, source), rate in IMAGES_PER_CPU_SECOND.items():
+        assert rate == round(measured[f"fastmae-{loader}, {names[source]}"])
+    stored = json.loads((ROOT / "benchmarks/results/counted/shards.json").read_text())["stored"]["90"]["share"]
+    assert IMAGE_KB["shards-256"] == round(IMAGE_KB["folder"] * stored)
+    plans = [make_plan(Run(LARGE, data=Data(loader="torch", source=source))) for source in IMAGE_KB]
+    assert [plan.data.images_per_s / plan.data.cores_per_node for plan in plans] == [758, 792, 1852]
+    assert plans[0].data.storage_bytes_per_s > 4 * plans[2].data.storage_bytes_per_s
+
+
 def test_fp32_and_several_masks():
     plan = make_plan(Run(LARGE, precision="fp32"))
     assert plan.step.products > 10 * make_plan(Run(LARGE)).step.products
@@ -271,7 +288,8 @@ def test_the_command_prints_every_kind_and_every_assumption(capsys):
     for said in ("ddp", "fsdp", "hsdp", "saved activations", "all-reduce, across nodes", "CPU cores", "1600 epochs"):
         assert said in text
     flat = " ".join(text.split())
-    assert "Nothing of this was measured" in flat
+    assert "Nothing of this was measured on GPUs" in flat
+    assert f"measured ({MEASURED_IN}): data.images-per-core 855" in flat
     for part, prefix in ((Hardware, "hardware"), (Data, "data")):
         for field in fields(part):
             assert field.name == "name" or f"{prefix}.{field.name.replace('_', '-')}" in flat
@@ -301,6 +319,16 @@ def test_the_page_has_the_tables_that_the_formulas_give():
     assert report_scaling.page(text) == text, "run python benchmarks/report_scaling.py"
     with pytest.raises(ValueError, match="images:begin"):
         report_scaling.page(text.replace("<!-- images:begin -->", ""))
+
+
+def test_selective_is_the_part_that_spares_most_for_its_operations():
+    sys.path.append(str(ROOT / "benchmarks"))
+    import report_scaling
+
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report_scaling.parts().splitlines()[2:]]
+    for where in {row[0] for row in rows}:
+        ratios = {row[1]: float(row[-1]) for row in rows if row[0] == where}
+        assert max(ratios, key=ratios.get) == "attention (`selective`)"
 
 
 def test_the_commands_of_the_page_run(capsys):
@@ -333,6 +361,8 @@ def test_what_the_page_concludes_is_what_the_formulas_say():
         assert all(make_plan(run).images_per_s < rates[8] for run in runs)
     base, huge = (found[name, 8, "fsdp"].data.images_per_s for name in (_PAPER[0], _PAPER[2]))
     assert (base, base / huge) == (pytest.approx(50_000, rel=0.1), pytest.approx(4, rel=0.1))
+    assert found[_PAPER[0], 8, "fsdp"].data.cores_per_node == pytest.approx(60, abs=2)
+    assert base / IMAGES_PER_CPU_SECOND["dali", "shards-256"] == pytest.approx(25, abs=1)
     costs = [plan.checkpoint for plan in found.values()]
     assert max(c.copy_seconds for c in costs) < 0.0405
     assert max(c.write_seconds for c in costs) < 4

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from fastmae.cli.errors import UsageError
 from fastmae.train.scaling.communication import Mode
+from fastmae.train.scaling.data import MEASURED_IN, Data
 from fastmae.train.scaling.hardware import Cluster, Hardware
-from fastmae.train.scaling.plan import Data, Plan, Run, make_plan
+from fastmae.train.scaling.plan import Plan, Run, make_plan
 from fastmae.train.scaling.report import inputs, sections, to_json
 from fastmae.train.scaling.sizes import Sizes, preset_sizes
 
@@ -35,7 +36,8 @@ class PlanConfig:
     global_batch: int = 4096
     """Masked images of an optimiser step."""
     batch_size: int | None = None
-    """Masked images on a GPU at a time. None: the largest that fits and divides a GPU's share of the global batch."""
+    """Masked images on a GPU at a time. None: what --train.batch-size auto takes on a GPU of this memory, the largest
+    that fits by this estimate and divides a GPU's share of the global batch."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Of matrix products."""
     residual: Literal["float32", "bfloat16"] = "float32"
@@ -107,10 +109,13 @@ def show(plans: list[Plan], console: Console) -> None:
             table.add_row(f"  {label}", *values)
         table.add_row()
     console.print(table)
-    console.print("Nothing of this was measured. It rests on these flags:", style="bold")
-    for title, wanted in (("assumed", True), ("of data sheets and data", False)):
-        values = [f"{name.replace('_', '-')} {value}" for name, value, assumed in inputs(first) if assumed == wanted]
-        console.print(f"{title}: {', '.join(values)}")
+    console.print("Nothing of this was measured on GPUs. It rests on these flags:", style="bold")
+    found = inputs(first)
+    titles = {"assumed": "assumed", "measured": f"measured ({MEASURED_IN})", "data sheet": "of data sheets"}
+    for kind, title in (titles | {"data": "of the data"}).items():
+        values = [f"{name.replace('_', '-')} {value}" for name, value, its_kind in found if its_kind == kind]
+        if values:
+            console.print(f"{title}: {', '.join(values)}")
 
 
 def _run(config: PlanConfig, mode: Mode) -> Run:

@@ -23,10 +23,11 @@ class Hardware:
     """Share of the peak that the step's matrix products reach on average. Assumed."""
     hbm_gb: float = 80.0
     """Device memory, GB of 10^9 bytes (data sheet)."""
-    hbm_usable_fraction: float = 0.95
-    """Share of the memory that tensors can fill before fragmentation stops them. Assumed."""
-    reserved_gb: float = 3.0
-    """Device memory for the CUDA context, communication buffers and library workspaces, GB. Assumed."""
+    hbm_usable_fraction: float = 0.85
+    """Share of the memory that is planned for: the rest is for what an estimate misses, and for fragmentation.
+    Assumed."""
+    reserved_gb: float = 2.0
+    """Of that, for communication buffers and library workspaces, GB. Assumed."""
     hbm_tb_per_s: float = 3.35
     """Bandwidth of the device memory, TB/s (data sheet)."""
     hbm_fraction: float = 0.85

@@ -12,6 +12,8 @@ from fastmae.train.scaling.work import WIDE
 
 BATCHES_AHEAD = 3
 """Batches of images on the device: the one in use and two that the loader has ready."""
+BATCHES_DECODED = 2
+"""Batches of decoded images, not yet resized, that DALI has on the device where it decodes there."""
 
 
 class States(NamedTuple):
@@ -82,14 +84,28 @@ class Memory(NamedTuple):
 
 
 def memory(
-    sizes: Sizes, states: States, kept: Kept, batch: int, hardware: Hardware, masks_per_image: int = 1
+    sizes: Sizes,
+    states: States,
+    kept: Kept,
+    batch: int,
+    hardware: Hardware,
+    masks_per_image: int = 1,
+    decoded_bytes: int = 0,
 ) -> Memory:
-    """With a batch of so many masked images on the GPU."""
-    images = BATCHES_AHEAD * -(-batch // masks_per_image) * sizes.image_bytes
+    """With a batch of so many masked images on the GPU, and so many bytes of each image as it was decoded there."""
+    images = -(-batch // masks_per_image) * (BATCHES_AHEAD * sizes.image_bytes + BATCHES_DECODED * decoded_bytes)
     return Memory(states, batch * kept.activations, batch * kept.transient, images, round(hardware.reserved_gb * 1e9))
 
 
-def largest_batch(sizes: Sizes, states: States, kept: Kept, hardware: Hardware, masks_per_image: int = 1) -> int:
+def largest_batch(
+    sizes: Sizes,
+    states: States,
+    kept: Kept,
+    hardware: Hardware,
+    masks_per_image: int = 1,
+    decoded_bytes: int = 0,
+) -> int:
     """The most masked images at a time for which memory suffices, whole images with all their masks; 0 for none."""
-    image = masks_per_image * (kept.activations + kept.transient) + BATCHES_AHEAD * sizes.image_bytes
+    image = masks_per_image * (kept.activations + kept.transient)
+    image += BATCHES_AHEAD * sizes.image_bytes + BATCHES_DECODED * decoded_bytes
     return masks_per_image * max(0, int((hardware.usable_bytes - states.total) // image))

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from fastmae.train.batch_division import divide_batch
+from fastmae.train.scaling.batch import TooLargeError, fit_batch
 from fastmae.train.scaling.communication import Collective, Mode, check_mode, collectives
+from fastmae.train.scaling.data import Data, DataNeeds, data_needs
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.kept import kept_per_image
-from fastmae.train.scaling.memory import Memory, largest_batch, memory, states
+from fastmae.train.scaling.memory import Memory
 from fastmae.train.scaling.sizes import Sizes, expect, parameters
 from fastmae.train.scaling.step import StepTime, step_time
 from fastmae.train.scaling.work import WIDE, Attention, Checkpointing, Flops, flops_per_image
@@ -20,25 +21,6 @@ COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 DAY = 86400.0
 REPLICATED_WRITERS = 8
 """Ranks, at most, that share the writing of a checkpoint that all hold whole."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The images. Defaults: ImageNet-1k."""
-
-    images: int = 1_281_167
-    """In the data set."""
-    image_kb: float = 110.0
-    """Of a stored image on average, kB of 10^3 bytes."""
-    images_per_core: float = 500.0
-    """Images a second that one CPU core decodes, crops and resizes. Assumed; fastmae bench measures it."""
-    masks_per_image: int = 1
-    """Masks for each decoded image."""
-
-    def check(self) -> None:
-        """Raise ``ValueError`` naming the field that cannot be."""
-        for name in ("images", "image_kb", "images_per_core", "masks_per_image"):
-            expect(getattr(self, name) > 0, f"data.{name}", "a positive number", getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -90,17 +72,6 @@ class CheckpointCost(NamedTuple):
     """To storage: in the background."""
 
 
-class DataNeeds(NamedTuple):
-    """That the GPUs may never wait."""
-
-    images_per_s: float
-    """Decoded, all together; an image with several masks is decoded once."""
-    images_per_s_per_node: float
-    cores_per_node: float
-    storage_bytes_per_s: float
-    """All together, if nothing is cached."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """What a run takes. Bytes, seconds and operations, nothing scaled."""
@@ -147,28 +118,19 @@ def make_plan(run: Run) -> Plan:
         sizes, run.mask_ratio, compute_bytes=compute, residual_bytes=run.residual_bytes,
         attention=run.attention, activation_checkpointing=run.activation_checkpointing,
     )  # fmt: skip
-
-    def fits(accumulation: int) -> int:
-        held = states(sizes, run.parallel, cluster, accumulation=accumulation, **options)
-        return largest_batch(sizes, held, kept, hardware, several)
-
-    share, several = run.global_batch // cluster.gpus, run.data.masks_per_image
-    most = fits(1)
-    # Accumulation may take memory of its own.
-    most = most if most >= share and (run.batch_size or share) >= share else fits(2)
-    if most < several:
-        held = states(sizes, run.parallel, cluster, **options)
-        raise ValueError(
-            f"hardware.hbm_gb: expected room for weights, gradients and optimiser ({held.total / 1e9:.1f} GB) and for "
-            f"{several} image{'s' if several > 1 else ''}, got {hardware.usable_bytes / 1e9:.1f} GB that tensors can "
-            "use; shard (parallel=fsdp) or keep less (activation_checkpointing=full)"
-        )
-    if run.batch_size is not None and run.batch_size > most:
-        raise ValueError(f"batch_size: expected at most {most}, which is what fits, got {run.batch_size}")
-    batch, accumulation = divide_batch(run.global_batch, cluster.gpus, run.batch_size or most, multiple_of=several)
+    try:
+        fit = fit_batch(
+            sizes, run.parallel, cluster, hardware, kept, run.global_batch,
+            most=run.batch_size, masks_per_image=run.data.masks_per_image, **options,
+        )  # fmt: skip
+    except TooLargeError as error:
+        advice = "shard (parallel=fsdp) or keep less (activation_checkpointing=full)"
+        raise ValueError(f"hardware.hbm_gb: {error}; {advice}") from error
+    batch, accumulation, share = fit.batch_size, fit.accumulation, run.global_batch // cluster.gpus
     if run.batch_size is not None:
+        most = f"at most {fit.largest}, which is what fits"
+        expect(run.batch_size <= fit.largest, "batch_size", most, run.batch_size)
         expect(batch == run.batch_size, "batch_size", f"a divisor of the {share} images of a GPU", run.batch_size)
-    held = states(sizes, run.parallel, cluster, accumulation=accumulation, **options)
     sent = tuple(collectives(sizes, run.parallel, cluster, accumulation=accumulation, **options))
     step = step_time(
         sizes, run.parallel, cluster, hardware, sent, batch=batch, accumulation=accumulation,
@@ -181,15 +143,15 @@ def make_plan(run: Run) -> Plan:
         run=run,
         parameters=sum(p.count for p in found if p.trainable),
         tables=sum(p.count for p in found if not p.trainable),
-        largest_batch=most,
+        largest_batch=fit.largest,
         batch_size=batch,
         accumulation=accumulation,
-        memory=memory(sizes, held, kept, batch, hardware, several),
+        memory=fit.memory,
         flops=flops_per_image(sizes, run.mask_ratio, run.activation_checkpointing),
         collectives=sent,
         step=step,
         checkpoint=_checkpoint(run),
-        data=_data(run, images_per_s),
+        data=data_needs(run.data, images_per_s, cluster.nodes),
         days={f"{epochs:g}": epochs * run.data.images / images_per_s / DAY for epochs in run.epochs},
     )
 
@@ -211,9 +173,3 @@ def _checkpoint(run: Run) -> CheckpointCost:
     return CheckpointCost(
         size, most, nodes, most / (hardware.pcie_gb_per_s * 1e9), size / (nodes * hardware.storage_write_gb_per_s * 1e9)
     )
-
-
-def _data(run: Run, images_per_s: float) -> DataNeeds:
-    decoded = images_per_s / run.data.masks_per_image
-    node = decoded / run.cluster.nodes
-    return DataNeeds(decoded, node, node / run.data.images_per_core, decoded * run.data.image_kb * 1e3)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 from fastmae.train.scaling.communication import Collective
+from fastmae.train.scaling.data import Data
+from fastmae.train.scaling.hardware import Hardware
 from fastmae.train.scaling.plan import Plan
 
-FACTS = (
-    "matmul_tflops", "fp32_tflops", "hbm_gb", "hbm_tb_per_s", "nvlink_gb_per_s", "network_gb_per_s",
-    "images", "image_kb", "masks_per_image",
-)  # fmt: skip
-"""What stands in data sheets, or is so of the data. All else is assumed until somebody measures it."""
+Kind = Literal["assumed", "measured", "data sheet", "data"]
+"""Where a number comes from."""
+_DATA_SHEET = ("matmul_tflops", "fp32_tflops", "hbm_gb", "hbm_tb_per_s", "nvlink_gb_per_s", "network_gb_per_s")
 
 Section = tuple[str, list[tuple[str, list[str]]]]
 """A title, and rows: what it is, and a value for each plan."""
@@ -94,14 +94,21 @@ def sections(plans: Sequence[Plan]) -> list[Section]:
     return [section for section in found if section[1]]
 
 
-def inputs(plan: Plan) -> list[tuple[str, str, bool]]:
-    """Of the hardware and the data: names, values, and whether the default is an assumption rather than a fact."""
-    return [
-        (f"{prefix}.{f.name}", f"{getattr(part, f.name):.10g}", f.name not in FACTS)
-        for prefix, part in (("hardware", plan.run.hardware), ("data", plan.run.data))
-        for f in fields(part)
-        if f.name != "name"
-    ]
+def inputs(plan: Plan) -> list[tuple[str, str, Kind]]:
+    """Of the hardware and the data: names, values, and where the defaults come from."""
+    found: list[tuple[str, str, Kind]] = []
+    for field in fields(Hardware):
+        if field.name != "name":
+            kind = "data sheet" if field.name in _DATA_SHEET else "assumed"
+            found.append((f"hardware.{field.name}", f"{getattr(plan.run.hardware, field.name):.10g}", kind))
+    data = plan.run.data
+    settled = {"image_kb": data.bytes_per_image / 1e3, "images_per_core": data.core_rate}
+    for field in fields(Data):
+        value = settled.get(field.name, getattr(data, field.name))
+        measured = field.name == "images_per_core" and data.images_per_core is None
+        text = value if isinstance(value, str) else f"{value:.10g}"
+        found.append((f"data.{field.name}", text, "measured" if measured else "data"))
+    return found
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
