@@ -1,0 +1,191 @@
+"""Rows and evaluations arrive in the files, in TensorBoard and on the terminal under their names."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import make_trainer, write_images
+
+from fastmae.train import peak
+from fastmae.train.flops import StepFlops, step_flops
+from fastmae.train.peak import matmul_flops, peak_flops
+from fastmae.train.sinks import JsonLines, TensorBoard, Terminal, scalars
+
+CPU = torch.device("cpu")
+ROW = {
+    "step": 156_000, "loss": 0.4123, "lr": 2.4e-3, "images_per_second": 123_456.0, "mfu": 0.512, "data_share": 0.034,
+    "skipped_steps": 0,
+}  # fmt: skip
+SEVERAL = {"block_time_max_host": "node7", "ranks": {"block_time": [0.01, None, 0.02]}}
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)).save(path)
+    return path
+
+
+def events(folder) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return found.Reload()
+
+
+def test_all_numbers_of_a_run_are_in_tensorboard(tmp_path):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    with trainer.run as run:
+        run.write_json("config.json", {"seed": 5})
+        trainer.fit()
+    found, rows = events(run.path), run.read_metrics()
+    names = {"loss", "lr", "grad_norm", "images_per_second", "mfu", "tflops_per_second", "data_share", "data_time"}
+    names |= {"step_time", "host_memory_gib", "samples", "epoch", "skipped_steps", "bad_files"}
+    assert names <= rows[0].keys()
+    assert {f"train/{name}" for row in rows for name in row if name != "step"} == set(found.Tags()["scalars"])
+    for name in names:
+        values = [(event.step, event.value) for event in found.Scalars(f"train/{name}")]
+        assert values == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    (text,) = found.Tensors("config/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == '    {\n      "seed": 5\n    }'
+
+
+def test_mfu_is_the_flops_of_the_steps_over_the_time_and_the_peak(tmp_path):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), batch_size=2)
+    with trainer.run as run:
+        trainer.fit()
+    flops = 4 * step_flops(trainer.model.architecture, 2, 0.75)
+    for row in run.read_metrics():
+        rate = flops / row["step_time"]
+        assert row["tflops_per_second"] == pytest.approx(rate / 1e12)
+        assert row["mfu"] == pytest.approx(rate / peak_flops(CPU, torch.bfloat16))
+        assert row["images_per_second"] == pytest.approx(8 / row["step_time"])
+
+
+def test_flops_follow_the_size_of_the_images(tmp_path):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    flops = StepFlops(trainer.model, batch_size=2, passes=3, mask_ratio=0.75)
+    large = flops()
+    assert large == 3 * step_flops(trainer.model.architecture, 2, 0.75)
+    trainer.model.set_input_size((16, 24))
+    small = step_flops(trainer.model.architecture | {"img_size": (16, 24)}, 2, 0.75)
+    assert flops() == 3 * small < large
+    trainer.run.close()
+
+
+def test_the_peak_is_measured_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(peak, "matmul_flops", lambda *args: measured.append(args) or 1e12)
+    peak._peak_flops.cache_clear()
+    assert [peak_flops(CPU, torch.float32) for _ in range(3)] == [1e12] * 3
+    peak_flops(CPU, torch.bfloat16)
+    assert [(device, dtype) for device, dtype, *_ in measured] == [(CPU, torch.float32), (CPU, torch.bfloat16)]
+    peak._peak_flops.cache_clear()
+
+
+def test_a_peak_that_cannot_be_measured_is_none_and_a_run_goes_on_without(tmp_path, monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(peak, "matmul_flops", fail)
+    peak._peak_flops.cache_clear()
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    with trainer.run as run:
+        trainer.fit()
+    peak._peak_flops.cache_clear()
+    for row in run.read_metrics():
+        assert "mfu" not in row
+        assert row["tflops_per_second"] > 0
+
+
+def test_the_matmul_rate_counts_its_products(monkeypatch):
+    ticks = iter(range(100))
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: float(next(ticks)))
+    state = torch.get_rng_state()
+    assert matmul_flops(CPU, torch.float32, rounds=3, size=64) == 2 * 64**3  # a second each
+    torch.set_rng_state(state)
+    peak._peak_flops.cache_clear()
+    peak_flops(CPU, torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)  # a run draws what it would have drawn
+    peak._peak_flops.cache_clear()
+
+
+@pytest.mark.gpu
+def test_the_peak_of_a_gpu_is_measured_in_little_time_and_memory():
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    device = torch.device("cuda")
+    assert peak_flops(device, torch.bfloat16) == pytest.approx(matmul_flops(device, torch.bfloat16), rel=0.2)
+    assert torch.cuda.memory_allocated() == before
+    assert torch.cuda.max_memory_allocated() - before < 2**30
+
+
+def test_charts_are_named_by_part_and_rank():
+    found = scalars(ROW | SEVERAL)
+    assert found["train/mfu"] == 0.512
+    assert {name: v for name, v in found.items() if name.startswith("ranks/")} == {
+        "ranks/block_time/0": 0.01, "ranks/block_time/2": 0.02
+    }  # fmt: skip
+    assert not {"train/step", "train/block_time_max_host", "train/ranks"} & found.keys()
+
+
+def test_evaluations_are_in_tensorboard_and_in_a_file(tmp_path, picture):
+    for sink in (TensorBoard(tmp_path, 0), JsonLines(tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl")):
+        sink.evaluate(7, {"knn_top1": 0.25}, {"reconstruction": picture})
+        sink.close()
+    found = events(tmp_path)
+    (value,) = found.Scalars("eval/knn_top1")
+    assert (value.step, value.value) == (7, 0.25)
+    (image,) = found.Images("eval/reconstruction")
+    assert image.step == 7
+    with Image.open(picture) as expected, Image.open(io.BytesIO(image.encoded_image_string)) as shown:
+        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(expected))
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {
+        "step": 7, "knn_top1": 0.25, "reconstruction": str(picture)
+    }  # fmt: skip
+
+
+def test_a_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path):
+    for start, loss in ((0, 1.0), (4, 2.0)):
+        board = TensorBoard(tmp_path, start)
+        for step in range(start + 2, start + 7, 2):
+            board.write({"step": step, "loss": loss})
+        board.close()
+    values = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
+    assert values == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0), (10, 2.0)]
+
+
+def show(*rows: dict, terminal: bool) -> list[str]:
+    """What a terminal of 100 columns shows, or a file."""
+    file = io.StringIO()
+    console = Console(
+        file=file, width=100, force_terminal=terminal, color_system=None, soft_wrap=True, legacy_windows=False
+    )
+    sink = Terminal(console, 0, 156_250, deadline=float("inf"))
+    for row in rows:
+        sink.write(row)
+    sink.close()
+    text = re.sub(r"\x1b\[[0-9?;]*[A-Za-z]", "", file.getvalue())
+    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"skipped_steps": 20, "loss": None}, {"data_share": 0.99}])
+def test_the_terminals_line_fits_100_columns(terminal, changes):
+    line = show(ROW | changes, terminal=terminal)[-1]
+    assert len(line.rstrip()) <= 100
+    for words in ("156000/156250", "123,456 images/s", "MFU 51%", "data 99%" if "data_share" in changes else "data 3%"):
+        assert words in line
+    assert "0:00 left" in line
+    assert ("loss not finite  20 skipped" if "loss" in changes else "loss 0.4123  lr 2.40e-03") in line
+
+
+def test_a_row_without_a_peak_has_no_mfu_on_the_terminal():
+    (line,) = show({name: value for name, value in ROW.items() if name != "mfu"}, terminal=False)
+    assert "images/s  data 3%" in line
