@@ -22,6 +22,7 @@ from fastmae.cli.said_once import rank_and_size, say_once, usage_once
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
 from fastmae.train.recipes import RECIPES
+from fastmae.train.signals import StopRequest
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 """Exit codes: what the user can mend, and Ctrl-C outside the training loop."""
@@ -68,9 +69,10 @@ def _bench(defaults: PretrainConfig) -> BenchConfig:
 
 def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, PretrainConfig):
-        from fastmae.cli.pretrain import pretrain
+        with StopRequest() as stop:  # before PyTorch is imported, which takes seconds
+            from fastmae.cli.pretrain import pretrain
 
-        return pretrain(apply_flags(command, defaults, _given(argv)))
+            return pretrain(apply_flags(command, defaults, _given(argv)), stop)
     if isinstance(command, BenchConfig):
         from fastmae.cli.bench import bench
 

@@ -19,6 +19,7 @@ from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_f
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
+from fastmae.train.checkpoint.folder import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.heartbeat import Heartbeat
@@ -33,7 +34,8 @@ from fastmae.train.rank_log import RankLog
 from fastmae.train.rank_states import StateBoard
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.signals import PREEMPTED, StopRequest
+from fastmae.train.signals import PREEMPTED, StoppedEarly, StopRequest
+from fastmae.train.watch import leave_if_asked
 from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12
@@ -48,13 +50,13 @@ _FLAGS = {
 """Where arguments come from that functions complain about by their own names."""
 
 
-def pretrain(config: PretrainConfig) -> int:
-    """Train, evaluate, and say where the picture is; return the exit code."""
-    with StopRequest() as stop:
-        return _join_and_pretrain(config, stop)
+def pretrain(config: PretrainConfig, stop: StopRequest) -> int:
+    """Train, evaluate, and say where the picture is; return the exit code.
 
-
-def _join_and_pretrain(config: PretrainConfig, stop: StopRequest) -> int:
+    Args:
+        config: from the flags.
+        stop: signals, watched for already.
+    """
     with mistakes(_FLAGS):
         validate(config)
         if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
@@ -80,8 +82,12 @@ def _pretrain(
         run = _open_run(config, ranks)
     with run, RankLog(run.path, ranks.rank, ranks.size, parallelism.device):
         console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
-        with mistakes(_FLAGS):
-            trainer = _prepare(config, run, console, parallelism, ranks, stop, heartbeat)
+        try:
+            with mistakes(_FLAGS):
+                trainer = _prepare(config, run, console, parallelism, ranks, stop, heartbeat)
+        except StoppedEarly as stopped:
+            _leave_early(config, run, console, str(stopped))
+            return PREEMPTED
         begun, first_step = time.monotonic(), trainer.step
         status = trainer.fit()
         seconds = time.monotonic() - begun
@@ -90,7 +96,11 @@ def _pretrain(
             return PREEMPTED
         if parallelism.is_main:
             heartbeat.begin("evaluating")
-            _finish(trainer, run, console, seconds, trainer.step - first_step)
+            ended = run.read_json("status.json")
+            run.write_json("status.json", ended | {"status": "running"})  # it is not finished without its weights
+            with run.failure_noted(lambda: trainer.step):
+                _finish(trainer, run, console, seconds, trainer.step - first_step)
+            run.write_json("status.json", ended)
         heartbeat.begin("ending")
         ranks.first("ending the run", lambda: None)  # the others wait for it
     return 0
@@ -113,6 +123,15 @@ def _open_run(config: PretrainConfig, ranks: Ranks) -> RunFolder:
     return run or RunFolder(config.out, resume=config.resume, leader=False)
 
 
+def _leave_early(config: PretrainConfig, run: RunFolder, console: Console, reason: str) -> None:
+    """Leave a run folder that the run can begin in, or go on in, with ``--resume``."""
+    saved = list_checkpoints(run.checkpoints)
+    run.write_json("status.json", {"status": "preempted", "step": step_of(saved[0]) if saved else 0, "reason": reason})
+    if run.leader and run.read_json("config.json") is None:
+        run.write_json("config.json", to_json(config))
+    console.print(f"Left before the first step. Continue with: fastmae pretrain --out {run.path} --resume")
+
+
 def _prepare(
     config: PretrainConfig,
     run: RunFolder,
@@ -132,12 +151,14 @@ def _prepare(
     if ranks.size > 1:
         ranks.first("opening the data", lambda: open_dataset() and None)  # the others then find its index
     dataset = open_dataset()
+    leave_if_asked(ranks, stop)
     if config.model.attention == "xformers":
         _xformers.require(device)
     heartbeat.begin("starting")
     kind = data.choose_loader(dataset, config.data.loader)
     model = construct(lambda: create_model(**config.model_arguments()), parallelism)
     preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
+    leave_if_asked(ranks, stop)
     options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop, "heartbeat": heartbeat}
     options["observers"] = _observers(config, dataset, ranks)
     trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)

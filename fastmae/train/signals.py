@@ -1,4 +1,4 @@
-"""Leaving on request: SIGINT, SIGTERM and SIGUSR1 ask the training loop to save and stop.
+"""Leaving on request: SIGINT, SIGTERM and SIGUSR1 ask the training to save and stop, or not to begin.
 
 A second SIGINT or SIGTERM ends it at once, but not the same one within a second: a batch system may signal every
 process of a job, launchers included, and those pass on what they get. SIGUSR1 is notice only, however often it comes.
@@ -18,10 +18,15 @@ _TWICE = 1.0
 """Seconds within which the same signal again is the same request, delivered in two ways."""
 
 
+class StoppedEarly(Exception):
+    """A signal came before the first step; the message is its name."""
+
+
 class StopRequest:
     """A context within which the first of the signals only sets ``requested``.
 
     The handler does nothing else: the loop looks at the flag between steps, so that a save never starts inside one.
+    Before the first step it is looked at where nothing is half done, and the evaluation after the last one completes.
     Outside the main thread, where Python does not allow handlers, the flag stays unset.
     """
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from fastmae.train.checkpoint import Ranks
-from fastmae.train.signals import StopRequest
+from fastmae.train.signals import StoppedEarly, StopRequest
 
 
 class Watch:
@@ -44,5 +44,19 @@ class Watch:
 
     def signal(self) -> str | None:
         """The signal that came, to this rank or to another; all have to ask."""
-        anywhere = self._ranks.any(bool(self._stop.requested))
-        return self._stop.requested or ("a signal to another rank" if anywhere else None)
+        return _signal(self._ranks, self._stop)
+
+
+def leave_if_asked(ranks: Ranks, stop: StopRequest) -> None:
+    """Between two stages of what comes before the first step; every rank calls it.
+
+    Raises:
+        StoppedEarly: on all ranks, if a signal has come to any.
+    """
+    if name := _signal(ranks, stop):
+        raise StoppedEarly(name)
+
+
+def _signal(ranks: Ranks, stop: StopRequest) -> str | None:
+    anywhere = ranks.any(bool(stop.requested))
+    return stop.requested or ("a signal to another rank" if anywhere else None)
