@@ -79,7 +79,7 @@ class Trainer:
         self.config, self.model, self.dataset, self.run = config, model, dataset, run
         self.console = console or Console()
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
-        names = ("seed", "precision", "activation_checkpointing", "compile", "reshard_after_forward")
+        names = ("seed", "precision", "activation_checkpointing", "compile", "compile_mode", "reshard_after_forward")
         self.forward = parallelize(model, self.parallelism, **{name: getattr(train, name) for name in names})
         self.batch_size, self.accumulation = divide_batch(
             train.global_batch_size, self.ranks.size, train.batch_size, multiple_of=train.masks_per_image

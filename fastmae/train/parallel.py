@@ -7,7 +7,6 @@ optimiser groups and the initialisation need not know.
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.initialization import draw_parameter
 from fastmae.positions import sincos_positions
+from fastmae.train.compilation import CompileMode, check_compile_mode, compile_blocks, compile_model, graphed_batch
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -37,9 +37,6 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _RECOMPUTE = {"none": "nothing", "selective": "attention", "full": "block"}
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_GRAPHS = 64
-"""Graphs of a block that the compiler may keep: six a model (first, middle and last block of encoder and decoder
-differ) for each image size."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,11 @@ def initialize(
     return Parallelism(mode, rank, world_size, local_rank, device, mesh, owns_group)
 
 
+def num_processes() -> int:
+    """Processes that torchrun started, this one among them; 1 without torchrun."""
+    return _environment()[1]
+
+
 def shutdown(parallelism: Parallelism) -> None:
     """Leave the process group, if :func:`initialize` made it."""
     if parallelism.owns_group and dist.is_initialized():
@@ -145,6 +147,7 @@ def parallelize(
     precision: Precision = "fp32",
     activation_checkpointing: ActivationCheckpointing = "none",
     compile: bool = False,
+    compile_mode: CompileMode = "default",
     reshard_after_forward: bool = True,
 ) -> nn.Module:
     """Put a model on this process's device, as one of several that train it.
@@ -163,18 +166,23 @@ def parallelize(
             bytes a token and unit of width in bf16, 10 are saved, for a quarter of its products); "full", all but the
             blocks' inputs (18 are saved, for two thirds of its products).
         compile: compile the model where it is alone, else each block.
+        compile_mode: of ``torch.compile``, as :mod:`fastmae.train.compilation` has it.
         reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
             backward; False keeps them, which takes the memory of the whole model in the precision.
 
     Returns:
         The module to call: the model itself, compiled, or in ``DistributedDataParallel``.
+
+    Raises:
+        ValueError: a mode of compilation that is not for this device or parallelism.
     """
+    if compile:
+        check_compile_mode(compile_mode, device_type=parallelism.device.type, sharded=parallelism.sharded)
     blocks = [*model.blocks, *model.decoder_blocks]
     for block in blocks:
         block.recompute = _RECOMPUTE[activation_checkpointing]
-        if compile and parallelism.mode != "none":
-            # Of the instance, and not by wrapping it, so that no name changes and hooks stay outside the graph.
-            block.forward = torch.compile(block.forward, dynamic=False, **_graph_limit())
+    if compile and parallelism.mode != "none":
+        compile_blocks(model, compile_mode)
     if parallelism.sharded:
         _shard(model, blocks, parallelism, DTYPES[precision], reshard_after_forward)
     if next(model.parameters()).is_meta:
@@ -185,7 +193,7 @@ def parallelize(
         ids = [parallelism.device.index] if parallelism.device.type == "cuda" else None
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
-    return torch.compile(model, dynamic=False) if compile and parallelism.mode == "none" else model
+    return compile_model(model, compile_mode) if compile and parallelism.mode == "none" else model
 
 
 @torch.no_grad()
@@ -211,11 +219,11 @@ def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
 
     Gradients are reduced over the processes with the last one only; until then a process keeps its own, whole ones.
     """
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
+    context = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
-    return nullcontext()
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    return graphed_batch(bare, last, context) if getattr(bare, "cuda_graphs", False) else context
 
 
 def _environment() -> tuple[int, int, int, int]:
@@ -264,7 +272,3 @@ def _shard(
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])
-
-
-def _graph_limit() -> dict[str, int]:
-    return {"recompile_limit": _GRAPHS} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
