@@ -90,6 +90,16 @@ class Job:
         output = process.communicate(timeout=LONG)[0]
         return process.returncode, output
 
+    def notice(self, **options) -> tuple[int, str]:
+        """Send the script SIGUSR1 while its launcher runs, as Slurm does before the time is over."""
+        process = self.start(waits=True, **options)
+        deadline = time.monotonic() + LONG
+        while "waiting" not in self.calls and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        output = process.communicate(timeout=LONG)[0]
+        return process.returncode, output
+
     @property
     def calls(self) -> str:
         return self._calls.read_text() if self._calls.exists() else ""
@@ -148,23 +158,25 @@ def test_the_status_of_an_earlier_start_does_not_count(job):
     assert (job.run / "status.previous.json").exists()
 
 
-def test_a_run_that_gets_nowhere_is_not_requeued_for_ever(job):
+def test_a_run_that_gets_nowhere_in_its_time_is_not_requeued_for_ever(job):
+    job.finish(status=job.status("preempted", 9))
+    job._calls.unlink()
+    code, output = job.notice(restarts=1, status=job.status("preempted", 9))
+    assert (code, job.requeued) == (1, False)
+    assert "its time was over at step 9, where it began" in output
+
+
+def test_a_run_that_another_job_preempted_while_it_started_goes_back_into_the_queue(job):
     job.finish(status=job.status("preempted", 9))
     job._calls.unlink()
     code, output = job.finish(restarts=1, status=job.status("preempted", 9))
-    assert (code, job.requeued) == (1, False)
-    assert "preempted at step 9, where it began" in output
+    assert (code, job.requeued) == (0, True), output
 
 
 def test_notice_is_passed_on_and_the_end_is_waited_for(job):
-    process = job.start(status=job.status("preempted", 9), waits=True)
-    deadline = time.monotonic() + LONG
-    while "waiting" not in job.calls and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=LONG)[0]
+    code, output = job.notice(status=job.status("preempted", 9))
     assert "torchrun got SIGUSR1" in job.calls, output
-    assert (process.returncode, job.requeued) == (0, True), output
+    assert (code, job.requeued) == (0, True), output
 
 
 def commands(path: Path) -> list[tuple[str, str]]:

@@ -65,10 +65,14 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> int:
         parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
     stall_seconds = config.report.stall_seconds
     try:
-        with Heartbeat(parallelism.rank, StateBoard.create(), stall_seconds) as heartbeat, heartbeat.explaining():
-            with Ranks.create() as ranks, heartbeat.explaining():
-                ranks.waiting = heartbeat.waiting
-                return _pretrain(config, parallelism, ranks, stop, heartbeat)
+        with (
+            Heartbeat(parallelism.rank, StateBoard.create(), stall_seconds) as heartbeat,
+            heartbeat.explaining(),
+            Ranks.create() as ranks,
+            heartbeat.explaining(),
+        ):
+            ranks.waiting = heartbeat.waiting
+            return _pretrain(config, parallelism, ranks, stop, heartbeat)
     finally:
         shutdown(parallelism)
 

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 from fastmae.train.checkpoint.ranks import LostRankError
 
-_TRANSPORT = re.compile(r"\bgloo/(transport|rendezvous)/|Gloo connectFullMesh failed|Application timeout|NCCL communicator was aborted")
+_TRANSPORT = re.compile(
+    r"\bgloo/(transport|rendezvous)/|Gloo connectFullMesh failed|Application timeout|NCCL communicator was aborted"
+)
 """gloo raises plain RuntimeErrors that begin with the file of its source that found the connection broken."""
 
 _DISAGREEMENT = "enforce fail"

@@ -1,0 +1,110 @@
+"""A signal at any moment of a run: before the first step it leaves what can go on, during the evaluation it waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from distributed import run_ranks
+from test_parallel_pretrain import FLAGS
+from training import write_images
+
+from fastmae.cli import main
+from fastmae.cli import pretrain as command
+from fastmae.data import open_dataset
+from fastmae.evaluate import evaluate_sets
+from fastmae.train.preflight import preflight
+
+SIGNALS = [signal.SIGUSR1, signal.SIGTERM]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("signals") / "images")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def signalled(function, number: int):
+    """The function, during which a signal comes."""
+
+    def call(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return function(*arguments, **options)
+
+    return call
+
+
+def status(run: Path) -> dict:
+    return json.loads((run / "status.json").read_text())
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_the_images_are_indexed_leaves_a_run_that_can_begin(tmp_path, images, number, capfd):
+    run = tmp_path / "run"
+    with patch.object(command.data, "open_dataset", signalled(open_dataset, number)):
+        assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 75
+    assert status(run) == {"status": "preempted", "step": 0, "reason": number.name}
+    assert f"Continue with: fastmae pretrain --out {run} --resume" in capfd.readouterr().out
+    assert not list(run.rglob("step-*"))
+    assert main(["pretrain", "--out", str(run), "--resume"]) == 0
+    assert status(run) == {"status": "finished", "step": 12, "reason": "all steps done"}
+
+
+def test_a_signal_while_a_run_goes_on_again_names_the_step_it_is_at(tmp_path, images):
+    run = tmp_path / "run"
+    assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 0
+    before = (run / "config.json").read_text()
+    with patch.object(command, "preflight", signalled(preflight, signal.SIGUSR1)):
+        assert main(["pretrain", "--out", str(run), "--resume", "--train.steps", "14"]) == 75
+    assert status(run) == {"status": "preempted", "step": 12, "reason": "SIGUSR1"}
+    assert (run / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_the_evaluation_lets_it_end(tmp_path, images, number):
+    run, seen = tmp_path / "run", []
+
+    def evaluate(*arguments, **options):
+        seen.append(status(run)["status"])
+        return evaluate_sets(*arguments, **options)
+
+    with patch.object(command, "evaluate_sets", signalled(evaluate, number)):
+        assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 0
+    assert seen == ["running"]  # a run that is killed here has not finished
+    assert status(run) == {"status": "finished", "step": 12, "reason": "all steps done"}
+    assert (run / "model.safetensors").exists()
+
+
+def test_a_run_that_fails_in_its_evaluation_says_so(tmp_path, images):
+    run = tmp_path / "run"
+
+    def evaluate(*arguments, **options):
+        raise RuntimeError("no picture")
+
+    with patch.object(command, "evaluate_sets", evaluate), pytest.raises(RuntimeError, match="no picture"):
+        main([*FLAGS, "--data.path", str(images), "--out", str(run)])
+    assert status(run) == {"status": "failed", "step": 12, "reason": "RuntimeError('no picture')"}
+
+
+def start(rank: int, folder: Path) -> int:
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    opened = signalled(open_dataset, signal.SIGTERM) if rank == 1 else open_dataset
+    with patch.object(command.data, "open_dataset", opened):
+        return main([*FLAGS, "--data.path", str(folder / "images"), "--out", str(folder / "run")])
+
+
+def test_a_signal_to_one_rank_before_the_first_step_is_followed_by_all(tmp_path):
+    write_images(tmp_path / "images")
+    assert run_ranks(start, 2, tmp_path) == [75, 75]
+    assert status(tmp_path / "run") == {"status": "preempted", "step": 0, "reason": "a signal to another rank"}
