@@ -86,9 +86,10 @@ class Pictures(Observer):
 
     def _look(self, trainer: Trainer) -> None:
         path = trainer.run.reconstructions / f"step-{trainer.step:06}.png" if trainer.parallelism.is_main else None
+        options = {"dtype": trainer.dtype, "when": f"after {trainer.step:,} steps"}
         try:
             with evaluating(trainer.model):
-                summary = self._sets.evaluate(trainer.model, path, dtype=trainer.dtype)
+                summary = self._sets.evaluate(trainer.model, path, **options)
         except OSError as error:  # of writing the file, when all ranks have done their part
             trainer.console.print(f"step {trainer.step}: no picture: {error}")
             return

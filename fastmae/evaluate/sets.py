@@ -89,10 +89,15 @@ class FixedSets:
         self._baselines: dict[str, dict[str, Tensor]] = {}
 
     def evaluate(
-        self, model: nn.Module, path: Path | str | None, *, dtype: torch.dtype = torch.float32
+        self, model: nn.Module, path: Path | str | None, *, dtype: torch.dtype = torch.float32, when: str = ""
     ) -> dict[str, dict]:
-        """As :func:`evaluate_sets`; without a path nothing is drawn, as on the ranks of a sharded model whose forward
-        they have to join."""
+        """As :func:`evaluate_sets`.
+
+        Args:
+            model, dtype: the same.
+            path: None draws nothing, as on the ranks of a sharded model that only have to join its forward.
+            when: for the picture's title, in the manner of "after 400 steps".
+        """
         summary, blocks = {}, []
         for heading, images in self._sets.items():
             labels = self._names[heading]
@@ -112,15 +117,15 @@ class FixedSets:
             summary[heading] = numbers
             blocks.append(Block(heading[:1].upper() + heading[1:], _describe(numbers), rows))
         if path is not None:
-            self._draw(blocks, path, model.norm_pix_loss)
+            self._draw(blocks, path, when, model.norm_pix_loss)
         return summary
 
-    def _draw(self, blocks: list[Block], path: Path | str, normalized: bool) -> None:
+    def _draw(self, blocks: list[Block], path: Path | str, when: str, normalized: bool) -> None:
         note = "De-normalised with the target patches' own mean and standard deviation. " if normalized else ""
         draw(
             blocks,
             path,
-            title=f"Masked autoencoder, {100 * self._mask_ratio:g} % of patches masked",
+            title=f"{' '.join(['Masked autoencoder', when]).strip()}, {100 * self._mask_ratio:g} % of patches masked",
             note=f"{note}Visible patches are pasted. Error: mean squared, masked patches only, pixels in units of the "
             "data's standard deviation.",
         )

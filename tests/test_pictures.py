@@ -1,0 +1,233 @@
+"""Reconstruction pictures during a run: always of the same images and masks, and nothing about the training changes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from PIL import Image
+from rich.console import Console
+from training import MODEL, TRAIN, make_trainer, write_images
+
+from fastmae import data
+from fastmae.cli.evaluations import Pictures, Probe, reconstruction_sets
+from fastmae.model import create_model
+from fastmae.train.checkpoint import Ranks
+from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
+from fastmae.train.loop import Trainer
+from fastmae.train.observers import Observer
+from fastmae.train.parallel import construct, initialize, shutdown
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.weights import load_model
+
+REPORT = ReportConfig(picture_every_steps=4)
+
+
+def watched(out: Path, images: Path, observers=(Pictures,), **options) -> Trainer:
+    trainer = make_trainer(out, images, **options)
+    config = replace(trainer.config, report=REPORT)
+    trainer.observers = [observer(config, trainer.dataset) for observer in observers]
+    return trainer
+
+
+def evaluations(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "images")
+
+
+CASES = {
+    "bf16, accumulation": {"batch_size": 4, "steps": 8},
+    "fp32, two image sizes": {"precision": "fp32", "options": {"progressive_sizes": (16, 32)}, "steps": 8},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_the_training_is_the_same_bit_for_bit(tmp_path, images, options):
+    trainers = {}
+    for name, observers in (("plain", ()), ("pictures", (Pictures,))):
+        torch.manual_seed(3)
+        trainers[name] = watched(tmp_path / name, images, observers, checkpoint_every_steps=4, **options)
+        trainers[name].fit()
+        assert trainers[name].model.training
+        assert all(parameter.grad is None for parameter in trainers[name].model.parameters())
+    weights = [trainer.model.state_dict() for trainer in trainers.values()]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in trainers]
+    keys = ("step", "loss", "grad_norm", "lr", "samples")
+    plain, observed = ([[json.loads(row)[key] for key in keys] for row in run] for run in rows)
+    assert plain == observed
+    checkpoints = [load_model(tmp_path / name / "checkpoints" / "step-4")[0].state_dict() for name in trainers]
+    assert all(torch.equal(checkpoints[0][name], checkpoints[1][name]) for name in weights[0])
+
+
+def test_random_numbers_and_the_models_state_are_untouched(tmp_path, images):
+    trainer = watched(tmp_path / "run", images, steps=4)
+    seen = []
+
+    class Check(Observer):
+        def __init__(self, *_):
+            pass
+
+        def after_step(self, trainer):
+            state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - what nobody should touch
+            trainer.observers[1].after_step(trainer)
+            assert torch.equal(torch.get_rng_state(), state[0])
+            assert np.array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
+            assert all(module.training for module in trainer.model.modules())
+            assert all(getattr(m, "weight_cast", None) is None for m in trainer.model.modules())
+            assert torch.is_grad_enabled()
+            seen.append(trainer.step)
+
+    trainer.observers = [Check(), *trainer.observers]
+    trainer.fit()
+    assert seen == [1, 2, 3, 4]
+
+
+def test_a_picture_every_so_many_steps_with_its_errors(tmp_path, images):
+    watched(tmp_path / "run", images).fit()
+    names = [f"step-{step:06}.png" for step in (4, 8, 12)]
+    assert sorted(path.name for path in (tmp_path / "run" / "reconstructions").iterdir()) == names
+    rows = evaluations(tmp_path / "run")
+    assert [(row["step"], Path(row["reconstructions"]).name) for row in rows] == list(
+        zip((4, 8, 12), names, strict=True)
+    )
+    for key in ("crops_mse", "unseen_mse"):
+        assert len({row[key] for row in rows}) == 3  # the weights move
+        for baseline in ("mean_color", "inverse_distance"):
+            assert len({row[f"{key}_{baseline}"] for row in rows}) == 1  # images and masks do not
+
+
+def test_pictures_of_the_same_weights_are_the_same(tmp_path, images):
+    class Still(Observer):
+        def __init__(self, *_):
+            self.weights = None
+
+        def after_step(self, trainer):
+            if self.weights is None:
+                self.weights = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+            trainer.model.load_state_dict(self.weights)
+
+    run = tmp_path / "run"
+    watched(run, images, (Still, Pictures), base_lr=0.3, options={"progressive_sizes": (16, 32)}).fit()
+    first, *others = evaluations(run)
+    assert all({**row, "step": 4, "reconstructions": ""} == {**first, "reconstructions": ""} for row in others)
+    pictures = [pixels(Path(row["reconstructions"])) for row in (first, *others)]
+    title = 120  # which says the step
+    assert all(np.array_equal(picture[title:], pictures[0][title:]) for picture in pictures)
+    assert not np.array_equal(pictures[0][:title], pictures[1][:title])
+
+
+def test_crops_are_those_of_the_end_and_grey_models_have_no_photographs(tmp_path, images):
+    config = PretrainConfig(data=DataConfig(path=images), model=MODEL)
+    dataset = data.open_dataset(images)
+    few, names = reconstruction_sets(config, dataset, 12)
+    many, _ = reconstruction_sets(config, dataset, 20)
+    heading = "new crops of the training images"
+    assert list(few) == [heading, "a photograph never trained on"]
+    assert names == {"a photograph never trained on": ["cat"]}
+    assert torch.equal(few[heading], many[heading][:12])
+    (tmp_path / "grey").mkdir()
+    Image.new("L", (40, 50), 99).save(tmp_path / "grey" / "a.png")
+    config = replace(config, model=replace(MODEL, in_chans=1), data=DataConfig(path=tmp_path / "grey"))
+    grey, names = reconstruction_sets(config, data.open_dataset(tmp_path / "grey", channels=1), 2)
+    assert (list(grey), names) == ([heading], {})
+    assert grey[heading].shape == (2, 1, 32, 48)
+
+
+def test_a_continued_run_draws_again_what_comes_after_its_checkpoint(tmp_path, images):
+    run = tmp_path / "run"
+    watched(run, images, checkpoint_every_steps=6).fit()
+    kept = {path.name: path.read_bytes() for path in (run / "reconstructions").iterdir()}
+    (run / "reconstructions" / "step-000008.png").write_bytes(b"of another future")
+    trainer = watched(run, images, resume=True)
+    trainer.resume(run / "checkpoints" / "step-6")
+    trainer.fit()
+    assert [row["step"] for row in evaluations(run)] == [4, 8, 12]
+    assert {path.name: path.read_bytes() for path in (run / "reconstructions").iterdir()} == kept
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_the_training(tmp_path, images, capsys):
+    trainer = watched(tmp_path / "run", images)
+    trainer.console = Console()
+    (tmp_path / "run" / "reconstructions").rmdir()
+    trainer.fit()
+    assert "step 4: no picture: " in capsys.readouterr().out
+    assert trainer.step == 12
+
+
+def train(rank: int, mode: str, out: Path, images: Path, observers: tuple) -> dict | None:
+    place = initialize(mode)
+    config = PretrainConfig(
+        out=out,
+        model=MODEL,
+        data=DataConfig(path=images, loader="torch", num_threads=1),
+        train=replace(TRAIN, precision="fp32", parallel=mode, steps=8, checkpoint_every_steps=4),
+        report=replace(REPORT, probe_every_epochs=2.0),
+    )
+    with Ranks.create() as ranks:
+        dataset = data.open_dataset(images, cache_dir=images.parent / f"cache-{rank}")
+        model = construct(lambda: create_model(**config.model_arguments()), place)
+        run = RunFolder(out, leader=rank == 0)
+        parts = {"parallelism": place, "ranks": ranks, "console": Console(file=io.StringIO())}
+        parts["observers"] = [
+            observer(config, dataset, ranks) if observer is Probe else observer(config, dataset)
+            for observer in observers
+        ]
+        Trainer(config, model, dataset, run, create_loader=data.create_loader, **parts).fit()
+    shutdown(place)
+    if rank:
+        return None
+    return {step: load_model(out / "checkpoints" / f"step-{step}")[0].state_dict() for step in (4, 8)}
+
+
+def job(rank: int, folder: Path) -> dict:
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    return {
+        (mode, watched): train(rank, mode, folder / f"{mode}-{watched}", folder / "classes", observers)
+        for mode in ("ddp", "fsdp")
+        for watched, observers in ((False, ()), (True, (Pictures, Probe)))
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks_runs(tmp_path_factory) -> tuple[Path, dict]:
+    """Runs of two processes, with pictures and probes and without, and those of one process."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name in ("one", "two"):
+        write_images(folder / "classes" / name)
+    train(0, "none", folder / "none-True", folder / "classes", (Pictures, Probe))
+    return folder, run_ranks(job, 2, folder, timeout=100)[0]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_train_as_if_nobody_looked(ranks_runs, mode):
+    _, runs = ranks_runs
+    for step, weights in runs[mode, False].items():
+        assert all(torch.equal(runs[mode, True][step][name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_see_what_one_sees(ranks_runs, mode):
+    folder, _ = ranks_runs
+    found, expected = (evaluations(folder / f"{name}-True") for name in (mode, "none"))
+    assert [set(row) for row in found] == [set(row) for row in expected]
+    assert any("knn_top1" in row for row in found)
+    for row, other in zip(found, expected, strict=True):
+        for key in set(row) - {"probe_seconds", "reconstructions"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-4), key
