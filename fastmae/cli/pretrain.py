@@ -18,10 +18,12 @@ from fastmae.evaluate import evaluate_sets
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
+from fastmae.train.auto_batch import settle_batch_size
 from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.folder import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
+from fastmae.train.free_memory import find_machine
 from fastmae.train.heartbeat import Heartbeat
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
@@ -34,6 +36,7 @@ from fastmae.train.rank_log import RankLog
 from fastmae.train.rank_states import StateBoard
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.scaling.sizes import architecture_sizes
 from fastmae.train.signals import PREEMPTED, StoppedEarly, StopRequest
 from fastmae.train.watch import leave_if_asked
 from fastmae.train.weights import export_weights, load_model
@@ -46,6 +49,7 @@ _FLAGS = {
     "device_type": "--train.device",
     "global_batch": "--train.global-batch-size",
     "max_batch": "--train.batch-size",
+    "compile_mode": "--train.compile-mode",
 }
 """Where arguments come from that functions complain about by their own names."""
 
@@ -165,7 +169,15 @@ def _prepare(
     leave_if_asked(ranks, stop)
     options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop, "heartbeat": heartbeat}
     options["observers"] = _observers(config, dataset, ranks)
-    trainer = Trainer(config, model, dataset, run, create_loader=data.create_loader, **options)
+    saved = None
+    if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
+        saved = open_latest(run.path, ranks=ranks)
+    settled = None
+    if config.train.batch_size == "auto":
+        machine = find_machine(config, architecture_sizes(model.architecture), parallelism, ranks, dataset, kind)
+        settled = settle_batch_size(config, machine, saved.manifest if saved else None)
+    to_run = settled.config if settled else config  # config.json keeps "auto", for other GPUs
+    trainer = Trainer(to_run, model, dataset, run, create_loader=data.create_loader, **options)
     _print_config(config, console)
     weights = sum(p.numel() for p in model.parameters())
     if config.data.progressive_sizes:
@@ -176,13 +188,14 @@ def _prepare(
         f"({kind} loader), {trainer.schedule.total_steps:,} steps of "
         f"{processes}{trainer.accumulation} x {trainer.batch_size} images"
     )
+    if settled:
+        console.print(settled.text)
     train, schedule = config.train, trainer.schedule
     console.print(
         f"learning rate {train.base_lr:g} x {train.global_batch_size} / 256 = {schedule.peak_lr:.3g} after "
         f"{schedule.warmup_steps:,.0f} steps of warm-up, then a cosine to {train.min_lr:g}"
     )
-    if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
-        saved = open_latest(run.path, ranks=ranks)
+    if saved:
         differences = trainer.resume(saved)
         console.print(f"Continuing from {saved.path}")
         for difference in differences if parallelism.is_main else ():

@@ -25,6 +25,8 @@ def divide_batch(
         ValueError: if the global batch does not divide among the processes, or no batch of at most ``max_batch`` is a
             multiple of ``multiple_of``.
     """
+    if isinstance(max_batch, str):
+        raise ValueError(f"max_batch: expected a number or None, got {max_batch!r}, which has to be settled first")
     for name, value in (("global_batch", global_batch), ("world_size", world_size), ("multiple_of", multiple_of)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

@@ -73,12 +73,12 @@ def fit_batch(
         return largest_batch(sizes, held(accumulation), kept, hardware, masks_per_image, decoded_bytes)
 
     share = global_batch // cluster.gpus
-    largest = fits(1)
+    passes, largest = 1, fits(1)
     # Accumulation may take memory of its own.
     if largest < share or (most is not None and most < share):
-        largest = fits(2)
+        passes, largest = 2, fits(2)
     if largest < masks_per_image:
-        needed = memory(sizes, held(1), kept, masks_per_image, hardware, masks_per_image, decoded_bytes)
+        needed = memory(sizes, held(passes), kept, masks_per_image, hardware, masks_per_image, decoded_bytes)
         raise TooLargeError(needed.total - needed.reserved, hardware.usable_bytes, masks_per_image)
     limit = largest if most is None else min(largest, most)
     batch, accumulation = divide_batch(global_batch, cluster.gpus, limit, multiple_of=masks_per_image)
