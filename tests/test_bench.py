@@ -134,6 +134,14 @@ def test_on_a_gpu_a_loader_that_disturbs_the_host_is_another_matter():
     assert "--train.compile" in found.advice[1]
 
 
+def test_a_gpu_that_waits_for_the_host_wants_fewer_launches():
+    idle = replace(FACTS, idle_share=0.25)
+    assert advice(FACTS) == advice(replace(FACTS, idle_share=0.05)) == ""
+    assert "--train.compile-mode reduce-overhead: the GPU is idle for 25% of a step" in advice(idle)
+    assert "--train.compile: the GPU is idle for 25% of a step" in advice(replace(idle, compiled=False))
+    assert advice(replace(idle, cuda_graphs=True)) == advice(replace(idle, on_gpu=False)) == ""
+
+
 def test_rates_are_medians_of_rounds_and_ratios_are_taken_within_them():
     found = Throughput(decoded=10, masked=20, kind="torch", threads=1, cores=2)
     for batches, speed in ((4, 1.0), (8, 0.5), (4, 1.0)):
@@ -148,7 +156,7 @@ def test_rates_are_medians_of_rounds_and_ratios_are_taken_within_them():
 
 
 def test_the_trainers_own_steps_are_measured_on_resident_and_on_loaded_batches(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images)
+    trainer = make_trainer(tmp_path / "run", images, log_every_steps=100)
     trainer.config = throughput.config_to_measure(replace(trainer.config, train=replace(trainer.config.train, steps=9)))
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     seen = []
@@ -166,6 +174,9 @@ def test_the_trainers_own_steps_are_measured_on_resident_and_on_loaded_batches(t
     assert 1 < len(addresses) < len(seen)
     trained = [name for name, p in trainer.model.named_parameters() if not torch.equal(p.detach(), before[name])]
     assert trained
+    assert found.breakdown.steps >= 2
+    assert sum(found.breakdown.stages.values()) == pytest.approx(found.breakdown.step_ms)
+    assert {"encoder", "decoder", "backward", "norm and optimiser"} <= found.breakdown.stages.keys()
 
 
 def test_one_optimiser_step_for_each_batch_is_measured(tmp_path, images):
@@ -190,6 +201,13 @@ def test_the_command_prints_a_sentence_and_writes_everything(tmp_path, images, c
     assert found["loader"]["kind"] == "torch"
     assert found["masks_per_image"] == 2
     assert found["config"]["data"]["path"] == str(images)
+    recorded = found["step"]["recorded"]
+    for table in ("stages", "kinds"):
+        assert sum(row["share"] for row in recorded[table].values()) == pytest.approx(1)
+    assert recorded["attributed_share"] == 1
+    assert found["step"]["ms"] == pytest.approx(1e3 * 8 / found["both"]["images_per_second"])
+    assert "matrix products" in text
+    assert "of the time is of a known kind" in text
     assert found["sentence"] in text
     assert all(line in text for line in found["advice"])
     assert "loader alone" in text
@@ -200,6 +218,12 @@ def test_mistakes(tmp_path, images, capsys):
     assert "--seconds: expected a positive number, got 0" in mistake(capsys, "bench", "--seconds", 0)
     assert "/no/such/folder" in mistake(capsys, "bench", "--data.path", "/no/such/folder")
     assert "--model.mask-ratio" in mistake(capsys, "bench", "--model.mask-ratio", 1.5)
+
+
+def test_several_processes_are_refused(capsys, monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert "expected to be started alone, got 4 processes of torchrun" in mistake(capsys, "bench")
 
 
 @pytest.mark.gpu

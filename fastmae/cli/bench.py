@@ -20,11 +20,14 @@ from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train import throughput
 from fastmae.train.bottleneck import Diagnosis, Facts, diagnose
+from fastmae.train.breakdown import Breakdown
+from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.flops import step_flops
+from fastmae.train.kinds import IDLE
 from fastmae.train.loop import Trainer
-from fastmae.train.parallel import DTYPES
+from fastmae.train.parallel import DTYPES, num_processes
 from fastmae.train.peak import matmul_flops
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.throughput import PHASES, Throughput
@@ -40,16 +43,22 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
     with mistakes():
         if not (seconds > 0 and math.isfinite(seconds)):
             raise ValueError(f"--seconds: expected a positive number, got {seconds}")
+        if num_processes() > 1:
+            raise ValueError(
+                f"fastmae bench: expected to be started alone, got {num_processes()} processes of torchrun; it "
+                "measures one, and fastmae pretrain reports the images/s and MFU of several"
+            )
         validate(config)
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
-        with mistakes():
+        with mistakes({"compile_mode": "--train.compile-mode"}):
             trainer = _trainer(throughput.config_to_measure(config), run, console)
         console.print(_setting(trainer), style="dim")
-        result = _result(trainer, throughput.measure(trainer, seconds), config)
-    _print(result, console)
+        found = throughput.measure(trainer, seconds)
+        result = _result(trainer, found, config)
+    _print(result, found.breakdown, console)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n")
     return 0
@@ -102,6 +111,7 @@ def _result(trainer: Trainer, found: Throughput, config: PretrainConfig) -> dict
                   "matmul_flops_per_second": best, "mfu": found.rate("model") * flops / found.masked / best},
         "both": {**rates["both"], "data_wait_share": found.wait_share(), "busy_cores": found.busy_cores("both"),
                  "mfu": found.rate("both") * flops / found.masked / best},
+        "step": {"ms": 1e3 * found.masked / found.rate("both"), "recorded": found.breakdown.to_json()},
         "masks_per_image": facts.masks_per_image,
         "cores": facts.cores,
         "images": {"mean_pixels": facts.source_pixels, "short_side": facts.short_side,
@@ -139,6 +149,8 @@ def _facts(trainer: Trainer, found: Throughput) -> Facts:
         slow_formats=slow,
         precision=train.precision,
         compiled=train.compile,
+        cuda_graphs=train.compile and uses_cuda_graphs(train.compile_mode),
+        idle_share=found.breakdown.kinds.get(IDLE, 0.0) / found.breakdown.step_ms,
     )
 
 
@@ -163,7 +175,7 @@ def _sizes(dataset: Dataset, short_side: int) -> tuple[float, float, float]:
     return float(pixels.mean()), float((pixels * scale**2).mean()), float(slow)
 
 
-def _print(result: dict[str, Any], console: Console) -> None:
+def _print(result: dict[str, Any], breakdown: Breakdown, console: Console) -> None:
     console.print(f"\n{'':<16}{'images/s':>10}   lowest to highest of {len(result['loader']['rounds'])} rounds")
     for phase in PHASES:
         rounds = result[phase]["rounds"]
@@ -185,6 +197,12 @@ def _print(result: dict[str, Any], console: Console) -> None:
         f"({model['flops_per_second'] / 1e12:.3g} of {model['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, "
         f"what a large matrix product reaches here; {model['flops_per_image'] / 1e9:.3g} GFLOP an image)\n"
     )
+    step = result["step"]
+    console.print(
+        f"Where a step goes, loader and model together: {step['recorded']['steps']} steps of "
+        f"{step['recorded']['step_ms']:.1f} ms each while a profiler recorded them ({step['ms']:.1f} ms without one)"
+    )
+    console.print("\n".join(breakdown.lines()) + "\n")
     console.print(result["sentence"], style="bold")
     for advice in result["advice"]:
         console.print(f"  - {advice}")

@@ -66,8 +66,9 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure the loader alone, the model alone and both together; say which is the bottleneck and what would help.
-    Flags are those of fastmae pretrain; each optimiser step has one micro-batch."""
+    """Measure the loader alone, the model alone and both together; say where the time of a step goes, which is the
+    bottleneck and what would help. Flags are those of fastmae pretrain; one process, and each optimiser step has one
+    micro-batch."""
 
     recipe: RecipeName = "photographs"
     """Where the defaults of all other flags come from."""

@@ -17,6 +17,8 @@ _IDLE = 0.75
 _WORTH_SHRINKING = 1.5
 _CHEAP = 4
 """A loader so many times faster than the model takes too little of the processor to be worth making cheaper."""
+_WORTH_GRAPHS = 0.1
+"""Share of a step that a GPU may be idle before launches are worth sparing."""
 _MAX_MASKS = 8
 
 
@@ -43,6 +45,8 @@ class Facts:
         slow_formats: share of the images that are PNG or WebP, slower to decode than JPEG.
         precision: "bf16" or "fp32".
         compiled: whether the model runs through torch.compile.
+        cuda_graphs: whether it does so in CUDA graphs.
+        idle_share: share of a step, images being there, in which the GPU has nothing to do.
     """
 
     loader_rate: float
@@ -66,6 +70,8 @@ class Facts:
     slow_formats: float
     precision: str
     compiled: bool
+    cuda_graphs: bool = False
+    idle_share: float = 0.0
 
     @property
     def loader_capacity(self) -> float:
@@ -179,8 +185,15 @@ def _model_advice(facts: Facts) -> tuple[str, ...]:
     found = []
     if facts.precision == "fp32":
         found.append("--train.precision bf16: products are computed in fp32 now.")
+    idle = f"the GPU is idle for {facts.idle_share:.0%} of a step, waiting for the host to queue work; "
+    idle = idle if facts.idle_share > _WORTH_GRAPHS else ""
     if facts.on_gpu and not facts.compiled:
-        found.append("--train.compile True: not measured here; measure it with this command.")
+        found.append(f"--train.compile: {idle}not measured here; measure it with this command.")
+    elif facts.on_gpu and idle and not facts.cuda_graphs:
+        found.append(
+            f"--train.compile-mode reduce-overhead: {idle}CUDA graphs are not measured here; measure them with this "
+            "command."
+        )
     return tuple(found)
 
 
@@ -200,5 +213,5 @@ def _host_advice(facts: Facts) -> tuple[str, ...]:
     fewer = max(1, facts.loader_threads // 2)
     found = [f"--data.num-threads {fewer}: fewer threads beside the one that queues the GPU's work."]
     if not facts.compiled:
-        found.append("--train.compile True: fewer launches to queue.")
+        found.append("--train.compile: fewer launches to queue.")
     return tuple(found)

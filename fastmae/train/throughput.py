@@ -34,9 +34,10 @@ _RECORDED_STEPS, _RECORDED_SHARE = 5, 0.2
 
 def config_to_measure(config: PretrainConfig) -> PretrainConfig:
     """The configuration with one optimiser step for each batch, without an end, and all sizes the last one's."""
+    batch_size = config.train.batch_size
     train = replace(
         config.train,
-        global_batch_size=config.train.batch_size or config.train.global_batch_size,
+        global_batch_size=batch_size if isinstance(batch_size, int) else config.train.global_batch_size,
         epochs=None,
         steps=1 << 40,
         warmup_epochs=None,
@@ -162,6 +163,7 @@ def _record(trainer: Trainer, feed: Feed, steps: int) -> Breakdown:
     settle(trainer.device)
     recorder = Recorder(trainer, max(2, steps), warmup=1)
     _run(trainer, feed, "both", min(feed.loader.options.prefetch + _READY_BEYOND_PREFETCH, 2 * max(2, steps)))
+    trainer.reporter.values.take()
     recorder.start()
     try:
         while recorder.running:
