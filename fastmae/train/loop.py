@@ -168,8 +168,10 @@ class Trainer:
             self.saves.wait()
             if not self.saves.holds(self.step):
                 self.save(last=True)
-        signal = self.watch.signal()
-        status: Status = "preempted" if signal and self.step < total else "finished"
+            signal = self.watch.signal()
+            status: Status = "preempted" if signal and self.step < total else "finished"
+            for observer in self.observers if status == "finished" else ():
+                observer.finish(self)
         reason = signal or ("all steps done" if self.step == total else "time limit")
         self.run.write_json("status.json", {"status": status, "step": self.step, "reason": reason})
         return status

@@ -19,6 +19,9 @@ class Observer:
     def after_step(self, trainer: Trainer) -> None:
         """After a step, which ``trainer.step`` counts already."""
 
+    def finish(self, trainer: Trainer) -> None:
+        """After the last step of a run that is finished: all steps done, or the time limit reached."""
+
     def end(self) -> None:
         """Once, however the training ended, if :meth:`begin` was called; without collectives."""
 
