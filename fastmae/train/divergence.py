@@ -8,8 +8,16 @@ weights it did not come back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastmae.train.metrics import HostCopy
+
+
+LEAST_FP16 = 17
+"""Halvings that take a loss scale from its first value, 2**16, below 1: what then overflows is no matter of the scale.
+The steps in a row that are a divergence must not be fewer."""
 
 
 class Divergence:
@@ -47,6 +55,21 @@ class Divergence:
             self._length += 1
             if self._length >= self.rollback_after and self.due is None:
                 self.due = self._first
+
+    def newest_taken(self, step: int, interval: HostCopy) -> Callable[[], int]:
+        """A function that gives the newest step that was taken and not skipped, and may wait for it.
+
+        Args:
+            step: of now.
+            interval: values of the steps up to it that have not been observed.
+        """
+        observed = self.last_finite
+
+        def newest() -> int:
+            skipped = interval.wait()["skipped"]
+            return max((s for s, one in enumerate(skipped, step - len(skipped) + 1) if not one), default=observed)
+
+        return newest
 
     @property
     def offending(self) -> tuple[int, int]:
@@ -86,8 +109,3 @@ class Divergence:
         self._first, self._length = state.get("first") or 0, state.get("length") or 0
         self.last_finite, self.rollbacks = state.get("last_finite") or 0, state.get("rollbacks") or 0
         self._went_to = state.get("went_to")
-
-
-LEAST_FP16 = 17
-"""Halvings that take a loss scale from its first value, 2**16, below 1: a gradient that then overflows is no matter of
-the scale."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastmae.train.config import DataConfig, PretrainConfig, TrainConfig
+from fastmae.train.divergence import LEAST_FP16
 from fastmae.train.resolution import progressive_sizes
 
 
@@ -130,6 +131,10 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
         value = getattr(train, name)
         require(value in (None, "auto") or value > 0, "train", name, "a positive number")
     require(train.max_rollbacks >= 0, "train", "max_rollbacks", "a number of at least 0")
+    steps = train.precision != "fp16" or train.rollback_after >= LEAST_FP16
+    require(
+        steps, "train", "rollback_after", f"at least {LEAST_FP16} with fp16, whose loss scale has to be found first"
+    )
     compiled = train.compile or train.compile_mode == "default"
     require(compiled, "train", "compile_mode", "default without --train.compile")
     for name in ("warmup_epochs", "warmup_steps", "min_lr", "weight_decay"):

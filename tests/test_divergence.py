@@ -1,0 +1,463 @@
+"""A run whose gradients are no longer finite goes back, leaves the images out, names them, and comes to its end."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed import run_ranks
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from test_resume import assert_same_tensors
+from training import MODEL, TRAIN
+
+from fastmae import data
+from fastmae.data import Batch, LateBad
+from fastmae.data.sampler import permuted_ids
+from fastmae.model import PRESETS, MAEOutput, MaskedAutoencoderViT
+from fastmae.train import parallel
+from fastmae.train.bad_files import BadFiles
+from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
+from fastmae.train.config import DataConfig, PretrainConfig
+from fastmae.train.divergence import LEAST_FP16, Divergence
+from fastmae.train.feed import draw_masks
+from fastmae.train.flags import validate
+from fastmae.train.loop import Trainer
+from fastmae.train.observers import Observer
+from fastmae.train.parallel_gradients import LossScale
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.sample_positions import SamplePositions
+
+IMAGES, SEED = 160, 0
+BLACK = (43, 52, 60)
+"""Positions in the order of images, of steps 6, 7 and 8, whose images are black."""
+OPTIONS = {"precision": "fp32", "seed": SEED, "rollback_after": 3, "checkpoint_every_steps": 1, "keep_checkpoints": 2}
+
+
+class BlackIsNotFinite(MaskedAutoencoderViT):
+    """Predicts infinity for a black image, and so has no finite loss or gradient for its batch."""
+
+    def forward(self, images, *, masking, full_pred):
+        out = super().forward(images, masking=masking, full_pred=full_pred)
+        black = (images == 0).flatten(1).all(1).repeat_interleave(len(out.pred) // len(images))
+        pred = out.pred * torch.where(black, math.inf, 1.0)[:, None, None]
+        return MAEOutput(self._loss(images, pred, masking.ids_mask), pred, out.mask)
+
+
+def create(model=MODEL):
+    config = PretrainConfig(model=model, train=TRAIN)
+    arguments = {key: value for key, value in config.model_arguments().items() if value is not None}
+    return BlackIsNotFinite(**PRESETS[arguments.pop("name")] | arguments)
+
+
+def write_images(folder: Path) -> Path:
+    folder.mkdir()
+    black = permuted_ids(np.array(BLACK), IMAGES, SEED)[0].tolist()
+    generator = np.random.default_rng(0)
+    for index in range(IMAGES):
+        pixels = np.zeros((4, 5, 3)) if index in black else generator.integers(20, 256, (4, 5, 3))
+        picture = Image.fromarray(pixels.astype(np.uint8)).resize((60, 48), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{index:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def make(out: Path, images: Path, *, place=None, ranks=None, resume=False, observers=(), options=None, **train):
+    """A trainer, as ``training.make_trainer`` makes it, of a model that black images are too much for."""
+    place, ranks = place or parallel.Parallelism(), ranks or Ranks()
+    train = replace(TRAIN, **OPTIONS | {"parallel": place.mode} | train)
+    settings = DataConfig(path=images, loader="torch", num_threads=1, **options or {})
+    config = PretrainConfig(out=out, resume=resume, model=MODEL, data=settings, train=train)
+    return Trainer(
+        config,
+        parallel.construct(create, place),
+        data.open_dataset(images, cache_dir=out.parent / f"cache-{ranks.rank}"),
+        RunFolder(out, resume=resume, leader=ranks.rank == 0),
+        create_loader=data.create_loader,
+        console=Console(file=io.StringIO(), width=1000),
+        parallelism=place,
+        ranks=ranks,
+        observers=observers,
+    )
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def known(run: Path) -> dict:
+    """What a run left that must not hang on interruptions: rows without times, rollbacks without paths."""
+    names = ("step", "samples", "epoch", "lr", "loss", "grad_norm", "skipped_steps", "rollbacks", "loss_max")
+    rollbacks = [(r["first_step"], r["to_step"], r["positions_left_out"]) for r in read(run / "rollbacks.jsonl")]
+    return {"rows": [[row[name] for name in names] for row in read(run / "metrics.jsonl")], "rollbacks": rollbacks}
+
+
+class At(Observer):
+    """Calls a function once, after a step; a run that went back meets the step again."""
+
+    def __init__(self, step, function, *, once=True):
+        self.step, self.function, self.left = step, function, 1 if once else math.inf
+
+    def after_step(self, trainer):
+        if trainer.step == self.step and self.left > 0:
+            self.left -= 1
+            self.function(trainer)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, images):
+    """A run that goes back once, undisturbed."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    trainer = make(out, images)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    return out, trainer.console.file.getvalue()
+
+
+def test_a_run_goes_back_and_on_with_later_images(straight):
+    run, printed = straight
+    rows = read(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 8, 12]
+    # Steps 6 to 8 are not finite: back to step 5, and on with the images of step 9.
+    assert [row["samples"] for row in rows] == [32, 8 * 8 + 3 * 8, 8 * 8 + 7 * 8]
+    assert [row["epoch"] for row in rows] == [8 * step / IMAGES for step in (4, 8, 12)]
+    assert [row["rollbacks"] for row in rows] == [0, 1, 1]
+    assert all(row["loss"] is not None and row["skipped_steps"] == 0 for row in rows)
+    assert read(run / "rollbacks.jsonl") == [
+        {
+            "first_step": 6,
+            "last_step": 8,
+            "noticed_at_step": 8,
+            "dump": str(run / "non_finite/step-6"),
+            "to_step": 5,
+            "checkpoint": str(run / "checkpoints/step-5"),
+            "positions_left_out": [40, 63],
+        }
+    ]
+    assert "WENT BACK TO STEP 5 (1 of at most 3 times): no finite gradient in steps 6 to 8" in printed
+    assert "Images 40 to 63 of the run's order are left out" in printed
+    # The checkpoint before the streak outlived two of the streak that are newer; those are set aside.
+    assert {path.name for path in (run / "checkpoints").glob("*.abandoned")} == {"step-6.abandoned", "step-7.abandoned"}
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step-12", "step-11"]
+
+
+def test_the_batch_is_dumped_and_the_image_named(straight, images):
+    run, printed = straight
+    folder = run / "non_finite/step-6"
+    assert [path.name for path in folder.parent.iterdir()] == ["step-6"]
+    dumped = json.loads((folder / "batch.json").read_text())
+    black = int(permuted_ids(np.array([43]), IMAGES, SEED)[0][0])
+    path = str(images / f"{black:03}.png")
+    assert dumped["images_without_finite_loss"] == 1
+    assert dumped["weights_not_finite"] == dumped["moments_not_finite"] == []
+    assert 0 < dumped["largest_weight"][1] < 100
+    first, *others = dumped["images"]
+    assert math.isinf(float(first["loss"]))
+    assert (first["position"], first["sample_id"], first["path"], first["epoch"]) == (43, black, path, 0)
+    assert (first["label"], first["rank"], len(first["box"]), len(first["flips"])) == (None, 0, 4, 2)
+    assert sorted(image["position"] for image in dumped["images"]) == list(range(40, 48))
+    losses = [image["loss"] for image in others]
+    assert losses == sorted(losses, reverse=True)
+    tensors = load_file(folder / "rank-0.safetensors")
+    assert tensors["images"].shape == (8, 3, 32, 48)
+    assert tensors["images"].dtype == torch.uint8
+    assert torch.equal((tensors["images"] == 0).flatten(1).all(1), ~tensors["losses"].isfinite().all(1))
+    assert not tensors["images"][first["row"]].any()
+    assert tensors["sample_ids"][first["row"]] == black
+    assert tensors["ids_keep"].shape == (8, 1, 6)
+    assert f"8 images, 0.04 MB. No finite loss: {path}" in printed
+
+
+def test_the_losses_of_the_dump_are_those_of_the_training(straight, images, tmp_path):
+    """On the checkpoint before the step, whose weights are those that the step failed on."""
+    trainer = make(tmp_path / "run", images, observers=[At(5, leave)])
+    trainer.fit()
+    trainer.run.close()
+    with trainer.loader_at(40) as loader:
+        batch = Batch(*(values[(batch.images != 0).flatten(1).any(1)] for batch in [next(loader)] for values in batch))
+    with torch.no_grad():
+        masking = draw_masks(batch, trainer.model, trainer.config)
+        loss = trainer.model(batch.images, masking=masking, full_pred=False).loss.item()
+    dumped = json.loads((straight[0] / "non_finite/step-6/batch.json").read_text())
+    assert loss == pytest.approx(np.mean([image["loss"] for image in dumped["images"][1:]]), rel=1e-5)
+
+
+def test_what_follows_is_the_checkpoint_on_later_images(straight, images, tmp_path):
+    """As if somebody had taken step 5's checkpoint and begun the data at position 64 by hand."""
+    first = make(tmp_path / "run", images, steps=12, observers=[At(5, leave)])
+    first.fit()
+    first.run.close()
+    second = make(tmp_path / "run", images, resume=True)
+    assert second.resume(latest_checkpoint(tmp_path / "run")) == []
+    second.positions.jump(5, 64)
+    second.fit()
+    second.run.close()
+    assert_same_tensors(straight[0] / "checkpoints/step-12", tmp_path / "run/checkpoints/step-12")
+
+
+def leave(trainer):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Killed(BaseException):
+    """Ends a run without a save, as SIGKILL does."""
+
+
+def die(trainer):
+    raise Killed
+
+
+def resume_and_finish(out: Path, images: Path) -> None:
+    torch.manual_seed(77)
+    resumed = make(out, images, resume=True)
+    assert resumed.resume(latest_checkpoint(out)) == []
+    assert resumed.fit() == "finished"
+    resumed.run.close()
+
+
+def assert_as_undisturbed(out: Path, straight: Path) -> None:
+    assert known(out) == known(straight)
+    assert_same_tensors(straight / "checkpoints/step-12", out / "checkpoints/step-12")
+
+
+SLOW = pytest.mark.slow
+MOMENTS = [
+    *(pytest.param(how, step, 1, marks=SLOW) for how in (leave, die) for step in (5, 8, 9, 11)),
+    *(pytest.param(how, step, visit, marks=SLOW) for how in (leave, die) for step in (6, 7) for visit in (1, 2)),
+    (leave, 7, 1),  # in the streak
+    (die, 8, 1),  # when it would have been noticed
+    (die, 6, 2),  # gone back, and not saved since
+]
+
+
+@pytest.mark.parametrize(("how", "step", "visit"), MOMENTS)
+def test_interrupted_at_any_moment_it_goes_on_as_undisturbed(straight, images, tmp_path, how, step, visit):
+    """A run that goes back visits steps 6 to 8 twice."""
+    observers = [At(step, how)]
+    if visit == 2:
+        observers = [At(step, lambda trainer: observers.append(At(step, how)))]
+    trainer = make(tmp_path / "run", images, observers=observers)
+    if how is leave:
+        assert trainer.fit() == "preempted"
+    else:
+        with pytest.raises(Killed):
+            trainer.fit()
+    trainer.run.close()
+    resume_and_finish(tmp_path / "run", images)
+    assert_as_undisturbed(tmp_path / "run", straight[0])
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_noticed_late_it_goes_on_the_same(straight, images, tmp_path, stops):
+    """On a GPU and with several ranks, rows are read an interval late; and a run may have to leave before it goes
+    back."""
+    trainer = make(tmp_path / "run", images, observers=[At(8, leave)] if stops else [])
+    trainer.reporter._late = 1
+    assert trainer.fit() == ("preempted" if stops else "finished")
+    trainer.run.close()
+    if stops:
+        manifest = json.loads((tmp_path / "run/checkpoints/step-8/manifest.json").read_text())
+        assert (manifest["divergence"]["due"], manifest["divergence"]["rollbacks"]) == (6, 0)
+        resume_and_finish(tmp_path / "run", images)
+    else:
+        assert read(tmp_path / "run/rollbacks.jsonl")[0]["noticed_at_step"] == 9
+    assert_as_undisturbed(tmp_path / "run", straight[0])
+
+
+def spoil(trainer):
+    """Weights that are finite, and no longer of any use."""
+    with torch.no_grad():
+        trainer.model.decoder_pred.weight.mul_(1e30)
+
+
+def test_a_checkpoint_that_fails_again_is_not_gone_back_to_twice(images, tmp_path):
+    """Step 3 is saved with weights that no gradient is finite of."""
+    trainer = make(tmp_path / "run", images, observers=[At(3, spoil)], checkpoint_every_steps=3, keep_checkpoints=3)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    assert [(r["first_step"], r["to_step"]) for r in read(tmp_path / "run/rollbacks.jsonl")][:2] == [(4, 3), (4, 0)]
+    dumped = json.loads((tmp_path / "run/non_finite/step-4/batch.json").read_text())
+    assert dumped["images_without_finite_loss"] == len(dumped["images"]) == 8
+    assert dumped["largest_weight"][0] == "decoder_pred.weight"
+    assert dumped["largest_weight"][1] > 1e28
+    assert "the weights are at fault, not the images" in trainer.console.file.getvalue()
+
+
+def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_path):
+    """Whenever it comes to step 3."""
+    observers = [At(3, spoil, once=False)]
+    trainer = make(tmp_path / "run", images, observers=observers, max_rollbacks=2, checkpoint_every_steps=None)
+    with pytest.raises(FloatingPointError) as caught:
+        trainer.fit()
+    trainer.run.close()
+    text = str(caught.value)
+    assert text.startswith("no finite gradient in steps 4 to 6, which changed nothing. The first one's batch is in ")
+    assert f"{tmp_path}/run/non_finite/step-4: 8 images" in text
+    assert "has gone back 2 times already (--train.max-rollbacks). What may help: a lower --train.base-lr" in text
+    assert len(read(tmp_path / "run/rollbacks.jsonl")) == 2
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
+    assert (tmp_path / "run/checkpoints/step-0").is_dir()
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(images, tmp_path, capsys):
+    def damage(trainer):
+        (shard,) = (tmp_path / "run/checkpoints/step-5").glob("*.safetensors")
+        shard.write_bytes(shard.read_bytes()[:-10])
+
+    trainer = make(tmp_path / "run", images, observers=[At(7, damage)], keep_checkpoints=9)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    assert "WARNING: damaged checkpoint passed over: " in capsys.readouterr().err
+    assert read(tmp_path / "run/rollbacks.jsonl")[0]["to_step"] == 4
+    assert (tmp_path / "run/checkpoints/step-5.abandoned").is_dir()
+
+
+def train_on_two(rank: int, folder: Path, images: Path) -> dict[str, list]:
+    """Runs of two ranks: the shards of weights that each ends with, and what it said."""
+    ended = {}
+    for mode in ("ddp", "fsdp"):
+        place = parallel.initialize(mode)
+        with Ranks.create() as ranks:
+            trainer = make(folder / mode, images, place=place, ranks=ranks, batch_size=2)
+            if mode == "ddp" and rank == 1:
+                trainer.loader_at = partial(fail_once, trainer)
+            status = trainer.fit()
+            weights = [getattr(p, "to_local", lambda p=p: p)() for p in trainer.model.parameters()]
+            ended[mode] = [status, [w.detach().clone() for w in weights], trainer.console.file.getvalue()]
+            trainer.run.close()
+    return ended
+
+
+def fail_once(trainer, position):
+    """The loader of the dump, which begins where step 6 does, cannot be made; the others can."""
+    if position == 40:
+        raise OSError("no such disk")
+    return Trainer.loader_at(trainer, position)
+
+
+def test_two_ranks_go_back_together(straight, images, tmp_path):
+    one, other = run_ranks(train_on_two, 2, tmp_path, images, timeout=100)
+    for mode in ("ddp", "fsdp"):
+        assert one[mode][0] == other[mode][0] == "finished"
+        rows = read(tmp_path / mode / "metrics.jsonl")
+        expected = read(straight[0] / "metrics.jsonl")
+        for row, single in zip(rows, expected, strict=True):
+            assert row["loss"] == pytest.approx(single["loss"], abs=1e-6)
+            assert [row[name] for name in ("step", "samples", "rollbacks", "skipped_steps")] == [
+                single[name] for name in ("step", "samples", "rollbacks", "skipped_steps")
+            ]
+        assert read(tmp_path / mode / "rollbacks.jsonl")[0]["positions_left_out"] == [40, 63]
+    assert all(torch.equal(a, b) for a, b in zip(one["ddp"][1], other["ddp"][1], strict=True))
+    # One rank cannot dump: none does, and all go on.
+    assert not list((tmp_path / "ddp/non_finite").iterdir())
+    assert not read(tmp_path / "ddp/rollbacks.jsonl")[0]["dump"]
+
+    dumped = json.loads((tmp_path / "fsdp/non_finite/step-6/batch.json").read_text())
+    single = json.loads((straight[0] / "non_finite/step-6/batch.json").read_text())
+    assert len(dumped["images"]) == 8
+    assert dumped["images_without_finite_loss"] == 1
+    bad = dumped["images"][0]
+    for name in ("position", "sample_id", "path", "epoch", "box", "flips"):
+        assert bad[name] == single["images"][0][name], name
+    assert bad["rank"] == 1  # forward passes of two images on each of two ranks: positions 40 to 47 go 0 0 1 1 0 0 1 1
+    tensors = [load_file(tmp_path / f"fsdp/non_finite/step-6/rank-{rank}.safetensors") for rank in (0, 1)]
+    assert not tensors[1]["images"][bad["row"]].any()
+    assert tensors[1]["sample_ids"][bad["row"]] == bad["sample_id"]
+    assert [len(rank["images"]) for rank in tensors] == [4, 4]
+    for image, alone in zip(dumped["images"][1:], single["images"][1:], strict=True):
+        assert (image["path"], image["box"]) == (alone["path"], alone["box"])
+        assert image["loss"] == pytest.approx(alone["loss"], rel=0.03)  # noticed a step late, on other weights
+    assert (single["weights_after_step"], dumped["weights_after_step"]) == (8, 9)
+    # Its state is whole: one process goes on from it, and finds what a single one would have.
+    final, alone = (latest_checkpoint(run) for run in (tmp_path / "fsdp", straight[0]))
+    weights, expected = load_checkpoint(final, prefix="model.")[0], load_checkpoint(alone, prefix="model.")[0]
+    for name, value in expected.items():
+        assert torch.allclose(weights[name], value, atol=5e-5), name
+
+
+def feed(divergence: Divergence, skipped: list[int], interval: int = 4, begin: int = 0) -> None:
+    for start in range(0, len(skipped), interval):
+        part = skipped[start : start + interval]
+        divergence.observe({"step": begin + start + len(part)}, {"skipped": part})
+
+
+def test_only_so_many_in_a_row_are_a_divergence():
+    divergence = Divergence(5, 3)
+    feed(divergence, [1, 1, 1, 1, 0] * 5 + [0, 0])
+    assert (divergence.due, divergence.last_finite) == (None, 27)
+    feed(divergence, [0, 1, 1, 1], begin=27)
+    state = json.loads(json.dumps(divergence.state()))
+    divergence = Divergence(5, 3)
+    divergence.restore(state)
+    feed(divergence, [1, 1, 1, 0, 0, 0, 0, 1], begin=31)
+    assert divergence.due == 29
+    assert divergence.offending == (29, 33)
+    assert divergence.newest_sound == 28
+    divergence.went_back(28, 1)
+    assert divergence.due is None
+    feed(divergence, [1] * 5, begin=28)
+    assert (divergence.due, divergence.newest_sound) == (29, 27)
+
+
+def test_a_loss_scale_that_is_too_high_is_no_divergence():
+    """The first one is halved until gradients fit into fp16; the worst that it can be wrong by takes 16 steps."""
+    scale, divergence, skipped = LossScale(torch.device("cpu")), Divergence(20, 3), []
+    for _ in range(40):
+        overflows = float(scale.value) * 60000 > 65504
+        skipped.append(float(overflows))
+        scale.update(torch.tensor(float(overflows)))
+    assert sum(skipped) == 16 < LEAST_FP16
+    feed(divergence, skipped)
+    assert divergence.due is None
+    config = PretrainConfig(train=replace(TRAIN, precision="fp16", rollback_after=16))
+    with pytest.raises(ValueError, match=r"--train.rollback-after: expected at least 17 with fp16.*got 16"):
+        validate(config)
+    validate(replace(config, train=replace(TRAIN, precision="fp16", rollback_after=17)))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rollback_after", 0), ("max_rollbacks", -1)])
+def test_flags_are_validated(name, value):
+    with pytest.raises(ValueError, match=f"--train.{name.replace('_', '-')}: expected a .*, got {value}"):
+        validate(PretrainConfig(train=replace(TRAIN, **{name: value})))
+
+
+def test_positions_follow_the_steps_with_jumps():
+    positions = SamplePositions(8)
+    assert (positions.after(5), positions.of(6), positions.step_of(47)) == (40, (40, 47), 6)
+    positions.jump(5, 64)
+    assert [positions.after(step) for step in (4, 5, 6)] == [32, 64, 72]
+    assert [positions.step_of(position) for position in (39, 64, 71, 72)] == [5, 6, 6, 7]
+    positions.jump(9, 120)
+    positions.jump(7, 200)  # gone back to before the last jump
+    assert [positions.after(step) for step in (4, 5, 6, 7, 8)] == [32, 64, 72, 200, 208]
+    restored = SamplePositions(8)
+    restored.restore({"step": 8, "samples_consumed": 208, "jumps": json.loads(json.dumps(positions.state()))})
+    assert restored.state() == positions.state()
+    restored.restore({"step": 8, "samples_consumed": 208})  # what alone the order of images hangs on
+    assert restored.after(8) == 208
+    with pytest.raises(ValueError, match="position: expected at least 208 after step 8, got 207"):
+        positions.jump(8, 207)
+
+
+def test_files_found_bad_after_going_back_have_the_right_step(images, tmp_path):
+    dataset, positions = data.open_dataset(images, cache_dir=tmp_path), SamplePositions(8)
+    bad = BadFiles(tmp_path / "bad.jsonl", dataset, positions.step_of)
+    bad.begin()
+    bad.update([LateBad(3, "cut", 17)], samples=40)
+    positions.jump(5, 64)
+    bad.update([LateBad(3, "cut", 17), LateBad(9, "torn", 70)], samples=72)
+    assert [(line["sample_id"], line["found"]) for line in read(tmp_path / "bad.jsonl")] == [(3, 3), (9, 6)]
