@@ -113,7 +113,7 @@ def start_process(function: Callable[..., Any], *args: Any, name: str | None = N
     That one has one thread and has used neither a GPU nor PyTorch's thread pools, so that it may be forked.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "fastmae.cli"])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "fastmae.cli.pretrain"])
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         process = context.Process(target=function, args=args, name=name, daemon=True)
         process.start()

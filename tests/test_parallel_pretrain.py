@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import run_ranks, start_ranks
+from distributed import run_ranks
 from training import write_images
 
 from fastmae.cli import main
@@ -169,43 +169,6 @@ def test_signal_to_one_process_stops_both_at_one_step(folder):
     status = json.loads((folder / "stopped/status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "a signal to another rank")
     assert load_model(folder / "stopped")[1]["step"] == status["step"] >= 5
-
-
-def train_until_killed(rank: int, folder: Path) -> int:
-    run = folder / "killed"
-    if rank == 1:
-        threading.Thread(target=die_once_saved, args=(run,), daemon=True).start()
-    return main([*FLAGS, *LONG, "--data.path", str(folder / "images"), "--out", str(run)])
-
-
-def die_once_saved(run: Path) -> None:
-    while not (run / "checkpoints/step-16").exists():
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def go_on(rank: int, folder: Path) -> list[int]:
-    straight = main([*FLAGS, *LONG, "--data.path", str(folder / "images"), "--out", str(folder / "straight")])
-    return [straight, main(["pretrain", "--out", str(folder / "killed"), "--resume"])]
-
-
-LONG = ["--train.steps", "60", "--train.parallel", "fsdp", "--train.background-save", "True"]
-
-
-@pytest.mark.slow
-def test_run_whose_process_was_killed_goes_on_to_the_same_weights(folder, tmp_path):
-    with start_ranks(train_until_killed, 2, folder, folder=tmp_path, timeout=100) as (first, second):
-        second.join(60)
-        first.join(60)
-        assert second.exitcode == -signal.SIGKILL
-        assert not first.is_alive()  # it noticed, and did not wait for ever
-    status = json.loads((folder / "killed/status.json").read_text())
-    assert status["status"] == "failed"
-    assert 16 <= status["step"] < 60
-    assert run_ranks(go_on, 2, folder, timeout=100) == [[0, 0], [0, 0]]
-    weights = [load_model(folder / name)[0].state_dict() for name in ("killed", "straight")]
-    for name, tensor in weights[0].items():
-        assert torch.equal(tensor, weights[1][name]), name
 
 
 @pytest.mark.slow

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +16,6 @@ from training import MODEL, make_trainer, write_images
 from fastmae import data
 from fastmae.cli import main
 from fastmae.train.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
-from fastmae.train.run_folder import RunFolder
 from fastmae.train.weights import load_model
 
 LOADERS = ["torch", pytest.param("dali", marks=pytest.mark.skipif(not data.has_dali(), reason="needs DALI"))]
@@ -200,74 +195,3 @@ def test_what_differs_is_named_or_refused(tmp_path, images):
     differences = trainer.resume(path)
     trainer.run.close()
     assert [difference.split()[0] for difference in differences] == ["dataset.hash"]
-
-
-FLAGS = """
---model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
---model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
---train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 4
---train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
-"""
-
-
-def start(run: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fastmae", "pretrain", "--out", str(run), *arguments]
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=Path(__file__).parents[1], **output)
-
-
-def last_step(run: Path) -> int:
-    """Step of the newest checkpoint, -1 before the first."""
-    found = list_checkpoints(run / "checkpoints")
-    return int(found[0].name.removeprefix("step-")) if found else -1
-
-
-def wait_for(process: subprocess.Popen, condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-
-
-def test_killed_three_times_and_preempted_the_run_ends_as_if_undisturbed(tmp_path, images):
-    """SIGKILL between two saves, during a save, and at a random moment; then SIGTERM; then on to the end."""
-    flags = [*FLAGS.split(), "--data.path", str(images)]
-    run = tmp_path / "run"
-    saving = (run / "checkpoints").glob
-    moments = [
-        (lambda: last_step(run) >= 20 and not any(saving("*.tmp")), 0.0),
-        (lambda: last_step(run) >= 60 and any(saving("*.tmp")), 0.0),
-        (lambda: last_step(run) >= 100, random.random() / 10),
-    ]
-    arguments = flags
-    for condition, delay in moments:
-        process = start(run, *arguments)
-        wait_for(process, condition)
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        load_model(run)  # the newest whole checkpoint; raises if there is none
-        arguments = ["--resume"]  # all else is in the folder
-
-    killed_at = last_step(run)
-    process = start(run, "--resume")
-    wait_for(process, lambda: last_step(run) > killed_at)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == 75, output
-    assert f"Continuing from {run}/checkpoints/step-{killed_at}" in output
-    assert "Continue with: fastmae pretrain --out" in output
-    assert "Traceback" not in output
-
-    threads = torch.get_num_threads()
-    try:
-        assert main(["pretrain", "--out", str(run), "--resume"]) == 0
-        assert main(["pretrain", "--out", str(tmp_path / "straight"), *flags]) == 0
-    finally:
-        torch.set_num_threads(threads)
-    assert_same_tensors(tmp_path / "straight/checkpoints/step-240", run / "checkpoints/step-240")
-    logs = [RunFolder(path, resume=True) for path in (run, tmp_path / "straight")]
-    assert numbers(logs[0]) == numbers(logs[1])
-    assert len(numbers(logs[0])) == 8

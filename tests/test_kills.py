@@ -1,0 +1,192 @@
+"""Killed in the middle of a step, of a save, and one process of two: the run goes on to what it would have become.
+
+The kills come at known moments: a process ends itself by SIGKILL where a test has put it. ``make soak`` kills at random
+ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from consumed import attempts, check, expected, record
+from distributed import start_process, start_ranks
+from training import write_images
+
+from fastmae.cli import main
+from fastmae.train import loop
+from fastmae.train.checkpoint import list_checkpoints, load_checkpoint, write
+
+FLAGS = """
+--model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
+--model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
+--train.global-batch-size 8 --train.steps 24 --train.log-every-steps 5 --train.checkpoint-every-steps 4
+--train.warmup-steps 3 --train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
+"""
+STEPS, BATCH, IMAGES, SAVED = 24, 8, 11, 4
+
+
+def die_in_step(step: int, run: Path) -> None:
+    """Between the backward of a step and its update, once the save that was begun before it is done."""
+    update, calls = loop.step_unless_non_finite, []
+
+    def die_or_update(*args):
+        calls.append(args)
+        if len(calls) > step:
+            while not (run / f"checkpoints/step-{step // SAVED * SAVED}").exists():
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(*args)
+
+    loop.step_unless_non_finite = die_or_update
+
+
+def die_in_save(step: int, run: Path) -> None:
+    """With a part of a checkpoint's tensors in its file, which is then neither whole nor on the disk for sure."""
+    write_tensors = write.write_tensors
+
+    def die_or_write(path, pieces, read, *args):
+        names = []
+
+        def read_or_die(name):
+            names.append(name)
+            if path.parent.name == f"step-{step}.tmp" and len(names) > len(pieces) // 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(name)
+
+        return write_tensors(path, pieces, read_or_die, *args)
+
+    write.write_tensors = die_or_write
+
+
+def leave_in_step(step: int, run: Path) -> None:
+    """The same place, but asked to leave: not a kill."""
+    update, steps = loop.step_unless_non_finite, iter(range(step))
+
+    def leave_or_update(*args):
+        if next(steps, None) == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args)
+
+    loop.step_unless_non_finite = leave_or_update
+
+
+def pretrain(
+    rank: int,
+    folder: Path,
+    name: str,
+    attempt: int,
+    arguments: list[str],
+    die: Callable[[int, Path], None] | None,
+    step: int,
+) -> int:
+    """One process of one start of a run: with the flags, or resumed with all else from the folder."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    if die is not None:
+        die(step, folder / name)
+    flags = [*FLAGS.split(), "--data.path", str(folder / "images")]
+    with record(folder / f"{name}-consumed", attempt):
+        return main(["pretrain", "--out", str(folder / name), *(flags if attempt == 0 else ["--resume"]), *arguments])
+
+
+def alone(folder: Path, *args) -> None:
+    """:func:`pretrain` in a process of its own; the exit code is a file."""
+    log = (folder / f"{args[0]}-{args[1]}.log").open("wb", buffering=0)
+    for stream in (1, 2):
+        os.dup2(log.fileno(), stream)
+    os._exit(pretrain(0, folder, *args))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_images(tmp_path / "images", IMAGES)
+    return tmp_path
+
+
+def newest(folder: Path, name: str) -> str:
+    return list_checkpoints(folder / name / "checkpoints")[0].name
+
+
+def rows(run: Path) -> list[tuple]:
+    """The log without times."""
+    names = ("step", "samples", "epoch", "lr", "loss", "grad_norm", "skipped_steps")
+    return [tuple(json.loads(line)[n] for n in names) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_end(folder: Path) -> None:
+    """Weights, optimiser, log: bit for bit those of the undisturbed run."""
+    tensors = [load_checkpoint(folder / n / f"checkpoints/step-{STEPS}")[0] for n in ("killed", "undisturbed")]
+    assert tensors[0].keys() == tensors[1].keys()
+    different = [n for n in tensors[0] if not n.startswith("rng.") and not torch.equal(tensors[0][n], tensors[1][n])]
+    assert different == []
+    assert rows(folder / "killed") == rows(folder / "undisturbed")
+    assert [row[0] for row in rows(folder / "killed")] == [5, 10, 15, 20, 24]
+
+
+def test_killed_in_a_step_and_in_a_save_then_asked_to_leave(folder):
+    """A process alone, which saves in the background and not."""
+
+    def start(*args):
+        process = start_process(alone, folder, *args)
+        process.join(60)
+        return process.exitcode
+
+    assert start("killed", 0, ["--train.background-save", "True"], die_in_step, 10) == -signal.SIGKILL
+    assert newest(folder, "killed") == "step-8"
+    assert start("killed", 1, ["--train.background-save", "False"], die_in_save, 16) == -signal.SIGKILL
+    assert newest(folder, "killed") == "step-12"
+    assert (folder / "killed/checkpoints/step-16.tmp").is_dir()
+    assert start("killed", 2, [], leave_in_step, 7) == 75
+    assert newest(folder, "killed") == "step-19"
+    log = (folder / "killed-2.log").read_text()
+    assert f"Continuing from {folder}/killed/checkpoints/step-12" in log
+    assert f"Saved at step 19. Continue with: fastmae pretrain --out {folder}/killed --resume" in log
+    assert "Traceback" not in log
+    assert start("killed", 3, [], None, 0) == 0
+    assert start("undisturbed", 0, [], None, 0) == 0
+
+    wanted = expected(STEPS, BATCH, IMAGES)
+    # Eleven steps were begun, eight of them saved; sixteen, twelve of them; and nineteen, all of them.
+    assert check(attempts(folder / "killed-consumed", BATCH), wanted, begins=[0, 8, 12, 19]) == 3 + 4 + 0
+    assert check(attempts(folder / "undisturbed-consumed", BATCH), wanted, begins=[0]) == 0
+    assert_same_end(folder)
+
+
+def one_dies(rank: int, folder: Path, mode: str) -> int:
+    arguments = ["--train.parallel", mode, "--train.background-save", "True"]
+    return pretrain(rank, folder, "killed", 0, arguments, die_in_step if rank == 1 else None, 10)
+
+
+def both_go_on(rank: int, folder: Path, mode: str) -> list[int]:
+    arguments = ["--train.parallel", mode]
+    return [pretrain(rank, folder, name, n, arguments, None, 0) for name, n in (("killed", 1), ("undisturbed", 0))]
+
+
+@pytest.mark.parametrize("mode", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_one_process_of_two_is_killed(folder, mode):
+    """The other notices, says so and ends; both go on from the newest checkpoint."""
+    with start_ranks(one_dies, 2, folder, mode, folder=folder, timeout=60) as (first, second):
+        first.join(40)
+        assert second.exitcode == -signal.SIGKILL
+        assert first.exitcode is not None, (folder / "0.log").read_text()
+    status = json.loads((folder / "killed/status.json").read_text())
+    assert status["status"] == "failed"
+    assert 10 <= status["step"] <= 11
+    assert newest(folder, "killed") == "step-8"
+
+    with start_ranks(both_go_on, 2, folder, mode, folder=folder, timeout=60) as processes:
+        for rank, process in enumerate(processes):
+            process.join(60)
+            assert process.exitcode == 0, (folder / f"{rank}.log").read_text()
+    assert [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in (0, 1)] == [[0, 0], [0, 0]]
+    wanted = expected(STEPS, BATCH, IMAGES)
+    assert check(attempts(folder / "killed-consumed", BATCH), wanted, begins=[0, 8]) == 3
+    assert check(attempts(folder / "undisturbed-consumed", BATCH), wanted, begins=[0]) == 0
+    assert_same_end(folder)
