@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ class BadFiles:
     Args:
         path: of the file.
         dataset: with ``bad`` and ``bad_ids``.
-        samples_per_step: images that a step decodes.
+        step_of: the step, counted from 1, that a position in the order of images belongs to.
         writes: False on all ranks but one, which know the same and write nothing.
     """
 
-    def __init__(self, path: Path, dataset: Dataset, samples_per_step: int, *, writes: bool = True) -> None:
+    def __init__(self, path: Path, dataset: Dataset, step_of: Callable[[int], int], *, writes: bool = True) -> None:
         self._writes = writes
-        self._path, self._dataset, self._samples_per_step = path, dataset, samples_per_step
+        self._path, self._dataset, self._step_of = path, dataset, step_of
         self._late: dict[int, LateBad] = {}
 
     def __len__(self) -> int:
@@ -74,8 +74,7 @@ class BadFiles:
             file.writelines(map(self._line, new))
 
     def _line(self, bad: LateBad) -> str:
-        found = bad.position // self._samples_per_step + 1
-        return _line(self._dataset.path(bad.sample_id), bad.reason, bad.sample_id, found)
+        return _line(self._dataset.path(bad.sample_id), bad.reason, bad.sample_id, self._step_of(bad.position))
 
 
 def _line(path: str, reason: str, sample_id: int, found: Any) -> str:

@@ -18,6 +18,7 @@ from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_division import divide_batch
 from fastmae.train.checkpoint import Checkpoint, Ranks, open_checkpoint, set_aside_after
 from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.divergence import Divergence
 from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.flops import StepFlops
 from fastmae.train.heartbeat import Heartbeat
@@ -30,9 +31,12 @@ from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
 from fastmae.train.rank_values import RankValues
 from fastmae.train.reporter import Reporter, deadline_after
 from fastmae.train.resolution import create_resolution
+from fastmae.train.rollback import roll_back
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.sample_positions import SamplePositions
 from fastmae.train.saves import Saves
 from fastmae.train.signals import StopRequest
+from fastmae.train.spikes import Spikes
 from fastmae.train.watch import Watch
 
 Status = Literal["finished", "preempted"]
@@ -89,9 +93,9 @@ class Trainer:
         self.resolution = create_resolution(config, self.schedule.total_steps, len(dataset))
         self.optimizer = create_optimizer(model, train)
         self.step = 0
-        self.samples_per_step = train.global_batch_size // train.masks_per_image
+        self.positions = SamplePositions(train.global_batch_size // train.masks_per_image)
         main = self.parallelism.is_main
-        self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.samples_per_step, writes=main)
+        self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
         images = "" if config.data.path is None else f" --data.path {config.data.path}"
         advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
         block = model.blocks[len(model.blocks) // 2]
@@ -107,6 +111,9 @@ class Trainer:
             dtype=self.dtype,
             wandb_project=config.report.wandb_project,
         )
+        self.divergence = Divergence(train.rollback_after, train.max_rollbacks)
+        self.spikes = Spikes(run.spikes, self.positions.of, self.console.print, writes=main)
+        self.reporter.checks = (self.divergence.observe, self.spikes.observe)
         self.observers, self._stop, self._create_loader = observers, stop, create_loader
         self.stage: Stage = unlabelled
         self.heartbeat = heartbeat or Heartbeat()
@@ -119,8 +126,8 @@ class Trainer:
 
     @property
     def samples(self) -> int:
-        """Images decoded and consumed so far: all that the order of the following ones hangs on."""
-        return self.step * self.samples_per_step
+        """Images consumed so far, with those that a rollback left out: all that the order of the following hangs on."""
+        return self.positions.after(self.step)
 
     def fit(
         self,
@@ -136,7 +143,7 @@ class Trainer:
         Raises:
             CheckpointError: if a checkpoint cannot be written.
             DataError: if the images cannot be read, too many are bad, or ranks see different ones.
-            FloatingPointError: after many steps in a row without a finite gradient.
+            FloatingPointError: after many steps in a row without a finite gradient, if going back does not help.
         """
         train, total = self.config.train, self.schedule.total_steps
         self.saves.on_saved = on_checkpoint
@@ -161,6 +168,8 @@ class Trainer:
             self.model.train()
             self.reporter.start(self.step)
             self.watch.saved()
+            if self.divergence.due:  # of a run that was stopped before it could go back
+                roll_back(self)
             while self.step < total and not self.watch.must_leave():
                 self.train_step()
                 self._between_steps()
@@ -208,7 +217,11 @@ class Trainer:
         self.saves.poll()
         if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:
             self.log()
-        if self.watch.save_due or (train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0):
+        if self.step == self.schedule.total_steps:
+            self.reporter.flush()
+        if self.divergence.due:
+            roll_back(self)
+        elif self.watch.save_due or (train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0):
             self.save()
 
     def log(self) -> None:
@@ -236,16 +249,21 @@ class Trainer:
         self.reporter.flush()
         self._note_bad_files()
         tensors = model_state.collect(self.model, self.optimizer)
-        tensors["metrics.interval"] = self.reporter.values.state()
+        tensors["metrics.interval"] = interval = self.reporter.values.state()
         if self.loss_scale:
             tensors["loss_scale"] = self.loss_scale.state()
         manifest = state.describe_run(self.config, self.model, self.optimizer, self.dataset) | {
             "samples_consumed": self.samples,
+            "jumps": self.positions.state(),
+            "divergence": self.divergence.state(),
+            "spikes": self.spikes.state(),
             "world_size": self.ranks.size,
             "num_threads": self.num_threads,
             "late_bad": self.bad_files.state(),
         }
-        self.saves.save(self.step, tensors, manifest, model_state.collect_own(self.ranks.rank), last=last)
+        taken = self.divergence.newest_taken(self.step, self.reporter.values.copy_of(interval))
+        own = model_state.collect_own(self.ranks.rank)
+        self.saves.save(self.step, tensors, manifest, own, spare=taken, last=last)
         self.watch.saved()
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
@@ -262,32 +280,49 @@ class Trainer:
         state.check_architecture(manifest["architecture"], self.model.architecture)
         differences = state.compare_configs(manifest["config"], to_json(self.config))
         differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash, self.ranks.size)
+        self.restore(saved)
+        self.go_on_from(saved)
+        self.run.cut_rollbacks(self.divergence.rollbacks)
+        return differences
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Put a checkpoint's weights, optimiser and random generators back, and what is kept beside them as tensors."""
         self.heartbeat.at(self.step, "reading a checkpoint")
         names = ["metrics.interval", *(["loss_scale"] if self.loss_scale else [])]
         others = model_state.restore(saved, self.model, self.optimizer, self.ranks, names)
-        self.step, self.saves.newest = manifest["step"], saved.path
-        self.reporter.values.restore(others["metrics.interval"], self.step)
+        self.reporter.values.restore(others["metrics.interval"], saved.manifest["step"])
         if self.loss_scale and "loss_scale" in others:
             self.loss_scale.restore(others["loss_scale"])
+
+    def go_on_from(self, saved: Checkpoint) -> None:
+        """Take over what a checkpoint's manifest says, and have the run folder know of no later step."""
+        manifest = saved.manifest
+        self.step, self.saves.newest = manifest["step"], saved.path
+        self.positions.restore(manifest)
+        self.divergence.restore(manifest.get("divergence", {}))
+        self.spikes.restore(manifest.get("spikes", {}))
         if manifest["dataset"]["hash"] == self.dataset.hash:  # else its sample ids mean other files
             self.bad_files.restore(manifest.get("late_bad", []))
         if self.parallelism.is_main:
             set_aside_after(self.run.checkpoints, self.step)
         self.run.cut_metrics(self.step)
-        return differences
 
-    def _open_loader(self) -> Any:
-        loader = open_loader(
+    def loader_at(self, position: int) -> Any:
+        """A loader of this rank's batches from a position in the order of images on."""
+        return open_loader(
             self._create_loader,
             self.config,
             self.dataset,
             batch_size=self.batch_size,
             img_size=self.resolution if self.config.data.progressive_sizes else self.config.img_size,
-            position=self.samples,
+            position=position,
             ranks=self.ranks,
             device=self.device,
             known_bad=self.bad_files.late,
         )
+
+    def _open_loader(self) -> Any:
+        loader = self.loader_at(self.samples)
         self.console.print(f"Images: {loader.describe()}")
         return loader
 
@@ -296,10 +331,14 @@ class Trainer:
         with self.stage("data"), self.reporter.clock.waiting():
             batch = next(self.loader)
         self.heartbeat.compute(self.step)
+        self.fit_input_size(batch)
+        return batch
+
+    def fit_input_size(self, batch: Batch) -> None:
+        """Have the model take images of the batch's size."""
         size = tuple(batch.images.shape[-2:])
         if size != self.model.input_size:
             self.model.set_input_size(size)
-        return batch
 
     def _note_bad_files(self) -> None:
         found = self.ranks.gather("collecting bad files", lambda: self.loader.late_bad)

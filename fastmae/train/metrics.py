@@ -50,6 +50,10 @@ class StepValues:
         """The steps of the unfinished interval, (count, names), the same on all ranks."""
         return self._average(self.values[: self.count])
 
+    def copy_of(self, state: Tensor) -> HostCopy:
+        """What :meth:`state` returned, on its way to the host."""
+        return HostCopy(self.names, state)
+
     def restore(self, state: Tensor, step: int) -> None:
         """Continue the unfinished interval of a run that was saved at ``step``, perhaps with another interval."""
         self.count = min(len(state), step % len(self.values))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,9 +19,6 @@ from fastmae.train.rank_values import RankValues, Shared
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sinks import JsonLines, Sink, TensorBoard, Terminal
 from fastmae.train.wandb_sink import WeightsAndBiases
-
-MAX_SKIPPED = 20
-"""Steps in a row without a finite gradient after which a run ends: skipping more will not mend it."""
 
 WAITING = 0.2
 """Share of a log interval that may be waiting for images before the terminal says so."""
@@ -71,7 +68,7 @@ class Reporter:
         self._rows: list[tuple[Row, HostCopy, Shared]] = []
         self._sinks: list[Sink] = []
         self._on_row: Callable[[Row], None] | None = None
-        self._skipped_in_a_row = 0
+        self.checks: Sequence[Callable[[Row, Mapping[str, Sequence[float]]], None]] = ()
         self._last_step = 0
         self._waiting_said: bool | None = None
 
@@ -83,7 +80,7 @@ class Reporter:
         Raises:
             ValueError: if Weights & Biases is asked for and not installed.
         """
-        self._on_row = on_row
+        self._on_row, self._opened = on_row, (total_steps, deadline, on_row)
         self._peak = self._rank_values.open(self._dtype)
         if not self._parallelism.is_main:
             return
@@ -124,11 +121,7 @@ class Reporter:
         self.flush(pending=self._late)
 
     def flush(self, pending: int = 0) -> None:
-        """Write the rows whose values have been given time to arrive; all but the newest ``pending``.
-
-        Raises:
-            FloatingPointError: after ``MAX_SKIPPED`` steps in a row without a finite gradient.
-        """
+        """Write the rows whose values have been given time to arrive; all but the newest ``pending``."""
         while len(self._rows) > pending:
             row, copy, shared = self._rows.pop(0)
             values = copy.wait()
@@ -136,6 +129,8 @@ class Reporter:
             row |= of_ranks
             row["loss"], row["grad_norm"] = mean_of_finite(values["loss"]), mean_of_finite(values["grad_norm"])
             row["skipped_steps"] = int(sum(values["skipped"]))
+            for check in self.checks:
+                check(row, values)
             for sink in self._sinks:
                 sink.write(row)
             if self._on_row:
@@ -143,12 +138,18 @@ class Reporter:
             for line in stragglers:
                 self._console.print(line)
             self._say_if_waiting(row)
-            self._end_if_hopeless(values["skipped"], row["step"])
 
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
         """Show what an evaluation of the weights after a step found: numbers by name, and picture files by name."""
         for sink in self._sinks:
             sink.evaluate(step, values, pictures or {})
+
+    def go_back(self, step: int) -> None:
+        """Begin anew after an earlier step, to whose rows the files have been cut."""
+        self.close()
+        self._rows.clear()
+        self.open(step, *self._opened)
+        self.start(step)
 
     def close(self) -> None:
         self._rank_values.close()
@@ -161,15 +162,6 @@ class Reporter:
             self._waiting_said = True
             self._console.print(f"waiting for images: {row['data_share']:.0%} of the time; {self._advice}")
         self._waiting_said = bool(self._waiting_said)
-
-    def _end_if_hopeless(self, skipped: list[float], step: int) -> None:
-        for one in skipped:
-            self._skipped_in_a_row = self._skipped_in_a_row + 1 if one else 0
-        if self._skipped_in_a_row >= MAX_SKIPPED:
-            raise FloatingPointError(
-                f"no finite gradient in the last {self._skipped_in_a_row} steps up to step {step}; "
-                "the weights are as they were before them"
-            )
 
 
 def deadline_after(minutes: float | None) -> float:

@@ -66,11 +66,13 @@ class Saves:
         manifest: Mapping[str, Any],
         own: Mapping[str, Tensor],
         *,
+        spare: Callable[[], int] | None = None,
         last: bool = False,
     ) -> None:
         """Save, or begin to; arguments as :func:`~fastmae.train.checkpoint.save_checkpoint` has them.
 
         Args:
+            spare: as :meth:`~fastmae.train.checkpoint.BackgroundSaver.save` has it.
             last: of the run: it is waited for, and must not fail.
 
         Raises:
@@ -78,7 +80,7 @@ class Saves:
         """
         self.wait()
         self._begun = step
-        self._saver.save(step, tensors, manifest, own=own, copy=self._in_background)
+        self._saver.save(step, tensors, manifest, own=own, copy=self._in_background, spare=spare)
         if last or not self._in_background:
             self.wait(last=last)
 

@@ -75,6 +75,8 @@ _MAY_DIFFER = {
     "train.reshard_after_forward",
     "train.keep_every_steps",
     "train.background_save",
+    "train.rollback_after",
+    "train.max_rollbacks",
 }
 
 

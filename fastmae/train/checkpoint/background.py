@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,7 @@ class BackgroundSaver:
         *,
         own: Mapping[str, Tensor] | None = None,
         copy: bool = True,
+        spare: Callable[[], int] | None = None,
     ) -> None:
         """Begin a save; the tensors may change as soon as this returns. Waits for the save before, if that is not done.
 
@@ -66,12 +67,13 @@ class BackgroundSaver:
 
         Args:
             copy: False takes no memory for copies, and the tensors must not change until :meth:`wait` returns.
+            spare: asked in the thread, a step: the newest checkpoint up to it is not deleted, however old it is.
         """
         self.wait()
         text = json.dumps(manifest)
         share = share_of(tensors, own or {}, self._ranks)
         share = self._copies.take(share) if copy else share
-        self._pending = self._thread.submit(self._save, step, share, _events({**tensors, **(own or {})}), text)
+        self._pending = self._thread.submit(self._save, step, share, _events({**tensors, **(own or {})}), text, spare)
 
     def poll(self) -> Path | None:
         """The folder of a save that has just been done on all ranks, or its error; None if there is nothing new.
@@ -115,12 +117,19 @@ class BackgroundSaver:
                 raise
             print(f"WARNING: {error}", file=sys.stderr, flush=True)  # what ended the training is told by its own error
 
-    def _save(self, step: int, share: Share, ready: list[torch.cuda.Event], manifest: str) -> Path:
+    def _save(
+        self,
+        step: int,
+        share: Share,
+        ready: list[torch.cuda.Event],
+        manifest: str,
+        spare: Callable[[], int] | None,
+    ) -> Path:
         for event in ready:
             event.synchronize()
         path = write(self.folder, step, share, manifest, self._ranks)
         if self._ranks.rank == 0:
-            prune(self.folder, path, self.keep, self.keep_every)
+            prune(self.folder, path, self.keep, self.keep_every, spare() if spare else None)
         return path
 
 

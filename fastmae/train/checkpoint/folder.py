@@ -87,23 +87,25 @@ def publish(partial: Path, final: Path) -> None:
     discard(replaced)
 
 
-def prune(folder: Path, written: Path, keep: int | None, keep_every: int | None) -> None:
-    """Delete all but the newest ``keep`` checkpoints, those of every ``keep_every`` steps, and the one just written."""
+def prune(folder: Path, written: Path, keep: int | None, keep_every: int | None, spare: int | None = None) -> None:
+    """Delete all but the newest ``keep`` checkpoints, those of every ``keep_every`` steps, the one just written, and
+    the newest up to step ``spare``."""
+    spared = next((p for p in list_checkpoints(folder) if spare is not None and step_of(p) <= spare), None)
     for old in list_checkpoints(folder)[max(keep, 1) :] if keep is not None else ():
         milestone = keep_every and step_of(old) and step_of(old) % keep_every == 0
-        if old != written and not milestone:
+        if old not in (written, spared) and not milestone:
             try:
                 discard(old)
             except OSError as error:
                 print(f"WARNING: could not delete the old checkpoint {old}: {error}", file=sys.stderr, flush=True)
 
 
-def set_aside_after(folder: Path, step: int) -> list[Path]:
+def set_aside_after(folder: Path, step: int, suffix: str = "damaged") -> list[Path]:
     """Rename checkpoints of later steps to ``step-N.damaged``: a run that fell back must not meet them again."""
     renamed = []
     for path in list_checkpoints(folder):
         if step_of(path) > step:
-            target = path.with_name(f"{path.name}.damaged")
+            target = path.with_name(f"{path.name}.{suffix}")
             discard(target)
             renamed.append(path.rename(target))
     return renamed
