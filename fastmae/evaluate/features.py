@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -67,6 +67,7 @@ def extract_features(
     rank: int = 0,
     world_size: int = 1,
     timeout: float = 600.0,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Features:
     """The encoder's features of some images, after its last norm, nothing masked.
 
@@ -83,6 +84,7 @@ def extract_features(
         rank, world_size: this process's features are those of ``sample_ids[rank::world_size]``, and so are the n rows
             of what is returned. :func:`join_ranks` puts them together.
         timeout: seconds to wait for a batch, whose missing images then count as unreadable.
+        on_batch: called after each forward, to show progress.
 
     Raises:
         ValueError: no images, another number of channels than the model's, or ``batch_size`` not positive.
@@ -104,6 +106,7 @@ def extract_features(
             classes.append(tokens[:, 0])
             pooled.append(tokens[:, 1:].mean(1))
             readable.append(good)
+            on_batch()
     joined = [torch.cat(parts)[: len(own)] for parts in (classes, pooled, readable)]
     return Features(joined[0], joined[1], joined[2].to(device))
 

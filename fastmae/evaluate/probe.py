@@ -33,6 +33,7 @@ def probe(
     world_size: int = 1,
     gather: Gather | None = None,
     timeout: float = 600.0,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float] | None:
     """Classify test images by the frozen encoder's features, two ways; the model is afterwards as it was before.
 
@@ -40,7 +41,7 @@ def probe(
         model: a ``MaskedAutoencoderViT``, in any state of its training, sharded or not.
         known: the images to learn from.
         tests: the images to classify, of another data set or the same; labels by the numbers of ``known``'s.
-        dtype, batch_size, num_threads, timeout: as for :func:`extract_features`.
+        dtype, batch_size, num_threads, timeout, on_batch: as for :func:`extract_features`.
         rank, world_size: of the processes that share the images; each of them calls this.
         gather: given this rank's features, those of all ranks on the first one, and None on the others.
 
@@ -51,7 +52,8 @@ def probe(
         ValueError: what :func:`extract_features` and :func:`judge` refuse.
     """
     options = {"dtype": dtype, "batch_size": batch_size, "num_threads": num_threads, "timeout": timeout}
-    extract = partial(extract_features, model, rank=rank, world_size=world_size, **options)
+    options |= {"rank": rank, "world_size": world_size, "on_batch": on_batch}
+    extract = partial(extract_features, model, **options)
     found = []
     for images in (known, tests):
         own = extract(images.dataset, images.sample_ids)
