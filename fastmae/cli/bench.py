@@ -19,17 +19,21 @@ from fastmae.data.header import Format
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train import throughput
+from fastmae.train.auto_batch import settle_batch_size
 from fastmae.train.bottleneck import Diagnosis, Facts, diagnose
 from fastmae.train.breakdown import Breakdown
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.flops import step_flops
+from fastmae.train.free_memory import find_machine
 from fastmae.train.kinds import IDLE
 from fastmae.train.loop import Trainer
-from fastmae.train.parallel import DTYPES, num_processes
+from fastmae.train.parallel import DTYPES, Parallelism, num_processes
 from fastmae.train.peak import matmul_flops
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.scaling.sizes import architecture_sizes
 from fastmae.train.throughput import PHASES, Throughput
 
 _SAMPLED = 4096
@@ -54,7 +58,7 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
         with mistakes({"compile_mode": "--train.compile-mode"}):
-            trainer = _trainer(throughput.config_to_measure(config), run, console)
+            trainer = _trainer(config, run, console)
         console.print(_setting(trainer), style="dim")
         found = throughput.measure(trainer, seconds)
         result = _result(trainer, found, config)
@@ -65,6 +69,7 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
 
 
 def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Trainer:
+    """A trainer of the configuration, made to be measured."""
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     name = config.train.device
@@ -75,8 +80,15 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     dataset = data.open_dataset(config.data.path, channels=config.model.in_chans, **limits)
     if config.model.attention == "xformers":
         _xformers.require(device)
-    data.choose_loader(dataset, config.data.loader)
+    kind = data.choose_loader(dataset, config.data.loader)
     model = create_model(**config.model_arguments()).to(device)
+    if config.train.batch_size == "auto":
+        sizes = architecture_sizes(model.architecture)
+        machine = find_machine(config, sizes, Parallelism(device=device), Ranks(), dataset, kind)
+        settled = settle_batch_size(config, machine, None)
+        console.print(settled.text)
+        config = settled.config
+    config = throughput.config_to_measure(config)
     return Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
 
 
