@@ -71,6 +71,7 @@ class WeightsAndBiases:
         except Exception as error:
             say(f"Weights & Biases: {_words(error)}; this run is kept for `wandb sync` in {run.path / 'wandb'}")
             try:
+                self._wandb.teardown()  # what is left of the attempt holds the id
                 self._run = self._start(options | {"mode": "offline"})
             except Exception as error:
                 self._give_up(error)
@@ -121,4 +122,4 @@ class WeightsAndBiases:
 
 
 def _words(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0][:200]
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")[:200]
