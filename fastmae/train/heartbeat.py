@@ -163,7 +163,7 @@ class Heartbeat:
             states, lost, lagging = [self._own], {}, [self._own.rank]
             what = f"{self._own.place} is {self._own}; where the others are is not known, since {error}"
         else:
-            lost, states = lost_ranks(before, after, time.time()), after
+            lost, states = lost_ranks(before, after, time.time()) if self._board else {}, after
             lagging = lagging_ranks(states, lost)
             what = tell(states, lost, lagging)
         own, long = self._own.rank, said == 0 and may_be_long(states, lost, lagging)
