@@ -29,6 +29,7 @@ FLAGS = """
 --model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
 --train.global-batch-size 8 --train.steps 24 --train.log-every-steps 5 --train.checkpoint-every-steps 4
 --train.warmup-steps 3 --train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
+--report.stall-seconds 2
 """
 STEPS, BATCH, IMAGES, SAVED = 24, 8, 11, 4
 
