@@ -105,6 +105,8 @@ def test_a_kernel_of_unknown_name_is_known_by_its_operator():
         ("reductions", ["aten::sum"]),
         ("norms and elementwise", ["aten::layer_norm", "aten::native_layer_norm"]),
         ("communication", ["c10d::allreduce_"]),
+        ("attention", ["CompiledFunction", "## Call CompiledFxGraph abc ##", "aten::_softmax"]),
+        ("norms and elementwise", ["CompiledFunction", "## Call CompiledFxGraph abc ##"]),
         ("between operators", ["autograd::engine::evaluate_function: AddmmBackward0"]),
         ("between operators", []),
     ],

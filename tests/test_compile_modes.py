@@ -161,8 +161,9 @@ def losses(out, images, accumulation, **train) -> list[float]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("mode", [*NO_GRAPHS, *GRAPHS])
+@pytest.mark.parametrize(
+    ("mode", "accumulation"), [*((m, 1) for m in NO_GRAPHS), *((m, a) for m in GRAPHS for a in (1, 2))]
+)
 def test_every_mode_trains_as_eager_does(tmp_path, images, eager, mode, accumulation):
     found = losses(tmp_path / "run", images, accumulation, compile=True, compile_mode=mode)
     assert len(found) == 20

@@ -55,8 +55,10 @@ _LEAF_OPS = (
     (MATMUL, re.compile(r"^(aten::|mkldnn::)(\w*mm\w*|mv|linear|mkldnn_\w*|\w*convolution\w*|_mkl_linear|addbmm)$")),
     (COPY, re.compile(r"^aten::(copy_|_to_copy|to|clone|contiguous|cat|stack|_foreach_copy_?|resolve_\w+)$")),
     (REDUCTION, re.compile(r"^aten::(sum|mean|amax|amin|any|all|norm|max|min|var\w*|std\w*|cumsum|nansum)$")),
+    (ATTENTION, re.compile(r"^aten::_?(log_)?softmax")),
     (ELEMENTWISE, re.compile(r"^aten::")),
-    (ELEMENTWISE, re.compile(r"^(triton_|cpp_fused)")),
+    # What the compiler generated for a CPU has no name inside of its graph.
+    (ELEMENTWISE, re.compile(r"^## Call CompiledFxGraph|^cpp_fused")),
 )
 
 
