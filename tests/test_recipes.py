@@ -45,6 +45,16 @@ DIGESTS = {
     ("imagenet-vit-b-100", 1): "75b653b04d34961f",
     ("small-data", 1): "8a3e3f2379de4107",
     ("adapt-vit-b", 1): "ed0ff8a99fb8d5c6",
+    # From here on the batch of a device follows from its memory.
+    ("imagenet-vit-b", 2): "d6bd579fb5724589",
+    ("imagenet-vit-l", 2): "20b51b6b1d13978c",
+    ("imagenet-vit-h", 2): "3ed6c47782295f7b",
+    ("imagenet-vit-b-1600", 2): "a56df1829a6c8a70",
+    ("imagenet-vit-l-1600", 2): "384c76be908cfb41",
+    ("imagenet-vit-h-1600", 2): "306b7f528feb7a87",
+    ("imagenet-vit-b-100", 2): "520a11681282d40f",
+    ("small-data", 2): "2dfee56f4c0075d1",
+    ("adapt-vit-b", 2): "4735f868a1171897",
 }
 
 
@@ -106,6 +116,10 @@ def test_imagenet_recipes_are_table_8_of_the_paper(size, suffix, epochs):
     assert train.betas == (0.9, 0.95)
     assert (recipe.model.mask_ratio, recipe.model.img_size, recipe.data.scale) == (0.75, 224, (0.2, 1.0))
     assert create_schedule(train, IMAGENET).peak_lr == pytest.approx(2.4e-3)
+
+
+def test_batches_follow_from_memory_in_all_recipes_for_a_gpu():
+    assert {recipe.train.batch_size for name, recipe in RECIPES.items() if name != "photographs"} == {"auto"}
 
 
 def test_what_the_comments_of_small_data_say():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,28 +63,36 @@ def decoded_bytes(dataset: Dataset) -> int:
     return int((rows["height"].astype(float) * rows["width"]).mean() * dataset.channels)
 
 
-def least_free_bytes(device: torch.device, ranks: Ranks) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
+    """Of a GPU what no process has taken, of the CPU what :func:`host_free_bytes` says."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_free_bytes()
+
+
+def host_free_bytes(meminfo: Path = Path("/proc/meminfo"), control_group: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What the host and this process's control group, a container's, can still give; None where Linux does not say."""
+    known = (_available(meminfo), _group_free(control_group))
+    return min((free for free in known if free is not None), default=None)
+
+
+def least_free_bytes(
+    device: torch.device, ranks: Ranks, measure: Callable[[torch.device], int | None] = free_bytes
+) -> int | None:
     """Of the device that has least, so that all ranks decide alike; every one of them calls it.
 
     On the CPU the ranks of a host share what it has.
 
+    Args:
+        device: of this rank.
+        measure: its free bytes.
+
     Returns:
         None where a rank cannot know.
     """
-    answers = ranks.gather("asking for free memory", lambda: (socket.gethostname(), free_bytes(device)))
-    hosts = [host for host, _ in answers]
-    shares = [
-        None if free is None else free if device.type == "cuda" else free // hosts.count(host) for host, free in answers
-    ]
-    return None if None in shares else min(shares)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Of a GPU what no process has taken, of the CPU what the host and this process's control group can still give."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    known = (_available(Path("/proc/meminfo")), _group_free(Path("/sys/fs/cgroup")))
-    return min((free for free in known if free is not None), default=None)
+    answers = ranks.gather("asking for free memory", lambda: (socket.gethostname(), measure(device)))
+    hosts, free = [host for host, _ in answers], [free for _, free in answers]
+    if None in free:
+        return None
+    return min(free) if device.type == "cuda" else min(own // hosts.count(host) for host, own in answers)
 
 
 def _available(path: Path) -> int | None:
