@@ -23,6 +23,7 @@ from fastmae.train.block_timer import BlockTimer
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.loop import Trainer
+from fastmae.train.rank_log import RankLog
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.stragglers import AGAIN, IN_A_ROW, Stragglers, summarize
 
@@ -155,8 +156,8 @@ def test_a_block_on_a_gpu_is_timed_by_events_that_are_not_waited_for():
     assert timer.take() > 0.005
 
 
-def job(rank: int, folder: Path) -> dict[str, tuple[str, str, list[dict]]]:
-    """Runs of two ranks of which the second is slow in one way or another: terminal, own log, rows."""
+def job(rank: int, folder: Path) -> dict[str, tuple[str, list[dict]]]:
+    """Runs of two ranks of which the second is slow in one way or another: the terminal, or else the log, and rows."""
     found = {}
     for name, mode in (("block", "ddp"), ("images", "ddp"), ("sharded", "fsdp")):
         place = parallel.initialize(mode, "cpu")
@@ -175,8 +176,10 @@ def job(rank: int, folder: Path) -> dict[str, tuple[str, str, list[dict]]]:
             trainer = Trainer(config, model, dataset, run, create_loader=create, **options)
             if name != "images" and rank:
                 slow_down(model.blocks[len(model.blocks) // 2])
-            assert trainer.fit() == "finished"
-            found[name] = console.file.getvalue(), run.read_metrics()
+            ranks.first("making the run folder", lambda: None)
+            with RankLog(run.path, rank) as log:
+                assert trainer.fit() == "finished"
+            found[name] = console.file.getvalue() or log.path.read_text(), run.read_metrics()
     return found
 
 
@@ -205,18 +208,21 @@ class SlowLoader:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def found(tmp_path_factory) -> dict[str, tuple[str, list[dict], str]]:
+    """What the terminal showed, the rows, and the second rank's own log."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder / "images")
-    return run_ranks(job, 2, folder)[0]
+    terminal, log = run_ranks(job, 2, folder)
+    return {name: (*terminal[name], log[name][0]) for name in terminal}
 
 
 @pytest.mark.parametrize("name", ["block", "sharded"])
 def test_the_rank_whose_block_is_slow_is_named(found, name):
-    text, rows = found[name]
+    text, rows, log = found[name]
     assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 11]
     (line,) = [line for line in text.splitlines() if line.startswith("rank ") and "computes" in line]
     assert line.startswith("rank 1 (")
+    assert line in log
     for row in rows:
         assert row["block_time_max_rank"] == 1
         assert row["ranks"]["block_time"] == [row["block_time_min"], row["block_time_max"]]
@@ -224,13 +230,16 @@ def test_the_rank_whose_block_is_slow_is_named(found, name):
 
 
 def test_the_rank_whose_images_are_late_is_named(found):
-    text, rows = found["images"]
+    text, rows, _ = found["images"]
     (line,) = [line for line in text.splitlines() if line.startswith("rank ") and "for images" in line]
     assert line.startswith("rank 1 (")
     assert all(row["data_time_max_rank"] == 1 for row in rows)
+    for row in rows:  # though the rank that writes them waits for no images
+        assert row["data_time"] == row["data_time_max"] >= 0.1
+        assert row["data_share"] == pytest.approx(row["data_time"] / row["step_time"])
 
 
 def test_rows_of_several_ranks_are_plain_json(found):
-    for _, rows in found.values():
+    for _, rows, _ in found.values():
         assert "NaN" not in json.dumps(rows)
         assert all(row["host_memory_gib"] > 0.05 and row["mfu"] > 0 for row in rows)

@@ -93,7 +93,8 @@ class RankValues:
 
         Returns:
             A function that waits until all ranks have done so, and returns what the row says of them (the largest
-            memory, and of times the smallest, the median and the largest) and lines that name stragglers.
+            memory, the longest wait for images, and of times the smallest, the median and the largest) and lines that
+            name stragglers.
         """
         own = {"data_time": row["data_time"], "host_memory_gib": host_memory_gib()}
         if self._timer is not None:
@@ -114,9 +115,15 @@ class RankValues:
                 found[name] = max(finite)
         for name in _TIMES:
             found |= summarize(name, values[name], self._hosts)
+        # The others wait for the one that waits longest.
+        found["data_time"] = max(values["data_time"])
+        found["data_share"] = found["data_time"] / step_time
         if self._ranks.size <= SHOWN_RANKS:
             found["ranks"] = {name: [_or_none(value) for value in values[name]] for name in _TIMES}
         lines = self._stragglers.look(values["block_time"], values["data_time"], step_time)
+        for line in lines:
+            if self._ranks.rank == 0 or line.startswith(f"rank {self._ranks.rank} "):
+                logger.info(line)
         return found, lines
 
     def _log(self, row: Mapping[str, Any], own: Mapping[str, float]) -> None:

@@ -1,4 +1,17 @@
-"""What a run says of itself while it runs: rows of metrics, in files and on the terminal."""
+"""What a run says of itself while it runs: rows of metrics, in files and on the terminal.
+
+A row is of the steps of an interval. Besides what the trainer knows it has
+
+- ``loss``, ``grad_norm``: means of the steps whose values are finite; ``skipped_steps``: the number of the others;
+- ``images_per_second`` (masked ones), ``step_time`` (seconds), ``tflops_per_second``: of all ranks together, with
+  everything that was between the steps, checkpoints and pictures as well;
+- ``mfu``: these FLOPs over what large matrix products would reach on all ranks in the time, as measured at the start;
+- ``data_time`` (seconds a step), ``data_share``: waiting for images, of the rank that waits longest;
+- ``peak_memory_gib`` (of a GPU, since the start), ``host_memory_gib``: of the rank that holds most;
+- with several ranks ``data_time_*`` and ``block_time_*``, seconds, for min, median, max, max_rank and max_host: each
+  rank's own waiting for images, and its own forward of one block, in which it waits for nobody; and ``ranks``, the
+  values of each, if they are few.
+"""
 
 from __future__ import annotations
 

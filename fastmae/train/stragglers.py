@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 COMPUTES = 1.25
@@ -68,33 +68,26 @@ class Stragglers:
             step_time: seconds that a step takes, all ranks alike.
         """
         self._interval += 1
-        block = _common(block_time)
-        data = _common(data_time)
-        slow = {("block", rank): value / block for rank, value in enumerate(block_time)
-                if value > COMPUTES * block and value > block + _NOISE}  # fmt: skip
-        slow |= {("data", rank): value for rank, value in enumerate(data_time) if value > data + WAITS * step_time}
+        block, data = _common(block_time), _common(data_time)
+        slow = {("block", rank) for rank, value in enumerate(block_time)
+                if value > max(COMPUTES * block, block + _NOISE)}  # fmt: skip
+        slow |= {("data", rank) for rank, value in enumerate(data_time) if value > data + WAITS * step_time}
         self._streaks = {key: self._streaks.get(key, 0) + 1 for key in slow}
-        return self._lines("block", slow, block_time, block) + self._lines("data", slow, data_time, data)
+        return self._lines("block", block_time, block) + self._lines("data", data_time, data)
 
-    def _lines(
-        self, kind: str, slow: Mapping[tuple[str, int], float], values: Sequence[float], common: float
-    ) -> list[str]:
-        due = [rank for one, rank in slow if one == kind and self._is_due((one, rank))]
+    def _lines(self, kind: str, values: Sequence[float], common: float) -> list[str]:
+        due = [rank for one, rank in self._streaks if one == kind and self._is_due((one, rank))]
         due.sort(key=lambda rank: -values[rank])
-        for rank in due:
-            self._said[kind, rank] = self._interval
+        self._said |= {(kind, rank): self._interval for rank in due}
         lines = []
         for rank in due[:_NAMED]:
             who, much = f"rank {rank} ({self._hosts[rank]})", f"{1e3 * values[rank]:.1f} ms"
             if kind == "block":
-                lines.append(
-                    f"{who} computes {values[rank] / common:.1f}x as long as the median (a block's forward {much} "
-                    f"against {1e3 * common:.1f} ms); all ranks wait for it"
-                )
+                line = f"{who} computes {values[rank] / common:.1f}x as long as the median (a block's forward {much} "
+                line += f"against {1e3 * common:.1f} ms)"
             else:
-                lines.append(
-                    f"{who} waits {much} a step for images, the median {1e3 * common:.1f} ms; all ranks wait for it"
-                )
+                line = f"{who} waits {much} a step for images, the median {1e3 * common:.1f} ms"
+            lines.append(f"{line}; all ranks wait for it")
         if len(due) > _NAMED:
             lines.append(f"and so do {len(due) - _NAMED} more ranks: {', '.join(map(str, due[_NAMED:][:20]))}")
         return lines
