@@ -14,6 +14,7 @@ import torch
 from distributed import run_ranks
 from PIL import Image
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 from training import MODEL, TRAIN, make_trainer, write_images
 
 from fastmae import data
@@ -171,6 +172,17 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_training(tmp_path, im
     assert trainer.step == 12
 
 
+class Sharded(Observer):
+    """After those before it in the list, no weights are gathered."""
+
+    def __init__(self, *_):
+        pass
+
+    def after_step(self, trainer):
+        trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        assert all(isinstance(parameter, DTensor) == trainer.parallelism.sharded for parameter in trained)
+
+
 def train(rank: int, mode: str, out: Path, images: Path, observers: tuple) -> dict | None:
     place = initialize(mode)
     config = PretrainConfig(
@@ -201,7 +213,7 @@ def job(rank: int, folder: Path) -> dict:
     return {
         (mode, watched): train(rank, mode, folder / f"{mode}-{watched}", folder / "classes", observers)
         for mode in ("ddp", "fsdp")
-        for watched, observers in ((False, ()), (True, (Pictures, Probe)))
+        for watched, observers in ((False, ()), (True, (Pictures, Probe, Sharded)))
     }
 
 
