@@ -12,24 +12,30 @@ nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient nor
 ``*-xformers``, ``*-apex-adam``  fastmae with xformers' attention, with apex's FusedAdam, where they are installed
 ``transformers-fastmae`` Hugging Face's model after ``fastmae.accelerate``
 ``lever: ...``           one change to ``facebookresearch-sdpa`` (with --levers)
+
+With --modes other competitors: ``fastmae`` and ``fastmae-compile``, which is mode "default", against
+
+``fastmae-compile-*``    the modes of torch.compile; "reduce-overhead" and "max-autotune" replay CUDA graphs of forward
+                         and backward
+``fastmae-graph``, ``fastmae-compile-graph``  forward, backward and optimiser captured into one CUDA graph
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 
 import pytest
 import torch
 from contest import Contest, Unavailable, later
 from levers import LeverModel, Levers, share_parameters
+from step_recipes import LEVERS, MODES, RECIPES, Recipe, compiled, in_graphs, missing
 
 import fastmae
 from fastmae.model import MaskedAutoencoderViT, create_model
-from fastmae.ops import attention, random_masking
+from fastmae.ops import random_masking
+from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.optim import parameter_groups
 
 CUDA = torch.cuda.is_available()
@@ -53,46 +59,6 @@ MODELS = {
 DEFAULT_MODELS = ["large", "base"] if CUDA else ["tiny-test"]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """One way to train: the model (levers, or None for fastmae's own with a residual dtype), and what is around it."""
-
-    levers: Levers | None = None
-    residual_dtype: str = "float32"
-    attention: str = "auto"
-    fused_adamw: bool = True
-    apex_adam: bool = False
-    compile: bool = False
-    dtype: torch.dtype = torch.bfloat16
-
-
-RECIPES = {
-    "facebookresearch-plain-fp16": Recipe(Levers("plain"), fused_adamw=False, dtype=torch.float16),
-    "facebookresearch-plain": Recipe(Levers("plain"), fused_adamw=False),
-    "facebookresearch-sdpa": Recipe(Levers(), fused_adamw=False),
-    "reference-compile": Recipe(Levers(), compile=True),
-    "reference-compile-bf16-residual": Recipe(Levers(bf16_residual=True), compile=True),
-    "transformers": Recipe(Levers()),
-    "fastmae": Recipe(),
-    "fastmae-compile": Recipe(compile=True),
-    "transformers-fastmae": Recipe(Levers()),
-    "fastmae-xformers": Recipe(attention="xformers"),
-    "fastmae-apex-adam": Recipe(apex_adam=True),
-    "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
-    "fastmae-compile-bf16-residual": Recipe(residual_dtype="bfloat16", compile=True),
-}
-LEVERS = {
-    "lever: fused AdamW": Recipe(Levers()),
-    "lever: attention backend": Recipe(Levers("fastmae"), fused_adamw=False),
-    "lever: patch and token ops": Recipe(Levers(ops=True), fused_adamw=False),
-    "lever: masked rows only": Recipe(Levers(masked_only=True), fused_adamw=False),
-    "lever: fused blocks": Recipe(Levers(blocks=True), fused_adamw=False),
-    "lever: fused blocks, weights cast once": Recipe(Levers(blocks=True, cast_once=True), fused_adamw=False),
-    "lever: bf16 residual": Recipe(Levers(bf16_residual=True), fused_adamw=False),
-    "lever: torch.compile": Recipe(Levers(), fused_adamw=False, compile=True),
-}
-
-
 class Track:
     """One set of parameters, the batch, and both optimisers, from which every competitor's step is made."""
 
@@ -108,6 +74,8 @@ class Track:
         mean, std = (s.view(1, 3, 1, 1) for s in (self.fast.mean, self.fast.std))
         self.pixels = ((self.images / 255 - mean) / std).contiguous()
         self.optimizers = {fused: self.optimizer(self.fast, fused) for fused in (False, True)}
+        self.capturable: torch.optim.Optimizer | None = None
+        self.graph_memory: tuple[int, int] | None = None
 
     def optimizer(self, model: torch.nn.Module, fused: bool) -> torch.optim.AdamW:
         groups = parameter_groups(model, weight_decay=0.05)
@@ -130,6 +98,8 @@ class Track:
             def loss(masking):
                 return model(self.images, self.pixels, masking, MASK_RATIO)
 
+        if recipe.graph:
+            return self.train_in_graph(loss, recipe, around)
         needs_masking = recipe.levers is None or recipe.levers.ops or recipe.levers.masked_only
         optimizer = self.apex_adam() if recipe.apex_adam else self.optimizers[recipe.fused_adamw]
         return self.train(loss, needs_masking, recipe, optimizer, around)
@@ -165,17 +135,14 @@ class Track:
     def train(
         self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer, around: Callable = nullcontext
     ) -> Callable[[], None]:
-        device, forward = self.device.type, torch.compile(loss, dynamic=False) if recipe.compile else loss
+        device, forward = self.device.type, compiled(loss, recipe)
         # A start from 65536, the default, would skip the first steps, and a skipped step is a fast one.
         scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=recipe.dtype == torch.float16)
 
         def step() -> None:
-            masking = None
-            if needs_masking:
-                self.position += 1
-                masking = random_masking(
-                    self.batch, self.fast.num_patches, MASK_RATIO, seed=0, epoch=self.position, device=self.device
-                )
+            masking = self.draw_masks() if needs_masking else None
+            if uses_cuda_graphs(recipe.compile_mode):
+                torch.compiler.cudagraph_mark_step_begin()
             with around():
                 with torch.autocast(device, dtype=recipe.dtype):
                     value = forward(masking)
@@ -183,6 +150,46 @@ class Track:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def draw_masks(self):
+        self.position += 1
+        return random_masking(
+            self.batch, self.fast.num_patches, MASK_RATIO, seed=0, epoch=self.position, device=self.device
+        )
+
+    def train_in_graph(self, loss: Callable, recipe: Recipe, around: Callable) -> Callable[[], None]:
+        """A training step that is one CUDA graph, from masks that lie where it reads them to the updated weights."""
+        forward, masking = compiled(loss, recipe), self.draw_masks()
+        if self.capturable is None:
+            groups = parameter_groups(self.fast, weight_decay=0.05)
+            lr = torch.tensor(1e-5, device=self.device)  # where a schedule would write it
+            self.capturable = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True, capturable=True)
+
+        def work() -> None:
+            with around():
+                with torch.autocast("cuda", dtype=recipe.dtype):
+                    value = forward(masking)
+                value.backward()
+            self.capturable.step()
+            self.capturable.zero_grad(set_to_none=True)
+
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # One graph leaves nothing that the next one has to find, so that all may use the same memory.
+        with torch.cuda.graph(graph, pool=self.graph_memory):
+            work()
+        self.graph_memory = graph.pool()
+
+        def step() -> None:
+            torch._foreach_copy_(list(masking), list(self.draw_masks()))
+            graph.replay()
 
         return step
 
@@ -197,31 +204,10 @@ def pytest_generate_tests(metafunc):
     recipes = RECIPES | (LEVERS if metafunc.config.getoption("--levers") else {})
     if not metafunc.config.getoption("--bf16-residual"):
         recipes = {name: recipe for name, recipe in recipes.items() if not name.endswith("-compile-bf16-residual")}
+    if metafunc.config.getoption("--modes"):
+        recipes = MODES
     metafunc.parametrize("model", models, ids=lambda model: f"{model[0]}-{model[1]}")
     metafunc.parametrize("competitor", list(recipes))
-
-
-def missing(competitor: str, recipe: Recipe, device: torch.device) -> str | None:
-    """Why a competitor cannot run here, or None."""
-    if recipe.dtype == torch.float16 and device.type != "cuda":
-        return "fp16 training is for CUDA"
-    if competitor.startswith("transformers") and find_spec("transformers") is None:
-        return "transformers is not installed"
-    if recipe.attention != "auto":
-        q = torch.zeros(1, 16, 1, 32, device=device, dtype=recipe.dtype)
-        try:
-            attention(q, q, q, recipe.attention)
-        except ValueError as error:
-            return str(error)
-    if recipe.apex_adam:
-        if device.type != "cuda":
-            return "apex's FusedAdam is for CUDA"
-        try:
-            import amp_C  # noqa: F401
-            from apex.optimizers import FusedAdam  # noqa: F401
-        except Exception as error:  # an unrelated package, or extensions that were built for another torch
-            return f"NVIDIA's apex does not load: {error}"
-    return None
 
 
 def build(model: tuple[str, int], names: list[str], device: torch.device) -> Contest:
@@ -229,7 +215,7 @@ def build(model: tuple[str, int], names: list[str], device: torch.device) -> Con
     track = Track(MODELS[name][1], batch, device)
     steps: dict = {}
     for competitor in names:
-        recipe = (RECIPES | LEVERS)[competitor]
+        recipe = (RECIPES | LEVERS | MODES)[competitor]
         reason = missing(competitor, recipe, device)
         if reason:
             steps[competitor] = Unavailable(reason)
@@ -241,9 +227,10 @@ def build(model: tuple[str, int], names: list[str], device: torch.device) -> Con
     return Contest(
         f"training step, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,
         resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
+        unseen_memory={n for n in names if in_graphs((RECIPES | LEVERS | MODES)[n])},
     )  # fmt: skip
 
 
 def bench_step(compete, device, model, competitor):
-    names = list(RECIPES | LEVERS)
+    names = list(RECIPES | LEVERS | MODES)
     compete(build, model, names, device)

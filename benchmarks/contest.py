@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,6 +100,7 @@ class Contest:
         dtype: of the matrix products, for comparison with a large one.
         images: images a call, where they are the measure.
         resident_bytes: what a competitor holds between calls (weights, optimiser state), added to its peak memory.
+        unseen_memory: competitors whose memory is a CUDA graph's, which the allocator does not count.
         calls: calls in a row that are timed as one.
         flush: whether the device's cache is emptied before.
         seconds: time for all rounds together, where --rounds does not say how many.
@@ -114,6 +115,7 @@ class Contest:
     dtype: torch.dtype = torch.bfloat16
     images: int | None = None
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
+    unseen_memory: Collection[str] = ()
     calls: int = 1
     flush: bool = True
     seconds: float = 1.0
@@ -185,7 +187,8 @@ def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter:
     if contest.facts:
         info |= contest.facts(name, len(times[name]))
     if meter.is_cuda:
-        info["peak_memory_bytes"] = meter.peak_memory(arm(competitor)) + contest.resident_bytes.get(name, 0)
+        if name not in contest.unseen_memory:
+            info["peak_memory_bytes"] = meter.peak_memory(arm(competitor)) + contest.resident_bytes.get(name, 0)
         info["launches"] = meter.launches(arm(competitor))
     return info
 
