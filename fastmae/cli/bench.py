@@ -81,7 +81,7 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     if config.model.attention == "xformers":
         _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)
-    model = create_model(**config.model_arguments()).to(device)
+    model = create_model(**config.model_arguments())
     if config.train.batch_size == "auto":
         sizes = architecture_sizes(model.architecture)
         machine = find_machine(config, sizes, Parallelism(device=device), Ranks(), dataset, kind)
@@ -89,7 +89,7 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
         console.print(settled.text)
         config = settled.config
     config = throughput.config_to_measure(config)
-    return Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
+    return Trainer(config, model.to(device), dataset, run, create_loader=data.create_loader, console=console)
 
 
 def _setting(trainer: Trainer) -> str:
