@@ -22,7 +22,7 @@ from training import write_images
 from fastmae.cli import main
 from fastmae.cli.errors import is_mistake
 from fastmae.train.checkpoint import CheckpointError, LostRankError
-from fastmae.train.collectives import CollectiveError, is_broken, reason_of
+from fastmae.train.collectives import CollectiveError, is_broken, joining, reason_of
 from fastmae.train.heartbeat import Heartbeat
 from fastmae.train.loop import Trainer
 from fastmae.train.rank_states import RankState, StateBoard, StoreError, lagging_ranks, lost_ranks, may_be_long, tell
@@ -109,6 +109,13 @@ def test_broken_collectives_are_told_from_bugs():
     assert reason_of(wrapped) == "Connection closed by peer [127.0.0.1]:29569."
     assert is_mistake(CollectiveError("a collective failed"))
     assert not is_mistake(RuntimeError(SIZES))
+
+
+def test_processes_that_do_not_find_each_other_say_so_in_one_line():
+    with pytest.raises(CollectiveError, match="do not find each other: wait timeout after 600000ms"), joining():
+        raise dist.DistStoreError("wait timeout after 600000ms, keys: /default_pg/0//cpu//0/0")
+    with pytest.raises(RuntimeError, match="no such device"), joining():
+        raise RuntimeError("no such device")
 
 
 @pytest.fixture

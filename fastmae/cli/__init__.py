@@ -69,7 +69,7 @@ def _bench(defaults: PretrainConfig) -> BenchConfig:
 
 def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, PretrainConfig):
-        with StopRequest() as stop:  # before PyTorch is imported, which takes seconds
+        with StopRequest(quiet=rank_and_size()[0] != 0) as stop:  # before PyTorch is imported, which takes seconds
             from fastmae.cli.pretrain import pretrain
 
             return pretrain(apply_flags(command, defaults, _given(argv)), stop)

@@ -21,6 +21,7 @@ from fastmae.ops import _xformers
 from fastmae.train.auto_batch import settle_batch_size
 from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.folder import step_of
+from fastmae.train.collectives import joining
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.free_memory import find_machine
@@ -66,7 +67,8 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> int:
         if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
             raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
         shard_size = config.train.shard_size
-        parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
+        with joining():
+            parallelism = initialize(config.train.parallel, _device_type(config.train.device), shard_size=shard_size)
     stall_seconds = config.report.stall_seconds
     try:
         with (

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 
@@ -30,6 +32,21 @@ def is_broken(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Around what makes the process group.
+
+    Raises:
+        CollectiveError: if the processes do not find each other.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_broken(error):
+            raise
+        raise CollectiveError(f"the processes do not find each other: {reason_of(error)}") from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -28,11 +28,18 @@ class StopRequest:
     The handler does nothing else: the loop looks at the flag between steps, so that a save never starts inside one.
     Before the first step it is looked at where nothing is half done, and the evaluation after the last one completes.
     Outside the main thread, where Python does not allow handlers, the flag stays unset.
+
+    Args:
+        quiet: do not say that it was heard, as another process does.
+
+    Attributes:
+        requested: the first signal's name; None until one comes.
     """
 
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
         self.requested: str | None = None
         self._requested_at = 0.0
         self._previous: dict[int, object] = {}
@@ -54,5 +61,7 @@ class StopRequest:
                 return
             os._exit(128 + number)
         self.requested, self._requested_at = name, time.monotonic()
+        if self._quiet:
+            return
         # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
         os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
