@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -307,7 +308,10 @@ def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_pat
     text = str(caught.value)
     assert text.startswith("no finite gradient in steps 4 to 6, which changed nothing. The first one's batch is in ")
     assert f"{tmp_path}/run/non_finite/step-4: 8 images" in text
-    assert "has gone back 2 times already (--train.max-rollbacks). What may help: a lower --train.base-lr" in text
+    assert text.endswith(
+        "The run has gone back 2 times, as often as --train.max-rollbacks allows. To go on, --resume with a larger one "
+        "and with a lower --train.base-lr, --train.clip-grad 1.0"
+    )
     assert len(read(tmp_path / "run/rollbacks.jsonl")) == 2
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
     assert (tmp_path / "run/checkpoints/step-0").is_dir()
@@ -332,7 +336,8 @@ def train_on_two(rank: int, folder: Path, images: Path) -> dict[str, list]:
     for mode in ("ddp", "fsdp"):
         place = parallel.initialize(mode)
         with Ranks.create() as ranks:
-            trainer = make(folder / mode, images, place=place, ranks=ranks, batch_size=2)
+            options = {"batch_size": 2, "reshard_after_forward": False}
+            trainer = make(folder / mode, images, place=place, ranks=ranks, **options)
             if mode == "ddp" and rank == 1:
                 trainer.loader_at = partial(fail_once, trainer)
             status = trainer.fit()
@@ -387,6 +392,49 @@ def test_two_ranks_go_back_together(straight, images, tmp_path):
     weights, expected = load_checkpoint(final, prefix="model.")[0], load_checkpoint(alone, prefix="model.")[0]
     for name, value in expected.items():
         assert torch.allclose(weights[name], value, atol=5e-5), name
+
+
+def train_interrupted_on_two(rank: int, folder: Path, images: Path, mode: str) -> None:
+    """A run undisturbed; and one that is stopped in the streak, killed after it went back, and resumed each time."""
+    place = parallel.initialize(mode)
+    with Ranks.create() as ranks:
+        options = {"place": place, "ranks": ranks, "precision": "bf16", "clip_grad": 1.0}
+        trainer = make(folder / "straight", images, **options)
+        trainer.fit()
+        trainer.run.close()
+        second = [At(6, lambda trainer: second.append(At(6, die)))]
+        for observers in ([At(7, leave)] if rank == 0 else [], second, []):
+            trainer = make(folder / "run", images, observers=observers, resume=(folder / "run").exists(), **options)
+            if list_checkpoints(folder / "run/checkpoints"):
+                assert trainer.resume(latest_checkpoint(folder / "run", ranks=ranks)) == []
+            with contextlib.suppress(Killed):
+                trainer.fit()
+            trainer.run.close()
+            ranks.first("waiting", lambda: None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_interrupted_go_on_as_undisturbed(images, tmp_path, mode):
+    run_ranks(train_interrupted_on_two, 2, tmp_path, images, mode, timeout=100)
+    assert_as_undisturbed(tmp_path / "run", tmp_path / "straight")
+    assert len(read(tmp_path / "run/rollbacks.jsonl")) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "bf16", "compile": True}])
+def test_on_a_gpu(images, tmp_path, options):
+    """Rows are read an interval late there, and saves go on beside the training."""
+    place = parallel.initialize("none", "cuda")
+    trainer = make(tmp_path / "run", images, place=place, device="cuda", **options)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    rows = read(tmp_path / "run/metrics.jsonl")
+    assert [(row["step"], row["samples"], row["rollbacks"]) for row in rows] == [(4, 32, 0), (8, 88, 1), (12, 120, 1)]
+    assert all(row["loss"] is not None and row["skipped_steps"] == 0 for row in rows)
+    dumped = json.loads((tmp_path / "run/non_finite/step-6/batch.json").read_text())
+    assert dumped["images_without_finite_loss"] == 1
+    assert dumped["images"][0]["position"] == 43
 
 
 def feed(divergence: Divergence, skipped: list[int], interval: int = 4, begin: int = 0) -> None:

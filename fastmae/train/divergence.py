@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 LEAST_FP16 = 17
-"""Halvings that take a loss scale from its first value, 2**16, below 1: what then overflows is no matter of the scale.
-The steps in a row that are a divergence must not be fewer."""
+"""Steps in a row that a divergence takes at least in fp16. A loss scale that is too high is halved in one after the
+other: 17 times until it is below 1, from its first value of 2**16."""
 
 
 class Divergence:
@@ -25,9 +25,6 @@ class Divergence:
 
     It looks at values that reach the host late, with the rows of metrics. What follows from them does not depend on how
     late: the first ``rollback_after`` steps of a streak are the offending ones, whatever was done since.
-
-    A loss scale (fp16) that begins too high is halved by a step after the other, which looks the same; therefore
-    ``rollback_after`` must be at least ``LEAST_FP16`` there.
 
     Args:
         rollback_after: steps in a row after which a run goes back.

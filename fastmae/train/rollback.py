@@ -14,21 +14,22 @@ from fastmae.ops import Masking
 from fastmae.train import model_state
 from fastmae.train.batch_dump import Dumped, largest_values, losses_by_mask, write_dump
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, set_aside_after
-from fastmae.train.checkpoint.folder import step_of
+from fastmae.train.checkpoint.folder import discard, step_of
 from fastmae.train.feed import draw_masks
 
 if TYPE_CHECKING:
     from fastmae.train.loop import Trainer
-
-ADVICE = "a lower --train.base-lr, --train.clip-grad 1.0, or --train.precision fp32"
 
 
 def roll_back(trainer: Trainer) -> None:
     """Take a trainer whose ``divergence`` is due back to the newest sound checkpoint; every rank calls it.
 
     The images of the steps since that checkpoint are left out, those of the offending steps among them: on the same
-    images the same weights would come to the same end. Later checkpoints are set aside (``step-N.abandoned``), and rows
-    of metrics after it are cut, as when a run is resumed. The learning rate follows the step.
+    images the same weights would come to the same end. Later checkpoints are set aside (``step-N.abandoned``, until the
+    next time), and rows of metrics after it are cut, as when a run is resumed. The learning rate follows the step.
+
+    Nothing is saved: a run that ends before its next checkpoint goes on from the one that it went back to, comes to the
+    same end, and goes back in the same way.
 
     Raises:
         FloatingPointError: on all ranks alike, if the run has gone back ``max_rollbacks`` times already, or no sound
@@ -36,6 +37,7 @@ def roll_back(trainer: Trainer) -> None:
     """
     divergence = trainer.divergence
     first, last = divergence.offending
+    trainer.heartbeat.at(trainer.step, "dumping a batch")
     trainer.saves.wait()
     trainer.loader.close()
     dumped = dump(trainer, first)
@@ -44,15 +46,17 @@ def roll_back(trainer: Trainer) -> None:
     record: dict[str, Any] = {"first_step": first, "last_step": last, "noticed_at_step": trainer.step}
     record["dump"] = str(dumped.folder) if dumped else None
     if divergence.rollbacks >= divergence.max_rollbacks:
-        times = f"{divergence.rollbacks} time{'s' * (divergence.rollbacks != 1)}"
-        what = f"The run has gone back {times} already" if divergence.rollbacks else "Going back is off"
-        raise FloatingPointError(f"{found}{what} (--train.max-rollbacks). What may help: {ADVICE}")
+        raise FloatingPointError(
+            f"{found}The run has gone back {divergence.rollbacks} times, as often as --train.max-rollbacks allows. "
+            f"To go on, --resume with a larger one and with {_remedies(trainer)}"
+        )
+    trainer.heartbeat.at(trainer.step, "going back")
     position, rollbacks = trainer.positions.after(last), divergence.rollbacks + 1
     saved = _go_to_newest_sound(trainer, divergence.newest_sound)
     if saved is None:
         raise FloatingPointError(
-            f"{found}There is no sound checkpoint before them that the run has not gone back to already. "
-            f"What may help: {ADVICE}; checkpoints more often"
+            f"{found}There is no sound checkpoint of an earlier step that the run has not gone back to already. "
+            f"What may help: {_remedies(trainer)}, and checkpoints more often"
         )
     trainer.go_on_from(saved)
     left_out = [trainer.samples, position - 1]
@@ -81,6 +85,7 @@ def dump(trainer: Trainer, step: int) -> Dumped | None:
         trainer.fit_input_size(batch)
         masking = draw_masks(batch, trainer.model, trainer.config)
         with (
+            torch.compiler.set_stance("force_eager"),  # nothing is compiled for one pass
             trainer.model.cast_weights(trainer.dtype) if low_precision else nullcontext(),
             torch.autocast(trainer.device.type, trainer.dtype, enabled=low_precision),
         ):
@@ -109,10 +114,18 @@ def _go_to_newest_sound(trainer: Trainer, newest: int) -> Checkpoint | None:
         largest = largest_values(model_state.collect(trainer.model, trainer.optimizer))
         if not ranks.any(any(not value < float("inf") for value in largest.values())):
             if ranks.rank == 0:
+                for old in folder.glob("step-*.abandoned"):  # of the last time: they are whole checkpoints
+                    discard(old)
                 set_aside_after(folder, step_of(path), "abandoned")
             return saved
         _warn(trainer, f"{path}: passed over, its weights or moments are not all finite")
     return None
+
+
+def _remedies(trainer: Trainer) -> str:
+    train = trainer.config.train
+    clip = "--train.clip-grad 1.0" if train.clip_grad is None else "a lower --train.clip-grad"
+    return f"a lower --train.base-lr, {clip}" + (" or --train.precision fp32" if train.precision != "fp32" else "")
 
 
 def _warn(trainer: Trainer, text: str) -> None:

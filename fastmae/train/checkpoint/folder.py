@@ -101,7 +101,7 @@ def prune(folder: Path, written: Path, keep: int | None, keep_every: int | None,
 
 
 def set_aside_after(folder: Path, step: int, suffix: str = "damaged") -> list[Path]:
-    """Rename checkpoints of later steps to ``step-N.damaged``: a run that fell back must not meet them again."""
+    """Rename checkpoints of later steps to ``step-N.<suffix>``: a run that fell back must not meet them again."""
     renamed = []
     for path in list_checkpoints(folder):
         if step_of(path) > step:
