@@ -14,7 +14,7 @@ from training import make_trainer
 
 from fastmae import data
 from fastmae.cli import main
-from fastmae.cli.evaluations import Probe
+from fastmae.cli.evaluations import Pictures, Probe
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import ReportConfig
 from fastmae.train.observers import Observer
@@ -191,12 +191,17 @@ def test_what_cannot_be_probed_is_an_error_before_the_training(tmp_path, images,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gpu_training_is_the_same_with_a_probe_and_without(tmp_path, images, compiled):
-    weights = []
-    for name, report in (("plain", None), ("probed", ReportConfig(probe_every_epochs=1))):
-        trainer = probed(tmp_path / name, images, report, device="cuda", compile=compiled)
+def test_gpu_training_is_the_same_when_it_is_looked_at(tmp_path, images, compiled):
+    weights, report = [], ReportConfig(probe_every_epochs=1, picture_every_steps=3)
+    for name in ("plain", "observed"):
+        trainer = make_trainer(tmp_path / name, images, device="cuda", compile=compiled)
+        if name == "observed":
+            config = replace(trainer.config, report=report)
+            trainer.observers = [Pictures(config, trainer.dataset), Probe(config, trainer.dataset, Ranks())]
         trainer.fit()
         weights.append(trainer.model.state_dict())
     for name in weights[0]:
         torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-5)
-    assert all(row["linear_top1"] == 1.0 for row in evaluations(tmp_path / "probed"))
+    rows = evaluations(tmp_path / "observed")
+    assert all(row["linear_top1"] == 1.0 for row in rows if "linear_top1" in row)
+    assert len(rows) == 3 + 4
