@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from test_cli import mistake
-from test_kills import FLAGS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from training import MODEL, make_trainer, write_images
+from training import FLAGS, MODEL, make_trainer, write_images
 
 from fastmae.cli import main
 from fastmae.model import MaskedAutoencoderViT

@@ -12,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_resume import FLAGS
-from training import write_images
+from training import FLAGS, write_images
 
 from fastmae.cli import main
 from fastmae.train.checkpoint import CheckpointError

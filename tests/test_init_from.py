@@ -11,9 +11,8 @@ import pytest
 import torch
 from distributed import run_ranks
 from safetensors.torch import load_file, save_file
-from test_resume import FLAGS
 from torch.distributed.tensor import DTensor
-from training import MODEL, write_images
+from training import FLAGS, MODEL, write_images
 
 from fastmae.cli import main
 from fastmae.interop.hugging_face_weights import read_hugging_face

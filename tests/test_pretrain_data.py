@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_resume import FLAGS
-from training import write_images, write_shards
+from training import FLAGS, write_images, write_shards
 
 from fastmae import data
 from fastmae.cli import main

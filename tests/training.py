@@ -38,6 +38,14 @@ TRAIN = TrainConfig(
     checkpoint_every_seconds=None,
 )
 
+FLAGS = """
+--model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
+--model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
+--train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 4
+--train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
+"""
+"""The same for the command line."""
+
 
 def write_images(folder: Path, count: int = 11) -> Path:
     """JPEGs of smooth colours and sizes of their own."""
