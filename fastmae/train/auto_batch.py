@@ -13,6 +13,7 @@ from fastmae.train.scaling.batch import BatchFit, TooLargeError, fit_batch
 from fastmae.train.scaling.communication import Mode
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.kept import Kept, kept_per_image
+from fastmae.train.scaling.memory import Memory
 from fastmae.train.scaling.plan import COMPUTE_BYTES
 from fastmae.train.scaling.sizes import Sizes, preset_sizes
 from fastmae.train.scaling.work import Attention, Checkpointing
@@ -52,6 +53,8 @@ class Settled(NamedTuple):
     config: PretrainConfig
     text: str
     """What was chosen, and by what estimate."""
+    memory: Memory | None = None
+    """The estimate; None where nothing is known of the memory."""
 
 
 def settle_batch_size(config: PretrainConfig, machine: Machine, saved: Mapping[str, Any] | None = None) -> Settled:
@@ -90,12 +93,13 @@ def settle_batch_size(config: PretrainConfig, machine: Machine, saved: Mapping[s
         f"{hardware.usable_bytes / 1e9:.1f} GB to use ({free}); {fit.largest:,} would fit"
     )
     if before is not None and before[0] == fit.batch_size:
-        return _settled(config, before[1], f"{text}; as before")
-    return _settled(config, fit.batch_size, text)
+        return _settled(config, before[1], f"{text}; as before", fit.memory)
+    return _settled(config, fit.batch_size, text, fit.memory)
 
 
-def _settled(config: PretrainConfig, batch_size: int | None, text: str) -> Settled:
-    return Settled(replace(config, train=replace(config.train, batch_size=batch_size)), f"Batch size auto: {text}")
+def _settled(config: PretrainConfig, batch_size: int | None, text: str, memory: Memory | None = None) -> Settled:
+    train = replace(config.train, batch_size=batch_size)
+    return Settled(replace(config, train=train), f"Batch size auto: {text}", memory)
 
 
 def _fit(config: PretrainConfig, machine: Machine, hardware: Hardware, most: int | None = None) -> BatchFit:
