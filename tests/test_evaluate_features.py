@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from fastmae import data
-from fastmae.data import retry
+from fastmae.data import Dataset, retry
 from fastmae.data.decode import center_box, resize_crop_into
 from fastmae.evaluate import (
     Features,
@@ -18,6 +18,7 @@ from fastmae.evaluate import (
     hold_out,
     join_ranks,
     judge,
+    labelled,
     match_classes,
     probe,
 )
@@ -155,6 +156,16 @@ def test_chosen_images_are_spread_over_the_classes_and_always_the_same(dataset):
     known, tests = hold_out(choose_labelled(dataset, 1000))
     assert (len(known.labels), len(tests.labels)) == (27, 3)
     assert not set(known.sample_ids) & set(tests.sample_ids)
+
+
+def test_not_every_label_of_a_large_data_set_is_looked_up(dataset, monkeypatch):
+    monkeypatch.setattr(labelled, "_LOOKED_AT", 5)
+    looked = []
+    monkeypatch.setattr(Dataset, "labels", lambda self, ids: looked.append(len(ids)) or self.rows(ids)["label"])
+    some = choose_labelled(dataset, 5)
+    assert looked == [20]
+    assert len(set(some.sample_ids.tolist())) == 5
+    assert np.bincount(some.labels).min() >= 1
 
 
 def test_images_without_label_and_bad_ones_are_not_chosen(tmp_path):

@@ -32,6 +32,8 @@ _NEW_CROPS_EPOCH = 2**31
 """An epoch that no run reaches: crops of it were never trained on."""
 _CROPS, _MASKS = 12, 48
 """What a picture during the training shows and measures; the one at the end measures more."""
+_COVERED = 0.5
+"""Share of the test images that must be of a class with images to learn from; the others count as misclassified."""
 _ERRORS = ("mse", "mse_mean_color", "mse_inverse_distance")
 
 
@@ -106,8 +108,8 @@ class Probe(Observer):
     """Every so many epochs, and at the end: nearest neighbours and a linear classifier on the frozen features.
 
     Raises:
-        ValueError: the images have no labels, or too few, or of one class only, or other classes than those to test on;
-            naming the flag.
+        ValueError: the images have no labels, or too few, or of one class only, or other classes than those to test on,
+            or too many classes for so few images; naming the flag.
         DataError: the images to test on cannot be opened.
     """
 
@@ -117,6 +119,12 @@ class Probe(Observer):
         self._epoch = Fraction(len(dataset), config.train.global_batch_size)  # in steps
         self._probed: int | None = None
         self._known, self._tests = _images_to_probe(config, dataset, ranks)
+        covered = np.isin(self._tests.labels, self._known.labels).mean()
+        if covered < _COVERED:
+            raise ValueError(
+                "--report.probe-images: expected some images of each class to learn from, got "
+                f"{len(self._known.labels):,} that have the classes of only {covered:.0%} of those to test on"
+            )
 
     def begin(self, trainer: Trainer) -> None:
         known, tests = self._known, self._tests

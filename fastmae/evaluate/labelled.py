@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from fastmae.data import Dataset
 
-_LOOKED_AT = 100_000
+_LOOKED_AT = 40_000
 """Images whose labels are looked up at least, where a data set has so many: some may have none."""
 HELD_OUT = 10
 """One image of so many is tested on, where there are no others to test on."""
@@ -85,8 +84,9 @@ def match_classes(known: LabelledImages, tests: LabelledImages) -> LabelledImage
             f"{with_names.dataset.name} has names of classes and {without.dataset.name} only numbers"
         )
     if names:
-        numbers: Mapping[str, int] = {name: i for i, name in enumerate(names)}
-        translation = np.array([numbers.get(name, -1) for name in others])
+        numbers = {name: i for i, name in enumerate(names)}
+        translation = np.full(max(len(others), tests.labels.max() + 1), -1)  # a shard may name classes beyond the list
+        translation[: len(others)] = [numbers.get(name, -1) for name in others]
         labels = translation[tests.labels]
     else:
         labels = np.where(np.isin(tests.labels, known.labels), tests.labels, -1)
@@ -100,7 +100,7 @@ def match_classes(known: LabelledImages, tests: LabelledImages) -> LabelledImage
 def _some(images: LabelledImages) -> str:
     labels = np.unique(images.labels)
     names = images.dataset.classes
-    shown = [names[i] if names else str(i) for i in labels[:3].tolist()]
+    shown = [names[i] if i < len(names) else str(i) for i in labels[:3].tolist()]
     return ", ".join(shown) + (", ..." if len(labels) > 3 else "")
 
 

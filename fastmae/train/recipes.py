@@ -37,7 +37,7 @@ PHOTOGRAPHS = PretrainConfig(
         checkpoint_every_seconds=30.0,
         keep_checkpoints=2,
     ),
-    # Four pictures, at half a second each: less than 1 % of the run.
+    # Four pictures, at half a second each: 1 % of the run.
     report=ReportConfig(picture_every_steps=1000),
 )
 """A small model on the embedded photographs: minutes on two CPU cores. The time limit keeps that true on slow ones."""
