@@ -11,9 +11,9 @@ import pytest
 import torch
 from training import make_trainer, write_images
 
+from fastmae.train import throughput
 from fastmae.train.labels import labelled, unlabelled
 from fastmae.train.profile import Profile
-from fastmae.train.records import Recorder
 
 LABELS = {"data", "masking", "forward", "embedding", "encoder", "decoder", "backward", "optimizer"}
 
@@ -154,16 +154,11 @@ def test_the_first_process_of_each_node_is_recorded(tmp_path, images, rank, loca
 
 @pytest.mark.gpu
 def test_a_trace_of_a_gpu_has_kernels_and_its_time_is_accounted_for(tmp_path, images):
-    trainer = train(tmp_path / "run", images, (5, 3), device="cuda", precision="bf16")
+    train(tmp_path / "run", images, (5, 3), device="cuda", precision="bf16")
     trace = tmp_path / "run" / "traces" / "rank-0-steps-5-7.json.gz"
     assert any(event.get("cat") == "kernel" for event in read_trace(trace))
-    with trainer._open_loader() as trainer.loader:
-        recorder = Recorder(trainer, 3, warmup=1)
-        recorder.start()
-        while recorder.running:
-            trainer.train_step()
-            recorder.step()
-    found = recorder.breakdown()
+    measured = make_trainer(tmp_path / "other", images, device="cuda", precision="bf16", log_every_steps=100)
+    found = throughput.measure(measured, 0.5).breakdown
     assert sum(found.kinds.values()) == pytest.approx(found.step_ms)
     assert {"matrix products", "attention", "fastmae's kernels", "optimiser"} <= found.kinds.keys()
     assert {"encoder", "decoder", "loss", "backward", "norm and optimiser"} <= found.stages.keys()
