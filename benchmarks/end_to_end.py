@@ -77,7 +77,9 @@ def main() -> int:
         code = fastmae([*command, "--json", str(arguments.out)])
     if code:
         return code
-    found = json.loads(arguments.out.read_text())
+    # Where the images lay for the moment means nothing to a reader of the results.
+    text = arguments.out.read_text()
+    found = json.loads(text if arguments.images else text.replace(str(folder), f"{arguments.count} JPEGs"))
     found["targets"] = targets(found, arguments.recipe)
     arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     for one in found["targets"]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import report_data
+import report_end_to_end
 from report import (
     BEGIN,
     END,
     FIGURES,
     PAGE,
     README,
+    RESULTS,
+    ROOT,
     Machine,
     case_of,
     counterpart,
@@ -56,7 +59,10 @@ def pages(machines: list[Machine], root: Path) -> dict[str, str]:
     readme = (root / README).read_text()
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    texts = {PAGE: _page(machines), README: f"{before}{BEGIN}\n{_readme_block(machines)}\n{END}{after}"}
+    texts = {
+        PAGE: _page(machines, root / RESULTS.relative_to(ROOT)),
+        README: f"{before}{BEGIN}\n{_readme_block(machines)}\n{END}{after}",
+    }
     page = root / report_data.DATA_PAGE
     block = report_data.data_block(machines)
     if block and page.exists() and report_data.BEGIN in (text := page.read_text()):
@@ -77,13 +83,15 @@ def describe(machine: Machine) -> str:
     return f"{device}, {threads}; Python {python}, {packages}; {' and '.join(dates)}."
 
 
-def _page(machines: list[Machine]) -> str:
+def _page(machines: list[Machine], results: Path) -> str:
     parts = [_HEAD]
     if not any(machine.is_gpu for machine in machines):
         parts.append(_NO_GPU)
     for machine in machines:
         commits = sorted({run["commit"] for run in machine.runs})
         parts += [f"## {machine.info['device']}\n", f"{describe(machine)} Commits: {', '.join(commits)}.\n"]
+        if end_to_end := report_end_to_end.section(results / machine.name):
+            parts.append(end_to_end)
         for kind in machine.kinds():
             groups = machine.of(kind)
             if report_data.is_data(kind):

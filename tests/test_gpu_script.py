@@ -105,6 +105,7 @@ def test_end_to_end_measures_on_images_of_its_own_and_says_what_the_targets_say(
         torch.set_num_threads(threads)
     found, text = json.loads(out.read_text()), capsys.readouterr().out
     assert found["config"]["train"]["global_batch_size"] == 4
+    assert found["config"]["data"]["path"] == "16 JPEGs"
     assert found["images"]["mean_pixels"] == 500 * 375
     assert [one["target"] for one in found["targets"]] == [0.95, 0.5]
     assert "missed: MFU, model alone" in text or "reached: MFU, model alone" in text
