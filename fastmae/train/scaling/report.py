@@ -44,7 +44,7 @@ def sections(plans: Sequence[Plan]) -> list[Section]:
             ],
         ),
         (
-            "Batch",
+            "Batch" if plans[0].run.batch_size else "Batch, as --train.batch-size auto",
             [
                 row("images on a GPU at a time", lambda p: f"{p.batch_size:,}"),
                 row("such batches in a step", lambda p: f"{p.accumulation:,}"),
