@@ -73,6 +73,9 @@ def work():
     logging.getLogger("fastmae.data").warning("a warning")
     logging.getLogger("other").warning("of another")
     warnings.warn("and a third")
+    verbose = logging.getLogger("verbose")
+    verbose.addHandler(logging.StreamHandler())
+    verbose.warning("of one with a handler")
 
 if sys.argv[1] == "without":
     work()
@@ -92,7 +95,7 @@ def program(kind: str, folder: Path) -> subprocess.CompletedProcess:
 def test_the_console_shows_what_it_shows_without_a_log(tmp_path):
     without, logged = (program(kind, tmp_path) for kind in ("without", "with"))
     assert (logged.stdout, logged.stderr) == (without.stdout, without.stderr)
-    for words in ("a warning", "of another", "and a third"):
+    for words in ("a warning", "of another", "and a third", "of one with a handler"):
         assert logged.stderr.count(words) == 1
         assert text(tmp_path).count(words) == 1
     assert "information" in text(tmp_path)
