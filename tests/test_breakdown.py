@@ -13,9 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
-from fastmae.train.breakdown import Kernel, Span, Timeline, break_down_device, break_down_host, segments
+from fastmae.train.breakdown import Kernel, break_down_device, break_down_host
 from fastmae.train.kinds import OWN_KERNELS, kind_of_kernel, kind_of_operators
 from fastmae.train.records import break_down
+from fastmae.train.spans import Span, Timeline, segments
 
 KERNELS = {
     "matrix products": [
@@ -238,6 +239,19 @@ def test_kernels_are_followed_to_the_thread_and_the_label_that_launched_them():
     ms = {name: round(value * 1e3, 6) for name, value in found.stages.items()}
     assert ms == {"backward": 40, "images to the device": 10, "image decoding": 5, "idle device": 45}
     assert round(found.kinds["matrix products"] * 1e3, 6) == 40
+
+
+def test_kernels_of_a_graph_are_known_though_no_operator_launched_them():
+    cuda = DeviceType.CUDA
+    events = [
+        Event("ProfilerStep#3", 0, 100, user=True), Event("forward", 10, 60, user=True),
+        Event("cudaGraphLaunch", 15, 16, thread=99, id=70), Event("nvjet_tst", 20, 50, device=cuda, id=70),
+        Event("add_norm_fwd_kernel", 50, 60, device=cuda, id=70),
+        Event("void dali::kernels::BatchedResize", 60, 70, device=cuda, id=71),
+    ]  # fmt: skip
+    found = break_down(events, on_gpu=True)
+    ms = {name: round(value * 1e3, 6) for name, value in found.stages.items()}
+    assert ms == {"forward": 40, "image decoding": 10, "idle device": 50}
 
 
 def test_no_step_is_an_error():

@@ -8,7 +8,6 @@ was. So what is hidden behind computation costs nothing, and is listed beside as
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from fastmae.train.kinds import (
     kind_of_kernel,
     kind_of_operators,
 )
+from fastmae.train.spans import Span, Timeline, segments
 
 LABELS = {
     "data": "waiting for images", "masking": "masking and embedding", "embedding": "masking and embedding",
@@ -42,14 +42,6 @@ STAGES = (
 """In the order in which they are shown; "forward" is what of it cannot be told apart, as in a compiled model."""
 
 _LOSS_OP = "fastmae::masked_patch_mse"
-
-
-class Span(NamedTuple):
-    """An operator or a named range on a thread of the host; times in microseconds."""
-
-    name: str
-    begin: float
-    end: float
 
 
 class Kernel(NamedTuple):
@@ -75,14 +67,6 @@ class Stretch(NamedTuple):
     kind: str
     stage: str
     rank: int = 0
-
-
-class Segment(NamedTuple):
-    """A stretch of a thread's time with the names of all spans that are open, outermost first."""
-
-    begin: float
-    end: float
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -134,45 +118,6 @@ class Breakdown:
             found.append(f"behind other kernels, not counted above: {hidden}")
         found.append(f"{self.attributed:.1%} of the time is of a known kind")
         return found
-
-
-def segments(spans: Iterable[Span]) -> list[Segment]:
-    """One thread's time, cut where a span begins or ends. Spans nest; one that outlasts its parent is cut off."""
-    found: list[Segment] = []
-    names: list[str] = []
-    ends: list[float] = []
-    now = 0.0
-
-    def until(time: float) -> None:
-        nonlocal now
-        if names and time > now:
-            found.append(Segment(now, time, tuple(names)))
-        now = max(now, time)
-
-    for span in sorted(spans, key=lambda span: (span.begin, -span.end)):
-        while ends and ends[-1] <= span.begin:
-            until(ends.pop())
-            names.pop()
-        until(span.begin)
-        ends.append(min(span.end, ends[-1]) if ends else span.end)
-        names.append(span.name)
-    while ends:
-        until(ends.pop())
-        names.pop()
-    return found
-
-
-class Timeline:
-    """A thread's segments, to be asked what was open when."""
-
-    def __init__(self, spans: Iterable[Span]):
-        self.segments = segments(spans)
-        self._begins = [segment.begin for segment in self.segments]
-
-    def at(self, time: float) -> tuple[str, ...]:
-        """The names that are open at a moment, outermost first."""
-        index = bisect_right(self._begins, time) - 1
-        return self.segments[index].names if index >= 0 and time < self.segments[index].end else ()
 
 
 def break_down_host(spans: Iterable[Span], window: tuple[float, float], steps: int) -> Breakdown:

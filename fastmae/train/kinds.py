@@ -76,6 +76,12 @@ def kind_of_kernel(name: str, operators: Sequence[str] = ()) -> str:
     return OTHER if kind == BETWEEN else kind
 
 
+def is_trained_with(name: str) -> bool:
+    """Whether a kernel whose launch nobody recorded, as in a CUDA graph, is the training's and not the loader's."""
+    trained = {MATMUL, ATTENTION, OWN, OPTIMIZER, COMMUNICATION, REDUCTION}
+    return "at::native" in name or name.startswith("triton_") or kind_of_kernel(name) in trained
+
+
 def kind_of_operators(operators: Sequence[str]) -> str:
     """The kind of what a CPU does inside these operators, outermost first, and outside of any other."""
     for name in operators:

@@ -12,8 +12,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastmae.train.breakdown import Breakdown, Kernel, Span, Timeline, break_down_device, break_down_host
+from fastmae.train.breakdown import Breakdown, Kernel, break_down_device, break_down_host
+from fastmae.train.kinds import is_trained_with
 from fastmae.train.labels import labelled
+from fastmae.train.spans import Span, Timeline
 
 _STEP = "ProfilerStep#"
 _RUNTIME = ("cuda", "cu", "hip")
@@ -132,10 +134,12 @@ def _span(event: Any) -> Span:
 
 
 def _kernel(event: Any, operators: dict, launches: dict[int, float], timelines: dict[int, Timeline]) -> Kernel:
-    """A kernel with what launched it: an operator of a training thread, else it is the loader's."""
+    """A kernel with what launched it: an operator of a training thread or a CUDA graph, else it is the loader's."""
     span = _span(event)
     linked = event.linked_correlation_id()
     thread, operator = operators.get(linked, (None, None)) if linked else (None, None)
+    if not linked and is_trained_with(span.name):
+        return Kernel(*span, launches.get(event.correlation_id()))
     if thread not in timelines:
         return Kernel(*span)
     launched = launches.get(event.correlation_id(), operator.start_ns() / 1e3)
