@@ -3,6 +3,9 @@
 A row is of the steps of an interval. Besides what the trainer knows it has
 
 - ``loss``, ``grad_norm``: means of the steps whose values are finite; ``skipped_steps``: the number of the others;
+  ``rollbacks``: how often the run has gone back because of too many of these in a row;
+- ``loss_max``, ``grad_norm_max``: the largest finite values; ``loss_spikes``, ``grad_norm_spikes``: the number of those
+  that stand out from the steps before, which ``spikes.jsonl`` has;
 - ``images_per_second`` (masked ones), ``step_time`` (seconds), ``tflops_per_second``: of all ranks together, with
   everything that was between the steps, checkpoints and pictures as well;
 - ``mfu``: these FLOPs over what large matrix products would reach on all ranks in the time, as measured at the start;
@@ -30,7 +33,7 @@ from fastmae.train.metrics import HostCopy, Row, StepValues, mean_of_finite
 from fastmae.train.parallel import Parallelism
 from fastmae.train.rank_values import RankValues, Shared
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.sinks import JsonLines, Sink, TensorBoard, Terminal
+from fastmae.train.sinks import JsonLines, Sink, TensorBoard, Terminal, Tolerant
 from fastmae.train.wandb_sink import WeightsAndBiases
 
 WAITING = 0.2
@@ -102,6 +105,7 @@ class Reporter:
         if self._wandb_project:
             self._sinks.append(WeightsAndBiases(self._wandb_project, self._run, config, self._console.print))
         self._sinks.append(Terminal(self._console, step, total_steps, deadline))
+        self._sinks = [Tolerant(sink) for sink in self._sinks]
 
     def start(self, step: int) -> None:
         """Begin the first interval, after ``step`` steps."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fastmae.train.metrics import Row
+
+_log = logging.getLogger(__name__)
 
 _BAR = 10
 """Columns of the progress bar."""
@@ -35,19 +42,31 @@ class JsonLines:
     """One JSON object a line, appended: rows to one file, evaluations to another."""
 
     def __init__(self, path: Path, evaluations: Path) -> None:
-        self._file, self._evaluations = path.open("a"), evaluations
+        self._path, self._evaluations = path, evaluations
+        path.touch()
 
     def write(self, row: Row) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        _append(self._path, row)
 
     def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        row = {"step": step, **values, **{name: str(path) for name, path in pictures.items()}}
-        with self._evaluations.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _append(self._evaluations, {"step": step, **values, **{name: str(path) for name, path in pictures.items()}})
 
     def close(self) -> None:
-        self._file.close()
+        pass
+
+
+def _append(path: Path, row: Row) -> None:
+    """A line, whole or not at all: a part of one, on a disk that is full for a while, would spoil the next."""
+    line = (json.dumps(row) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 def scalars(row: Row) -> dict[str, float]:
@@ -71,24 +90,73 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer = self._open(purge_step=step + 1 if step else None)
         if config:
             lines = json.dumps(config, indent=2).splitlines()
             self._writer.add_text("config", "\n".join("    " + line for line in lines), step)  # Markdown for code
 
     def write(self, row: Row) -> None:
-        for name, value in scalars(row).items():
-            self._writer.add_scalar(name, value, row["step"])
+        with self._reopened_after_an_error():
+            for name, value in scalars(row).items():
+                self._writer.add_scalar(name, value, row["step"])
 
     def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"eval/{name}", value, step)
-        for name, path in pictures.items():
-            with Image.open(path) as picture:
-                self._writer.add_image(f"eval/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        with self._reopened_after_an_error():
+            for name, value in values.items():
+                self._writer.add_scalar(f"eval/{name}", value, step)
+            for name, path in pictures.items():
+                with Image.open(path) as picture:
+                    self._writer.add_image(f"eval/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    @contextmanager
+    def _reopened_after_an_error(self) -> Iterator[None]:
+        """The thread that writes ends by its first error, and its file with half a record: the next is a new one."""
+        if self._writer is None:
+            self._writer = self._open()
+        try:
+            yield
+        except OSError:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None
+            raise
+
+
+class Tolerant:
+    """A sink that may fail to write, on a full disk: what it fails to write is left out, and the run goes on.
+
+    It is said when that begins, and when it is over.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink, self._left_out = sink, 0
+
+    def write(self, row: Row) -> None:
+        self._try(lambda: self._sink.write(row))
+
+    def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        self._try(lambda: self._sink.evaluate(step, values, pictures))
+
+    def close(self) -> None:
+        self._try(self._sink.close)
+
+    def _try(self, act: Callable[[], None]) -> None:
+        name = type(self._sink).__name__
+        try:
+            act()
+        except OSError as error:
+            if not self._left_out:
+                _log.warning("%s: METRICS NOT WRITTEN: %s. The training goes on", name, error)
+            self._left_out += 1
+        else:
+            if self._left_out:
+                _log.warning("%s: written again; %d times it was not", name, self._left_out)
+            self._left_out = 0
 
 
 class Terminal:

@@ -1,0 +1,222 @@
+"""A disk that is full for a while costs checkpoints and rows of metrics, loudly, and not the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from test_kills import FLAGS
+from training import make_trainer, write_images
+
+from fastmae.cli import main
+from fastmae.train.checkpoint import CheckpointError, LostRankError, Ranks, list_checkpoints, load_checkpoint, write
+from fastmae.train.config import TrainConfig
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.saves import Saves
+from fastmae.train.sinks import JsonLines, TensorBoard, Tolerant
+
+OPTIONS = {"steps": 20, "checkpoint_every_steps": 4, "log_every_steps": 4}
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """What goes beyond is not written, as on a full disk, and the write that is cut says how much was."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("cannot mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all that is left."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for block in (1 << 16, 1):
+            try:
+                while file.write(b"0" * block):
+                    pass
+            except OSError:
+                pass
+    return ballast
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+def train(out: Path, images: Path, at: dict[int, Callable[[], object]], **options) -> Path:
+    """Train, doing something when the row of a step is there, which is before the save of that step."""
+    trainer = make_trainer(out, images, **OPTIONS | options)
+    try:
+        trainer.fit(on_log=lambda row: at.get(row["step"], lambda: None)())
+    finally:
+        trainer.run.close()
+    return out
+
+
+def rows(run: Path) -> dict[int, int]:
+    """The failed saves that are logged, by step."""
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["failed_saves"] for row in found}
+
+
+def steps(run: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run / "checkpoints")]
+
+
+def test_training_goes_on_when_saves_fail_and_saves_again_once_it_can(tmp_path, images, caplog):
+    run, limit, seen = tmp_path / "run", files_limited_to(60_000), {}
+
+    def read_status() -> None:
+        seen.update(json.loads((run / "status.json").read_text()))
+
+    at = {8: limit.__enter__, 12: read_status, 16: lambda: limit.__exit__(None, None, None)}
+    with caplog.at_level(logging.WARNING, "fastmae"):
+        train(run, images, at)
+    assert rows(run) == {4: 0, 8: 0, 12: 1, 16: 2, 20: 0}
+    assert steps(run) == [20, 16, 4]
+    assert (seen["status"], seen["step"], seen["failed_saves"]) == ("running", 8, 1)
+    assert seen["newest_checkpoint"] == "step-4"
+    assert "File too large" in seen["reason"]
+    first, second, recovered = [r.getMessage() for r in caplog.records if r.name == "fastmae.train.saves"]
+    assert first.startswith("CHECKPOINT OF STEP 8 NOT SAVED: could not write")
+    assert "File too large" in first
+    assert "The newest is step-4; the training goes on" in first
+    assert "2 failed in a row, 3 end the run" in second
+    assert recovered == "step-16 is saved, after 2 that failed"
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+
+    undisturbed = train(tmp_path / "undisturbed", images, {})
+    one, other = (load_checkpoint(path / "checkpoints/step-20", prefix="model.")[0] for path in (run, undisturbed))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's thread
+def test_a_disk_without_a_byte_left_costs_rows_and_checkpoints_only(disk, images, caplog):
+    run, ballast = disk / "run", []
+    at = {8: lambda: ballast.append(fill(disk)), 16: lambda: ballast[0].unlink()}
+    with caplog.at_level(logging.WARNING, "fastmae"):
+        train(run, images, at, steps=28)
+    assert {4, 8, 24, 28} <= rows(run).keys()  # the others fit, or not, into what is left of a page
+    assert steps(run)[:3] == [28, 24, 20]
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("CHECKPOINT OF STEP" in text and "No space left" in text for text in messages) == 2
+
+
+def test_the_first_save_and_the_last_must_not_fail(tmp_path, images):
+    limit = files_limited_to(60_000)
+    with limit, pytest.raises(CheckpointError, match=r"could not write .*step-0: .*File too large"):
+        train(tmp_path / "first", images, {})
+    limit = files_limited_to(60_000)
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write .*step-20: .*File too large"):
+            train(tmp_path / "last", images, {20: limit.__enter__})
+    finally:
+        limit.__exit__(None, None, None)
+    status = json.loads((tmp_path / "last/status.json").read_text())
+    assert (status["status"], status["step"]) == ("failed", 20)
+    assert steps(tmp_path / "last") == [16, 12, 8]
+
+
+def test_a_rank_that_has_gone_is_not_waited_for_three_times(tmp_path):
+    class Saver:
+        def poll(self):
+            raise LostRankError("a rank has ended or does not answer")
+
+    with RunFolder(tmp_path / "run") as run:
+        saves = Saves(run, TrainConfig(), torch.device("cpu"), Ranks())
+        saves.newest, saves._saver = tmp_path / "run/checkpoints/step-4", Saver()
+        with pytest.raises(LostRankError):
+            saves.poll()
+
+
+def second_disk_is_full(rank: int, folder: Path) -> int:
+    """The second rank's files are cut in two saves."""
+    unlimited = write.write_tensors
+
+    def limited(path, *arguments):
+        if rank == 1 and path.parent.name in ("step-8.tmp", "step-12.tmp"):
+            with files_limited_to(5_000):
+                return unlimited(path, *arguments)
+        return unlimited(path, *arguments)
+
+    write.write_tensors = limited
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    flags = [*FLAGS.split(), "--data.path", str(folder / "images"), "--train.parallel", "fsdp"]
+    return main(["pretrain", "--out", str(folder / "run"), *flags])
+
+
+def test_the_full_disk_of_one_rank_is_the_same_failure_for_all(tmp_path):
+    write_images(tmp_path / "images")
+    assert run_ranks(second_disk_is_full, 2, tmp_path) == [0, 0]
+    run = tmp_path / "run"
+    assert rows(run) == {5: 0, 10: 1, 15: 2, 20: 0, 24: 0}
+    assert steps(run) == [24, 20]
+    logs = [(run / f"logs/rank-{rank}.log").read_text() for rank in (0, 1)]
+    for step in (8, 12):
+        (line,) = [text for text in logs[0].splitlines() if f"CHECKPOINT OF STEP {step} NOT SAVED" in text]
+        assert "rank 1: " in line
+        assert "File too large" in line
+        assert line.split("CHECKPOINT")[1] in logs[1]
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = Tolerant(JsonLines(path, tmp_path / "evaluations.jsonl"))
+    lines.write({"step": 1})
+    with files_limited_to(path.stat().st_size + 5):
+        lines.write({"step": 2})
+    lines.write({"step": 3})
+    lines.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_tensorboard_goes_on_in_a_new_file(tmp_path, caplog):
+    """The thread that writes ends by its first error, and raises it again whatever it is given."""
+    board = TensorBoard(tmp_path, 0)
+    lines, written = Tolerant(board), board._writer.add_scalar
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with caplog.at_level(logging.WARNING, "fastmae"):
+        for step, add in ((1, written), (2, full), (3, None)):
+            if add:
+                board._writer.add_scalar = add
+            lines.write({"step": step, "loss": 1.0})
+    lines.close()
+    assert [r.getMessage() for r in caplog.records] == [
+        "TensorBoard: METRICS NOT WRITTEN: [Errno 28] No space left on device. The training goes on",
+        "TensorBoard: written again; 1 times it was not",
+    ]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = []
+    for path in sorted(tmp_path.iterdir()):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        shown.append([event.step for event in events.Scalars("train/loss")])
+    assert sorted(shown) == [[1], [3]]
