@@ -1,0 +1,35 @@
+"""The table of docs/surviving.md, from the result of ``soak.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "surviving.md"
+BEGIN, END = "<!-- written by tests/soak.py -->", "<!-- end of what tests/soak.py writes -->"
+_NAMES = {"none": "one process", "ddp": "two, DDP", "fsdp": "two, FSDP"}
+
+
+def table(result: dict[str, Any]) -> str:
+    """What is written of a result: a table by mode, and a sentence."""
+    lines = ["| processes | rounds | kills | steps done again |", "|---|---|---|---|"]
+    for mode, name in _NAMES.items():
+        rounds = [entry for entry in result["rounds"] if entry["mode"] == mode]
+        again = sum(entry["steps_done_again"] for entry in rounds)
+        lines.append(f"| {name} | {len(rounds)} | {sum(entry['kills'] for entry in rounds)} | {again:,} |")
+    by, survivors, versions = result["by"], result["survivors"], result["versions"]
+    made = survivors["SIGTERM"] + survivors["SIGKILL"]
+    text = (
+        f"{result['kills']} kills in {result['seconds'] / 60:.0f} minutes on {result['machine']['cores']} cores: "
+        f"{by['while_saving']} while a checkpoint was being written, {by['starting_up']} before the first step, "
+        f"{by['one_of_two']} of one process of two. Of the processes that were left, {survivors['by themselves']} "
+        f"ended by themselves, the slowest after {result['slowest_survivor_seconds']:.1f} s, and {made} had to be "
+        f"ended as a launcher does. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, PyTorch {versions['torch']})."
+    )
+    return "\n".join([*lines, "", text])
+
+
+def write_page(result: dict[str, Any]) -> None:
+    """Put the table between its markers."""
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(result)}\n\n{END}{rest.split(END)[1]}")
