@@ -126,6 +126,17 @@ def test_the_peak_of_a_gpu_is_measured_in_little_time_and_memory():
     assert torch.cuda.max_memory_allocated() - before < 2**30
 
 
+@pytest.mark.gpu
+def test_rows_of_a_gpu_have_its_memory_and_a_share_of_its_peak(tmp_path):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), device="cuda", steps=20)
+    with trainer.run as run:
+        trainer.fit()
+    for row in run.read_metrics():
+        assert 0 < row["peak_memory_gib"] < 0.5  # without the matrices of the measurement
+        assert 0 < row["mfu"] < 1
+        assert row["host_memory_gib"] > 0
+
+
 def test_charts_are_named_by_part_and_rank():
     found = scalars(ROW | SEVERAL)
     assert found["train/mfu"] == 0.512

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training import write_images
+from training import make_trainer, write_images
 
 from fastmae.cli import main
 from fastmae.train import wandb_sink
@@ -54,10 +54,10 @@ class Fake:
             raise OSError("broken pipe")
         self.logged.append(values)
 
-    def finish(self) -> None:
+    def finish(self, exit_code: int) -> None:
         if "hang" in self.fails:
             self.hanging.wait()
-        self.done.append("finish")
+        self.done.append(exit_code)
 
     def teardown(self) -> None:
         self.done.append("teardown")
@@ -92,7 +92,7 @@ def test_rows_and_evaluations_arrive(install, run):
         {"step": 5, "train/loss": 0.5, "ranks/data_time/0": 0.1},
         {"step": 6, "eval/knn_top1": 0.25, "eval/reconstruction": f"image {run.path / 'a.png'}"},
     ]
-    assert fake.done == ["finish"]
+    assert fake.done == [0]
     assert said == []
 
 
@@ -127,7 +127,7 @@ def test_what_fails_is_said_once_and_then_left_alone(install, run, fails, lines)
     assert len(said) == lines
     assert said[-1].endswith("nothing more is logged there, the training goes on")
     assert fake.logged == []
-    assert "finish" not in fake.done
+    assert not {0, 1} & set(fake.done)
 
 
 def test_what_cannot_be_sent_does_not_hold_up_the_end(install, run, monkeypatch):
@@ -136,6 +136,20 @@ def test_what_cannot_be_sent_does_not_hold_up_the_end(install, run, monkeypatch)
     WeightsAndBiases("maps", run, {}, said.append).close()
     assert said == ["Weights & Biases: not all has been sent; `wandb sync` sends the rest from the run folder"]
     fake.hanging.set()
+
+
+def test_a_run_that_an_error_ends_has_failed(install, tmp_path):
+    fake = install()
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    trainer.reporter._wandb_project = "maps"
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    trainer.train_step = fail
+    with pytest.raises(ZeroDivisionError), trainer.run:
+        trainer.fit()
+    assert fake.done == [1]
 
 
 def test_a_missing_package_is_named_before_anything_else(capsys, monkeypatch, tmp_path):

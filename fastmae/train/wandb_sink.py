@@ -84,10 +84,11 @@ class WeightsAndBiases:
         self._log(found, pictures)
 
     def close(self) -> None:
-        """Wait for what has not been sent yet, half a minute at most."""
+        """Wait half a minute at most for what has not been sent yet. W&B calls the run failed if an error ends it."""
         if self._run is None:
             return
-        thread = threading.Thread(target=self._finish, name="wandb", daemon=True)
+        failed = sys.exc_info()[0] is not None
+        thread = threading.Thread(target=self._finish, args=(int(failed),), name="wandb", daemon=True)
         thread.start()
         thread.join(_FINISH_SECONDS)
         if thread.is_alive():
@@ -110,9 +111,9 @@ class WeightsAndBiases:
         except Exception as error:
             self._give_up(error)
 
-    def _finish(self) -> None:
+    def _finish(self, exit_code: int) -> None:
         try:
-            self._run.finish()
+            self._run.finish(exit_code=exit_code)
         except Exception as error:
             self._give_up(error)
 
