@@ -7,13 +7,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
 from fastmae.train.batch_division import divide_batch
+from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig
 from fastmae.train.resolution import progressive_sizes
 from fastmae.train.scaling.batch import BatchFit, TooLargeError, fit_batch
 from fastmae.train.scaling.communication import Mode
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.kept import Kept, kept_per_image
-from fastmae.train.scaling.memory import Memory
+from fastmae.train.scaling.memory import Memory, states
 from fastmae.train.scaling.plan import COMPUTE_BYTES
 from fastmae.train.scaling.sizes import Sizes, preset_sizes
 from fastmae.train.scaling.work import Attention, Checkpointing
@@ -79,6 +80,7 @@ def settle_batch_size(config: PretrainConfig, machine: Machine, saved: Mapping[s
         batch, accumulation = divide_batch(train.global_batch_size, processes, multiple_of=masks)
         return _settled(config, batch, f"{batch:,} images x {accumulation}; how much memory is free is not known")
     hardware = Hardware(hbm_gb=machine.free_bytes / 1e9)
+    hardware = replace(hardware, reserved_gb=hardware.reserved_gb + _graph_bytes(config, machine) / 1e9)
     try:
         fit = _fit(config, machine, hardware)
     except TooLargeError as error:
@@ -89,7 +91,7 @@ def settle_batch_size(config: PretrainConfig, machine: Machine, saved: Mapping[s
     used = fit.memory.total - fit.memory.reserved
     free = f"{machine.free_bytes / 1e9:.1f} GB free on {_PLACES[machine.device]}"
     text = (
-        f"{fit.batch_size:,} images x {fit.accumulation}, an estimated {used / 1e9:.1f} GB of "
+        f"{fit.batch_size:,} images x {fit.accumulation}, an estimated {used / 1e9:.3g} GB of "
         f"{hardware.usable_bytes / 1e9:.1f} GB to use ({free}); {fit.largest:,} would fit"
     )
     if before is not None and before[0] == fit.batch_size:
@@ -126,6 +128,15 @@ def _fit(config: PretrainConfig, machine: Machine, hardware: Hardware, most: int
         compute_bytes=COMPUTE_BYTES[train.precision],
         reshard_after_forward=train.reshard_after_forward,
     )
+
+
+def _graph_bytes(config: PretrainConfig, machine: Machine) -> int:
+    """Of gradients and weights' copies that lie in a CUDA graph's own memory beside those that the step sees."""
+    train = config.train
+    if machine.device != "cuda" or not (train.compile and uses_cuda_graphs(train.compile_mode)):
+        return 0
+    held = states(next(_all_sizes(config)), "none", Cluster(1, 1), compute_bytes=COMPUTE_BYTES[train.precision])
+    return held.gradients + held.copies
 
 
 def _all_sizes(config: PretrainConfig) -> Iterator[Sizes]:
