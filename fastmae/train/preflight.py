@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,39 +20,19 @@ from torch import nn
 
 import fastmae
 from fastmae.data import Dataset
-from fastmae.train.checkpoint import Ranks, list_checkpoints
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.disk_space import check_folder, crowded, required_space
 from fastmae.train.parallel import Parallelism
 
 _PACKAGES = ("triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _MAY_DIFFER = ("out", "data.path")
 """Settings that may differ: of the run folder it is rank 0's that counts, and of the images their hash is compared."""
-_NUMBERS_BYTES, _ADAM_MOMENTS = 4, 2
 _SHOWN = 3
 
 
 class PreflightError(ValueError):
     """Ranks differ, cannot talk to each other, or cannot save; the message is one line that says what and where."""
-
-
-@dataclass(frozen=True)
-class Space:
-    """Free bytes that a run folder must have.
-
-    Attributes:
-        checkpoint: bytes of one checkpoint.
-        count: checkpoints that are still to be written before old ones are deleted.
-        weights: bytes of the weights that are exported at the end.
-    """
-
-    checkpoint: int
-    count: int
-    weights: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of all of it."""
-        return self.checkpoint * self.count + self.weights
 
 
 def preflight(
@@ -71,7 +50,8 @@ def preflight(
 
     A process alone is only asked whether it can save. Several are compared: versions of Python and of the libraries
     that decide about numbers and order, the configuration, length and hash of the data set; and they add up small
-    numbers on the backend and over the groups that the training will use.
+    numbers on the backend and over the groups that the training will use. That checkpoints which are kept for ever will
+    not all fit is only a warning on the standard error, since they may be moved elsewhere meanwhile.
 
     Args:
         run: the run folder, which exists where rank 0 is.
@@ -94,7 +74,7 @@ def preflight(
         _raise(_located(failures, hosts))
     else:
         hosts = [host]
-    space = required_space(model, run / "checkpoints", config.train.keep_checkpoints)
+    space = required_space(model, run / "checkpoints", config.train, len(dataset))
     name = ranks.first("looking at the run folder", lambda: f".preflight-{uuid.uuid4().hex}")
     mark = run / "checkpoints" / name
     try:
@@ -105,6 +85,8 @@ def preflight(
             with suppress(OSError):
                 mark.unlink()
     _raise(_located(failures, hosts))
+    if ranks.rank == 0 and (text := crowded(mark.parent, space)):
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def describe(config: PretrainConfig, dataset: Dataset) -> dict[str, str]:
@@ -131,38 +113,6 @@ def differences(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> lis
         if odd:
             found.append(f"{name} is {_some(odd)}, but {usual} on the other {len(seen) - len(odd)}")
     return found
-
-
-def required_space(model: nn.Module, checkpoints: Path, keep: int) -> Space:
-    """What a run is going to write: float32 weights, two moments of those that are trained, and the export.
-
-    As many checkpoints as are kept and one more, since the oldest is deleted when the newest is there, less those that
-    are there already. Those that are kept for ever are not counted.
-    """
-    sizes = [(p.numel() * _NUMBERS_BYTES, p.requires_grad) for p in model.parameters()]
-    weights = sum(size for size, _ in sizes)
-    moments = sum(_ADAM_MOMENTS * size for size, trained in sizes if trained)
-    return Space(weights + moments, max(keep + 1 - len(list_checkpoints(checkpoints)), 1), weights)
-
-
-def check_folder(mark: Path, space: Space, rank: int) -> str | None:
-    """What keeps this rank from saving beside ``mark``, a file that rank 0 made there; None if nothing does."""
-    folder = mark.parent
-    if not mark.exists():
-        return f"{folder}: what rank 0 wrote is not there; expected a folder on a file system that all ranks share"
-    own = mark.with_name(f"{mark.name}-{rank}")
-    try:
-        own.write_bytes(b"1")
-        own.unlink()
-        free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return f"{folder}: expected a folder that can be written, got {error}"
-    if free < space.total:
-        return (
-            f"{folder}: {_gigabytes(free)} free, expected {_gigabytes(space.total)} for {space.count} checkpoints of "
-            f"{_gigabytes(space.checkpoint)} and the weights; fewer with --train.keep-checkpoints"
-        )
-    return None
 
 
 def _meet(ranks: Ranks, host: str, timeout: float) -> None:
@@ -245,7 +195,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:.3g} GB"
