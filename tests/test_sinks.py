@@ -17,11 +17,11 @@ from training import make_trainer, write_images
 from fastmae.train import peak
 from fastmae.train.flops import StepFlops, step_flops
 from fastmae.train.peak import matmul_flops, peak_flops
-from fastmae.train.sinks import JsonLines, TensorBoard, Terminal, scalars
+from fastmae.train.sinks import JsonLines, TensorBoard, Terminal, _clock, scalars
 
 CPU = torch.device("cpu")
 ROW = {
-    "step": 156_000, "loss": 0.4123, "lr": 2.4e-3, "images_per_second": 123_456.0, "mfu": 0.512, "data_share": 0.034,
+    "step": 781_250, "loss": 0.4123, "lr": 2.4e-3, "images_per_second": 123_456.0, "mfu": 0.512, "data_share": 0.034,
     "skipped_steps": 0,
 }  # fmt: skip
 SEVERAL = {"block_time_max_host": "node7", "ranks": {"block_time": [0.01, None, 0.02]}}
@@ -178,7 +178,8 @@ def show(*rows: dict, terminal: bool) -> list[str]:
     console = Console(
         file=file, width=100, force_terminal=terminal, color_system=None, soft_wrap=True, legacy_windows=False
     )
-    sink = Terminal(console, 0, 156_250, deadline=float("inf"))
+    sink = Terminal(console, 0, 1_562_500, deadline=float("inf"))
+    sink._begun -= 123 * 3600 + 59 * 60 + 30  # left then, half way
     for row in rows:
         sink.write(row)
     sink.close()
@@ -191,10 +192,20 @@ def show(*rows: dict, terminal: bool) -> list[str]:
 def test_the_terminals_line_fits_100_columns(terminal, changes):
     line = show(ROW | changes, terminal=terminal)[-1]
     assert len(line.rstrip()) <= 100
-    for words in ("156000/156250", "123,456 images/s", "MFU 51%", "data 99%" if "data_share" in changes else "data 3%"):
+    for words in (
+        "781250/1562500",
+        "123,456 images/s",
+        "MFU 51%",
+        "data 99%" if "data_share" in changes else "data 3%",
+    ):
         assert words in line
-    assert "0:00 left" in line
-    assert ("loss not finite  20 skipped" if "loss" in changes else "loss 0.4123  lr 2.40e-03") in line
+    assert "123h59m left" in line
+    assert ("loss nan  20 skipped" if "loss" in changes else "loss 0.4123  lr 2.40e-03") in line
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1h00m")])
+def test_time_left_is_short(seconds, text):
+    assert _clock(seconds) == text
 
 
 def test_a_row_without_a_peak_has_no_mfu_on_the_terminal():

@@ -23,7 +23,7 @@ from fastmae.train.metrics import Row
 
 _log = logging.getLogger(__name__)
 
-_BAR = 10
+_BAR = 8
 """Columns of the progress bar."""
 
 
@@ -184,7 +184,7 @@ class Terminal:
         now = time.monotonic()
         left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
         left = max(0.0, min(left, self._deadline - now))
-        parts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
+        parts = ["loss nan" if row["loss"] is None else f"loss {row['loss']:.4f}"]
         # What goes wrong takes the place of what is known.
         parts.append(f"{row['skipped_steps']} skipped" if row["skipped_steps"] else f"lr {row['lr']:.2e}")
         parts.append(f"{row['images_per_second']:,.0f} images/s")
@@ -202,5 +202,5 @@ class Terminal:
 
 
 def _clock(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{rest:02}"
