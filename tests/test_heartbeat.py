@@ -124,8 +124,10 @@ def server() -> dist.TCPStore:
 
 
 def board(server: dist.TCPStore, rank: int, size: int = 2, limit: float = 5.0) -> StateBoard:
-    client = dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=limit))
-    return StateBoard(client, rank, size, limit)
+    def connect() -> dist.Store:
+        return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
+
+    return StateBoard(connect, rank, size, "node0", limit)
 
 
 def heartbeat(server: dist.TCPStore, rank: int, size: int = 2, stall: float = 100.0) -> Heartbeat:
@@ -172,9 +174,10 @@ def test_a_failed_collective_of_ranks_that_all_answer_may_be_the_network(server)
 
 def test_a_failed_collective_without_its_store_says_so(server, capfd):
     with heartbeat(server, 0) as first:
+        until(lambda: first._board._store)
         first._board._store = _Dead()
         text = failure(first, RuntimeError(CLOSED))
-    assert "the process group's store on 127.0.0.1 does not answer: it has ended, or cannot be reached" in text
+    assert "the process group's store on node0 does not answer: it has ended, or cannot be reached" in text
     assert capfd.readouterr().err.count("does not answer: a rank that hangs will not be named") == 1
 
 
@@ -184,6 +187,18 @@ class _Dead:
             raise dist.DistNetworkError("Broken pipe")
 
         return call
+
+
+def test_a_run_goes_on_without_a_connection_for_its_heartbeat(capfd):
+    def no_more() -> dist.Store:
+        tried.append(1)
+        raise dist.DistNetworkError("Too many open files")
+
+    tried: list[int] = []
+    with Heartbeat(0, StateBoard(no_more, 0, 512, "node0"), 100.0, interval=0.01) as beat:
+        until(lambda: beat._own.beat > 3)
+    assert tried == [1]
+    assert capfd.readouterr().err.count("store on node0 does not answer: a rank that hangs will not be named") == 1
 
 
 def test_a_store_that_hangs_is_waited_for_once(server):
@@ -245,11 +260,10 @@ def test_a_run_that_goes_on_is_silent_and_its_long_phases_are_not_taken_for_hang
 
 def test_waiting_in_another_thread_shows_while_the_training_waits_for_it(server):
     with heartbeat(server, 0) as first:
-        reader = board(server, 1)
-        reader._store = first._board._store
+        until(lambda: first._board._store)
 
         def phase() -> str:
-            return reader.read()[0].phase
+            return first._board.read()[0].phase
 
         released = threading.Event()
 
@@ -354,3 +368,30 @@ def test_a_rank_that_is_killed_is_named_by_the_others_in_one_line(tmp_path):
     assert status["status"] == "failed"
     assert re.search(line, status["reason"])
     assert "gloo" in (tmp_path / "run/logs/rank-2.log").read_text()  # where to look further
+
+
+def hang_for_ever(rank: int, folder: Path) -> int:
+    plain = Trainer._next_batch
+
+    def next_batch(self):
+        if rank == 1 and self.step == 3:
+            self.heartbeat.at(3, "waiting for images")
+            threading.Event().wait()
+        return plain(self)
+
+    Trainer._next_batch = next_batch
+    os._exit(train(rank, folder, "--train.parallel", "fsdp", "--report.stall-seconds", "2"))
+
+
+@pytest.mark.slow
+def test_a_collective_whose_time_is_over_names_the_rank_behind(tmp_path):
+    write_images(tmp_path / "images")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    with start_ranks(hang_for_ever, 3, tmp_path, folder=logs, timeout=8) as processes:  # of the collectives
+        for rank in (0, 2):
+            processes[rank].join(WAIT)
+        assert [process.exitcode for process in processes] == [2, None, 2]
+    line = r"a collective failed: rank 1 \(\S+\) is at step 3, waiting for images for \d+ s; the other 2 are at step 3"
+    assert re.search(f"fastmae: error: {line}", (logs / "0.log").read_text())
+    assert re.search(line, json.loads((tmp_path / "run/status.json").read_text())["reason"])

@@ -61,7 +61,7 @@ def _is_said(text: str, patience: float) -> bool:
     if size == 1:
         return True
     with _undisturbed():
-        return _limited(lambda: _is_known(text, rank, patience), 3 * patience) or rank == 0
+        return _limited(lambda: _is_known(text, rank, patience), 5 * patience) or rank == 0
 
 
 def _is_known(text: str, rank: int, patience: float) -> bool:
@@ -70,8 +70,9 @@ def _is_known(text: str, rank: int, patience: float) -> bool:
 
     import torch.distributed as dist
 
-    limit = timedelta(seconds=patience)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Hundreds of ranks that connect at once keep each other waiting.
+    limit = timedelta(seconds=4 * patience)
     store = dist.TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
     # The store may outlive a command. All ranks have met as many errors, this one included.
     count = store.add(f"fastmae/errors-of/{rank}", 1)
@@ -80,7 +81,7 @@ def _is_known(text: str, rank: int, patience: float) -> bool:
         store.set(key, "said")
         return True
     with suppress(dist.DistStoreError):
-        store.wait([key], limit)
+        store.wait([key], timedelta(seconds=patience))
         return True
     return store.add(f"{key}/first", 1) > 1
 

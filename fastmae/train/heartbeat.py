@@ -30,7 +30,7 @@ from fastmae.train.rank_states import (
     tell,
 )
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _SILENT_BEATS = 10
 """Beats that a rank has to miss to count as lost."""
 
@@ -121,11 +121,10 @@ class Heartbeat:
             self._publish(ended=words, broken=broken)
             if not broken:
                 raise
-            _LOG.info("a collective failed", exc_info=error)
+            _log.info("a collective failed", exc_info=error)
             raise CollectiveError(self._explain(error)) from error
 
     def __enter__(self) -> Heartbeat:
-        self._publish()
         self._thread.start()
         return self
 
@@ -134,6 +133,7 @@ class Heartbeat:
         self._thread.join(_SILENT_BEATS * self._interval)
 
     def _run(self) -> None:
+        self._publish()
         seen, begun, looked, said = self._point, time.monotonic(), time.monotonic(), 0
         while not self._stop.wait(self._interval):
             self._publish()
@@ -220,7 +220,7 @@ class Heartbeat:
 
     def _say(self, text: str, always: bool = False) -> None:
         """Log, and on the first rank (or ``always``) print."""
-        _LOG.info(text)
+        _log.info(text)
         if always or self._own.rank == 0:
             print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 

@@ -6,6 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -25,7 +26,7 @@ LONG = ("starting", "opening", "reading", SAVING, "evaluating", "ending", COMPUT
 _SHOWN = 3
 
 
-class StoreError(ConnectionError):
+class StoreError(RuntimeError):
     """The process group's store cannot be reached; the message names its host."""
 
 
@@ -74,30 +75,45 @@ class StateBoard:
     """The states of all ranks in a store. No call waits longer than ``limit`` seconds, whatever the store's host does.
 
     Args:
-        store: a client that nothing else uses, since one that waits keeps others from using it.
+        connect: makes a client that nothing else uses, since one that waits keeps others from using it; called by the
+            first of the methods below, which it may keep for ``patience`` seconds.
         rank, size: who publishes here, and how many do.
-        limit: seconds.
+        host: of the store, for messages.
+        limit, patience: seconds.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, limit: float = 5.0) -> None:
-        self._limit, self._failed, self.host = limit, False, _host(store)
-        store.set_timeout(timedelta(seconds=limit))
-        # A store may outlive a run. All ranks have begun as many, this one included.
-        run = self._call(lambda: store.add(f"fastmae/runs/{rank}", 1))
-        self._store, self._key = dist.PrefixStore(f"fastmae/run-{run}", store), str(rank)
+    def __init__(
+        self,
+        connect: Callable[[], dist.Store],
+        rank: int,
+        size: int,
+        host: str = "this machine",
+        limit: float = 5.0,
+        patience: float = 60.0,
+    ) -> None:
+        self._connect, self._key, self.host, self._limit, self._patience = connect, str(rank), host, limit, patience
         self._keys = [str(rank) for rank in range(size)]
+        self._store: dist.Store | None = None
+        self._failed = False
 
     @classmethod
-    def create(cls, limit: float = 5.0) -> StateBoard | None:
-        """In the default process group's store; None where there is no group of several.
-
-        Raises:
-            StoreError: if the store does not answer.
-        """
+    def create(cls) -> StateBoard | None:
+        """In the default process group's store; None where there is no group of several."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return None
         store = dist.distributed_c10d._get_default_store()
-        return cls(store.clone(), dist.get_rank(), dist.get_world_size(), limit)
+        while isinstance(store, dist.PrefixStore):
+            store = store.underlying_store
+        if not isinstance(store, dist.TCPStore):
+            return cls(store.clone, dist.get_rank(), dist.get_world_size())
+
+        # Not clone(), which takes over the time limit of the collectives: of hundreds of ranks that connect at once
+        # most are kept waiting for half of it.
+        def connect() -> dist.Store:
+            limit = timedelta(seconds=30)
+            return dist.TCPStore(store.host, store.port, is_master=False, timeout=limit, wait_for_workers=False)
+
+        return cls(connect, dist.get_rank(), dist.get_world_size(), store.host)
 
     def publish(self, state: RankState) -> None:
         """Make this rank's state known.
@@ -140,14 +156,26 @@ class StateBoard:
     def _call(self, function: Callable[[], T]) -> T:
         """In a thread of its own: a host that hangs keeps a client waiting beyond the store's own time limit."""
         outcome: list[T] = []
+
+        def run() -> None:
+            with suppress(RuntimeError):  # DistStoreError, DistNetworkError
+                self._store = self._store or self._open()
+                outcome.append(function())
+
         if not self._failed:
-            thread = threading.Thread(target=lambda: outcome.extend(_results(function)), name="store", daemon=True)
+            thread = threading.Thread(target=run, name="store", daemon=True)
             thread.start()
-            thread.join(self._limit)
+            thread.join(self._limit if self._store else self._patience)
         if not outcome:
             self._failed = True  # an answer that comes late would be taken for that to a later question
             raise StoreError(f"the process group's store on {self.host} does not answer")
         return outcome[0]
+
+    def _open(self) -> dist.Store:
+        store = self._connect()
+        store.set_timeout(timedelta(seconds=self._limit))
+        # A store may outlive a run. All ranks have begun as many, this one included.
+        return dist.PrefixStore(f"fastmae/run-{store.add(f'fastmae/runs/{self._key}', 1)}", store)
 
 
 def lost_ranks(
@@ -221,16 +249,3 @@ def _group(states: Sequence[RankState]) -> str:
 
 def _alike(states: Sequence[RankState]) -> bool:
     return len({(state.step, state.phase) for state in states}) == 1
-
-
-def _results(function: Callable[[], T]) -> list[T]:
-    try:
-        return [function()]
-    except RuntimeError:  # DistStoreError, DistNetworkError
-        return []
-
-
-def _host(store: dist.Store) -> str:
-    while isinstance(store, dist.PrefixStore):
-        store = store.underlying_store
-    return store.host if isinstance(store, dist.TCPStore) else "this machine"
