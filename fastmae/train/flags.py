@@ -36,10 +36,23 @@ def validate(config: PretrainConfig) -> None:
             value = getattr(getattr(config, section), name)
             raise ValueError(f"{flag(section, name)}: expected {expected}, got {value!r}")
 
+    _refuse_object_stores(config)
     _validate_model(config, require)
     _validate_data(config, require)
     _validate_training(config, require)
     _validate_report(config, require)
+
+
+def _refuse_object_stores(config: PretrainConfig) -> None:
+    from fastmae.train.checkpoint import as_url
+
+    paths = {"--out": config.out, "--data.path": config.data.path, "--train.init-from": config.train.init_from}
+    for name, path in (paths | {"--report.probe-path": config.report.probe_path}).items():
+        if path is not None and (url := as_url(path)):
+            raise ValueError(
+                f"{name}: expected a path of a mounted file system, got {url}: object stores are neither read nor "
+                "written. Mount the bucket, or copy what is in it"
+            )
 
 
 def _validate_model(config: PretrainConfig, require: Require) -> None:

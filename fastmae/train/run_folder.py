@@ -2,13 +2,16 @@
 
 It holds ``config.json``, ``status.json``, ``metrics.jsonl``, ``evaluations.jsonl``, TensorBoard events,
 ``checkpoints/``, ``reconstructions/``, ``logs/`` (a file a process), ``model.safetensors`` (the final weights) and
-``summary.json``.
+``summary.json``; and where there was trouble, ``bad_files.jsonl``, ``spikes.jsonl``, ``rollbacks.jsonl`` and
+``non_finite/``.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import socket
@@ -18,6 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.train.checkpoint import clean, refuse_url
+
+_log = logging.getLogger(__name__)
+
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+"""What ``flock`` says on a network file system that was mounted without locks."""
 
 _LOCK, _LOGS = ".lock", "logs"
 
@@ -55,6 +63,10 @@ class RunFolder:
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
             raise BlockingIOError(f"--out {self.path}: in use by {holder}") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _log.warning("%s: THE FILE SYSTEM HAS NO LOCKS (%s): a second run in it would not be refused", path, error)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()

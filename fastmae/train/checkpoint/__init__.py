@@ -15,6 +15,7 @@ from fastmae.train.checkpoint.consolidation import consolidate
 from fastmae.train.checkpoint.folder import (
     MANIFEST,
     CheckpointError,
+    as_url,
     clean,
     list_checkpoints,
     read_manifest,
@@ -40,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "LostRankError",
     "Ranks",
+    "as_url",
     "clean",
     "consolidate",
     "latest_checkpoint",

@@ -28,11 +28,17 @@ def refuse_url(folder: Path | str) -> None:
     Raises:
         ValueError: if it begins with a protocol.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+    if url := as_url(folder):
         raise ValueError(
-            f"{folder}: expected a folder of a mounted file system: a checkpoint comes into being by a rename, which "
+            f"{url}: expected a folder of a mounted file system: a checkpoint comes into being by a rename, which "
             "object stores do not have. Train into a local or shared folder and copy finished checkpoints"
         )
+
+
+def as_url(path: Path | str) -> str | None:
+    """The address in an object store that was given where a path is expected; None of a path."""
+    protocol = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+", str(path))
+    return f"{protocol[1]}//{str(path)[protocol.end() :]}" if protocol else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
