@@ -388,9 +388,9 @@ def test_a_collective_whose_time_is_over_names_the_rank_behind(tmp_path):
     write_images(tmp_path / "images")
     logs = tmp_path / "logs"
     logs.mkdir()
-    with start_ranks(hang_for_ever, 3, tmp_path, folder=logs, timeout=8) as processes:  # of the collectives
+    with start_ranks(hang_for_ever, 3, tmp_path, folder=logs, timeout=15) as processes:  # of the collectives
         for rank in (0, 2):
-            processes[rank].join(WAIT)
+            processes[rank].join(2 * WAIT)
         assert [process.exitcode for process in processes] == [2, None, 2]
     line = r"a collective failed: rank 1 \(\S+\) is at step 3, waiting for images for \d+ s; the other 2 are at step 3"
     assert re.search(f"fastmae: error: {line}", (logs / "0.log").read_text())
