@@ -108,15 +108,16 @@ def known(run: Path) -> dict:
 
 
 class At(Observer):
-    """Calls a function once, after a step; a run that went back meets the step again."""
+    """Calls a function after a step, at a visit (None: each); a run that went back meets the step again."""
 
-    def __init__(self, step, function, *, once=True):
-        self.step, self.function, self.left = step, function, 1 if once else math.inf
+    def __init__(self, step, function, visit=1):
+        self.step, self.function, self.visit, self.visits = step, function, visit, 0
 
     def after_step(self, trainer):
-        if trainer.step == self.step and self.left > 0:
-            self.left -= 1
-            self.function(trainer)
+        if trainer.step == self.step:
+            self.visits += 1
+            if self.visit in (None, self.visits):
+                self.function(trainer)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,9 @@ def resume_and_finish(out: Path, images: Path) -> None:
 
 def assert_as_undisturbed(out: Path, straight: Path) -> None:
     assert known(out) == known(straight)
+    manifests = [json.loads((run / "checkpoints/step-12/manifest.json").read_text()) for run in (out, straight)]
+    for name in ("samples_consumed", "jumps", "divergence", "spikes"):
+        assert manifests[0][name] == manifests[1][name]
     assert_same_tensors(straight / "checkpoints/step-12", out / "checkpoints/step-12")
 
 
@@ -248,10 +252,7 @@ MOMENTS = [
 @pytest.mark.parametrize(("how", "step", "visit"), MOMENTS)
 def test_interrupted_at_any_moment_it_goes_on_as_undisturbed(straight, images, tmp_path, how, step, visit):
     """A run that goes back visits steps 6 to 8 twice."""
-    observers = [At(step, how)]
-    if visit == 2:
-        observers = [At(step, lambda trainer: observers.append(At(step, how)))]
-    trainer = make(tmp_path / "run", images, observers=observers)
+    trainer = make(tmp_path / "run", images, observers=[At(step, how, visit)])
     if how is leave:
         assert trainer.fit() == "preempted"
     else:
@@ -279,6 +280,26 @@ def test_noticed_late_it_goes_on_the_same(straight, images, tmp_path, stops):
     assert_as_undisturbed(tmp_path / "run", straight[0])
 
 
+def test_rows_that_were_not_read_when_the_run_went_back_are_not_written(images, tmp_path):
+    observers = [At(5, lambda trainer: trainer.save())]  # the only one: a save reads what there is
+    trainer = make(tmp_path / "run", images, steps=16, checkpoint_every_steps=None, observers=observers)
+    trainer.reporter._late = 1
+    trainer.fit()
+    trainer.run.close()
+    assert [(r["to_step"], r["noticed_at_step"]) for r in read(tmp_path / "run/rollbacks.jsonl")] == [(5, 12)]
+    rows = read(tmp_path / "run/metrics.jsonl")
+    assert [(row["step"], row["rollbacks"]) for row in rows] == [(4, 0), (8, 1), (12, 1), (16, 1)]
+
+
+def test_the_last_steps_may_be_the_ones(images, tmp_path):
+    trainer = make(tmp_path / "run", images, steps=8)
+    trainer.reporter._late = 1
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    assert trainer.step == 8
+    assert [row["skipped_steps"] for row in read(tmp_path / "run/metrics.jsonl")] == [0, 0]
+
+
 def spoil(trainer):
     """Weights that are finite, and no longer of any use."""
     with torch.no_grad():
@@ -298,15 +319,31 @@ def test_a_checkpoint_that_fails_again_is_not_gone_back_to_twice(images, tmp_pat
     assert "the weights are at fault, not the images" in trainer.console.file.getvalue()
 
 
+def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(images, tmp_path, capsys):
+    def forget(trainer):
+        with torch.no_grad():
+            trainer.model.norm.bias[0] = math.nan
+
+    trainer = make(tmp_path / "run", images, observers=[At(3, forget)], keep_checkpoints=9, steps=8)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    assert "step-3: passed over, its weights or moments are not all finite" in capsys.readouterr().err
+    assert [r["to_step"] for r in read(tmp_path / "run/rollbacks.jsonl")][:1] == [2]
+    assert json.loads((tmp_path / "run/non_finite/step-4/batch.json").read_text())["weights_not_finite"] == [
+        "norm.bias"
+    ]
+    assert "1 weights are not finite, norm.bias among them" in trainer.console.file.getvalue()
+
+
 def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_path):
     """Whenever it comes to step 3."""
-    observers = [At(3, spoil, once=False)]
+    observers = [At(3, spoil, None)]
     trainer = make(tmp_path / "run", images, observers=observers, max_rollbacks=2, checkpoint_every_steps=None)
     with pytest.raises(FloatingPointError) as caught:
         trainer.fit()
     trainer.run.close()
     text = str(caught.value)
-    assert text.startswith("no finite gradient in steps 4 to 6, which changed nothing. The first one's batch is in ")
+    assert text.startswith("no finite gradient in steps 4 to 6; all were skipped. The first one's batch is in ")
     assert f"{tmp_path}/run/non_finite/step-4: 8 images" in text
     assert text.endswith(
         "The run has gone back 2 times, as often as --train.max-rollbacks allows. To go on, --resume with a larger one "
@@ -402,8 +439,7 @@ def train_interrupted_on_two(rank: int, folder: Path, images: Path, mode: str) -
         trainer = make(folder / "straight", images, **options)
         trainer.fit()
         trainer.run.close()
-        second = [At(6, lambda trainer: second.append(At(6, die)))]
-        for observers in ([At(7, leave)] if rank == 0 else [], second, []):
+        for observers in ([At(7, leave)] if rank == 0 else [], [At(6, die)], []):
             trainer = make(folder / "run", images, observers=observers, resume=(folder / "run").exists(), **options)
             if list_checkpoints(folder / "run/checkpoints"):
                 assert trainer.resume(latest_checkpoint(folder / "run", ranks=ranks)) == []

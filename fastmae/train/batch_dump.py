@@ -216,7 +216,7 @@ def _conclusion(values: dict[str, Any], bad: Sequence[dict[str, Any]], count: in
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         return f"No finite loss: {', '.join(image['path'] for image in bad[:_NAMED])}{more}"
-    return "All losses are finite: the gradient overflowed on its way back"
+    return "Computed again, all losses are finite: the gradient overflowed on its way back, or the step does not repeat"
 
 
 def _forget_tensors(folder: Path) -> None:

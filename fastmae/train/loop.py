@@ -168,8 +168,6 @@ class Trainer:
             self.model.train()
             self.reporter.start(self.step)
             self.watch.saved()
-            if self.divergence.due:  # of a run that was stopped before it could go back
-                roll_back(self)
             while self.step < total and not self.watch.must_leave():
                 self.train_step()
                 self._between_steps()
