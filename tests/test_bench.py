@@ -17,6 +17,7 @@ from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
 from fastmae.train import throughput
 from fastmae.train.bottleneck import Facts, diagnose
+from fastmae.train.breakdown import Breakdown
 from fastmae.train.flops import step_flops
 from fastmae.train.throughput import PHASES, Throughput, Turn
 
@@ -152,6 +153,15 @@ def test_rates_are_medians_of_rounds_and_ratios_are_taken_within_them():
     assert found.together() == pytest.approx(0.8)
     assert found.wait_share() == pytest.approx(0.2)
     assert found.busy_cores("both") == 1.5
+    assert found.step_ms() == pytest.approx(625)
+
+
+@pytest.mark.parametrize(("recorded", "idle", "share"), [(625, 250, 0.4), (725, 250, 0.24), (725, 50, 0), (600, 0, 0)])
+def test_what_recording_costs_is_not_counted_as_idle(recorded, idle, share):
+    found = Throughput(decoded=10, masked=20, kind="torch", threads=1, cores=2)
+    found.turns["both"].append(Turn(1, 0.625, 0.0, 1.0))
+    found.breakdown = Breakdown(3, recorded, {}, {"idle device": idle}, {})
+    assert found.idle_share() == pytest.approx(share)
 
 
 def test_the_trainers_own_steps_are_measured_on_resident_and_on_loaded_batches(tmp_path, images):

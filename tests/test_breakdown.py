@@ -254,6 +254,13 @@ def test_kernels_of_a_graph_are_known_though_no_operator_launched_them():
     assert ms == {"forward": 40, "image decoding": 10, "idle device": 50}
 
 
+def test_a_step_that_was_not_whole_is_left_out():
+    events = [Event(f"ProfilerStep#{i}", 10 * i, 10 * i + 8, user=True) for i in (1, 2)]
+    events += [Event("ProfilerStep#3", 30, 31, user=True), Event("aten::mm", 11, 15)]
+    assert break_down(events, on_gpu=False, num_steps=2).steps == 2
+    assert break_down(events, on_gpu=False, num_steps=2).step_ms == pytest.approx(18e-3 / 2)
+
+
 def test_no_step_is_an_error():
     with pytest.raises(ValueError, match="at least one recorded step"):
         break_down([Event("aten::mm", 0, 1)], on_gpu=False)

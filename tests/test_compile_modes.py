@@ -212,19 +212,23 @@ def test_a_step_in_one_graph_trains_as_the_benchmarks_other_steps_do(name):
     from bench_step import MODELS, Track
     from step_recipes import MODES
 
-    weights = []
+    changes = []
     for who in ("fastmae", name):
         torch.manual_seed(0)
         track = Track(MODELS["tiny-test"][1], 16, torch.device("cuda"))
-        track.position = 3 if who == "fastmae" else 0  # a graph warms up with three steps of the same masks
+        before = torch.cat([p.detach().flatten() for p in track.fast.parameters()])
+        if who == "fastmae":  # a graph is warmed up with three steps of the same masks
+            epochs, draw = iter([1, 1, 1, 2, 3, 4, 5, 6]), track.draw_masks
+
+            def draw_again(track=track, epochs=epochs, draw=draw):
+                track.position = next(epochs) - 1
+                return draw()
+
+            track.draw_masks = draw_again
         step = track.step(MODES[who])
-        for group in track.optimizers[True].param_groups:
-            group["lr"] = 1e-3
-        before = [p.detach().clone() for p in track.fast.parameters()]
-        for _ in range(5):
+        for _ in range(8 if who == "fastmae" else 5):
             step()
-        weights.append([p.detach() - b for p, b in zip(track.fast.parameters(), before, strict=True)])
+        changes.append(torch.cat([p.detach().flatten() for p in track.fast.parameters()]) - before)
     torch.compiler.reset()
-    moved = [change.abs().max().item() for change in weights[1]]
-    assert max(moved) > 1e-5
-    assert all(change.isfinite().all() for change in weights[1])
+    assert changes[0].abs().max() > 5e-5
+    assert torch.cosine_similarity(*changes, dim=0) > 0.98

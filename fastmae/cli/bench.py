@@ -28,7 +28,6 @@ from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.flops import step_flops
 from fastmae.train.free_memory import find_machine
-from fastmae.train.kinds import IDLE
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, num_processes
 from fastmae.train.peak import matmul_flops
@@ -123,7 +122,7 @@ def _result(trainer: Trainer, found: Throughput, config: PretrainConfig) -> dict
                   "matmul_flops_per_second": best, "mfu": found.rate("model") * flops / found.masked / best},
         "both": {**rates["both"], "data_wait_share": found.wait_share(), "busy_cores": found.busy_cores("both"),
                  "mfu": found.rate("both") * flops / found.masked / best},
-        "step": {"ms": 1e3 * found.masked / found.rate("both"), "recorded": found.breakdown.to_json()},
+        "step": {"ms": found.step_ms(), "recorded": found.breakdown.to_json()},
         "masks_per_image": facts.masks_per_image,
         "cores": facts.cores,
         "images": {"mean_pixels": facts.source_pixels, "short_side": facts.short_side,
@@ -162,7 +161,7 @@ def _facts(trainer: Trainer, found: Throughput) -> Facts:
         precision=train.precision,
         compiled=train.compile,
         cuda_graphs=train.compile and uses_cuda_graphs(train.compile_mode),
-        idle_share=found.breakdown.kinds.get(IDLE, 0.0) / found.breakdown.step_ms,
+        idle_share=found.idle_share(),
     )
 
 

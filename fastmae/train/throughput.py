@@ -18,6 +18,7 @@ import torch
 from fastmae.data import Batch, Loader
 from fastmae.train.breakdown import Breakdown
 from fastmae.train.config import PretrainConfig
+from fastmae.train.kinds import IDLE
 from fastmae.train.loop import Trainer
 from fastmae.train.records import Recorder
 
@@ -117,6 +118,18 @@ class Throughput:
     def wait_share(self) -> float:
         """Share of the time, loader and model together, that the trainer waits for a batch."""
         return statistics.median(turn.waited / turn.seconds for turn in self.turns["both"])
+
+    def step_ms(self) -> float:
+        """Milliseconds of a step, loader and model together, while nothing is recorded."""
+        return 1e3 * self.masked / self.rate("both")
+
+    def idle_share(self) -> float:
+        """Share of such a step in which a GPU has nothing to do though images are there.
+
+        A kernel takes as long whether it is recorded or not, so what recording costs is idle time, and not counted.
+        """
+        cost = max(0.0, self.breakdown.step_ms - self.step_ms())
+        return max(0.0, self.breakdown.kinds.get(IDLE, 0.0) - cost) / self.step_ms()
 
     def busy_cores(self, phase: Phase) -> float:
         return statistics.median(turn.busy_cores for turn in self.turns[phase])
