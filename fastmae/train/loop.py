@@ -106,7 +106,9 @@ class Trainer:
             train.log_every_steps,
             advice,
             self.parallelism,
-            rank_values=RankValues(self.ranks, self.device, train.log_every_steps, block),
+            rank_values=RankValues(
+                self.ranks, self.device, train.log_every_steps, block, 3 * len(model.blocks) * self.accumulation
+            ),
             flops=StepFlops(model, self.batch_size, self.accumulation * self.ranks.size, config.model.mask_ratio),
             dtype=self.dtype,
             wandb_project=config.report.wandb_project,

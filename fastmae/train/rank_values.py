@@ -45,10 +45,19 @@ class RankValues:
         device: of this rank.
         interval: steps between two rows.
         block: whose forward says how fast a rank computes; None for no such time, nor is there one of a rank alone.
+        forwards: times that forward that the blocks like it take in a step, forward and backward.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, interval: int, block: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        interval: int,
+        block: nn.Module | None = None,
+        forwards: float = 1.0,
+    ) -> None:
         self._ranks, self._device, self._interval, self._block = ranks, device, interval, block
+        self._forwards = forwards
         self._timer: BlockTimer | None = None
         self._logged_at = -math.inf
 
@@ -68,7 +77,7 @@ class RankValues:
         """
         met = self._ranks.gather("measuring the devices", lambda: (_host(), peak_flops(self._device, dtype)))
         self._hosts = [host for host, _ in met]
-        self._stragglers = Stragglers(self._hosts)
+        self._stragglers = Stragglers(self._hosts, self._forwards)
         if self._ranks.size > 1 and self._block is not None:
             self._timer = BlockTimer(self._block, self._device, math.ceil(self._interval / _TIMED_STEPS))
         if self._device.type == "cuda":

@@ -20,8 +20,8 @@ IN_A_ROW = 3
 """Intervals after which a straggler is named."""
 AGAIN = 100
 """Intervals after which it is named again."""
-_NOISE = 1e-4
-"""Seconds that a block may take longer for no reason."""
+_MATTERS = 0.05
+"""Share of a step by which slow computing makes it longer, at least; the blocks of a tiny model vary for no reason."""
 _NAMED = 3
 
 
@@ -52,10 +52,11 @@ class Stragglers:
 
     Args:
         hosts: the host of each rank.
+        forwards: times the forward of the block that a rank's blocks take in a step.
     """
 
-    def __init__(self, hosts: Sequence[str]) -> None:
-        self._hosts, self._interval = hosts, 0
+    def __init__(self, hosts: Sequence[str], forwards: float) -> None:
+        self._hosts, self._forwards, self._interval = hosts, forwards, 0
         self._streaks: dict[tuple[str, int], int] = {}
         self._said: dict[tuple[str, int], int] = {}
 
@@ -70,7 +71,7 @@ class Stragglers:
         self._interval += 1
         block, data = _common(block_time), _common(data_time)
         slow = {("block", rank) for rank, value in enumerate(block_time)
-                if value > max(COMPUTES * block, block + _NOISE)}  # fmt: skip
+                if value > COMPUTES * block and self._forwards * (value - block) > _MATTERS * step_time}  # fmt: skip
         slow |= {("data", rank) for rank, value in enumerate(data_time) if value > data + WAITS * step_time}
         self._streaks = {key: self._streaks.get(key, 0) + 1 for key in slow}
         return self._lines("block", block_time, block) + self._lines("data", data_time, data)
