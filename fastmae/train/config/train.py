@@ -63,7 +63,7 @@ class TrainConfig:
     """Compile with torch.compile: the whole model in one process, each block in several."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile. reduce-overhead: CUDA graphs, on a GPU and not with fsdp or hsdp. max-autotune: these, and
-    matrix products chosen by trial at the first step, which takes minutes; max-autotune-no-cudagraphs: by trial only."""
+    matrix products chosen by trial at the first step, which takes minutes. max-autotune-no-cudagraphs: trial only."""
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     """What the processes that torchrun starts share. ddp: gradients; each has the whole model. fsdp: also weights and
     optimiser state, sharded over all. hsdp: sharded inside a node, replicated across nodes. auto: none for one process,
