@@ -31,6 +31,7 @@ TWO = [
     Case("fsdp", activation_checkpointing="full", reshard_after_forward=False),
     Case("fsdp", activation_checkpointing="selective", steps=6),
     Case("hsdp", shard_size=1, steps=6),
+    Case("ddp", activation_checkpointing="selective", steps=6),
 ]
 FOUR = [Case("hsdp", shard_size=2), Case("hsdp", max_batch=1, clip_grad=0.2, steps=6)]
 POISONED = [Case("ddp", poison=1, steps=6), Case("fsdp", poison=1, steps=6)]
@@ -258,6 +259,19 @@ def test_impossible_arrangements_are_refused(monkeypatch, mode, shard_size, envi
     with pytest.raises(ValueError, match=message):
         parallel.initialize(mode, shard_size=shard_size)
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("number", [4, 5, 7])
+def test_checkpointing_changes_no_bit_among_several_processes(two, number):
+    case = TWO[number]
+    (without,) = (c for c in TWO if c == Case(case.mode))
+    for rank in two:
+        found, expected = rank["runs"][case], rank["runs"][without]
+        assert found.losses == expected.losses[: case.steps]
+        assert found.norms == expected.norms[: case.steps]
+    if case.steps == without.steps:
+        found, expected = (two[0]["runs"][c].weights for c in (case, without))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("amount", ["selective", "full"])
