@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from fastmae import ops
-from fastmae.evaluate import evaluate_sets, fill_inverse_distance, fill_mean_color, masked_error, reconstruct
+from fastmae.evaluate import (
+    FixedSets,
+    evaluate_sets,
+    fill_inverse_distance,
+    fill_mean_color,
+    masked_error,
+    reconstruct,
+)
 from fastmae.model import MAEOutput, MaskedAutoencoderViT
 
 TINY = {
@@ -232,6 +239,19 @@ def test_summary_averages_over_every_image_and_mask(tmp_path):
             into.append(masked_error(filled, result.original, result.visible, model.std.view(1, -1, 1, 1)))
     for name, parts in (("mse", errors), ("mse_mean_color", colors), ("mse_inverse_distance", distances)):
         assert numbers[name] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+
+
+def test_sets_looked_at_again_have_the_same_baselines_each_its_own(tmp_path):
+    sets = {"a": pictures(3), "b": pictures(2) // 2}
+    options = {"mask_ratio": 0.5, "seed": 3, "num_masks": 6}
+    fixed = FixedSets(sets, **options)
+    first, again = tiny(), tiny()
+    with torch.no_grad():
+        again.decoder_pred.bias += 1
+    for model in (first, again):
+        found = fixed.evaluate(model, None)
+        assert found == evaluate_sets(model, sets, path=tmp_path / "a.png", **options)
+        assert found["a"]["mse_mean_color"] != found["b"]["mse_mean_color"]
 
 
 def test_named_images_have_errors_of_their_own(tmp_path):
