@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from distributed import run_ranks
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from fastmae.cli import main
+from fastmae.cli import bench, main
 from fastmae.data import open_dataset
 from fastmae.model import create_model
 from fastmae.ops import random_masking
@@ -22,6 +24,7 @@ from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.parallel import Parallelism
 from fastmae.train.recipes import RECIPES
+from fastmae.train.run_folder import RunFolder
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.kept import kept_per_image
 from fastmae.train.scaling.plan import Run, make_plan
@@ -227,3 +230,11 @@ def test_pretrain_says_what_it_chose_and_goes_on_with_the_batch_it_had(tmp_path,
     assert json.loads((run / "config.json").read_text())["train"]["batch_size"] == "auto"
     saved = json.loads((run / "checkpoints/step-3/manifest.json").read_text())
     assert saved["config"]["train"]["batch_size"] == 16
+
+
+def test_bench_measures_the_batch_that_auto_means(tmp_path):
+    config, console = with_train(RECIPES["photographs"], masks_per_image=2), Console(file=StringIO(), width=300)
+    with RunFolder(tmp_path / "run") as run:
+        trainer = bench._trainer(config, run, console)
+    assert (trainer.batch_size, trainer.accumulation) == (32, 1)
+    assert "Batch size auto: 32 images x 1, an estimated" in console.file.getvalue()

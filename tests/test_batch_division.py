@@ -48,6 +48,7 @@ def test_product_is_the_global_batch(share, world_size, multiple_of, max_batch):
         ((96, 8, 4), {"multiple_of": 5}, "multiple of 40 for 8 processes with 5 masks an image, such as 80 or 120"),
         ((96, 8, 2), {"multiple_of": 3}, "max_batch: expected at least 3, got 2"),
         ((96, 8, 0), {}, "max_batch: expected at least 1, got 0"),
+        ((96, 8, "auto"), {}, "max_batch: expected a number or None, got 'auto', which has to be settled first"),
         ((0, 8), {}, "global_batch: expected at least 1, got 0"),
         ((8, 0), {}, "world_size: expected at least 1, got 0"),
     ],
