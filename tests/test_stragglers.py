@@ -20,7 +20,7 @@ from fastmae import data
 from fastmae.model import create_model
 from fastmae.train import parallel, rank_values
 from fastmae.train.block_timer import BlockTimer
-from fastmae.train.checkpoint import Ranks
+from fastmae.train.checkpoint import LostRankError, Ranks
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.loop import Trainer
 from fastmae.train.peak import peak_flops
@@ -196,6 +196,20 @@ def test_of_many_ranks_rows_and_logs_are_shorter(size, lines, monkeypatch, caplo
     assert ("ranks" in row) == (size == SHOWN_RANKS)
     assert "NaN" not in json.dumps(row)
     assert sum("ms a step" in record.getMessage() for record in caplog.records) == lines
+
+
+def test_a_rank_that_has_gone_is_an_error(monkeypatch):
+    def gone() -> None:
+        raise RuntimeError("[tcp/pair.cc:561] Connection closed by peer. This is typically caused by a crash")
+
+    ranks = Many(2)
+    monkeypatch.setattr(rank_values.dist, "all_gather", ranks.all_gather)
+    values = RankValues(ranks, torch.device("cpu"), interval=4)
+    values.open(torch.float32)
+    shared = values.share({"step": 4, "step_time": 0.5, "data_time": 0.25})
+    monkeypatch.setattr(ranks, "wait", gone)
+    with pytest.raises(LostRankError, match=r"does not answer \(Connection closed by peer.\)"):
+        shared()
 
 
 def job(rank: int, folder: Path) -> dict[str, tuple[str, list[dict]]]:

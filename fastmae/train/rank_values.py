@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastmae.train.block_timer import BlockTimer
-from fastmae.train.checkpoint import CheckpointError, Ranks
+from fastmae.train.checkpoint import LostRankError, Ranks
+from fastmae.train.collectives import reason_of
 from fastmae.train.peak import peak_flops
 from fastmae.train.stragglers import Stragglers, summarize
 
@@ -103,7 +104,7 @@ class RankValues:
         Returns:
             A function that waits until all ranks have done so, and returns what the row says of them (the largest
             memory, the longest wait for images, and of times the smallest, the median and the largest) and lines that
-            name stragglers.
+            name stragglers. It raises LostRankError if a rank has gone.
         """
         own = {"data_time": row["data_time"], "host_memory_gib": host_memory_gib()}
         if self._timer is not None:
@@ -164,8 +165,8 @@ def _gather(ranks: Ranks, values: list[float]) -> Callable[[], list[list[float]]
         try:
             work.wait()
         except RuntimeError as error:  # gloo: a connection was closed, or the time is over
-            raise CheckpointError(
-                f"collecting the ranks' times: a rank has ended or does not answer ({error})"
+            raise LostRankError(
+                f"collecting times: a rank has ended or does not answer ({reason_of(error)})"
             ) from error
         return torch.stack(gathered).tolist()
 
