@@ -109,8 +109,7 @@ class Probe(Observer):
 
     Raises:
         ValueError: the images have no labels, or too few, or of one class only, or other classes than those to test on,
-            or too many classes for so few images; naming the flag.
-        DataError: the images to test on cannot be opened.
+            or too many classes for so few images, or those to test on cannot be opened; naming the flag.
     """
 
     def __init__(self, config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> None:
@@ -182,13 +181,17 @@ def _images_to_probe(
 
     def opened() -> data.Dataset:
         limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
-        return data.open_dataset(path, channels=config.model.in_chans, **limits)
+        try:
+            return data.open_dataset(path, channels=config.model.in_chans, **limits)
+        except data.DataError as error:
+            raise ValueError(f"--report.probe-path: {error}") from error
 
     if ranks.size > 1:
-        ranks.first(f"--report.probe-path {path}", lambda: opened() and None)  # the others then find its index
+        ranks.first("opening the images to probe on", lambda: opened() and None)  # the others then find its index
+    tests = opened()
     try:
-        return images, match_classes(images, choose_labelled(opened(), count))
-    except (ValueError, data.DataError) as error:
+        return images, match_classes(images, choose_labelled(tests, count))
+    except ValueError as error:
         raise ValueError(f"--report.probe-path: {error}") from error
 
 
