@@ -146,8 +146,17 @@ def test_an_interrupted_run_tells_the_same(watch, cut):
 
 def test_other_ranks_count_the_same_and_write_nothing(tmp_path):
     path = tmp_path / "spikes.jsonl"
-    spikes = Spikes(path, lambda step: (step, step), lambda text: None, writes=False)
-    losses = [0.5] * 99 + [5.0]
-    row = {"step": 100}
-    spikes.observe(row, {"loss": losses, "grad_norm": losses})
-    assert (row["loss_spikes"], row["grad_norm_spikes"], path.exists()) == (1, 1, False)
+    assert count_of_one(path, writes=False) == (1, 1)
+    assert not path.exists()
+
+
+def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    assert count_of_one(tmp_path / "no folder/spikes.jsonl") == (1, 1)
+
+
+def count_of_one(path, **options):
+    losses, row = [0.5] * 99 + [5.0], {"step": 100}
+    Spikes(path, lambda step: (step, step), lambda text: None, **options).observe(
+        row, {"loss": losses, "grad_norm": losses}
+    )
+    return row["loss_spikes"], row["grad_norm_spikes"]

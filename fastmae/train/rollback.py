@@ -34,6 +34,7 @@ def roll_back(trainer: Trainer) -> None:
     Raises:
         FloatingPointError: on all ranks alike, if the run has gone back ``max_rollbacks`` times already, or no sound
             checkpoint is left.
+        CheckpointError: on all ranks alike, if the run folder cannot be written.
     """
     divergence = trainer.divergence
     first, last = divergence.offending
@@ -58,19 +59,25 @@ def roll_back(trainer: Trainer) -> None:
             f"{found}There is no sound checkpoint of an earlier step that the run has not gone back to already. "
             f"What may help: {_remedies(trainer)}, and checkpoints more often"
         )
-    trainer.go_on_from(saved)
-    left_out = [trainer.samples, position - 1]
-    trainer.positions.jump(trainer.step, position)
-    trainer.divergence.went_back(trainer.step, rollbacks)
-    record |= {"to_step": trainer.step, "checkpoint": str(saved.path), "positions_left_out": left_out}
-    trainer.run.add_rollback(record)
-    trainer.console.print(
-        f"WENT BACK TO STEP {trainer.step} ({rollbacks} of at most {divergence.max_rollbacks} times): {found}"
-        f"Images {left_out[0]:,} to {left_out[1]:,} of the run's order are left out"
-    )
+
+    def begin_there() -> None:
+        _set_aside(trainer, saved)
+        trainer.go_on_from(saved)
+        left_out = [trainer.samples, position - 1]
+        trainer.positions.jump(trainer.step, position)
+        divergence.went_back(trainer.step, rollbacks)
+        trainer.bad_files.begin()
+        trainer.run.add_rollback(
+            record | {"to_step": trainer.step, "checkpoint": str(saved.path), "positions_left_out": left_out}
+        )
+        trainer.console.print(
+            f"WENT BACK TO STEP {trainer.step} ({rollbacks} of at most {divergence.max_rollbacks} times): {found}"
+            f"Images {left_out[0]:,} to {left_out[1]:,} of the run's order are left out"
+        )
+        trainer.loader = trainer.loader_at(trainer.samples)
+
+    trainer.ranks.gather("going back", begin_there)
     trainer.reporter.go_back(trainer.step)
-    trainer.loader = trainer.loader_at(trainer.samples)
-    trainer.bad_files.begin()
 
 
 def dump(trainer: Trainer, step: int) -> Dumped | None:
@@ -113,13 +120,17 @@ def _go_to_newest_sound(trainer: Trainer, newest: int) -> Checkpoint | None:
             continue
         largest = largest_values(model_state.collect(trainer.model, trainer.optimizer))
         if not ranks.any(any(not value < float("inf") for value in largest.values())):
-            if ranks.rank == 0:
-                for old in folder.glob("step-*.abandoned"):  # of the last time: they are whole checkpoints
-                    discard(old)
-                set_aside_after(folder, step_of(path), "abandoned")
             return saved
         _warn(trainer, f"{path}: passed over, its weights or moments are not all finite")
     return None
+
+
+def _set_aside(trainer: Trainer, saved: Checkpoint) -> None:
+    """Rename later checkpoints; those of the last time are deleted, since they are as large as any."""
+    if trainer.ranks.rank == 0:
+        for old in trainer.run.checkpoints.glob("step-*.abandoned"):
+            discard(old)
+        set_aside_after(trainer.run.checkpoints, step_of(saved.path), "abandoned")
 
 
 def _remedies(trainer: Trainer) -> str:

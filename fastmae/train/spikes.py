@@ -12,6 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -114,7 +115,7 @@ class Spikes:
         first, last = positions = self._positions(step)
         if self._writes:
             line = {"step": step, "what": what, "value": value, "usual": usual, "positions": positions, "row": row}
-            with self._path.open("a") as file:
+            with suppress(OSError), self._path.open("a") as file:  # a full disk, which rows of metrics speak of
                 file.write(json.dumps(line) + "\n")
         continues, self._last[what] = self._last.get(what) == step - 1, step
         if continues or self._told >= MAX_TOLD:
