@@ -130,20 +130,24 @@ def test_a_model_in_training_is_left_as_it_was(dataset):
     assert model.input_size == (32, 48)
 
 
-def test_nothing_is_compiled_for_looking(dataset):
-    calls = []
+def test_nothing_is_compiled_for_looking_and_what_was_compiled_is_used_afterwards(dataset):
+    graphs, runs = [], []
 
     def backend(graph, inputs):
-        calls.append(len(inputs))
-        return graph.forward
+        graphs.append(graph)
+        return lambda *inputs: runs.append(1) or graph.forward(*inputs)
 
     model = tiny()
     block = model.blocks[0]
-    block.forward = torch.compile(block.forward, backend=backend)
+    block.forward = torch.compile(block.forward, backend=backend, dynamic=False)
+    images = torch.zeros(1, 3, 16, 24, dtype=torch.uint8)
+    model.encode(images)
+    before = len(graphs), len(runs)
     extract_features(model, dataset, np.arange(3))
-    assert not calls
-    model.encode(torch.zeros(1, 3, 16, 24, dtype=torch.uint8))
-    assert calls  # compilation is on again
+    assert (len(graphs), len(runs)) == before
+    model.encode(images)
+    assert (len(graphs), len(runs)) == (before[0], 2 * before[1])
+    assert before[1] > 0
 
 
 def test_chosen_images_are_spread_over_the_classes_and_always_the_same(dataset):
