@@ -12,12 +12,6 @@ nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient nor
 ``*-xformers``, ``*-apex-adam``  fastmae with xformers' attention, with apex's FusedAdam, where they are installed
 ``transformers-fastmae`` Hugging Face's model after ``fastmae.accelerate``
 ``lever: ...``           one change to ``facebookresearch-sdpa`` (with --levers)
-
-With --modes other competitors: ``fastmae`` and ``fastmae-compile``, which is mode "default", against
-
-``fastmae-compile-*``    the modes of torch.compile; "reduce-overhead" and "max-autotune" replay CUDA graphs of forward
-                         and backward
-``fastmae-graph``, ``fastmae-compile-graph``  forward, backward and optimiser captured into one CUDA graph
 """
 
 from __future__ import annotations
@@ -30,7 +24,7 @@ import pytest
 import torch
 from contest import Contest, Unavailable, later
 from levers import LeverModel, Levers, share_parameters
-from step_recipes import LEVERS, MODES, RECIPES, Recipe, compiled, in_graphs, missing
+from step_recipes import LEVERS, RECIPES, Recipe, compiled, in_graphs, missing
 
 import fastmae
 from fastmae.model import MaskedAutoencoderViT, create_model
@@ -194,28 +188,36 @@ class Track:
         return step
 
 
-def pytest_generate_tests(metafunc):
+def chosen_models(config, default: list[str]) -> list[tuple[str, int]]:
+    """Names and batches that --model names."""
     models = []
-    for choice in metafunc.config.getoption("--model") or DEFAULT_MODELS:
+    for choice in config.getoption("--model") or default:
         name, _, batch = choice.partition(":")
         if name not in MODELS:
             raise pytest.UsageError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
         models.append((name, int(batch) if batch else MODELS[name][2 if CUDA else 3]))
+    return models
+
+
+def model_id(model: tuple[str, int]) -> str:
+    return f"{model[0]}-{model[1]}"
+
+
+def pytest_generate_tests(metafunc):
     recipes = RECIPES | (LEVERS if metafunc.config.getoption("--levers") else {})
     if not metafunc.config.getoption("--bf16-residual"):
         recipes = {name: recipe for name, recipe in recipes.items() if not name.endswith("-compile-bf16-residual")}
-    if metafunc.config.getoption("--modes"):
-        recipes = MODES
-    metafunc.parametrize("model", models, ids=lambda model: f"{model[0]}-{model[1]}")
+    metafunc.parametrize("model", chosen_models(metafunc.config, DEFAULT_MODELS), ids=model_id)
     metafunc.parametrize("competitor", list(recipes))
 
 
-def build(model: tuple[str, int], names: list[str], device: torch.device) -> Contest:
+def build(
+    model: tuple[str, int], recipes: dict[str, Recipe], device: torch.device, job: str = "training step"
+) -> Contest:
     name, batch = model
     track = Track(MODELS[name][1], batch, device)
     steps: dict = {}
-    for competitor in names:
-        recipe = (RECIPES | LEVERS | MODES)[competitor]
+    for competitor, recipe in recipes.items():
         reason = missing(competitor, recipe, device)
         if reason:
             steps[competitor] = Unavailable(reason)
@@ -225,12 +227,11 @@ def build(model: tuple[str, int], names: list[str], device: torch.device) -> Con
             steps[competitor] = later(partial(track.step, recipe))
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
     return Contest(
-        f"training step, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,
+        f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,
         resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
-        unseen_memory={n for n in names if in_graphs((RECIPES | LEVERS | MODES)[n])},
+        unseen_memory={competitor for competitor, recipe in recipes.items() if in_graphs(recipe)},
     )  # fmt: skip
 
 
 def bench_step(compete, device, model, competitor):
-    names = list(RECIPES | LEVERS | MODES)
-    compete(build, model, names, device)
+    compete(build, model, RECIPES | LEVERS, device)

@@ -29,7 +29,6 @@ def pytest_addoption(parser):
     group.addoption("--compile", action="store_true", help="torch.compile columns on the CPU too")
     group.addoption("--no-compile", action="store_true", help="no torch.compile columns on CUDA either")
     group.addoption("--levers", action="store_true", help="the step benchmark: each lever on its own as well")
-    group.addoption("--modes", action="store_true", help="the step benchmark: modes of torch.compile and CUDA graphs")
     group.addoption("--bf16-residual", action="store_true", help="the step benchmark: it compiled, too")
     group.addoption(
         "--images", metavar="FOLDER", help="the loader benchmark: its JPEGs (default: cut from photographs)"

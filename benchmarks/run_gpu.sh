@@ -11,12 +11,12 @@ ONLY=${ONLY:-}
 # Attention goes first, since "auto" picks by what it finds. Then the most valuable: the trainer from JPEGs on a disk
 # against the model alone, with MFU and where the time goes; the whole step; the ops by their share of it; whatever else
 # there is. Each line is a name, a file, and its arguments (pytest's for bench_*.py). The seconds are a guess for one
-# H100 and 16 cores, compilation found in the cache: environment 8, tests 110, attention 40, compilation 90, the plan 600,
-# together 850: what is cut off, ONLY runs in a second go. Images are cut from the embedded photographs.
+# H100 and 16 cores, compilation found in the cache: environment 8, tests 110, attention 40, compilation 90, the plan 630,
+# together 880: what is cut off, ONLY runs in a second go. Images are cut from the embedded photographs.
 # The large step: start 15, 16 competitors' models 10, their first steps 10, 5 rounds 20, compilation from the cache 35,
 # memory and launches 10.
 # A graph of 32 blocks takes the compiler about 50 s, so ViT-L in five modes of it (200 s) and its residual streams in
-# bf16, compiled (100 s), come last, seldom reached in one go (ONLY="step-modes-large step-residual"); ViT-H is not
+# bf16, compiled (100 s), come last, seldom reached in one go (ONLY="modes-large step-residual"); ViT-H is not
 # compiled.
 first="attention      bench_attention.py"
 plan=(
@@ -24,7 +24,7 @@ plan=(
   "step-large          bench_step.py --model large --levers"   # 100
   "end-to-end-huge     end_to_end.py --recipe imagenet-vit-h --batch 128 --seconds 15" # 50
   "step-base           bench_step.py --model base"             # 45
-  "step-modes          bench_step.py --model base --modes"     # 100
+  "modes               bench_modes.py --model base"            # 130
   "end-to-end-compiled end_to_end.py --recipe imagenet-vit-l --batch 256 --seconds 20 --train.compile" # 90
   "step-huge           bench_step.py --model huge --no-compile" # 30
   "block               bench_block.py"                         # 20
@@ -38,7 +38,7 @@ plan=(
   "data                bench_data.py --rounds 4 -k loader"     # 80
 )
 last=(
-  "step-modes-large    bench_step.py --model large --modes"
+  "modes-large         bench_modes.py --model large"
   "step-residual       bench_step.py --model large --bf16-residual -k compile"
 )
 
@@ -127,7 +127,7 @@ if [ -z "$ONLY" ] && [ ${#workers[@]} -gt 0 ] && [ "$(left)" -gt 300 ]; then
       warm benchmarks/bench_step.py --model "$model" -k "$one"
     done &
   done
-  warm benchmarks --ignore benchmarks/bench_step.py -k compile -n 8 &
+  warm benchmarks --ignore benchmarks/bench_step.py --ignore benchmarks/bench_modes.py -k compile -n 8 &
   wait
 fi
 

@@ -68,7 +68,8 @@ def test_every_benchmark_runs_once_the_most_valuable_first(tmp_path):
     code, calls = run_with_fake_python(tmp_path, 0)
     assert code == 0
     several = ["benchmarks/end_to_end.py", "benchmarks/bench_step.py"]
-    assert calls[:6] == ["tests", "benchmarks/bench_attention.py", *several, *several]
+    assert calls[:7] == ["tests", "benchmarks/bench_attention.py", *several, *several, "benchmarks/bench_modes.py"]
+    several.append("benchmarks/bench_modes.py")
     benchmarks = {f"benchmarks/{path.name}" for path in SCRIPT.parent.glob("bench_*.py")}
     assert set(calls[1:]) == {*benchmarks, *several}
     assert not [call for call in set(calls) if calls.count(call) > 1 and call not in several]
