@@ -2,8 +2,8 @@
 not become the default.
 
 ``fastmae``, ``fastmae-compile``  eager, and mode "default"
-``fastmae-compile-*``             the other modes; "reduce-overhead" and "max-autotune" replay CUDA graphs of forward and
-                                  backward, which copy masks and low-precision weights to where they read them
+``fastmae-compile-*``             the other modes; "reduce-overhead" and "max-autotune" replay CUDA graphs of forward
+                                  and backward, which copy masks and low-precision weights to where they read them
 ``fastmae-graph``, ``fastmae-compile-graph``  forward, backward and optimiser captured into one CUDA graph
 
 fastmae's matrix products are inside ops that the compiler does not look into: max-autotune has little to choose.
