@@ -136,3 +136,13 @@ def test_the_log_of_a_run_that_did_not_begin_is_in_nobodys_way(tmp_path):
     with RunFolder(tmp_path):
         pass
     assert not (tmp_path / "logs").exists()
+
+
+def test_logs_of_somebody_else_are_not_touched(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/slurm-7.out").write_text("queued")
+    with pytest.raises(ValueError, match="not empty"):
+        RunFolder(tmp_path)
+    with RunFolder(tmp_path, resume=True) as run, RankLog(run.path):
+        pass
+    assert (tmp_path / "logs/slurm-7.out").read_text() == "queued"

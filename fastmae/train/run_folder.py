@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,7 +26,7 @@ _log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 """What ``flock`` says on a network file system that was mounted without locks."""
 
-_LOCK, _LOGS = ".lock", "logs"
+_LOCK, _RANK_LOG = ".lock", "rank-*.log"
 
 
 class RunFolder:
@@ -50,6 +49,7 @@ class RunFolder:
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
         self.spikes, self.rollbacks = self.path / "spikes.jsonl", self.path / "rollbacks.jsonl"
+        self._logs = self.path / "logs"
         self.leader = leader
         if not leader:
             return
@@ -94,18 +94,26 @@ class RunFolder:
             for path in (self.checkpoints, self.reconstructions):
                 if path.is_dir():
                     path.rmdir()
-            shutil.rmtree(self.path / _LOGS, ignore_errors=True)
+            self._remove_logs()
             (self.path / _LOCK).unlink(missing_ok=True)
             if not self._was_there:
-                with suppress(OSError):  # another process may just have written its log
+                with suppress(OSError):  # such a log is there now
                     self.path.rmdir()
         self._lock.close()
 
     def _is_new(self) -> bool:
-        empty = {_LOCK, _LOGS} | {
+        empty = {_LOCK} | {
             p.name for p in (self.checkpoints, self.reconstructions) if p.is_dir() and not any(p.iterdir())
         }
+        if len(list(self._logs.glob("*"))) == len(list(self._logs.glob(_RANK_LOG))):  # no logs of somebody else's
+            empty.add(self._logs.name)
         return all(p.name in empty for p in self.path.iterdir())
+
+    def _remove_logs(self) -> None:
+        for path in self._logs.glob(_RANK_LOG):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or another process is just writing its log
+            self._logs.rmdir()
 
     def write_json(self, name: str, values: dict[str, Any]) -> Path:
         """Write a JSON file of the folder by way of a rename, so that it is never seen half written."""
