@@ -32,7 +32,7 @@ REPORT = ReportConfig(picture_every_steps=4)
 
 
 def watched(out: Path, images: Path, observers=(Pictures,), **options) -> Trainer:
-    trainer = make_trainer(out, images, **options)
+    trainer = make_trainer(out, images, **{"steps": 8} | options)
     config = replace(trainer.config, report=REPORT)
     trainer.observers = [observer(config, trainer.dataset) for observer in observers]
     return trainer
@@ -53,8 +53,8 @@ def images(tmp_path_factory) -> Path:
 
 
 CASES = {
-    "bf16, accumulation": {"batch_size": 4, "steps": 8},
-    "fp32, two image sizes": {"precision": "fp32", "options": {"progressive_sizes": (16, 32)}, "steps": 8},
+    "bf16, accumulation": {"batch_size": 4},
+    "fp32, two image sizes": {"precision": "fp32", "options": {"progressive_sizes": (16, 32)}},
 }
 
 
@@ -102,14 +102,12 @@ def test_random_numbers_and_the_models_state_are_untouched(tmp_path, images):
 
 def test_a_picture_every_so_many_steps_with_its_errors(tmp_path, images):
     watched(tmp_path / "run", images).fit()
-    names = [f"step-{step:06}.png" for step in (4, 8, 12)]
+    names = [f"step-{step:06}.png" for step in (4, 8)]
     assert sorted(path.name for path in (tmp_path / "run" / "reconstructions").iterdir()) == names
     rows = evaluations(tmp_path / "run")
-    assert [(row["step"], Path(row["reconstructions"]).name) for row in rows] == list(
-        zip((4, 8, 12), names, strict=True)
-    )
+    assert [(row["step"], Path(row["reconstructions"]).name) for row in rows] == [(4, names[0]), (8, names[1])]
     for key in ("crops_mse", "unseen_mse"):
-        assert len({row[key] for row in rows}) == 3  # the weights move
+        assert len({row[key] for row in rows}) == 2  # the weights move
         for baseline in ("mean_color", "inverse_distance"):
             assert len({row[f"{key}_{baseline}"] for row in rows}) == 1  # images and masks do not
 
@@ -159,7 +157,7 @@ def test_a_continued_run_draws_again_what_comes_after_its_checkpoint(tmp_path, i
     trainer = watched(run, images, resume=True)
     trainer.resume(run / "checkpoints" / "step-6")
     trainer.fit()
-    assert [row["step"] for row in evaluations(run)] == [4, 8, 12]
+    assert [row["step"] for row in evaluations(run)] == [4, 8]
     assert {path.name: path.read_bytes() for path in (run / "reconstructions").iterdir()} == kept
 
 
@@ -169,7 +167,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_training(tmp_path, im
     (tmp_path / "run" / "reconstructions").rmdir()
     trainer.fit()
     assert "step 4: no picture: " in capsys.readouterr().out
-    assert trainer.step == 12
+    assert trainer.step == 8
 
 
 class Sharded(Observer):
