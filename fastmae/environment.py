@@ -32,6 +32,7 @@ _PACKAGES = (
     "xformers",
     "timm",
     "transformers",
+    "wandb",
 )
 _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _APEX_HOW = (
