@@ -10,7 +10,9 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from distributed import run_ranks
@@ -18,6 +20,8 @@ from test_kills import FLAGS
 from training import make_trainer, write_images
 
 from fastmae.cli import main
+from fastmae.data import LateBad
+from fastmae.train.bad_files import BadFiles
 from fastmae.train.checkpoint import CheckpointError, LostRankError, Ranks, list_checkpoints, load_checkpoint, write
 from fastmae.train.config import TrainConfig
 from fastmae.train.run_folder import RunFolder
@@ -220,3 +224,19 @@ def test_tensorboard_goes_on_in_a_new_file(tmp_path, caplog):
         events.Reload()
         shown.append([event.step for event in events.Scalars("train/loss")])
     assert sorted(shown) == [[1], [3]]
+
+
+def test_lists_of_trouble_that_cannot_be_written_are_said(tmp_path, caplog):
+    run = RunFolder(tmp_path / "run")
+    run.rollbacks.write_text("\n" * 10)
+    run.write_json("config.json", {})  # so that it is kept
+    late = BadFiles(tmp_path / "bad.jsonl", SimpleNamespace(bad=[], bad_ids=np.array([]), path=str), lambda _: 1)
+    late.begin()
+    with files_limited_to(10), caplog.at_level(logging.WARNING, "fastmae"):
+        run.add_rollback({"to_step": 4})
+        late.update([LateBad(1, "damaged", 0)], 8)
+    run.close()
+    assert [bad.sample_id for bad in late.late] == [1]
+    assert [record.getMessage().split(":")[1:3] for record in caplog.records] == [
+        [" not written", " [Errno 27] File too large"]
+    ] * 2

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastmae.data import Dataset, LateBad
+
+_log = logging.getLogger(__name__)
 
 
 class BadFiles:
@@ -70,8 +73,11 @@ class BadFiles:
         self._late |= {bad.sample_id: bad for bad in new}
         if not self._writes:
             return
-        with self._path.open("a") as file:
-            file.writelines(map(self._line, new))
+        try:
+            with self._path.open("a") as file:
+                file.writelines(map(self._line, new))
+        except OSError as error:  # a resumed run writes them, since checkpoints have them
+            _log.warning("%s: not written: %s", self._path, error)
 
     def _line(self, bad: LateBad) -> str:
         return _line(self._dataset.path(bad.sample_id), bad.reason, bad.sample_id, self._step_of(bad.position))

@@ -156,8 +156,11 @@ class RunFolder:
     def add_rollback(self, record: dict[str, Any]) -> None:
         """Append to ``rollbacks.jsonl``."""
         if self.leader:
-            with self.rollbacks.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.rollbacks.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                _log.warning("%s: not written: %s", self.rollbacks, error)
 
     def cut_rollbacks(self, count: int) -> None:
         """Keep the first ``count`` lines of ``rollbacks.jsonl``."""
