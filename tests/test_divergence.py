@@ -28,6 +28,7 @@ from fastmae.data.sampler import permuted_ids
 from fastmae.model import PRESETS, MAEOutput, MaskedAutoencoderViT
 from fastmae.train import parallel
 from fastmae.train.bad_files import BadFiles
+from fastmae.train.batch_dump import KEPT
 from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.divergence import LEAST_FP16, Divergence
@@ -209,6 +210,52 @@ def test_what_follows_is_the_checkpoint_on_later_images(straight, images, tmp_pa
     second.fit()
     second.run.close()
     assert_same_tensors(straight[0] / "checkpoints/step-12", tmp_path / "run/checkpoints/step-12")
+
+
+def test_one_step_may_be_enough_several_times_with_several_masks_passes_and_sizes(images, tmp_path):
+    """Steps of four images, two masks each, in two forward passes; images of 16 pixels first, then of 32."""
+    steps = {"masks_per_image": 2, "batch_size": 4, "rollback_after": 1, "max_rollbacks": 9, "log_every_steps": 1}
+    trainer = make(tmp_path / "run", images, options={"progressive_sizes": (16, 32)}, steps=80, **steps)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    rows = read(tmp_path / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 81))
+    assert all(row["loss"] is not None for row in rows)
+    assert {((row["samples"] - 4) // IMAGES, row["input_height"]) for row in rows} == {(0, 16), (1, 32), (2, 32)}
+    # Positions 43, 52 and 60 are in steps 11, 14 and 16 as long as nothing was left out.
+    rollbacks = read(tmp_path / "run/rollbacks.jsonl")
+    assert [r["first_step"] for r in rollbacks][:3] == [11, 13, 14]
+    assert [r["positions_left_out"] for r in rollbacks][:3] == [[40, 43], [52, 55], [60, 63]]
+    assert rows[-1]["samples"] == 4 * (80 + len(rollbacks))
+    # Whenever the images come again, they are named again.
+    ids = permuted_ids(np.arange(rows[-1]["samples"]), IMAGES, SEED)[0]
+    folders = [tmp_path / f"run/non_finite/step-{r['first_step']}" for r in rollbacks]
+    named = [
+        image["position"]
+        for folder in folders
+        for image in json.loads((folder / "batch.json").read_text())["images"]
+        if image["loss"] == "inf"
+    ]
+    assert named == np.flatnonzero(np.isin(ids, ids[list(BLACK)])).tolist()
+    assert len(named) > 5
+    files = [folder / "rank-0.safetensors" for folder in folders]
+    assert [file.exists() for file in files] == [False] * (len(files) - KEPT) + [True] * KEPT
+    tensors = load_file(files[-1])
+    assert tensors["images"].shape == (4, 3, 32, 48)
+    assert tensors["losses"].shape == (4, 2)
+    assert tensors["ids_mask"].shape[:2] == (4, 2)
+
+
+def test_the_loss_scale_goes_back_too(images, tmp_path):
+    """Three skipped steps have halved it three times; with the weights comes the scale that they had."""
+    scales = []
+    observers = [At(step, lambda trainer: scales.append(float(trainer.loss_scale.value)), None) for step in (5, 7, 8)]
+    trainer = make(tmp_path / "run", images, observers=observers, precision="fp16")
+    trainer.fit()
+    trainer.run.close()
+    first = scales[0]
+    assert scales == [first, first / 4, first / 8, first, first]  # steps 5, 7, 8, and 7 and 8 again
+    assert float(trainer.loss_scale.value) == first
 
 
 def leave(trainer):

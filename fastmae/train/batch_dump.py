@@ -221,7 +221,8 @@ def _conclusion(values: dict[str, Any], bad: Sequence[dict[str, Any]], count: in
 
 def _forget_tensors(folder: Path) -> None:
     """Delete the tensors of all dumps but the newest."""
-    dumps = sorted(folder.glob("step-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    # By time, since steps come again; and not the folder's own, which changes with what is deleted in it.
+    dumps = sorted(folder.glob("step-*/batch.json"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for old in dumps[KEPT:]:
-        for file in old.glob("*.safetensors"):
+        for file in old.parent.glob("*.safetensors"):
             file.unlink()

@@ -42,7 +42,8 @@ def roll_back(trainer: Trainer) -> None:
     trainer.saves.wait()
     trainer.loader.close()
     dumped = dump(trainer, first)
-    found = f"no finite gradient in steps {first} to {last}; all were skipped. "
+    steps = f"steps {first} to {last}; all were skipped" if last > first else f"step {first}, which was skipped"
+    found = f"no finite gradient in {steps}. "
     found += f"The first one's batch is in {dumped.folder}: {dumped.text}. " if dumped else ""
     record: dict[str, Any] = {"first_step": first, "last_step": last, "noticed_at_step": trainer.step}
     record["dump"] = str(dumped.folder) if dumped else None
