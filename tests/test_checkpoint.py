@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from checkpoints import Malicious, shard_of
 
 from fastmae.train.checkpoint import (
     MANIFEST,
@@ -44,11 +45,6 @@ def saved(folder):
     return save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
 
 
-def shard_of(path):
-    (shard,) = path.glob("*.safetensors")
-    return shard
-
-
 def test_round_trip_is_exact_with_zero_dimensional_and_strided_tensors(folder):
     strided = {**TENSORS, "model.strided": torch.arange(12.0).reshape(3, 4).T}
     path = save_checkpoint(folder, 7, strided, {"samples_consumed": 224})
@@ -76,16 +72,6 @@ def flip(path):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes(data)
-
-
-class Malicious:
-    """Writes a file when unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
 
 
 def plant_pickle(shard):

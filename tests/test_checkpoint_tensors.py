@@ -1,4 +1,4 @@
-"""Checkpoints in one process: pieces, one file from many, saving in the background; nothing is ever unpickled."""
+"""Files of a checkpoint in one process: pieces, one file from many; nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import io
 import json
 import pickle
 import struct
-import subprocess
-import sys
-import threading
-import time
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import TENSORS, Malicious, assert_equal, read_all, shard_of
 from safetensors.torch import load_file, save_file
 
 from fastmae.train.checkpoint import (
@@ -29,22 +26,10 @@ from fastmae.train.checkpoint import (
     open_checkpoint,
     save_checkpoint,
     tensor_file,
-    write,
 )
 from fastmae.train.checkpoint.folder import SHARD, write_manifest
 from fastmae.train.checkpoint.tensor_file import Piece, read_header, write_tensors
-from fastmae.train.model_state import collect, collect_own, load
 from fastmae.train.run_folder import RunFolder
-
-TENSORS = {
-    "model.weight": torch.arange(12.0).reshape(3, 4),
-    "model.strided": torch.arange(12.0).reshape(3, 4).T,
-    "model.half": torch.tensor([1.5, -0.0, float("inf")], dtype=torch.bfloat16),
-    "optimizer.weight.step": torch.tensor(3.0),
-    "optimizer.half.step": torch.tensor(4, dtype=torch.int64),
-    "flags": torch.tensor([True, False, True]),
-    "empty": torch.zeros(0, 3),
-}
 
 
 @pytest.fixture
@@ -58,26 +43,10 @@ def saved(folder):
     return save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
 
 
-def shard_of(path):
-    (shard,) = path.glob("*.safetensors")
-    return shard
-
-
 def vouch(path, files):
     """Write a manifest, as whoever planted the files could."""
     values = [{"name": f.name, "size": f.stat().st_size, "sha256": tensor_file.sha256(f)} for f in files]
     write_manifest(path, 7, {"files": values})
-
-
-def assert_equal(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert (one[name].dtype, one[name].shape) == (other[name].dtype, other[name].shape), name
-        assert torch.equal(one[name], other[name]), name
-
-
-def read_all(checkpoint):
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def test_checkpoints_of_earlier_versions_are_read(folder):
@@ -119,16 +88,6 @@ def test_what_is_no_safetensors_file_is_refused(tmp_path, raw):
     (tmp_path / "file").write_bytes(raw)
     with pytest.raises(ValueError, match="expected a safetensors file"):
         read_header(tmp_path / "file")
-
-
-class Malicious:
-    """Writes a file when unpickled."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (str(self.marker), "w"))
 
 
 def pickled(value):
@@ -248,264 +207,3 @@ def test_consolidation_refuses_what_is_damaged(saved, tmp_path):
     with pytest.raises(CheckpointError, match="contents differ"):
         consolidate(saved, tmp_path / "all.safetensors")
     assert not (tmp_path / "all.safetensors").exists()
-
-
-class SlowDisk:
-    """Files are written once they are allowed to be."""
-
-    def __init__(self):
-        self.go = threading.Event()
-        self.written = []
-
-    def __call__(self, path, *arguments):
-        assert self.go.wait(30)
-        self.written.append(path.parent.name)
-        return write_tensors(path, *arguments)
-
-
-@pytest.fixture
-def slow_disk(monkeypatch):
-    disk = SlowDisk()
-    monkeypatch.setattr(write, "write_tensors", disk)
-    yield disk
-    disk.go.set()
-
-
-def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
-    weight = torch.zeros(4)
-    with BackgroundSaver(folder) as saver:
-        values = {"samples": [1]}
-        saver.save(1, {"w": weight}, values)
-        weight += 1  # the next step, while the disk is still busy
-        values["samples"].append(2)
-        assert list_checkpoints(folder) == []
-        assert saver.poll() is None
-        slow_disk.go.set()
-        assert saver.wait() == folder / "step-1"
-        assert saver.wait() is None
-        assert saver.poll() is None
-        saver.save(2, {"w": weight}, values)
-        weight += 1
-    first, second = (open_checkpoint(folder / f"step-{step}") for step in (1, 2))  # leaving it has waited
-    assert (first.read("w").tolist(), first.manifest["samples"]) == ([0.0] * 4, [1])
-    assert (second.read("w").tolist(), second.manifest["samples"]) == ([1.0] * 4, [1, 2])
-
-
-def test_a_second_save_waits_for_the_first(folder, slow_disk):
-    with BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": torch.zeros(1)}, {})
-        threading.Timer(0.1, slow_disk.go.set).start()
-        saver.save(2, {"w": torch.ones(1)}, {})
-        assert slow_disk.written[0] == "step-1.tmp"
-        assert (folder / "step-1").exists()
-    assert open_checkpoint(folder / "step-1").read("w").item() == 0
-    assert open_checkpoint(folder / "step-2").read("w").item() == 1
-
-
-def poll_until_done(saver):
-    while (path := saver.poll()) is None:
-        time.sleep(0.001)
-    return path
-
-
-def test_who_waits_needs_no_copies(folder, slow_disk):
-    weight = torch.zeros(4)
-    with BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": weight}, {}, copy=False)
-        weight += 1  # too early
-        slow_disk.go.set()
-        saver.wait()
-    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 4
-
-
-def test_a_step_learns_of_a_save_that_is_done_once(folder):
-    with BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": torch.zeros(1)}, {})
-        assert poll_until_done(saver) == folder / "step-1"
-        assert saver.poll() is None
-
-
-def test_background_saves_are_deleted_as_others_are(folder):
-    with BackgroundSaver(folder, keep=1, keep_every=2) as saver:
-        for step in range(1, 6):
-            saver.save(step, {"w": torch.zeros(1)}, {})
-    assert [path.name for path in list_checkpoints(folder)] == ["step-5", "step-4", "step-2"]
-
-
-def test_an_error_of_a_background_save_surfaces_later_and_once(folder, monkeypatch):
-    def fails(path, *arguments):
-        raise OSError(28, "No space left on device", str(path))
-
-    with BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": torch.zeros(1)}, {})
-        saver.wait()
-        monkeypatch.setattr(write, "write_tensors", fails)
-        saver.save(2, {"w": torch.zeros(1)}, {})
-        with pytest.raises(CheckpointError, match=r"could not write .*step-2.*No space left.*untouched"):
-            poll_until_done(saver)
-        assert saver.poll() is None
-        saver.save(3, {"w": torch.zeros(1)}, {})
-        with pytest.raises(CheckpointError, match="step-3"):
-            saver.save(4, {"w": torch.zeros(1)}, {})
-        monkeypatch.undo()
-    assert [path.name for path in folder.iterdir()] == ["step-1"]
-
-
-LEAVES = """
-import sys, time, torch
-from pathlib import Path
-from fastmae.train.checkpoint import BackgroundSaver, write
-unhurried = write.write_tensors
-write.write_tensors = lambda *arguments: (time.sleep(0.5), unhurried(*arguments))[1]
-BackgroundSaver(Path(sys.argv[1])).save(1, {"w": torch.ones(3)}, {})
-sys.exit(3)
-"""
-
-
-def test_a_process_that_ends_waits_for_its_save(folder):
-    process = subprocess.run([sys.executable, "-c", LEAVES, str(folder)], cwd=Path(__file__).parents[1])
-    assert process.returncode == 3
-    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 3
-
-
-def test_an_error_of_the_training_is_not_hidden_by_one_of_the_save(folder, monkeypatch, capsys):
-    def fails(path, *arguments):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(write, "write_tensors", fails)
-
-    def train_and_fail():
-        with BackgroundSaver(folder) as saver:
-            saver.save(1, {"w": torch.zeros(1)}, {})
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        train_and_fail()
-    assert "WARNING: could not write" in capsys.readouterr().err
-    with pytest.raises(CheckpointError), BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": torch.zeros(1)}, {})
-
-
-def test_values_that_json_does_not_know_are_refused_at_once(folder):
-    with BackgroundSaver(folder) as saver, pytest.raises(TypeError):
-        saver.save(1, {}, {"path": folder})
-
-
-def train(model, optimizer, steps):
-    for step in steps:
-        images = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-        model(images).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def make():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-
-
-def test_model_and_optimizer_go_on_exactly(folder):
-    model, optimizer = make()
-    path = save_checkpoint(folder, 0, collect(model, optimizer), {}, own=collect_own(0))
-    assert optimizer.state == {}  # asking must not make a state, nor a step
-    train(model, optimizer, range(3))
-    path = save_checkpoint(folder, 3, collect(model, optimizer), {}, own=collect_own(0))
-    expected = torch.rand(2)
-    train(model, optimizer, range(3, 5))
-
-    again, other = make()
-    load(folder / "step-0", again, other)
-    train(again, other, range(1))
-    load(path, again, other)
-    assert torch.equal(torch.rand(2), expected)
-    assert all(state["step"].item() == 3 for state in other.state.values())
-    train(again, other, range(3, 5))
-    assert_equal(collect(again, other), collect(model, optimizer))
-    load(folder / "step-0", again, other)
-    assert other.state == {}
-
-
-def test_steps_that_are_counted_in_groups_go_on(folder):
-    """As apex's FusedAdam counts them."""
-    model, optimizer = make()
-    path = save_checkpoint(folder, 3, collect(model, optimizer), {"param_groups": [{"lr": 0.5, "step": 3}]})
-    load(path, model, optimizer)
-    assert optimizer.param_groups[0]["step"] == 3
-    assert optimizer.param_groups[0]["lr"] == 0.1
-
-
-def test_names_are_those_of_the_bare_model(folder):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-    model, _ = make()
-    model[0] = torch.compile(checkpoint_wrapper(model[0]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model[0]._orig_mod  # noqa: B018, the wrapper is there
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    names = {name.removeprefix("model.") for name in collect(model, optimizer) if name.startswith("model.")}
-    assert names == get_model_state_dict(model).keys()
-    flat = torch.distributed.checkpoint.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
-    theirs = get_optimizer_state_dict(model, optimizer, options=flat)
-    ours = {name.removeprefix("optimizer."): t for name, t in collect(model, optimizer).items() if "optimizer" in name}
-    assert_equal(ours, {name.removeprefix("state."): t for name, t in theirs.items() if name.startswith("state.")})
-
-
-def test_a_model_of_other_names_is_refused(folder):
-    model, optimizer = make()
-    path = save_checkpoint(folder, 0, collect(model, optimizer), {})
-    other = torch.nn.Sequential(torch.nn.Linear(5, 3))
-    with pytest.raises(CheckpointError, match=r"do not fit the model: missing \[\], unknown \['model.1.bias'"):
-        load(path, other, torch.optim.AdamW(other.parameters()))
-    wider = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.LayerNorm(3))
-    with pytest.raises(CheckpointError, match=r"model.0.weight is float32 \(3, 5\), expected float32 \(3, 6\)"):
-        load(path, wider, torch.optim.AdamW(wider.parameters()))
-
-
-@pytest.mark.gpu
-def test_copies_of_cuda_tensors_are_of_their_step(folder):
-    weight = torch.zeros(1 << 24, device="cuda")
-    scalar = torch.zeros((), device="cuda")
-    with BackgroundSaver(folder) as saver:
-        for step in range(3):
-            saver.save(step, {"w": weight, "s": scalar}, {})
-            weight += 1
-            scalar += 1
-    for step in range(3):
-        checkpoint = open_checkpoint(folder / f"step-{step}")
-        assert (checkpoint.read("w") == step).all()
-        assert checkpoint.read("s").item() == step
-    target = torch.empty_like(weight)
-    checkpoint.read_into({"w": target})
-    assert (target == 2).all()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("fused", [True, False])
-def test_training_on_a_gpu_goes_on_exactly(folder, fused):
-    def make_there():
-        torch.manual_seed(0)
-        model = torch.nn.Linear(64, 64, device="cuda")
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-
-    def train_there(model, optimizer, steps):
-        for step in steps:
-            images = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).cuda()
-            model(images).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    model, optimizer = make_there()
-    train_there(model, optimizer, range(3))
-    with BackgroundSaver(folder) as saver:
-        saver.save(3, collect(model, optimizer), {}, own=collect_own(0))
-        train_there(model, optimizer, range(3, 5))
-    again, other = make_there()
-    load(folder / "step-3", again, other)
-    here, there = (next(iter(o.state.values()))["step"].device.type for o in (other, optimizer))
-    assert here == there
-    train_there(again, other, range(3, 5))
-    assert_equal(collect(again, other), collect(model, optimizer))

@@ -1,0 +1,181 @@
+"""Saving in the background: the values of a step, one save at a time, errors that surface once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import no_space
+
+from fastmae.train.checkpoint import (
+    BackgroundSaver,
+    CheckpointError,
+    list_checkpoints,
+    open_checkpoint,
+    write,
+)
+from fastmae.train.checkpoint.tensor_file import write_tensors
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+class SlowDisk:
+    """Files are written once they are allowed to be."""
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.written = []
+
+    def __call__(self, path, *arguments):
+        assert self.go.wait(30)
+        self.written.append(path.parent.name)
+        return write_tensors(path, *arguments)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    disk = SlowDisk()
+    monkeypatch.setattr(write, "write_tensors", disk)
+    yield disk
+    disk.go.set()
+
+
+def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
+    weight = torch.zeros(4)
+    with BackgroundSaver(folder) as saver:
+        values = {"samples": [1]}
+        saver.save(1, {"w": weight}, values)
+        weight += 1  # the next step, while the disk is still busy
+        values["samples"].append(2)
+        assert list_checkpoints(folder) == []
+        assert saver.poll() is None
+        slow_disk.go.set()
+        assert saver.wait() == folder / "step-1"
+        assert saver.wait() is None
+        assert saver.poll() is None
+        saver.save(2, {"w": weight}, values)
+        weight += 1
+    first, second = (open_checkpoint(folder / f"step-{step}") for step in (1, 2))  # leaving it has waited
+    assert (first.read("w").tolist(), first.manifest["samples"]) == ([0.0] * 4, [1])
+    assert (second.read("w").tolist(), second.manifest["samples"]) == ([1.0] * 4, [1, 2])
+
+
+def test_a_second_save_waits_for_the_first(folder, slow_disk):
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        threading.Timer(0.1, slow_disk.go.set).start()
+        saver.save(2, {"w": torch.ones(1)}, {})
+        assert slow_disk.written[0] == "step-1.tmp"
+        assert (folder / "step-1").exists()
+    assert open_checkpoint(folder / "step-1").read("w").item() == 0
+    assert open_checkpoint(folder / "step-2").read("w").item() == 1
+
+
+def poll_until_done(saver):
+    while (path := saver.poll()) is None:
+        time.sleep(0.001)
+    return path
+
+
+def test_who_waits_needs_no_copies(folder, slow_disk):
+    weight = torch.zeros(4)
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": weight}, {}, copy=False)
+        weight += 1  # too early
+        slow_disk.go.set()
+        saver.wait()
+    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 4
+
+
+def test_a_step_learns_of_a_save_that_is_done_once(folder):
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        assert poll_until_done(saver) == folder / "step-1"
+        assert saver.poll() is None
+
+
+def test_background_saves_are_deleted_as_others_are(folder):
+    with BackgroundSaver(folder, keep=1, keep_every=2) as saver:
+        for step in range(1, 6):
+            saver.save(step, {"w": torch.zeros(1)}, {})
+    assert [path.name for path in list_checkpoints(folder)] == ["step-5", "step-4", "step-2"]
+
+
+def test_an_error_of_a_background_save_surfaces_later_and_once(folder, monkeypatch):
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        saver.wait()
+        monkeypatch.setattr(write, "write_tensors", no_space)
+        saver.save(2, {"w": torch.zeros(1)}, {})
+        with pytest.raises(CheckpointError, match=r"could not write .*step-2.*No space left.*untouched"):
+            poll_until_done(saver)
+        assert saver.poll() is None
+        saver.save(3, {"w": torch.zeros(1)}, {})
+        with pytest.raises(CheckpointError, match="step-3"):
+            saver.save(4, {"w": torch.zeros(1)}, {})
+        monkeypatch.undo()
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+
+
+LEAVES = """
+import sys, time, torch
+from pathlib import Path
+from fastmae.train.checkpoint import BackgroundSaver, write
+unhurried = write.write_tensors
+write.write_tensors = lambda *arguments: (time.sleep(0.5), unhurried(*arguments))[1]
+BackgroundSaver(Path(sys.argv[1])).save(1, {"w": torch.ones(3)}, {})
+sys.exit(3)
+"""
+
+
+def test_a_process_that_ends_waits_for_its_save(folder):
+    process = subprocess.run([sys.executable, "-c", LEAVES, str(folder)], cwd=Path(__file__).parents[1])
+    assert process.returncode == 3
+    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 3
+
+
+def test_an_error_of_the_training_is_not_hidden_by_one_of_the_save(folder, monkeypatch, capsys):
+    monkeypatch.setattr(write, "write_tensors", no_space)
+
+    def train_and_fail():
+        with BackgroundSaver(folder) as saver:
+            saver.save(1, {"w": torch.zeros(1)}, {})
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train_and_fail()
+    assert "WARNING: could not write" in capsys.readouterr().err
+    with pytest.raises(CheckpointError), BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+
+
+def test_values_that_json_does_not_know_are_refused_at_once(folder):
+    with BackgroundSaver(folder) as saver, pytest.raises(TypeError):
+        saver.save(1, {}, {"path": folder})
+
+
+@pytest.mark.gpu
+def test_copies_of_cuda_tensors_are_of_their_step(folder):
+    weight = torch.zeros(1 << 24, device="cuda")
+    scalar = torch.zeros((), device="cuda")
+    with BackgroundSaver(folder) as saver:
+        for step in range(3):
+            saver.save(step, {"w": weight, "s": scalar}, {})
+            weight += 1
+            scalar += 1
+    for step in range(3):
+        checkpoint = open_checkpoint(folder / f"step-{step}")
+        assert (checkpoint.read("w") == step).all()
+        assert checkpoint.read("s").item() == step
+    target = torch.empty_like(weight)
+    checkpoint.read_into({"w": target})
+    assert (target == 2).all()

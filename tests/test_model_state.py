@@ -1,0 +1,122 @@
+"""Model and optimiser in a checkpoint of one process: names, exact continuation, what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import assert_equal
+
+from fastmae.train.checkpoint import (
+    BackgroundSaver,
+    CheckpointError,
+    save_checkpoint,
+)
+from fastmae.train.model_state import collect, collect_own, load
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    return tmp_path / "checkpoints"
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        images = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        model(images).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def make():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def test_model_and_optimizer_go_on_exactly(folder):
+    model, optimizer = make()
+    path = save_checkpoint(folder, 0, collect(model, optimizer), {}, own=collect_own(0))
+    assert optimizer.state == {}  # asking must not make a state, nor a step
+    train(model, optimizer, range(3))
+    path = save_checkpoint(folder, 3, collect(model, optimizer), {}, own=collect_own(0))
+    expected = torch.rand(2)
+    train(model, optimizer, range(3, 5))
+
+    again, other = make()
+    load(folder / "step-0", again, other)
+    train(again, other, range(1))
+    load(path, again, other)
+    assert torch.equal(torch.rand(2), expected)
+    assert all(state["step"].item() == 3 for state in other.state.values())
+    train(again, other, range(3, 5))
+    assert_equal(collect(again, other), collect(model, optimizer))
+    load(folder / "step-0", again, other)
+    assert other.state == {}
+
+
+def test_steps_that_are_counted_in_groups_go_on(folder):
+    """As apex's FusedAdam counts them."""
+    model, optimizer = make()
+    path = save_checkpoint(folder, 3, collect(model, optimizer), {"param_groups": [{"lr": 0.5, "step": 3}]})
+    load(path, model, optimizer)
+    assert optimizer.param_groups[0]["step"] == 3
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_names_are_those_of_the_bare_model(folder):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    model, _ = make()
+    model[0] = torch.compile(checkpoint_wrapper(model[0]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model[0]._orig_mod  # noqa: B018, the wrapper is there
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    names = {name.removeprefix("model.") for name in collect(model, optimizer) if name.startswith("model.")}
+    assert names == get_model_state_dict(model).keys()
+    flat = torch.distributed.checkpoint.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    theirs = get_optimizer_state_dict(model, optimizer, options=flat)
+    ours = {name.removeprefix("optimizer."): t for name, t in collect(model, optimizer).items() if "optimizer" in name}
+    assert_equal(ours, {name.removeprefix("state."): t for name, t in theirs.items() if name.startswith("state.")})
+
+
+def test_a_model_of_other_names_is_refused(folder):
+    model, optimizer = make()
+    path = save_checkpoint(folder, 0, collect(model, optimizer), {})
+    other = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    with pytest.raises(CheckpointError, match=r"do not fit the model: missing \[\], unknown \['model.1.bias'"):
+        load(path, other, torch.optim.AdamW(other.parameters()))
+    wider = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.LayerNorm(3))
+    with pytest.raises(CheckpointError, match=r"model.0.weight is float32 \(3, 5\), expected float32 \(3, 6\)"):
+        load(path, wider, torch.optim.AdamW(wider.parameters()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", [True, False])
+def test_training_on_a_gpu_goes_on_exactly(folder, fused):
+    def make_there():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(64, 64, device="cuda")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    def train_there(model, optimizer, steps):
+        for step in steps:
+            images = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).cuda()
+            model(images).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = make_there()
+    train_there(model, optimizer, range(3))
+    with BackgroundSaver(folder) as saver:
+        saver.save(3, collect(model, optimizer), {}, own=collect_own(0))
+        train_there(model, optimizer, range(3, 5))
+    again, other = make_there()
+    load(folder / "step-3", again, other)
+    here, there = (next(iter(o.state.values()))["step"].device.type for o in (other, optimizer))
+    assert here == there
+    train_there(again, other, range(3, 5))
+    assert_equal(collect(again, other), collect(model, optimizer))
