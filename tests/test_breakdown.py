@@ -212,11 +212,13 @@ def test_what_nobody_knows_is_not_attributed():
 class Event:
     """As PyTorch's kineto events are asked."""
 
-    def __init__(self, name, begin, end, *, device=DeviceType.CPU, thread=1, id=0, linked=0, user=False):
+    def __init__(
+        self, name, begin, end, *, device=DeviceType.CPU, thread=1, id=0, linked=0, user=False, node=-1, forward=0
+    ):
         self.fields = {
             "name": name, "start_ns": begin * 1000, "end_ns": end * 1000, "device_type": device, "is_async": False,
             "start_thread_id": thread, "correlation_id": id, "linked_correlation_id": linked,
-            "is_user_annotation": user,
+            "is_user_annotation": user, "sequence_nr": node, "fwd_thread_id": forward,
         }  # fmt: skip
 
     def __getattr__(self, name):
@@ -252,6 +254,47 @@ def test_kernels_of_a_graph_are_known_though_no_operator_launched_them():
     found = break_down(events, on_gpu=True)
     ms = {name: round(value * 1e3, 6) for name, value in found.stages.items()}
     assert ms == {"forward": 40, "image decoding": 10, "idle device": 50}
+
+
+def test_the_backward_is_told_apart_by_the_forward_that_it_belongs_to():
+    node = "autograd::engine::evaluate_function: "
+    events = [
+        Event("ProfilerStep#3", 0, 100, user=True), Event("forward", 0, 40, user=True),
+        Event("encoder", 10, 20, user=True), Event("aten::view", 10, 11, node=7), Event("aten::mm", 12, 20, node=7),
+        Event("decoder", 20, 40, user=True), Event("aten::add", 20, 21, node=8),
+        Event("GeneratedBackwardFor_fastmae_masked_patch_mse_default", 25, 30, node=9),
+        Event("backward", 40, 90, user=True),
+        Event(f"{node}GeneratedBackwardFor_fastmae_masked_patch_mse_defaultBackward", 40, 45, node=9, forward=1),
+        Event(f"{node}AddBackward0", 45, 55, node=8, forward=1), Event("aten::mul", 50, 53),
+        Event(f"{node}MmBackward0", 55, 80, node=7, forward=1), Event("aten::mm", 56, 80),
+        Event(f"{node}torch::autograd::AccumulateGrad", 80, 90),
+    ]  # fmt: skip
+    found = break_down(events, on_gpu=False)
+    ms = {name: round(value * 1e3, 6) for name, value in found.stages.items()}
+    assert ms == {
+        "encoder": 10, "decoder": 15, "loss": 5, "forward": 10, "loss, backward": 5, "decoder, backward": 10,
+        "encoder, backward": 25, "backward": 10, "the rest": 10,
+    }  # fmt: skip
+    assert round(found.kinds["matrix products"] * 1e3, 6) == 32
+    # The same on a GPU, whose backward has a thread of its own.
+    on_threads = [Event(**_fields(e) | {"thread": 2 if e.start_ns() >= 40_000 and not e.is_user_annotation() else 1})
+                  for e in events]  # fmt: skip
+    for event in on_threads:
+        if event.name() == "aten::mm":
+            event.fields["correlation_id"] = event.start_ns()
+    kernels = [Event("nvjet", 60, 95, device=DeviceType.CUDA, linked=56_000, id=5),
+               Event("nvjet", 15, 30, device=DeviceType.CUDA, linked=12_000, id=6)]  # fmt: skip
+    found = break_down([*on_threads, *kernels], on_gpu=True)
+    ms = {name: round(value * 1e3, 6) for name, value in found.stages.items()}
+    assert ms == {"encoder": 15, "encoder, backward": 35, "idle device": 50}
+
+
+def _fields(event):
+    f = event.fields
+    return {
+        "name": f["name"], "begin": f["start_ns"] // 1000, "end": f["end_ns"] // 1000, "user": f["is_user_annotation"],
+        "node": f["sequence_nr"], "forward": f["fwd_thread_id"],
+    }  # fmt: skip
 
 
 def test_a_step_that_was_not_whole_is_left_out():

@@ -35,13 +35,21 @@ LABELS = {
 """Ranges that the trainer names while it is recorded, and the stages that they are."""
 
 TO_DEVICE, LOSS, REST, DEVICE_IDLE = "images to the device", "loss", "the rest", "idle device"
-STAGES = (
-    "waiting for images", TO_DEVICE, "masking and embedding", "encoder", "decoder", LOSS, "forward", "backward",
-    "norm and optimiser", DECODING, REST, DEVICE_IDLE,
-)  # fmt: skip
-"""In the order in which they are shown; "forward" is what of it cannot be told apart, as in a compiled model."""
+BACKWARD = {
+    LOSS: "loss, backward", "decoder": "decoder, backward", "encoder": "encoder, backward",
+    "masking and embedding": "embedding, backward",
+}  # fmt: skip
+"""Stages of the forward, and those of the backward that belong to them; both are labels, too."""
+LABELS |= {stage: stage for stage in BACKWARD.values()}
 
-_LOSS_OP = "fastmae::masked_patch_mse"
+STAGES = (
+    "waiting for images", TO_DEVICE, "masking and embedding", "encoder", "decoder", LOSS, "forward",
+    *BACKWARD.values(), "backward", "norm and optimiser", DECODING, REST, DEVICE_IDLE,
+)  # fmt: skip
+"""In the order in which they are shown; "forward" and "backward" are what of them cannot be told apart: the sums of
+gradients, and all of a model that is compiled as a whole."""
+
+_LOSS_OP = "fastmae_masked_patch_mse"
 
 
 class Kernel(NamedTuple):
@@ -159,7 +167,7 @@ def stage_of(names: Sequence[str]) -> str | None:
     """The stage of the innermost label among open names; the loss is known by its operator."""
     for name in reversed(names):
         if name in LABELS:
-            inside = any(other.startswith(_LOSS_OP) for other in names) and "backward" not in names
+            inside = any(_LOSS_OP in other.replace("::", "_") for other in names) and "backward" not in names
             return LOSS if inside else LABELS[name]
     return None
 

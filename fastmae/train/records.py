@@ -12,12 +12,20 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastmae.train.breakdown import Breakdown, Kernel, break_down_device, break_down_host
+from fastmae.train.breakdown import (
+    BACKWARD,
+    LABELS,
+    Breakdown,
+    Kernel,
+    break_down_device,
+    break_down_host,
+    stage_of,
+)
 from fastmae.train.kinds import is_trained_with
 from fastmae.train.labels import labelled
 from fastmae.train.spans import Span, Timeline
 
-_STEP = "ProfilerStep#"
+_STEP, _NODE = "ProfilerStep#", "autograd::engine::evaluate_function"
 _RUNTIME = ("cuda", "cu", "hip")
 """How the driver's own calls on the host begin, which are no operators."""
 
@@ -119,14 +127,38 @@ def break_down(events: Iterable[Any], on_gpu: bool, num_steps: int | None = None
     steps = sorted(steps, key=lambda step: step[1].start_ns())[:num_steps]
     trains = steps[0][0]
     window = min(e.start_ns() for _, e in steps) / 1e3, max(e.end_ns() for _, e in steps) / 1e3
-    spans = {thread: [_span(e) for e in found if not e.name().startswith(_STEP)] for thread, found in host.items()}
+    parts = _backward_parts(host, trains)
+    spans = {thread: _spans(found, parts) for thread, found in host.items()}
     if not on_gpu:
         return break_down_host(spans[trains], window, len(steps))
-    backward = {t for t, found in spans.items() if any(span.name.startswith("autograd::engine") for span in found)}
+    backward = {t for t, found in spans.items() if any(span.name.startswith(_NODE) for span in found)}
     timelines = {thread: Timeline(spans[thread]) for thread in {trains, *backward}}
     operators = {e.correlation_id(): (thread, e) for thread, found in host.items() for e in found}
     kernels = [_kernel(e, operators, launches, timelines) for e in device]
     return break_down_device(kernels, timelines[trains], window, len(steps))
+
+
+def _backward_parts(host: dict[int, list[Any]], trains: int) -> dict[int, str]:
+    """By the number that an operator of the forward shares with its backward: the stage of the latter."""
+    labels = Timeline(_span(e) for e in host[trains] if e.name() in LABELS)
+    found = {}
+    for event in sorted(host[trains], key=lambda event: event.start_ns()):
+        if event.sequence_nr() >= 0 and not event.fwd_thread_id():  # of several the last one made the node
+            stage = stage_of((*labels.at(event.start_ns() / 1e3), event.name()))
+            found[event.sequence_nr()] = BACKWARD.get(stage)
+    return found
+
+
+def _spans(events: Iterable[Any], parts: dict[int, str]) -> list[Span]:
+    """A thread's spans, a node of the backward in one that names its stage."""
+    found = []
+    for event in events:
+        part = parts.get(event.sequence_nr()) if event.name().startswith(_NODE) else None
+        if part:
+            found.append(_span(event)._replace(name=part))
+        if not event.name().startswith(_STEP):
+            found.append(_span(event))
+    return found
 
 
 def _span(event: Any) -> Span:
