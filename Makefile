@@ -13,7 +13,7 @@ help:
 	@echo "make report         docs/benchmarks.md, its figures and the README's table, from the committed results"
 	@echo "make gpu            on a CUDA machine: GPU tests, then benchmarks into OUT (default benchmarks/results/<gpu>)"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
-	@echo "make soak           the slow tests; kill and resume a run KILLS (default 50) times: the weights must be the same"
+	@echo "make soak           the slow tests; kill and resume runs KILLS (default 50) times, into SOAK_RESULTS: they must end the same"
 
 # One of the tests runs those of the ops again in Triton's interpreter, in a process of its own, because Triton decides
 # when a kernel is defined whether it is interpreted.
@@ -67,7 +67,10 @@ gpu:
 release-check:
 	@OUT="$(OUT)" bash .ci/release-check
 
+# SOAK_RESULTS, a folder of benchmarks/results, takes the result of the kills; docs/surviving.md then shows it.
 KILLS ?= 50
+SOAK_RESULTS ?=
 soak:
 	$(PYTHON) -m pytest tests -m slow
-	$(PYTHON) tests/soak.py --kills $(KILLS)
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/test_scaling_peak.py -m slow
+	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) tests/soak.py --kills $(KILLS) $(if $(SOAK_RESULTS),--out $(SOAK_RESULTS)/soak.json)

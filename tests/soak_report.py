@@ -7,6 +7,8 @@ from typing import Any
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "surviving.md"
 BEGIN, END = "<!-- written by tests/soak.py -->", "<!-- end of what tests/soak.py writes -->"
+SAME = "the same weights, losses and samples"
+"""The verdict that there has to be."""
 _NAMES = {"none": "one process", "ddp": "two, DDP", "fsdp": "two, FSDP"}
 
 
@@ -24,7 +26,8 @@ def table(result: dict[str, Any]) -> str:
         f"{by['while_saving']} while a checkpoint was being written, {by['starting_up']} before the first step, "
         f"{by['one_of_two']} of one process of two. Of the processes that were left, {survivors['by themselves']} "
         f"ended by themselves, the slowest after {result['slowest_survivor_seconds']:.1f} s, and {made} had to be "
-        f"ended as a launcher does. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, PyTorch {versions['torch']})."
+        f"ended as a launcher does. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, PyTorch "
+        f"{versions['torch']})."
     )
     return "\n".join([*lines, "", text])
 

@@ -10,6 +10,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks, start_ranks
@@ -358,3 +359,29 @@ def test_a_rank_killed_during_a_save_leaves_no_checkpoint_and_no_one_waiting(tmp
     assert "writing a checkpoint: a rank has ended or does not answer" in text
     assert [path.name for path in list_checkpoints(folder)] == ["step-1"]
     assert open_latest(tmp_path).read("a").item() == 0
+
+
+def two_on_a_gpu(rank: int, folder: Path) -> tuple[bool, set[str], list[str]]:
+    """Two processes of one GPU, whose tensors go through its memory."""
+    torch.manual_seed(0)
+    saved = {"on": torch.rand(1000, device="cuda"), "off": torch.rand(3), "step": torch.tensor(7.0, device="cuda")}
+    path = save_checkpoint(folder, 1, saved, {})
+    opened, safe_open = [], replicas.safe_open
+    replicas.safe_open = lambda file, **options: opened.append(file.name) or safe_open(file, **options)
+    replicas.BLOCK = 100
+    targets = {name: torch.zeros_like(tensor) for name, tensor in saved.items()}
+    with Ranks.create() as ranks:
+        read_together(open_checkpoint(path, ranks=ranks), targets, ranks)
+    return (
+        all(torch.equal(targets[name], saved[name]) for name in saved),
+        {t.device.type for t in targets.values()},
+        opened,
+    )
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_are_sent_too(tmp_path):
+    first, second = run_ranks(two_on_a_gpu, 2, tmp_path)
+    assert first[:2] == second[:2] == (True, {"cpu", "cuda"})
+    assert set(first[2]) == {SHARD.format(1)}
+    assert second[2] == []
