@@ -19,7 +19,7 @@ class FacebookMethods:
         self._check_images(images)
         masking = self._masking(images, mask_ratio, noise, None)
         with self._cast_weights():
-            return self.norm(self._encode(images, masking.ids_keep).sum()), masking.mask, masking.ids_restore
+            return self._last_norm(self._encode(images, masking.ids_keep).sum()), masking.mask, masking.ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """facebookresearch's method: predictions (N, L, P) from latent (N, 1 + K, D)."""

@@ -169,7 +169,7 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
         """Features of whole images, no mask: (N, 1 + L, D), class token first, after the last norm."""
         self._check_images(images)
         with self._cast_weights():
-            return self.norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
+            return self._last_norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
 
     def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
         """A context that keeps one copy of the weights in ``dtype``, for several forwards between two updates.
@@ -196,6 +196,13 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
         for block in self.blocks:
             stream = block(stream)
         return stream
+
+    def _last_norm(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if torch.promote_types(norm.weight.dtype, x.dtype) == norm.weight.dtype:
+            return norm(x)
+        # Sharded weights come in the dtype of the matrix products, which a CPU's norm of a wider stream does not take.
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
     def _embed_latent(self, stream: Stream) -> Tensor:
         """The decoder's visible tokens (N, 1 + K, E): last norm and ``decoder_embed`` in one."""

@@ -181,13 +181,13 @@ class Sharded(Observer):
         assert all(isinstance(parameter, DTensor) == trainer.parallelism.sharded for parameter in trained)
 
 
-def train(rank: int, mode: str, out: Path, images: Path, observers: tuple) -> dict | None:
+def train(rank: int, mode: str, precision: str, out: Path, images: Path, observers: tuple) -> dict | None:
     place = initialize(mode)
     config = PretrainConfig(
         out=out,
         model=MODEL,
         data=DataConfig(path=images, loader="torch", num_threads=1),
-        train=replace(TRAIN, precision="fp32", parallel=mode, steps=8, checkpoint_every_steps=4),
+        train=replace(TRAIN, precision=precision, parallel=mode, steps=8, checkpoint_every_steps=4),
         report=replace(REPORT, probe_every_epochs=2.0),
     )
     with Ranks.create() as ranks:
@@ -206,11 +206,14 @@ def train(rank: int, mode: str, out: Path, images: Path, observers: tuple) -> di
     return {step: load_model(out / "checkpoints" / f"step-{step}")[0].state_dict() for step in (4, 8)}
 
 
+RANKS = {"ddp": ("ddp", "fp32"), "fsdp": ("fsdp", "fp32"), "fsdp, bf16": ("fsdp", "bf16")}
+
+
 def job(rank: int, folder: Path) -> dict:
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
     return {
-        (mode, watched): train(rank, mode, folder / f"{mode}-{watched}", folder / "classes", observers)
-        for mode in ("ddp", "fsdp")
+        (name, watched): train(rank, *how, folder / f"{name}-{watched}", folder / "classes", observers)
+        for name, how in RANKS.items()
         for watched, observers in ((False, ()), (True, (Pictures, Probe, Sharded)))
     }
 
@@ -221,21 +224,22 @@ def ranks_runs(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("one", "two"):
         write_images(folder / "classes" / name)
-    train(0, "none", folder / "none-True", folder / "classes", (Pictures, Probe))
+    train(0, "none", "fp32", folder / "none-True", folder / "classes", (Pictures, Probe))
     return folder, run_ranks(job, 2, folder, timeout=100)[0]
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_train_as_if_nobody_looked(ranks_runs, mode):
-    _, runs = ranks_runs
-    for step, weights in runs[mode, False].items():
-        assert all(torch.equal(runs[mode, True][step][name], tensor) for name, tensor in weights.items())
+@pytest.mark.parametrize("name", RANKS)
+def test_two_ranks_train_as_if_nobody_looked(ranks_runs, name):
+    folder, runs = ranks_runs
+    for step, weights in runs[name, False].items():
+        assert all(torch.equal(runs[name, True][step][key], tensor) for key, tensor in weights.items())
+    assert len(evaluations(folder / f"{name}-True")) == 4
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_two_ranks_see_what_one_sees(ranks_runs, mode):
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_ranks_see_what_one_sees(ranks_runs, name):
     folder, _ = ranks_runs
-    found, expected = (evaluations(folder / f"{name}-True") for name in (mode, "none"))
+    found, expected = (evaluations(folder / f"{run}-True") for run in (name, "none"))
     assert [set(row) for row in found] == [set(row) for row in expected]
     assert any("knn_top1" in row for row in found)
     for row, other in zip(found, expected, strict=True):
