@@ -170,6 +170,7 @@ def test_the_command_draws_probes_and_says_so(tmp_path, images, capsys):
         ("few", "--report.probe-every-epochs: expected at least 10 labelled images to hold some out, got 9"),
         ("other classes", "--report.probe-path: expected classes of colors (blue, green, red) in strange, got cat"),
         ("no path", "--report.probe-path: "),
+        ("same images", "--report.probe-path: expected other images than those to train on, got the same, "),
         ("many classes", "--report.probe-images: expected some images of each class to learn from, got 27 that have"),
     ],
 )
@@ -183,6 +184,8 @@ def test_what_cannot_be_probed_is_an_error_before_the_training(tmp_path, images,
         flags["report__probe_images"] = 9
     if case == "other classes":
         flags["report__probe_path"] = write_classes(tmp_path / "strange", 1, {"cat": (0, 0, 0)})
+    if case == "same images":
+        flags["report__probe_path"] = images
     if case == "no path":
         flags["report__probe_path"] = tmp_path / "nowhere"
     if case == "many classes":

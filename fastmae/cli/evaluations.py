@@ -189,6 +189,11 @@ def _images_to_probe(
     if ranks.size > 1:
         ranks.first("opening the images to probe on", lambda: opened() and None)  # the others then find its index
     tests = opened()
+    if tests.hash == dataset.hash:
+        raise ValueError(
+            f"--report.probe-path: expected other images than those to train on, got the same, {path}; "
+            "without it a tenth of them is held out"
+        )
     try:
         return images, match_classes(images, choose_labelled(tests, count))
     except ValueError as error:
