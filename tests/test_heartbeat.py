@@ -131,7 +131,7 @@ def board(server: dist.TCPStore, rank: int, size: int = 2, limit: float = 5.0) -
 
 
 def heartbeat(server: dist.TCPStore, rank: int, size: int = 2, stall: float = 100.0) -> Heartbeat:
-    return Heartbeat(rank, board(server, rank, size), stall, interval=0.03)
+    return Heartbeat(rank, board(server, rank, size), stall, interval=0.05)
 
 
 def failure(beat: Heartbeat, error: Exception) -> str:
@@ -160,7 +160,21 @@ def test_a_failed_collective_names_a_rank_that_is_gone(server):
     with heartbeat(server, 0) as first:
         first.at(5, "computing")
         text = failure(first, RuntimeError(CLOSED))
-    assert re.search(r"rank 1 \(.*\) has not been heard from for \d s, last at step 4, saving; the other 1 is at", text)
+    assert re.search(
+        r"rank 1 \(.*\) has not been heard from for \d+ s, last at step 4, saving; the other 1 is at", text
+    )
+
+
+def test_one_rank_says_for_all_that_all_stand_still(server, capfd):
+    with heartbeat(server, 0, stall=0.4) as first, heartbeat(server, 1, stall=0.4) as second:
+        for beat in (first, second):
+            beat.at(5, "computing")
+        texts: list[str] = []
+        until(lambda: texts.append(capfd.readouterr().err) or "".join(texts).count("stacks of rank 0") >= 2)
+    text = "".join(texts) + capfd.readouterr().err
+    assert "all 2 ranks are at step 5, computing" in text
+    assert text.count("no step for") == text.count("stacks of rank 0")
+    assert "stacks of rank 1" not in text
 
 
 def test_a_failed_collective_of_ranks_that_all_answer_may_be_the_network(server):
@@ -236,14 +250,14 @@ def test_one_process_that_hangs_says_in_what_and_goes_on(capfd):
         beat.compute(3)
         until(lambda: "goes on after" in printed())
     text = printed()
-    assert re.search(r"no step for \d s: at step 3, waiting for images", text)
+    assert re.search(r"no step for \d+ s: at step 3, waiting for images", text)
     assert "test_one_process_that_hangs_says_in_what_and_goes_on" in text  # its stack
     assert text.count("goes on after") == 1
 
 
 def test_a_run_that_goes_on_is_silent_and_its_long_phases_are_not_taken_for_hangs(capfd):
-    with Heartbeat(stall_seconds=0.6) as beat:
-        for _ in range(120):
+    with Heartbeat(stall_seconds=1.0) as beat:
+        for _ in range(150):
             beat.at(3, "waiting for images")  # many batches of one step
             time.sleep(0.01)
         assert capfd.readouterr().err == ""
@@ -255,7 +269,7 @@ def test_a_run_that_goes_on_is_silent_and_its_long_phases_are_not_taken_for_hang
         beat.begin("evaluating")
         texts: list[str] = []
         until(lambda: texts.append(capfd.readouterr().err) or texts[-1])
-    assert re.search(r"no step for \d s: at step 4, evaluating( for 1 s)?, which may take long\n$", texts[-1])
+    assert re.search(r"no step for \d+ s: at step 4, evaluating( for \d+ s)?, which may take long\n$", texts[-1])
 
 
 def test_waiting_in_another_thread_shows_while_the_training_waits_for_it(server):
@@ -307,7 +321,8 @@ def die(rank: int, folder: Path) -> int:
     def next_batch(self):
         if rank == 1 and self.step == 3:
             self.heartbeat.at(3, "waiting for images")
-            time.sleep(0.5)  # longer than a beat
+            beats = self.heartbeat._own.beat
+            until(lambda: self.heartbeat._own.beat > beats + 2)
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self)
 
@@ -332,10 +347,10 @@ def test_a_rank_that_hangs_and_one_that_is_stopped_are_named_while_the_others_wa
         return path.read_text() if path.exists() else ""
 
     with start_ranks(hang, 2, tmp_path, folder=logs, timeout=60) as processes:
-        until(lambda: "no step for" in log(0))
-        assert re.search(
-            r"no step for \d+ s: rank 1 \(\S+\) is at step 3, waiting for images for \d s; the other", log(0)
+        behind = (
+            r"no step for \d+ s: rank 1 \(\S+\) is at step 3, waiting for images for \d+ s; the other 1 is at step 3"
         )
+        until(lambda: re.search(behind, log(0)))
         until(lambda: "stacks of rank 1" in log(1))
         assert "next_batch" in log(1)
         (tmp_path / "go on").touch()
@@ -347,7 +362,6 @@ def test_a_rank_that_hangs_and_one_that_is_stopped_are_named_while_the_others_wa
         for process in processes:
             process.join(WAIT)
         assert [process.exitcode for process in processes] == [0, 0]
-    assert "no step for" not in log(1)  # one of them prints; all log
     assert "no step for" in (tmp_path / "run/logs/rank-1.log").read_text()
 
 
