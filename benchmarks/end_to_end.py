@@ -1,6 +1,6 @@
 """The trainer, from JPEGs on a disk, against the model alone: ``fastmae bench``, and what the targets say to that.
 
-    python benchmarks/end_to_end.py OUT.json --recipe imagenet-vit-l --batch 256 [--images FOLDER] [flags of the bench]
+    python -m benchmarks.end_to_end OUT.json --recipe imagenet-vit-l --batch 256 [--images FOLDER] [flags of the bench]
 
 Without --images a few thousand JPEGs of ImageNet's usual size, 500 x 375, are cut from the embedded photographs, so
 that nothing has to be fetched. They are read through the page cache: the disk itself is not measured. The JSON is that

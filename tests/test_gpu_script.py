@@ -25,7 +25,7 @@ case "$*" in
   *"pytest tests"*) echo tests >> "$CALLS"; exit $TESTS_END ;;
   *"--benchmark-disable"*) ;;
   *"pytest benchmarks/bench_"*) echo "$3" >> "$CALLS" ;;
-  benchmarks/end_to_end.py*) echo "$1" >> "$CALLS" ;;
+  "-m benchmarks."*) echo "benchmarks/${2#benchmarks.}.py" >> "$CALLS" ;;
 esac
 """
 
