@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from distributed import start_ranks
 from test_parallel_pretrain import FLAGS
-from training import write_images
+from training import make_trainer, write_images
 
 from fastmae.cli import main
 from fastmae.cli.errors import is_mistake
@@ -301,6 +301,36 @@ def test_waiting_in_another_thread_shows_while_the_training_waits_for_it(server)
         with first.waiting("asking all ranks"):
             until(lambda: phase() == "waiting for the others (asking all ranks)")
         until(lambda: phase() == "saving")
+
+
+class Recorder(Heartbeat):
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[tuple[int, str]] = []
+
+    def at(self, step: int, phase: str) -> None:
+        super().at(step, phase)
+        if self.points[-1:] != [(step, phase)]:
+            self.points.append((step, phase))
+
+
+def test_the_trainer_says_what_it_does(tmp_path):
+    images = write_images(tmp_path / "images")
+    trainer = make_trainer(tmp_path / "run", images, steps=3, warmup_steps=1, checkpoint_every_steps=2)
+    trainer.heartbeat = Recorder()
+    trainer.fit()
+    first, later = "computing the first step", "computing"
+    assert trainer.heartbeat.points == [
+        *((0, phase) for phase in ("saving", "waiting for images", first)),
+        *((1, phase) for phase in ("between steps", "waiting for images", later)),
+        *((2, phase) for phase in ("between steps", "saving", "waiting for images", later)),
+        *((3, phase) for phase in ("between steps", "saving")),
+    ]
+    trainer.run.close()
+    resumed = make_trainer(tmp_path / "run", images, steps=3, warmup_steps=1, resume=True)
+    resumed.heartbeat = Recorder()
+    resumed.resume(tmp_path / "run/checkpoints/step-2")
+    assert resumed.heartbeat.points == [(0, "reading a checkpoint")]
 
 
 def hang(rank: int, folder: Path) -> int:
