@@ -25,6 +25,7 @@ from fastmae.train.checkpoint import CheckpointError, LostRankError
 from fastmae.train.collectives import CollectiveError, is_broken, joining, reason_of
 from fastmae.train.heartbeat import Heartbeat
 from fastmae.train.loop import Trainer
+from fastmae.train.preflight import PreflightError
 from fastmae.train.rank_states import RankState, StateBoard, StoreError, lagging_ranks, lost_ranks, may_be_long, tell
 
 WAIT = 40.0
@@ -102,6 +103,9 @@ def test_broken_collectives_are_told_from_bugs():
     wrapped = CheckpointError("rank 1: lost")
     wrapped.__cause__ = RuntimeError(CLOSED)
     assert is_broken(wrapped)
+    preflight = PreflightError("preflight: not all ranks came")
+    preflight.__cause__ = RuntimeError(CLOSED)
+    assert not is_broken(preflight)
     assert not is_broken(RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x8 and 9x8)"))
     assert not is_broken(RuntimeError(SIZES))
     assert not is_broken(CheckpointError("rank 1: disk full"))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from fastmae.train.checkpoint.ranks import LostRankError
+from fastmae.train.checkpoint import CheckpointError, LostRankError
 
 _TRANSPORT = re.compile(
     r"\bgloo/(transport|rendezvous)/|Gloo connectFullMesh failed|Application timeout|NCCL communicator was aborted"
@@ -25,7 +25,7 @@ class CollectiveError(RuntimeError):
 
 def is_broken(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, says that another rank could not be reached in time."""
-    while error is not None:
+    while isinstance(error, RuntimeError | CheckpointError):  # what others make of it says more
         if isinstance(error, CollectiveError | LostRankError | dist.DistError):
             return True
         if isinstance(error, RuntimeError) and _TRANSPORT.search(str(error)) and _DISAGREEMENT not in str(error):
