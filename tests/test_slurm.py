@@ -205,7 +205,7 @@ def test_fastmae_knows_the_flags_of_the_page(capsys):
         main(["pretrain", "--help"])
     known = set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
     page = PAGE.read_text()
-    named = set(re.findall(r"--(?:train|data|model)\.[a-z-]*[a-z]", page))
+    named = set(re.findall(r"--(?:train|data|model|report)\.[a-z-]*[a-z]", page))
     for _, flags in commands(PAGE):
         named |= set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", flags))
     assert {"--out", "--resume", "--train.parallel"} <= named
