@@ -24,10 +24,9 @@ def table(result: dict[str, Any]) -> str:
     text = (
         f"{result['kills']} kills in {result['seconds'] / 60:.0f} minutes on {result['machine']['cores']} cores: "
         f"{by['while_saving']} while a checkpoint was being written, {by['starting_up']} before the first step, "
-        f"{by['one_of_two']} of one process of two. Of the processes that were left, {survivors['by themselves']} "
-        f"ended by themselves, the slowest after {result['slowest_survivor_seconds']:.1f} s, and {made} had to be "
-        f"ended as a launcher does. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, PyTorch "
-        f"{versions['torch']})."
+        f"{by['one_of_two']} of one process of two. Of those that were left and trained, {survivors['by themselves']} "
+        f"ended by themselves, the slowest after {result['slowest_survivor_seconds']:.1f} s, and {made} had to be ended "
+        f"as a launcher does. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, PyTorch {versions['torch']})."
     )
     return "\n".join([*lines, "", text])
 

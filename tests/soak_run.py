@@ -19,8 +19,8 @@ from fastmae.train.checkpoint.folder import step_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"none": 1, "ddp": 2, "fsdp": 2}
-BATCH, STEPS_BETWEEN_CHECKPOINTS, STALL = 16, 7, 4.0
-PATIENCE = 4 * STALL
+BATCH, STEPS_BETWEEN_CHECKPOINTS, STALL = 16, 7, 2.0
+PATIENCE = 20.0
 """Seconds that a process has to find out that another one was killed, until it is made to end."""
 FLAGS = f"""
 --model.img-size 32 --model.patch-size 8 --model.embed-dim 48 --model.depth 2 --model.num-heads 2
@@ -53,10 +53,10 @@ class Processes:
     def running(self) -> bool:
         return all(child.poll() is None for child in self.children)
 
-    def leave(self) -> str:
+    def leave(self, patience: float = PATIENCE) -> str:
         """Wait for those that were not killed: whether they ended by themselves, by SIGTERM or by SIGKILL."""
-        for number, patience, how in ((None, PATIENCE, "by themselves"), (signal.SIGTERM, 5, "SIGTERM")):
-            deadline = time.monotonic() + patience
+        for number, seconds, how in ((None, patience, "by themselves"), (signal.SIGTERM, 3, "SIGTERM")):
+            deadline = time.monotonic() + seconds
             for child in self.children:
                 if number and child.poll() is None:
                     child.send_signal(number)
@@ -111,6 +111,12 @@ class Run:
                     )
                 )
         return Processes(children, store, log)
+
+    @property
+    def trains(self) -> bool:
+        """Whether a process of the last start has come to its images."""
+        begun = f'{{"attempt": {self.starts - 1},'
+        return self.consumed.exists() and any(begun in path.read_text() for path in self.consumed.glob("*.jsonl"))
 
     @property
     def consumed(self) -> Path:
