@@ -21,12 +21,13 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {len(rounds)} | {sum(entry['kills'] for entry in rounds)} | {again:,} |")
     by, survivors, versions = result["by"], result["survivors"], result["versions"]
     made = survivors["SIGTERM"] + survivors["SIGKILL"]
+    minutes, slowest = result["seconds"] / 60, result["slowest_survivor_seconds"]
     text = (
-        f"{result['kills']} kills in {result['seconds'] / 60:.0f} minutes on {result['machine']['cores']} cores: "
-        f"{by['while_saving']} while a checkpoint was being written, {by['starting_up']} before the first step, "
-        f"{by['one_of_two']} of one process of two. Of those that were left and trained, {survivors['by themselves']} "
-        f"ended by themselves, the slowest after {result['slowest_survivor_seconds']:.1f} s, and {made} had to be ended "
-        f"as a launcher does. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, PyTorch {versions['torch']})."
+        f"{result['kills']} kills in {minutes:.0f} minutes on {result['machine']['cores']} cores: {by['while_saving']} "
+        f"while a checkpoint was being written, {by['starting_up']} before the first step, {by['one_of_two']} of one "
+        f"process of two. Of those that were left and trained, {survivors['by themselves']} ended by themselves, the "
+        f"slowest after {slowest:.1f} s, and {made} had to be ended as a launcher does. Verdict: {result['verdict']} "
+        f"(fastmae {versions['fastmae']}, PyTorch {versions['torch']})."
     )
     return "\n".join([*lines, "", text])
 
