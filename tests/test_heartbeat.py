@@ -62,6 +62,8 @@ def test_the_rank_behind_is_named_and_the_others_counted():
     text = told([state(0, 42, "evaluating"), *(state(r, 42, "waiting for the others (ending)") for r in (1, 2))])
     assert text.startswith("rank 0 (node0) is at step 42, evaluating for 300 s; the other 2 are")
     assert told([state(rank, 42) for rank in range(3)]) == "all 3 ranks are at step 42, computing for 300 s"
+    both = [state(0, 42, "saving"), state(1, 42, "evaluating"), state(2, 42, "saving")]
+    assert told(both) == "of all ranks 3 are at step 42, saving or evaluating"
     assert told([state(0, 3, "saving")]) == "at step 3, saving for 300 s"
     text = told([state(rank, 41 + (rank == 6)) for rank in range(7)])
     assert "; 3 more ranks like these; the other 1 is at step 42, computing" in text

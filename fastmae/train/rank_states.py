@@ -220,8 +220,10 @@ def tell(states: Sequence[RankState | None], lost: Mapping[int, float | None], l
     present = [state for state in states if state and state.rank not in lagging]
     if len(states) == 1:
         return str(states[0])
+    if not lagging and _alike(present):
+        return f"all {len(states)} ranks are {min(present, key=lambda state: state.alive - state.since)}"
     if not lagging:
-        return f"all {len(states)} ranks are {min(map(str, present), key=len)}" if _alike(present) else _group(present)
+        return f"of all ranks {_group(present)}"
     named = [_tell_one(rank, states[rank], lost) for rank in lagging[:_SHOWN]]
     if len(lagging) > _SHOWN:
         named.append(f"{len(lagging) - _SHOWN} more ranks like these")
