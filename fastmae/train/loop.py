@@ -143,7 +143,7 @@ class Trainer:
             on_checkpoint: called with each checkpoint's folder, between two steps, once it is there.
 
         Raises:
-            CheckpointError: if a checkpoint cannot be written.
+            CheckpointError: if the first checkpoint cannot be written, the last, or three in a row.
             DataError: if the images cannot be read, too many are bad, or ranks see different ones.
             FloatingPointError: after many steps in a row without a finite gradient, if going back does not help.
         """
