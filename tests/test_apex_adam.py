@@ -12,8 +12,8 @@ from torch import nn
 
 from fastmae.train.apex_adam import create_apex_adam
 from fastmae.train.config import TrainConfig
+from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
 from fastmae.train.optim import create_optimizer, parameter_groups
-from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
 
 
 class StandIn(torch.optim.Optimizer):

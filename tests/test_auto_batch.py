@@ -18,8 +18,8 @@ from fastmae.cli import bench, main
 from fastmae.data import open_dataset
 from fastmae.model import create_model
 from fastmae.ops import random_masking
-from fastmae.train import free_memory
-from fastmae.train.auto_batch import CPU_KEEPS, Machine, settle_batch_size
+from fastmae.train.batching import free_memory
+from fastmae.train.batching.auto_batch import CPU_KEEPS, Machine, settle_batch_size
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.parallel import Parallelism

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmae.train.batch_division import divide_batch
+from fastmae.train.batching.batch_division import divide_batch
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from training import FLAGS, MODEL, make_trainer, write_images
 from fastmae.cli import main
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
-from fastmae.train import throughput
-from fastmae.train.bottleneck import Facts, diagnose
-from fastmae.train.breakdown import Breakdown
-from fastmae.train.flops import step_flops
-from fastmae.train.throughput import PHASES, Throughput, Turn
+from fastmae.train.profiling import throughput
+from fastmae.train.profiling.bottleneck import Facts, diagnose
+from fastmae.train.profiling.breakdown import Breakdown
+from fastmae.train.profiling.throughput import PHASES, Throughput, Turn
+from fastmae.train.telemetry.flops import step_flops
 
 FACTS = Facts(
     loader_rate=1000.0, model_rate=500.0, both_rate=495.0, together=0.99, masks_per_image=1, batch_size=64, cores=8,

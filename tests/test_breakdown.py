@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
-from fastmae.train.breakdown import Kernel, break_down_device, break_down_host
-from fastmae.train.kinds import OWN_KERNELS, kind_of_kernel, kind_of_operators
-from fastmae.train.records import break_down
-from fastmae.train.spans import Span, Timeline, segments
+from fastmae.train.profiling.breakdown import Kernel, break_down_device, break_down_host
+from fastmae.train.profiling.kinds import OWN_KERNELS, kind_of_kernel, kind_of_operators
+from fastmae.train.profiling.records import break_down
+from fastmae.train.profiling.spans import Span, Timeline, segments
 
 KERNELS = {
     "matrix products": [

@@ -28,15 +28,15 @@ from fastmae.data.sampler import permuted_ids
 from fastmae.model import PRESETS, MAEOutput, MaskedAutoencoderViT
 from fastmae.train import parallel
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.batch_dump import KEPT
 from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.config import DataConfig, PretrainConfig
-from fastmae.train.divergence import LEAST_FP16, Divergence
 from fastmae.train.feed import draw_masks
 from fastmae.train.flags import validate
 from fastmae.train.loop import Trainer
+from fastmae.train.numerics.batch_dump import KEPT
+from fastmae.train.numerics.divergence import LEAST_FP16, Divergence
+from fastmae.train.numerics.gradients import LossScale
 from fastmae.train.observers import Observer
-from fastmae.train.parallel_gradients import LossScale
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
 

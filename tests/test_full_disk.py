@@ -26,7 +26,7 @@ from fastmae.train.checkpoint import CheckpointError, LostRankError, Ranks, list
 from fastmae.train.config import TrainConfig
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.saves import Saves
-from fastmae.train.sinks import JsonLines, TensorBoard, Tolerant
+from fastmae.train.telemetry.sinks import JsonLines, TensorBoard, Tolerant
 
 OPTIONS = {"steps": 20, "checkpoint_every_steps": 4, "log_every_steps": 4}
 

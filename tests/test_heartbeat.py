@@ -22,11 +22,19 @@ from training import make_trainer, write_images
 from fastmae.cli import main
 from fastmae.cli.errors import is_mistake
 from fastmae.train.checkpoint import CheckpointError, LostRankError
-from fastmae.train.collectives import CollectiveError, is_broken, joining, reason_of
-from fastmae.train.heartbeat import Heartbeat
+from fastmae.train.liveness.collectives import CollectiveError, is_broken, joining, reason_of
+from fastmae.train.liveness.heartbeat import Heartbeat
+from fastmae.train.liveness.rank_states import (
+    RankState,
+    StateBoard,
+    StoreError,
+    lagging_ranks,
+    lost_ranks,
+    may_be_long,
+    tell,
+)
 from fastmae.train.loop import Trainer
 from fastmae.train.preflight import PreflightError
-from fastmae.train.rank_states import RankState, StateBoard, StoreError, lagging_ranks, lost_ranks, may_be_long, tell
 
 WAIT = 40.0
 """Seconds after which what a test waits for counts as not happening."""

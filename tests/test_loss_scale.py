@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmae.train.parallel_gradients import LossScale
+from fastmae.train.numerics.gradients import LossScale
 
 OVERFLOWS = [0, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1]
 

@@ -17,8 +17,8 @@ from fastmae.cli import main
 from fastmae.cli.evaluations import Pictures, Probe
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import ReportConfig
+from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.observers import Observer
-from fastmae.train.signals import StopRequest
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fastmae.train.config import TrainConfig
+from fastmae.train.numerics.gradients import step_unless_non_finite
 from fastmae.train.optim import create_optimizer, create_schedule, parameter_groups
-from fastmae.train.parallel_gradients import step_unless_non_finite
 
 TRAIN = TrainConfig(global_batch_size=64, epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from training import make_trainer, write_images
 
-from fastmae.train import throughput
-from fastmae.train.labels import labelled, unlabelled
-from fastmae.train.profile import Profile
+from fastmae.train.profiling import throughput
+from fastmae.train.profiling.labels import labelled, unlabelled
+from fastmae.train.profiling.profile import Profile
 
 LABELS = {"data", "masking", "forward", "embedding", "encoder", "decoder", "backward", "optimizer"}
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from training import make_trainer, write_images
 
-from fastmae.train.rank_log import RankLog
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.telemetry.rank_log import RankLog
 
 RESULT = logging.getLogger("fastmae.somewhere")
 
@@ -66,7 +66,7 @@ def test_logged_warnings_of_others_go_to_the_log_and_their_information_does_not(
 PROGRAM = """
 import ctypes, logging, sys, warnings
 from pathlib import Path
-from fastmae.train.rank_log import RankLog
+from fastmae.train.telemetry.rank_log import RankLog
 
 def work():
     logging.getLogger("fastmae").info("information")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
-from fastmae.train import rank_values
-from fastmae.train.block_timer import BlockTimer
 from fastmae.train.checkpoint import LostRankError
-from fastmae.train.peak import peak_flops
-from fastmae.train.rank_values import SHOWN_RANKS, RankValues
+from fastmae.train.telemetry import rank_values
+from fastmae.train.telemetry.block_timer import BlockTimer
+from fastmae.train.telemetry.peak import peak_flops
+from fastmae.train.telemetry.rank_values import SHOWN_RANKS, RankValues
 
 
 class Timed(nn.Module):
@@ -22,7 +22,7 @@ class Timed(nn.Module):
     def __init__(self, monkeypatch) -> None:
         super().__init__()
         self.now, self.asked = 0.0, 0
-        monkeypatch.setattr("fastmae.train.block_timer.time.perf_counter", self.time)
+        monkeypatch.setattr("fastmae.train.telemetry.block_timer.time.perf_counter", self.time)
 
     def time(self) -> float:
         self.asked += 1

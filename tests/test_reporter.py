@@ -12,12 +12,12 @@ from rich.console import Console
 from training import make_trainer, write_images
 
 from fastmae.data import DataError, LateBad
-from fastmae.train import clock as clock_module
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.clock import Clock
-from fastmae.train.reporter import Reporter
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
+from fastmae.train.telemetry import clock as clock_module
+from fastmae.train.telemetry.clock import Clock
+from fastmae.train.telemetry.reporter import Reporter
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import torch
 
 from fastmae.model import create_model
 from fastmae.ops import random_masking
-from fastmae.train.auto_batch import Machine, settle_batch_size
-from fastmae.train.free_memory import free_bytes
+from fastmae.train.batching.auto_batch import Machine, settle_batch_size
+from fastmae.train.batching.free_memory import free_bytes
 from fastmae.train.optim import create_optimizer
 from fastmae.train.parallel import Parallelism, parallelize
 from fastmae.train.recipes import RECIPES

@@ -14,10 +14,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import make_trainer, write_images
 
-from fastmae.train import peak
-from fastmae.train.flops import StepFlops, step_flops
-from fastmae.train.peak import matmul_flops, peak_flops
-from fastmae.train.sinks import JsonLines, TensorBoard, Terminal, _clock, scalars
+from fastmae.train.telemetry import peak
+from fastmae.train.telemetry.flops import StepFlops, step_flops
+from fastmae.train.telemetry.peak import matmul_flops, peak_flops
+from fastmae.train.telemetry.sinks import JsonLines, TensorBoard, Terminal, _clock, scalars
 
 CPU = torch.device("cpu")
 ROW = {

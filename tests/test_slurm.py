@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from fastmae.cli import main
+from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "launching.md"

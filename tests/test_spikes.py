@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from fastmae.train.spikes import LEAST, MAX_TOLD, WINDOW, Spikes
+from fastmae.train.numerics.spikes import LEAST, MAX_TOLD, WINDOW, Spikes
 
 STEPS, INTERVAL = 1500, 20
 T = np.arange(STEPS)

@@ -20,9 +20,9 @@ from fastmae.train import parallel
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.loop import Trainer
-from fastmae.train.rank_log import RankLog
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.stragglers import AGAIN, IN_A_ROW, Stragglers, summarize
+from fastmae.train.telemetry.rank_log import RankLog
+from fastmae.train.telemetry.stragglers import AGAIN, IN_A_ROW, Stragglers, summarize
 
 HOSTS = ["node0", "node0", "node1", "node1"]
 EVEN = [0.01] * 4

@@ -15,9 +15,9 @@ from training import MODEL, make_trainer, write_images
 import fastmae.train
 from fastmae.data import DataError, has_dali
 from fastmae.train import loop
-from fastmae.train.metrics import StepValues, mean_of_finite
+from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.signals import StopRequest
+from fastmae.train.telemetry.metrics import StepValues, mean_of_finite
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ import torch
 from training import make_trainer, write_images
 
 from fastmae.cli import main
-from fastmae.train import wandb_sink
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.wandb_sink import WeightsAndBiases
+from fastmae.train.telemetry import wandb_sink
+from fastmae.train.telemetry.wandb_sink import WeightsAndBiases
 
 SIZES = {"img-size": 32, "patch-size": 8, "embed-dim": 32, "depth": 1, "num-heads": 2}
 SIZES |= {"decoder-embed-dim": 16, "decoder-depth": 1, "decoder-num-heads": 2}

@@ -21,8 +21,8 @@ from fastmae.cli.plan import PlanConfig
 from fastmae.cli.said_once import rank_and_size, say_once, usage_once
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
+from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.recipes import RECIPES
-from fastmae.train.signals import StopRequest
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
 """Exit codes: what the user can mend, and Ctrl-C outside the training loop."""

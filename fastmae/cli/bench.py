@@ -18,22 +18,22 @@ from fastmae.data import Dataset
 from fastmae.data.header import Format
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train import throughput
-from fastmae.train.auto_batch import settle_batch_size
-from fastmae.train.bottleneck import Diagnosis, Facts, diagnose
-from fastmae.train.breakdown import Breakdown
+from fastmae.train.batching.auto_batch import settle_batch_size
+from fastmae.train.batching.free_memory import find_machine
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
-from fastmae.train.flops import step_flops
-from fastmae.train.free_memory import find_machine
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, num_processes
-from fastmae.train.peak import matmul_flops
+from fastmae.train.profiling import throughput
+from fastmae.train.profiling.bottleneck import Diagnosis, Facts, diagnose
+from fastmae.train.profiling.breakdown import Breakdown
+from fastmae.train.profiling.throughput import PHASES, Throughput
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.scaling.sizes import architecture_sizes
-from fastmae.train.throughput import PHASES, Throughput
+from fastmae.train.telemetry.flops import step_flops
+from fastmae.train.telemetry.peak import matmul_flops
 
 _SAMPLED = 4096
 _SHORT_SIDE_SHARE = 8 / 7

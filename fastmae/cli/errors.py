@@ -29,7 +29,7 @@ def is_mistake(error: Exception) -> bool:
     """Whether an error that ended a command is the user's to mend."""
     from fastmae.data import DataError
     from fastmae.train.checkpoint import CheckpointError
-    from fastmae.train.collectives import CollectiveError
+    from fastmae.train.liveness.collectives import CollectiveError
 
     full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full_disk or isinstance(

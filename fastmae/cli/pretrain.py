@@ -18,28 +18,28 @@ from fastmae.evaluate import evaluate_sets
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.auto_batch import settle_batch_size
+from fastmae.train.batching.auto_batch import settle_batch_size
+from fastmae.train.batching.free_memory import find_machine
 from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.folder import step_of
-from fastmae.train.collectives import joining
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
-from fastmae.train.free_memory import find_machine
-from fastmae.train.heartbeat import Heartbeat
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
+from fastmae.train.liveness.collectives import joining
+from fastmae.train.liveness.heartbeat import Heartbeat
+from fastmae.train.liveness.rank_states import StateBoard
+from fastmae.train.liveness.signals import PREEMPTED, StoppedEarly, StopRequest
+from fastmae.train.liveness.watch import leave_if_asked
 from fastmae.train.loop import Trainer
 from fastmae.train.observers import Observer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.preflight import preflight
-from fastmae.train.profile import Profile
-from fastmae.train.rank_log import RankLog
-from fastmae.train.rank_states import StateBoard
+from fastmae.train.profiling.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.scaling.sizes import architecture_sizes
-from fastmae.train.signals import PREEMPTED, StoppedEarly, StopRequest
-from fastmae.train.watch import leave_if_asked
+from fastmae.train.telemetry.rank_log import RankLog
 from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastmae.train.config import DataConfig, PretrainConfig, TrainConfig
-from fastmae.train.divergence import LEAST_FP16
+from fastmae.train.numerics.divergence import LEAST_FP16
 from fastmae.train.resolution import progressive_sizes
 
 
@@ -186,7 +186,7 @@ def _validate_report(config: PretrainConfig, require: Require) -> None:
         value = getattr(report, name)
         require(value is None or value > 0, "report", name, "a positive number")
     if report.wandb_project is not None:
-        from fastmae.train.wandb_sink import require_wandb
+        from fastmae.train.telemetry.wandb_sink import require_wandb
 
         require_wandb()
 

@@ -15,29 +15,29 @@ from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
 from fastmae.train import model_state, state
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.batch_division import divide_batch
+from fastmae.train.batching.batch_division import divide_batch
 from fastmae.train.checkpoint import Checkpoint, Ranks, open_checkpoint, set_aside_after
 from fastmae.train.config import PretrainConfig, to_json
-from fastmae.train.divergence import Divergence
 from fastmae.train.feed import draw_masks, open_loader
-from fastmae.train.flops import StepFlops
-from fastmae.train.heartbeat import Heartbeat
-from fastmae.train.labels import Stage, unlabelled
-from fastmae.train.metrics import Row
+from fastmae.train.liveness.heartbeat import Heartbeat
+from fastmae.train.liveness.signals import StopRequest
+from fastmae.train.liveness.watch import Watch
+from fastmae.train.numerics.divergence import Divergence
+from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
+from fastmae.train.numerics.rollback import roll_back
+from fastmae.train.numerics.spikes import Spikes
 from fastmae.train.observers import Observer, observing
 from fastmae.train.optim import create_optimizer, create_schedule
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
-from fastmae.train.parallel_gradients import LossScale, step_unless_non_finite
-from fastmae.train.rank_values import RankValues
-from fastmae.train.reporter import Reporter, deadline_after
+from fastmae.train.profiling.labels import Stage, unlabelled
 from fastmae.train.resolution import create_resolution
-from fastmae.train.rollback import roll_back
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
 from fastmae.train.saves import Saves
-from fastmae.train.signals import StopRequest
-from fastmae.train.spikes import Spikes
-from fastmae.train.watch import Watch
+from fastmae.train.telemetry.flops import StepFlops
+from fastmae.train.telemetry.metrics import Row
+from fastmae.train.telemetry.rank_values import RankValues
+from fastmae.train.telemetry.reporter import Reporter, deadline_after
 
 Status = Literal["finished", "preempted"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastmae.train.batch_division import divide_batch
+from fastmae.train.batching.batch_division import divide_batch
 from fastmae.train.scaling.communication import Mode
 from fastmae.train.scaling.hardware import Cluster, Hardware
 from fastmae.train.scaling.kept import Kept

@@ -1,0 +1,1 @@
+"""How a global batch is divided among processes, and how much of it fits a device."""
