@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
-from fastmae.train.batch_division import divide_batch
+from fastmae.train.batching.batch_division import divide_batch
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig
 from fastmae.train.resolution import progressive_sizes

@@ -11,7 +11,7 @@ import torch
 
 from fastmae.data import Dataset
 from fastmae.ops._attention_choice import choose_backend
-from fastmae.train.auto_batch import Machine
+from fastmae.train.batching.auto_batch import Machine
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.parallel import DTYPES, Parallelism

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from fastmae.train.collectives import CollectiveError, is_broken, reason_of
-from fastmae.train.rank_states import (
+from fastmae.train.liveness.collectives import CollectiveError, is_broken, reason_of
+from fastmae.train.liveness.rank_states import (
     COMPUTING,
     COMPUTING_FIRST,
     SAVING,
@@ -109,7 +109,7 @@ class Heartbeat:
         """Turn the error of a broken collective into one that names the rank; tell the others of any error of this one.
 
         Raises:
-            CollectiveError: instead of what :func:`~fastmae.train.collectives.is_broken` is true of.
+            CollectiveError: instead of what :func:`~fastmae.train.liveness.collectives.is_broken` is true of.
         """
         try:
             yield

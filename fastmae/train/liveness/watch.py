@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from fastmae.train.checkpoint import Ranks
-from fastmae.train.signals import StoppedEarly, StopRequest
+from fastmae.train.liveness.signals import StoppedEarly, StopRequest
 
 
 class Watch:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmae.train.metrics import HostCopy
+    from fastmae.train.telemetry.metrics import HostCopy
 
 
 LEAST_FP16 = 17

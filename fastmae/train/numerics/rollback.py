@@ -12,10 +12,10 @@ from fastmae.data import Batch
 from fastmae.data.plan import Plan
 from fastmae.ops import Masking
 from fastmae.train import model_state
-from fastmae.train.batch_dump import Dumped, largest_values, losses_by_mask, write_dump
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, set_aside_after
 from fastmae.train.checkpoint.folder import discard, step_of
 from fastmae.train.feed import draw_masks
+from fastmae.train.numerics.batch_dump import Dumped, largest_values, losses_by_mask, write_dump
 
 if TYPE_CHECKING:
     from fastmae.train.loop import Trainer

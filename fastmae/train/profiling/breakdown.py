@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from fastmae.train.kinds import (
+from fastmae.train.profiling.kinds import (
     BETWEEN,
     COMMUNICATION,
     DECODING,
@@ -25,7 +25,7 @@ from fastmae.train.kinds import (
     kind_of_kernel,
     kind_of_operators,
 )
-from fastmae.train.spans import Span, Timeline, segments
+from fastmae.train.profiling.spans import Span, Timeline, segments
 
 LABELS = {
     "data": "waiting for images", "masking": "masking and embedding", "embedding": "masking and embedding",

@@ -8,7 +8,7 @@ from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from fastmae.train.observers import Observer
-from fastmae.train.records import Recorder
+from fastmae.train.profiling.records import Recorder
 
 WARMUP = 2
 """Steps before the wanted ones in which the profiler settles."""

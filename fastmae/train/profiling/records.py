@@ -12,7 +12,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from fastmae.train.breakdown import (
+from fastmae.train.profiling.breakdown import (
     BACKWARD,
     LABELS,
     Breakdown,
@@ -21,9 +21,9 @@ from fastmae.train.breakdown import (
     break_down_host,
     stage_of,
 )
-from fastmae.train.kinds import is_trained_with
-from fastmae.train.labels import labelled
-from fastmae.train.spans import Span, Timeline
+from fastmae.train.profiling.kinds import is_trained_with
+from fastmae.train.profiling.labels import labelled
+from fastmae.train.profiling.spans import Span, Timeline
 
 _STEP, _NODE = "ProfilerStep#", "autograd::engine::evaluate_function"
 _RUNTIME = ("cuda", "cu", "hip")

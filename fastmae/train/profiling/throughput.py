@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 
 from fastmae.data import Batch, Loader
-from fastmae.train.breakdown import Breakdown
 from fastmae.train.config import PretrainConfig
-from fastmae.train.kinds import IDLE
 from fastmae.train.loop import Trainer
-from fastmae.train.records import Recorder
+from fastmae.train.profiling.breakdown import Breakdown
+from fastmae.train.profiling.kinds import IDLE
+from fastmae.train.profiling.records import Recorder
 
 Phase = Literal["loader", "model", "both"]
 PHASES: tuple[Phase, ...] = ("loader", "model", "both")

@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastmae.train.block_timer import BlockTimer
 from fastmae.train.checkpoint import LostRankError, Ranks
-from fastmae.train.collectives import reason_of
-from fastmae.train.peak import peak_flops
-from fastmae.train.stragglers import Stragglers, summarize
+from fastmae.train.liveness.collectives import reason_of
+from fastmae.train.telemetry.block_timer import BlockTimer
+from fastmae.train.telemetry.peak import peak_flops
+from fastmae.train.telemetry.stragglers import Stragglers, summarize
 
 logger = logging.getLogger(__name__)
 

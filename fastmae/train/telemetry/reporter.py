@@ -28,13 +28,13 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmae.train.checkpoint import Ranks
-from fastmae.train.clock import Clock
-from fastmae.train.metrics import HostCopy, Row, StepValues, mean_of_finite
 from fastmae.train.parallel import Parallelism
-from fastmae.train.rank_values import RankValues, Shared
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.sinks import JsonLines, Sink, TensorBoard, Terminal, Tolerant
-from fastmae.train.wandb_sink import WeightsAndBiases
+from fastmae.train.telemetry.clock import Clock
+from fastmae.train.telemetry.metrics import HostCopy, Row, StepValues, mean_of_finite
+from fastmae.train.telemetry.rank_values import RankValues, Shared
+from fastmae.train.telemetry.sinks import JsonLines, Sink, TensorBoard, Terminal, Tolerant
+from fastmae.train.telemetry.wandb_sink import WeightsAndBiases
 
 WAITING = 0.2
 """Share of a log interval that may be waiting for images before the terminal says so."""

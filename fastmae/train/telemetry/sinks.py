@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fastmae.train.metrics import Row
+from fastmae.train.telemetry.metrics import Row
 
 _log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastmae.train.metrics import Row
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.sinks import scalars
+from fastmae.train.telemetry.metrics import Row
+from fastmae.train.telemetry.sinks import scalars
 
 _FILE = "wandb.json"
 _START_SECONDS = 60
