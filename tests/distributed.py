@@ -154,12 +154,12 @@ def _wait(processes: list[BaseProcess], folder: Path, timeout: float) -> None:
     deadline, first = time.monotonic() + timeout, None
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
         if first is None and (failed := [r for r, p in enumerate(processes) if p.exitcode]):
-            # Of several that are seen at once it is the killed one; the others have failed for want of it.
-            first = min(failed, key=lambda rank: processes[rank].exitcode != -signal.SIGKILL)
-            deadline = min(deadline, time.monotonic() + GRACE)
+            first, deadline = failed[0], min(deadline, time.monotonic() + GRACE)
         time.sleep(0.02)
     if first is None:
         first = next((r for r, p in enumerate(processes) if p.exitcode), None)
+    # A killed one was the first, whenever it was seen: the others have failed for want of it.
+    first = next((r for r, p in enumerate(processes) if p.exitcode == -signal.SIGKILL), first)
     if first is not None:
         raise RankError(_message(first, processes, folder), first, processes[first].exitcode)
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
