@@ -13,15 +13,16 @@ from torch import nn
 
 from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
-from fastmae.train import model_state, state
+from fastmae.train import continuation
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batching.batch_division import divide_batch
-from fastmae.train.checkpoint import Checkpoint, Ranks, open_checkpoint, set_aside_after
-from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.checkpoint import Checkpoint, Ranks
+from fastmae.train.config import PretrainConfig
 from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.liveness.watch import Watch
+from fastmae.train.model_state import collect_own
 from fastmae.train.numerics.divergence import Divergence
 from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
 from fastmae.train.numerics.rollback import roll_back
@@ -34,10 +35,9 @@ from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
 from fastmae.train.saves import Saves
-from fastmae.train.telemetry.flops import StepFlops
+from fastmae.train.telemetry.create import create_reporter
 from fastmae.train.telemetry.metrics import Row
-from fastmae.train.telemetry.rank_values import RankValues
-from fastmae.train.telemetry.reporter import Reporter, deadline_after
+from fastmae.train.telemetry.reporter import deadline_after
 
 Status = Literal["finished", "preempted"]
 
@@ -96,23 +96,8 @@ class Trainer:
         self.positions = SamplePositions(train.global_batch_size // train.masks_per_image)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
-        images = "" if config.data.path is None else f" --data.path {config.data.path}"
-        advice = f"fastmae bench --recipe {config.recipe}{images} says what would help"
-        block = model.blocks[len(model.blocks) // 2]
-        self.reporter = Reporter(
-            run,
-            self.console,
-            self.device,
-            train.log_every_steps,
-            advice,
-            self.parallelism,
-            rank_values=RankValues(
-                self.ranks, self.device, train.log_every_steps, block, 3 * len(model.blocks) * self.accumulation
-            ),
-            flops=StepFlops(model, self.batch_size, self.accumulation * self.ranks.size, config.model.mask_ratio),
-            dtype=self.dtype,
-            wandb_project=config.report.wandb_project,
-        )
+        shape = self.batch_size, self.accumulation
+        self.reporter = create_reporter(config, model, run, self.console, self.parallelism, self.ranks, *shape)
         self.divergence = Divergence(train.rollback_after, train.max_rollbacks)
         self.spikes = Spikes(run.spikes, self.positions.of, self.console.print, writes=main)
         self.reporter.checks = (self.divergence.observe, self.spikes.observe)
@@ -248,22 +233,10 @@ class Trainer:
         self.heartbeat.at(self.step, "saving")
         self.reporter.flush()
         self._note_bad_files()
-        tensors = model_state.collect(self.model, self.optimizer)
-        tensors["metrics.interval"] = interval = self.reporter.values.state()
-        if self.loss_scale:
-            tensors["loss_scale"] = self.loss_scale.state()
-        manifest = state.describe_run(self.config, self.model, self.optimizer, self.dataset) | {
-            "samples_consumed": self.samples,
-            "jumps": self.positions.state(),
-            "divergence": self.divergence.state(),
-            "spikes": self.spikes.state(),
-            "world_size": self.ranks.size,
-            "num_threads": self.num_threads,
-            "late_bad": self.bad_files.state(),
-        }
-        taken = self.divergence.newest_taken(self.step, self.reporter.values.copy_of(interval))
-        own = model_state.collect_own(self.ranks.rank)
-        self.saves.save(self.step, tensors, manifest, own, spare=taken, last=last)
+        tensors, manifest = continuation.tensors_of(self), continuation.manifest_of(self)
+        interval = self.reporter.values.copy_of(tensors["metrics.interval"])
+        taken = self.divergence.newest_taken(self.step, interval)
+        self.saves.save(self.step, tensors, manifest, collect_own(self.ranks.rank), spare=taken, last=last)
         self.watch.saved()
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
@@ -275,37 +248,7 @@ class Trainer:
         Raises:
             CheckpointError: if the checkpoint is damaged, of another architecture, or needs another seed or batch.
         """
-        saved = open_checkpoint(saved, ranks=self.ranks) if isinstance(saved, Path) else saved
-        manifest = saved.manifest
-        state.check_architecture(manifest["architecture"], self.model.architecture)
-        differences = state.compare_configs(manifest["config"], to_json(self.config))
-        differences += state.compare_circumstances(manifest, self.num_threads, self.dataset.hash, self.ranks.size)
-        self.restore(saved)
-        self.go_on_from(saved)
-        self.run.cut_rollbacks(self.divergence.rollbacks)
-        return differences
-
-    def restore(self, saved: Checkpoint) -> None:
-        """Put a checkpoint's weights, optimiser and random generators back, and what is kept beside them as tensors."""
-        self.heartbeat.at(self.step, "reading a checkpoint")
-        names = ["metrics.interval", *(["loss_scale"] if self.loss_scale else [])]
-        others = model_state.restore(saved, self.model, self.optimizer, self.ranks, names)
-        self.reporter.values.restore(others["metrics.interval"], saved.manifest["step"])
-        if self.loss_scale and "loss_scale" in others:
-            self.loss_scale.restore(others["loss_scale"])
-
-    def go_on_from(self, saved: Checkpoint) -> None:
-        """Take over what a checkpoint's manifest says, and have the run folder know of no later step."""
-        manifest = saved.manifest
-        self.step, self.saves.newest = manifest["step"], saved.path
-        self.positions.restore(manifest)
-        self.divergence.restore(manifest.get("divergence", {}))
-        self.spikes.restore(manifest.get("spikes", {}))
-        if manifest["dataset"]["hash"] == self.dataset.hash:  # else its sample ids mean other files
-            self.bad_files.restore(manifest.get("late_bad", []))
-        if self.parallelism.is_main:
-            set_aside_after(self.run.checkpoints, self.step)
-        self.run.cut_metrics(self.step)
+        return continuation.resume(self, saved)
 
     def loader_at(self, position: int) -> Any:
         """A loader of this rank's batches from a position in the order of images on."""

@@ -14,6 +14,7 @@ from fastmae.ops import Masking
 from fastmae.train import model_state
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, set_aside_after
 from fastmae.train.checkpoint.folder import discard, step_of
+from fastmae.train.continuation import go_on_from, restore
 from fastmae.train.feed import draw_masks
 from fastmae.train.numerics.batch_dump import Dumped, largest_values, losses_by_mask, write_dump
 
@@ -63,7 +64,7 @@ def roll_back(trainer: Trainer) -> None:
 
     def begin_there() -> None:
         _set_aside(trainer, saved)
-        trainer.go_on_from(saved)
+        go_on_from(trainer, saved)
         left_out = [trainer.samples, position - 1]
         trainer.positions.jump(trainer.step, position)
         divergence.went_back(trainer.step, rollbacks)
@@ -115,7 +116,7 @@ def _go_to_newest_sound(trainer: Trainer, newest: int) -> Checkpoint | None:
             continue
         try:
             saved = open_checkpoint(path, ranks=ranks)
-            trainer.restore(saved)
+            restore(trainer, saved)
         except CheckpointError as error:
             _warn(trainer, f"damaged checkpoint passed over: {error}")
             continue

@@ -1,0 +1,75 @@
+"""What a checkpoint holds of a trainer, and putting it back: all that the following steps hang on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from fastmae.train import model_state, state
+from fastmae.train.checkpoint import Checkpoint, open_checkpoint, set_aside_after
+from fastmae.train.config import to_json
+
+if TYPE_CHECKING:
+    from fastmae.train.loop import Trainer
+
+
+def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights and optimiser state, the values of the steps since the last row of metrics, and the loss scale."""
+    tensors = model_state.collect(trainer.model, trainer.optimizer)
+    tensors["metrics.interval"] = trainer.reporter.values.state()
+    if trainer.loss_scale:
+        tensors["loss_scale"] = trainer.loss_scale.state()
+    return tensors
+
+
+def manifest_of(trainer: Trainer) -> dict[str, Any]:
+    """Everything that is not a tensor; JSON-able."""
+    return state.describe_run(trainer.config, trainer.model, trainer.optimizer, trainer.dataset) | {
+        "samples_consumed": trainer.samples,
+        "jumps": trainer.positions.state(),
+        "divergence": trainer.divergence.state(),
+        "spikes": trainer.spikes.state(),
+        "world_size": trainer.ranks.size,
+        "num_threads": trainer.num_threads,
+        "late_bad": trainer.bad_files.state(),
+    }
+
+
+def resume(trainer: Trainer, saved: Path | Checkpoint) -> list[str]:
+    """As :meth:`Trainer.resume`."""
+    saved = open_checkpoint(saved, ranks=trainer.ranks) if isinstance(saved, Path) else saved
+    manifest = saved.manifest
+    state.check_architecture(manifest["architecture"], trainer.model.architecture)
+    differences = state.compare_configs(manifest["config"], to_json(trainer.config))
+    here = trainer.num_threads, trainer.dataset.hash, trainer.ranks.size
+    differences += state.compare_circumstances(manifest, *here)
+    restore(trainer, saved)
+    go_on_from(trainer, saved)
+    trainer.run.cut_rollbacks(trainer.divergence.rollbacks)
+    return differences
+
+
+def restore(trainer: Trainer, saved: Checkpoint) -> None:
+    """Put a checkpoint's weights, optimiser and random generators back, and what is kept beside them as tensors."""
+    trainer.heartbeat.at(trainer.step, "reading a checkpoint")
+    names = ["metrics.interval", *(["loss_scale"] if trainer.loss_scale else [])]
+    others = model_state.restore(saved, trainer.model, trainer.optimizer, trainer.ranks, names)
+    trainer.reporter.values.restore(others["metrics.interval"], saved.manifest["step"])
+    if trainer.loss_scale and "loss_scale" in others:
+        trainer.loss_scale.restore(others["loss_scale"])
+
+
+def go_on_from(trainer: Trainer, saved: Checkpoint) -> None:
+    """Take over what a checkpoint's manifest says, and have the run folder know of no later step."""
+    manifest = saved.manifest
+    trainer.step, trainer.saves.newest = manifest["step"], saved.path
+    trainer.positions.restore(manifest)
+    trainer.divergence.restore(manifest.get("divergence", {}))
+    trainer.spikes.restore(manifest.get("spikes", {}))
+    if manifest["dataset"]["hash"] == trainer.dataset.hash:  # else its sample ids mean other files
+        trainer.bad_files.restore(manifest.get("late_bad", []))
+    if trainer.parallelism.is_main:
+        set_aside_after(trainer.run.checkpoints, trainer.step)
+    trainer.run.cut_metrics(trainer.step)
