@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from report import TIE, Machine, is_rival, kind_of, ratio, rows_to_table, times
+from report_results import TIE, Machine, is_rival, kind_of, ratio, rows_to_table, times
 
 DATA_PAGE = "docs/data.md"
 BEGIN, END = "<!-- loaders:begin -->", "<!-- loaders:end -->"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from report import rows_to_table
+from report_results import rows_to_table
 
 _HEAD = """`fastmae bench`: the trainer's own steps on batches from JPEGs in the page cache, on one resident batch, and
 the loader alone. MFU is of the rate of a large matrix product, measured in the same run.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-from report import Machine, case_of, counterpart, is_rival, kind_of, ratio
 from report_pages import figures
+from report_results import Machine, case_of, counterpart, is_rival, kind_of, ratio
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import report_data
 import report_end_to_end
-from report import (
+from report_results import (
     BEGIN,
     END,
     FIGURES,

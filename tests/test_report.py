@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import report  # noqa: E402
 import report_figures  # noqa: E402
 import report_pages  # noqa: E402
+import report_results  # noqa: E402
 
 MACHINE = {
     "device": "A Card", "cpu": "A Core", "cpu_capability": "AVX512", "threads": 1, "cuda": "13.0",
@@ -61,24 +61,24 @@ def op_results() -> list[dict]:
     return [entry("gather_x, case-1", name, seconds, **measured) for name, seconds in times.items()]
 
 
-def machine(benchmarks: list[dict], **changes) -> report.Machine:
-    return report.Machine("a-card", {"run": report.slim(raw(benchmarks, **changes))})
+def machine(benchmarks: list[dict], **changes) -> report_results.Machine:
+    return report_results.Machine("a-card", {"run": report_results.slim(raw(benchmarks, **changes))})
 
 
 def test_slim_keeps_what_is_shown_and_no_single_times():
-    slimmed = report.slim(raw(op_results()))
+    slimmed = report_results.slim(raw(op_results()))
     first = slimmed["benchmarks"][0]
     assert first["competitor"] == "fastmae"
     assert first["seconds"]["median"] == 2e-5
     assert (first["rounds"], first["useful_bytes"], first["share_of_copy"]) == (5, 1000, 0.6)
     assert "data" not in json.dumps(slimmed)
     assert (slimmed["machine"], slimmed["date"], slimmed["commit"]) == (MACHINE, "2026-01-02", "abcdef012345-dirty")
-    assert report.slim(slimmed) == slimmed
+    assert report_results.slim(slimmed) == slimmed
 
 
 def test_step_table_compares_like_with_like_and_marks_what_is_slower():
     (entries,) = machine(step_results()).of("training step").values()
-    rows = {line.split("|")[1].strip(): line for line in report.step_table(entries).splitlines()}
+    rows = {line.split("|")[1].strip(): line for line in report_results.step_table(entries).splitlines()}
     assert "| 1.75x | `fastmae` |" in rows["`facebookresearch-sdpa`"]
     assert "| **0.90x (slower)** | `fastmae-compile` |" in rows["`reference-compile`"]
     assert "| 200 ms | 15.0 | - | - |" in rows["`fastmae`"]
@@ -87,20 +87,20 @@ def test_step_table_compares_like_with_like_and_marks_what_is_slower():
 
 def test_lever_table_has_each_lever_and_all_together():
     (entries,) = machine(step_results()).of("training step").values()
-    table = report.lever_table(entries)
+    table = report_results.lever_table(entries)
     assert "| none | 300 ms | 1.00x |" in table
     assert "| fused AdamW | 260 ms | 1.20x |" in table
     assert "| all together (`fastmae`) | 200 ms | 1.75x |" in table
 
 
 def test_op_table():
-    table = report.op_table(machine(op_results()).of("gather_x")).splitlines()
+    table = report_results.op_table(machine(op_results()).of("gather_x")).splitlines()
     assert table[0] == "|  | `fastmae` | GB/s | of a copy: bytes / sectors | `plain` | `plain-compile` |"
     assert table[2] == "| case-1 | 20 µs | 12 | 0.60 / 0.90 | 50 µs, 2.50x | 10 µs, **0.50x (slower)** |"
 
 
 def test_every_slower_case_is_listed():
-    found = report.losses(machine(step_results() + op_results()))
+    found = report_results.losses(machine(step_results() + op_results()))
     assert [(group.split(",")[0], ours, rival, round(value, 2)) for group, ours, rival, value in found] == [
         ("training step", "fastmae-compile", "reference-compile", 0.9),
         ("gather_x", "fastmae", "plain-compile", 0.5),
@@ -109,7 +109,7 @@ def test_every_slower_case_is_listed():
 
 def test_groups_without_us_show_the_fastest():
     results = [entry("attention short", "plain", 2e-3), entry("attention short", "sdpa", 1e-3)]
-    assert "| short | 2 ms | **1 ms** |" in report.op_table(machine(results).of("attention"))
+    assert "| short | 2 ms | **1 ms** |" in report_results.op_table(machine(results).of("attention"))
 
 
 @pytest.mark.parametrize(("cuda", "says"), [("13.0", False), (None, True)])
@@ -124,8 +124,8 @@ def test_pages_name_hardware_versions_and_date_and_admit_that_no_gpu_was_used(cu
 
 
 def test_ratios_never_mix_two_runs():
-    one = report.slim(raw(op_results()))
-    groups = report.Machine("a-card", {"run": one, "again": one}).groups
+    one = report_results.slim(raw(op_results()))
+    groups = report_results.Machine("a-card", {"run": one, "again": one}).groups
     assert list(groups) == ["gather_x, case-1", "gather_x, case-1 (again)"]
     assert [len(entries) for entries in groups.values()] == [3, 3]
 
@@ -137,9 +137,9 @@ def test_figures_are_drawn(tmp_path):
 
 
 def test_committed_pages_and_figures_are_those_of_the_committed_results():
-    machines = report.load(report.RESULTS)
+    machines = report_results.load(report_results.RESULTS)
     assert machines
     for path, text in report_pages.pages(machines, ROOT).items():
         assert (ROOT / path).read_text() == text, f"{path}: run python benchmarks/report.py write"
     for one in machines:
-        assert not [name for name in report_pages.figures(one) if not (ROOT / report.FIGURES / name).exists()]
+        assert not [name for name in report_pages.figures(one) if not (ROOT / report_results.FIGURES / name).exists()]

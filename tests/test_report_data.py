@@ -20,9 +20,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import loaders  # noqa: E402
-import report  # noqa: E402
 import report_data  # noqa: E402
 import report_pages  # noqa: E402
+import report_results  # noqa: E402
 import stages  # noqa: E402
 import turns  # noqa: E402
 
@@ -62,8 +62,8 @@ def results() -> list[dict]:
 
 
 @pytest.fixture
-def machine() -> report.Machine:
-    return report.Machine("a-card", {"data": report.slim(raw(results()))})
+def machine() -> report_results.Machine:
+    return report_results.Machine("a-card", {"data": report_results.slim(raw(results()))})
 
 
 def test_loader_table_holds_everything_against_the_baselines(machine):
@@ -94,7 +94,7 @@ def test_a_faster_rival_on_the_same_source_is_a_loss_and_one_on_another_source_i
 
 def test_the_block_of_the_data_page_is_written_between_its_markers(machine, tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    (tmp_path / "README.md").write_text(f"{report_results.BEGIN}\n{report_results.END}\n")
     page = tmp_path / report_data.DATA_PAGE
     page.write_text(f"before\n{report_data.BEGIN}\nstale text\n{report_data.END}\nafter\n")
     texts = report_pages.pages([machine], tmp_path)
@@ -104,8 +104,8 @@ def test_the_block_of_the_data_page_is_written_between_its_markers(machine, tmp_
     assert "stale text" not in text
     assert "| `fastmae-torch` | folder | 100 | 2.25x |" in text
     assert "| `fastmae-torch, tar shards` | `webdataset, tar shards` | 0.75x |" in text
-    assert "### Loaders" in texts[report.PAGE]
-    for one in (text, texts[report.PAGE]):
+    assert "### Loaders" in texts[report_results.PAGE]
+    for one in (text, texts[report_results.PAGE]):
         assert "Measured on A Card with python 3.12.1, torch 2.99.0; 2026-01-02, commit abcdef012345-dirty." in one
     page.unlink()
     assert report_data.DATA_PAGE not in report_pages.pages([machine], tmp_path)
