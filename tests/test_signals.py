@@ -15,7 +15,8 @@ from test_parallel_pretrain import FLAGS
 from training import write_images
 
 from fastmae.cli import main
-from fastmae.cli import pretrain as command
+from fastmae.cli import pretrain_begin as command
+from fastmae.cli import pretrain_end
 from fastmae.data import open_dataset
 from fastmae.evaluate import evaluate_sets
 from fastmae.train.preflight import preflight
@@ -79,7 +80,7 @@ def test_a_signal_during_the_evaluation_lets_it_end(tmp_path, images, number):
         seen.append(status(run)["status"])
         return evaluate_sets(*arguments, **options)
 
-    with patch.object(command, "evaluate_sets", signalled(evaluate, number)):
+    with patch.object(pretrain_end, "evaluate_sets", signalled(evaluate, number)):
         assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 0
     assert seen == ["running"]  # a run that is killed here has not finished
     assert status(run) == {"status": "finished", "step": 12, "reason": "all steps done"}
@@ -92,7 +93,7 @@ def test_a_run_that_fails_in_its_evaluation_says_so(tmp_path, images):
     def evaluate(*arguments, **options):
         raise RuntimeError("no picture")
 
-    with patch.object(command, "evaluate_sets", evaluate), pytest.raises(RuntimeError, match="no picture"):
+    with patch.object(pretrain_end, "evaluate_sets", evaluate), pytest.raises(RuntimeError, match="no picture"):
         main([*FLAGS, "--data.path", str(images), "--out", str(run)])
     assert status(run) == {"status": "failed", "step": 12, "reason": "RuntimeError('no picture')"}
 

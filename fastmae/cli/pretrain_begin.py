@@ -1,0 +1,151 @@
+"""The beginning of ``fastmae pretrain``: data, model, trainer, what watches it, and what is said of them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from fastmae import data
+from fastmae.cli.evaluations import Pictures, Probe
+from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
+from fastmae.model import create_model
+from fastmae.ops import _xformers
+from fastmae.train.batching.auto_batch import settle_batch_size
+from fastmae.train.batching.free_memory import find_machine
+from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
+from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.init_from import initialize as initialize_weights
+from fastmae.train.init_from import read_weights
+from fastmae.train.liveness.heartbeat import Heartbeat
+from fastmae.train.liveness.signals import StopRequest
+from fastmae.train.liveness.watch import leave_if_asked
+from fastmae.train.loop import Trainer
+from fastmae.train.observers import Observer
+from fastmae.train.parallel import Parallelism, construct
+from fastmae.train.preflight import preflight
+from fastmae.train.profiling.profile import Profile
+from fastmae.train.recipes import DESCRIPTIONS, RECIPES
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.scaling.sizes import architecture_sizes
+
+
+def prepare(
+    config: PretrainConfig,
+    run: RunFolder,
+    console: Console,
+    parallelism: Parallelism,
+    ranks: Ranks,
+    stop: StopRequest,
+    heartbeat: Heartbeat,
+) -> Trainer:
+    """The trainer of a run, at its first step or where its newest checkpoint left it."""
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    device = parallelism.device
+    limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
+    open_dataset = partial(data.open_dataset, config.data.path, channels=config.model.in_chans, **limits)
+    heartbeat.begin("opening the data")
+    if ranks.size > 1:
+        ranks.first("opening the data", lambda: open_dataset() and None)  # the others then find its index
+    dataset = open_dataset()
+    leave_if_asked(ranks, stop)
+    if config.model.attention == "xformers":
+        _xformers.require(device)
+    heartbeat.begin("starting")
+    kind = data.choose_loader(dataset, config.data.loader)
+    model = construct(lambda: create_model(**config.model_arguments()), parallelism)
+    preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
+    leave_if_asked(ranks, stop)
+    options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop, "heartbeat": heartbeat}
+    options["observers"] = _observers(config, dataset, ranks)
+    saved = None
+    if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
+        saved = open_latest(run.path, ranks=ranks)
+    settled = None
+    if config.train.batch_size == "auto":
+        machine = find_machine(config, architecture_sizes(model.architecture), parallelism, ranks, dataset, kind)
+        settled = settle_batch_size(config, machine, saved.manifest if saved else None)
+    to_run = settled.config if settled else config  # config.json keeps "auto", for other GPUs
+    trainer = Trainer(to_run, model, dataset, run, create_loader=data.create_loader, **options)
+    _say_config(config, console)
+    _say_size(trainer, kind, settled.text if settled else None)
+    if saved:
+        differences = trainer.resume(saved)
+        console.print(f"Continuing from {saved.path}")
+        for difference in differences if parallelism.is_main else ():
+            print(f"WARNING: not an exact continuation: {difference}", file=sys.stderr)
+    else:
+        if config.resume and parallelism.is_main:
+            print(f"WARNING: --resume: no checkpoint in {run.path} yet; starting at step 0", file=sys.stderr)
+        if config.train.init_from is not None:
+            _start_from(config.train.init_from, trainer, console, ranks)
+    run.write_json("config.json", to_json(config))
+    console.print(f"Run folder: {run.path}")
+    return trainer
+
+
+def _observers(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> list[Observer]:
+    """What looks at the run between steps, as ``--report`` says; the same on all ranks.
+
+    Raises:
+        ValueError: if something cannot be observed, naming the flag.
+    """
+    observers: list[Observer] = []
+    if config.report.picture_every_steps:
+        observers.append(Pictures(config, dataset))
+    if config.report.probe_every_epochs:
+        observers.append(Probe(config, dataset, ranks))
+    if config.report.profile_at_step:
+        observers.append(Profile(config.report.profile_at_step, config.report.profile_steps))
+    return observers
+
+
+def _start_from(path: Path, trainer: Trainer, console: Console, ranks: Ranks) -> None:
+    """Give a new run's model the weights that the user named."""
+
+    def load() -> str:
+        try:
+            weights, architecture = (read_hugging_face if is_hugging_face(path) else read_weights)(path)
+            return initialize_weights(trainer.model, weights, architecture)
+        except (CheckpointError, ValueError) as error:
+            raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+    loaded = ranks.gather(f"--train.init-from {path}", load)
+    console.print(f"Weights from {path}: {loaded[0]}")
+
+
+def _say_size(trainer: Trainer, kind: str, batch: str | None) -> None:
+    """Weights, images, steps, and how batch and learning rate came about."""
+    config, model, say = trainer.config, trainer.model, trainer.console.print
+    train, schedule, size = config.train, trainer.schedule, trainer.ranks.size
+    weights = sum(p.numel() for p in model.parameters())
+    if config.data.progressive_sizes:
+        say(f"  images of {trainer.resolution} over the images, counted from 0")
+    processes = f"{size} processes ({trainer.parallelism.mode}) x " if size > 1 else ""
+    say(
+        f"{weights / 1e6:.1f} M weights on {trainer.device} ({torch.get_num_threads()} threads), "
+        f"{len(trainer.dataset):,} images ({kind} loader), {schedule.total_steps:,} steps of "
+        f"{processes}{trainer.accumulation} x {trainer.batch_size} images"
+    )
+    if batch:
+        say(batch)
+    say(
+        f"learning rate {train.base_lr:g} x {train.global_batch_size} / 256 = {schedule.peak_lr:.3g} after "
+        f"{schedule.warmup_steps:,.0f} steps of warm-up, then a cosine to {train.min_lr:g}"
+    )
+
+
+def _say_config(config: PretrainConfig, console: Console) -> None:
+    """The resolved configuration, a line a flag; what the recipe does not say is bold."""
+    recipe = RECIPES[config.recipe]
+    console.print(f"Recipe {config.recipe}, version {config.recipe_version}: {DESCRIPTIONS[config.recipe]}")
+    for section in ("model", "data", "train", "report"):
+        for field in fields(getattr(config, section)):
+            value = getattr(getattr(config, section), field.name)
+            changed = value != getattr(getattr(recipe, section), field.name)
+            console.print(f"  {f'{section}.{field.name}':<33}{value}", style="bold" if changed else None)

@@ -1,0 +1,62 @@
+"""The end of ``fastmae pretrain``: weights, a picture, a summary."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from fastmae.cli.evaluations import newest_values, reconstruction_sets
+from fastmae.evaluate import evaluate_sets
+from fastmae.train.config import to_json
+from fastmae.train.loop import Trainer
+from fastmae.train.parallel import DTYPES
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.weights import export_weights, load_model
+
+_NEW_CROPS, _ROWS = 256, 12
+
+
+def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
+    """Export the weights, reconstruct crops and photographs that were not trained on, write the summary."""
+    config = trainer.config
+    # Of shards there is one whole copy: the checkpoint that was just saved.
+    sharded = trainer.parallelism.sharded
+    model = load_model(run.path)[0].to(trainer.device) if sharded else trainer.model.eval()
+    sets, names = reconstruction_sets(config, trainer.dataset, _NEW_CROPS)
+    picture = run.reconstructions / "final.png"
+    errors = evaluate_sets(
+        model,
+        sets,
+        mask_ratio=config.model.mask_ratio,
+        seed=config.train.seed,
+        path=picture,
+        dtype=DTYPES[config.train.precision],
+        names=names,
+        num_rows=_ROWS,
+    )
+    weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
+    rows = run.read_metrics()
+    summary = {
+        "steps": trainer.step,
+        "samples": trainer.samples,
+        "seconds": seconds,
+        "images_per_second": steps * config.train.global_batch_size / seconds,
+        "first_loss": rows[0]["loss"] if rows else None,
+        "last_loss": rows[-1]["loss"] if rows else None,
+        "device": str(trainer.device),
+        "num_threads": trainer.num_threads,
+        "loader": trainer.loader.kind,
+        "bad_files": len(trainer.bad_files),
+        "sets": errors,
+        "evaluations": newest_values(run),
+        "picture": str(picture),
+        "weights": str(weights),
+    }
+    run.write_json("summary.json", summary)
+    if bad := len(trainer.bad_files):
+        console.print(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {run.path / 'bad_files.jsonl'}")
+    for name, values in errors.items():
+        console.print(
+            f"{name}: error {values['mse']:.3f}  (mean colour {values['mse_mean_color']:.3f}, "
+            f"inverse distance {values['mse_inverse_distance']:.3f})"
+        )
+    console.print(f"Weights: {weights}\nPicture: {picture}")
