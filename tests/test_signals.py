@@ -14,9 +14,8 @@ from distributed import run_ranks
 from test_parallel_pretrain import FLAGS
 from training import write_images
 
-from fastmae.cli import main
+from fastmae.cli import main, pretrain_end
 from fastmae.cli import pretrain_begin as command
-from fastmae.cli import pretrain_end
 from fastmae.data import open_dataset
 from fastmae.evaluate import evaluate_sets
 from fastmae.train.preflight import preflight
