@@ -14,10 +14,13 @@ from checkpoints import Malicious, shard_of
 from fastmae.train.checkpoint import (
     MANIFEST,
     CheckpointError,
+    LostRankError,
+    Ranks,
     clean,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    open_latest,
     save_checkpoint,
     set_aside_after,
     verify_checkpoint,
@@ -141,6 +144,28 @@ def test_unfinished_saves_are_not_found_and_are_cleaned(folder, saved):
     assert latest_checkpoint(folder.parent) == saved
     clean(folder)
     assert [p.name for p in folder.iterdir()] == ["step-7"]
+
+
+def test_a_loss_of_a_rank_is_no_damage(folder, saved, monkeypatch, capsys):
+    def lost(*arguments):
+        raise LostRankError("verifying a checkpoint: a rank has ended or does not answer")
+
+    ranks = Ranks()
+    monkeypatch.setattr(ranks, "gather", lost)
+    with pytest.raises(LostRankError, match=r"^verifying a checkpoint: a rank has ended"):
+        open_latest(folder.parent, ranks=ranks)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_moved_and_linked_is_forgotten_and_not_deleted(folder, saved, tmp_path):
+    archive = saved.rename(tmp_path / "archive")
+    saved.symlink_to(archive)
+    for step in (10, 20):
+        save_checkpoint(folder, step, TENSORS, {}, keep=1)
+    (folder / ".trash-step-1").symlink_to(tmp_path / "gone")
+    clean(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-20"]
+    assert load_checkpoint(archive)[1]["step"] == 7
 
 
 def test_keeps_the_newest(folder):

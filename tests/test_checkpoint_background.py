@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from checkpoints import no_space
 from fastmae.train.checkpoint import (
     BackgroundSaver,
     CheckpointError,
+    background,
     list_checkpoints,
     open_checkpoint,
     write,
@@ -141,6 +143,29 @@ def test_a_process_that_ends_waits_for_its_save(folder):
     process = subprocess.run([sys.executable, "-c", LEAVES, str(folder)], cwd=Path(__file__).parents[1])
     assert process.returncode == 3
     assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 3
+
+
+def test_the_thread_waits_on_the_device_of_its_rank(folder, monkeypatch):
+    """Else it opens a context on the first GPU, which costs memory there for every rank of the node."""
+    now, seen = [None], []
+
+    @contextmanager
+    def device(which):
+        now.append(which)
+        yield
+        now.pop()
+
+    class Event:
+        device = torch.device("cuda", 3)
+
+        def synchronize(self):
+            seen.append(now[-1])
+
+    monkeypatch.setattr(background, "_events", lambda tensors: [Event()])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with BackgroundSaver(folder) as saver:
+        saver.save(1, {"w": torch.zeros(4)}, {})
+    assert seen == [torch.device("cuda", 3)]
 
 
 def test_an_error_of_the_training_is_not_hidden_by_one_of_the_save(folder, monkeypatch, capsys):

@@ -126,7 +126,8 @@ class BackgroundSaver:
         spare: Callable[[], int] | None,
     ) -> Path:
         for event in ready:
-            event.synchronize()
+            with torch.cuda.device(event.device):  # threads start on the first GPU, and would open a context there
+                event.synchronize()
         path = write(self.folder, step, share, manifest, self._ranks)
         if self._ranks.rank == 0:
             prune(self.folder, path, self.keep, self.keep_every, spare() if spare else None)

@@ -124,8 +124,10 @@ def clean(folder: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder such that it is never seen half deleted under its own name."""
-    if path.exists():
+    """Delete a folder such that it is never seen half deleted under its own name; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
         trash = path if path.name.startswith(".trash-") else path.rename(path.with_name(f".trash-{path.name}"))
         shutil.rmtree(trash)
 

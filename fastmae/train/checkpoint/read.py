@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastmae.train.checkpoint.folder import MANIFEST, CheckpointError, list_checkpoints, read_manifest
-from fastmae.train.checkpoint.ranks import Ranks, as_ranks
+from fastmae.train.checkpoint.ranks import LostRankError, Ranks, as_ranks
 from fastmae.train.checkpoint.tensor_file import Piece, read_header, sha256
 from fastmae.train.checkpoint.write import local_part
 
@@ -138,6 +138,8 @@ def open_latest(run_folder: Path, *, verify: bool = True, ranks: Ranks | None = 
         for path in candidates:
             try:
                 return open_checkpoint(path, verify=verify, ranks=ranks)
+            except LostRankError:  # which says nothing of the checkpoint
+                raise
             except CheckpointError as error:
                 reasons.append(str(error))
                 if ranks.rank == 0:

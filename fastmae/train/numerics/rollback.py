@@ -12,7 +12,14 @@ from fastmae.data import Batch
 from fastmae.data.plan import Plan
 from fastmae.ops import Masking
 from fastmae.train import model_state
-from fastmae.train.checkpoint import Checkpoint, CheckpointError, list_checkpoints, open_checkpoint, set_aside_after
+from fastmae.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    LostRankError,
+    list_checkpoints,
+    open_checkpoint,
+    set_aside_after,
+)
 from fastmae.train.checkpoint.folder import discard, step_of
 from fastmae.train.continuation import go_on_from, restore
 from fastmae.train.feed import draw_masks
@@ -103,6 +110,8 @@ def dump(trainer: Trainer, step: int) -> Dumped | None:
     state = trainer.dataset, trainer.model, trainer.optimizer, trainer.ranks
     try:
         return write_dump(trainer.run.path, step, trainer.step, decode, forward, *state)
+    except LostRankError:
+        raise
     except CheckpointError as error:
         _warn(trainer, f"the batch of step {step} could not be dumped: {error}")
         return None
@@ -117,6 +126,8 @@ def _go_to_newest_sound(trainer: Trainer, newest: int) -> Checkpoint | None:
         try:
             saved = open_checkpoint(path, ranks=ranks)
             restore(trainer, saved)
+        except LostRankError:  # which says nothing of the checkpoint
+            raise
         except CheckpointError as error:
             _warn(trainer, f"damaged checkpoint passed over: {error}")
             continue
