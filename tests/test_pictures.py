@@ -181,6 +181,19 @@ class Sharded(Observer):
         assert all(isinstance(parameter, DTensor) == trainer.parallelism.sharded for parameter in trained)
 
 
+class Waited(Observer):
+    """After those before it in the list, no rank goes on before the first one has looked."""
+
+    def __init__(self, *_):
+        pass
+
+    def after_step(self, trainer):
+        _, probe, *_ = trainer.observers
+        rows = [row for row in trainer.run.read_evaluations() if row["step"] == trainer.step]
+        due = [trainer.step % 4 == 0, probe.is_due(trainer.step)]
+        assert [any(key in row for row in rows) for key in ("reconstructions", "knn_top1")] == due
+
+
 def train(rank: int, mode: str, precision: str, out: Path, images: Path, observers: tuple) -> dict | None:
     place = initialize(mode)
     config = PretrainConfig(
@@ -214,7 +227,7 @@ def job(rank: int, folder: Path) -> dict:
     return {
         (name, watched): train(rank, *how, folder / f"{name}-{watched}", folder / "classes", observers)
         for name, how in RANKS.items()
-        for watched, observers in ((False, ()), (True, (Pictures, Probe, Sharded)))
+        for watched, observers in ((False, ()), (True, (Pictures, Probe, Waited, Sharded)))
     }
 
 

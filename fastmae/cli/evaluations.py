@@ -66,7 +66,8 @@ def newest_values(run: RunFolder) -> dict[str, float]:
 class Pictures(Observer):
     """Every so many steps the same images with the same masks, to ``reconstructions/step-N.png``.
 
-    Of a model that every rank has whole, the first rank looks alone, and the others wait for it in their next step.
+    Of a model that every rank has whole, the first rank looks alone. The others wait for it here, where they have more
+    patience than in the collectives of their next step.
     """
 
     def __init__(self, config: PretrainConfig, dataset: data.Dataset) -> None:
@@ -83,8 +84,10 @@ class Pictures(Observer):
             self._sets = FixedSets(sets, **options, num_masks=_MASKS, num_rows=_CROPS)
 
     def after_step(self, trainer: Trainer) -> None:
-        if self._looks and trainer.step % self._every == 0:
-            self._look(trainer)
+        if trainer.step % self._every == 0:
+            if self._looks:
+                self._look(trainer)
+            trainer.ranks.first("drawing a picture", lambda: None)
 
     def _look(self, trainer: Trainer) -> None:
         path = trainer.run.reconstructions / f"step-{trainer.step:06}.png" if trainer.parallelism.is_main else None
@@ -148,8 +151,12 @@ class Probe(Observer):
         return done > before
 
     def _probe(self, trainer: Trainer) -> None:
-        begun, ranks = time.monotonic(), trainer.ranks
         self._probed = trainer.step
+        self._evaluate(trainer)
+        trainer.ranks.first("classifying", lambda: None)  # which may take the first rank longer than a collective may
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        begun, ranks = time.monotonic(), trainer.ranks
         options = {"dtype": trainer.dtype, "num_threads": self._config.data.num_threads}
         options |= {"rank": ranks.rank, "world_size": ranks.size, "timeout": self._config.data.timeout}
         options["on_batch"] = lambda: trainer.heartbeat.begin("probing features")  # it may take minutes on a CPU
