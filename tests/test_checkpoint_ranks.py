@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from fastmae.train.checkpoint import (
 from fastmae.train.checkpoint.folder import SHARD
 from fastmae.train.checkpoint.write import is_distributed
 from fastmae.train.model_state import collect, collect_own, load
+
+LIMIT = 2.0
+"""Seconds that ranks wait for each other, in a test that makes them wait longer."""
 
 SHAPES = (7, 5, 4, 3)
 """Widths that four ranks cannot divide evenly: the last of them holds nothing of some tensors."""
@@ -385,3 +389,20 @@ def test_tensors_on_a_gpu_are_sent_too(tmp_path):
     assert first[:2] == second[:2] == (True, {"cpu", "cuda"})
     assert set(first[2]) == {SHARD.format(1)}
     assert second[2] == []
+
+
+def take_long(rank: int) -> tuple[str, list[str]]:
+    with Ranks.create(timeout=LIMIT) as ranks:
+        words: list[str] = []
+
+        @contextmanager
+        def waiting(what: str):
+            words.append(what)
+            yield
+
+        ranks.waiting = waiting
+        return ranks.first_in_hours("indexing", lambda: time.sleep(2 * LIMIT) or "index"), words
+
+
+def test_the_first_rank_may_take_longer_than_the_others_wait_otherwise():
+    assert run_ranks(take_long, 2) == [("index", ["indexing"])] * 2

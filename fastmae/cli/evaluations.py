@@ -194,7 +194,8 @@ def _images_to_probe(
             raise ValueError(f"--report.probe-path: {error}") from error
 
     if ranks.size > 1:
-        ranks.first("opening the images to probe on", lambda: opened() and None)  # the others then find its index
+        # The others then find its index.
+        ranks.first_in_hours("opening the images to probe on", lambda: opened() and None)
     tests = opened()
     if tests.hash == dataset.hash:
         raise ValueError(

@@ -51,7 +51,7 @@ def prepare(
     open_dataset = partial(data.open_dataset, config.data.path, channels=config.model.in_chans, **limits)
     heartbeat.begin("opening the data")
     if ranks.size > 1:
-        ranks.first("opening the data", lambda: open_dataset() and None)  # the others then find its index
+        ranks.first_in_hours("opening the data", lambda: open_dataset() and None)  # the others then find its index
     dataset = open_dataset()
     leave_if_asked(ranks, stop)
     if config.model.attention == "xformers":

@@ -19,6 +19,9 @@ from fastmae.train.checkpoint.folder import CheckpointError
 
 T = TypeVar("T")
 
+_HOURS = 24 * 3600.0
+"""Time limit, in seconds, of :meth:`Ranks.first_in_hours`; a rank 0 that ends is noticed at once all the same."""
+
 
 class LostRankError(CheckpointError):
     """A rank has ended or does not answer: nothing more can be agreed on."""
@@ -111,6 +114,11 @@ class Ranks:
         if text:
             raise CheckpointError(text) from error
         return result
+
+    def first_in_hours(self, what: str, function: Callable[[], T]) -> T:
+        """:meth:`first` of what may take rank 0 longer than the group's time limit, such as indexing many images."""
+        with self.another(_HOURS) as patient:
+            return patient.first(what, function)
 
     def broadcast(self, what: str, tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
         """Give every rank the elements that a tensor has on one of them.
