@@ -52,6 +52,17 @@ def test_warnings_go_to_the_log_and_where_they_went_before(tmp_path, capsys):
     assert "odd shape" in text(tmp_path)
 
 
+def test_a_warning_that_every_rank_has_is_shown_by_one(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    for rank in range(2):
+        with RankLog(tmp_path, rank, 2):
+            warnings.warn(f"of rank {rank}", stacklevel=1)
+    assert shown == ["of rank 0"]
+    assert "UserWarning" in text(tmp_path, 1)
+    assert "of rank 1" in text(tmp_path, 1)
+
+
 def test_logged_warnings_of_others_go_to_the_log_and_their_information_does_not(tmp_path, caplog):
     with RankLog(tmp_path):
         logging.getLogger("some.library").warning("disk is slow")

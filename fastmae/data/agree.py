@@ -28,7 +28,9 @@ def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) ->
     digest = bytes.fromhex(dataset.hash)
     own = torch.tensor([len(dataset), *digest], dtype=torch.int64, device=device)
     every = torch.empty(dist.get_world_size(group) * len(own), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(every, own, group=group)
+    # PyTorch 2.14 renames it, and warns of the old name on every rank.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(every, own, group=group)
     seen = [(length, bytes(rest).hex()) for length, *rest in every.view(-1, len(own)).tolist()]
     usual = max(seen, key=seen.count)
     odd = [rank for rank, found in enumerate(seen) if found != usual]

@@ -7,6 +7,7 @@ optimiser groups and the initialisation need not know.
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -191,7 +192,10 @@ def parallelize(
         model.to(parallelism.device)
     if parallelism.mode == "ddp":
         ids = [parallelism.device.index] if parallelism.device.type == "cuda" else None
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        # PyTorch 2.14 renames it, and warns of the old name on every rank.
+        known = inspect.signature(DistributedDataParallel).parameters
+        syncing = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options = {syncing: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
     return compile_model(model, compile_mode) if compile and parallelism.mode == "none" else model
 

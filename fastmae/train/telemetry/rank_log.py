@@ -32,8 +32,9 @@ class RankLog:
 
     It gets a line when the run begins and when it ends, with the traceback of an error; what fastmae logs, and warnings
     of other libraries, by ``logging`` and by ``warnings``; and the stack of a crash below Python, unless
-    ``faulthandler`` is on already and writes elsewhere. All of it goes where else it went as well. A resumed run
-    appends. A file that cannot be written is said once on the standard error, and the run goes on without.
+    ``faulthandler`` is on already and writes elsewhere. All of it goes where else it went as well, except that what
+    comes by ``warnings`` is shown by rank 0 alone: every rank has the same. A resumed run appends. A file that cannot
+    be written is said once on the standard error, and the run goes on without.
 
     Args:
         run: the run folder, which exists.
@@ -91,7 +92,8 @@ class RankLog:
         self, message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: object
     ) -> None:
         self._handler.say(f"{category.__name__} ({filename}:{lineno}): {message}")
-        self._show(message, category, filename, lineno, *rest)
+        if self._rank == 0:
+            self._show(message, category, filename, lineno, *rest)
 
     def _circumstances(self) -> str:
         device = str(self._device or "no device")
