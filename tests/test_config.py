@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
     ("section", "values", "message"),
     [
         ("train", {"shard_size": 4}, r"--train.shard-size: expected none without --train.parallel hsdp, got 4"),
+        ("train", {"base_lr": math.inf}, r"--train.base-lr: expected a positive number, got inf"),
+        ("train", {"steps": None, "epochs": math.inf}, r"--train.epochs: expected a positive number, got inf"),
+        (
+            "report",
+            {"probe_every_epochs": math.inf},
+            r"--report.probe-every-epochs: expected a positive number, got inf",
+        ),
+        ("report", {"probe_path": Path("val")}, r"--report.probe-path: expected none without --report.probe-every-"),
         ("train", {"shard_size": 0, "parallel": "hsdp"}, r"--train.shard-size: expected a positive number, got 0"),
         ("train", {"optimizer": "apex", "parallel": "fsdp", "device": "cuda"}, r"--train.optimizer: .*no shards"),
         ("train", {"optimizer": "apex", "device": "cpu"}, r"--train.optimizer: expected adamw on the CPU, got 'apex'"),

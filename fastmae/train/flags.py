@@ -142,7 +142,7 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     )
     for name in positive.split():
         value = getattr(train, name)
-        require(value in (None, "auto") or value > 0, "train", name, "a positive number")
+        require(value in (None, "auto") or 0 < value < math.inf, "train", name, "a positive number")
     require(train.max_rollbacks >= 0, "train", "max_rollbacks", "a number of at least 0")
     steps = train.precision != "fp16" or train.rollback_after >= LEAST_FP16
     require(
@@ -184,7 +184,9 @@ def _validate_report(config: PretrainConfig, require: Require) -> None:
     positive = "picture_every_steps probe_every_epochs probe_images profile_at_step profile_steps stall_seconds"
     for name in positive.split():
         value = getattr(report, name)
-        require(value is None or value > 0, "report", name, "a positive number")
+        require(value is None or 0 < value < math.inf, "report", name, "a positive number")
+    probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None
+    require(probes, "report", "probe_path", "none without --report.probe-every-epochs")
     if report.wandb_project is not None:
         from fastmae.train.telemetry.wandb_sink import require_wandb
 

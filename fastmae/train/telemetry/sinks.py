@@ -184,7 +184,7 @@ class Terminal:
         now = time.monotonic()
         left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
         left = max(0.0, min(left, self._deadline - now))
-        parts = ["loss nan" if row["loss"] is None else f"loss {row['loss']:.4f}"]
+        parts = ["loss nan" if row["loss"] is None else f"loss {_six_columns(row['loss'])}"]
         # What goes wrong takes the place of what is known.
         parts.append(f"{row['skipped_steps']} skipped" if row["skipped_steps"] else f"lr {row['lr']:.2e}")
         parts.append(f"{row['images_per_second']:,.0f} images/s")
@@ -199,6 +199,10 @@ class Terminal:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _six_columns(loss: float) -> str:
+    return f"{loss:.4f}" if loss < 10 else f"{loss:.5g}" if loss < 1e5 else f"{loss:.0e}"
 
 
 def _clock(seconds: float) -> str:
