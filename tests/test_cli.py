@@ -85,6 +85,8 @@ def test_exported_weights_have_upstreams_keys_and_load_back(run):
     } <= set(weights)
     model, manifest = load_model(run / "model.safetensors")
     assert manifest["step"] == 6
+    modes = {path.name: path.stat().st_mode for path in run.glob("*.*")}
+    assert modes["model.safetensors"] == modes["config.json"]  # whom the umask lets read the one may read the other
     for name, tensor in load_model(run)[0].state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 

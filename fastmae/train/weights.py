@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from fastmae.train.checkpoint import CheckpointError, Ranks, latest_checkpoint, load_checkpoint
+from fastmae.train.checkpoint.tensor_file import save_tensors
 from fastmae.train.state import load_weights
 
 
@@ -28,10 +29,9 @@ def export_weights(model: nn.Module, path: Path, **metadata: Any) -> Path:
     texts = {key: json.dumps(value) for key, value in {"architecture": model.architecture, **metadata}.items()}
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, partial, metadata={"format": "pt", **texts})
+        save_tensors(partial, model.state_dict(), {"format": "pt", **texts})
         return partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         partial.unlink(missing_ok=True)
         raise CheckpointError(f"could not write {path}: {error}") from error
 

@@ -111,6 +111,15 @@ def write_tensors(
     return Written(path.name, size, digest.hexdigest())
 
 
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Written:
+    """Write whole tensors of any device, which :func:`write_tensors` does; errors are the same.
+
+    ``safetensors.torch.save_file`` makes files that only their owner can read, whatever the umask.
+    """
+    pieces = {name: Piece(t.dtype, tuple(t.shape), (0,) * t.dim()) for name, t in tensors.items()}
+    return write_tensors(path, pieces, tensors.__getitem__, metadata)
+
+
 def read_header(path: Path) -> tuple[dict[str, Piece], dict[str, str]]:
     """Pieces and metadata of a safetensors file, from its header alone.
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -23,6 +22,7 @@ from fastmae.data import Batch
 from fastmae.data.plan import Plan
 from fastmae.train import model_state
 from fastmae.train.checkpoint import Ranks
+from fastmae.train.checkpoint.tensor_file import save_tensors
 
 FOLDER = "non_finite"
 
@@ -102,7 +102,7 @@ def write_dump(
     def write_own() -> tuple[list[dict[str, Any]], dict[str, Any], int]:
         done = [Forward(batch, plan, *forward(batch)) for batch, plan in decoded]
         path = partial / f"rank-{ranks.rank}.safetensors"
-        save_file(_tensors(done), path)
+        save_tensors(path, _tensors(done))
         return _images(done, dataset, ranks.rank), _state(model, optimizer), path.stat().st_size
 
     def finish(found: Sequence[tuple[list[dict[str, Any]], dict[str, Any], int]]) -> str:
