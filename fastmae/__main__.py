@@ -1,8 +1,29 @@
 """``python -m fastmae``, which ``torchrun -m fastmae`` needs."""
 
+import os
 import sys
+import traceback
 
 from fastmae.cli import main
 
+
+def _run() -> int:
+    """Run the command, and end the process at once if an error has left a process group behind.
+
+    Such a group may wait for a rank that has failed, and the end of the interpreter for the group.
+    """
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    distributed = sys.modules.get("torch.distributed")
+    if code and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_run())

@@ -244,3 +244,23 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     with pytest.raises(TypeError, match="a bug"):
         main(["pretrain", "--out", str(tmp_path / "run"), *SHORT])
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("return 2", 2), ("raise RuntimeError('a bug')", 1)])
+def test_a_failed_process_ends_without_its_process_group(outcome, code):
+    """The group of GPUs may wait for a rank that has gone, and the interpreter's end for the group."""
+    script = f"""
+import atexit, runpy
+import torch.distributed as dist
+import fastmae.cli
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "waited")
+    print("said")
+    {outcome}
+fastmae.cli.main = main
+runpy.run_module("fastmae", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (code, "said\n")
+    assert ("RuntimeError: a bug" in done.stderr) == (code == 1)

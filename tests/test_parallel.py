@@ -236,6 +236,16 @@ def set_environment(monkeypatch, values: dict[str, str]) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.parametrize(("device", "failed", "calls_made"), [("cuda", True, 0), ("cuda", False, 1), ("cpu", True, 1)])
+def test_after_an_error_nobody_waits_for_nccl(monkeypatch, device, failed, calls_made):
+    calls = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+    place = parallel.Parallelism("ddp", 0, 2, 0, torch.device(device), owns_group=True)
+    parallel.shutdown(place, failed=failed)
+    assert len(calls) == calls_made
+
+
 def test_one_process_needs_no_group(monkeypatch):
     set_environment(monkeypatch, {})
     place = parallel.initialize("auto", "cpu")

@@ -59,9 +59,12 @@ def pretrain(config: PretrainConfig, stop: StopRequest) -> int:
             heartbeat.explaining(),
         ):
             ranks.waiting = heartbeat.waiting
-            return _pretrain(config, parallelism, ranks, stop, heartbeat)
-    finally:
-        shutdown(parallelism)
+            code = _pretrain(config, parallelism, ranks, stop, heartbeat)
+    except BaseException:
+        shutdown(parallelism, failed=True)
+        raise
+    shutdown(parallelism)
+    return code
 
 
 def _pretrain(

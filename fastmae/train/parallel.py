@@ -128,9 +128,14 @@ def num_processes() -> int:
     return _environment()[1]
 
 
-def shutdown(parallelism: Parallelism) -> None:
-    """Leave the process group, if :func:`initialize` made it."""
-    if parallelism.owns_group and dist.is_initialized():
+def shutdown(parallelism: Parallelism, *, failed: bool = False) -> None:
+    """Leave the process group, if :func:`initialize` made it.
+
+    Args:
+        failed: after an error. NCCL's end waits for the collectives that are under way, and one that a failed rank has
+            not joined never ends, so that its group is left to the end of the process.
+    """
+    if parallelism.owns_group and dist.is_initialized() and not (failed and parallelism.device.type == "cuda"):
         dist.destroy_process_group()
 
 
