@@ -5,17 +5,26 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from training import FLAGS, write_images
 
 from fastmae import ops
 from fastmae.cli import main
 from fastmae.ops.attention import BACKENDS
 from fastmae.ops.masking import STRATEGIES
+from fastmae.train.numerics.batch_dump import FOLDER as BATCH_DUMPS
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.telemetry.rank_values import RankValues
 
 ROOT = Path(__file__).parent.parent
 README, OPS = ROOT / "README.md", ROOT / "docs" / "ops.md"
+PAGES_WITH_FLAGS = [README, *(ROOT / "docs" / f"{name}.md" for name in ("data", "evaluations", "launching", "recipes"))]
+PAGES_WITH_FLAGS += [ROOT / "docs" / f"{name}.md" for name in ("scaling", "surviving", "training")]
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -92,7 +101,8 @@ def test_the_cost_of_an_index_is_that_of_the_committed_measurement():
     assert f"{disk['sizes_ms']:.1f} and {disk['names_ms']:.1f} ms where the disk is read" in page
 
 
-COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "data shard", "data index", "data verify", "data stats"]
+COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env"]
+COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
 
 
 def test_every_flag_and_command_that_is_named_exists(capsys):
@@ -101,10 +111,57 @@ def test_every_flag_and_command_that_is_named_exists(capsys):
         with pytest.raises(SystemExit, match="0"):
             main([*command.split(), "--help"])
         flags |= set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
-    for page in (README, ROOT / "docs" / "data.md"):
+    flags |= {"--requeue", "--shutdown-timeout", "--signal", "--nodes", "--time"}  # of Slurm and torchrun
+    for page in PAGES_WITH_FLAGS:
         text = re.sub(r"<!--.*?-->|```python.*?```|torchrun .*? -m fastmae", "", page.read_text(), flags=re.DOTALL)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text))
-        assert len(named) > 4
+        assert len(named) > 2
         assert named <= flags, f"{page.name}: {named - flags}"
         commands = set(re.findall(r"^fastmae ((?:data )?[a-z]+)", text, re.MULTILINE))
         assert commands <= set(COMMANDS), f"{page.name}: {commands - set(COMMANDS)}"
+
+
+TRAINING = ROOT / "docs" / "training.md"
+
+
+def first_column(page: Path, heading: str) -> set[str]:
+    """What a table's first cells have between backticks: of the first table behind a heading."""
+    table = re.search(rf"\n## {heading}\n.*?\n((?:\|[^\n]*\n)+)", page.read_text(), re.DOTALL)[1]
+    return {name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """Of a run that has everything to tell but trouble."""
+    folder = tmp_path_factory.mktemp("docs")
+    told = "--train.steps 4 --train.warmup-steps 1 --report.picture-every-steps 2 --report.profile-at-step 2"
+    flags = f"{FLAGS} --data.progressive-sizes 16 32 --train.log-every-steps 2 {told} --report.profile-steps 1"
+    images = str(write_images(folder / "images"))
+    assert main(["pretrain", "--out", str(folder / "run"), "--data.path", images, *flags.split()]) == 0
+    return folder / "run"
+
+
+def test_the_names_of_the_metrics_are_those_of_the_rows(run_folder):
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    two = SimpleNamespace(size=2, rank=0, gather=lambda _, function: [function()] * 2)
+    ranks = RankValues(two, torch.device("cpu"), interval=1)
+    ranks.open(torch.float32)
+    written = {*rows[-1], *ranks._combine(0.1, [[0.01, 0.02, 1.0, 2.0], [0.03, 0.04, 1.0, 2.0]])[0]}
+    stated = first_column(TRAINING, "Rows of numbers")
+    patterns = {name.removesuffix("*") for name in stated if name.endswith("*")}
+    summaries = {name for name in written if any(name.startswith(pattern) for pattern in patterns)}
+    assert all(any(name.startswith(pattern) for name in written) for pattern in patterns)
+    assert {name for name in stated if not name.endswith("*")} == written - summaries
+    for statistic in ("min", "median", "max", "max_rank", "max_host"):
+        assert {f"block_time_{statistic}", f"data_time_{statistic}"} <= summaries
+
+
+def test_the_files_of_a_run_folder_are_those_of_the_table(run_folder):
+    stated = {name.rstrip("/") for name in first_column(TRAINING, "The run folder")}
+    trouble = {RunFolder(run_folder, leader=False).spikes.name, RunFolder(run_folder, leader=False).rollbacks.name}
+    trouble |= {BATCH_DUMPS}
+    patterns = {re.sub(r"-N\b", "-*", name) for name in stated - trouble}
+    assert trouble < stated
+    assert all(any(run_folder.glob(pattern)) for pattern in patterns), patterns
+    names = {path.name for path in run_folder.iterdir()} - {".lock"}
+    assert not {name for name in names if not any(fnmatch(name, p.partition("/")[0]) for p in patterns)}
