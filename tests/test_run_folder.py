@@ -13,6 +13,7 @@ import pytest
 from distributed import start_process
 
 from fastmae.cli import main
+from fastmae.train import run_folder
 from fastmae.train.run_folder import RunFolder
 
 
@@ -61,3 +62,16 @@ def test_object_stores_are_refused_by_flag(flag, tmp_path, monkeypatch, capsys):
     message = f"{flag}: expected a path of a mounted file system, got s3://bucket/some/path: object stores are"
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_are_on_the_disk_before_they_take_the_place_of_others(tmp_path, monkeypatch):
+    """Else a machine that goes down leaves an empty config.json or metrics.jsonl behind."""
+    synced = []
+    monkeypatch.setattr(run_folder, "sync", lambda path: synced.append((path.name, path.read_text())))
+    with RunFolder(tmp_path / "run") as run:
+        run.write_json("config.json", {"a": 1})
+        run.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+        run.cut_metrics(1)
+        assert synced == [(".config.json.tmp", '{\n "a": 1\n}\n'), (".metrics.jsonl.tmp", '{"step": 1}\n')]
+        assert run.read_json("config.json") == {"a": 1}
+        assert run.read_metrics() == [{"step": 1}]

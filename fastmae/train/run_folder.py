@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.train.checkpoint import clean, refuse_url
+from fastmae.train.checkpoint.folder import sync
 
 _log = logging.getLogger(__name__)
 
@@ -116,12 +117,14 @@ class RunFolder:
             self._logs.rmdir()
 
     def write_json(self, name: str, values: dict[str, Any]) -> Path:
-        """Write a JSON file of the folder by way of a rename, so that it is never seen half written."""
+        """Write a JSON file of the folder by way of a rename, so that it is never seen half written, nor after the
+        machine went down."""
         path = self.path / name
         if not self.leader:
             return path
         partial = path.with_name(f".{name}.tmp")
         partial.write_text(json.dumps(values, indent=1) + "\n")
+        sync(partial)
         return partial.replace(path)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -172,6 +175,7 @@ class RunFolder:
             kept = [json.dumps(row) + "\n" for index, row in enumerate(_read_rows(path)) if keeps(row, index)]
             partial = path.with_name(f".{path.name}.tmp")
             partial.write_text("".join(kept))
+            sync(partial)
             partial.replace(path)
 
 
