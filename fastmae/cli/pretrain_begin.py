@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import fields
 from functools import partial
@@ -17,7 +18,8 @@ from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.batching.auto_batch import settle_batch_size
 from fastmae.train.batching.free_memory import find_machine
-from fastmae.train.checkpoint import CheckpointError, Ranks, list_checkpoints, open_latest
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
+from fastmae.train.checkpoint.folder import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
@@ -32,6 +34,8 @@ from fastmae.train.profiling.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, RECIPES
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.scaling.sizes import architecture_sizes
+
+_log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -75,8 +79,7 @@ def prepare(
     _say_config(config, console)
     _say_size(trainer, kind, settled.text if settled else None)
     if saved:
-        differences = trainer.resume(saved)
-        console.print(f"Continuing from {saved.path}")
+        differences = _resume(trainer, saved, run, console)
         for difference in differences if parallelism.is_main else ():
             print(f"WARNING: not an exact continuation: {difference}", file=sys.stderr)
     else:
@@ -103,6 +106,19 @@ def _observers(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> l
     if config.report.profile_at_step:
         observers.append(Profile(config.report.profile_at_step, config.report.profile_steps))
     return observers
+
+
+def _resume(trainer: Trainer, saved: Checkpoint, run: RunFolder, console: Console) -> list[str]:
+    """Go on from a checkpoint, and say from which one; return what makes the continuation inexact."""
+    newer = trainer.ranks.first(
+        "listing checkpoints",
+        lambda: [path.name for path in list_checkpoints(run.checkpoints) if step_of(path) > saved.manifest["step"]],
+    )
+    differences = trainer.resume(saved)
+    text = f"Continuing from {saved.path}" + (f"; passed over as damaged: {', '.join(newer)}" if newer else "")
+    console.print(text)
+    _log.info("; ".join([text, *differences]))
+    return differences
 
 
 def _start_from(path: Path, trainer: Trainer, console: Console, ranks: Ranks) -> None:
