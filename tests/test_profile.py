@@ -98,11 +98,18 @@ def test_a_step_in_the_past_is_said_to_be_so(tmp_path, images):
 
 
 @pytest.mark.parametrize("step", [13, 14, 99])
-def test_a_run_that_ends_before_says_that_nothing_was_profiled(tmp_path, images, step):
+def test_a_run_that_is_too_short_says_so_before_it_begins(tmp_path, images, step):
     trainer = train(tmp_path / "run", images, (step, 2))
-    assert f"--report.profile-at-step {step}: the run ended at step 12; nothing was profiled" in trainer.said
+    said = f"--report.profile-at-step {step}: the run ends at step 12; nothing will be profiled"
+    assert trainer.said.count("--report.profile-at-step") == 1
+    assert -1 < trainer.said.index(said) < trainer.said.index("step  4/12")
     assert not (tmp_path / "run" / "traces").exists()
     assert trainer.stage is unlabelled
+
+
+def test_a_run_that_ends_before_says_that_nothing_was_profiled(tmp_path, images):
+    trainer = train(tmp_path / "run", images, (12, 2), max_minutes=1e-9)
+    assert f"--report.profile-at-step 12: the run ended at step {trainer.step}; nothing was profiled" in trainer.said
 
 
 def test_a_run_that_ends_in_between_leaves_the_steps_that_it_made(tmp_path, images):

@@ -36,6 +36,9 @@ class Profile(Observer):
         if trainer.step >= self._first:
             self._say(trainer, f"the run is at step {trainer.step} already; nothing is profiled")
             return
+        if (last := trainer.schedule.total_steps) < self._first:
+            self._say(trainer, f"the run ends at step {last}; nothing will be profiled")
+            return
         if trainer.parallelism.local_rank == 0:
             self._trainer = trainer
             self._start_if_due()
