@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,28 @@ def test_pretrain_leaves_a_complete_folder(run, images):
         assert all(errors[key] > 0 for key in ("mse", "mse_mean_color", "mse_inverse_distance"))
     with Image.open(summary["picture"]) as picture:
         assert min(picture.size) > 100
+
+
+def test_predictions_that_are_not_finite_are_said_and_leave_valid_json(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*FLAGS.split(), "--train.steps", "2", "--train.base-lr", "1e38", "--report.picture-every-steps", "2"]
+    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *flags]) == 0
+    printed = capsys.readouterr()
+    assert "WARNING: THE MODEL'S PREDICTIONS ARE NOT FINITE" in printed.err
+    text = (out / "evaluations.jsonl").read_text() + (out / "summary.json").read_text()
+    assert '"crops_mse": null' in text
+    assert "NaN" not in text
+
+
+def test_a_damaged_checkpoint_is_named_where_the_run_goes_on(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (shard,) = (copy / "checkpoints/step-6").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["pretrain", "--out", str(copy), "--resume"]) == 0
+    line = f"Continuing from {copy}/checkpoints/step-4; passed over as damaged: step-6"
+    assert f"\n{line}\n" in capsys.readouterr().out
+    assert f"{line}\n" in (copy / "logs/rank-0.log").read_text()
 
 
 def test_reconstruct_draws_images_from_folder_checkpoint_and_weights(run, images, tmp_path, capsys):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 from rich.console import Console
 
 from fastmae.cli.evaluations import newest_values, reconstruction_sets
@@ -10,6 +13,7 @@ from fastmae.train.config import to_json
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.telemetry.metrics import without_nan
 from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12
@@ -51,7 +55,7 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
         "picture": str(picture),
         "weights": str(weights),
     }
-    run.write_json("summary.json", summary)
+    run.write_json("summary.json", without_nan(summary))
     if bad := len(trainer.bad_files):
         console.print(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {run.path / 'bad_files.jsonl'}")
     for name, values in errors.items():
@@ -60,3 +64,5 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
             f"inverse distance {values['mse_inverse_distance']:.3f})"
         )
     console.print(f"Weights: {weights}\nPicture: {picture}")
+    if not all(math.isfinite(values["mse"]) for values in errors.values()):
+        print("WARNING: THE MODEL'S PREDICTIONS ARE NOT FINITE: its weights are of no use", file=sys.stderr)

@@ -82,3 +82,12 @@ def mean_of_finite(values: Sequence[float]) -> float | None:
     """Mean of the finite values; None without any, since JSON has no NaN."""
     finite = [value for value in values if math.isfinite(value)]
     return math.fsum(finite) / len(finite) if finite else None
+
+
+def without_nan(value: Any) -> Any:
+    """The same dicts, lists and values with None for numbers that are not finite, since JSON has none of these."""
+    if isinstance(value, dict):
+        return {key: without_nan(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

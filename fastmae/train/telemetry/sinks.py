@@ -19,7 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from fastmae.train.telemetry.metrics import Row
+from fastmae.train.telemetry.metrics import Row, without_nan
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class JsonLines:
         _append(self._path, row)
 
     def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        _append(self._evaluations, {"step": step, **values, **{name: str(path) for name, path in pictures.items()}})
+        paths = {name: str(path) for name, path in pictures.items()}
+        _append(self._evaluations, {"step": step, **without_nan(dict(values)), **paths})
 
     def close(self) -> None:
         pass
