@@ -220,15 +220,31 @@ def test_a_signal_that_slurm_and_torchrun_both_deliver_is_one_request(number):
         assert stop.requested == signal.Signals(number).name
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_the_same_signal_later_is_another_request_unless_it_is_notice(number):
+def ends(*signals: tuple[int, float]) -> int:
+    """The exit code of a process that gets signals at times; 0 if none of them ends it at once."""
     child = os.fork()
     if child == 0:
         with StopRequest():
-            os.kill(os.getpid(), number)
-            later = time.monotonic() + 2
-            time.monotonic = lambda: later
-            os.kill(os.getpid(), number)
+            for number, seconds in signals:
+                time.monotonic = lambda seconds=seconds: seconds
+                os.kill(os.getpid(), number)
             os._exit(0)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == (0 if number == signal.SIGUSR1 else 128 + number)
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_later_is_another_request_unless_it_is_notice(number):
+    assert ends((number, 0), (number, 20)) == (0 if number == signal.SIGUSR1 else 128 + number)
+
+
+def test_a_launcher_may_take_seconds_to_pass_on_what_it_got():
+    assert ends((signal.SIGTERM, 0), (signal.SIGTERM, 8)) == 0
+    assert ends((signal.SIGINT, 0), (signal.SIGINT, 2)) == 130  # a person, who presses Ctrl-C again
+
+
+def test_the_end_of_the_time_after_notice_does_not_end_a_save():
+    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180)) == 0
+    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180), (signal.SIGUSR1, 190)) == 0
+    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180), (signal.SIGTERM, 200)) == 143
+    assert ends((signal.SIGTERM, 0), (signal.SIGINT, 1)) == 130

@@ -1,7 +1,8 @@
 """Leaving on request: SIGINT, SIGTERM and SIGUSR1 ask the training to save and stop, or not to begin.
 
-A second SIGINT or SIGTERM ends it at once, but not the same one within a second: a batch system may signal every
-process of a job, launchers included, and those pass on what they get. SIGUSR1 is notice only, however often it comes.
+A second SIGINT or SIGTERM ends it at once, but not the same one soon after: a batch system may signal every process of
+a job, launchers included, and those pass on what they get. SIGUSR1 is notice only, however often it comes: a SIGTERM
+after it is the first, since a batch system sends one when its time is over, and allows for some more.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from types import FrameType
 
 PREEMPTED = 75
 """Exit code of a run that saved and left on a signal: ``EX_TEMPFAIL`` of sysexits.h, "try again later"."""
-_TWICE = 1.0
-"""Seconds within which the same signal again is the same request, delivered in two ways."""
+_TWICE = {signal.SIGINT: 1.0, signal.SIGTERM: 15.0}
+"""Seconds within which the same signal again is the same request, delivered in two ways: a launcher on a busy machine
+takes its time, and a person has SIGKILL as well."""
 
 
 class StoppedEarly(Exception):
@@ -41,7 +43,7 @@ class StopRequest:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self.requested: str | None = None
-        self._requested_at = 0.0
+        self._demand: tuple[int, float] | None = None  # the first SIGINT or SIGTERM, and when
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -54,13 +56,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self.requested:
-            repeated = name == self.requested and time.monotonic() - self._requested_at < _TWICE
-            if repeated or number == signal.SIGUSR1:
-                return
-            os._exit(128 + number)
-        self.requested, self._requested_at = name, time.monotonic()
+        name, now = signal.Signals(number).name, time.monotonic()
+        if number not in _TWICE and self.requested:
+            return
+        if number in _TWICE:
+            if self._demand:
+                first, at = self._demand
+                if number == first and now - at < _TWICE[number]:
+                    return
+                os._exit(128 + number)
+            self._demand = number, now
+        self.requested = self.requested or name
         if self._quiet:
             return
         # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
