@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import Malicious, shard_of
 
+from fastmae.data import DataError
 from fastmae.train.checkpoint import (
     MANIFEST,
     CheckpointError,
@@ -155,6 +156,25 @@ def test_a_loss_of_a_rank_is_no_damage(folder, saved, monkeypatch, capsys):
     with pytest.raises(LostRankError, match=r"^verifying a checkpoint: a rank has ended"):
         open_latest(folder.parent, ranks=ranks)
     assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (DataError("photos: no such folder"), "photos: no such folder"),
+        (OSError("disk full"), "disk full"),
+        (KeyError("a"), "KeyError('a')"),
+        (ValueError(), "ValueError()"),
+    ],
+)
+def test_all_ranks_are_told_what_an_error_says_and_of_a_bug_its_type(error, text):
+    def fail():
+        raise error
+
+    for together in (Ranks().first, Ranks().gather):
+        with pytest.raises(CheckpointError) as told:
+            together("opening the data", fail)
+        assert str(told.value) == text
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_forgotten_and_not_deleted(folder, saved, tmp_path):

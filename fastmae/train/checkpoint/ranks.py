@@ -183,6 +183,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _words(error: Exception) -> str:
-    """What an error says; of one that is not about files or checkpoints, its type as well."""
-    expected = isinstance(error, (CheckpointError, OSError, ValueError))
+    """What an error says; of one that is neither of fastmae's own nor about files or values, its type as well."""
+    own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    expected = own or isinstance(error, (OSError, ValueError))
     return str(error) if expected and str(error) else repr(error)
