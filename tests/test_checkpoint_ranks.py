@@ -404,5 +404,14 @@ def take_long(rank: int) -> tuple[str, list[str]]:
         return ranks.first_in_hours("indexing", lambda: time.sleep(2 * LIMIT) or "index"), words
 
 
+def again(rank: int) -> list[str]:
+    with Ranks.create() as ranks:
+        return [ranks.first_in_hours("counting", lambda: "one"), ranks.first_in_hours("counting", lambda: "two")]
+
+
+def test_a_group_that_is_closed_may_be_made_again():
+    assert run_ranks(again, 2) == [["one", "two"]] * 2
+
+
 def test_the_first_rank_may_take_longer_than_the_others_wait_otherwise():
     assert run_ranks(take_long, 2) == [("index", ["indexing"])] * 2
