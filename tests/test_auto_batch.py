@@ -191,13 +191,14 @@ def test_free_memory_of_the_host_is_what_linux_and_the_container_say(tmp_path):
     assert free_memory.free_bytes(torch.device("cpu")) > 0
 
 
-def least(rank: int) -> int | None:
+def least(rank: int) -> list[int | None]:
     with Ranks.create() as ranks:
-        return free_memory.least_free_bytes(torch.device("cpu"), ranks, lambda _: (4 + rank) * GB)
+        devices = map(torch.device, ("cpu", "cuda"))
+        return [free_memory.least_free_bytes(device, ranks, lambda _: (4 + rank) * GB) for device in devices]
 
 
-def test_ranks_agree_on_the_smallest_and_share_a_host():
-    assert run_ranks(least, 2) == [2 * GB, 2 * GB]
+def test_ranks_agree_on_the_smallest_and_share_a_host_but_not_a_gpu():
+    assert run_ranks(least, 2) == [[2 * GB, 4 * GB]] * 2
 
 
 def test_the_machine_of_a_process_alone():
