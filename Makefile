@@ -72,5 +72,5 @@ KILLS ?= 50
 SOAK_RESULTS ?=
 soak:
 	$(PYTHON) -m pytest tests -m slow
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/test_scaling_peak.py -m slow
+	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/test_scaling_peak.py tests/test_scaling_compiled.py -m slow
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) tests/soak.py --kills $(KILLS) $(if $(SOAK_RESULTS),--out $(SOAK_RESULTS)/soak.json)
