@@ -33,7 +33,7 @@ from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.feed import draw_masks
 from fastmae.train.flags import validate
 from fastmae.train.loop import Trainer
-from fastmae.train.numerics.batch_dump import KEPT
+from fastmae.train.numerics.batch_dump import KEPT, _conclusion
 from fastmae.train.numerics.divergence import LEAST_FP16, Divergence
 from fastmae.train.numerics.gradients import LossScale
 from fastmae.train.observers import Observer
@@ -399,6 +399,20 @@ def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_pat
     assert len(read(tmp_path / "run/rollbacks.jsonl")) == 2
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
     assert (tmp_path / "run/checkpoints/step-0").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ([3.4e18, 0.5], "all losses are finite, the largest 3.4e+18: the gradient overflowed"),
+        (["nan", 0.5], "No finite loss: 0.jpg"),
+        (["nan", "inf"], "the weights are at fault, not the images"),
+    ],
+)
+def test_what_a_batch_points_at(losses, words):
+    images = [{"loss": loss, "path": f"{index}.jpg"} for index, loss in enumerate(losses)]
+    bad = [image for image in images if isinstance(image["loss"], str)]
+    assert words in _conclusion({"weights_not_finite": []}, bad, images)
 
 
 def test_a_damaged_checkpoint_is_passed_over_loudly(images, tmp_path, capsys):

@@ -119,7 +119,7 @@ def write_dump(
         partial.rename(folder)
         _forget_tensors(folder.parent)
         size = sum(rank[2] for rank in found) / 1e6
-        return f"{len(images):,} images, {size:,.2f} MB. {_conclusion(values, bad, len(images))}"
+        return f"{len(images):,} images, {size:,.2f} MB. {_conclusion(values, bad, images)}"
 
     what = f"dumping the batch of step {step}"
     try:
@@ -207,16 +207,19 @@ def _worst_first(image: dict[str, Any]) -> tuple[bool, float, int]:
     return math.isfinite(loss), -loss if math.isfinite(loss) else 0.0, image["position"]
 
 
-def _conclusion(values: dict[str, Any], bad: Sequence[dict[str, Any]], count: int) -> str:
+def _conclusion(values: dict[str, Any], bad: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> str:
     """What the dump points at, in words."""
     if names := values["weights_not_finite"]:
         return f"{len(names)} weights are not finite, {names[0]} among them"
-    if len(bad) == count:
+    if len(bad) == len(images):
         return "No image has a finite loss: the weights are at fault, not the images"
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         return f"No finite loss: {', '.join(image['path'] for image in bad[:_NAMED])}{more}"
-    return "Computed again, all losses are finite: the gradient overflowed on its way back, or the step does not repeat"
+    return (
+        f"Computed again, all losses are finite, the largest {images[0]['loss']:.3g}: the gradient overflowed on its "
+        "way back, or the step does not repeat"
+    )
 
 
 def _forget_tensors(folder: Path) -> None:
