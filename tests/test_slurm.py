@@ -198,6 +198,10 @@ def test_torchrun_knows_the_options_of_script_and_page():
         named = set(re.findall(r"--[a-z-]+", options))
         assert named
         assert named <= known
+    # Older versions have neither the option nor the variable, and an option that is not known ends torchrun.
+    if "--shutdown-timeout" in known:
+        waits = set(re.findall(r"export (TORCH_\w+)=", SCRIPT.read_text() + PAGE.read_text()))
+        assert {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"} == waits & set(re.findall(r"\w+", usage))
 
 
 def test_fastmae_knows_the_flags_of_the_page(capsys):
