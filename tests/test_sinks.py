@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,3 +215,16 @@ def test_time_left_is_short(seconds, text):
 def test_a_row_without_a_peak_has_no_mfu_on_the_terminal():
     (line,) = show({name: value for name, value in ROW.items() if name != "mfu"}, terminal=False)
     assert "images/s  data 3%" in line
+
+
+def test_what_a_picture_is_compared_with_is_said_once_on_the_terminal():
+    file = io.StringIO()
+    sink = Terminal(Console(file=file, width=100, soft_wrap=True), 0, 100)
+    for step, error in ((10, 0.5), (20, 0.25)):
+        values = {"crops_mse": error, "crops_mse_mean_color": 0.75}
+        sink.evaluate(step, values, {"reconstructions": Path(f"{step}.png")})
+        sink.evaluate(step, {"knn_top1": 0.5}, {})
+    assert file.getvalue().splitlines() == [
+        "step 10: crops_mse 0.5, crops_mse_mean_color 0.75, 10.png", "step 10: knn_top1 0.5",
+        "step 20: crops_mse 0.25, 20.png", "step 20: knn_top1 0.5",
+    ]  # fmt: skip

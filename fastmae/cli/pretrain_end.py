@@ -36,6 +36,7 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
         dtype=DTYPES[config.train.precision],
         names=names,
         num_rows=_ROWS,
+        when=f"after {trainer.step:,} steps",
     )
     weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
     rows = run.read_metrics()

@@ -31,6 +31,7 @@ def evaluate_sets(
     names: Mapping[str, Sequence[str]] | None = None,
     num_masks: int = 256,
     num_rows: int = 9,
+    when: str = "",
 ) -> dict[str, dict]:
     """Measure reconstructions of several sets of images beside two baselines on the same masks, and draw them.
 
@@ -48,6 +49,7 @@ def evaluate_sets(
         names: an image's name each, by heading, for the sets that have them.
         num_masks: at least so many (image, mask) pairs are averaged where 64 masks an image suffice for it.
         num_rows: most images of a set in the picture.
+        when: for the picture's title, in the manner of "after 400 steps".
 
     Returns:
         By heading: ``mse``, ``mse_mean_color``, ``mse_inverse_distance`` (pixels normalised with the model's mean and
@@ -59,7 +61,7 @@ def evaluate_sets(
         ValueError: an empty set, names that do not fit, or what :func:`reconstruct` refuses.
     """
     options = {"names": names, "num_masks": num_masks, "num_rows": num_rows}
-    return FixedSets(sets, mask_ratio=mask_ratio, seed=seed, **options).evaluate(model, path, dtype=dtype)
+    return FixedSets(sets, mask_ratio=mask_ratio, seed=seed, **options).evaluate(model, path, dtype=dtype, when=when)
 
 
 class FixedSets:
@@ -94,9 +96,8 @@ class FixedSets:
         """As :func:`evaluate_sets`.
 
         Args:
-            model, dtype: the same.
+            model, dtype, when: the same.
             path: None draws nothing, as on the ranks of a sharded model that only have to join its forward.
-            when: for the picture's title, in the manner of "after 400 steps".
         """
         summary, blocks = {}, []
         for heading, images in self._sets.items():

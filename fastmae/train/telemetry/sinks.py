@@ -167,6 +167,7 @@ class Terminal:
     def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
         self._console, self._total, self._deadline = console, total_steps, deadline
         self._begun, self._first = time.monotonic(), step
+        self._shown: dict[str, float] = {}
         self._progress: Progress | None = None
         if console.is_terminal:
             columns = (BarColumn(_BAR), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
@@ -194,7 +195,10 @@ class Terminal:
         return "  ".join([*parts, f"data {row['data_share']:.0%}", f"{_clock(left)} left"])
 
     def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        found = [f"{name} {value:.4g}" for name, value in values.items()] + [str(path) for path in pictures.values()]
+        # What a picture is compared with stays the same: said once.
+        shown = {name: v for name, v in values.items() if not pictures or self._shown.get(name) != v}
+        self._shown |= values
+        found = [f"{name} {value:.4g}" for name, value in shown.items()] + [str(path) for path in pictures.values()]
         self._console.print(f"step {step}: {', '.join(found)}", highlight=False)
 
     def close(self) -> None:
