@@ -5,6 +5,7 @@ import sys
 import traceback
 
 from fastmae.cli import main
+from fastmae.cli.output import flush_output
 
 
 def _run() -> int:
@@ -17,10 +18,9 @@ def _run() -> int:
     except Exception:
         traceback.print_exc()
         code = 1
+    flush_output()
     distributed = sys.modules.get("torch.distributed")
     if code and distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     return code
 

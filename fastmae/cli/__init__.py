@@ -17,6 +17,7 @@ import tyro
 
 from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
+from fastmae.cli.output import forgiving_output
 from fastmae.cli.plan import PlanConfig
 from fastmae.cli.said_once import rank_and_size, say_once, usage_once
 from fastmae.train.config import PretrainConfig, read_config
@@ -69,7 +70,8 @@ def _bench(defaults: PretrainConfig) -> BenchConfig:
 
 def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, PretrainConfig):
-        with StopRequest(quiet=rank_and_size()[0] != 0) as stop:  # before PyTorch is imported, which takes seconds
+        # Before PyTorch is imported, which takes seconds.
+        with StopRequest(quiet=rank_and_size()[0] != 0) as stop, forgiving_output():
             from fastmae.cli.pretrain import pretrain
 
             return pretrain(apply_flags(command, defaults, _given(argv)), stop)

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
 PREEMPTED = 75
@@ -70,4 +71,5 @@ class StopRequest:
         if self._quiet:
             return
         # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
-        os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
+        with suppress(OSError):  # what reads it may have got the same signal, and ended
+            os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
