@@ -16,7 +16,7 @@ from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
 from fastmae.train import compilation, parallel
 from fastmae.train.config import PretrainConfig, TrainConfig
-from fastmae.train.flags import validate
+from fastmae.train.flags import MOST_COMPILED_SIZES, validate
 from fastmae.train.parallel import Parallelism
 
 GRAPHS, NO_GRAPHS = ("reduce-overhead", "max-autotune"), ("default", "max-autotune-no-cudagraphs")
@@ -65,7 +65,12 @@ def test_a_mode_without_compilation_is_an_error():
 def compiled(monkeypatch):
     """What torch.compile is asked for; nothing is compiled."""
     calls = []
-    monkeypatch.setattr(torch, "compile", lambda target, **options: calls.append((target, options)) or target)
+
+    def compiles(target, *, recompile_limit=8, **options):
+        calls.append((target, options))
+        return target
+
+    monkeypatch.setattr(torch, "compile", compiles)
     return calls
 
 
@@ -78,10 +83,29 @@ def test_the_mode_reaches_the_compiler(compiled):
     assert model.cuda_graphs
 
 
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_blocks_may_have_graphs_for_eight_sizes(monkeypatch, has_argument):
+    limits = []
+
+    def with_argument(target, *, dynamic, mode, recompile_limit=8):
+        limits.append(recompile_limit)
+        return target
+
+    def without(target, *, dynamic, mode):
+        limits.append(torch.compiler.config.recompile_limit)
+        return target
+
+    monkeypatch.setattr(torch, "compile", with_argument if has_argument else without)
+    with torch.compiler.config.patch(recompile_limit=8):
+        compilation.compile_blocks(MaskedAutoencoderViT(**SMALL, seed=0), "default")
+        assert min(limits) >= 6 * MOST_COMPILED_SIZES
+        assert has_argument == (torch.compiler.config.recompile_limit == 8)
+
+
 def test_blocks_run_in_graphs_only_while_they_train(monkeypatch):
     model, used = MaskedAutoencoderViT(**SMALL, seed=0), []
 
-    def compiles(function, **options):
+    def compiles(function, *, recompile_limit=8, **options):
         return lambda *args, **kwargs: used.append(1) or function(*args, **kwargs)
 
     monkeypatch.setattr(torch, "compile", compiles)

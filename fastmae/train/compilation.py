@@ -107,5 +107,8 @@ def keep_gradients(model: nn.Module) -> None:
 
 
 def _graph_limit() -> dict[str, int]:
-    known = "recompile_limit" in inspect.signature(torch.compile).parameters
-    return {"recompile_limit": _BLOCK_GRAPHS} if known else {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": _BLOCK_GRAPHS}
+    # PyTorch 2.11 has one limit for the whole process: eight, which the blocks pass at the second size of images.
+    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, _BLOCK_GRAPHS)
+    return {}

@@ -61,8 +61,8 @@ class Ranks:
         if self.group is None:
             return Ranks()
         members = dist.get_process_group_ranks(self.group)
-        # PyTorch before 2.14 names a group that only its members make by how many groups there are: a name that comes
-        # again once one is closed, and with it the old addresses. So all make it together where all are in it.
+        # PyTorch 2.11 names a group that only its members make by how many groups there are: a name that comes again
+        # once one is closed, and with it the old addresses. So all make it together where all are in it.
         some = self.size < dist.get_world_size()
         options = {"backend": "gloo", "timeout": timedelta(seconds=timeout), "use_local_synchronization": some}
         ranks = Ranks(dist.new_group(members, **options))
