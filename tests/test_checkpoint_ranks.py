@@ -27,6 +27,7 @@ from fastmae.train.checkpoint import (
     BackgroundSaver,
     CheckpointError,
     Ranks,
+    background,
     consolidate,
     list_checkpoints,
     open_checkpoint,
@@ -415,3 +416,27 @@ def test_a_group_that_is_closed_may_be_made_again():
 
 def test_the_first_rank_may_take_longer_than_the_others_wait_otherwise():
     assert run_ranks(take_long, 2) == [("index", ["indexing"])] * 2
+
+
+def notice(rank: int, folder: Path) -> int:
+    """Looks until a save is seen to be done, of which the last rank learns late."""
+    written = background.write
+
+    def write_late(*args):
+        path = written(*args)
+        time.sleep(rank * LIMIT / 2)
+        return path
+
+    background.write = write_late
+    with Ranks.create() as ranks, BackgroundSaver(folder, ranks=ranks) as saver:
+        saver.save(1, {"w": torch.zeros(4)}, {})
+        looks = 1
+        while saver.poll() is None:
+            looks += 1
+            time.sleep(0.02)
+    return looks
+
+
+def test_ranks_notice_a_save_at_the_same_step(tmp_path):
+    first, second = run_ranks(notice, 2, tmp_path)
+    assert first == second > 1
