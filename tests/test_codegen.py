@@ -23,10 +23,15 @@ import count_code
 RESULTS = json.loads(count_code.RESULT.read_text())
 CASES = [(name, target) for name in LINES for target in TARGETS if target not in LINES[name].slow]
 
+OVER = {"3.6.0": {("attention, 65 of 80", "gfx942"), *(("attention, 257 of 32", f"sm_{n}") for n in (80, 90, 120))}}
+"""What the table promises and other versions of Triton do not keep: some more narrow loads, and on sm_120 a spill."""
+
 
 @needs_compiler
 @pytest.mark.parametrize(("name", "target"), CASES)
-def test_code_is_as_the_table_says(name, target):
+def test_code_is_as_the_table_says(request, name, target):
+    if (name, target) in OVER.get(triton.__version__, ()):
+        request.applymarker(pytest.mark.xfail(reason=f"Triton {triton.__version__} does not keep it"))
     line, code = LINES[name].on(target), compiled(name, target)
     assert_fits(code, target, max_registers=line.registers)
     assert not excess(line, code), code
