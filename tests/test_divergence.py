@@ -229,7 +229,8 @@ def test_one_step_may_be_enough_several_times_with_several_masks_passes_and_size
     assert rows[-1]["samples"] == 4 * (80 + len(rollbacks))
     # Whenever the images come again, they are named again.
     ids = permuted_ids(np.arange(rows[-1]["samples"]), IMAGES, SEED)[0]
-    folders = [tmp_path / f"run/non_finite/step-{r['first_step']}" for r in rollbacks]
+    folders = [Path(r["dump"]) for r in rollbacks]
+    assert [folder.name for folder in folders[:3]] == ["step-11", "step-13-2", "step-14-3"]
     named = [
         image["position"]
         for folder in folders
@@ -391,7 +392,10 @@ def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_pat
     trainer.run.close()
     text = str(caught.value)
     assert text.startswith("no finite gradient in steps 4 to 6; all were skipped. The first one's batch is in ")
-    assert f"{tmp_path}/run/non_finite/step-4: 8 images" in text
+    assert f"{tmp_path}/run/non_finite/step-4-3: 8 images" in text
+    # Each time another batch, of which nothing is lost.
+    dumps = [tmp_path / "run/non_finite" / name / "batch.json" for name in ("step-4", "step-4-2", "step-4-3")]
+    assert len({json.loads(path.read_text())["images"][0]["position"] // 8 for path in dumps}) == 3
     assert text.endswith(
         "The run has gone back 2 times, as often as --train.max-rollbacks allows. To go on, --resume with a larger one "
         "and with a lower --train.base-lr, --train.clip-grad 1.0"

@@ -64,6 +64,7 @@ def losses_by_mask(model: nn.Module, images: Tensor, masking: ops.Masking) -> Te
 def write_dump(
     parent: Path,
     step: int,
+    time: int,
     now: int,
     decode: Callable[[], Sequence[tuple[Batch, Plan]]],
     forward: Callable[[Batch], tuple[ops.Masking, Tensor]],
@@ -72,8 +73,9 @@ def write_dump(
     optimizer: torch.optim.Optimizer,
     ranks: Ranks,
 ) -> Dumped:
-    """Write ``non_finite/step-N/``: ``batch.json`` and a ``rank-R.safetensors`` for each rank; every rank calls it.
+    """Write ``non_finite/step-N/`` (``step-N-K/`` the K-th time); every rank calls it.
 
+    The folder has ``batch.json`` and a ``rank-R.safetensors`` for each rank.
     ``batch.json`` lists every image of the global batch, those whose loss is not finite first, then by falling loss,
     with position, id, path, epoch, label, crop box, flips, rank, row in the rank's file and loss; and says whether
     weights or moments are not finite. The tensor files have ``images`` (n, C, H, W) uint8, ``sample_ids``, ``epochs``,
@@ -82,6 +84,7 @@ def write_dump(
     Args:
         parent: the run folder.
         step: the step, counted from 1.
+        time: that the run goes back, counted from 1: it may be at the same step with other images.
         now: the step after which the weights are those that the losses are computed on.
         decode: makes this rank's batches of the step.
         forward: gives a batch's masks and their losses, float32 (N * R,); may use collectives.
@@ -89,8 +92,8 @@ def write_dump(
     Raises:
         CheckpointError: on all ranks alike, if any of them fails; there is then no folder of the step.
     """
-    folder = parent / FOLDER / f"step-{step}"
-    partial = folder.with_name(f".step-{step}.tmp")
+    folder = parent / FOLDER / (f"step-{step}" if time == 1 else f"step-{step}-{time}")
+    partial = folder.with_name(f".{folder.name}.tmp")
     decoded: list[tuple[Batch, Plan]] = []
 
     def begin() -> None:

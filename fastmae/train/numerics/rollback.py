@@ -109,7 +109,8 @@ def dump(trainer: Trainer, step: int) -> Dumped | None:
 
     state = trainer.dataset, trainer.model, trainer.optimizer, trainer.ranks
     try:
-        return write_dump(trainer.run.path, step, trainer.step, decode, forward, *state)
+        times = trainer.divergence.rollbacks + 1
+        return write_dump(trainer.run.path, step, times, trainer.step, decode, forward, *state)
     except LostRankError:
         raise
     except CheckpointError as error:
