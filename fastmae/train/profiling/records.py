@@ -63,6 +63,8 @@ class Recorder:
             self._synchronize()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Profiler won't be using warmup")
+            # PyTorch 2.11 says so of every profile; there is one cycle, so nothing is lost.
+            warnings.filterwarnings("ignore", "Warning: Profiler clears events")
             plan = schedule(wait=0, warmup=self._warmup, active=self._wanted, repeat=1)
             self.profiler = profile(activities=activities, schedule=plan)
             self.profiler.start()
