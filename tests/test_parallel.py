@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from parallel_training import GLOBAL_BATCH, IMG_SIZE, SEED, Case, Run, by_positi
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._pytree import tree_leaves
 
 from fastmae import ops
 from fastmae.layers import Block, Linear
@@ -88,6 +90,7 @@ def job(rank: int, images: Path, cases: list[Case]) -> dict:
         "initial": {mode: initial_weights(mode) for mode in ("fsdp", "hsdp")},
         "collectives": {mode: collectives(mode) for mode in ("ddp", "fsdp")},
         "dtypes": dtypes_in_bf16(),
+        "gathered": gathered_ahead(),
         "initialised": (dist.get_rank(), dist.get_world_size(), dist.get_backend()),
     }
 
@@ -120,6 +123,32 @@ def collectives(mode: str) -> list[dict[str, int]]:
             model(pixels, masking=masking, full_pred=False).loss.backward()
         counts.append({str(op).split(".")[-1]: count for op, count in counter.get_comm_counts().items()})
     return counts
+
+
+def gathered_ahead() -> dict[str, list[bool]]:
+    """Of each block when its forward begins and when its backward ends: whether the next one's weights are gathered."""
+    place = parallel.initialize("fsdp")
+    model = parallel.parallelize(parallel.construct(create, place), place, seed=SEED)
+    blocks, seen = [*model.blocks, *model.decoder_blocks], {"forward": [], "backward": []}
+
+    def look(direction: str, following: torch.nn.Module) -> None:
+        state = following._get_fsdp_state()
+        group = getattr(state, "_fsdp_param_group", None) or state._fsdp_param_groups[0]
+        seen[direction].append(group._all_gather_result is not None or group.is_unsharded)
+
+    def watch_input(before: torch.nn.Module, tensors: list) -> None:
+        next(t for t in tensors if isinstance(t, Tensor) and t.requires_grad).register_hook(
+            lambda gradient: look("backward", before)
+        )
+
+    for block, following in pairwise(blocks):
+        block.register_forward_pre_hook(lambda *_, following=following: look("forward", following))
+        following.register_forward_pre_hook(
+            lambda _, args, kwargs, block=block: watch_input(block, tree_leaves((args, kwargs))), with_kwargs=True
+        )
+    pixels = torch.zeros(2, 3, *IMG_SIZE, dtype=torch.uint8)
+    model(pixels, masking=ops.random_masking(2, 24, 0.75, seed=0), full_pred=False).loss.backward()
+    return seen
 
 
 def dtypes_in_bf16() -> list[tuple[torch.dtype, ...]]:
@@ -210,6 +239,13 @@ def test_meta_construction_gives_the_weights_of_a_single_process(request, group,
             whole = expected[name].detach()
             assert torch.equal(value, whole[start : start + len(value)] if is_shard else whole), name
         assert sum(value.numel() for is_shard, _, value in parts.values() if is_shard) > 0
+
+
+def test_weights_of_the_next_block_are_gathered_ahead(two):
+    for rank in two:
+        assert len(rank["gathered"]["forward"]) == len(rank["gathered"]["backward"]) == 5
+        assert all(rank["gathered"]["forward"]), rank["gathered"]
+        assert all(rank["gathered"]["backward"]), rank["gathered"]
 
 
 def test_accumulation_reduces_gradients_once(two):

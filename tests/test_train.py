@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import signal
 import traceback
@@ -328,3 +329,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert trainer.step == 2
+
+
+def test_a_step_can_be_read_at_a_glance():
+    assert len(inspect.getsource(loop.Trainer.train_step).splitlines()) < 25
