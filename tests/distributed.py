@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -151,15 +152,14 @@ def _run(
 
 
 def _wait(processes: list[BaseProcess], folder: Path, timeout: float) -> None:
-    deadline, first = time.monotonic() + timeout, None
+    deadline, failed = time.monotonic() + timeout, False
     while any(p.is_alive() for p in processes) and time.monotonic() < deadline:
-        if first is None and (failed := [r for r, p in enumerate(processes) if p.exitcode]):
-            first, deadline = failed[0], min(deadline, time.monotonic() + GRACE)
+        if not failed and any(p.exitcode for p in processes):
+            failed, deadline = True, min(deadline, time.monotonic() + GRACE)
         time.sleep(0.02)
-    if first is None:
-        first = next((r for r, p in enumerate(processes) if p.exitcode), None)
-    # A killed one was the first, whenever it was seen: the others have failed for want of it.
-    first = next((r for r, p in enumerate(processes) if p.exitcode == -signal.SIGKILL), first)
+    first = min(
+        (r for r, p in enumerate(processes) if p.exitcode), key=lambda r: _when(r, processes, folder), default=None
+    )
     if first is not None:
         raise RankError(_message(first, processes, folder), first, processes[first].exitcode)
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
@@ -169,6 +169,15 @@ def _wait(processes: list[BaseProcess], folder: Path, timeout: float) -> None:
         time.sleep(0.2)
         texts = "".join(f"\nrank {rank}:\n{_tail(folder / f'{rank}.log')}" for rank in late)
         raise RankError(f"ranks {late} did not end in {timeout:g} s{texts}", late[0], None)
+
+
+def _when(rank: int, processes: list[BaseProcess], folder: Path) -> float:
+    """For the order in which ranks failed. One that was killed was the first, the others have failed for want of it;
+    one that raised says so on the disk before its connections close."""
+    if processes[rank].exitcode == -signal.SIGKILL:
+        return -math.inf
+    error = folder / f"{rank}.error"
+    return error.stat().st_mtime_ns if error.exists() else math.inf
 
 
 def _message(first: int, processes: list[BaseProcess], folder: Path) -> str:
