@@ -71,8 +71,8 @@ class TrainConfig:
     shard_size: int | None = None
     """Processes that share one copy of the model with hsdp. None: those of a node."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Memory for time: what is computed again in the backward. selective: the blocks' attention, which spares two
-    fifths of the activations for about a tenth more time. full: the blocks, three quarters for a quarter."""
+    """Memory for work: what is computed again in the backward. selective: the blocks' attention, which spares two
+    fifths of the activations for about a tenth more operations. full: the blocks, three quarters for a quarter."""
     reshard_after_forward: bool = True
     """With fsdp and hsdp, free a block's gathered weights after its forward and gather them again for its backward.
     Off: faster for small models, which then take their whole memory."""
