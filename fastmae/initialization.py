@@ -23,8 +23,12 @@ def draw_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The initial value of a parameter, float32 on the CPU.
 
     Matrices (the patch projection flattened to one) are Xavier-uniform, biases zero, LayerNorm scales one, tokens
-    normal with a standard deviation of 0.02. The generator is keyed by ``(seed, parameter name)``, so that a
-    parameter's value does not hang on the order of construction, on the device, or on which process draws it.
+    normal with a standard deviation of 0.02. This is facebookresearch/mae's initialisation except for one vector: it
+    leaves the bias of the patch projection at ``nn.Conv2d``'s default, uniform within 1 / sqrt(patch values), because
+    its initialiser only visits linear layers. Here it is zero, as in ViT's official code, which the paper follows.
+
+    The generator is keyed by ``(seed, parameter name)``, so that a parameter's value does not depend on the order of
+    construction, on the device, or on which process draws it.
     """
     value = torch.empty(shape, device="cpu")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()

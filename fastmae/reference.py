@@ -172,7 +172,10 @@ class MaskedAutoencoder(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Xavier-uniform matrices (the patch projection is one), zero biases, normal(0.02) tokens (appendix A.1)."""
+        """Xavier-uniform matrices (the patch projection is one), zero biases, normal(0.02) tokens (appendix A.1).
+
+        facebookresearch/mae leaves the bias of the patch projection at Conv2d's default instead of zero.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))

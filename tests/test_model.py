@@ -144,6 +144,7 @@ def test_initialisation_is_the_papers():
     bound = (6 / (16 * 16 * 3 + 384)) ** 0.5
     assert 0.99 * bound < weight.abs().max() <= bound
     assert model.blocks[0].attn.qkv.bias.abs().max() == 0
+    assert model.patch_embed.proj.bias.abs().max() == 0  # unlike facebookresearch: see draw_parameter
     assert 0.018 < model.cls_token.std() < 0.022
 
 

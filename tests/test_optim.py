@@ -49,6 +49,21 @@ def test_schedule_is_upstreams_and_moves_every_step():
 
 def test_epochs_that_are_not_whole_steps_cover_every_sample():
     assert create_schedule(TRAIN, num_samples=650).total_steps == 102
+
+
+def test_steps_of_a_run_are_exact():
+    """In floating point 30 * (50,000 / 96) is above 15,625."""
+    for epochs, images, batch, steps in (
+        (30, 50_000, 96, 15_625),
+        (0.1, 1000, 100, 1),
+        (800, 1_281_167, 4096, 250_228),
+    ):
+        train = replace(TRAIN, epochs=epochs, warmup_epochs=0.05, global_batch_size=batch)
+        assert create_schedule(train, images).total_steps == steps
+        assert create_schedule(train, images).warmup_steps == pytest.approx(0.05 * images / batch)
+
+
+def test_a_run_in_steps_needs_no_warmup():
     assert create_schedule(replace(TRAIN, epochs=None, steps=7, warmup_epochs=None), 650).warmup_steps == 0
 
 

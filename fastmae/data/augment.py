@@ -17,10 +17,11 @@ Crop = Literal["random", "center", "fixed"]
 
 @dataclass(frozen=True)
 class Augment:
-    """Crop, flips and colour jitter; the defaults are those of He et al. 2022, appendix A.1.
+    """Crop, flips and colour jitter; the default is the paper's random resized crop (He et al. 2022, tables 1e and 8).
 
-    The rows of its Table 1e: "none" is ``crop="center", hflip=0``; "crop, fixed size" is ``crop="fixed"``; "crop, rand
-    size" is the default; "crop + color jit" is the default with ``color_jitter``, 0.4 being customary.
+    The paper does not give the crop's scale; 0.2 to 1 is that of facebookresearch/mae. The rows of table 1e: "none" is
+    ``crop="center", hflip=0``; "crop, fixed size" is ``crop="fixed"``; "crop, rand size" is the default; "crop + color
+    jit" is the default with ``color_jitter``, 0.4 being customary.
 
     Attributes:
         crop: ``"random"``, of random size and aspect ratio; ``"fixed"``, of the largest size that the training size's

@@ -27,7 +27,7 @@ class Reconstruction(NamedTuple):
     """bool (N, 1, H, W)."""
     mse: Tensor
     """(N,), mean over masked pixels and channels of the squared error of pixels normalised with the model's mean and
-    std: for a pixel-target model, the training loss (section 4 of the paper)."""
+    std: for a pixel-target model, the training loss (paper, section 3, "Reconstruction target")."""
     psnr: Tensor
     """(N,), decibels: 10 log10(1 / squared error in [0, 1] units), over masked pixels; at most 100."""
 

@@ -60,8 +60,8 @@ def random_masking(
     ascending, so that gathers walk memory in order; the encoder does not care. The strategies are those of He et al.
     2022, table 1f, on words of ``fastmae.ops.philox``, stream MASK:
 
-    - "random", the paper's own (section 3.1): each patch gets a 32-bit key, and the K smallest keys stay visible, ties
-      by patch index.
+    - "random", the paper's own (section 3, "Masking"): each patch gets a 32-bit key, and the K smallest keys stay
+      visible, ties by patch index.
     - "block", the block-wise masking of BEiT (Bao et al. 2022, algorithm 1): rectangles are masked until enough patches
       are. A rectangle's area is uniform between 16 patches (a twelfth of smaller grids, but at least 1) and what is
       left to mask; its aspect ratio is log-uniform in [0.3, 1 / 0.3], in 256 steps; it is cut to the grid and lies

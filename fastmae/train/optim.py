@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -39,13 +40,18 @@ def create_schedule(train: TrainConfig, num_samples: int) -> Schedule:
     Raises:
         ValueError: if the warm-up is not shorter than the run.
     """
-    steps_per_epoch = num_samples / train.global_batch_size  # batches straddle epochs, so this need not be whole
-    total = train.steps if train.steps is not None else math.ceil((train.epochs or 0) * steps_per_epoch)
+
+    def steps_in(epochs: float | None) -> Fraction:
+        # Batches straddle epochs, so an epoch need not be a whole number of steps. Floating point would round
+        # 30 epochs of 50,000 images in batches of 96 up to 15,626 steps instead of 15,625.
+        return Fraction(str(epochs or 0)) * num_samples / train.global_batch_size
+
+    total = train.steps if train.steps is not None else math.ceil(steps_in(train.epochs))
     if train.warmup_steps is not None:
         warmup, name, given = float(train.warmup_steps), "--train.warmup-steps", train.warmup_steps
     else:
         given = train.warmup_epochs or 0
-        warmup, name = given * steps_per_epoch, "--train.warmup-epochs"
+        warmup, name = float(steps_in(given)), "--train.warmup-epochs"
     if warmup >= total:
         raise ValueError(
             f"{name}: expected a warm-up shorter than the run of {total} steps, got {given} ({warmup:g} steps)"

@@ -29,7 +29,7 @@ class DataConfig:
     """Cropping (paper, table 1e). random: random resized crop, by scale and ratio. fixed: the short side resized to the
     image size, then a random crop. center: the same with the central crop, the paper's "none"."""
     scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the random crop as a share of the image's, smallest and largest."""
+    """Area of the random crop as a share of the image's, smallest and largest. 0.2 to 1: facebookresearch/mae's."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect ratio (width / height) of the random crop, smallest and largest."""
     hflip: float = 0.5
@@ -37,8 +37,8 @@ class DataConfig:
     vflip: float = 0.0
     """Probability of a vertical flip, for pictures that have no up and down: satellite, microscopy."""
     color_jitter: float = 0.0
-    """Strength of colour jitter: brightness, contrast and saturation change by factors up to 1 +- this. The paper finds
-    that it does not help (table 1e)."""
+    """Strength of colour jitter: brightness, contrast and saturation change by factors up to 1 +- this, and hue turns
+    by up to a quarter of this, as a share of the colour circle. The paper finds that it does not help (table 1e)."""
     progressive_sizes: tuple[int, ...] = ()
     """Image heights of successive equal shares of the run, each of whole passes over the images, widths in proportion;
     the last is the image size. Small images first make a run shorter: 160 192 224 (DailyMAE, Wu et al. 2024). Empty:

@@ -9,7 +9,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation, and how the run is logged and saved. The defaults are Table 8 of the paper."""
+    """Optimisation, and how the run is logged and saved. The defaults are Table 8 of the paper,
+    except for length and warm-up, which the recipe sets."""
 
     global_batch_size: int = 4096
     """Masked images that one optimiser step averages over, an image masked several times counted as many times. The
