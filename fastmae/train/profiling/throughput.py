@@ -3,6 +3,9 @@
 The three are measured in turn, round by round, so that a busy moment hits all alike. Before each turn the loader's
 queue is full and nobody works; batches that were ready already are not counted. On a GPU the host waits for it at the
 ends of a turn and nowhere in between.
+
+Each round also times a large matrix product in the run's precision: the peak that MFU is a share of, at the same moment
+and with the same threads. Where products are faster in the other of fp32 and bf16, each round trains in that one too.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,9 +23,11 @@ import torch
 from fastmae.data import Batch, Loader
 from fastmae.train.config import PretrainConfig
 from fastmae.train.loop import Trainer
+from fastmae.train.parallel import DTYPES
 from fastmae.train.profiling.breakdown import Breakdown
 from fastmae.train.profiling.kinds import IDLE
 from fastmae.train.profiling.records import Recorder
+from fastmae.train.telemetry.peak import matmul_flops
 
 Phase = Literal["loader", "model", "both"]
 PHASES: tuple[Phase, ...] = ("loader", "model", "both")
@@ -29,6 +36,8 @@ _ROUNDS, _MIN_ROUNDS = 5, 2
 _READY_BEYOND_PREFETCH = 3
 """A loader's queue is not all that it has ready: DALI has one of its own, and a batch is in the making."""
 _MAX_STEPS = 4096
+_PROBE, _SLOW = 384, 2e10
+"""Size of a short matrix product, and FLOP/s below which a CPU is not asked for large ones."""
 _RECORDED_STEPS, _RECORDED_SHARE = 5, 0.2
 """Steps whose time is broken down, and the share of the measuring that they may take; at least two."""
 
@@ -90,6 +99,9 @@ class Throughput:
         cores: processors that this process may use.
         loader_cpu_seconds: processor time of the loader for a decoded image, round by round.
         breakdown: where the time of a step goes, loader and model together; recording makes the step a little slower.
+        matmul_flops: FLOP/s of a large matrix product in the run's precision, round by round.
+        other_precision: the one of fp32 and bf16 that the run does not use, where it was measured; else None.
+        other_turns: of the model alone in that precision, round by round.
     """
 
     decoded: int
@@ -100,6 +112,9 @@ class Throughput:
     turns: dict[Phase, list[Turn]] = field(default_factory=lambda: {phase: [] for phase in PHASES})
     loader_cpu_seconds: list[float] = field(default_factory=list)
     breakdown: Breakdown | None = None
+    matmul_flops: list[float] = field(default_factory=list)
+    other_precision: str | None = None
+    other_turns: list[Turn] = field(default_factory=list)
 
     def rates(self, phase: Phase) -> list[float]:
         """Images a second, round by round: decoded ones for the loader, masked ones else."""
@@ -114,6 +129,11 @@ class Throughput:
         masks = self.masked / self.decoded
         rounds = zip(*map(self.rates, PHASES), strict=True)
         return statistics.median(both / min(loader * masks, model) for loader, model, both in rounds)
+
+    def other_speedup(self) -> float:
+        """Rate of the model alone in the other precision over its rate in the run's, the median within rounds."""
+        pairs = zip(self.other_turns, self.turns["model"], strict=True)
+        return statistics.median(a.batches / a.seconds * b.seconds / b.batches for a, b in pairs)
 
     def wait_share(self) -> float:
         """Share of the time, loader and model together, that the trainer waits for a batch."""
@@ -154,6 +174,11 @@ def _measure(trainer: Trainer, feed: Feed, seconds: float) -> Throughput:
     found = Throughput(decoded, train.global_batch_size, loader.kind, loader.options.num_threads, loader.options.cores)
     batch = next(feed)
     one = {phase: _warm_up(trainer, feed, batch, phase) for phase in PHASES}
+    other = found.other_precision = _faster_precision(trainer)
+    if other is not None:
+        with _computing_in(trainer, other):
+            one_other = _warm_up(trainer, feed, batch, "model")
+    size = _product_size(trainer)
     ready = feed.loader.options.prefetch + _READY_BEYOND_PREFETCH
     spent = sum(one.values())
     rounds = int(max(_MIN_ROUNDS, min(_ROUNDS, seconds / max(spent, 1e-6))))
@@ -164,10 +189,40 @@ def _measure(trainer: Trainer, feed: Feed, seconds: float) -> Throughput:
             ahead = 0 if phase == "model" else max(1, min(ready, int(0.4 * share / one[phase])))
             batches = max(1, min(_MAX_STEPS // 2, math.ceil(0.8 * share / one[phase]) - ahead))
             feed.resident = batch if phase == "model" else None
-            _take_turn(trainer, feed, phase, ahead, batches, found)
+            found.turns[phase].append(_take_turn(trainer, feed, phase, ahead, batches, found))
+            if phase == "model":
+                found.matmul_flops.append(matmul_flops(trainer.device, trainer.dtype, rounds=3, size=size))
+            if phase == "model" and other is not None:
+                batches = max(1, min(_MAX_STEPS // 2, math.ceil(0.8 * share / one_other)))
+                with _computing_in(trainer, other):
+                    found.other_turns.append(_take_turn(trainer, feed, phase, 0, batches, found))
             trainer.reporter.values.take()
     found.breakdown = _record(trainer, feed, min(_RECORDED_STEPS, int(_RECORDED_SHARE * seconds / one["both"])))
     return found
+
+
+def _product_size(trainer: Trainer) -> int | None:
+    """Where a CPU has no instructions for a dtype, a large product takes seconds, and a small one is as fast."""
+    on_cpu = trainer.device.type == "cpu"
+    return _PROBE if on_cpu and matmul_flops(trainer.device, trainer.dtype, 1, _PROBE) < _SLOW else None
+
+
+def _faster_precision(trainer: Trainer) -> str | None:
+    """The other of fp32 and bf16 if matrix products are faster in it, so that it is worth training in."""
+    other = {torch.float32: "bf16", torch.bfloat16: "fp32"}.get(trainer.dtype)
+    if other is None or trainer.config.train.compile:  # compiling for it takes longer than all that is measured
+        return None
+    own, others = (matmul_flops(trainer.device, dtype, 3, _PROBE) for dtype in (trainer.dtype, DTYPES[other]))
+    return other if others > own else None
+
+
+@contextmanager
+def _computing_in(trainer: Trainer, precision: str) -> Iterator[None]:
+    own, trainer.dtype = trainer.dtype, DTYPES[precision]
+    try:
+        yield
+    finally:
+        trainer.dtype = own
 
 
 def _record(trainer: Trainer, feed: Feed, steps: int) -> Breakdown:
@@ -202,7 +257,7 @@ def _warm_up(trainer: Trainer, feed: Feed, batch: Batch, phase: Phase) -> float:
     return max((time.perf_counter() - begun) / count, 1e-5)
 
 
-def _take_turn(trainer: Trainer, feed: Feed, phase: Phase, ahead: int, batches: int, found: Throughput) -> None:
+def _take_turn(trainer: Trainer, feed: Feed, phase: Phase, ahead: int, batches: int, found: Throughput) -> Turn:
     settle(trainer.device)
     cpu_begun = time.process_time()
     _run(trainer, feed, phase, ahead)
@@ -211,13 +266,13 @@ def _take_turn(trainer: Trainer, feed: Feed, phase: Phase, ahead: int, batches: 
     _run(trainer, feed, phase, batches)
     _synchronize(trainer.device)
     elapsed = time.perf_counter() - begun
-    busy = (time.process_time() - cpu) / elapsed
-    found.turns[phase].append(Turn(batches, elapsed, feed.waited - waited, busy))
+    turn = Turn(batches, elapsed, feed.waited - waited, (time.process_time() - cpu) / elapsed)
     if phase == "loader":
         settle(trainer.device)
         # From a full queue to a full queue as many images are made as are taken.
         cost = (time.process_time() - cpu_begun) / ((ahead + batches) * found.decoded)
         found.loader_cpu_seconds.append(cost)
+    return turn
 
 
 def _run(trainer: Trainer, feed: Feed, phase: Phase, count: int) -> None:

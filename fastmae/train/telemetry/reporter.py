@@ -9,6 +9,7 @@ A row is of the steps of an interval. Besides what the trainer knows it has
 - ``images_per_second`` (masked ones), ``step_time`` (seconds), ``tflops_per_second``: of all ranks together, with
   everything that was between the steps, checkpoints and pictures as well;
 - ``mfu``: these FLOPs over what large matrix products would reach on all ranks in the time, as measured at the start;
+  at most 1, also where the device was busy then, or emulates the precision, so that steps are faster than that;
 - ``data_time`` (seconds a step), ``data_share``: waiting for images, of the rank that waits longest;
 - ``peak_memory_gib`` (of a GPU, since the start), ``host_memory_gib``: of the rank that holds most;
 - with several ranks ``data_time_*`` and ``block_time_*``, seconds, for min, median, max, max_rank and max_host: each
@@ -132,7 +133,7 @@ class Reporter:
             rate = self._flops / (steps * row["step_time"])
             row["tflops_per_second"] = rate / 1e12
             if self._peak:
-                row["mfu"] = rate / self._peak
+                row["mfu"] = min(1.0, rate / self._peak)
         self._rows.append((row, self.values.take(), self._rank_values.share(row)))
         self.start(row["step"])
         self.flush(pending=self._late)
