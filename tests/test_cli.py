@@ -70,11 +70,14 @@ def test_pretrain_leaves_a_complete_folder(run, images):
 def test_predictions_that_are_not_finite_are_said_and_leave_valid_json(images, tmp_path, capsys):
     out = tmp_path / "run"
     flags = [*FLAGS.split(), "--train.steps", "2", "--train.base-lr", "1e38", "--report.picture-every-steps", "2"]
+    flags += ["--model.mask-strategy", "block"]
     assert main(["pretrain", "--out", str(out), "--data.path", str(images), *flags]) == 0
     printed = capsys.readouterr()
     assert "WARNING: THE MODEL'S PREDICTIONS ARE NOT FINITE" in printed.err
     text = (out / "evaluations.jsonl").read_text() + (out / "summary.json").read_text()
     assert '"crops_mse": null' in text
+    assert text.count('"mask_strategy": "block"') == 2
+    assert "block masks: error" in printed.out
     assert "NaN" not in text
 
 

@@ -37,12 +37,12 @@ class Oracle(MaskedAutoencoderViT):
     shift = 0.0
 
     def forward(self, images, mask_ratio=0.75, *, noise=None, masking=None, full_pred=True):
-        assert not full_pred
         assert not self.training
         if images.dtype == torch.uint8:
             images = (images.float() / 255 - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
         target = self.patchify(images)
-        target = target.gather(1, masking.ids_mask[..., None].expand(-1, -1, target.shape[-1]))
+        if not full_pred:
+            target = target.gather(1, masking.ids_mask[..., None].expand(-1, -1, target.shape[-1]))
         if self.norm_pix_loss:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return MAEOutput(torch.zeros(()), target + self.shift, masking.mask)
@@ -161,6 +161,23 @@ def test_bfloat16_runs_under_autocast_and_reports_float32():
     assert result.mse.isfinite().all()
 
 
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_visible_patches_as_predicted_leave_the_errors_alone(norm_pix_loss):
+    images, masking = pictures(), masks()
+    model = oracle(norm_pix_loss)
+    perfect = reconstruct(model, images, masking, visible="predicted")
+    torch.testing.assert_close(perfect.reconstruction, images / 255, rtol=0, atol=2e-3)
+    model.shift = 0.5
+    pasted, predicted = (reconstruct(model, images, masking, visible=how) for how in ("pasted", "predicted"))
+    torch.testing.assert_close(predicted.mse, pasted.mse)
+    seen = pasted.visible.expand_as(pasted.original)
+    assert torch.equal(pasted.reconstruction[seen], pasted.original[seen])
+    assert (predicted.reconstruction - predicted.original)[seen].abs().min() > 0
+    torch.testing.assert_close(predicted.reconstruction[~seen], pasted.reconstruction[~seen])
+    with pytest.raises(ValueError, match="visible: expected 'pasted' or 'predicted', got 'shown'"):
+        reconstruct(model, images, masking, visible="shown")
+
+
 def visible_pixels(n=2, size=(12, 20)):
     visible = torch.rand(n, 1, *size) > 0.7
     visible[..., 0, 0] = True
@@ -241,6 +258,39 @@ def test_summary_averages_over_every_image_and_mask(tmp_path):
         assert numbers[name] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("strategy", "said"), [("block", "75 % of patches masked in blocks"), ("grid", "in a grid")])
+def test_masks_are_of_the_strategy_and_the_figure_says_so(tmp_path, monkeypatch, strategy, said):
+    text = {}
+    monkeypatch.setattr("fastmae.evaluate.sets.draw", lambda blocks, path, **options: text.update(options))
+    model, images = tiny(img_size=(32, 64)), pictures(3, size=(32, 64))
+    options = {"mask_ratio": 0.75, "seed": 3, "path": tmp_path / "a.png", "num_masks": 3}
+    numbers = evaluate_sets(model, {"a": images}, mask_strategy=strategy, **options)["a"]
+    masking = ops.random_masking(3, 64, 0.75, seed=3, strategy=strategy, grid_size=(8, 8))
+    assert numbers["mse"] == pytest.approx(float(reconstruct(model, images, masking).mse.mean()), rel=1e-5)
+    assert numbers["mask_strategy"] == strategy
+    assert said in text["title"]
+
+
+def test_many_bands_are_stretched_each_and_named(tmp_path, monkeypatch):
+    """Bands that lie in small parts of [0, 1] fill the range of what is drawn; masked patches stay grey."""
+    said = {}
+    monkeypatch.setattr("fastmae.evaluate.sets.draw", lambda blocks, path, **text: said.update(text, b=blocks))
+    ramp = torch.linspace(0, 1, 24 * 32).view(24, 32)
+    images = torch.stack([0.1 * band + 0.05 * ramp for band in range(5)])[None]
+    options = {"mask_ratio": 0.75, "seed": 0, "path": tmp_path / "a.png", "num_masks": 1}
+    evaluate_sets(tiny(5), {"a": images}, bands=(3, 0, 4), **options)
+    (row, *_) = said["b"][0].rows
+    assert row.original.shape == (3, 24, 32)
+    torch.testing.assert_close(row.original, ((ramp - 0.02) / 0.96).expand(3, -1, -1), rtol=0, atol=1e-3)
+    masked = (row.masked == 0.5).all(0)
+    assert masked.float().mean() == 0.75
+    assert torch.equal(row.masked[:, ~masked], row.original[:, ~masked])
+    assert torch.equal(row.reconstruction[:, ~masked], row.original[:, ~masked])
+    assert "Bands 3, 0, 4 as red, green, blue (of 0 to 4), stretched from the 2% to the 98%" in said["note"]
+    with pytest.raises(ValueError, match=r"bands: expected one or three of the channels 0 to 4, got \(0, 5, 1\)"):
+        evaluate_sets(tiny(5), {"a": images}, bands=(0, 5, 1), **options)
+
+
 def test_sets_looked_at_again_have_the_same_baselines_each_its_own(tmp_path):
     sets = {"a": pictures(3), "b": pictures(2) // 2}
     options = {"mask_ratio": 0.5, "seed": 3, "num_masks": 6}
@@ -297,3 +347,6 @@ def test_the_figure_says_how_normalised_pixels_became_colours(norm_pix_loss, tmp
     assert "75 %" in said["title"]
     assert said["b"][0].rows[0].caption.startswith("mask 75 %, error ")
     assert f"{summary['a']['mse']:.3f}" in said["b"][0].text
+    options = {"mask_ratio": 0.75, "seed": 0, "num_masks": 2, "num_rows": 1}
+    evaluate_sets(model, {"a": pictures(2)}, path=tmp_path / "a.png", **options)
+    assert "over 2 images (1 shown)." in said["b"][0].text

@@ -80,7 +80,9 @@ class Pictures(Observer):
     def _read(self) -> None:
         if self._looks:
             sets, names = reconstruction_sets(self._config, self._dataset, _CROPS)
-            options = {"mask_ratio": self._config.model.mask_ratio, "seed": self._config.train.seed, "names": names}
+            model = self._config.model
+            options = {"mask_ratio": model.mask_ratio, "mask_strategy": model.mask_strategy}
+            options |= {"seed": self._config.train.seed, "names": names}
             self._sets = FixedSets(sets, **options, num_masks=_MASKS, num_rows=_CROPS)
 
     def after_step(self, trainer: Trainer) -> None:

@@ -31,6 +31,7 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
         model,
         sets,
         mask_ratio=config.model.mask_ratio,
+        mask_strategy=config.model.mask_strategy,
         seed=config.train.seed,
         path=picture,
         dtype=DTYPES[config.train.precision],
@@ -61,8 +62,8 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
         console.print(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {run.path / 'bad_files.jsonl'}")
     for name, values in errors.items():
         console.print(
-            f"{name}: error {values['mse']:.3f}  (mean colour {values['mse_mean_color']:.3f}, "
-            f"inverse distance {values['mse_inverse_distance']:.3f})"
+            f"{name}, {values['mask_strategy']} masks: error {values['mse']:.3f}  "
+            f"(mean colour {values['mse_mean_color']:.3f}, inverse distance {values['mse_inverse_distance']:.3f})"
         )
     console.print(f"Weights: {weights}\nPicture: {picture}")
     if not all(math.isfinite(values["mse"]) for values in errors.values()):

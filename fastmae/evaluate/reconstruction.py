@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastmae import ops
 
 _PLAUSIBLE = (-0.25, 1.25)  # de-normalised pixels; bicubic resizing overshoots [0, 1] by a few hundredths
+Visible = Literal["pasted", "predicted"]
 _SMALLEST_ERROR = 1e-10  # keeps the PSNR of a perfect copy at 100 dB instead of infinity, which JSON cannot hold
 
 
@@ -22,7 +23,8 @@ class Reconstruction(NamedTuple):
     masked: Tensor
     """(N, C, H, W), masked patches grey."""
     reconstruction: Tensor
-    """(N, C, H, W), visible patches as they were, masked ones as predicted; predictions are not clamped."""
+    """(N, C, H, W), masked patches as predicted, visible ones as they were or as predicted; predictions are not
+    clamped."""
     visible: Tensor
     """bool (N, 1, H, W)."""
     mse: Tensor
@@ -34,7 +36,12 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module, images: Tensor, masking: ops.Masking, *, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    images: Tensor,
+    masking: ops.Masking,
+    *,
+    dtype: torch.dtype = torch.float32,
+    visible: Visible = "pasted",
 ) -> Reconstruction:
     """Fill in the masked patches of some images.
 
@@ -47,6 +54,8 @@ def reconstruct(
             device.
         masking: of the N images, one mask each.
         dtype: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16`` to run the model under autocast.
+        visible: how visible patches look in the reconstruction: ``"pasted"`` from the image, or ``"predicted"`` as in
+            the paper's figures, which is blurred since the loss does not train it. Errors are the same.
 
     Raises:
         ValueError: the model has no decoder, or an argument does not fit the model.
@@ -61,11 +70,14 @@ def reconstruct(
         )
     if len(masking.mask) != len(images):
         raise ValueError(f"masking: expected one mask for each of {len(images)} images, got {len(masking.mask)} masks")
+    if visible not in get_args(Visible):
+        raise ValueError(f"visible: expected 'pasted' or 'predicted', got {visible!r}")
+    whole = visible == "predicted"
     was_training = model.training
     model.eval()
     try:
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            pred = model(images, masking=masking, full_pred=False).pred.float()
+            pred = model(images, masking=masking, full_pred=whole).pred.float()
     finally:
         model.train(was_training)
 
@@ -78,22 +90,22 @@ def reconstruct(
         original = model.unpatchify(target * std + mean)
         _warn_if_implausible(original, images)
 
-    where = masking.ids_mask[..., None].expand_as(pred)
+    where = masking.ids_mask[..., None].expand(-1, -1, target.shape[-1])
     if model.norm_pix_loss:
-        masked_target = target.gather(1, where)
-        variance = masked_target.var(-1, keepdim=True)
-        pred = pred * (variance + 1e-6).sqrt() + masked_target.mean(-1, keepdim=True)
-    filled = model.unpatchify(target.scatter(1, where, pred) * std + mean)
+        predicted_target = target if whole else target.gather(1, where)
+        variance = predicted_target.var(-1, keepdim=True)
+        pred = pred * (variance + 1e-6).sqrt() + predicted_target.mean(-1, keepdim=True)
+    filled = model.unpatchify((pred if whole else target.scatter(1, where, pred)) * std + mean)
 
-    visible = _visible_pixels(model, masking)
-    reconstruction = original.where(visible, filled)
+    seen = _visible_pixels(model, masking)
+    reconstruction = filled if whole else original.where(seen, filled)
     return Reconstruction(
         original=original,
-        masked=original.where(visible, 0.5),
+        masked=original.where(seen, 0.5),
         reconstruction=reconstruction,
-        visible=visible,
-        mse=masked_error(reconstruction, original, visible, model.std.view(1, -1, 1, 1)),
-        psnr=masked_psnr(reconstruction, original, visible),
+        visible=seen,
+        mse=masked_error(reconstruction, original, seen, model.std.view(1, -1, 1, 1)),
+        psnr=masked_psnr(reconstruction, original, seen),
     )
 
 

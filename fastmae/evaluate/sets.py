@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from fastmae import ops
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
 from fastmae.evaluate.figure import Block, Row, draw
-from fastmae.evaluate.reconstruction import Reconstruction, masked_error, masked_psnr, reconstruct
+from fastmae.evaluate.reconstruction import Reconstruction, Visible, masked_error, masked_psnr, reconstruct
 
 _BATCH = 32
 _MOST_MASKS = 64
 _FEWEST_ROWS = 3
+_QUANTILES = (0.02, 0.98)
+"""Of a band's original pixels; what lies between is shown from black to white."""
+_STRATEGIES = {"random": "at random", "block": "in blocks", "grid": "in a grid"}
 _BASELINES = {"_mean_color": fill_mean_color, "_inverse_distance": fill_inverse_distance}
 
 
@@ -32,6 +35,9 @@ def evaluate_sets(
     num_masks: int = 256,
     num_rows: int = 9,
     when: str = "",
+    mask_strategy: str = "random",
+    visible: Visible = "pasted",
+    bands: Sequence[int] = (0, 1, 2),
 ) -> dict[str, dict]:
     """Measure reconstructions of several sets of images beside two baselines on the same masks, and draw them.
 
@@ -50,17 +56,22 @@ def evaluate_sets(
         num_masks: at least so many (image, mask) pairs are averaged where 64 masks an image suffice for it.
         num_rows: most images of a set in the picture.
         when: for the picture's title, in the manner of "after 400 steps".
+        mask_strategy: of :func:`fastmae.ops.random_masking`.
+        visible: as for :func:`reconstruct`.
+        bands: of images with more than three channels, the ones (counted from 0) that are drawn as red, green and
+            blue, or the one that is drawn grey. Each is stretched from its 2nd to its 98th percentile in the original.
 
     Returns:
         By heading: ``mse``, ``mse_mean_color``, ``mse_inverse_distance`` (pixels normalised with the model's mean and
-        std), ``psnr``, ``psnr_mean_color``, ``psnr_inverse_distance`` (decibels), ``num_images``, ``masks_per_image``,
-        ``mask_ratio``, ``denormalized_with_target_statistics``; for a set with names also ``images``, a list of
-        ``name`` and the first six for each image. Plain Python numbers.
+        std), ``psnr``, ``psnr_mean_color``, ``psnr_inverse_distance`` (decibels), ``num_images``, ``num_shown``,
+        ``masks_per_image``, ``mask_ratio``, ``mask_strategy``, ``denormalized_with_target_statistics``; for a set with
+        names also ``images``, a list of ``name`` and the first six for each image. Plain Python numbers.
 
     Raises:
         ValueError: an empty set, names that do not fit, or what :func:`reconstruct` refuses.
     """
     options = {"names": names, "num_masks": num_masks, "num_rows": num_rows}
+    options |= {"mask_strategy": mask_strategy, "visible": visible, "bands": bands}
     return FixedSets(sets, mask_ratio=mask_ratio, seed=seed, **options).evaluate(model, path, dtype=dtype, when=when)
 
 
@@ -79,6 +90,9 @@ class FixedSets:
         names: Mapping[str, Sequence[str]] | None = None,
         num_masks: int = 256,
         num_rows: int = 9,
+        mask_strategy: str = "random",
+        visible: Visible = "pasted",
+        bands: Sequence[int] = (0, 1, 2),
     ) -> None:
         self._sets, self._names = sets, {heading: list((names or {}).get(heading, [])) for heading in sets}
         for heading, images in sets.items():
@@ -87,7 +101,11 @@ class FixedSets:
                 raise ValueError(f"sets[{heading!r}]: expected at least one image, got none")
             if labels and len(labels) != len(images):
                 raise ValueError(f"names[{heading!r}]: expected {len(images)} names, one an image, got {len(labels)}")
+            last = images.shape[1] - 1
+            if last > 2 and not (len(bands) in (1, 3) and all(0 <= band <= last for band in bands)):
+                raise ValueError(f"bands: expected one or three of the channels 0 to {last}, got {tuple(bands)}")
         self._mask_ratio, self._seed, self._num_masks, self._num_rows = mask_ratio, seed, num_masks, num_rows
+        self._strategy, self._visible, self._bands = mask_strategy, visible, list(bands)
         self._baselines: dict[str, dict[str, Tensor]] = {}
 
     def evaluate(
@@ -105,8 +123,10 @@ class FixedSets:
             errors, draws, rows = self._measure(model, heading, dtype)
             numbers = {metric: float(values.mean()) for metric, values in errors.items()} | {
                 "num_images": len(images),
+                "num_shown": min(len(rows), len(images)),
                 "masks_per_image": draws,
                 "mask_ratio": self._mask_ratio,
+                "mask_strategy": self._strategy,
                 "denormalized_with_target_statistics": bool(model.norm_pix_loss),
             }
             if labels:
@@ -118,17 +138,28 @@ class FixedSets:
             summary[heading] = numbers
             blocks.append(Block(heading[:1].upper() + heading[1:], _describe(numbers), rows))
         if path is not None:
-            self._draw(blocks, path, when, model.norm_pix_loss)
+            self._draw(blocks, path, when, model)
         return summary
 
-    def _draw(self, blocks: list[Block], path: Path | str, when: str, normalized: bool) -> None:
-        note = "De-normalised with the target patches' own mean and standard deviation. " if normalized else ""
+    def _draw(self, blocks: list[Block], path: Path | str, when: str, model: nn.Module) -> None:
+        note = ""
+        if model.norm_pix_loss:
+            note = "De-normalised with the target patches' own mean and standard deviation. "
+        if model.in_chans > 3:
+            shown = ", ".join(map(str, self._bands))
+            shown = f"Band {shown}" if len(self._bands) == 1 else f"Bands {shown} as red, green, blue"
+            low, high = _QUANTILES
+            note += f"{shown} (of 0 to {model.in_chans - 1}), stretched from the {low:.0%} to the {high:.0%} quantile. "
+        if self._visible == "pasted":
+            note += "Visible patches are pasted."
+        else:
+            note += "Visible patches are shown as predicted, which the loss does not train."
         draw(
             blocks,
             path,
-            title=f"{' '.join(['Masked autoencoder', when]).strip()}, {100 * self._mask_ratio:g} % of patches masked",
-            note=f"{note}Visible patches are pasted. Error: mean squared, masked patches only, pixels in units of the "
-            "data's standard deviation.",
+            title=f"{' '.join(['Masked autoencoder', when]).strip()}, {100 * self._mask_ratio:g} % of patches masked "
+            f"{_STRATEGIES[self._strategy]}",
+            note=f"{note} Error: mean squared, masked patches only, pixels in units of the data's standard deviation.",
         )
 
     def _measure(self, model: nn.Module, heading: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, list[Row]]:
@@ -144,14 +175,15 @@ class FixedSets:
             for start in range(0, len(images), _BATCH):
                 batch = images[start : start + _BATCH].to(model.mean.device)
                 masking = self._masking(model, start, len(batch), some)
-                result = reconstruct(model, batch.repeat(len(some), 1, 1, 1), masking, dtype=dtype)
+                repeated = batch.repeat(len(some), 1, 1, 1)
+                result = reconstruct(model, repeated, masking, dtype=dtype, visible=self._visible)
                 errors = {"mse": result.mse, "psnr": result.psnr}
                 if heading not in self._baselines:
                     errors |= _baseline_errors(result, model.std)
                 for metric, values in errors.items():
                     drawn.setdefault(metric, []).append(values.double().cpu())
                 if missing := num_rows - len(rows):
-                    rows += rows_of(Reconstruction(*(part[:missing] for part in result)))
+                    rows += rows_of(Reconstruction(*(part[:missing] for part in result)), self._bands)
         means = {metric: torch.cat(values).view(draws, len(images)).mean(0) for metric, values in drawn.items()}
         own = {metric: means.pop(metric) for metric in ("mse", "psnr")}
         return own | self._baselines.setdefault(heading, means), draws, rows
@@ -162,13 +194,21 @@ class FixedSets:
         ids = torch.arange(start, start + count, device=device)
         length, ratio = model.num_patches, self._mask_ratio
         options = {"seed": self._seed, "sample_ids": ids, "device": device}
+        options |= {"strategy": self._strategy, "grid_size": model.grid_size}
         parts = [ops.random_masking(count, length, ratio, draw=draw_index, **options) for draw_index in draws]
         return ops.Masking(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
 
 
-def rows_of(result: Reconstruction) -> list[Row]:
-    """The images of a reconstruction as rows of a figure."""
-    pictures = zip(result.masked.cpu(), result.reconstruction.cpu(), result.original.cpu(), strict=True)
+def rows_of(result: Reconstruction, bands: Sequence[int] = (0, 1, 2)) -> list[Row]:
+    """The images of a reconstruction as rows of a figure; ``bands`` as for :func:`evaluate_sets`."""
+    masked, reconstruction, original = result.masked, result.reconstruction, result.original
+    if original.shape[1] > 3:
+        reconstruction, original = reconstruction[:, list(bands)], original[:, list(bands)]
+        low, high = original.flatten(2).quantile(original.new_tensor(_QUANTILES), 2)[..., None, None]
+        span = (high - low).clamp_min(1e-3)  # noise of a constant band stays noise
+        reconstruction, original = (reconstruction - low) / span, (original - low) / span
+        masked = original.where(result.visible, 0.5)
+    pictures = zip(masked.cpu(), reconstruction.cpu(), original.cpu(), strict=True)
     hidden = 1 - result.visible.float().mean((1, 2, 3))
     errors = zip(hidden.tolist(), result.mse.tolist(), result.psnr.tolist(), strict=True)
     captions = [f"mask {100 * ratio:.0f} %, error {mse:.3f}, {psnr:.1f} dB" for ratio, mse, psnr in errors]
@@ -188,6 +228,8 @@ def _baseline_errors(result: Reconstruction, std: Tensor) -> dict[str, Tensor]:
 def _describe(numbers: dict) -> str:
     count = f"{numbers['num_images']} image{'s' if numbers['num_images'] > 1 else ''}"
     masks = f" x {numbers['masks_per_image']} masks" if numbers["masks_per_image"] > 1 else ""
+    if numbers["num_shown"] < numbers["num_images"]:
+        count += f" ({numbers['num_shown']} shown)"
     return (
         f"Error {numbers['mse']:.3f} ({numbers['psnr']:.1f} dB) over {count}{masks}. Without a model, same masks: "
         f"mean visible colour {numbers['mse_mean_color']:.3f}, inverse-distance filling "
