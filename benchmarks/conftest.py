@@ -1,10 +1,11 @@
-"""Options and fixtures of the benchmarks."""
+"""Fixtures of the benchmarks, and what they print; their options are in the conftest.py of the root."""
 
 from __future__ import annotations
 
 import gc
 import importlib.metadata
 import platform
+import time
 from collections.abc import Callable
 
 import pytest
@@ -16,27 +17,12 @@ import fastmae
 
 _REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
+_USUAL_SECONDS = 5.0
+"""Of a contest, all in all, until some have been held and tell how long they take here."""
 _PACKAGES = (
     "torch", "torchvision", "triton", "transformers", "timm", "xformers", "apex", "pillow", "nvidia-dali-cuda120",
     "nvidia-dali-cuda130", "webdataset", "pytest-benchmark",
 )  # fmt: skip
-
-
-def pytest_addoption(parser):
-    group = parser.getgroup("fastmae benchmarks")
-    group.addoption("--threads", type=int, help="CPU threads of PyTorch (default: PyTorch's own choice)")
-    group.addoption("--rounds", type=int, help="rounds of every contest (default: by time)")
-    group.addoption("--compile", action="store_true", help="torch.compile columns on the CPU too")
-    group.addoption("--no-compile", action="store_true", help="no torch.compile columns on CUDA either")
-    group.addoption("--levers", action="store_true", help="the step benchmark: each lever on its own as well")
-    group.addoption("--bf16-residual", action="store_true", help="the step benchmark: it compiled, too")
-    group.addoption(
-        "--images", metavar="FOLDER", help="the loader benchmark: its JPEGs (default: cut from photographs)"
-    )
-    group.addoption(
-        "--model", action="append", metavar="NAME[:BATCH]",
-        help="the step benchmark: tiny-test, small-32px, base, large or huge; may be given more than once",
-    )  # fmt: skip
 
 
 def pytest_configure(config):
@@ -99,26 +85,56 @@ def _current() -> dict:
     return {}
 
 
+def say(config: pytest.Config, *lines: str) -> None:
+    """Write to the terminal while a test runs."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of pytest-xdist
+        return
+    with config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        reporter.ensure_newline()
+        for line in lines:
+            reporter.write_line(line)
+        reporter.flush()
+
+
+def case_of(item: pytest.Item) -> tuple:
+    """Tests of one case differ in nothing but the competitor."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return item.function, sorted((name, repr(value)) for name, value in params.items() if name != "competitor")
+
+
+@pytest.fixture(scope="session")
+def progress(request) -> Callable[[], str]:
+    """Which contest of how many begins, and about how long they all will take."""
+    held = [item for item in request.session.items if "compete" in item.fixturenames]
+    count = len({repr(case_of(item)) for item in held if not item.get_closest_marker("skip")})
+    begun, number = time.monotonic(), 0
+
+    def next_one() -> str:
+        nonlocal number
+        each = (time.monotonic() - begun + _USUAL_SECONDS) / (number + 1)
+        number += 1
+        return f"[{number} of {count}, about {each * (count - number + 1) / 60:.1f} minutes left]"
+
+    return next_one
+
+
 @pytest.fixture
-def compete(request, benchmark, meter, _current) -> Callable[..., None]:
+def compete(request, benchmark, meter, progress, _current) -> Callable[..., None]:
     """``compete(build, *args)`` reports this test's competitor in the contest ``build(*args)``.
 
     The first competitor of a contest to be reported has all those measured that were selected, in turn.
     """
-    item = request.node
-
-    def case(other) -> tuple:
-        params = getattr(other, "callspec", None) and other.callspec.params
-        return other.function, sorted((k, repr(v)) for k, v in (params or {}).items() if k != "competitor")
+    item, config = request.node, request.config
 
     def run(build: Callable[..., Contest], *args) -> None:
         name = item.callspec.params["competitor"]
-        if _current.get("case") != case(item):
+        if _current.get("case") != case_of(item):
             _current.clear()
             gc.collect()
             # What was compiled for other shapes counts against a limit, behind which there is no compilation at all.
             torch.compiler.reset()
-            _current.update(case=case(item), contest=build(*args))
+            _current.update(case=case_of(item), contest=build(*args))
         contest: Contest = _current["contest"]
         competitor = contest.competitors[name]
         if isinstance(competitor, Unavailable):
@@ -129,11 +145,17 @@ def compete(request, benchmark, meter, _current) -> Callable[..., None]:
             return
         if "results" not in _current:
             peers = [other for other in request.session.items if other.function is item.function]
-            peers = [other for other in peers if case(other) == case(item) and not other.get_closest_marker("skip")]
+            peers = [p for p in peers if case_of(p) == case_of(item) and not p.get_closest_marker("skip")]
             names = [other.callspec.params["competitor"] for other in peers]
             names = [n for n in names if not isinstance(contest.competitors[n], Unavailable)]
-            _current["results"] = hold(contest, names, meter, request.config.getoption("--rounds"))
-            request.config.stash[_TABLES].append(table(contest, _current["results"]))
+            say(config, f"{progress()} {contest.group}: warming up {', '.join(names)}")
+            _current["results"] = hold(
+                contest, names, meter, config.getoption("--rounds"),
+                lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
+            )  # fmt: skip
+            lines = table(contest, _current["results"])
+            config.stash[_TABLES].append(lines)
+            say(config, *lines[1:])
         results: Results = _current["results"]
         if name in results.errors:
             pytest.fail(results.errors[name], pytrace=False)

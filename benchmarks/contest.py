@@ -131,8 +131,17 @@ class Results:
     info: dict[str, dict]
 
 
-def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = None) -> Results:
-    """Warm up, then run the named competitors round by round, from 5 to 200 rounds unless ``rounds`` is given."""
+def hold(
+    contest: Contest,
+    names: list[str],
+    meter: Meter,
+    rounds: int | None = None,
+    announce: Callable[[int, float], None] = lambda rounds, seconds: None,
+) -> Results:
+    """Warm up, then run the named competitors round by round, from 5 to 200 rounds unless ``rounds`` is given.
+
+    ``announce`` gets the number of rounds and their expected seconds before the first of them.
+    """
     errors: dict[str, str] = {}
     once: dict[str, float] = {}
     for name in names:
@@ -146,6 +155,7 @@ def hold(contest: Contest, names: list[str], meter: Meter, rounds: int | None = 
     names = list(once)
     if rounds is None:
         rounds = int(max(5, min(200, contest.seconds / (sum(once.values()) * contest.calls + 1e-4))))
+    announce(rounds, rounds * sum(once.values()) * contest.calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         # Nobody always runs behind the same one.
@@ -196,7 +206,7 @@ def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter:
 def table(contest: Contest, results: Results) -> list[str]:
     """Lines for the terminal: every competitor's median, and how many times its time fastmae and the baselines take."""
     against = [name for name in results.times if name.startswith(("fastmae", "facebookresearch-sdpa", "plain", "sdpa"))]
-    lines = [f"{contest.group}: time / time of ...", f"{'':<36}{'median':>12}  " + "  ".join(against)]
+    lines = [contest.group, f"{'time, and time / time of':<36}{'median':>12}  " + "  ".join(against)]
     for name, times in results.times.items():
         ratios = (({name: 1.0} | results.info[name]["ratios"])[other] for other in against)
         cells = "  ".join(f"{ratio:>{len(other)}.2f}" for ratio, other in zip(ratios, against, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,7 +48,9 @@ def test_competitors_run_in_turn_and_ratios_are_those_within_rounds():
         return call
 
     contest = Contest("x", {"a": competitor("a", 1.0), "b": competitor("b", 2.0)})
-    results = hold(contest, ["a", "b"], FakeMeter(), rounds=3)
+    announced = []
+    results = hold(contest, ["a", "b"], FakeMeter(), 3, lambda *expected: announced.append(expected))
+    assert announced == [(3, 9.0)]  # rounds, and seconds of a and b in all of them
     # Warm-up and a first timing each, then the rounds, each begun by another one.
     assert "".join(called) == "aabb" + "abbaab"
     assert results.info["b"]["ratios"]["a"] == 2.0
@@ -134,6 +138,27 @@ def test_useful_bytes_are_the_budget(name):
     parts = [op for key, op in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
     budget = sum(sum(op.reads(SIZES).values()) + sum(op.writes(SIZES).values()) for op in parts)
     assert cases()[name]().useful_bytes == pytest.approx(budget, rel=0.03)
+
+
+def test_pytest_benchmark_at_the_root_prints_each_table_as_it_comes(tmp_path):
+    # All files but one are ignored, because importing them takes a while.
+    others = [f"--ignore-glob=*/bench_{letters}*" for letters in ("[!m]", "m[!a]", "mask[!i]", "masked")]
+    selected = ["-k", "bench_random_masking and not 196", "--rounds", "2", "--threads", "1", "-p", "no:cacheprovider"]
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "pytest", "--benchmark", *others, *selected, f"--benchmark-json={out}"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    begins, expected, header, ours, theirs, progress = done.stdout[done.stdout.index("[1 of 1, about ") :].splitlines()[
+        :6
+    ]
+    assert begins.endswith("random_masking, N=256 L=64: warming up fastmae, plain")
+    assert expected.startswith("2 rounds, about ")
+    assert header.split() == ["time,", "and", "time", "/", "time", "of", "median", "fastmae", "plain"]
+    assert (ours.split()[0], theirs.split()[0], progress) == ("fastmae", "plain", ".")
+    assert {one["extra_info"]["competitor"] for one in json.loads(out.read_text())["benchmarks"]} == {
+        "fastmae",
+        "plain",
+    }
 
 
 @pytest.mark.gpu
