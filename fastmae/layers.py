@@ -43,9 +43,8 @@ class PatchEmbed(nn.Module):
 class Stream(NamedTuple):
     """The residual stream between two blocks, its last branch not yet added: the next norm does that in passing.
 
-    The bias too is left to that pass where a kernel runs it (on the CPU the matrix product adds it for nothing); its
-    gradient then is a column sum that the pass takes along. It travels as a tensor of its own and not as the parameter
-    that it is a copy of, so that a parameter is read in its own block only, as sharded training requires.
+    Where a kernel runs that pass it adds the branch's bias too, and sums the bias's gradient (on the CPU the matrix
+    product adds the bias for nothing).
     """
 
     x: Tensor
@@ -61,10 +60,16 @@ class Stream(NamedTuple):
         return x if self.bias is None else x + self.bias
 
     def norm_linear(
-        self, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None, weight_cast: Tensor | None = None
+        self,
+        norm: nn.LayerNorm,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_cast: Tensor | None = None,
+        bias_cast: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The whole stream, and the product of its LayerNorm with a weight (F, D): (N, L, D) and (N, L, F)."""
-        return norm_linear(*self, norm.weight, norm.bias, weight, bias, norm.eps, weight_cast=weight_cast)
+        casts = {"weight_cast": weight_cast, "bias_cast": bias_cast}
+        return norm_linear(*self, norm.weight, norm.bias, weight, bias, norm.eps, **casts)
 
 
 class SharedTokens(NamedTuple):
@@ -89,22 +94,23 @@ class Attention(nn.Module):
 
     def forward(self, stream: Stream, norm: nn.LayerNorm) -> Stream:
         """Attention among all tokens."""
-        x, qkv = stream.norm_linear(norm, self.qkv.weight, self.qkv.bias, self.qkv.weight_cast)
+        x, qkv = stream.norm_linear(norm, *_parameters(self.qkv))
         return Stream(x, *self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend)))
 
     def forward_queries(self, stream: Stream, norm: nn.LayerNorm, ids: Tensor) -> Stream:
         """The rows ``ids`` (N, M) of what ``forward`` returns: keys and values for all, queries for those only."""
         dim = stream.x.shape[-1]
-        (query, key_value), (query_bias, key_value_bias) = (t.split([dim, 2 * dim]) for t in self.qkv.parameters())
-        casts = (None, None) if self.qkv.weight_cast is None else self.qkv.weight_cast.split([dim, 2 * dim])
+        # Weight, bias and their copies, each cut into the rows for queries and those for keys and values.
+        cut = [(None, None) if t is None else t.split([dim, 2 * dim]) for t in _parameters(self.qkv)]
+        query, key_value = zip(*cut, strict=True)
         if fuses(stream.x, kernels):
-            x, kv = stream.norm_linear(norm, key_value, key_value_bias, casts[1])
+            x, kv = stream.norm_linear(norm, *key_value)
             # Normalising the chosen rows again moves less than keeping and gathering what was normalised.
-            x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, query, query_bias, casts[0])
+            x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, *query)
         else:
             x = stream.sum()
             normed = norm(x.to(norm.weight.dtype))
-            kv, q = linear(normed, key_value, key_value_bias), linear(gather_tokens(normed, ids), query, query_bias)
+            kv, q = linear(normed, *key_value[:2]), linear(gather_tokens(normed, ids), *query[:2])
             x = gather_tokens(x, ids)
         attended = attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend)
         return Stream(x, *self._project(attended))
@@ -115,7 +121,7 @@ class Attention(nn.Module):
         """Branch and bias of what ``forward`` returns for ``shared``'s tokens; masked ones computed once a batch."""
         n, visible, dim = shared.visible.shape
         rows = torch.cat([shared.visible.reshape(-1, dim), shared.table[0].to(shared.visible.dtype)])
-        _, qkv = Stream(rows).norm_linear(norm, self.qkv.weight, self.qkv.bias, self.qkv.weight_cast)
+        _, qkv = Stream(rows).norm_linear(norm, *_parameters(self.qkv))
         visible_qkv, table = qkv[: n * visible].unflatten(0, (n, visible)), qkv[None, n * visible :]
         qkv = restore_tokens(visible_qkv, table, shared.ids_restore, num_prefix_tokens=num_prefix_tokens)
         return self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend))
@@ -144,7 +150,9 @@ class MLP(nn.Module):
         if fuses(stream.x, kernels):
             x, h = stream.norm_linear(norm, fc1.weight, None, fc1.weight_cast)
             branch = gelu_linear(h, fc1.bias, fc2.weight, weight_cast=fc2.weight_cast, wanted=fc2.wanted)
-            return Stream(x, branch, fc2.bias.clone())
+            # The next block adds the bias. A sharded one is freed by then, and only a copy outlives this block; layers
+            # that were given low-precision copies are not sharded.
+            return Stream(x, branch, fc2.bias.clone() if fc2.weight_cast is None else fc2.bias)
         x, h = stream.norm_linear(norm, fc1.weight, fc1.bias)
         return Stream(x, gelu_linear(h, None, fc2.weight, fc2.bias))
 
@@ -194,6 +202,11 @@ class Block(nn.Module):
         else:
             stream = run(attn, stream, self.norm1)
         return self.mlp(stream, self.norm2)
+
+
+def _parameters(layer: Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias, and their low-precision copies if there are any."""
+    return layer.weight, layer.bias, layer.weight_cast, layer.bias_cast
 
 
 def _run(function: Callable[..., Stream], *args: object) -> Stream:

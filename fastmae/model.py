@@ -172,7 +172,7 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
             return self._last_norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
 
     def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """A context that keeps one copy of the weights in ``dtype``, for several forwards between two updates.
+        """A context that keeps one copy of weights and biases in ``dtype``, for several forwards between two updates.
 
         Without it each forward under autocast makes its own. Inside, weights must not change.
         """
@@ -207,7 +207,7 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
     def _embed_latent(self, stream: Stream) -> Tensor:
         """The decoder's visible tokens (N, 1 + K, E): last norm and ``decoder_embed`` in one."""
         embed = self.decoder_embed
-        return stream.norm_linear(self.norm, embed.weight, embed.bias, embed.weight_cast)[1]
+        return stream.norm_linear(self.norm, embed.weight, embed.bias, embed.weight_cast, embed.bias_cast)[1]
 
     def _decode(self, visible: Tensor, ids_restore: Tensor, ids_keep: Tensor | None, ids: Tensor | None) -> Tensor:
         """Predictions for all patches, or for the patches ``ids`` (N, M) only.
@@ -227,7 +227,7 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
         if ids is None:
             stream = Stream(stream.sum()[:, 1:])
         head = self.decoder_pred
-        return stream.norm_linear(self.decoder_norm, head.weight, head.bias, head.weight_cast)[1]
+        return stream.norm_linear(self.decoder_norm, head.weight, head.bias, head.weight_cast, head.bias_cast)[1]
 
     def _to_residual(self, x: Tensor) -> Tensor:
         return x.to(torch.bfloat16) if self.residual_dtype == "bfloat16" else x

@@ -39,19 +39,21 @@ class _Repeatable:
     """
 
     def __init__(self, module: nn.Module, last: Linear, function: Callable[..., object]):
-        self._copies: list[tuple[Linear, Tensor | None]] = [
-            (m, m.weight_cast) for m in module.modules() if isinstance(m, Linear)
-        ]
+        self._copies = [(m, _casts(m)) for m in module.modules() if isinstance(m, Linear)]
         self._last, self._function, self._again = last, function, False
 
     def __call__(self, *args: object) -> object:
-        before = [layer.weight_cast for layer, _ in self._copies]
-        for layer, copy in self._copies:
-            layer.weight_cast = copy
+        before = [_casts(layer) for layer, _ in self._copies]
+        for layer, casts in self._copies:
+            layer.weight_cast, layer.bias_cast = casts
         self._last.wanted, self._again = not self._again, True
         try:
             return self._function(*args)
         finally:
             self._last.wanted = True
-            for (layer, _), copy in zip(self._copies, before, strict=True):
-                layer.weight_cast = copy
+            for (layer, _), casts in zip(self._copies, before, strict=True):
+                layer.weight_cast, layer.bias_cast = casts
+
+
+def _casts(layer: Linear) -> tuple[Tensor | None, Tensor | None]:
+    return layer.weight_cast, layer.bias_cast

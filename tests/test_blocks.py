@@ -7,11 +7,13 @@ from importlib import import_module
 
 import pytest
 import torch
+from traffic_eager import EagerTraffic
 
 from fastmae.layers import Block, SharedTokens, Stream, run_blocks
 from fastmae.linear import Linear, cast_weights
 from fastmae.model import MaskedAutoencoderViT
-from fastmae.ops import _linear, random_masking, restore_tokens
+from fastmae.ops import random_masking, restore_tokens
+from fastmae.ops._dispatch import is_interpreted
 from fastmae.reference import Block as ReferenceBlock
 
 pytestmark = pytest.mark.ops
@@ -128,10 +130,10 @@ def test_weights_are_cast_once_for_several_forwards(device, fused, monkeypatch):
     with torch.autocast(device.type, BF16), model.cast_weights(BF16):
         first = model(images, masking=masking).loss
         second = model(images, masking=masking).loss
-        assert all(m.weight_cast.dtype == BF16 for m in linears)
-    assert casts == [len(linears)] == [4 * 4 + 2]
+        assert all(m.weight_cast.dtype == m.bias_cast.dtype == BF16 for m in linears)
+    assert casts == [2 * len(linears)] == [2 * (4 * 4 + 2)]
     assert torch.equal(first, second)
-    assert all(m.weight_cast is None for m in linears)
+    assert all(m.weight_cast is m.bias_cast is None for m in linears)
     first.backward()
     assert all(m.weight.grad.dtype == torch.float32 for m in linears)
     with torch.no_grad():
@@ -151,11 +153,45 @@ def test_copies_change_nothing_but_the_casting(device, fused):
         model.zero_grad()
         with torch.autocast(device.type, BF16), pytest.MonkeyPatch.context() as context:
             if patch:
-                context.setattr(_linear, "operand", lambda weight, _, dtype: weight.to(dtype))
+                for module in MODULES[2:]:
+                    context.setattr(module, "operand", lambda weight, _, dtype: weight.to(dtype))
                 context.setattr(MaskedAutoencoderViT, "_cast_weights", lambda self: nullcontext())
             model(images, masking=masking).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class VectorCopies(EagerTraffic):
+    """The parameters' names whose vectors are cast or cloned one by one: a launch each."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names, self.found = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default) and args[0].ndim == 1:
+            self.found.append(self.names.get(args[0].untyped_storage().data_ptr()))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_no_bias_is_cast_or_cloned_on_its_own(device, fused):
+    model = MaskedAutoencoderViT(32, 8, 3, 16, 2, 2, 24, 2, 2, seed=0).to(device)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
+    masking = random_masking(2, 16, 0.75, seed=0, device=device)
+    with torch.autocast(device.type, BF16), VectorCopies(model) as copies:
+        model(images, masking=masking, full_pred=False)
+    # Without the kernel, gelu_linear's composition casts the bias that the kernel reads in float32.
+    by_composition = () if is_interpreted() or device.type == "cuda" else ("mlp.fc1.bias",)
+    assert [name for name in copies.found if name and not name.endswith(by_composition)] == ["patch_embed.proj.bias"]
+
+
+def test_a_bias_leaves_its_block_as_a_copy_unless_it_is_known_not_to_be_sharded(device, fused):
+    """FSDP frees a block's parameters when its forward ends, so what the next block reads must not be one of them."""
+    (block,), x = pair(device, depth=1)[0], torch.randn(2, 5, 32, device=device)
+    own = block.mlp.fc2.bias
+    assert block(Stream(x)).bias.data_ptr() != own.data_ptr()
+    with cast_weights(block, BF16):
+        assert block(Stream(x)).bias is own
 
 
 def test_no_copies_where_no_kernel_runs_or_the_dtype_fits():

@@ -99,16 +99,16 @@ def test_autocast_decides_the_compute_dtype(device, route):
     assert arguments["weight"].grad.dtype == F32
 
 
-def test_a_copy_of_the_weight_is_used(device, monkeypatch):
+def test_copies_of_weight_and_bias_are_used(device, monkeypatch):
     monkeypatch.setattr(op, "fuses", lambda *_: True)
     arguments = make((2, 5, 32), 16, device=device)
-    copy = (2 * arguments["weight"].detach()).to(BF16)
+    copies = {name: (2 * arguments[name].detach()).to(BF16) for name in ("weight", "bias")}
     with torch.autocast(device.type, BF16):
-        _, out = norm_linear(**arguments, weight_cast=copy)
-        _, expected = norm_linear(**arguments | {"weight": copy})
+        _, out = norm_linear(**arguments, **{f"{name}_cast": copy for name, copy in copies.items()})
+        _, expected = norm_linear(**arguments | copies)
     assert torch.equal(out, expected)
     out.sum().backward()
-    assert arguments["weight"].grad.dtype == F32
+    assert all(arguments[name].grad.dtype == F32 for name in copies)
 
 
 def test_only_the_stream_is_saved(device, monkeypatch):
@@ -154,7 +154,7 @@ def test_long_column_sums_are_repeatable(device, monkeypatch):
 @pytest.mark.parametrize("branch", [False, True])
 def test_opcheck(device, branch):
     a = make((3, 32), 16, F32, BF16, device=device)
-    norm = (a["norm_weight"], a["norm_bias"], a["weight"], a["bias"], None, 1e-6, BF16)
+    norm = (a["norm_weight"], a["norm_bias"], a["weight"], a["bias"], None, None, 1e-6, BF16)
     if branch:
         torch.library.opcheck(op._add_norm_linear, (a["x"], a["branch"], a["branch_bias"], *norm))
     else:
@@ -183,6 +183,7 @@ def test_compiles_whole(device, route):
         ("branch", torch.zeros(2, 8, dtype=torch.int64)), ("branch_bias", torch.zeros(9)),
         ("norm_weight", torch.zeros(7)), ("norm_bias", torch.zeros(8, 1)), ("weight", torch.zeros(4, 9)),
         ("weight", torch.zeros(8)), ("bias", torch.zeros(5)), ("eps", -1.0), ("weight_cast", torch.zeros(4, 9)),
+        ("bias_cast", torch.zeros(5)),
         ("branch", None),
     ],
 )  # fmt: skip

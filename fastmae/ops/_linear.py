@@ -37,7 +37,7 @@ def check_vector(name: str, vector: Tensor | None, size: int, device: torch.devi
 
 
 def operand(weight: Tensor, cast: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight in ``dtype``: its copy where there is one of that dtype, else cast here."""
+    """A weight or bias in ``dtype``: its copy where there is one of that dtype, else cast here."""
     return cast if cast is not None and cast.dtype == dtype else weight.to(dtype)
 
 

@@ -33,6 +33,7 @@ def norm_linear(
     eps: float = 1e-6,
     *,
     weight_cast: Tensor | None = None,
+    bias_cast: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The step from one product of a pre-norm Transformer to the next::
 
@@ -51,7 +52,8 @@ def norm_linear(
         norm_weight, norm_bias: (D,), of the LayerNorm.
         weight: (F, D). bias: (F,) or None.
         eps: added to the variance.
-        weight_cast: a copy of weight in the compute dtype, so that it need not be cast; no gradient flows to it.
+        weight_cast, bias_cast: copies of weight and bias in the compute dtype, so that they need not be cast; no
+            gradient flows to them.
 
     Returns:
         x_new (..., D) of x's dtype (x itself without a branch), and out (..., F) in the compute dtype: autocast's
@@ -73,6 +75,7 @@ def norm_linear(
         check_vector(name, vector, dim, device)
     check_weight("weight", weight, weight_cast, dim, device)
     check_vector("bias", bias, weight.shape[0], device)
+    check_vector("bias_cast", bias_cast, weight.shape[0], device)
     check(eps >= 0, "eps", "a number >= 0", eps)
     dtype = compute_dtype(x, weight)
     if not fuses(x, _kernels):
@@ -81,7 +84,7 @@ def norm_linear(
         statistics = torch.promote_types(x.dtype, torch.float32)
         normed = F.layer_norm(x.to(statistics), x.shape[-1:], norm_weight.to(statistics), norm_bias.to(statistics), eps)
         return x, linear(normed, weight, bias)
-    parameters = (norm_weight, norm_bias, weight, bias, weight_cast, float(eps), dtype)
+    parameters = (norm_weight, norm_bias, weight, bias, weight_cast, bias_cast, float(eps), dtype)
     if branch is None:
         return x, _norm_linear(x, *parameters)[0]
     return _add_norm_linear(x, branch, branch_bias, *parameters)[:2]
@@ -95,12 +98,13 @@ def _norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     weight_cast: Tensor | None,
+    bias_cast: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, and the mean and reciprocal standard deviation of each row."""
     _, normed, mean, rstd = add_norm(x, None, None, norm_weight, norm_bias, eps, dtype)
-    return _product(normed, weight, bias, weight_cast), mean, rstd
+    return _product(normed, weight, bias, weight_cast, bias_cast), mean, rstd
 
 
 @torch.library.custom_op("fastmae::add_norm_linear", mutates_args=())
@@ -113,16 +117,19 @@ def _add_norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     weight_cast: Tensor | None,
+    bias_cast: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_new, out, and the mean and reciprocal standard deviation of each row."""
     x_new, normed, mean, rstd = add_norm(x, branch, branch_bias, norm_weight, norm_bias, eps, dtype)
-    return x_new, _product(normed, weight, bias, weight_cast), mean, rstd
+    return x_new, _product(normed, weight, bias, weight_cast, bias_cast), mean, rstd
 
 
-def _product(normed: Tensor, weight: Tensor, bias: Tensor | None, weight_cast: Tensor | None) -> Tensor:
-    bias = None if bias is None else bias.to(normed.dtype)
+def _product(
+    normed: Tensor, weight: Tensor, bias: Tensor | None, weight_cast: Tensor | None, bias_cast: Tensor | None
+) -> Tensor:
+    bias = None if bias is None else operand(bias, bias_cast, normed.dtype)
     return F.linear(normed, operand(weight, weight_cast, normed.dtype), bias)
 
 
@@ -131,12 +138,12 @@ def _statistics(x: Tensor) -> Tensor:
 
 
 @_norm_linear.register_fake
-def _(x, norm_weight, norm_bias, weight, bias, weight_cast, eps, dtype):
+def _(x, norm_weight, norm_bias, weight, bias, weight_cast, bias_cast, eps, dtype):
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype), _statistics(x), _statistics(x)
 
 
 @_add_norm_linear.register_fake
-def _(x, branch, branch_bias, norm_weight, norm_bias, weight, bias, weight_cast, eps, dtype):
+def _(x, branch, branch_bias, norm_weight, norm_bias, weight, bias, weight_cast, bias_cast, eps, dtype):
     out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
     return x.new_empty(x.shape), out, _statistics(x), _statistics(x)
 
@@ -194,7 +201,7 @@ def _setup_norm(ctx, inputs, output):
 
 
 def _setup_add_norm(ctx, inputs, output):
-    _, *rest, _, _ = inputs
+    _, *rest, _, _, _ = inputs
     x_new, _, mean, rstd = output
     _setup(ctx, x_new, mean, rstd, *rest)
 
@@ -221,11 +228,11 @@ def _gradients(ctx, grad_x_new, grad_out):
 
 def _backward_norm(ctx, grad_out, _grad_mean, _grad_rstd):
     x, _, _, *parameters = _gradients(ctx, None, grad_out)
-    return x, *parameters, None, None, None
+    return x, *parameters, None, None, None, None
 
 
 def _backward_add_norm(ctx, grad_x_new, grad_out, _grad_mean, _grad_rstd):
-    return *_gradients(ctx, grad_x_new, grad_out), None, None, None
+    return *_gradients(ctx, grad_x_new, grad_out), None, None, None, None
 
 
 _norm_linear.register_autograd(_backward_norm, setup_context=_setup_norm)
