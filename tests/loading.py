@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastmae.data import Dataset, create, create_loader
+from fastmae.data.decode import UndecodableImage, decode
 
 KINDS = [
     "torch",
@@ -23,6 +25,41 @@ def smooth(height: int, width: int, seed: int) -> np.ndarray:
     """A picture with structure at several scales, uint8 (height, width, 3)."""
     coarse = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def picture_bytes(seed: int) -> bytes:
+    """A JPEG file of 64 x 64 pixels."""
+    file = io.BytesIO()
+    Image.fromarray(smooth(64, 64, seed)).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def refused_by_dali_alone(seed: int) -> bytes:
+    """A JPEG file with one wrong bit, which torchvision decodes and DALI does not, found by trying."""
+    import nvidia.dali.fn as fn
+    from nvidia.dali import Pipeline
+
+    whole, random, pipeline = picture_bytes(seed), np.random.default_rng(seed), None
+    tables = whole.index(b"\xff\xc4"), whole.index(b"\xff\xda")  # behind the size, before the scan
+    while True:
+        damaged = bytearray(whole)
+        damaged[random.integers(*tables)] ^= 1 << random.integers(8)
+        encoded = np.frombuffer(bytes(damaged), np.uint8)
+        try:
+            if decode(encoded).shape != (64, 64, 3):
+                continue
+        except UndecodableImage:
+            continue
+        if pipeline is None:
+            pipeline = Pipeline(1, 1, None, prefetch_queue_depth=1)
+            with pipeline:
+                pipeline.set_outputs(fn.decoders.image(fn.external_source(name="encoded")))
+            pipeline.build()
+        pipeline.feed_input("encoded", [encoded])
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return bytes(damaged)
 
 
 def save_16_bit(path: Path, values: np.ndarray) -> None:

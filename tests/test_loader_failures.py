@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import KINDS, OPTIONS, assert_equal, smooth, take, write_mixed
+from loading import KINDS, OPTIONS, assert_equal, picture_bytes, refused_by_dali_alone, smooth, take, write_mixed
 from PIL import Image
 
-from fastmae.data import DataError, Dataset, create, create_loader, open_dataset
+from fastmae.data import Augment, DataError, Dataset, create, create_loader, open_dataset
 from fastmae.data import loader as loader_module
 
 
@@ -62,6 +62,31 @@ def test_a_file_found_bad_late_is_replaced(spoilt, kind):
 @pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
 def test_both_loaders_replace_alike(spoilt):
     assert_equal(take(spoilt, "torch", 8), take(spoilt, "dali", 8))
+
+
+@pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+def test_what_only_dali_refuses_is_decoded_on_the_host(tmp_path, monkeypatch, caplog):
+    """Nearly every batch holds such a file, and a third file is one that nothing decodes."""
+    from fastmae.data.dali_loader import DaliLoader
+
+    for i in range(8):
+        encoded = refused_by_dali_alone(seed=i) if i in (2, 5) else picture_bytes(i)
+        (tmp_path / f"{i}.jpg").write_bytes(encoded)
+    dataset = open_dataset(tmp_path, max_bad_fraction=0.5, cache_dir=tmp_path / ".cache")
+    assert dataset.bad == []
+    content = picture_bytes(6)
+    (tmp_path / "6.jpg").write_bytes(content[: len(content) * 9 // 10])
+    built, build = [], DaliLoader._build
+    monkeypatch.setattr(DaliLoader, "_build", lambda self, step: built.append(step) or build(self, step))
+    with create_loader(dataset, loader="dali", **OPTIONS) as loader:
+        batches = [next(loader) for _ in range(16)]
+        assert [Path(bad.path).name for bad in loader.bad_files] == ["6.jpg"]
+    assert [caplog.text.count(f"{i}.jpg: ") for i in range(8)] == [0, 0, 1, 0, 0, 1, 1, 0]
+    assert len(built) <= 4  # not one for each time that such a file comes
+    decoded_twice = {"augment": Augment(crop="center")}  # whole images, so that DALI reads the damage of every file
+    assert_equal(*(take(dataset, kind, 8, **decoded_twice) for kind in ("torch", "dali")))
+    for step in (1, 7):
+        assert_equal(take(dataset, "dali", 16 - step, position=5 * step, num_threads=3), batches[step:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,10 +147,10 @@ def test_what_dali_cannot_do_is_done_on_the_host(dataset, monkeypatch, caplog):
 
     failing = {2}
 
-    def broken(self, plan, crops):
+    def broken(self, plan, *others):
         if plan.step in failing:
             raise RuntimeError("an error of DALI's own")
-        return deliver(self, plan, crops)
+        return deliver(self, plan, *others)
 
     expected, deliver = take(dataset, "dali", 5), DaliLoader._deliver
     monkeypatch.setattr(DaliLoader, "_deliver", broken)

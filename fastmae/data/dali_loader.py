@@ -4,16 +4,16 @@ DALI decodes; which samples, which boxes and which flips come from the plan, and
 through ``fn.external_source``. With a GPU, DALI also resizes, mirrors and changes colours there. Without one it stops
 at the decoded crops, because PyTorch's uint8 resize is twice as fast as DALI's on a CPU.
 
-An image that does not decode makes a DALI pipeline invalid, and the error often does not say which image it was. So on
-an error the step's samples are decoded one by one on the host, those that fail are replaced, and the pipeline is built
-again at the same step, which takes milliseconds.
+An image that DALI refuses makes its pipeline invalid, and the error often does not say which image it was. So on an
+error the step's samples are looked at one by one, those that may be at fault are remembered, and the pipeline is built
+again at the same step, which takes milliseconds. Whenever such a sample comes again, DALI is first asked about it
+alone, and if it refuses, the sample is decoded on the host instead: it is bad only if the host refuses it too, and then
+another takes its place, as in the torch loader.
 
-DALI reads no more of a JPEG than the crop needs, so damage below a crop passes unseen. Whether a batch fails, and what
-takes the failed samples' place, must not depend on what was found earlier: a run that is continued from a checkpoint
-would otherwise differ from one that never stopped, and so would ranks that have seen different samples. Hence a file
-that was found bad is tried again when it comes again, and a failing step is decided by decoding all of its samples as a
-whole: functions of the step alone. That costs a failing step some milliseconds and the decoding of a batch. A data set
-with many bad files is better verified once, so that its index knows them.
+DALI reads no more of a JPEG than the crop needs, so damage below a crop passes unseen. What a batch holds must not
+depend on what was found earlier: a run that is continued from a checkpoint would otherwise differ from one that never
+stopped, and so would ranks that have seen different samples. Hence DALI's answer for this very crop decides each time,
+which is a function of the position alone; what is remembered only saves the pipeline.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections import deque
 from dataclasses import replace
 from functools import cache
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import nvidia.dali.fn as fn
@@ -34,6 +35,7 @@ from PIL import Image
 from fastmae.data.batch import Batch, DataError
 from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
 from fastmae.data.dali_hints import decoder_hints
+from fastmae.data.decode import UndecodableImage
 from fastmae.data.loader import Loader
 from fastmae.data.plan import Plan, Planner
 from fastmae.data.stored_size import stored_size
@@ -43,6 +45,19 @@ logger = logging.getLogger(__name__)
 _MAX_FAILURES = 10
 _DEPTH = 2
 """Batches inside the pipeline: one being decoded while the one before is taken out."""
+_BLANK_BOX = np.array([0, 0, 1, 1])
+
+
+class _Fed(NamedTuple):
+    """A batch inside the pipeline.
+
+    Attributes:
+        plan: what it is made of.
+        on_host: bool (n,), samples in whose place DALI got a blank image.
+    """
+
+    plan: Plan
+    on_host: np.ndarray
 
 
 class DaliLoader(Loader):
@@ -58,8 +73,10 @@ class DaliLoader(Loader):
 
     def __init__(self, planner: Planner, *, hw_decoder_load: float = 0.65, **options):
         super().__init__(planner, **options)
-        self._plans: deque[Plan] = deque()
+        self._fed: deque[_Fed] = deque()
         self._pipeline: Pipeline | None = None
+        self._single: Pipeline | None = None
+        self._suspects = set(self._late)
         self._failures = 0
         self._stream = torch.cuda.Stream(self.device) if self._on_gpu else None
         self._hints = decoder_hints(self.dataset, hw_decoder_load) if self._on_gpu else {}
@@ -74,36 +91,33 @@ class DaliLoader(Loader):
     def close(self) -> None:
         super().close()
         if not self._producers.alive:  # or a thread hangs in it
-            self._pipeline = None
+            self._pipeline = self._single = None
 
     def produce(self, step: int) -> Batch:
-        mended: Plan | None = None
         while True:
             if self._pipeline is None:
-                self._plans.clear()
-                self._pipeline = self._build(step, mended)
+                self._fed.clear()
+                self._pipeline = self._build(step)
             try:
                 (crops,) = self._pipeline.run()
-                if self._plans[0].error is not None:
-                    raise self._plans[0].error
-                batch = self._deliver(self._plans[0], crops)
+                if self._fed[0].plan.error is not None:
+                    raise self._fed[0].plan.error
+                batch = self._deliver(*self._fed[0], crops)
             except RuntimeError as error:
-                plan = self._plans[0] if self._plans else self.plan(step)
+                fed = self._fed[0] if self._fed else _Fed(self.plan(step), np.ones(self.batch_size, bool))
                 self._pipeline = None
-                if plan.error is not None:
-                    raise plan.error from error
-                if mended is None:
-                    mended = self.mend(plan)
-                    if not np.array_equal(mended.source_ids, plan.source_ids):
-                        continue
-                return self._make_on_host(mended, error)
-            self._plans.popleft()
+                if fed.plan.error is not None:
+                    raise fed.plan.error from error
+                if self._find_suspects(*fed):
+                    continue
+                return self._make_on_host(fed.plan, error)
+            self._fed.popleft()
             self._failures = 0
             return batch
 
-    def _build(self, step: int, mended: Plan | None) -> Pipeline:
+    def _build(self, step: int) -> Pipeline:
         names = input_names(self._on_gpu, self.planner.augment.color_jitter > 0)
-        feed = _feed(weakref.ref(self), self.batch_size, self._plans, step, mended, names)
+        feed = _feed(weakref.ref(self), self.batch_size, self._fed, step, names)
         device_id = self.device.index if self._on_gpu else None
         pipeline = Pipeline(self.batch_size, self.options.num_threads, device_id, prefetch_queue_depth=_DEPTH)
         with pipeline:
@@ -116,7 +130,7 @@ class DaliLoader(Loader):
             raise DataError(f"DALI cannot build its pipeline on {self.device}: {error}") from error
         return pipeline
 
-    def _deliver(self, plan: Plan, crops) -> Batch:
+    def _deliver(self, plan: Plan, on_host: np.ndarray, crops) -> Batch:
         if self._on_gpu:
             from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -126,12 +140,19 @@ class DaliLoader(Loader):
                 shape = self.batch_size, *plan.img_size, 3
                 images = torch.empty(shape, dtype=torch.uint8, device=self.device)
                 feed_ndarray(crops.as_tensor(), images, cuda_stream=self._stream)
+                for j in np.flatnonzero(on_host):
+                    image = np.empty(shape[1:], np.uint8)
+                    self.render(plan, j, image)
+                    images[j] = torch.from_numpy(image)
                 self._stream.synchronize()
             return self.finish(plan, images)
         images = self.empty_images(plan.img_size)
         out = images.numpy()
 
         def finish(j: int) -> None:
+            if on_host[j]:
+                self.render(plan, j, out[j])
+                return
             crop = np.asarray(crops[j])  # DALI's own memory; at(j) would be a copy
             self.finish_image(plan, j, crop, np.array([0, 0, *crop.shape[:2]]), out[j])
 
@@ -144,34 +165,72 @@ class DaliLoader(Loader):
             batch.images.record_stream(torch.cuda.current_stream(self.device))
         return super()._to_device(batch)
 
-    def read_batch(self, plan: Plan) -> tuple[list[np.ndarray], bool]:
-        """The files of a batch, and whether all begin as the index says. DALI 2.4's decoder on the CPU crashes at
-        headers that are none, and with it the process, so that what is left of a file must not get there."""
+    def read_batch(self, plan: Plan) -> tuple[list[np.ndarray], np.ndarray]:
+        """The files of a batch, blank images instead of those that DALI must not or cannot decode, and which these are:
+        bool (n,).
+
+        DALI 2.4's decoder on the CPU crashes at headers that are none, and with it the process, so that what is left of
+        a file must not get there if it does not begin as the index says.
+        """
         rows = self.dataset.rows(plan.source_ids)
         sizes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
-        encoded: list = [None] * len(sizes)
-        as_indexed = [False] * len(sizes)
+        encoded, on_host = [_blank_image()] * len(sizes), np.ones(len(sizes), bool)
 
         def read(j: int) -> None:
-            encoded[j] = self.read(int(plan.source_ids[j]))
-            as_indexed[j] = stored_size(encoded[j]) == sizes[j]
+            data = self.read(int(plan.source_ids[j]))
+            if stored_size(data) == sizes[j]:
+                encoded[j], on_host[j] = data, False
 
         self.for_each(read, len(sizes))
-        return encoded, all(as_indexed)
+        for j, source_id in enumerate(plan.source_ids.tolist()):
+            if source_id in self._suspects and not on_host[j] and self._refuses(encoded[j], plan.boxes[j]):
+                encoded[j], on_host[j] = _blank_image(), True
+        return encoded, on_host
 
-    def mend(self, plan: Plan) -> Plan:
-        """The plan with samples all of which decode as a whole on the host."""
-        source_ids, boxes = plan.source_ids.copy(), plan.boxes.copy()
+    def _find_suspects(self, plan: Plan, on_host: np.ndarray) -> bool:
+        """Look for samples that may have failed a batch, other than those known; whether there are any.
 
-        def check(j: int) -> None:
-            good, _ = self.decodable(plan, j)
-            source_ids[j], boxes[j] = good.source_ids[j], good.boxes[j]
+        Most are damaged so that the host refuses them as well, which is found in parallel. Only if there is none is
+        DALI asked about each: a millisecond per sample, once per damaged file.
+        """
+        ids = plan.source_ids.tolist()
+        new = [j for j, source_id in enumerate(ids) if source_id not in self._suspects and not on_host[j]]
+        found: set[int] = set()
 
-        self.for_each(check, self.batch_size)
-        return replace(plan, source_ids=source_ids, boxes=boxes)
+        def check(k: int) -> None:
+            try:
+                self.image(ids[new[k]])
+            except UndecodableImage:
+                found.add(ids[new[k]])
+
+        self.for_each(check, len(new))
+        if not found:
+            found = {ids[j] for j in new if self._refuses(self.read(ids[j]), plan.boxes[j])}
+            for source_id in sorted(found):
+                logger.warning("%s: DALI refuses it, so it is decoded on the host", self.dataset.path(source_id))
+        self._suspects |= found
+        return bool(found)
+
+    def _refuses(self, encoded: np.ndarray, box: np.ndarray) -> bool:
+        """Whether DALI refuses a file, for a crop, if it is asked about nothing else."""
+        if self._single is None:
+            self._single = Pipeline(1, 1, self.device.index if self._on_gpu else None, prefetch_queue_depth=1)
+            with self._single:
+                inputs = {name: fn.external_source(name=name) for name in input_names(finished=False, jitter=False)}
+                self._single.set_outputs(decoded_crops(inputs, "mixed" if self._on_gpu else "cpu", {}))
+            self._single.build()
+        top_left, shape = box[:2].astype(np.int32), box[2:].astype(np.int32)
+        try:
+            for name, value in {"encoded": encoded, "anchors": top_left, "shapes": shape}.items():
+                self._single.feed_input(name, [value])
+            self._single.run()
+        except RuntimeError:
+            self._single = None
+            return True
+        return False
 
     def _make_on_host(self, plan: Plan, error: RuntimeError) -> Batch:
-        """For a step that DALI fails at although every image decodes: once in a while, not all the time."""
+        """For a step that DALI fails at although it refuses none of its images: once in a while, not all the time."""
         self._failures += 1
         if self._failures > _MAX_FAILURES:
             raise DataError(f"DALI failed at {self._failures} steps in a row: {error}") from error
@@ -185,9 +244,8 @@ class DaliLoader(Loader):
 def _feed(
     reference: weakref.ref[DaliLoader],
     batch_size: int,
-    plans: deque[Plan],
+    fed: deque[_Fed],
     step: int,
-    mended: Plan | None,
     names: list[str],
 ):
     """DALI's callback: plans one batch a call, notes it, and reads its files. It never raises, because DALI would lose
@@ -196,32 +254,32 @@ def _feed(
 
     Args:
         step: of the first batch.
-        mended: the first batch's plan, if that is not the usual one.
         names: of the inputs that the pipeline wants.
     """
 
     def feed():
         nonlocal step
-        plan = mended if mended is not None and step == mended.step else None
         try:
             loader = reference()
-            plan = plan or loader.plan(step)
-            encoded, as_indexed = loader.read_batch(plan)
-            if not as_indexed:
-                plan = loader.mend(plan)
-                encoded, _ = loader.read_batch(plan)
+            plan = loader.plan(step)
+            encoded, on_host = loader.read_batch(plan)
         except Exception as error:
-            plan, encoded = _failed(step, batch_size, error), [_blank_image()] * batch_size
-        plans.append(plan)
+            plan, encoded, on_host = (
+                _failed(step, batch_size, error),
+                [_blank_image()] * batch_size,
+                np.ones(batch_size, bool),
+            )
+        fed.append(_Fed(plan, on_host))
         step += 1
-        inputs = input_values(plan, encoded)
+        boxes = np.where(on_host[:, None], _BLANK_BOX, plan.boxes)
+        inputs = input_values(replace(plan, boxes=boxes), encoded)
         return tuple(inputs[name] for name in names)
 
     return feed
 
 
 def _failed(step: int, batch_size: int, error: Exception) -> Plan:
-    nothing, boxes = np.zeros(batch_size, np.int64), np.tile([0, 0, 1, 1], (batch_size, 1))
+    nothing, boxes = np.zeros(batch_size, np.int64), np.tile(_BLANK_BOX, (batch_size, 1))
     return Plan(step, (1, 1), nothing, nothing, nothing, nothing, boxes, np.zeros((batch_size, 2), bool), None, error)
 
 
