@@ -76,6 +76,14 @@ class ImageInputs(nn.Module):
             )
         self._tables = self._tables_of_size[size]
 
+    def normalized(self, images: Tensor) -> Tensor:
+        """A loader's batch as :meth:`forward` takes it: floating images in [0, 1] are normalised with the model's
+        statistics in one pass; uint8 ones stay raw, since the kernels normalise them."""
+        if images.dtype == torch.uint8:
+            return images
+        mean, scale = self.mean.view(-1, 1, 1), self.std.reciprocal().view(-1, 1, 1)
+        return torch.addcmul(-mean * scale, images, scale)
+
     def _positions(self) -> tuple[Tensor, Tensor]:
         """Tables (1, 1 + L, D) and (1, 1 + L, E) of the encoder and the decoder at ``input_size``."""
         return (self.pos_embed, self.decoder_pos_embed) if self._tables is None else self._tables
@@ -110,16 +118,19 @@ class ImageInputs(nn.Module):
     def _check_images(self, images: Tensor) -> None:
         expected = f"(N, {self.in_chans}, {self.input_size[0]}, {self.input_size[1]}), uint8 or floating point"
         fits = isinstance(images, Tensor) and tuple(images.shape[1:]) == (self.in_chans, *self.input_size)
+        if not fits and isinstance(images, Tensor) and tuple(images.shape[1:]) == (*self.input_size, self.in_chans):
+            expected += " (this looks channels-last: pass images.permute(0, 3, 1, 2))"
         check(fits and (images.dtype == torch.uint8 or images.is_floating_point()), "images", expected, images)
         if images.dtype == torch.uint8 or self._float_images_seen or torch.compiler.is_compiling():
             return
         # Once, since reading a value waits for the device.
         self._float_images_seen = True
-        largest = float(images.detach().abs().amax()) if images.numel() else 0.0
-        if not largest < 20:
+        low, high = map(float, images.detach().aminmax()) if images.numel() else (0.0, 0.0)
+        plain = all(value == 0 for value in self._statistics["mean"])  # such pixels in [0, 1] are normalised already
+        if not max(-low, high) < 20 or (0 <= low < high <= 1 and not plain):
             warnings.warn(
-                f"images: floating-point images are taken as already normalised, but the largest magnitude is "
-                f"{largest:.3g}; pass uint8 images to have them normalised",
+                f"images: floating-point images are taken as already normalised, but these are from {low:.3g} to "
+                f"{high:.3g}; pass uint8 images, or model.normalized(images) of pixels in [0, 1]",
                 stacklevel=3,
             )
 

@@ -58,8 +58,9 @@ def test_recipes_are_valid_and_survive_json(name):
 
 
 def test_paths_and_pairs_survive_json(tmp_path):
-    config = changed(PHOTOGRAPHS, "model", img_size=(64, 96), in_chans=1, mean=(0.25,), std=(0.5,))
-    data = {"path": Path("/images"), "value_range": (0.0, 4095.0), "progressive_sizes": (32, 64)}
+    config = changed(PHOTOGRAPHS, "model", img_size=(64, 96), in_chans=2, mean=(0.25, 0.5), std=(0.5, 0.5))
+    data = {"path": Path("/images"), "progressive_sizes": (32, 64)}
+    data |= {"value_range": (0.0, 4095.0, -1.0, 1.0), "channels_first": True}
     config = replace(changed(config, "data", **data), out=tmp_path)
     validate(config)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
@@ -118,7 +119,17 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
             {"max_pixels": 1 << 40},
             r"--data.max-pixels: expected a number from 1 to 178_956_970.*got 1099511627776",
         ),
-        ("data", {"value_range": (1.0, 1.0)}, r"--data.value-range: .*smallest first, got \(1.0, 1.0\)"),
+        ("data", {"value_range": (1.0, 1.0)}, r"--data.value-range: .*smallest first.* got \(1.0, 1.0\)"),
+        (
+            "data",
+            {"value_range": (0.0, 1.0, 0.0)},
+            r"--data.value-range: .* or 6 with those of each channel in turn, got",
+        ),
+        (
+            "data",
+            {"value_range": (0.0, 1.0), "color_jitter": 0.4},
+            r"--data.color-jitter: expected 0 with --data.value",
+        ),
         ("data", {"color_jitter": -0.1}, r"--data.color-jitter: .*got -0.1"),
         ("data", {"prefetch": 0}, r"--data.prefetch: expected a positive number, got 0"),
         ("data", {"timeout": 0.0}, r"--data.timeout: expected a positive number, got 0.0"),

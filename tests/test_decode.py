@@ -93,24 +93,52 @@ def test_orientation(encode, orientation):
     assert np.array_equal(decode(encode(values), orientation), np.rot90(values, turns))
 
 
-@pytest.mark.parametrize("dtype", ["u2", ">u2", "f4", ">f4", "f8", "i2"])
+@pytest.mark.parametrize("channels", [2, 12])
+def test_channels_first_npy(channels):
+    values = image_of(channels)
+    first = np.ascontiguousarray(np.moveaxis(values, -1, 0))
+    assert np.array_equal(decode(npy(first), channels=channels, channels_first=True), values)
+    assert np.array_equal(decode(npy(values[..., 0]), channels=1, channels_first=True), values[..., :1])
+    with pytest.raises(UndecodableImage, match=f"40 channels: expected {channels}"):
+        decode(npy(first), channels=channels)
+
+
+@pytest.mark.parametrize("dtype", ["u2", ">u2", "f4", ">f4", "f8", "i2", "i4", "f2"])
 @pytest.mark.parametrize("encode", [tiff, npy])
 def test_a_value_range_is_mapped_linearly_and_clipped(encode, dtype):
     low, high = 100.0, 4000.0
     values = np.linspace(-500 if np.dtype(dtype).kind != "u" else 0, 5000, 600).reshape(20, 30).astype(dtype)
     ours = decode(encode(values), channels=1, value_range=(low, high))[..., 0]
-    expected = ((values.astype(np.float64) - low) / (high - low) * 255).clip(0, 255)
-    assert np.abs(ours - expected).max() < 0.501
+    expected = ((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-7)
     assert ours.min() == 0
-    assert ours.max() == 255
+    assert ours.max() == 1
+
+
+@pytest.mark.parametrize("dtype", ["u2", "f4", "f8"])
+def test_a_range_for_each_channel(dtype):
+    """Of values whose differences 8 bits would lose, each channel where the others are clipped."""
+    values = (np.arange(4 * 30 * 40).reshape(30, 40, 4) % 251 + [0, 1000, 2000, 30000]).astype(dtype)
+    ranges = [0, 250, 1000, 60000, 2000, 2250, 30000, 30001]
+    ours = decode(npy(values), channels=4, value_range=ranges)
+    low, high = np.reshape(ranges, (4, 2)).T
+    expected = ((values.astype(np.float64) - low) / (high - low)).clip(0, 1)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-7)
+    assert len(np.unique(ours[..., 1])) == 251
+    with pytest.raises(UndecodableImage, match="value range for 3 channels: expected one for all, or for 4"):
+        decode(npy(values), channels=4, value_range=ranges[:6])
+
+
+def test_integers_of_32_bits_keep_their_differences():
+    values = np.array([[(1 << 30) + k for k in range(5)]], np.int32)
+    ours = decode(npy(values), channels=1, value_range=(1 << 30, (1 << 30) + 4))
+    assert ours[0, :, 0].tolist() == [0, 0.25, 0.5, 0.75, 1]
 
 
 def test_not_a_number_becomes_0():
     values = np.array([[np.nan, np.inf, -np.inf, 0.5]], np.float32)
-    assert decode(npy(values), channels=1, value_range=(0, 1))[..., 0].tolist() in (
-        [[0, 255, 0, 127]],
-        [[0, 255, 0, 128]],
-    )
+    assert decode(npy(values), channels=1, value_range=(0, 1))[..., 0].tolist() == [[0, 1, 0, 0.5]]
 
 
 def test_a_16_bit_png_by_range_and_by_shift():
@@ -118,13 +146,13 @@ def test_a_16_bit_png_by_range_and_by_shift():
     encoded = saved(values, "PNG")
     assert np.array_equal(decode(encoded)[..., 0], values >> 8)
     mapped = decode(encoded, channels=1, value_range=(0, 32768))[..., 0]
-    assert np.abs(mapped - (values / 32768 * 255).clip(0, 255)).max() < 0.501
+    np.testing.assert_allclose(mapped, (values / 32768).clip(0, 1), rtol=0, atol=1e-7)
 
 
 def test_8_bits_are_not_mapped():
     values = image_of(3)
     for encoded in (tiff(values), npy(values), saved(values, "PNG")):
-        assert np.array_equal(decode(encoded, value_range=(0, 32768)), values)
+        assert np.array_equal(decode(encoded, value_range=(0, 32768)), values / np.float32(255))
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG"])
@@ -176,6 +204,17 @@ def test_a_header_that_promises_a_terabyte_allocates_nothing():
     assert len(text) == len(encoded)
     with pytest.raises(UndecodableImage):
         decode(np.frombuffer(text, np.uint8), channels=1)
+
+
+@pytest.mark.parametrize("size", [(24, 20), (60, 70), (39, 34)], ids=str)
+def test_floats_are_resized_as_pytorch_does_and_not_rounded(size):
+    pixels = np.random.default_rng(0).random((45, 64, 5), np.float32) ** 4
+    out = np.empty((*size, 5), np.float32)
+    resize_crop_into(out, pixels, np.array([3, 5, 39, 34]), (True, True))
+    planes = torch.from_numpy(pixels[3:42, 5:39]).permute(2, 0, 1)[None]
+    resized = F.interpolate(planes, size=size, mode="bicubic", antialias=True, align_corners=False)
+    expected = resized.clamp(0, 1).flip(2, 3)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 13])

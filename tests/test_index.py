@@ -259,7 +259,16 @@ def test_unusable_folders_are_clear_errors(tmp_path, cache, what):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("max_bad_fraction", 1.5), ("channels", 0), ("max_pixels", 0), ("max_pixels", 1 << 30), ("value_range", (2, 1))],
+    [
+        ("max_bad_fraction", 1.5),
+        ("channels", 0),
+        ("max_pixels", 0),
+        ("max_pixels", 1 << 30),
+        ("value_range", (2, 1)),
+        ("value_range", (0, 1, 2)),
+        ("value_range", (0, 1, 0, 1)),
+        ("value_range", (0, float("inf"))),
+    ],
 )
 def test_options_out_of_range(folder, cache, option, value):
     with pytest.raises(ValueError, match=option):

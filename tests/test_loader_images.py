@@ -255,11 +255,54 @@ def test_any_number_of_channels(tmp_path, channels, format_):
     assert batch.images.shape == (4, channels, 40, 40)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     first = batch.sample_ids.tolist().index(0)
-    expected = values[0][:, 5:45] / 16
+    expected = values[0][:, 5:45] / np.float32(4080)
     assert np.array_equal(batch.images[first].permute(1, 2, 0).numpy(), expected)
     assert create.choose_loader(dataset) == "torch"
     with pytest.raises((DataError, ValueError), match="color_jitter"):
         create_loader(dataset, augment=Augment(color_jitter=0.4), **OPTIONS)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs_are(tmp_path, cached):
+    """Boxes, flips and replacements are those of the same images in 8 bits; values are exact, not of 256 steps."""
+    for name in ("bytes", "bands"):
+        (tmp_path / name).mkdir()
+    ranges = (-1.0, 1.0, 270.0, 330.0, 0.0, 1e4, 5.0, 6.0)
+    low, high = np.reshape(ranges, (4, 2)).T
+    for i in range(6):
+        image = np.stack([smooth(60 + i, 70, 20 * i + c)[..., 0] for c in range(4)], -1)
+        np.save(tmp_path / "bytes" / f"{i}.npy", image)
+        bands = (image / 255 * (high - low) + low).astype(np.float32)
+        np.save(tmp_path / "bands" / f"{i}.npy", np.ascontiguousarray(np.moveaxis(bands, -1, 0)))
+    options = {"channels": 4, "cache_dir": tmp_path / ".cache"}
+    plain = open_dataset(tmp_path / "bytes", **options)
+    with pytest.raises(DataError, match=r"looks channels-first: --data.channels-first\)"):
+        open_dataset(tmp_path / "bands", value_range=ranges, **options)
+    dataset = open_dataset(tmp_path / "bands", value_range=ranges, channels_first=True, **options)
+    assert dataset.shape(3) == (63, 70)
+    loading = {"batch_size": 5, "img_size": (32, 48), "cache_bytes": 256 << 20 if cached else 0}
+    ours = take(dataset, "torch", 3, **loading)
+    for batch, other in zip(ours, take(plain, "torch", 3, **loading), strict=True):
+        assert torch.equal(batch.sample_ids, other.sample_ids)
+        assert batch.images.dtype == torch.float32
+        assert (batch.images * 255 - other.images).abs().max() < 1.5  # PyTorch rounds after each of two passes
+    assert len(ours[0].images[:, 1].unique()) > 5000
+    with pytest.raises(ValueError, match="color_jitter: hue and saturation need 3 channels"):
+        create_loader(dataset, augment=Augment(color_jitter=0.4), **OPTIONS)
+    with pytest.raises(DataError, match=r"the DALI loader reads 8-bit RGB .* is opened for 4 channels: use torch"):
+        create_loader(dataset, **OPTIONS | {"loader": "dali"})
+
+
+def test_16_bit_png_without_a_range_warns(tmp_path, caplog):
+    Image.fromarray(smooth(40, 50, 0)[..., 0].astype(np.uint16) * 256).save(tmp_path / "a.png")
+    options = {"channels": 1, "cache_dir": tmp_path / ".cache"}
+    for _ in range(2):  # the second time from the cached index
+        caplog.clear()
+        open_dataset(tmp_path, **options)
+        assert "16-bit PNG files, of which only the upper 8 bits are used" in caplog.text
+    caplog.clear()
+    open_dataset(tmp_path, value_range=(0, 65535), **options)
+    assert caplog.text == ""
 
 
 def test_grey_photographs_for_one_channel(tmp_path):

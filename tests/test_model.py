@@ -183,11 +183,36 @@ def test_compiles_to_one_graph(model, images):
 
 def test_implausible_float_images_warn_once(model):
     raw = torch.rand(1, 3, 32, 48) * 255
-    with pytest.warns(UserWarning, match="already normalised, but the largest magnitude is 25"):
+    with pytest.warns(UserWarning, match="already normalised, but these are from .* to 25"):
         model(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(raw)
+
+
+def test_pixels_in_0_to_1_warn_and_normalised_are_those_of_uint8(images):
+    raw = images / 255
+    model = MaskedAutoencoderViT(**SMALL).to(images.device)
+    with pytest.warns(UserWarning, match=r"these are from 0 to 1; .*model.normalized\(images\) of pixels in \[0, 1\]"):
+        model.encode(raw)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = MaskedAutoencoderViT(**SMALL).to(images.device)
+        assert model.normalized(images) is images
+        floats = model.normalized(raw)
+        expected = (raw.double() - model.mean.view(-1, 1, 1)) / model.std.view(-1, 1, 1)
+        torch.testing.assert_close(floats, expected.float(), rtol=1e-6, atol=1e-6)
+        assert floats.stride() == raw.stride()
+        masking = random_masking(len(images), 24, 0.75, seed=0, device=images.device)
+        losses = [model(pixels, masking=masking).loss for pixels in (images, floats)]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+        plain = MaskedAutoencoderViT(**SMALL, mean=(0, 0, 0), std=(1, 1, 1))
+        plain.to(images.device).encode(raw)  # for which they are normalised
+
+
+def test_channels_last_images_get_a_hint(model, images):
+    with pytest.raises(ValueError, match=r"looks channels-last: pass images.permute\(0, 3, 1, 2\)\), got uint8"):
+        model(images.permute(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize(

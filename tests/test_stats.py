@@ -77,6 +77,7 @@ def test_sixteen_bits_are_measured_as_they_are_trained_on(open_, tmp_path):
     found = measure(dataset)
     assert found.mean == pytest.approx([0.5], abs=0.01)
     assert found.std == pytest.approx([1 / np.sqrt(12)], abs=0.01)
+    assert found.mean == pytest.approx([dataset.decode(0).mean()], abs=1e-7)
 
 
 def test_a_sample_is_drawn_by_its_seed(folder, open_):

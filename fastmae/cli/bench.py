@@ -75,8 +75,7 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--train.device: expected a CUDA device for cuda, but PyTorch finds none")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
-    dataset = data.open_dataset(config.data.path, channels=config.model.in_chans, **limits)
+    dataset = data.open_dataset(config.data.path, **config.dataset_arguments())
     if config.model.attention == "xformers":
         _xformers.require(device)
     kind = data.choose_loader(dataset, config.data.loader)

@@ -56,8 +56,10 @@ class ImagesConfig:
 
     channels: int = 3
     """Channels of the images; others count as bad."""
-    value_range: tuple[float, float] | None = None
-    """Lowest and highest value of 16-bit and floating-point pixels, mapped to black and white."""
+    value_range: tuple[float, ...] | None = None
+    """Lowest and highest value of 16-bit and floating-point pixels, or a pair for each channel in turn."""
+    channels_first: bool = False
+    """.npy files are (channels, height, width)."""
     max_pixels: int = 178_956_970
     """Largest height x width; more is taken for a decompression bomb and counts as bad."""
     num_workers: int | None = None

@@ -190,6 +190,7 @@ def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Da
             path,
             channels=images.channels,
             value_range=images.value_range,
+            channels_first=images.channels_first,
             max_pixels=images.max_pixels,
             max_bad_fraction=max_bad_fraction,
         )

@@ -26,7 +26,9 @@ def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
     if dataset.channels != 3:
         flags.append(f"--model.in-chans {dataset.channels}")
     if dataset.value_range is not None:
-        flags.append("--data.value-range {:g} {:g}".format(*dataset.value_range))
+        flags.append(f"--data.value-range {' '.join(f'{value:g}' for value in dataset.value_range)}")
+    if dataset.accepts.channels_first:
+        flags.append("--data.channels-first")
     if dataset.accepts.max_pixels != Accepts.max_pixels:
         flags.append(f"--data.max-pixels {dataset.accepts.max_pixels}")
     return " ".join(flags)

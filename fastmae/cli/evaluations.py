@@ -40,7 +40,7 @@ _ERRORS = ("mse", "mse_mean_color", "mse_inverse_distance")
 def reconstruction_sets(
     config: PretrainConfig, dataset: data.Dataset, num_crops: int
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The images that every picture of a run shows: uint8 (N, C, H, W) by heading, and names by heading.
+    """The images that every picture of a run shows: (N, C, H, W) by heading, and names by heading.
 
     Crops of the training images that are not trained on themselves, as the paper crops and not as the run does, so that
     runs can be compared; of colour models also the photographs that are held out of every training.
@@ -189,9 +189,8 @@ def _images_to_probe(
         raise ValueError(f"--report.probe-every-epochs: {error}") from error
 
     def opened() -> data.Dataset:
-        limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
         try:
-            return data.open_dataset(path, channels=config.model.in_chans, **limits)
+            return data.open_dataset(path, **config.dataset_arguments())
         except data.DataError as error:
             raise ValueError(f"--report.probe-path: {error}") from error
 

@@ -51,8 +51,7 @@ def prepare(
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     device = parallelism.device
-    limits = {name: getattr(config.data, name) for name in ("value_range", "max_bad_fraction", "max_pixels")}
-    open_dataset = partial(data.open_dataset, config.data.path, channels=config.model.in_chans, **limits)
+    open_dataset = partial(data.open_dataset, config.data.path, **config.dataset_arguments())
     heartbeat.begin("opening the data")
     if ranks.size > 1:
         ranks.first_in_hours("opening the data", lambda: open_dataset() and None)  # the others then find its index

@@ -11,7 +11,8 @@ class Batch(NamedTuple):
     """One rank's part of a global batch, on the loader's device.
 
     Attributes:
-        images: uint8, logically (N, 3, H, W); memory is (N, H, W, 3), so this is a channels-last view.
+        images: uint8, or float32 in [0, 1] of data with a ``value_range``; logically (N, C, H, W), memory is
+            (N, H, W, C), so this is a channels-last view.
         sample_ids: int64 (N,), the samples' positions in the index. A sample that replaces an undecodable one goes
             under the id of the one it replaces, so that keys for masks do not depend on when a bad file was found.
         epochs: int64 (N,); one batch may hold the end of an epoch and the beginning of the next.

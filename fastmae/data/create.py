@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError, LateBad
 from fastmae.data.dataset import Dataset, printable
-from fastmae.data.header import Format
+from fastmae.data.header import COLOR_16, Format
 from fastmae.data.index import Accepts, cached_index
 from fastmae.data.loader import Loader
 from fastmae.data.options import choose_options
@@ -22,6 +23,8 @@ from fastmae.data.photographs import open_photographs
 from fastmae.data.plan import ImgSize, Planner
 from fastmae.data.sources import EXPECTED, find_source
 from fastmae.ops.philox import split_seed
+
+logger = logging.getLogger(__name__)
 
 LoaderKind = Literal["auto", "dali", "torch"]
 _DALI_FORMATS = {Format.JPEG, Format.PNG, Format.WEBP}
@@ -31,7 +34,8 @@ def open_dataset(
     path: Path | str | None,
     *,
     channels: int = 3,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
+    channels_first: bool = False,
     max_bad_fraction: float = 0.01,
     max_pixels: int = Accepts.max_pixels,
     cache_dir: Path | None = None,
@@ -50,8 +54,10 @@ def open_dataset(
             - a list file (``.txt``, ``.tsv``, ``.lst``): a path a line, of an image or of a shard, relative to the
               list's folder, and after a tab, for images, a class.
         channels: C. For 3, grey images become RGB; for 1, colour is refused; anything else is for TIFF and ``.npy``.
-        value_range: (low, high) of 16-bit and float TIFF and ``.npy``, and of 16-bit PNG, mapped to 0..255 and clipped.
-            None: 16-bit PNG is shifted right by 8, and the others are refused.
+        value_range: (low, high) of 16-bit and float TIFF and ``.npy``, and of 16-bit PNG, or one pair for each channel
+            in turn, 2 * C numbers. Decoded images are then float32: this range mapped to [0, 1] and clipped, 8-bit
+            files divided by 255. None: images are uint8, 16-bit PNG is shifted right by 8, the others are refused.
+        channels_first: ``.npy`` files are (C, height, width).
         max_bad_fraction: the share of bad images from which on the data set is refused.
         max_pixels: the largest height x width; more is taken for a decompression bomb.
         cache_dir: where to keep the index, ``~/.cache/fastmae`` if None.
@@ -64,14 +70,14 @@ def open_dataset(
         raise ValueError(f"channels: expected at least 1, got {channels}")
     if not 1 <= max_pixels <= Accepts.max_pixels:
         raise ValueError(f"max_pixels: expected 1 to {Accepts.max_pixels} (Pillow's limit), got {max_pixels}")
-    if value_range is not None and not value_range[0] < value_range[1]:
-        raise ValueError(f"value_range: expected low < high, got {value_range}")
+    if value_range is not None:
+        value_range = check_value_range(value_range, channels)
     if path is None:
         if channels != 3:
             raise DataError(f"channels: the embedded photographs have 3, got {channels}")
         return open_photographs()
     path = Path(path).expanduser()
-    accepts = Accepts(channels, None if value_range is None else tuple(map(float, value_range)), max_pixels)
+    accepts = Accepts(channels, value_range, max_pixels, channels_first)
     try:
         source = find_source(path)
         index = cached_index(source, path, accepts, cache_dir)
@@ -86,7 +92,26 @@ def open_dataset(
         raise DataError(f"{path}: expected {EXPECTED}; found {found}")
     dataset.check_bad_fraction()
     dataset.log_bad()
+    if value_range is None and index.modes & {"I", "I;16", *COLOR_16}:
+        logger.warning(
+            "%s: has 16-bit PNG files, of which only the upper 8 bits are used. Grey ones keep all of them with "
+            "--data.value-range LOW HIGH (fastmae data stats suggests one); convert colour ones to TIFF",
+            path,
+        )
     return dataset
+
+
+def check_value_range(value_range: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Low and high, for all channels or for each in turn, as a tuple.
+
+    Raises:
+        ValueError: another number of values, or some that are not finite or not in order.
+    """
+    pairs = list(zip(value_range[::2], value_range[1::2], strict=False))
+    if len(value_range) not in (2, 2 * channels) or not all(-math.inf < low < high < math.inf for low, high in pairs):
+        each = f", or {2 * channels} with those of each channel in turn" if channels > 1 else ""
+        raise ValueError(f"value_range: expected finite LOW HIGH, smallest first{each}, got {tuple(value_range)}")
+    return tuple(map(float, value_range))
 
 
 def has_dali() -> bool:
@@ -192,7 +217,7 @@ def create_loader(
     img_size = img_size if callable(img_size) else tuple(img_size)
     order = batch_size, img_size, seed, position, rank, world_size
     planner = Planner(dataset, *order, augment or Augment(), samples_per_step)
-    batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels
+    batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels * dataset.dtype.itemsize
     machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
     options = {"device": device, "options": machine, "timeout": timeout, "known_bad": known_bad}
     if choose_loader(dataset, loader) == "dali":
@@ -218,7 +243,8 @@ def fixed_crops(
         augment: crop and flip; None for ``Augment()``.
 
     Returns:
-        uint8 (n, 3, height, width), a channels-last view. Files that do not decode are replaced as in training.
+        (n, C, height, width) of the data set's dtype, a channels-last view. Files that do not decode are replaced as in
+        training.
 
     Raises:
         DataError: a file cannot be read; or more do not decode than the data set's ``max_bad_fraction`` allows.

@@ -35,7 +35,8 @@ class Dataset:
         hash: hex digest of the index; equal for equal data sets, wherever they lie.
         classes: names of the labels; empty if there are none, or numbers only.
         channels: C of the decoded images.
-        value_range: what 16-bit and float pixels are mapped from, or None.
+        value_range: what 16-bit and float pixels are mapped from, or None; low and high, for all channels or each.
+        dtype: of the decoded images, uint8, or float32 in [0, 1] with a ``value_range``.
         formats: the formats that occur.
         max_bad_fraction: the share of bad images from which on a run stops.
         embedded: whether these are the photographs that come with the installation.
@@ -78,8 +79,12 @@ class Dataset:
         return self.accepts.channels
 
     @property
-    def value_range(self) -> tuple[float, float] | None:
+    def value_range(self) -> tuple[float, ...] | None:
         return self.accepts.value_range
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.value_range is None else np.float32)
 
     @property
     def bad(self) -> list[BadFile]:
@@ -122,14 +127,16 @@ class Dataset:
         return with_retries(lambda: np.fromfile(path, np.uint8), path)
 
     def decode(self, sample_id: int) -> np.ndarray:
-        """A sample's upright pixels, uint8 (height, width, C), possibly a strided view.
+        """A sample's upright pixels, (height, width, C) of ``dtype``, possibly a strided view.
 
         Raises:
             UndecodableImage: the bytes are not an image.
             DataError: the file cannot be read.
         """
         orientation = self.index.table.row(int(sample_id))[_ORIENTATION]
-        return decode(self.read(sample_id), orientation, channels=self.channels, value_range=self.value_range)
+        accepts = self.accepts
+        options = {"value_range": accepts.value_range, "channels_first": accepts.channels_first}
+        return decode(self.read(sample_id), orientation, channels=accepts.channels, **options)
 
     def shape(self, sample_id: int) -> tuple[int, int]:
         """Height and width of the upright image."""
@@ -148,7 +155,8 @@ class Dataset:
         """Bytes of all images decoded, or any number above ``at_most`` if there are more."""
         total = 0
         for rows in self.index.table.scan():
-            total += self.channels * int((rows["height"].astype(np.int64) * rows["width"]).sum())
+            pixels = int((rows["height"].astype(np.int64) * rows["width"]).sum())
+            total += pixels * self.channels * self.dtype.itemsize
             if total > at_most:
                 break
         return total

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fastmae.data.pixels import NPY_START, TIFF_STARTS, read_npy, read_tiff, to_uint8, with_channels
+from fastmae.data.pixels import NPY_START, TIFF_STARTS, read_npy, read_tiff, to_uint8, to_unit, with_channels
 
 _MAX_INTERLEAVED = 4
 """PyTorch's resize of uint8 is vectorised for this many interleaved channels; more go through it one by one."""
@@ -43,29 +43,36 @@ def decode(
     orientation: int = 1,
     *,
     channels: int = 3,
-    value_range: tuple[float, float] | None = None,
+    value_range: Sequence[float] | None = None,
+    channels_first: bool = False,
 ) -> np.ndarray:
     """An upright image.
 
     Grey becomes RGB if ``channels`` is 3, CMYK is converted, alpha is dropped, 16-bit samples of a PNG are shifted
     right by 8 unless there is a ``value_range``. JPEG, PNG and WebP files have 1 or 3 channels; TIFF and NumPy (.npy)
-    files any number: (height, width) or (height, width, C), of integers or floats.
+    files any number: (height, width) or (height, width, C), of integers or floats. With a ``value_range`` pixels are
+    float32, so that 16-bit integers and floats keep their precision.
 
     Args:
         encoded: uint8 (bytes,), a JPEG, PNG, WebP, TIFF or .npy file.
         orientation: EXIF orientation, 1 to 8; taken from here, not from the file.
         channels: C of the result.
-        value_range: the values that become 0 and 255, for files of another type than 8 bits; those outside are clipped.
+        value_range: the values that become 0 and 1, for files of another type than 8 bits; those outside are clipped.
+            Low and high for all channels, or for each in turn.
+        channels_first: .npy files are (C, height, width).
 
     Returns:
-        uint8 (height, width, channels), possibly a strided view, possibly of ``encoded``.
+        (height, width, channels), possibly a strided view, possibly of ``encoded``: uint8, or float32 in [0, 1] with a
+        ``value_range``.
 
     Raises:
         UndecodableImage: the decoder refuses the bytes, or they hold another number of channels, or values that need a
             ``value_range``.
     """
     try:
-        pixels = with_channels(_decode_stored(encoded, channels, value_range), channels)
+        stored = _decode_stored(encoded, channels, value_range, channels_first)
+        pixels = with_channels(stored, channels)
+        pixels = to_uint8(pixels) if value_range is None else to_unit(pixels, value_range)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise whatever they like at damaged bytes
@@ -74,14 +81,17 @@ def decode(
     return upright(pixels, orientation)
 
 
-def _decode_stored(encoded: np.ndarray, channels: int, value_range: tuple[float, float] | None) -> np.ndarray:
+def _decode_stored(
+    encoded: np.ndarray, channels: int, value_range: Sequence[float] | None, channels_first: bool
+) -> np.ndarray:
     start = encoded[:6].tobytes()
     if start.startswith(b"\x89PNG"):
         return _decode_png(encoded, channels, value_range)
     if start.startswith(TIFF_STARTS):
-        return to_uint8(read_tiff(encoded), value_range)
+        return read_tiff(encoded)
     if start == NPY_START:
-        return to_uint8(read_npy(encoded), value_range)
+        values = read_npy(encoded)
+        return np.moveaxis(values, 0, -1) if channels_first and values.ndim == 3 else values
     io = _torchvision_io()
     mode = io.ImageReadMode.UNCHANGED if channels == 1 else io.ImageReadMode.RGB
     if not encoded.flags.writeable:  # PyTorch has no tensors that cannot be written, and warns
@@ -89,12 +99,12 @@ def _decode_stored(encoded: np.ndarray, channels: int, value_range: tuple[float,
     return io.decode_image(torch.from_numpy(encoded), mode=mode).permute(1, 2, 0).numpy()
 
 
-def _decode_png(encoded: np.ndarray, channels: int, value_range: tuple[float, float] | None) -> np.ndarray:
+def _decode_png(encoded: np.ndarray, channels: int, value_range: Sequence[float] | None) -> np.ndarray:
     # Pillow, because torchvision's PNG decoder takes the whole process down at some damaged files.
     with Image.open(BytesIO(encoded), formats=["PNG"]) as image:
         if image.mode.startswith("I"):
             values = np.asarray(image)
-            return (values >> 8).astype(np.uint8) if value_range is None else to_uint8(values, value_range)
+            return (values >> 8).astype(np.uint8) if value_range is None else values
         if value_range is not None and encoded[_PNG_BIT_DEPTH] == 16:
             raise ValueError("a PNG of 16-bit colours cannot be mapped by a value range: convert it to TIFF or .npy")
         grey = image.mode in ("1", "L", "LA")
@@ -116,15 +126,15 @@ def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray, flip:
     """Write a crop, resized (bicubic, antialiased) and perhaps mirrored.
 
     Args:
-        out: uint8 (height, width, C), written.
-        pixels: uint8 (H, W, C), any strides.
+        out: (height, width, C), written.
+        pixels: uint8 (H, W, C), or float32 in [0, 1], any strides; what bicubic overshoots is clipped.
         box: top, left, height, width of the crop within ``pixels``.
         flip: whether to mirror left and right, and top and bottom.
     """
     top, left, height, width = box
     crop = pixels[top : top + height, left : left + width]
     if crop.shape[:2] != out.shape[:2]:
-        crop = _resized(crop, out.shape[:2])
+        crop = (_resized if crop.dtype == np.uint8 else _resized_floats)(crop, out.shape[:2])
     left_right, top_bottom = flip
     _copy_mirrored(out[::-1] if top_bottom else out, crop, left_right)
 
@@ -140,6 +150,15 @@ def _resized(crop: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return F.interpolate(source, **options)[0].permute(1, 2, 0).numpy()
     planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(crop, 2, 0)))[:, None]
     return F.interpolate(planes, **options)[:, 0].permute(1, 2, 0).numpy()
+
+
+def _resized_floats(crop: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    # By Pillow, whose bicubic is PyTorch's antialiased one: PyTorch would start a team of threads for floats.
+    planes = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size[::-1], Image.Resampling.BICUBIC))
+        for plane in np.moveaxis(crop, 2, 0)
+    ]
+    return np.stack(planes, 2).clip(0, 1)
 
 
 def _copy_mirrored(out: np.ndarray, image: np.ndarray, left_right: bool) -> None:

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,6 +33,9 @@ from fastmae.data.tar_shards import shard_part
 logger = logging.getLogger(__name__)
 
 VERSION = 2
+_MOST_CHANNELS = np.iinfo(ENTRY["channels"]).max
+_FEW = 64
+"""An array whose first axis is shorter than this and than its last is more likely to have its channels there."""
 _KEPT_SECONDS = 30 * 86400
 """How long the index of what a folder used to hold stays: another run, on another machine even, may be reading it."""
 _ROWS, _NAMES, _BAD, _VERDICTS, _MANIFEST = "rows.bin", "names.bin", "bad.jsonl", "verdicts.jsonl", "manifest.json"
@@ -44,13 +47,21 @@ class Accepts:
 
     Attributes:
         channels: of the decoded images.
-        value_range: what 16-bit and float pixels are mapped from; None if they are not expected.
+        value_range: what 16-bit and float pixels are mapped from, for all channels or for each; None if they are not
+            expected.
         max_pixels: the largest height x width.
+        channels_first: whether arrays are (C, height, width).
     """
 
     channels: int = 3
-    value_range: tuple[float, float] | None = None
+    value_range: tuple[float, ...] | None = None
     max_pixels: int = 178_956_970
+    channels_first: bool = field(default=False, repr=False)
+
+    @property
+    def layout(self) -> tuple[str, ...]:
+        """Part of the index's hash only where it is not the usual one."""
+        return ("channels first",) if self.channels_first else ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +76,7 @@ class Index:
         classes: names of the labels, empty if unknown.
         shards: relative paths of the tar files; empty if each image is a file of its own.
         formats: those of the good images.
+        modes: of all images whose header can be read, by ``header.MODES``.
         folder: where it is cached; None if it is not.
     """
 
@@ -75,6 +87,7 @@ class Index:
     shards: list[str]
     formats: frozenset[Format]
     folder: Path | None = None
+    modes: frozenset[str] = frozenset()
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows by number, ``ENTRY`` (n,); ``bad`` is what is known now."""
@@ -116,13 +129,15 @@ def build_index(source: Source, accepts: Accepts, folder: Path | None = None, nu
     parts, shards = _parts(source, num_threads), []
     if source.kind == "shards":
         shards = [file.path for file in source.files]
-    digest = hashlib.blake2b(repr((VERSION, accepts, source.classes, shards)).encode(), digest_size=16)
+    digest = hashlib.blake2b(repr((VERSION, accepts, source.classes, shards, *accepts.layout)).encode(), digest_size=16)
     bad: dict[int, str] = {}
     formats: set[int] = set()
+    modes: set[int] = set()
     with (folder / _ROWS).open("wb") as rows_file, (folder / _NAMES).open("wb") as names_file:
         for rows, names, reasons in _joined(parts, source.kind == "shards", accepts):
             bad |= reasons
             formats |= set(np.unique(rows["format"][rows["bad"] == 0]).tolist())
+            modes |= set(np.unique(rows["mode"]).tolist())
             _append(rows_file, rows.tobytes(), digest)
             _append(names_file, names, digest)
     index = Index(
@@ -133,6 +148,7 @@ def build_index(source: Source, accepts: Accepts, folder: Path | None = None, nu
         shards,
         frozenset(Format(number) for number in formats if number),
         folder,
+        frozenset(MODES[number] for number in modes if number),
     )
     _write_reasons(folder / _BAD, bad)
     manifest = {
@@ -143,6 +159,7 @@ def build_index(source: Source, accepts: Accepts, folder: Path | None = None, nu
         "classes": index.classes,
         "shards": index.shards,
         "formats": sorted(int(format_) for format_ in index.formats),
+        "modes": sorted(index.modes),
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest))
     return index
@@ -165,13 +182,24 @@ def _joined(
     """Parts as pieces of one index: names, shards and numbers count from its beginning."""
     count = name_bytes = 0
     for number, part in enumerate(parts):
-        rows, reasons = part.rows.copy(), part.bad | judge(part.rows, accepts)
+        rows = part.rows.copy()
+        if accepts.channels_first:
+            _turn_arrays(rows)
+        reasons = part.bad | judge(rows, accepts)
         rows["name"] += name_bytes
         rows["shard"] = number if shards else 0
         rows["bad"][list(reasons)] = 1
         yield rows, part.names, {count + i: reason for i, reason in sorted(reasons.items())}
         count += len(rows)
         name_bytes += len(part.names)
+
+
+def _turn_arrays(rows: np.ndarray) -> None:
+    """Shapes of arrays (C, height, width), which headers read as (height, width, C); two axes are one channel."""
+    arrays = (rows["format"] == Format.NPY) & (rows["channels"] != 1)
+    channels, height, width = (rows[name][arrays] for name in ("height", "width", "channels"))
+    rows["height"][arrays], rows["width"][arrays] = height, width
+    rows["channels"][arrays] = np.minimum(channels, _MOST_CHANNELS)
 
 
 def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
@@ -194,8 +222,12 @@ def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
     for i in np.flatnonzero(good & colour).tolist():
         reasons.setdefault(i, "16-bit colour PNG: expected 8 bits or grey with --data.value-range; convert it to TIFF")
     for i in np.flatnonzero(good & ~fits).tolist():
-        found = rows["channels"][i]
-        reasons.setdefault(i, f"{found} channels: expected {accepts.channels} (--model.in-chans {found})")
+        found, first = int(rows["channels"][i]), int(rows["height"][i])
+        hint = f"--model.in-chans {found}"
+        if rows["format"][i] == Format.NPY and not accepts.channels_first and first < min(_FEW, found):
+            hint = f"shape ({first}, {rows['width'][i]}, {found}) looks channels-first: --data.channels-first"
+            hint += "" if first == accepts.channels else f" --model.in-chans {first}"
+        reasons.setdefault(i, f"{found} channels: expected {accepts.channels} ({hint})")
     return reasons
 
 
@@ -212,7 +244,7 @@ def cached_index(source: Source, path: Path, accepts: Accepts, cache_dir: Path |
     name = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
     try:
         cache_dir = cache_dir or Path.home() / ".cache" / "fastmae"
-        folder = cache_dir / f"index-{name}-{source.fingerprint(VERSION, accepts)}"
+        folder = cache_dir / f"index-{name}-{source.fingerprint(VERSION, accepts, *accepts.layout)}"
         index = _load(folder)
         if index is not None:
             return index
@@ -243,7 +275,8 @@ def _load(folder: Path) -> Index | None:
             return None
         bad = _read_reasons(folder / _BAD)
         formats = frozenset(Format(number) for number in manifest["formats"])
-        index = Index(table, bad, manifest["hash"], manifest["classes"], manifest["shards"], formats, folder)
+        named = manifest["hash"], manifest["classes"], manifest["shards"]
+        index = Index(table, bad, *named, formats, folder, frozenset(manifest["modes"]))
         return _judged(index, _read_reasons(folder / _VERDICTS))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not there, of another version or damaged: all the same, it is built again

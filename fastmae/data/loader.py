@@ -51,6 +51,8 @@ class Loader(ABC):
         self.dataset, self.batch_size = planner.dataset, planner.batch_size
         if planner.augment.color_jitter and self.dataset.channels != 3:
             raise ValueError(f"color_jitter: hue and saturation need 3 channels, got {self.dataset.channels}")
+        if planner.augment.color_jitter and self.dataset.value_range is not None:
+            raise ValueError("color_jitter: expected 8-bit images, got a value range, with which they are floats")
         self._on_gpu = device.type == "cuda"
         if self._on_gpu and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -154,7 +156,7 @@ class Loader(ABC):
         return self.planner.plan(step)
 
     def image(self, sample_id: int) -> np.ndarray:
-        """A sample's upright pixels, uint8 (height, width, C)."""
+        """A sample's upright pixels, (height, width, C) of the data set's dtype."""
         with _Noted(self._reading, sample_id):
             pixels = self.dataset.decode(sample_id)
         if pixels.shape[:2] != self.dataset.shape(sample_id):
@@ -167,7 +169,7 @@ class Loader(ABC):
             return self.dataset.read(sample_id)
 
     def render(self, plan: Plan, j: int, out: np.ndarray) -> None:
-        """Decode sample ``j`` of a plan on the host into ``out``, uint8 (H, W, C); replace it if it is bad."""
+        """Decode sample ``j`` of a plan on the host into ``out`` (H, W, C); replace it if it is bad."""
         plan, pixels = self.decodable(plan, j)
         self.finish_image(plan, j, pixels, plan.boxes[j], out)
 
@@ -214,9 +216,9 @@ class Loader(ABC):
         self.dataset.check_bad_fraction(reasons)
 
     def empty_images(self, img_size: tuple[int, int]) -> torch.Tensor:
-        """Memory for a batch's images: uint8 (N, H, W, C), pinned if it goes to a GPU."""
+        """Memory for a batch's images: (N, H, W, C) of the data set's dtype, pinned if it goes to a GPU."""
         shape = self.batch_size, *img_size, self.dataset.channels
-        return torch.empty(shape, dtype=torch.uint8, pin_memory=self._on_gpu)
+        return torch.empty(shape, dtype=getattr(torch, self.dataset.dtype.name), pin_memory=self._on_gpu)
 
     def finish(self, plan: Plan, images: torch.Tensor) -> Batch:
         """A batch from images (N, H, W, C)."""

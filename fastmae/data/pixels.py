@@ -1,7 +1,8 @@
-"""TIFF and NumPy files to pixel values, and values of any type and number of channels to uint8 of the right number."""
+"""TIFF and NumPy files to pixel values, and values of any type to uint8 or to float32 in [0, 1]."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
@@ -50,35 +51,52 @@ def read_npy(encoded: np.ndarray) -> np.ndarray:
     return np.ndarray(shape, dtype, encoded.data, file.tell(), order="F" if fortran_order else "C")
 
 
-def to_uint8(values: np.ndarray, value_range: tuple[float, float] | None) -> np.ndarray:
-    """Pixel values as uint8: 8-bit ones as they are, others mapped linearly from ``value_range`` and clipped.
-
-    NaN, which many data sets write where nothing was measured, becomes 0.
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """8-bit pixel values as they are, boolean ones as 0 and 255.
 
     Raises:
-        ValueError: values of another type than uint8, and no range.
+        ValueError: values of another type, which need a range.
     """
     if values.dtype == np.bool_:
         return values.view(np.uint8) * np.uint8(255)
     if values.dtype == np.uint8:
         return values
+    _check_type(values)
+    raise ValueError(
+        f"values of type {values.dtype.newbyteorder('=')}: "
+        "say which of them become black and white with --data.value-range LOW HIGH"
+    )
+
+
+def to_unit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+    """Pixel values as float32 in [0, 1]: mapped linearly from a range and clipped, 8-bit ones divided by 255.
+
+    NaN, which many data sets write where nothing was measured, becomes 0.
+
+    Args:
+        values: (height, width, C), integers or floats.
+        value_range: low and high, for all channels or for each in turn: 2 or 2 * C numbers.
+
+    Raises:
+        ValueError: values of another type, or a range for another number of channels.
+    """
+    if values.dtype == np.bool_:
+        return values.astype(np.float32)
+    if values.dtype == np.uint8:
+        return values / np.float32(255)
+    _check_type(values)
+    low, high = np.reshape(value_range, (-1, 2)).T
+    if len(low) not in (1, values.shape[2]):
+        raise ValueError(f"value range for {len(low)} channels: expected one for all, or for {values.shape[2]}")
+    # float64 where float32 would not tell neighbouring values apart: 32-bit integers and float64 itself.
+    dtype = np.result_type(values.dtype, np.float32)
+    scaled = (values - low.astype(dtype)) / (high - low).astype(dtype)
+    return np.nan_to_num(scaled, copy=False, nan=0.0).clip(0, 1).astype(np.float32, copy=False)
+
+
+def _check_type(values: np.ndarray) -> None:
     if values.dtype.kind not in "uif":
         raise ValueError(f"values of type {values.dtype}: expected integers or floats")
-    if value_range is None:
-        raise ValueError(
-            f"values of type {values.dtype.newbyteorder('=')}: "
-            "say which of them become 0 and 255 with --data.value-range LOW HIGH"
-        )
-    low, high = value_range
-    if values.dtype == np.uint16:
-        table = _scaled(np.arange(65536, dtype=np.float32), low, high)
-        return table[values]
-    return _scaled(values.astype(np.float32), low, high)
-
-
-def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    values = (values - np.float32(low)) * np.float32(255 / (high - low))
-    return np.rint(np.nan_to_num(values, copy=False, nan=0.0).clip(0, 255)).astype(np.uint8)
 
 
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:

@@ -98,7 +98,7 @@ def store_image(dataset: Dataset, sample_id: int, encoding: Encoding) -> StoredI
     format_ = Format(int(row["format"]))
     _check_unchanged(dataset, sample_id, row, data)
     if anew:
-        pixels = decode(data, int(row["orientation"]), channels=dataset.channels, value_range=dataset.value_range)
+        pixels = decode(data, int(row["orientation"]), channels=dataset.channels)  # of 8 bits, which need no range
         expected = tuple(int(size[0]) for size in upright_shapes(rows))
         if pixels.shape[:2] != expected:
             raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {expected}")
@@ -118,6 +118,8 @@ def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.nd
     except BadImage:
         header = None
     found = header and (len(data), header.format, header.height, header.width, header.orientation)
+    if found and found[1] == Format.NPY and dataset.accepts.channels_first and header.channels != 1:
+        found = (*found[:2], header.width, header.channels, header.orientation)
     if found != tuple(int(row[name]) for name in ("size", "format", "height", "width", "orientation")):
         raise DataError(f"{printable(path)}: changed while it was being packed; begin anew")
 

@@ -159,6 +159,8 @@ def _moments(dataset: Dataset, sample: int, seed: int, num_threads: int, progres
 
 def _image_moments(pixels: np.ndarray) -> np.ndarray:
     """Mean and mean square of an image's channels: float64 (2, C), of pixels in [0, 1]. Exact sums, in pieces."""
+    if pixels.dtype != np.uint8:
+        return np.stack([pixels.mean((0, 1), np.float64), np.square(pixels, dtype=np.float64).mean((0, 1))])
     height, width, channels = pixels.shape
     sums = np.zeros((2, channels), np.uint64)
     rows_at_once = max(1, min(_PIXELS_AT_ONCE // width, 1 << 16))

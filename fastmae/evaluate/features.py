@@ -102,7 +102,7 @@ def extract_features(
     with evaluating(model), Threads(threads, "fastmae-features") as pool:
         for images, good in _batches(dataset, own, model.img_size, batch_size, -(-most // batch_size), pool, timeout):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                tokens = model.encode(images.to(device)).float()
+                tokens = model.encode(model.normalized(images.to(device))).float()
             classes.append(tokens[:, 0])
             pooled.append(tokens[:, 1:].mean(1))
             readable.append(good)
@@ -136,7 +136,8 @@ def _batches(
     pending: deque[tuple[Tensor, list[Future]]] = deque()
     for start in range(0, (count + _AHEAD) * batch_size, batch_size):
         if start < count * batch_size:
-            images = torch.full((batch_size, *img_size, dataset.channels), 128, dtype=torch.uint8)
+            dtype, grey = (torch.uint8, 128) if dataset.value_range is None else (torch.float32, 0.5)
+            images = torch.full((batch_size, *img_size, dataset.channels), grey, dtype=dtype)
             ids = sample_ids[start : start + batch_size].tolist()
             tasks = [pool.submit(_decode_into, out, dataset, i) for out, i in zip(images.numpy(), ids, strict=False)]
             pending.append((images, tasks))

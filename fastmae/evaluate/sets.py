@@ -47,7 +47,7 @@ def evaluate_sets(
 
     Args:
         model: a ``MaskedAutoencoderViT`` with its decoder.
-        sets: uint8 (N, C, H, W) by heading; moved to the model's device.
+        sets: uint8 (N, C, H, W), or floating in [0, 1] as a loader gives it, by heading; moved to the model's device.
         mask_ratio: in (0, 1).
         seed: of the masks.
         path: of the PNG; written whole or not at all.
@@ -175,7 +175,7 @@ class FixedSets:
             for start in range(0, len(images), _BATCH):
                 batch = images[start : start + _BATCH].to(model.mean.device)
                 masking = self._masking(model, start, len(batch), some)
-                repeated = batch.repeat(len(some), 1, 1, 1)
+                repeated = model.normalized(batch.repeat(len(some), 1, 1, 1))
                 result = reconstruct(model, repeated, masking, dtype=dtype, visible=self._visible)
                 errors = {"mse": result.mse, "psnr": result.psnr}
                 if heading not in self._baselines:

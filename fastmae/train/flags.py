@@ -112,6 +112,8 @@ def _validate_size(config: PretrainConfig, name: str, size: tuple[int, int], pat
 
 
 def _validate_data(config: PretrainConfig, require: Require) -> None:
+    from fastmae.data.create import check_value_range
+
     data = config.data
     require(0 < data.scale[0] <= data.scale[1] <= 1, "data", "scale", "two numbers, 0 < smallest <= largest <= 1")
     require(0 < data.ratio[0] <= data.ratio[1], "data", "ratio", "two numbers, 0 < smallest <= largest")
@@ -123,9 +125,12 @@ def _validate_data(config: PretrainConfig, require: Require) -> None:
     require(
         color, "data", "color_jitter", f"0 for images of {config.model.in_chans} channels, whose colours it changes"
     )
-    low, high = data.value_range or (0, 1)
-    ordered = math.isfinite(low) and math.isfinite(high) and low < high
-    require(ordered, "data", "value_range", "two finite numbers, smallest first")
+    if data.value_range is not None:
+        try:
+            check_value_range(data.value_range, config.model.in_chans)
+        except ValueError as error:
+            raise ValueError(str(error).replace("value_range", flag("data", "value_range"), 1)) from error
+        require(data.color_jitter == 0, "data", "color_jitter", "0 with --data.value-range, whose images are not 8-bit")
     most = DataConfig.max_pixels
     require(0 < data.max_pixels <= most, "data", "max_pixels", f"a number from 1 to {most:_}, Pillow's limit")
     for name in ("num_threads", "prefetch", "timeout"):

@@ -275,7 +275,7 @@ class Trainer:
             batch = next(self.loader)
         self.heartbeat.compute(self.step)
         self.fit_input_size(batch)
-        return batch
+        return batch._replace(images=self.model.normalized(batch.images))
 
     def fit_input_size(self, batch: Batch) -> None:
         """Have the model take images of the batch's size."""

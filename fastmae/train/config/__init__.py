@@ -73,6 +73,11 @@ class PretrainConfig:
         del arguments["mask_ratio"], arguments["mask_strategy"]
         return arguments | {"img_size": self.img_size, "seed": self.train.seed}
 
+    def dataset_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of ``fastmae.data.open_dataset``."""
+        names = ("value_range", "channels_first", "max_bad_fraction", "max_pixels")
+        return {"channels": self.model.in_chans} | {name: getattr(self.data, name) for name in names}
+
 
 def to_json(config: PretrainConfig) -> dict[str, Any]:
     """The configuration as JSON-able nested dictionaries."""

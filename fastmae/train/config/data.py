@@ -16,9 +16,12 @@ class DataConfig:
     perhaps a label behind a tab. None: the embedded photographs."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Image loader. auto: DALI where it is installed and decodes the files' format, else torchvision."""
-    value_range: tuple[float, float] | None = None
-    """Values of 16-bit and floating-point images that become black and white; what lies beyond is clipped. TIFF and
+    value_range: tuple[float, ...] | None = None
+    """Lowest and highest value of 16-bit and floating-point images, or a pair for each channel in turn; fastmae data
+    stats suggests them. Values between keep their precision (images are float32), those beyond are clipped. TIFF and
     .npy files of these types need it. None: 16-bit PNG loses its lower byte."""
+    channels_first: bool = False
+    """.npy files are (channels, height, width) instead of (height, width, channels)."""
     max_bad_fraction: float = 0.01
     """Share of the files that may be damaged or refused before the run stops. Up to it they are listed with reasons in
     bad_files.jsonl and other images take their place. 0: stop at the first."""

@@ -78,7 +78,7 @@ def write_dump(
     The folder has ``batch.json`` and a ``rank-R.safetensors`` for each rank.
     ``batch.json`` lists every image of the global batch, those whose loss is not finite first, then by falling loss,
     with position, id, path, epoch, label, crop box, flips, rank, row in the rank's file and loss; and says whether
-    weights or moments are not finite. The tensor files have ``images`` (n, C, H, W) uint8, ``sample_ids``, ``epochs``,
+    weights or moments are not finite. The tensor files have ``images`` (n, C, H, W), ``sample_ids``, ``epochs``,
     ``losses`` (n, R), ``ids_keep`` and ``ids_mask`` (n, R, K and M).
 
     Args:

@@ -105,7 +105,7 @@ def dump(trainer: Trainer, step: int) -> Dumped | None:
             trainer.model.cast_weights(trainer.dtype) if low_precision else nullcontext(),
             torch.autocast(trainer.device.type, trainer.dtype, enabled=low_precision),
         ):
-            return masking, losses_by_mask(trainer.model, batch.images, masking)
+            return masking, losses_by_mask(trainer.model, trainer.model.normalized(batch.images), masking)
 
     state = trainer.dataset, trainer.model, trainer.optimizer, trainer.ranks
     try:
