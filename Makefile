@@ -59,7 +59,6 @@ bench-data:
 
 report:
 	$(PYTHON) benchmarks/report.py write
-	$(PYTHON) benchmarks/report_scaling.py
 
 gpu:
 	@PYTHON="$(PYTHON)" OUT="$(OUT)" ONLY="$(ONLY)" bash benchmarks/run_gpu.sh
@@ -72,5 +71,4 @@ KILLS ?= 50
 SOAK_RESULTS ?=
 soak:
 	$(PYTHON) -m pytest tests -m slow
-	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests/test_scaling_peak.py tests/test_scaling_compiled.py -m slow
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) tests/soak.py --kills $(KILLS) $(if $(SOAK_RESULTS),--out $(SOAK_RESULTS)/soak.json)

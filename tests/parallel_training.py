@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from fastmae import data, ops
 from fastmae.model import create_model
 from fastmae.train import parallel
-from fastmae.train.batching.batch_division import divide_batch
+from fastmae.train.batch_size import divide_batch
 from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
 from fastmae.train.optim import parameter_groups
 

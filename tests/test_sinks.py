@@ -15,8 +15,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training import make_trainer, write_images
 
+from fastmae.train.flops import count_flops
 from fastmae.train.telemetry import peak
-from fastmae.train.telemetry.flops import StepFlops, step_flops
 from fastmae.train.telemetry.peak import matmul_flops, peak_flops
 from fastmae.train.telemetry.sinks import JsonLines, TensorBoard, Terminal, _clock, scalars
 
@@ -61,23 +61,12 @@ def test_mfu_is_the_flops_of_the_steps_over_the_time_and_the_peak(tmp_path):
     trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), batch_size=2)
     with trainer.run as run:
         trainer.fit()
-    flops = 4 * step_flops(trainer.model.architecture, 2, 0.75)
+    flops = 4 * count_flops(trainer.model.architecture, 2, 0.75)
     for row in run.read_metrics():
         rate = flops / row["step_time"]
         assert row["tflops_per_second"] == pytest.approx(rate / 1e12)
         assert row["mfu"] == pytest.approx(rate / peak_flops(CPU, torch.bfloat16))
         assert row["images_per_second"] == pytest.approx(8 / row["step_time"])
-
-
-def test_flops_follow_the_size_of_the_images(tmp_path):
-    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
-    flops = StepFlops(trainer.model, batch_size=2, passes=3, mask_ratio=0.75)
-    large = flops()
-    assert large == 3 * step_flops(trainer.model.architecture, 2, 0.75)
-    trainer.model.set_input_size((16, 24))
-    small = step_flops(trainer.model.architecture | {"img_size": (16, 24)}, 2, 0.75)
-    assert flops() == 3 * small < large
-    trainer.run.close()
 
 
 def test_the_peak_is_measured_once(monkeypatch):

@@ -57,15 +57,15 @@ def _commands(defaults: PretrainConfig) -> Any:
         | Annotated[DataCommands, tyro.conf.subcommand("data")]
         | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
         | Annotated[ConsolidateConfig, tyro.conf.subcommand("consolidate")]
-        | Annotated[BenchConfig, tyro.conf.subcommand("bench", default=_bench(defaults))]
-        | Annotated[PlanConfig, tyro.conf.subcommand("plan")]
+        | Annotated[BenchConfig, tyro.conf.subcommand("bench", default=BenchConfig(**_sections(defaults, "data")))]
+        | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=PlanConfig(**_sections(defaults)))]
         | Annotated[EnvConfig, tyro.conf.subcommand("env")]
     )
 
 
-def _bench(defaults: PretrainConfig) -> BenchConfig:
-    sections = {name: getattr(defaults, name) for name in ("recipe", "model", "data", "train")}
-    return BenchConfig(**sections)
+def _sections(config: PretrainConfig | BenchConfig | PlanConfig, *more: str) -> dict[str, Any]:
+    """The sections of a run's configuration that another command shares."""
+    return {name: getattr(config, name) for name in ("recipe", "model", "train", *more)}
 
 
 def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
@@ -78,7 +78,7 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, BenchConfig):
         from fastmae.cli.bench import bench
 
-        config = replace(defaults, model=command.model, data=command.data, train=command.train)
+        config = replace(defaults, **_sections(command, "data"))
         return bench(apply_flags(config, defaults, _given(argv)), command.seconds, command.json)
     if isinstance(command, DataCommands):
         from fastmae.cli.data import run
@@ -87,7 +87,8 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, PlanConfig):
         from fastmae.cli.plan import plan
 
-        return plan(command)
+        config = replace(defaults, **_sections(command))
+        return plan(apply_flags(config, defaults, _given(argv)), command)
     if isinstance(command, ConsolidateConfig):
         from fastmae.cli.consolidate import consolidate
 
@@ -121,7 +122,7 @@ def _defaults(argv: Sequence[str]) -> PretrainConfig:
             raise UsageError(f"--recipe: the run in {known.out} was started with {saved.recipe}, got {known.recipe}")
         if saved is not None:
             return replace(saved, resume=False)
-    return RECIPES[known.recipe or "photographs"]
+    return RECIPES[known.recipe or ("imagenet-vit-l" if argv[:1] == ["plan"] else "photographs")]
 
 
 def _given(argv: Sequence[str]) -> set[str]:

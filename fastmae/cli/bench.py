@@ -6,6 +6,7 @@ import json
 import math
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,17 @@ from fastmae.data import Dataset
 from fastmae.data.header import Format
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.batching.auto_batch import settle_batch_size
-from fastmae.train.batching.free_memory import find_machine
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
+from fastmae.train.flops import count_flops
 from fastmae.train.loop import Trainer
-from fastmae.train.parallel import DTYPES, Parallelism, num_processes
+from fastmae.train.parallel import DTYPES, num_processes
 from fastmae.train.profiling import throughput
 from fastmae.train.profiling.bottleneck import Diagnosis, Facts, diagnose
 from fastmae.train.profiling.breakdown import Breakdown
 from fastmae.train.profiling.throughput import PHASES, Throughput
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.scaling.sizes import architecture_sizes
-from fastmae.train.telemetry.flops import step_flops
 
 _SAMPLED = 4096
 _SHORT_SIDE_SHARE = 8 / 7
@@ -78,16 +75,16 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     dataset = data.open_dataset(config.data.path, **config.dataset_arguments())
     if config.model.attention == "xformers":
         _xformers.require(device)
-    kind = data.choose_loader(dataset, config.data.loader)
-    model = create_model(**config.model_arguments())
-    if config.train.batch_size == "auto":
-        sizes = architecture_sizes(model.architecture)
-        machine = find_machine(config, sizes, Parallelism(device=device), Ranks(), dataset, kind)
-        settled = settle_batch_size(config, machine, None)
-        console.print(settled.text)
-        config = settled.config
-    config = throughput.config_to_measure(config)
-    return Trainer(config, model.to(device), dataset, run, create_loader=data.create_loader, console=console)
+
+    def make(config: PretrainConfig) -> Trainer:
+        model = create_model(**config.model_arguments()).to(device)
+        return Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
+
+    trainer = make(throughput.config_to_measure(config))
+    if trainer.accumulation > 1:  # --train.batch-size auto found that less than the global batch fits
+        train = replace(trainer.config.train, global_batch_size=trainer.batch_size)
+        trainer = make(replace(trainer.config, train=train))
+    return trainer
 
 
 def _setting(trainer: Trainer) -> str:
@@ -104,7 +101,7 @@ def _result(trainer: Trainer, found: Throughput, config: PretrainConfig) -> dict
     """Everything that was found, ready for JSON."""
     facts = _facts(trainer, found)
     diagnosis: Diagnosis = diagnose(facts)
-    flops = step_flops(trainer.model.architecture, found.masked, trainer.config.model.mask_ratio) / found.masked
+    flops = count_flops(trainer.model.architecture, found.masked, trainer.config.model.mask_ratio) / found.masked
     product = statistics.median(found.matmul_flops)
     # Steps faster than the product raise the peak: a CPU that emulates bf16 has no fast products.
     best = max(product, flops * found.rate("model"), flops * found.rate("both"))

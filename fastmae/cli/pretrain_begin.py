@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,7 @@ from fastmae.cli.evaluations import Pictures, Probe
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.batching.auto_batch import settle_batch_size
-from fastmae.train.batching.free_memory import find_machine
+from fastmae.train.batch_size import keeps_batch_size
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.folder import step_of
 from fastmae.train.config import PretrainConfig, to_json
@@ -33,7 +32,6 @@ from fastmae.train.preflight import preflight
 from fastmae.train.profiling.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, RECIPES
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.scaling.sizes import architecture_sizes
 
 _log = logging.getLogger(__name__)
 
@@ -69,14 +67,13 @@ def prepare(
     saved = None
     if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
         saved = open_latest(run.path, ranks=ranks)
-    settled = None
-    if config.train.batch_size == "auto":
-        machine = find_machine(config, architecture_sizes(model.architecture), parallelism, ranks, dataset, kind)
-        settled = settle_batch_size(config, machine, saved.manifest if saved else None)
-    to_run = settled.config if settled else config  # config.json keeps "auto", for other GPUs
+    to_run = config  # config.json keeps "auto", for other GPUs
+    if config.train.batch_size == "auto" and saved and keeps_batch_size(config, saved.manifest, ranks.size):
+        batch_size = saved.manifest["config"]["train"]["batch_size"]
+        to_run = replace(config, train=replace(config.train, batch_size=batch_size))
     trainer = Trainer(to_run, model, dataset, run, create_loader=data.create_loader, **options)
     _say_config(config, console)
-    _say_size(trainer, kind, settled.text if settled else None)
+    _say_size(trainer, kind, None)
     if saved:
         differences = _resume(trainer, saved, run, console)
         for difference in differences if parallelism.is_main else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
 from fastmae.train import continuation
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.batching.batch_division import divide_batch
+from fastmae.train.batch_size import divide_batch, measured_batch_size
 from fastmae.train.checkpoint import Checkpoint, Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.feed import draw_masks, open_loader
@@ -85,8 +86,15 @@ class Trainer:
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
         names = ("seed", "precision", "activation_checkpointing", "compile", "compile_mode", "reshard_after_forward")
         self.forward = parallelize(model, self.parallelism, **{name: getattr(train, name) for name in names})
+        division = {"world_size": self.ranks.size, "multiple_of": train.masks_per_image}
+        if train.batch_size == "auto":
+            share, _ = divide_batch(train.global_batch_size, **division)
+            batch, text = measured_batch_size(config, model, self.forward, share, self._largest)
+            self.console.print(text)
+            train = replace(train, batch_size=batch)  # the checkpoint keeps the number
+            self.config = config = replace(config, train=train)
         self.batch_size, self.accumulation = divide_batch(
-            train.global_batch_size, self.ranks.size, train.batch_size, multiple_of=train.masks_per_image
+            train.global_batch_size, max_batch=train.batch_size, **division
         )
         self.loss_scale = LossScale(self.device) if train.precision == "fp16" else None
         self.schedule = create_schedule(train, len(dataset))
@@ -105,6 +113,10 @@ class Trainer:
         self.stage: Stage = unlabelled
         self.heartbeat = heartbeat or Heartbeat()
         self.saves = Saves(run, train, self.device, self.ranks)
+
+    def _largest(self, value: float) -> float:
+        """The largest of a number over all ranks."""
+        return max(self.ranks.gather("sizing the batch", lambda: value))
 
     @property
     def num_threads(self) -> int:

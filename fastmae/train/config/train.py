@@ -18,7 +18,7 @@ class TrainConfig:
     batch_size: int | Literal["auto"] | None = None
     """Masked images in one forward pass on one device, at most; gradients accumulate up to the global batch, which must
     be a multiple. With several processes it is the largest divisor of their share of the global batch that is not
-    larger. auto: what the GPU's memory holds, by the estimate of fastmae plan. None: no accumulation."""
+    larger. auto: the largest that fits the GPU, by a short trial. None: no accumulation."""
     masks_per_image: int = 1
     """Masks for each decoded image, which is read in place for every one of them (repeated sampling, Feichtenhofer et
     al. 2022; there each with a crop of its own, here all of one crop). Batches and epochs count masked images, so that

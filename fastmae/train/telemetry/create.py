@@ -7,9 +7,9 @@ from torch import nn
 
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
+from fastmae.train.flops import count_flops
 from fastmae.train.parallel import DTYPES, Parallelism
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.telemetry.flops import StepFlops
 from fastmae.train.telemetry.rank_values import RankValues
 from fastmae.train.telemetry.reporter import Reporter
 
@@ -30,6 +30,11 @@ def create_reporter(
         batch_size, accumulation: masked images of a rank in one forward pass, and passes in a step.
     """
     device, interval = parallelism.device, config.train.log_every_steps
+
+    def step_flops() -> int:  # of images as large as they are now
+        architecture = model.architecture | {"img_size": model.input_size}
+        return accumulation * ranks.size * count_flops(architecture, batch_size, config.model.mask_ratio)
+
     images = "" if config.data.path is None else f" --data.path {config.data.path}"
     blocks = model.blocks
     return Reporter(
@@ -40,7 +45,7 @@ def create_reporter(
         f"fastmae bench --recipe {config.recipe}{images} says what would help",
         parallelism,
         rank_values=RankValues(ranks, device, interval, blocks[len(blocks) // 2], 3 * len(blocks) * accumulation),
-        flops=StepFlops(model, batch_size, accumulation * ranks.size, config.model.mask_ratio),
+        flops=step_flops,
         dtype=DTYPES[config.train.precision],
         wandb_project=config.report.wandb_project,
     )

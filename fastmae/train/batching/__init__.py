@@ -1,1 +1,0 @@
-"""How a global batch is divided among processes, and how much of it fits a device."""

@@ -1,0 +1,73 @@
+"""Floating-point operations of a training step, by PyTorch's own counter on tensors that have shapes and no values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from math import prod
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastmae.ops import Masking
+
+_RECOMPUTE = {"none": "nothing", "selective": "attention", "full": "block"}
+
+
+def count_flops(
+    architecture: Mapping[str, Any], batch_size: int, mask_ratio: float, activation_checkpointing: str = "none"
+) -> int:
+    """FLOPs of the matrix products of one forward and backward on the training path (``full_pred=False``).
+
+    A product of (m, k) and (k, n) counts 2 m k n. The backward of attention counts the four products that need doing,
+    not the scores that fused kernels compute again. What the model skips is not counted: hidden patches in the
+    encoder, the mask tokens' projections in the first decoder block except once per batch, visible patches in the last
+    one. Norms, activations and the optimiser are not counted.
+
+    Args:
+        architecture: ``MaskedAutoencoderViT.architecture``.
+        batch_size: masked images N; an image masked R times counts R times.
+        mask_ratio: fraction of the patches that is masked.
+        activation_checkpointing: "none" counts what MFU is defined by; "selective" and "full" add what the backward
+            computes again.
+    """
+    hashable = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
+    return _count(tuple(sorted(hashable.items())), batch_size, mask_ratio, activation_checkpointing)
+
+
+@cache
+def _count(architecture: tuple[tuple[str, Any], ...], batch_size: int, mask_ratio: float, checkpointing: str) -> int:
+    from fastmae.model import MaskedAutoencoderViT
+
+    with torch.device("meta"):
+        # PyTorch counts what happens inside its own attention; custom operators are opaque to it.
+        model = MaskedAutoencoderViT(**dict(architecture) | {"attention": "sdpa"})
+    for block in (*model.blocks, *model.decoder_blocks):
+        block.recompute = _RECOMPUTE[checkpointing]
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), counter:
+        model = model.to_empty(device="cpu").train()
+        num_patches = model.num_patches
+        keep = int(num_patches * (1 - mask_ratio))
+        ids = [torch.empty(batch_size, k, dtype=torch.int64) for k in (keep, num_patches - keep, num_patches)]
+        masking = Masking(*ids, torch.empty(batch_size, num_patches))
+        images = torch.empty(batch_size, model.in_chans, *model.input_size, dtype=torch.uint8)
+        model(images, masking=masking, full_pred=False).loss.backward()
+    return counter.get_total_flops()
+
+
+def _forward_flops(query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    n, heads, queries, dim = query
+    return 4 * prod((n, heads, queries, key[2], dim))
+
+
+def _backward_flops(grad: torch.Size, query: torch.Size, key: torch.Size, *_: Any, **__: Any) -> int:
+    return 2 * _forward_flops(query, key)
+
+
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+}
