@@ -41,12 +41,12 @@ bench:
 CPU_RESULTS ?= benchmarks/results/cpu
 bench-cpu:
 	mkdir -p $(CPU_RESULTS)
-	$(PYTHON) -m pytest benchmarks/bench_attention.py -q --threads 1 --benchmark-json=$(CPU_RESULTS)/attention.json
-	$(PYTHON) -m pytest benchmarks -q --threads 1 --compile --benchmark-json=$(CPU_RESULTS)/ops.json \
-	  --ignore benchmarks/bench_step.py --ignore benchmarks/bench_attention.py --ignore benchmarks/bench_data.py
-	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --compile --bf16-residual \
+	$(PYTHON) -m pytest benchmarks/bench_attention.py -q --threads 1 --precision bf16 --benchmark-json=$(CPU_RESULTS)/attention.json
+	$(PYTHON) -m pytest benchmarks -q --threads 1 --precision bf16 --compile --benchmark-json=$(CPU_RESULTS)/ops.json \
+	  $(foreach name,step attention data quick,--ignore benchmarks/bench_$(name).py)
+	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --precision bf16 --levers --compile --bf16-residual \
 	  --model small-32px:128 --rounds 5 --benchmark-json=$(CPU_RESULTS)/step-small.json
-	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --levers --compile --model base:8 --rounds 5 \
+	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --precision bf16 --levers --compile --model base:8 --rounds 5 \
 	  --benchmark-json=$(CPU_RESULTS)/step-base.json
 	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/*.json
 

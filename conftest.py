@@ -12,6 +12,10 @@ def pytest_addoption(parser):
         help="run the benchmarks instead of the tests; with -k quick only the comparison of whole training steps",
     )  # fmt: skip
     group.addoption("--threads", type=int, help="CPU threads of PyTorch (default: PyTorch's own choice)")
+    group.addoption(
+        "--precision", choices=("bf16", "fp32"),
+        help="of matrix products (default: bf16 on CUDA, on a CPU the faster one, measured)",
+    )  # fmt: skip
     group.addoption("--rounds", type=int, help="rounds of every contest (default: by time)")
     group.addoption("--compile", action="store_true", help="torch.compile columns on the CPU too")
     group.addoption("--no-compile", action="store_true", help="no torch.compile columns on CUDA either")
@@ -22,7 +26,7 @@ def pytest_addoption(parser):
     )
     group.addoption(
         "--model", action="append", metavar="NAME[:BATCH]",
-        help="the step benchmark: tiny-test, small-32px, base, large or huge; may be given more than once",
+        help="the step benchmark: tiny-test, small-32px, small, base, large or huge; may be given more than once",
     )  # fmt: skip
 
 

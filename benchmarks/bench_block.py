@@ -1,4 +1,4 @@
-"""Two Transformer blocks, forward and backward, bf16 autocast: fastmae's against the reference's and variants of it.
+"""Two Transformer blocks, forward and backward, under autocast: fastmae's against the reference's and variants of it.
 
 ``plain``         the reference: attention written out, eager
 ``sdpa``          with scaled_dot_product_attention, as in today's timm
@@ -30,7 +30,7 @@ SHAPES = (
 COMPETITORS = ["fastmae", "fastmae-compile", "fastmae-xformers", "plain", "sdpa", "sdpa-compile", "apex"]
 
 
-def build(shape: tuple, device: torch.device) -> Contest:
+def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, n, length, dim, heads = shape
     x = torch.randn(n, length, dim, device=device, requires_grad=True)
     grad = torch.randn_like(x)
@@ -59,7 +59,7 @@ def build(shape: tuple, device: torch.device) -> Contest:
         return lambda: layers.run_blocks(blocks, x)
 
     def passes(forward):
-        forward = plain.under_autocast(forward, device)
+        forward = plain.under_autocast(forward, device, dtype)
         return lambda: torch.autograd.grad(forward(), [x, *parameters], grad)
 
     def without_xformers() -> str | None:
@@ -80,10 +80,10 @@ def build(shape: tuple, device: torch.device) -> Contest:
     }
     # Four products of 12 D * D weights in all and two of attention, a multiply and an add each; twice that backward.
     flops = 3 * DEPTH * n * length * (2 * 12 * dim * dim + 2 * 2 * length * dim)
-    return Contest(f"block, {name}, {DEPTH} in a row", competitors, flops=flops)
+    return Contest(f"block, {name}, {DEPTH} in a row", competitors, flops=flops, dtype=dtype)
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
-def bench_block(compete, device, shape, competitor):
-    compete(build, shape, device)
+def bench_block(compete, device, dtype, shape, competitor):
+    compete(build, shape, device, dtype)

@@ -18,7 +18,7 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, source: str, device: torch.device) -> Contest:
+def build(shape: tuple, source: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, n, side, p = shape
     images = plain.batch_of_images(n, side, device)
     if source == "float32 NCHW":
@@ -27,25 +27,26 @@ def build(shape: tuple, source: str, device: torch.device) -> Contest:
     ids, (mean, std) = plain.choose(n, length, length // 4, device), plain.statistics(device)
 
     def written_out():
-        return plain.pick(plain.normalised_patches(images, p, mean, std), ids).bfloat16()
+        return plain.pick(plain.normalised_patches(images, p, mean, std), ids).to(dtype)
 
-    # Pixels and ids in, bf16 patches out.
-    others = ids.numel() * (8 + 2 * values)
+    # Pixels and ids in, patches in the dtype out.
+    others = ids.numel() * (8 + dtype.itemsize * values)
     return Contest(
         f"gather_patches, {name} {source}",
         {
-            "fastmae": lambda: gather_patches(images, ids, p, mean, std, torch.bfloat16),
+            "fastmae": lambda: gather_patches(images, ids, p, mean, std, dtype),
             "plain": written_out,
             "plain-compile": compiled(written_out),
         },
         useful_bytes=others + ids.numel() * values * images.element_size(),
         sector_bytes=others + image_sector_bytes(images, ids, p),
         flops=2 * ids.numel() * values,
+        dtype=dtype,
     )
 
 
 @pytest.mark.parametrize("competitor", ["fastmae", "plain", "plain-compile"])
 @pytest.mark.parametrize("source", ["uint8 NHWC", "float32 NCHW"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
-def bench_gather_patches(compete, device, shape, source, competitor):
-    compete(build, shape, source, device)
+def bench_gather_patches(compete, device, dtype, shape, source, competitor):
+    compete(build, shape, source, device, dtype)

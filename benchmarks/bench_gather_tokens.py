@@ -17,9 +17,9 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, n, length, k, dim = shape
-    tokens = torch.randn(n, length, dim, device=device, dtype=torch.bfloat16, requires_grad=backward)
+    tokens = torch.randn(n, length, dim, device=device, dtype=dtype, requires_grad=backward)
     ids = plain.choose(n, length, k, device)
     compiled_form = compiled(plain.pick)
     competitors = {
@@ -31,12 +31,12 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
         competitors = {name: gradient(call, [tokens]) for name, call in competitors.items()}
     return Contest(
         f"gather_tokens, {name} {'backward' if backward else 'forward'}", competitors,
-        useful_bytes=n * (8 * k + 2 * dim * (k + (length if backward else k))),
+        useful_bytes=n * (8 * k + dtype.itemsize * dim * (k + (length if backward else k))), dtype=dtype,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("competitor", ["fastmae", "plain", "plain-compile"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
-def bench_gather_tokens(compete, device, shape, backward, competitor):
-    compete(build, shape, backward, device)
+def bench_gather_tokens(compete, device, dtype, shape, backward, competitor):
+    compete(build, shape, backward, device, dtype)

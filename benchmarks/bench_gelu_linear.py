@@ -1,4 +1,4 @@
-"""Bias, exact GELU and product: fastmae's one step against PyTorch's three, forward and backward, bf16 autocast."""
+"""Bias, exact GELU and product: fastmae's one step against PyTorch's three, forward and backward, under autocast."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, rows, hidden, dim = shape
-    h = torch.randn(1, rows, hidden, device=device, dtype=torch.bfloat16, requires_grad=backward)
+    h = torch.randn(1, rows, hidden, device=device, dtype=dtype, requires_grad=backward)
     weight = torch.randn(dim, hidden, device=device, requires_grad=backward)
     bias, out_bias = (torch.randn(d, device=device, requires_grad=backward) for d in (hidden, dim))
 
@@ -36,23 +36,24 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
         "plain": written_out,
         "plain-compile": compiled(written_out_with_bias),
     }
-    calls = {name: plain.under_autocast(call, device) for name, call in calls.items()}
+    calls = {name: plain.under_autocast(call, device, dtype) for name, call in calls.items()}
     if backward:
         eager = gradient(calls["plain"], [h, weight, out_bias], bias_of=h)
         calls = {name: gradient(call, [h, bias, weight, out_bias]) for name, call in calls.items() if name != "plain"}
         calls["plain"] = eager
     # Forward: h and the weight in, the product out. Backward: h and a gradient in, those of h and of the weight out.
-    moved = rows * 2 * (hidden + dim) + 2 * dim * hidden
+    size = dtype.itemsize
+    moved = rows * size * (hidden + dim) + size * dim * hidden
     if backward:
-        moved = rows * 2 * (2 * hidden + dim) + (2 + 4) * dim * hidden
+        moved = rows * size * (2 * hidden + dim) + (size + 4) * dim * hidden
     return Contest(
         f"gelu_linear, {name} {'backward' if backward else 'forward'}", calls,
-        useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * hidden,
+        useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * hidden, dtype=dtype,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("competitor", ["fastmae", "plain", "plain-compile"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
-def bench_gelu_linear(compete, device, shape, backward, competitor):
-    compete(build, shape, backward, device)
+def bench_gelu_linear(compete, device, dtype, shape, backward, competitor):
+    compete(build, shape, backward, device, dtype)

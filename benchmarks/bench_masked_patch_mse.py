@@ -23,14 +23,14 @@ SHAPES = (
 COMPETITORS = ["fastmae", "fastmae-full", "plain", "plain-compile", "plain-gathered", "plain-gathered-compile"]
 
 
-def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, n, side, p = shape
     length, values = (side // p) ** 2, 3 * p * p
     masked = length - length // 4
     images, (mean, std) = plain.batch_of_images(n, side, device), plain.statistics(device)
     ids = plain.choose(n, length, masked, device)
     mask = torch.zeros(n, length, device=device).scatter_(1, ids, 1.0)
-    options = {"device": device, "dtype": torch.bfloat16, "requires_grad": backward}
+    options = {"device": device, "dtype": dtype, "requires_grad": backward}
     full, gathered = (torch.randn(n, rows, values, **options) for rows in (length, masked))
 
     def written_out():
@@ -49,7 +49,7 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
         "plain-gathered-compile": (gathered, compiled(written_out_gathered)),
     }
     # Predictions, and in the backward their gradients; ids; a loss or a gradient a patch.
-    others = ids.numel() * (values * (4 if backward else 2) + 8 + 4)
+    others = ids.numel() * (values * dtype.itemsize * (2 if backward else 1) + 8 + 4)
     return Contest(
         f"masked_patch_mse, {name} {'backward' if backward else 'forward'}",
         {name: gradient(call, [pred]) if backward else call for name, (pred, call) in calls.items()},
@@ -57,11 +57,12 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
         sector_bytes=others + image_sector_bytes(images, ids, p),
         # Scale and shift, mean, variance, normalise; then difference and square, or difference and scale.
         flops=10 * ids.numel() * values,
+        dtype=dtype,
     )
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
-def bench_masked_patch_mse(compete, device, shape, backward, competitor):
-    compete(build, shape, backward, device)
+def bench_masked_patch_mse(compete, device, dtype, shape, backward, competitor):
+    compete(build, shape, backward, device, dtype)

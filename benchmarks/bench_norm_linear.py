@@ -1,4 +1,4 @@
-"""Residual add, LayerNorm and product: fastmae's one step against PyTorch's three, forward and backward, bf16 autocast.
+"""Residual add, LayerNorm and product: fastmae's one step against PyTorch's three, under autocast.
 
 ``apex`` has the LayerNorm of NVIDIA's apex in the place of PyTorch's.
 """
@@ -23,11 +23,11 @@ SHAPES = (
 COMPETITORS = ["fastmae", "plain", "plain-compile", "apex"]
 
 
-def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, rows, dim, out = shape
     # Rows are those of a batch of one: what is under test does not look beyond a row.
     x = torch.randn(1, rows, dim, device=device, requires_grad=backward)
-    branch = torch.randn(1, rows, dim, device=device, dtype=torch.bfloat16, requires_grad=backward)
+    branch = torch.randn(1, rows, dim, device=device, dtype=dtype, requires_grad=backward)
     vectors = [torch.randn(dim, device=device, requires_grad=backward) for _ in range(3)]
     branch_bias, norm_weight, norm_bias = vectors
     weight = torch.randn(out, dim, device=device, requires_grad=backward)
@@ -51,7 +51,9 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
         "plain-compile": compiled(written_out_with_bias),
         "apex": Unavailable(reason) if (reason := apex_layer_norm.missing(device)) else with_apex,
     }
-    calls = {name: c if isinstance(c, Unavailable) else plain.under_autocast(c, device) for name, c in calls.items()}
+    for competitor, call in calls.items():
+        if not isinstance(call, Unavailable):
+            calls[competitor] = plain.under_autocast(call, device, dtype)
     if backward:
         inputs, eager = [x, branch, norm_weight, norm_bias, weight, bias], ("plain", "apex")
         for competitor, call in calls.items():
@@ -60,18 +62,19 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
             elif competitor not in eager:
                 calls[competitor] = gradient(call, [*inputs, branch_bias])
     # Forward: x, branch and the weight in, the new x and the product out. Backward: the new x and two gradients in,
-    # two gradients and that of the weight out. Stream and gradients of weights in float32, the rest in bf16.
-    moved = rows * (4 + 2 + 4) * dim + rows * 2 * out + 2 * dim * out
+    # two gradients and that of the weight out. Stream and gradients of weights in float32, the rest in the dtype.
+    size = dtype.itemsize
+    moved = rows * (4 + size + 4) * dim + rows * size * out + size * dim * out
     if backward:
-        moved = rows * (4 + 4 + 4 + 2) * dim + rows * 2 * out + (2 + 4) * dim * out
+        moved = rows * (4 + 4 + 4 + size) * dim + rows * size * out + (size + 4) * dim * out
     return Contest(
         f"norm_linear, {name} {'backward' if backward else 'forward'}", calls,
-        useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * out,
+        useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * out, dtype=dtype,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s[0])
-def bench_norm_linear(compete, device, shape, backward, competitor):
-    compete(build, shape, backward, device)
+def bench_norm_linear(compete, device, dtype, shape, backward, competitor):
+    compete(build, shape, backward, device, dtype)

@@ -17,9 +17,9 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
     name, n, length, k, dim = shape
-    visible = torch.randn(n, k + 1, dim, device=device, dtype=torch.bfloat16, requires_grad=backward)
+    visible = torch.randn(n, k + 1, dim, device=device, dtype=dtype, requires_grad=backward)
     mask_token = torch.randn(1, 1, dim, device=device, requires_grad=backward)
     pos_embed = torch.randn(1, length + 1, dim, device=device)
     ids_restore = plain.choose(n, length, length, device)[:, torch.randperm(length, device=device)]
@@ -31,17 +31,17 @@ def build(shape: tuple, backward: bool, device: torch.device) -> Contest:
     }
     if backward:
         competitors = {name: gradient(call, [visible, mask_token]) for name, call in competitors.items()}
-    # bf16 visible tokens and their gradient, float32 result and its gradient; tables once.
+    # Visible tokens in the dtype and their gradient, float32 result and its gradient; tables once.
     tables = 4 * dim * (1 if backward else length + 2)
     return Contest(
         f"restore_tokens, {name} {'backward' if backward else 'forward'}", competitors,
-        useful_bytes=tables + n * (8 * length + dim * (2 * (k + 1) + 4 * (length + 1))),
-        flops=n * (length + 1) * dim,
+        useful_bytes=tables + n * (8 * length + dim * (dtype.itemsize * (k + 1) + 4 * (length + 1))),
+        flops=n * (length + 1) * dim, dtype=dtype,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("competitor", ["fastmae", "plain", "plain-compile"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape[0])
-def bench_restore_tokens(compete, device, shape, backward, competitor):
-    compete(build, shape, backward, device)
+def bench_restore_tokens(compete, device, dtype, shape, backward, competitor):
+    compete(build, shape, backward, device, dtype)

@@ -1,8 +1,8 @@
 """One training step, the whole of it: fastmae, facebookresearch/mae's way of training, torch.compile, Hugging Face.
 
 All competitors but Hugging Face's train the same parameters, in turn. A step begins with a batch on the device and ends
-after the optimiser; bf16 autocast unless the name says fp16. The baselines are given the normalised float images for
-nothing, fastmae the raw bytes. Left out for all: loading, logging, gradient norms.
+after the optimiser; bf16 autocast, or fp32 where the CPU is faster in it, unless the name says fp16. The baselines are
+given the normalised float images for nothing, fastmae the raw bytes. Loading, logging and gradient norms are left out.
 
 ``facebookresearch-*``   the model of facebookresearch/mae: ``-plain`` with the attention of timm 0.3.2, which it pins,
                          ``-sdpa`` with that of today's timm; AdamW with PyTorch's defaults; ``-fp16`` with a GradScaler
@@ -23,10 +23,12 @@ from functools import partial
 import pytest
 import torch
 from contest import Contest, Unavailable, later
-from levers import LeverModel, Levers, share_parameters
-from step_recipes import LEVERS, RECIPES, Recipe, compiled, in_graphs, missing
+from levers import LeverModel, share_parameters
+from step_recipes import LEVERS, RECIPES, Recipe, compiled, in_graphs, in_precision, missing
+from torch import Tensor
 
 import fastmae
+from fastmae.interop import decelerate
 from fastmae.model import MaskedAutoencoderViT, create_model
 from fastmae.ops import random_masking
 from fastmae.train.compilation import uses_cuda_graphs
@@ -39,6 +41,7 @@ MODELS = {
     "large": ("ViT-L/16", "mae_vit_large_patch16", 256, 4),
     "base": ("ViT-B/16", "mae_vit_base_patch16", 256, 8),
     "huge": ("ViT-H/14", "mae_vit_huge_patch14", 128, 2),
+    "small": ("ViT-S/16", "mae_vit_small_patch16", 1024, 8),
     "small-32px": (
         "192 wide, 12 deep, 32 px, patch 4",
         {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3,
@@ -56,6 +59,8 @@ DEFAULT_MODELS = ["large", "base"] if CUDA else ["tiny-test"]
 class Track:
     """One set of parameters, the batch, and both optimisers, from which every competitor's step is made."""
 
+    lr = 1e-5
+
     def __init__(self, architecture: str | dict, batch: int, device: torch.device):
         options = {"norm_pix_loss": True, "seed": 0}
         named = isinstance(architecture, str)
@@ -63,17 +68,20 @@ class Track:
         self.fast.to(device).train()
         torch.backends.cudnn.benchmark = True  # as facebookresearch/mae's training script sets it
         self.batch, self.device, self.position = batch, device, 0
-        shape = (batch, *self.fast.img_size, 3)
-        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+        self.images = self.draw_images().to(device)
         mean, std = (s.view(1, 3, 1, 1) for s in (self.fast.mean, self.fast.std))
         self.pixels = ((self.images / 255 - mean) / std).contiguous()
         self.optimizers = {fused: self.optimizer(self.fast, fused) for fused in (False, True)}
         self.capturable: torch.optim.Optimizer | None = None
         self.graph_memory: tuple[int, int] | None = None
 
+    def draw_images(self) -> Tensor:
+        """Raw bytes (N, 3, H, W), channels last in memory."""
+        return torch.randint(0, 256, (self.batch, *self.fast.img_size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
     def optimizer(self, model: torch.nn.Module, fused: bool) -> torch.optim.AdamW:
         groups = parameter_groups(model, weight_decay=0.05)
-        return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True if fused else None)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True if fused else None)
 
     def step(self, recipe: Recipe) -> Callable[[], None]:
         """A training step by a recipe."""
@@ -85,7 +93,7 @@ class Track:
                 return model(self.images, masking=masking, full_pred=False).loss
 
             def around():  # as fastmae's trainer does
-                return model.cast_weights(recipe.dtype)
+                return nullcontext() if recipe.dtype == torch.float32 else model.cast_weights(recipe.dtype)
         else:
             model = LeverModel(self.fast, recipe.levers)
 
@@ -103,7 +111,7 @@ class Track:
 
         return FusedAdam(parameter_groups(self.fast, weight_decay=0.05), lr=1e-5, betas=(0.9, 0.95), adam_w_mode=True)
 
-    def step_transformers(self, accelerated: bool) -> Callable[[], None]:
+    def step_transformers(self, recipe: Recipe, accelerated: bool) -> Callable[[], Tensor]:
         """A training step of Hugging Face's ViTMAE, with fused AdamW."""
         import transformers
 
@@ -118,32 +126,35 @@ class Track:
         )  # fmt: skip
         with self.device:
             model = transformers.ViTMAEForPreTraining(config).train()
-            for parameter in model.parameters():
-                if parameter.ndim == 3:  # position tables and tokens, which are zero in a model built from a config
-                    torch.nn.init.normal_(parameter, std=0.02)
-        if accelerated:
-            fastmae.accelerate(model, full_logits=False)
-        recipe = Recipe(Levers())
-        return self.train(lambda _: model(self.pixels).loss, False, recipe, self.optimizer(model, fused=True))
+        # The weights that fastmae's model is drawn with: what a config makes has no positions.
+        fastmae.accelerate(model, init=True, seed=0, full_logits=False)
+        if not accelerated:
+            decelerate(model)
+
+        def loss(masking):
+            return model(self.pixels, noise=None if masking is None else masking.ids_restore.float()).loss
+
+        return self.train(loss, False, recipe, self.optimizer(model, fused=True))
 
     def train(
         self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer, around: Callable = nullcontext
-    ) -> Callable[[], None]:
+    ) -> Callable[[], Tensor]:
         device, forward = self.device.type, compiled(loss, recipe)
         # A start from 65536, the default, would skip the first steps, and a skipped step is a fast one.
         scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=recipe.dtype == torch.float16)
 
-        def step() -> None:
+        def step() -> Tensor:
             masking = self.draw_masks() if needs_masking else None
             if uses_cuda_graphs(recipe.compile_mode):
                 torch.compiler.cudagraph_mark_step_begin()
             with around():
-                with torch.autocast(device, dtype=recipe.dtype):
+                with torch.autocast(device, dtype=recipe.dtype, enabled=recipe.dtype != torch.float32):
                     value = forward(masking)
                 scaler.scale(value).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            return value.detach()
 
         return step
 
@@ -222,7 +233,7 @@ def build(
         if reason:
             steps[competitor] = Unavailable(reason)
         elif competitor.startswith("transformers"):
-            steps[competitor] = later(partial(track.step_transformers, competitor == "transformers-fastmae"))
+            steps[competitor] = later(partial(track.step_transformers, recipe, competitor == "transformers-fastmae"))
         else:
             steps[competitor] = later(partial(track.step, recipe))
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
@@ -230,8 +241,9 @@ def build(
         f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,
         resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
         unseen_memory={competitor for competitor, recipe in recipes.items() if in_graphs(recipe)},
+        dtype=recipes["fastmae"].dtype,
     )  # fmt: skip
 
 
-def bench_step(compete, device, model, competitor):
-    compete(build, model, RECIPES | LEVERS, device)
+def bench_step(compete, device, dtype, model, competitor):
+    compete(build, model, in_precision(RECIPES | LEVERS, dtype), device)

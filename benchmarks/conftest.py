@@ -12,8 +12,10 @@ import pytest
 import torch
 from contest import Contest, Replay, Results, Unavailable, arm, hold, table
 from measure import Meter
+from step_recipes import usual_precision
 
 import fastmae
+from fastmae.train.parallel import DTYPES
 
 _REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
@@ -32,6 +34,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: item.path.stem != "bench_quick")  # what most people want to know comes first
     compiles = config.getoption("--compile") if not torch.cuda.is_available() else not config.getoption("--no-compile")
     for item in items:
         if "compete" not in item.fixturenames:
@@ -72,6 +75,16 @@ def _version(package: str) -> str | None:
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def dtype(request, device) -> torch.dtype:
+    """Of matrix products."""
+    precision = request.config.getoption("--precision")
+    if precision is None:
+        precision, why = usual_precision(device)
+        say(request.config, f"In {precision} where --precision names none: {why}")
+    return DTYPES[precision]
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ class Contest:
         useful_bytes: bytes that the job has to move, whoever does it.
         sector_bytes: bytes of the 32-byte sectors that they lie in; None if the same.
         flops: floating-point operations of the job.
-        dtype: of the matrix products, for comparison with a large one.
+        dtype: of the matrix products, for tables and for comparison with a large one; None where there are none.
         images: images a call, where they are the measure.
         resident_bytes: what a competitor holds between calls (weights, optimiser state), added to its peak memory.
         unseen_memory: competitors whose memory is a CUDA graph's, which the allocator does not count.
@@ -112,7 +112,7 @@ class Contest:
     useful_bytes: int | None = None
     sector_bytes: int | None = None
     flops: int | None = None
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
     images: int | None = None
     resident_bytes: Mapping[str, int] = field(default_factory=dict)
     unseen_memory: Collection[str] = ()
@@ -184,6 +184,8 @@ def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter:
             "share_of_copy": copy / seconds,
             "share_of_copy_by_sectors": meter.copy_seconds(sectors) / seconds,
         }
+    if contest.dtype:
+        info["dtype"] = name_of(contest.dtype)
     if contest.flops:
         best = meter.matmul_flops(contest.dtype)
         info |= {
@@ -203,14 +205,21 @@ def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter:
     return info
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def table(contest: Contest, results: Results) -> list[str]:
     """Lines for the terminal: every competitor's median, and how many times its time fastmae and the baselines take."""
     against = [name for name in results.times if name.startswith(("fastmae", "facebookresearch-sdpa", "plain", "sdpa"))]
-    lines = [contest.group, f"{'time, and time / time of':<36}{'median':>12}  " + "  ".join(against)]
+    title = f"{contest.group}, {name_of(contest.dtype)}" if contest.dtype else contest.group
+    lines = [title, f"{'time, and time / time of':<36}{'median':>12}  " + "  ".join(against)]
     for name, times in results.times.items():
         ratios = (({name: 1.0} | results.info[name]["ratios"])[other] for other in against)
         cells = "  ".join(f"{ratio:>{len(other)}.2f}" for ratio, other in zip(ratios, against, strict=True))
         lines.append(f"{name:<36}{statistics.median(times) * 1e3:>9.3f} ms  {cells}")
+        if "losses" in (info := results.info[name]):
+            lines[-1] += f"  loss {info['losses'][0]:.4f}, after {info['steps']} steps {info['losses'][1]:.4f}"
     return lines
 
 

@@ -61,11 +61,11 @@ def statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
 
-def under_autocast(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call with bfloat16 autocast around it; weights are cast anew in each, as in a training step."""
+def under_autocast(call: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """The call with autocast around it (none for float32); weights are cast anew in each, as in a training step."""
 
     def run():
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             return call()
 
     return run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +11,7 @@ from levers import Levers
 
 from fastmae.ops import attention
 from fastmae.train.compilation import uses_cuda_graphs
+from fastmae.train.telemetry.peak import matmul_flops
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,20 @@ def compiled(loss: Callable, recipe: Recipe) -> Callable:
     return torch.compile(loss, dynamic=False, mode=recipe.compile_mode) if recipe.compile else loss
 
 
+def usual_precision(device: torch.device) -> tuple[str, str]:
+    """The precision to compare in where none is named, and why: bf16, but on a CPU fp32 if it is faster."""
+    if device.type != "cpu":
+        return "bf16", "the default on a GPU"
+    bf16, fp32 = (matmul_flops(device, dtype, rounds=5, size=384) for dtype in (torch.bfloat16, torch.float32))
+    why = f"matrix products run at {bf16 / 1e9:.3g} GFLOP/s in bf16, {fp32 / 1e9:.3g} in fp32"
+    return "bf16" if bf16 > fp32 else "fp32", why
+
+
+def in_precision(recipes: dict[str, Recipe], dtype: torch.dtype) -> dict[str, Recipe]:
+    """The recipes for bf16 in another dtype; those whose name says fp16 stay what they are."""
+    return {name: replace(r, dtype=dtype) if r.dtype == torch.bfloat16 else r for name, r in recipes.items()}
+
+
 def in_graphs(recipe: Recipe) -> bool:
     return recipe.graph or uses_cuda_graphs(recipe.compile_mode)
 
@@ -76,6 +91,10 @@ def missing(competitor: str, recipe: Recipe, device: torch.device) -> str | None
     """Why a competitor cannot run here, or None."""
     if recipe.dtype == torch.float16 and device.type != "cuda":
         return "fp16 training is for CUDA"
+    levers = recipe.levers or Levers()
+    in_bf16 = recipe.residual_dtype == "bfloat16" or levers.bf16_residual or levers.cast_once
+    if recipe.dtype == torch.float32 and in_bf16:
+        return "a lever of bf16 training"
     if in_graphs(recipe) and device.type != "cuda":
         return "graphs are for CUDA"
     if competitor.startswith("transformers") and find_spec("transformers") is None:

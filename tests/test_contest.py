@@ -18,8 +18,10 @@ import bench_gather_patches  # noqa: E402
 import bench_gather_tokens  # noqa: E402
 import bench_masked_patch_mse  # noqa: E402
 import bench_masking  # noqa: E402
+import bench_quick  # noqa: E402
 import bench_restore_tokens  # noqa: E402
-from contest import Contest, Prepared, Replay, gradient, hold  # noqa: E402
+import step_recipes  # noqa: E402
+from contest import Contest, Prepared, Replay, gradient, hold, table  # noqa: E402
 from measure import Meter, image_sector_bytes  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -75,7 +77,8 @@ def test_what_is_prepared_is_not_timed():
 
 
 def test_shares_are_those_of_a_copy_and_of_a_product_on_this_device():
-    contest = Contest("x", {"a": lambda: torch.ones(1000).sum()}, useful_bytes=1 << 16, flops=1000)
+    calls = {"a": lambda: torch.ones(1000).sum()}
+    contest = Contest("x", calls, useful_bytes=1 << 16, flops=1000, dtype=torch.float32)
     info = hold(contest, ["a"], Meter(CPU), rounds=2).info["a"]
     assert info["share_of_copy"] == info["share_of_copy_by_sectors"]
     assert info["share_of_copy"] == pytest.approx(info["gb_per_s"] / info["copy_gb_per_s"])
@@ -138,6 +141,35 @@ def test_useful_bytes_are_the_budget(name):
     parts = [op for key, op in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
     budget = sum(sum(op.reads(SIZES).values()) + sum(op.writes(SIZES).values()) for op in parts)
     assert cases()[name]().useful_bytes == pytest.approx(budget, rel=0.03)
+
+
+def test_competitors_of_the_quick_comparison_train_to_the_same_loss(monkeypatch):
+    monkeypatch.setattr(bench_quick, "MODEL", "tiny-test")
+    contest = bench_quick.build(CPU, torch.float32)
+    names = ["facebookresearch-plain", "facebookresearch-sdpa", "transformers", "fastmae"]
+    results = hold(contest, names, Meter(CPU), rounds=2)
+    losses = torch.tensor([results.info[name]["losses"] for name in names])
+    torch.testing.assert_close(losses, losses[-1:].expand_as(losses), rtol=1e-5, atol=0.0)
+    assert (losses[:, 1] < losses[:, 0] - 1e-3).all()  # it trains
+    title, _, *rows = table(contest, results)
+    assert title.endswith("2 blocks, 32 px, batch 16, float32")
+    assert all(f"loss {losses[-1, 0]:.4f}, after 4 steps {losses[-1, 1]:.4f}" in row for row in rows)
+
+
+def test_benchmarks_take_the_precision_that_is_faster_here(monkeypatch):
+    rates = {torch.float32: 50e9, torch.bfloat16: 100e9}
+    monkeypatch.setattr(step_recipes, "matmul_flops", lambda device, dtype, **options: rates[dtype])
+    assert step_recipes.usual_precision(CPU)[0] == "bf16"
+    rates[torch.bfloat16] = 1e9
+    found = step_recipes.usual_precision(CPU)
+    assert found == ("fp32", "matrix products run at 1 GFLOP/s in bf16, 50 in fp32")
+    in_fp32 = step_recipes.in_precision(step_recipes.RECIPES, torch.float32)
+    assert in_fp32["fastmae"].dtype == torch.float32
+    assert in_fp32["facebookresearch-plain-fp16"].dtype == torch.float16
+    of_bf16 = {
+        name for name, recipe in in_fp32.items() if "bf16 training" in str(step_recipes.missing(name, recipe, CPU))
+    }
+    assert of_bf16 == {name for name in in_fp32 if name.endswith("bf16-residual")}
 
 
 def test_pytest_benchmark_at_the_root_prints_each_table_as_it_comes(tmp_path):

@@ -1,0 +1,65 @@
+"""Three ways to train one small model, side by side: how fast each step is, and that all reach the same loss.
+
+    pytest --benchmark -k quick
+
+facebookresearch's way in plain PyTorch (attention written out as in its day, and through PyTorch's SDPA), Hugging
+Face's ViTMAE, and fastmae. Each trains a copy of the same weights on the same crops of the embedded photographs, with
+the same masks (which spares the others their own), AdamW and learning rate. The first losses differ by rounding alone,
+the later ones by what rounding grows to. A step begins with a batch on the device, for the others already normalised,
+and ends with the updated weights. Takes a minute or two on two cores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from bench_step import CUDA, MODELS, Track
+from contest import Contest, Unavailable, later
+from step_recipes import RECIPES, Recipe, in_precision, missing
+from torch import Tensor
+
+from fastmae.data import fixed_crops, open_dataset
+
+MODEL = "base" if CUDA else "small"
+COMPETITORS = ["facebookresearch-plain", "facebookresearch-sdpa", "transformers", "fastmae"]
+COMPETITORS += ["reference-compile", "fastmae-compile"]
+
+
+class Lane(Track):
+    """A competitor's own weights, trained on photographs and given masks; keeps every loss."""
+
+    lr = 3e-4
+
+    def draw_images(self) -> Tensor:
+        return fixed_crops(open_dataset(None), self.fast.img_size, seed=0, epoch=0, count=self.batch)
+
+    def train(self, loss: Callable, needs_masking: bool, recipe: Recipe, *args) -> Callable[[], None]:
+        step, self.losses = super().train(loss, True, recipe, *args), []
+        return lambda: self.losses.append(step())
+
+    def facts(self) -> dict:
+        return {"losses": [self.losses[0].item(), self.losses[-1].item()], "steps": len(self.losses)}
+
+
+def build(device: torch.device, dtype: torch.dtype) -> Contest:
+    label, architecture, *batches = MODELS[MODEL]
+    batch, lanes, steps = batches[0 if CUDA else 1], {}, {}
+
+    def start(name: str, recipe: Recipe) -> Callable[[], object]:
+        lanes[name] = lane = Lane(architecture, batch, device)
+        return lane.step_transformers(recipe, False) if name == "transformers" else lane.step(recipe)
+
+    for name, recipe in in_precision({name: RECIPES[name] for name in COMPETITORS}, dtype).items():
+        reason = missing(name, recipe, device)
+        steps[name] = Unavailable(reason) if reason else later(lambda args=(name, recipe): start(*args))
+    return Contest(
+        f"training to the same loss, {label}, batch {batch}", steps, images=batch, flush=False, dtype=dtype,
+        seconds=20.0 if CUDA else 60.0, facts=lambda name, rounds: lanes[name].facts(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("competitor", COMPETITORS)
+def bench_quick(compete, device, dtype, competitor):
+    compete(build, device, dtype)
