@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_decode import npy, tiff
 
 from fastmae.data import DataError, open_dataset, retry
 from fastmae.data import index as index_module
+from fastmae.data.header import BadImage, parse_header
+from fastmae.data.parts import PartBuilder
 from fastmae.data.sources import find_source
 
 
@@ -101,6 +105,7 @@ def thumbnailed(data: bytes) -> bytes:
 
 GIF, AVIF = b"GIF89a" + bytes(40), b"\0\0\0\x1cftypavif" + bytes(40)
 JPEG, PNG, WEBP = encoded("JPEG"), encoded("PNG"), encoded("WEBP")
+NPY = npy(np.asarray(picture())).tobytes()
 ANIMATION = encoded("WEBP", save_all=True, append_images=[picture(seed=1)])
 BAD = {
     "empty.jpg": (b"", "empty"),
@@ -114,6 +119,7 @@ BAD = {
     "new.avif": (AVIF, "AVIF is not supported"),
     "text.png": (b"hello", "not a JPEG, PNG, WebP, TIFF or NumPy"),
     "animation.webp": (ANIMATION, "animation"),
+    "negative.npy": (NPY.replace(b"(20, 30, 3)", b"(-5, 10, 3)"), r"an array of shape (-5, 10, 3)"),
 }
 
 
@@ -132,6 +138,94 @@ def test_bad_files_are_found_before_training(folder, cache, name):
     assert np.array_equal(dataset.is_bad(ids), dataset.rows(ids)["bad"] != 0)
     with pytest.raises(DataError, match=r"(?s)1 of 4 images.*" + name + ".*--data.max-bad-fraction"):
         open_dataset(folder, max_bad_fraction=0.24, cache_dir=cache)
+
+
+def header_files() -> dict[str, bytes]:
+    """A file of each kind that headers are read of."""
+    pixels, grey = np.asarray(picture()), np.asarray(picture().convert("L"))
+    photographs = {
+        "exif.jpg": encoded("JPEG", exif=exif(6)),
+        "cmyk.jpg": encoded("JPEG", picture().convert("CMYK")),
+        "progressive.jpg": encoded("JPEG", progressive=True),
+        "exif.png": encoded("PNG", exif=exif(6)),
+        "exif.webp": encoded("WEBP", exif=exif(6)),
+        "lossless.webp": encoded("WEBP", lossless=True),
+        "a.bmp": encoded("BMP"),
+        "a.jp2": encoded("JPEG2000"),
+    }
+    arrays = {
+        "plain.tif": tiff(pixels),
+        "big.tif": tiff(pixels, bigtiff=True, compression="zlib"),
+        "tiled.tif": tiff(pixels, byteorder=">", tile=(16, 16)),
+        "planes.tif": tiff(np.stack([grey] * 4), planarconfig="separate", photometric="minisblack"),
+        "a.npy": npy(pixels),
+        "v2.npy": npy(pixels, (2, 0)),
+        "columns.npy": npy(np.asfortranarray(pixels.astype(">f4"))),
+    }
+    return photographs | {name: array.tobytes() for name, array in arrays.items()}
+
+
+ABSURD = (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63)
+NOT_SHAPES = (b"(-5, 20, 3)", b"(20, -5)", b"(1e9, 2)", b"(10000000000, 1)", b"(True, 7)", b"()", b"'|O'", b"((((((")
+
+
+def damaged(content: bytes, random: np.random.Generator) -> bytes:
+    """Flipped bits, a cut, an absurd number, noise, a hole or a wrong word, mostly within the header."""
+    data, at = bytearray(content), int(random.integers(min(len(content), random.choice([64, 400]))))
+    match random.integers(6):
+        case 0:
+            data[at] ^= 1 << random.integers(8)
+        case 1:
+            return content[: random.integers(len(content))]
+        case 2:
+            size = int(random.choice([2, 4, 8]))
+            number = int(random.choice(np.array(ABSURD, np.uint64))) % 256**size
+            data[at : at + size] = number.to_bytes(size, random.choice(["little", "big"]))
+        case 3:
+            data[at : at + 8] = random.bytes(8)
+        case 4:
+            del data[at : at + random.integers(1, len(content))]
+        case 5:
+            word = NOT_SHAPES[random.integers(len(NOT_SHAPES))]
+            at = content.index(b"(") if content == NPY else at
+            data[at : at + len(word)] = word
+    return bytes(data)
+
+
+class Asked(io.BytesIO):
+    """Remembers the largest read that it was asked for: a file on a disk would make room for it first."""
+
+    most = 0
+
+    def read(self, size=-1):
+        self.most = max(self.most, size or 0)
+        return super().read(size)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_header_is_read_or_refused_whatever_its_bytes(monkeypatch):
+    """Nothing but BadImage, and what is accepted fits into a row of the index."""
+    monkeypatch.setattr(logging.getLogger("tifffile"), "disabled", True)
+    random, refused, accepted = np.random.default_rng(0), 0, 0
+    huge = b"\x93NUMPY\x02\0\xff\xff\xff\xff{'descr': '|u1', 'fortran_order': False, 'shape': (4, 4), }"
+    trials = [("huge.npy", huge)]
+    trials += [(name, damaged(content, random)) for name, content in header_files().items() for _ in range(200)]
+    for name, content in trials:
+        file = Asked(content)
+        try:
+            header = parse_header(file, name)
+        except BadImage:
+            refused += 1
+            continue
+        finally:
+            assert file.most <= 1 << 20
+        if header is not None:
+            rows = PartBuilder()
+            rows.add(b"name", header, size=len(content))
+            [row] = rows.build().rows
+            assert min(row["height"], row["width"], row["channels"]) > 0
+            accepted += 1
+    assert min(refused, accepted) > 500
 
 
 def test_whole_files_with_something_behind_them_are_good(folder, cache):

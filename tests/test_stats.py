@@ -109,7 +109,7 @@ def test_counts(open_, tmp_path):
     good = [path for path in root.iterdir() if path.stem not in ("empty", "short", "shorter")]
     assert found.formats == {name: sum(p.suffix == f".{s}" for p in good) for name, s in suffixes.items()}
     assert found.rotated == sum("turned" in path.name for path in good)
-    assert found.modes["CMYK"] == 1
+    assert found.modes["CMYK"] == 3
     assert found.modes["I;16"] == 1
     assert sum(found.modes.values()) == len(good)
     assert found.images == len(good) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from io import BufferedIOBase
+from io import BufferedIOBase, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -69,6 +69,9 @@ _STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",),
 _OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
 _END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
 _ORIENTATION_TAG = 0x0112
+_MOST_SIDE = 1 << 32  # what a row of the index holds
+_NPY_HEADER = 65536  # bytes, more than NumPy accepts, whatever length a damaged file claims
+_CHUNK = 1 << 20
 _PNG_DEPTH = 24
 """Where a PNG states its bits a sample."""
 COLOR_16 = ("RGB;16", "RGBA;16")
@@ -99,7 +102,8 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
         The header, or None for a file that neither is an image nor is named like one.
 
     Raises:
-        BadImage: the file is empty, truncated, unreadable or of a format that is not read here.
+        BadImage: the file is empty, truncated, unreadable or of a format that is not read here; whatever is wrong with
+            its bytes, nothing else is raised.
         OSError: the file system failed.
     """
     start = file.read(16)
@@ -116,10 +120,11 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
     file.seek(0)
     try:
         if format_ is Format.TIFF:
-            return _parse_tiff(file, size)
-        if format_ is Format.NPY:
-            return _parse_npy(file, size)
-        header, data_start = _parse_photograph(file, format_)
+            header, data_start = _parse_tiff(file, size), 0
+        elif format_ is Format.NPY:
+            header, data_start = _parse_npy(file, size), 0
+        else:
+            header, data_start = _parse_photograph(file, format_)
     except OSError as error:
         if error.errno is not None:  # the file system's, not the parser's
             raise
@@ -130,6 +135,9 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
         raise BadImage(f"huge: {error}") from error
     except Exception as error:  # parsers raise whatever they like at damaged bytes
         raise BadImage(f"unreadable header: {error}") from error
+    sides = header.height, header.width, header.channels
+    if not all(isinstance(side, int) and 0 < side < _MOST_SIDE for side in sides):  # a damaged TIFF may have tuples
+        raise BadImage("a size of {!s:.20} x {!s:.20} x {!s:.20}: expected whole numbers above 0".format(*sides))
     if format_ in _END_OF_IMAGE:
         _check_end(file, _END_OF_IMAGE[format_], data_start, size)
     return header
@@ -197,12 +205,13 @@ def _can_decompress(compression: int) -> bool:
 
 
 def _parse_npy(file: BufferedIOBase, size: int) -> Header:
-    version = np.lib.format.read_magic(file)
+    start = BytesIO(file.read(_NPY_HEADER))
+    version = np.lib.format.read_magic(start)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
-    if not 2 <= len(shape) <= 3 or 0 in shape:
+    shape, _, dtype = read(start)
+    if not 2 <= len(shape) <= 3 or min(shape) < 1:
         raise BadImage(f"an array of shape {shape}: expected (height, width) or (height, width, channels)")
-    end = file.tell() + math.prod(shape) * dtype.itemsize
+    end = start.tell() + math.prod(shape) * dtype.itemsize
     if size < end:
         raise BadImage(f"truncated: {size} bytes of {end}")
     return Header(Format.NPY, shape[0], shape[1], 1, shape[2] if len(shape) == 3 else 1, _pixel_type(dtype))
@@ -236,5 +245,9 @@ def _check_end(file: BufferedIOBase, marker: bytes, data_start: int, size: int) 
         return
     # Phones append films, and some servers padding: only such files are read to the end.
     file.seek(data_start)
-    if marker not in file.read():
-        raise BadImage(f"truncated: no end of image in {size} bytes")
+    before = b""
+    while chunk := file.read(_CHUNK):
+        if marker in before + chunk:
+            return
+        before = chunk[-len(marker) :]
+    raise BadImage(f"truncated: no end of image in {size} bytes")
