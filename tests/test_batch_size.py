@@ -98,7 +98,8 @@ def test_a_batch_that_takes_more_than_two_small_ones_suggest_gives_way_to_a_smal
 @pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
 def test_what_the_trial_finds_fits_a_step_and_fills_the_memory(activation_checkpointing):
     device, config = torch.device("cuda", 0), RECIPES["imagenet-vit-b"]
-    train = replace(config.train, activation_checkpointing=activation_checkpointing, global_batch_size=5040)
+    train = replace(config.train, precision="bf16", global_batch_size=5040)
+    train = replace(train, activation_checkpointing=activation_checkpointing)
     model = create_model(**config.model_arguments())
     forward = parallelize(
         model, Parallelism(device=device), seed=0, activation_checkpointing=activation_checkpointing, precision="bf16"

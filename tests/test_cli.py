@@ -63,6 +63,9 @@ def test_pretrain_leaves_a_complete_folder(run, images):
     assert len(summary["sets"]) == 2
     for errors in summary["sets"].values():
         assert all(errors[key] > 0 for key in ("mse", "mse_mean_color", "mse_inverse_distance"))
+        # Six steps teach nothing.
+        assert errors["worse_than"] == ["the mean visible colour", "inverse-distance filling"]
+    assert summary["precision"] == "fp32"
     with Image.open(summary["picture"]) as picture:
         assert min(picture.size) > 100
 

@@ -61,7 +61,7 @@ def test_paths_and_pairs_survive_json(tmp_path):
     config = changed(PHOTOGRAPHS, "model", img_size=(64, 96), in_chans=2, mean=(0.25, 0.5), std=(0.5, 0.5))
     data = {"path": Path("/images"), "progressive_sizes": (32, 64)}
     data |= {"value_range": (0.0, 4095.0, -1.0, 1.0), "channels_first": True}
-    config = replace(changed(config, "data", **data), out=tmp_path)
+    config = replace(changed(changed(config, "data", **data), "train", fit_steps=False), out=tmp_path)
     validate(config)
     (tmp_path / "config.json").write_text(json.dumps(to_json(config)))
     assert read_config(tmp_path) == config
@@ -81,6 +81,8 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
+        ("data", {"progressive_sizes": (32, 64)}, r"--train.fit-steps: expected False with --data.progressive-sizes"),
+        ("train", {"max_minutes": None}, r"--train.max-minutes: expected a time for --train.fit-steps, .*got None"),
         ("train", {"shard_size": 4}, r"--train.shard-size: expected none without --train.parallel hsdp, got 4"),
         ("train", {"base_lr": math.inf}, r"--train.base-lr: expected a positive number, got inf"),
         ("train", {"steps": None, "epochs": math.inf}, r"--train.epochs: expected a positive number, got inf"),
@@ -166,6 +168,7 @@ def test_mistakes_name_flag_value_and_expectation(section, values, message):
 
 def test_a_compiled_model_has_no_more_sizes_than_graphs():
     config = changed(PHOTOGRAPHS, "data", progressive_sizes=(16, 24, 32, 40, 48, 56, 72, 80, 64))
+    config = changed(config, "train", fit_steps=False)
     validate(config)
     with pytest.raises(ValueError, match=r"--data.progressive-sizes: expected at most 8 .*--train.compile"):
         validate(changed(config, "train", compile=True))

@@ -55,6 +55,17 @@ DIGESTS = {
     ("imagenet-vit-b-100", 2): "520a11681282d40f",
     ("small-data", 2): "2dfee56f4c0075d1",
     ("adapt-vit-b", 2): "4735f868a1171897",
+    # From here on the precision is "auto".
+    ("photographs", 2): "6fa1a19c65e6ab78",
+    ("imagenet-vit-b", 3): "76904dbe14e81175",
+    ("imagenet-vit-l", 3): "e18ba5f6159836eb",
+    ("imagenet-vit-h", 3): "fe91a8b572fc921b",
+    ("imagenet-vit-b-1600", 3): "08fd01ca90a31540",
+    ("imagenet-vit-l-1600", 3): "664873a73399c0ab",
+    ("imagenet-vit-h-1600", 3): "5003406069eada66",
+    ("imagenet-vit-b-100", 3): "d4510ce1d7918f90",
+    ("small-data", 3): "db534e6a3aba73ff",
+    ("adapt-vit-b", 3): "64ad2d9293ae6539",
 }
 
 

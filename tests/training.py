@@ -33,6 +33,7 @@ TRAIN = TrainConfig(
     steps=12,
     warmup_steps=3,
     base_lr=0.03,
+    precision="bf16",
     device="cpu",
     log_every_steps=4,
     checkpoint_every_seconds=None,
@@ -42,7 +43,7 @@ FLAGS = """
 --model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
 --model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
 --train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 4
---train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
+--train.num-threads 1 --train.precision fp32 --train.device cpu --data.num-threads 1 --data.loader torch
 """
 """The same for the command line."""
 

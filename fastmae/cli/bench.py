@@ -20,12 +20,14 @@ from fastmae.data import Dataset
 from fastmae.data.header import Format
 from fastmae.model import create_model
 from fastmae.ops import _xformers
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.flops import count_flops
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, num_processes
+from fastmae.train.precision import settle_precision
 from fastmae.train.profiling import throughput
 from fastmae.train.profiling.bottleneck import Diagnosis, Facts, diagnose
 from fastmae.train.profiling.breakdown import Breakdown
@@ -78,6 +80,7 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
 
     def make(config: PretrainConfig) -> Trainer:
         model = create_model(**config.model_arguments()).to(device)
+        config = settle_precision(config, model.architecture["embed_dim"], device, Ranks()).config
         return Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
 
     trainer = make(throughput.config_to_measure(config))

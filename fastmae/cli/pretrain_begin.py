@@ -20,6 +20,7 @@ from fastmae.train.batch_size import keeps_batch_size
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.folder import step_of
 from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.liveness.heartbeat import Heartbeat
@@ -28,6 +29,7 @@ from fastmae.train.liveness.watch import leave_if_asked
 from fastmae.train.loop import Trainer
 from fastmae.train.observers import Observer
 from fastmae.train.parallel import Parallelism, construct
+from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
 from fastmae.train.profiling.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, RECIPES
@@ -67,13 +69,20 @@ def prepare(
     saved = None
     if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
         saved = open_latest(run.path, ranks=ranks)
-    to_run = config  # config.json keeps "auto", for other GPUs
+    manifest = saved.manifest if saved else None
+    precision = settle_precision(config, model.architecture["embed_dim"], device, ranks, manifest)
+    # What is measured is in the checkpoints; config.json keeps "auto", for other machines.
+    to_run = with_saved_length(precision.config, manifest)
     if config.train.batch_size == "auto" and saved and keeps_batch_size(config, saved.manifest, ranks.size):
         batch_size = saved.manifest["config"]["train"]["batch_size"]
-        to_run = replace(config, train=replace(config.train, batch_size=batch_size))
+        to_run = replace(to_run, train=replace(to_run.train, batch_size=batch_size))
     trainer = Trainer(to_run, model, dataset, run, create_loader=data.create_loader, **options)
     _say_config(config, console)
     _say_size(trainer, kind, None)
+    if precision.text:
+        console.print(precision.text)
+    if precision.warning and parallelism.is_main:
+        print(f"WARNING: {precision.warning}", file=sys.stderr)
     if saved:
         differences = _resume(trainer, saved, run, console)
         for difference in differences if parallelism.is_main else ():
@@ -141,8 +150,8 @@ def _say_size(trainer: Trainer, kind: str, batch: str | None) -> None:
     processes = f"{size} processes ({trainer.parallelism.mode}) x " if size > 1 else ""
     say(
         f"{weights / 1e6:.1f} M weights on {trainer.device} ({torch.get_num_threads()} threads), "
-        f"{len(trainer.dataset):,} images ({kind} loader), {schedule.total_steps:,} steps of "
-        f"{processes}{trainer.accumulation} x {trainer.batch_size} images"
+        f"{len(trainer.dataset):,} images ({kind} loader), {'at most ' * train.fit_steps}{schedule.total_steps:,} "
+        f"steps of {processes}{trainer.accumulation} x {trainer.batch_size} images"
     )
     if batch:
         say(batch)

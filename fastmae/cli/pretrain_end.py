@@ -17,6 +17,7 @@ from fastmae.train.telemetry.metrics import without_nan
 from fastmae.train.weights import export_weights, load_model
 
 _NEW_CROPS, _ROWS = 256, 12
+_BASELINES = {"the mean visible colour": "mse_mean_color", "inverse-distance filling": "mse_inverse_distance"}
 
 
 def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
@@ -39,6 +40,8 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
         num_rows=_ROWS,
         when=f"after {trainer.step:,} steps",
     )
+    for values in errors.values():
+        values["worse_than"] = [name for name, key in _BASELINES.items() if not values["mse"] < values[key]]
     weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
     rows = run.read_metrics()
     summary = {
@@ -49,6 +52,7 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
         "first_loss": rows[0]["loss"] if rows else None,
         "last_loss": rows[-1]["loss"] if rows else None,
         "device": str(trainer.device),
+        "precision": config.train.precision,
         "num_threads": trainer.num_threads,
         "loader": trainer.loader.kind,
         "bad_files": len(trainer.bad_files),
@@ -65,6 +69,8 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
             f"{name}, {values['mask_strategy']} masks: error {values['mse']:.3f}  "
             f"(mean colour {values['mse_mean_color']:.3f}, inverse distance {values['mse_inverse_distance']:.3f})"
         )
+        if values["worse_than"]:
+            console.print(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, which need no model")
     console.print(f"Weights: {weights}\nPicture: {picture}")
     if not all(math.isfinite(values["mse"]) for values in errors.values()):
         print("WARNING: THE MODEL'S PREDICTIONS ARE NOT FINITE: its weights are of no use", file=sys.stderr)

@@ -153,6 +153,10 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     require(
         steps, "train", "rollback_after", f"at least {LEAST_FP16} with fp16, whose loss scale has to be found first"
     )
+    timed = not train.fit_steps or train.max_minutes is not None
+    require(timed, "train", "max_minutes", "a time for --train.fit-steps, or --train.no-fit-steps with it")
+    steady = not train.fit_steps or not config.data.progressive_sizes
+    require(steady, "train", "fit_steps", "False with --data.progressive-sizes, whose steps get longer")
     compiled = train.compile or train.compile_mode == "default"
     require(compiled, "train", "compile_mode", "default without --train.compile")
     for name in ("warmup_epochs", "warmup_steps", "min_lr", "weight_decay"):
@@ -201,9 +205,9 @@ def _validate_report(config: PretrainConfig, require: Require) -> None:
 def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:
     """Settle what flags imply for the defaults that they did not name.
 
-    A length in steps replaces a recipe's length in epochs, and the other way round; a warm-up that was not given keeps
-    at most its share of the run; a micro-batch that was not given becomes a divisor of the global batch, if possible
-    one of whole images.
+    A length in steps replaces a recipe's length in epochs, and the other way round, and turns fit_steps off; a
+    warm-up that was not given keeps at most its share of the run; a micro-batch that was not given becomes a divisor of
+    the global batch, if possible one of whole images.
 
     Args:
         config: the defaults with the flags applied.
@@ -219,6 +223,8 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
             train = replace(train, **{other: None})
         elif other in given and one not in given:
             train = replace(train, **{one: None})
+    if given & {"epochs", "steps"} and "fit_steps" not in given:
+        train = replace(train, fit_steps=False)
     if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
         train = replace(train, **_scaled_warmup(train, base))
     if (

@@ -20,6 +20,7 @@ from fastmae.train.batch_size import divide_batch, measured_batch_size
 from fastmae.train.checkpoint import Checkpoint, Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.feed import draw_masks, open_loader
+from fastmae.train.fit_steps import StepFit, with_length
 from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.liveness.watch import Watch
@@ -47,7 +48,7 @@ class Trainer:
     """Trains a model on a loader's batches, and saves all it takes to go on exactly.
 
     Args:
-        config: a validated configuration.
+        config: a validated configuration, its precision settled.
         model: a ``MaskedAutoencoderViT`` on the device to train on, or where :func:`parallel.construct` made it.
         dataset: the images; its length and hash are recorded.
         run: the run folder, locked.
@@ -79,6 +80,8 @@ class Trainer:
         heartbeat: Heartbeat | None = None,
     ) -> None:
         train = config.train
+        if train.precision == "auto":
+            raise ValueError("precision: expected one that settle_precision has settled, got auto")
         self.parallelism = parallelism or Parallelism(device=next(model.parameters()).device)
         self.ranks = ranks or Ranks()
         self.config, self.model, self.dataset, self.run = config, model, dataset, run
@@ -144,10 +147,11 @@ class Trainer:
             DataError: if the images cannot be read, too many are bad, or ranks see different ones.
             FloatingPointError: after many steps in a row without a finite gradient, if going back does not help.
         """
-        train, total = self.config.train, self.schedule.total_steps
+        train = self.config.train
         self.saves.on_saved = on_checkpoint
         deadline = deadline_after(train.max_minutes)
-        self.reporter.open(self.step, total, deadline, on_log)
+        fit = StepFit(deadline)
+        self.reporter.open(self.step, self.schedule.total_steps, deadline, on_log)
         with ExitStack() as stack:
             stack.callback(self.model.set_input_size)
             stack.callback(self.reporter.close)
@@ -167,20 +171,28 @@ class Trainer:
             self.model.train()
             self.reporter.start(self.step)
             self.watch.saved()
-            while self.step < total and not self.watch.must_leave():
+            while self.step < self.schedule.total_steps and not self.watch.must_leave():
                 self.train_step()
+                if self.config.train.fit_steps:
+                    fit.after_step(self)
                 self._between_steps()
             self.reporter.flush()
             self.saves.wait()
             if not self.saves.holds(self.step):
                 self.save(last=True)
-            signal = self.watch.signal()
+            signal, total = self.watch.signal(), self.schedule.total_steps
             status: Status = "preempted" if signal and self.step < total else "finished"
             for observer in self.observers if status == "finished" else ():
                 observer.finish(self)
         reason = signal or ("all steps done" if self.step == total else "time limit")
         self.run.write_json("status.json", {"status": status, "step": self.step, "reason": reason})
         return status
+
+    def set_length(self, steps: int) -> None:
+        """Give a run another number of steps, from here on; its checkpoints say so."""
+        self.config = with_length(self.config, steps, self.schedule.warmup_steps)
+        self.schedule = create_schedule(self.config.train, len(self.dataset))
+        self.reporter.set_total(steps)
 
     def train_step(self) -> None:
         """One optimiser step: accumulate gradients over the global batch, then update."""

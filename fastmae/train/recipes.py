@@ -10,7 +10,7 @@ from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, Recipe
 
 PHOTOGRAPHS = PretrainConfig(
     recipe="photographs",
-    recipe_version=1,
+    recipe_version=2,
     model=ModelConfig(
         name="mae_vit_tiny_patch16",
         img_size=64,
@@ -33,6 +33,7 @@ PHOTOGRAPHS = PretrainConfig(
         # each waits for the other at every operation.
         num_threads=1,
         max_minutes=3.9,
+        fit_steps=True,
         log_every_steps=50,
         checkpoint_every_seconds=30.0,
         keep_checkpoints=2,
@@ -50,7 +51,7 @@ def _imagenet(recipe: RecipeName, name: str, epochs: float = 800) -> PretrainCon
     """
     return PretrainConfig(
         recipe=recipe,
-        recipe_version=2,
+        recipe_version=3,
         model=ModelConfig(name=name, norm_pix_loss=True),
         train=TrainConfig(
             global_batch_size=4096,
@@ -68,7 +69,7 @@ def _imagenet(recipe: RecipeName, name: str, epochs: float = 800) -> PretrainCon
 
 SMALL_DATA = PretrainConfig(
     recipe="small-data",
-    recipe_version=2,
+    recipe_version=3,
     # ViT-S: on little data large models overfit under masked image modelling (Xie et al., CVPR 2023, "On Data Scaling
     # in Masked Image Modeling"). Normalised pixels: paper, table 1d.
     model=ModelConfig(name="mae_vit_small_patch16", norm_pix_loss=True),
@@ -95,7 +96,7 @@ SMALL_DATA = PretrainConfig(
 
 ADAPT = PretrainConfig(
     recipe="adapt-vit-b",
-    recipe_version=2,
+    recipe_version=3,
     # The model of the published ViT-B weights; normalised pixels: paper, table 1d.
     model=ModelConfig(name="mae_vit_base_patch16", norm_pix_loss=True),
     train=TrainConfig(

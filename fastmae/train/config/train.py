@@ -57,9 +57,10 @@ class TrainConfig:
     """Times that a run goes back before it ends with an error."""
     seed: int = 0
     """Seed of the initialisation, the sample order, the crops and the masks."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """bf16: autocast to bfloat16, weights and optimiser in float32. fp16: the same with float16 and a loss scale, for
-    GPUs without bfloat16."""
+    GPUs without bfloat16. auto: bf16 on CUDA, on a CPU whichever of bf16 and fp32 multiplies matrices faster, measured
+    at the start; a resumed run keeps what was chosen."""
     compile: bool = False
     """Compile with torch.compile: the whole model in one process, each block in several."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
@@ -83,6 +84,10 @@ class TrainConfig:
     """CPU threads of PyTorch. None: PyTorch's default. Exact resume needs the same number."""
     max_minutes: float | None = None
     """End the training after this many minutes even if steps are left. None: no limit."""
+    fit_steps: bool = False
+    """Fit the run into max_minutes: time the first steps, then set the number of steps once, at most the one given, so
+    that the learning rate's cosine ends in time. A resumed run keeps the number. Naming --train.steps or --train.epochs
+    turns a recipe's fit_steps off."""
     log_every_steps: int = 20
     """Steps between two rows of metrics."""
     checkpoint_every_steps: int | None = None

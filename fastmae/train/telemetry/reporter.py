@@ -84,6 +84,7 @@ class Reporter:
         self._flops, self._peak = 0, None
         self._rows: list[tuple[Row, HostCopy, Shared]] = []
         self._sinks: list[Sink] = []
+        self._terminal: Terminal | None = None
         self._on_row: Callable[[Row], None] | None = None
         self.checks: Sequence[Callable[[Row, Mapping[str, Sequence[float]]], None]] = ()
         self._last_step = 0
@@ -105,8 +106,15 @@ class Reporter:
         self._sinks = [JsonLines(self._run.metrics, self._run.evaluations), TensorBoard(self._run.path, step, config)]
         if self._wandb_project:
             self._sinks.append(WeightsAndBiases(self._wandb_project, self._run, config, self._console.print))
-        self._sinks.append(Terminal(self._console, step, total_steps, deadline))
+        self._terminal = Terminal(self._console, step, total_steps, deadline)
+        self._sinks.append(self._terminal)
         self._sinks = [Tolerant(sink) for sink in self._sinks]
+
+    def set_total(self, total_steps: int) -> None:
+        """The run has another number of steps than it was opened with."""
+        self._opened = (total_steps, *self._opened[1:])
+        if self._terminal:
+            self._terminal.set_total(total_steps)
 
     def start(self, step: int) -> None:
         """Begin the first interval, after ``step`` steps."""

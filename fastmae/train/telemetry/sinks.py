@@ -175,6 +175,12 @@ class Terminal:
             self._task = self._progress.add_task("training", total=total_steps, completed=step, text="")
             self._progress.start()
 
+    def set_total(self, total_steps: int) -> None:
+        """The run has another number of steps than it began with."""
+        self._total = total_steps
+        if self._progress is not None:
+            self._progress.update(self._task, total=total_steps)
+
     def write(self, row: Row) -> None:
         text = self._text(row)
         if self._progress is None:
