@@ -125,8 +125,8 @@ ViT-L/16 is listed where it differs from ViT-B/16.
 Of `norm_linear` and `gelu_linear` everything but the matrix products is counted, on all sides: eager and compiled are
 the add, the norm or the activation alone, and in their backward the bias's gradient too. Of attention the products
 count, on all sides; it is the Triton backend, packed, in float16 for bfloat16. Its forward is split by queries, and
-every part reads all keys and values: twice in the decoders of ViT-B and L, three and five times in the encoder and the
-decoder of ViT-H. The budget has them once.
+every part reads all keys and values. With Hopper's tiles, which are counted, that is four times in the decoders of
+ViT-B and L, and twice and five times in the encoder and the decoder of ViT-H. The budget has them once.
 
 - **budget**: the bytes that the op's definition makes it move, a formula of the sizes (`tests/traffic_cases.py`).
 - **fastmae**: what the kernels really loaded and stored, seen access by access in Triton's interpreter. Something read

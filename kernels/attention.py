@@ -34,6 +34,7 @@ def attention_fwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FULL_K: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
     """``softmax(q k^T / sqrt(D)) v``; a program does BLOCK_Q queries of one head.
@@ -44,6 +45,7 @@ def attention_fwd_kernel(
         q_ptr, k_ptr, v_ptr: (N, L, H, D), inner stride 1.
         LK: at most BLOCK_K, or with EXTRA exactly one more: that key (2^k patches and a class token) goes through
             vector arithmetic instead of doubling every tile.
+        FULL_K: at most LK. Keys below it are known to exist, so only the scores of the last few are masked.
         scale: log2(e) / sqrt(D).
     """
     # A head's blocks of queries run one after the other: its keys and values come from the cache for all but the first.
@@ -60,7 +62,7 @@ def attention_fwd_kernel(
     i_q = tl.program_id(0) % num_blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b_q = _load_rows(q_ptr, i_q, LQ, stride_ql, D, BLOCK_D)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-    b_s = tl.where((i_k < LK)[None, :], b_s, float("-inf"))
+    b_s = tl.where(((i_k < FULL_K) | (i_k < LK))[None, :], b_s, float("-inf"))
     b_max = tl.max(b_s, axis=1)
     if EXTRA:
         b_ke = _load_row(k_ptr, BLOCK_K, stride_kl, D, BLOCK_D)
@@ -117,6 +119,7 @@ def attention_bwd_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FULL_K: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
     """The gradients of q, k and v; a program does a whole head, so that nothing is summed across programs.
@@ -129,7 +132,7 @@ def attention_bwd_kernel(
         dq_ptr: (N, LQ, H, D), strides stride_dqn, stride_dql, D, 1.
         dk_ptr, dv_ptr: (N, LK, H, D), strides stride_dkn, stride_dkl, D, 1.
         grad_ptr: (N, LQ, H, D), the gradient of the output, inner stride 1.
-        lse_ptr, q_ptr, k_ptr, v_ptr, LK, scale: as in the forward pass.
+        lse_ptr, q_ptr, k_ptr, v_ptr, LK, FULL_K, scale: as in the forward pass.
         softmax_scale: 1 / sqrt(D).
     """
     i_n = (tl.program_id(0) // H).to(tl.int64)
@@ -156,7 +159,7 @@ def attention_bwd_kernel(
         b_grad = _load_rows(grad_ptr, i_q, LQ, stride_gl, D, BLOCK_D)
         b_lse = tl.load(lse_ptr + i_q, mask=i_q < LQ, other=0.0)
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
-        b_p = tl.where((i_k < LK)[:, None], tl.exp2(b_s * scale - b_lse[None, :]), 0.0)
+        b_p = tl.where(((i_k < FULL_K) | (i_k < LK))[:, None], tl.exp2(b_s * scale - b_lse[None, :]), 0.0)
         b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")
         b_delta = tl.sum(b_p * b_dp, axis=0)
         if EXTRA:

@@ -127,6 +127,25 @@ def test_three_forms_are_one(device):
 
 
 @needs_a_kernel
+@pytest.mark.parametrize(("queries", "keys"), [(33, 20), (17, 33)])
+def test_any_tile_gives_the_same(queries, keys, device):
+    q, kv, grad = tensors(1, queries, keys, 1, 16, torch.float16, device)
+    k, v = kv.unbind(2)
+    tiles = op.forward_tiles(queries, keys, 2)
+    assert tiles[0] == op.forward_tile(queries, keys, 2)
+    assert {t.queries for t in tiles} >= {16, 32}
+    (out, lse), *others = (op.forward(q, k, v, tile) for tile in tiles)
+    for other in others:
+        torch.testing.assert_close(other, (out, lse))
+    gradients = []
+    for tile in op.backward_tiles(queries, keys, 16, 2):
+        gradients.append([torch.full_like(x, torch.nan) for x in (q, k, v)])
+        op.backward(grad, lse, q, k, v, *gradients[-1], tile)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-2, atol=1e-3)
+
+
+@needs_a_kernel
 @pytest.mark.parametrize(
     "view",
     [

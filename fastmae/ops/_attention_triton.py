@@ -65,56 +65,92 @@ def refuse_unless_here(x: Tensor) -> None:
 
 
 class Tile(NamedTuple):
-    """Block shapes of a launch.
+    """Launch options. The defaults are :func:`forward_tile` and :func:`backward_tile`.
 
     Attributes:
-        queries: handled at a time.
-        keys: all of them, rounded up to a power of two.
-        extra: whether one key is left over.
-        warps: of the program.
+        queries: queries that a program handles at a time.
+        warps: warps per program.
+        stages: pipeline stages of the backward's loop over queries.
     """
 
     queries: int
-    keys: int
-    extra: bool
     warps: int
+    stages: int = 1
 
 
 def forward_tile(num_queries: int, num_keys: int, itemsize: int) -> Tile:
-    """As many queries as the registers have room for scores, but half as many where most of the last would idle."""
-    keys, extra = _key_tile(num_keys, itemsize)
-    queries, warps = (128, 8) if keys > 64 else (64, 4)
+    """As many queries as the registers hold scores for."""
+    keys = _key_tile(num_keys, itemsize)["BLOCK_K"]
     if itemsize == 4:
         queries, warps = 16, 8
-    elif -num_queries % queries >= queries // 2:
-        # 65 queries as three blocks of 32, 257 as five of 64.
-        queries //= 2
+    elif _has_warpgroup_products():
+        # A shared product takes 64 rows. Two programs of four warps fit, so one computes while the other loads.
+        queries, warps = 64, 4
+    else:
+        queries, warps = (128, 8) if keys > 64 else (64, 4)
+        if -num_queries % queries >= queries // 2:
+            # Half as many where most of the last block would idle: 65 queries as three blocks of 32, 257 as five of 64.
+            queries //= 2
     if _is_rocm():
         # More would fit, but takes LLVM a minute to compile.
         queries, warps = min(queries, 256 * 32 // keys, 64), 4
-    return Tile(min(queries, _power_of_two(num_queries)), keys, extra, warps)
+    return Tile(min(queries, _power_of_two(num_queries)), warps)
 
 
 def backward_tile(num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> Tile:
     """Few queries at a time, since the gradients of all keys and values stay in the registers."""
-    keys, extra = _key_tile(num_keys, itemsize)
-    width = _power_of_two(head_dim)
+    tile, width = _key_tile(num_keys, itemsize), _power_of_two(head_dim)
+    keys, extra = tile["BLOCK_K"], tile["EXTRA"]
     queries = 16 if width == 128 or (width == 64 and extra and keys > 64) or itemsize == 4 else 32
     warps = 4 if keys * width <= 64 * 64 and itemsize == 2 else 8
+    if warps == 8 and itemsize == 2 and not extra and _has_warpgroup_products():
+        # Two programs fit. The product for dq has few rows, so every warp repeats it: 16 cost half of what 32 do.
+        queries, warps = 16, 4
     if _is_rocm():
         # A thread of four wavefronts may have 512 registers, of eight only 256.
         warps = 4
-    return Tile(min(queries, _power_of_two(num_queries)), keys, extra, warps)
+    return Tile(min(queries, _power_of_two(num_queries)), warps)
 
 
-def _key_tile(num_keys: int, itemsize: int) -> tuple[int, bool]:
-    """The tile for all keys, and whether one is left over: of 2^k patches and a class token."""
+def forward_tiles(num_queries: int, num_keys: int, itemsize: int) -> list[Tile]:
+    """Candidates of a sweep, the default first: those whose scores fill at most half of the registers."""
+    keys, limit = _key_tile(num_keys, itemsize)["BLOCK_K"], _power_of_two(num_queries)
+    tiles = [Tile(queries, warps) for queries in (16, 32, 64, 128) for warps in (4, 8) if queries <= limit]
+    fit = [t for t in tiles if t.queries * keys <= 128 * 32 * t.warps]
+    return list(dict.fromkeys([forward_tile(num_queries, num_keys, itemsize), *fit]))
+
+
+def backward_tiles(num_queries: int, num_keys: int, head_dim: int, itemsize: int) -> list[Tile]:
+    """As :func:`forward_tiles`, for the backward; a few candidates spill some registers."""
+    keys, limit = _key_tile(num_keys, itemsize)["BLOCK_K"], _power_of_two(num_queries)
+    tiles = [Tile(q, warps, stages) for q in (16, 32, 64) for warps in (4, 8) for stages in (1, 2) if q <= limit]
+    # The gradients of keys and values, the scores and the scores' gradients.
+    fit = [t for t in tiles if 2 * keys * (_power_of_two(head_dim) + t.queries) <= 192 * 32 * t.warps]
+    return list(dict.fromkeys([backward_tile(num_queries, num_keys, head_dim, itemsize), *fit]))
+
+
+def _key_tile(num_keys: int, itemsize: int) -> dict[str, int | bool]:
+    """The tile for all keys: its size, how many keys need no mask, and whether one key is left over.
+
+    One is left over of 2^k patches and a class token. FULL_K is a multiple of 16, so that close lengths share code.
+    """
     extra = itemsize == 2 and num_keys in (17, 33, 65, 129, 257)
-    return (num_keys - 1 if extra else _power_of_two(num_keys)), extra
+    block = num_keys - 1 if extra else _power_of_two(num_keys)
+    return {"BLOCK_K": block, "FULL_K": min(num_keys // 16 * 16, block), "EXTRA": extra}
 
 
 def _is_rocm() -> bool:
     return torch.version.hip is not None
+
+
+def _has_warpgroup_products() -> bool:
+    """Whether four warps share a matrix product on the current device: Hopper, data-center Blackwell.
+
+    Without a GPU (in the interpreter) the answer is Hopper's.
+    """
+    if _is_rocm():
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def _power_of_two(size: int) -> int:
@@ -122,39 +158,43 @@ def _power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """Launch the forward kernel on inputs of inner stride 1. Returns what :func:`triton_attention` does."""
     refuse_unless_here(q)
     n, queries, heads, dim = q.shape
     out = torch.empty(n, queries, heads, dim, dtype=q.dtype, device=q.device)
     lse = torch.empty(n, heads, queries, dtype=torch.float32, device=q.device)
-    tile = forward_tile(queries, k.shape[1], q.element_size())
     if out.numel():
         with torch.cuda.device_of(q):
+            tile = tile or forward_tile(queries, k.shape[1], q.element_size())
             _kernels.attention_fwd_kernel[(n * heads * -(-queries // tile.queries),)](
                 out, lse, q, k, v, heads, queries, k.shape[1], dim**-0.5 / math.log(2),
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, BLOCK_K=tile.keys, EXTRA=tile.extra,
-                num_warps=tile.warps, num_stages=1,
+                D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, **_key_tile(k.shape[1], q.element_size()),
+                num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
     return out, lse
 
 
-def _backward(grad: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Writes dq, dk and dv, whose heads lie side by side."""
+def backward(
+    grad: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
+    tile: Tile | None = None,
+) -> None:  # fmt: skip
+    """Launch the backward kernel, which writes dq, dk and dv (strides of the heads: Dh). q, k, v: inner stride 1."""
     refuse_unless_here(q)
     n, queries, heads, dim = q.shape
-    tile = backward_tile(queries, k.shape[1], dim, q.element_size())
     grad = _with_contiguous_rows(grad)
     if not n * heads:
         return
     # Left alone, ptxas may spill a value or two to reach 128 registers. ROCm has no such option, nor the need.
     limit = {} if _is_rocm() else {"maxnreg": 255}
     with torch.cuda.device_of(q):
+        tile = tile or backward_tile(queries, k.shape[1], dim, q.element_size())
         _kernels.attention_bwd_kernel[(n * heads,)](
             dq, dk, dv, grad, lse, q, k, v, heads, queries, k.shape[1], dim**-0.5 / math.log(2), dim**-0.5,
             *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:2], *dk.stride()[:2],
-            D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, BLOCK_K=tile.keys, EXTRA=tile.extra,
-            num_warps=tile.warps, num_stages=1, **limit,
+            D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, **_key_tile(k.shape[1], q.element_size()),
+            num_warps=tile.warps, num_stages=tile.stages, **limit,
         )  # fmt: skip
 
 
@@ -165,7 +205,7 @@ def _with_contiguous_rows(x: Tensor) -> Tensor:
 @torch.library.custom_op("fastmae::triton_attention", mutates_args=())
 def triton_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Output (N, Lq, H, Dh), and (N, H, Lq) for the backward: the logarithm, to base 2, of each row's sum."""
-    return _forward(_with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v))
+    return forward(_with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v))
 
 
 @torch.library.custom_op("fastmae::triton_attention_backward", mutates_args=())
@@ -174,34 +214,34 @@ def triton_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = _with_contiguous_rows(q), _with_contiguous_rows(k), _with_contiguous_rows(v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    _backward(grad, lse, q, k, v, dq, dk, dv)
+    backward(grad, lse, q, k, v, dq, dk, dv)
     return dq, dk, dv
 
 
 @torch.library.custom_op("fastmae::triton_attention_qkvpacked", mutates_args=())
 def triton_attention_qkvpacked(qkv: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`triton_attention`, from (N, L, 3, H, Dh)."""
-    return _forward(*_with_contiguous_rows(qkv).unbind(2))
+    return forward(*_with_contiguous_rows(qkv).unbind(2))
 
 
 @torch.library.custom_op("fastmae::triton_attention_qkvpacked_backward", mutates_args=())
 def triton_attention_qkvpacked_backward(grad: Tensor, lse: Tensor, qkv: Tensor) -> Tensor:
     packed = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _backward(grad, lse, *_with_contiguous_rows(qkv).unbind(2), *packed.unbind(2))
+    backward(grad, lse, *_with_contiguous_rows(qkv).unbind(2), *packed.unbind(2))
     return packed
 
 
 @torch.library.custom_op("fastmae::triton_attention_kvpacked", mutates_args=())
 def triton_attention_kvpacked(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     """As :func:`triton_attention`, with keys and values from (N, Lk, 2, H, Dh)."""
-    return _forward(_with_contiguous_rows(q), *_with_contiguous_rows(kv).unbind(2))
+    return forward(_with_contiguous_rows(q), *_with_contiguous_rows(kv).unbind(2))
 
 
 @torch.library.custom_op("fastmae::triton_attention_kvpacked_backward", mutates_args=())
 def triton_attention_kvpacked_backward(grad: Tensor, lse: Tensor, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
     q, kv = _with_contiguous_rows(q), _with_contiguous_rows(kv)
     dq, dkv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, kv))
-    _backward(grad, lse, q, *kv.unbind(2), dq, *dkv.unbind(2))
+    backward(grad, lse, q, *kv.unbind(2), dq, *dkv.unbind(2))
     return dq, dkv
 
 
