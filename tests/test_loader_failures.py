@@ -102,6 +102,9 @@ def test_too_many_files_found_bad_late_stop(spoilt, kind):
     options = OPTIONS | {"known_bad": loader.late_bad[:1]}
     with create_loader(spoilt, loader=kind, **options) as loader, pytest.raises(DataError, match="2 of 8 images"):
         [next(loader) for _ in range(4)]
+    with create_loader(spoilt, loader=kind, limit_bad=False, **options) as loader:  # somebody else judges
+        [next(loader) for _ in range(4)]
+        assert len(loader.late_bad) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)

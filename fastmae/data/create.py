@@ -166,6 +166,7 @@ def create_loader(
     prefetch: int | None = None,
     timeout: float = 600.0,
     known_bad: Iterable[LateBad] = (),
+    limit_bad: bool = True,
     samples_per_step: int | None = None,
     hw_decoder_load: float = 0.65,
     cache_bytes: int = 256 << 20,
@@ -189,6 +190,8 @@ def create_loader(
         prefetch: finished batches that wait at most; None for 2.
         timeout: seconds without a batch after which ``next`` raises.
         known_bad: ``Loader.late_bad`` of the run that is continued.
+        limit_bad: raise once more files are bad than ``max_bad_fraction`` allows, ``known_bad`` included. False where
+            the caller judges what several ranks have found.
         samples_per_step: of the steps that several global batches make up, if any: all of a step have the size of the
             epoch in which it begins, so that sizes do not hang on how a step is split.
         hw_decoder_load: with DALI on a GPU that has a hardware JPEG decoder, its share of the files.
@@ -219,7 +222,7 @@ def create_loader(
     planner = Planner(dataset, *order, augment or Augment(), samples_per_step)
     batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels * dataset.dtype.itemsize
     machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
-    options = {"device": device, "options": machine, "timeout": timeout, "known_bad": known_bad}
+    options = {"device": device, "options": machine, "timeout": timeout, "known_bad": known_bad, "limit_bad": limit_bad}
     if choose_loader(dataset, loader) == "dali":
         from fastmae.data.dali_loader import DaliLoader
 

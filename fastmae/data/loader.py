@@ -46,6 +46,7 @@ class Loader(ABC):
         options: LoaderOptions,
         timeout: float = 600.0,
         known_bad: Iterable[LateBad] = (),
+        limit_bad: bool = True,
     ):
         self.planner, self.options, self.timeout = planner, options, timeout
         self.dataset, self.batch_size = planner.dataset, planner.batch_size
@@ -57,6 +58,7 @@ class Loader(ABC):
         if self._on_gpu and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
+        self._limit_bad = limit_bad
         self._late = {late.sample_id: late for late in (LateBad(*item) for item in known_bad)}
         self._reading: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -203,17 +205,17 @@ class Loader(ABC):
         """Remember a sample that does not decode.
 
         Raises:
-            DataError: more samples are bad than the data set allows.
+            DataError: more samples are bad than the data set allows, if this loader is to judge that.
         """
         with self._lock:
             known = self._late.get(late.sample_id)
             if known is None or late.position < known.position:
                 self._late[late.sample_id] = late
-            reasons = {sample_id: late.reason for sample_id, late in self._late.items()}
         if known is None:
             path = self.dataset.path(late.sample_id)
             logger.warning("%s: %s; another sample takes its place", path, late.reason)
-        self.dataset.check_bad_fraction(reasons)
+        if self._limit_bad:
+            self.dataset.check_bad_fraction({late.sample_id: late.reason for late in self.late_bad})
 
     def empty_images(self, img_size: tuple[int, int]) -> torch.Tensor:
         """Memory for a batch's images: (N, H, W, C) of the data set's dtype, pinned if it goes to a GPU."""

@@ -59,17 +59,24 @@ class BadFiles:
         partial.write_text("".join([*lines, *map(self._line, self.late)]))
         partial.replace(self._path)
 
-    def update(self, found: Iterable[LateBad], samples: int) -> None:
-        """Append what is new.
+    def unknown(self, found: Iterable[LateBad], samples: int) -> list[LateBad]:
+        """What is new among a loader's ``late_bad``, in the order of positions, each file once.
 
         Args:
-            found: the loader's ``late_bad``, those of all ranks.
+            found: of one rank or of several, which may have found the same file.
             samples: images consumed so far; what lies beyond is left for later.
         """
-        new = [bad for bad in found if bad.sample_id not in self._late and bad.position < samples]
+        new: dict[int, LateBad] = {}
+        for bad in sorted(found, key=lambda bad: (bad.position, bad.sample_id)):
+            if bad.sample_id not in self._late and bad.position < samples:
+                new.setdefault(bad.sample_id, bad)
+        return list(new.values())
+
+    def update(self, found: Iterable[LateBad], samples: int) -> None:
+        """Append what is new in the finds of all ranks; arguments as of :meth:`unknown`."""
+        new = self.unknown(found, samples)
         if not new:
             return
-        new.sort(key=lambda bad: (bad.position, bad.sample_id))
         self._late |= {bad.sample_id: bad for bad in new}
         if not self._writes:
             return

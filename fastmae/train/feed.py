@@ -53,6 +53,7 @@ def open_loader(
         prefetch=data.prefetch,
         timeout=data.timeout,
         known_bad=known_bad,
+        limit_bad=False,  # the trainer judges the finds of all ranks
         samples_per_step=train.global_batch_size // train.masks_per_image,
     )
 

@@ -308,5 +308,9 @@ class Trainer:
             self.model.set_input_size(size)
 
     def _note_bad_files(self) -> None:
-        found = self.ranks.gather("collecting bad files", lambda: self.loader.late_bad)
-        self.bad_files.update([bad for late in found for bad in late], self.samples)
+        """Exchange the files found bad since the last time, and judge all of them, on every rank at the same step."""
+        new = self.bad_files.unknown(self.loader.late_bad, self.samples)
+        if self.ranks.any(bool(new)):
+            found = self.ranks.gather("collecting bad files", lambda: new)
+            self.bad_files.update([bad for late in found for bad in late], self.samples)
+            self.dataset.check_bad_fraction({bad.sample_id: bad.reason for bad in self.bad_files.late})
