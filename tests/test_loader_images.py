@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastmae.data import Augment, DataError, Dataset, create, create_loader, crop_boxes, open_dataset, photographs
 from fastmae.data.augment import jitter_factors, jitter_into
+from fastmae.data.shard import write_shards
 
 needs_dali = pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
 
@@ -287,6 +288,10 @@ def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs
         assert batch.images.dtype == torch.float32
         assert (batch.images * 255 - other.images).abs().max() < 1.5  # PyTorch rounds after each of two passes
     assert len(ours[0].images[:, 1].unique()) > 5000
+    write_shards(dataset, tmp_path / "shards")
+    packed = open_dataset(tmp_path / "shards", value_range=ranges, channels_first=True, **options)
+    sums = [sorted(float(every.decode(i).sum()) for i in range(6)) for every in (dataset, packed)]
+    assert sums[0] == sums[1]
     with pytest.raises(ValueError, match="color_jitter: hue and saturation need 3 channels"):
         create_loader(dataset, augment=Augment(color_jitter=0.4), **OPTIONS)
     with pytest.raises(DataError, match=r"the DALI loader reads 8-bit RGB .* is opened for 4 channels: use torch"):

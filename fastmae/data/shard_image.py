@@ -21,7 +21,7 @@ from PIL import Image, features
 from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset, printable, upright_shapes
 from fastmae.data.decode import UndecodableImage, decode
-from fastmae.data.header import MODES, BadImage, Format, parse_header
+from fastmae.data.header import MODES, BadImage, Format, Header, parse_header
 
 SUFFIXES = {Format.JPEG: ".jpg", Format.PNG: ".png", Format.WEBP: ".webp", Format.TIFF: ".tif", Format.NPY: ".npy"}
 _PHOTOGRAPHS = (Format.JPEG, Format.PNG, Format.WEBP)
@@ -96,7 +96,7 @@ def store_image(dataset: Dataset, sample_id: int, encoding: Encoding) -> StoredI
     (height,), (width,), (anew,) = (values.tolist() for values in stored_shapes(rows, encoding))
     row, data = rows[0], dataset.read(sample_id)
     format_ = Format(int(row["format"]))
-    _check_unchanged(dataset, sample_id, row, data)
+    header = _check_unchanged(dataset, sample_id, row, data)
     if anew:
         pixels = decode(data, int(row["orientation"]), channels=dataset.channels)  # of 8 bits, which need no range
         expected = tuple(int(size[0]) for size in upright_shapes(rows))
@@ -107,11 +107,13 @@ def store_image(dataset: Dataset, sample_id: int, encoding: Encoding) -> StoredI
         stored, format_ = _encode(pixels, height, width, encoding.quality), Format.JPEG
     else:
         stored = data.tobytes()
+        if format_ is Format.NPY:  # as it will be read back, whichever axis has the channels
+            height, width = header.height, header.width
     name = member_key(dataset, sample_id) + SUFFIXES[format_]
     return StoredImage(name, stored, int(row["label"]), height, width, anew)
 
 
-def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.ndarray) -> None:
+def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.ndarray) -> Header:
     path = dataset.path(sample_id)
     try:
         header = parse_header(BytesIO(data), path)
@@ -122,6 +124,7 @@ def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.nd
         found = (*found[:2], header.width, header.channels, header.orientation)
     if found != tuple(int(row[name]) for name in ("size", "format", "height", "width", "orientation")):
         raise DataError(f"{printable(path)}: changed while it was being packed; begin anew")
+    return header
 
 
 def _encode(pixels: np.ndarray, height: int, width: int, quality: int) -> bytes:

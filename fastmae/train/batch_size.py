@@ -130,7 +130,10 @@ def measured_batch_size(
     low_precision = dtype != torch.float32
 
     def peak(batch: int) -> float:
-        images = torch.zeros(batch // masks, config.model.in_chans, *config.img_size, dtype=torch.uint8, device=device)
+        shape = batch // masks, config.model.in_chans, *config.img_size
+        dtype_loaded = torch.uint8 if config.data.value_range is None else torch.float32
+        loaded = torch.zeros(shape, dtype=dtype_loaded, device=device)
+        images = model.normalized(loaded)
         masking = random_masking(
             len(images), model.num_patches, config.model.mask_ratio, seed=0, masks_per_image=masks, device=device
         )
