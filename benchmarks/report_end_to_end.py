@@ -28,7 +28,7 @@ def _rates(found: dict[str, dict]) -> str:
     rows = []
     for name, one in found.items():
         config, model, both = one["config"], one["model"], one["both"]
-        compiled = " compiled" if config["train"]["compile"] else ""
+        compiled = " compiled" if config["train"]["compile"] not in (False, "none") else ""
         missed = [f"{t['what']} {t['found']:.2f} of {t['target']:.2f}" for t in one["targets"] if not t["reached"]]
         share = both["images_per_second"] / model["images_per_second"]
         rows.append([

@@ -25,7 +25,7 @@ plan=(
   "end-to-end-huge     end_to_end.py --recipe imagenet-vit-h --batch 128 --seconds 15" # 50
   "step-base           bench_step.py --model base"             # 45
   "modes               bench_modes.py --model base"            # 130
-  "end-to-end-compiled end_to_end.py --recipe imagenet-vit-l --batch 256 --seconds 20 --train.compile" # 90
+  "end-to-end-compiled end_to_end.py --recipe imagenet-vit-l --batch 256 --seconds 20 --train.compile blocks" # 90
   "step-huge           bench_step.py --model huge --no-compile" # 30
   "block               bench_block.py"                         # 20
   "norm_linear         bench_norm_linear.py"                   # 14

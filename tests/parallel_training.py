@@ -39,7 +39,7 @@ class Case:
     max_batch: int | None = None
     precision: str = "fp32"
     activation_checkpointing: str = "none"
-    compile: bool = False
+    compile: str = "none"
     reshard_after_forward: bool = True
     clip_grad: float | None = None
     poison: int | None = None

@@ -123,7 +123,7 @@ def test_a_gpu_that_waits_for_the_host_wants_fewer_launches():
     idle = replace(FACTS, idle_share=0.25)
     assert advice(FACTS) == advice(replace(FACTS, idle_share=0.05)) == advice(replace(FACTS, compiled=False)) == ""
     assert "--train.compile-mode reduce-overhead: the GPU is idle for 25% of a step" in advice(idle)
-    assert "--train.compile: the GPU is idle for 25% of a step" in advice(replace(idle, compiled=False))
+    assert "--train.compile blocks: the GPU is idle for 25% of a step" in advice(replace(idle, compiled=False))
     assert advice(replace(idle, cuda_graphs=True)) == advice(replace(idle, on_gpu=False)) == ""
 
 

@@ -48,8 +48,8 @@ def test_cuda_graphs_are_refused_without_cuda_and_with_shards(mode):
 def test_a_model_on_a_cpu_asks(capsys, tmp_path, images):
     model = MaskedAutoencoderViT(**SMALL, seed=0)
     with pytest.raises(ValueError, match="compile_mode"):
-        parallel.parallelize(model, Parallelism(), seed=0, compile=True, compile_mode="reduce-overhead")
-    flags = ["--train.compile", "--train.compile-mode", "reduce-overhead", "--train.device", "cpu"]
+        parallel.parallelize(model, Parallelism(), seed=0, compile="blocks", compile_mode="reduce-overhead")
+    flags = ["--train.compile", "blocks", "--train.compile-mode", "reduce-overhead", "--train.device", "cpu"]
     found = mistake(capsys, "pretrain", "--data.path", images, "--out", tmp_path / "run", *flags)
     assert "--train.compile-mode: expected default or max-autotune-no-cudagraphs without CUDA" in found
 
@@ -58,7 +58,7 @@ def test_a_mode_without_compilation_is_an_error():
     config = PretrainConfig(train=TrainConfig(steps=10, compile_mode="max-autotune"))
     with pytest.raises(ValueError, match=r"--train\.compile-mode: expected default without --train\.compile"):
         validate(config)
-    validate(replace(config, train=replace(config.train, compile=True)))
+    validate(replace(config, train=replace(config.train, compile="blocks")))
 
 
 @pytest.fixture
@@ -81,6 +81,15 @@ def test_the_mode_reaches_the_compiler(compiled):
     assert [options["mode"] for _, options in compiled] == ["max-autotune-no-cudagraphs"] + 4 * ["reduce-overhead"]
     assert compiled[0][0] is model
     assert model.cuda_graphs
+
+
+@pytest.mark.parametrize("what", ["none", "blocks", "model"])
+def test_one_process_compiles_what_it_is_told(compiled, what):
+    model = MaskedAutoencoderViT(**SMALL, seed=0)
+    parallel.parallelize(model, Parallelism(), seed=0, compile=what)
+    blocks = [block.forward.__func__ for block in (*model.blocks, *model.decoder_blocks)]
+    expected = {"none": [], "blocks": blocks, "model": [model]}[what]
+    assert [getattr(target, "__func__", target) for target, _ in compiled] == expected
 
 
 @pytest.mark.parametrize("has_argument", [True, False])
@@ -187,11 +196,12 @@ def losses(out, images, accumulation, **train) -> list[float]:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("what", ["blocks", "model"])
 @pytest.mark.parametrize(
     ("mode", "accumulation"), [*((m, 1) for m in NO_GRAPHS), *((m, a) for m in GRAPHS for a in (1, 2))]
 )
-def test_every_mode_trains_as_eager_does(tmp_path, images, eager, mode, accumulation):
-    found = losses(tmp_path / "run", images, accumulation, compile=True, compile_mode=mode)
+def test_every_mode_trains_as_eager_does(tmp_path, images, eager, what, mode, accumulation):
+    found = losses(tmp_path / "run", images, accumulation, compile=what, compile_mode=mode)
     assert len(found) == 20
     assert found[-1] < found[0]
     assert found == pytest.approx(eager(accumulation), rel=2e-2)
@@ -204,7 +214,7 @@ def test_graphs_of_blocks_train_as_eager_does_with_ddp(tmp_path, images, eager):
     try:
         trainer = on_gpu(tmp_path / "run", images, 2)
         trainer.forward = parallel.parallelize(
-            trainer.model, place, seed=0, precision="bf16", compile=True, compile_mode="reduce-overhead"
+            trainer.model, place, seed=0, precision="bf16", compile="blocks", compile_mode="reduce-overhead"
         )
         rows = []
         trainer.fit(on_log=rows.append)
@@ -216,7 +226,7 @@ def test_graphs_of_blocks_train_as_eager_does_with_ddp(tmp_path, images, eager):
 
 @pytest.mark.gpu
 def test_a_run_in_graphs_goes_on_after_a_resume(tmp_path, images):
-    options = {"compile": True, "compile_mode": "reduce-overhead"}
+    options = {"compile": "blocks", "compile_mode": "reduce-overhead"}
     whole = losses(tmp_path / "whole", images, 2, **options)
     first = on_gpu(tmp_path / "run", images, 2, checkpoint_every_steps=10, max_minutes=None, **options)
     first.fit()

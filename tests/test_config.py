@@ -20,6 +20,7 @@ from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES
 from fastmae.train.resolution import create_resolution, progressive_sizes
+from fastmae.train.state import compare_configs
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
 
@@ -166,12 +167,21 @@ def test_mistakes_name_flag_value_and_expectation(section, values, message):
         validate(changed(PHOTOGRAPHS, section, **values))
 
 
+@pytest.mark.parametrize(("saved", "now"), [(True, "model"), (False, "none"), ("blocks", "blocks")])
+def test_a_saved_bool_of_compile_means_what_it_meant(saved, now):
+    values = to_json(PretrainConfig())
+    values["train"]["compile"] = saved
+    config = from_json(values)
+    assert config.train.compile == now
+    assert compare_configs(values, to_json(config)) == []
+
+
 def test_a_compiled_model_has_no_more_sizes_than_graphs():
     config = changed(PHOTOGRAPHS, "data", progressive_sizes=(16, 24, 32, 40, 48, 56, 72, 80, 64))
     config = changed(config, "train", fit_steps=False)
     validate(config)
     with pytest.raises(ValueError, match=r"--data.progressive-sizes: expected at most 8 .*--train.compile"):
-        validate(changed(config, "train", compile=True))
+        validate(changed(config, "train", compile="blocks"))
 
 
 def test_image_sizes_get_equal_shares_of_the_run_in_whole_epochs():

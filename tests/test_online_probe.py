@@ -200,7 +200,7 @@ def test_what_cannot_be_probed_is_an_error_before_the_training(tmp_path, images,
 def test_gpu_training_is_the_same_when_it_is_looked_at(tmp_path, images, compiled):
     weights, report = [], ReportConfig(probe_every_epochs=1, picture_every_steps=3)
     for name in ("plain", "observed"):
-        trainer = make_trainer(tmp_path / name, images, device="cuda", compile=compiled)
+        trainer = make_trainer(tmp_path / name, images, device="cuda", compile="model" if compiled else "none")
         if name == "observed":
             config = replace(trainer.config, report=report)
             trainer.observers = [Pictures(config, trainer.dataset), Probe(config, trainer.dataset, Ranks())]

@@ -372,7 +372,7 @@ def test_checkpointing_belongs_to_the_model_and_not_to_the_class():
 
 @pytest.mark.slow
 def test_compiled_blocks_train_alike(images, single):
-    cases = [replace(TWO[3], compile=True), replace(TWO[4], compile=True), Case("ddp", compile=True)]
+    cases = [replace(TWO[3], compile="blocks"), replace(TWO[4], compile="blocks"), Case("ddp", compile="blocks")]
     ranks = run_ranks(job_compiled, 2, images, cases, init_group=False, timeout=500)
     for index, case in enumerate(cases):
         runs, expected = [rank[index] for rank in ranks], single(case)

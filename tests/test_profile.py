@@ -143,7 +143,7 @@ def _fail(*_):
 
 def test_a_compiled_model_is_recorded_without_hooks_in_it(tmp_path, images):
     trainer = make_trainer(tmp_path / "run", images)
-    trainer.config = replace(trainer.config, train=replace(trainer.config.train, compile=True))
+    trainer.config = replace(trainer.config, train=replace(trainer.config.train, compile="model"))
     with labelled(trainer):
         assert not trainer.model.blocks[0]._forward_pre_hooks
         assert trainer.stage is not unlabelled

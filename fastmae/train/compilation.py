@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+Compile = Literal["none", "blocks", "model"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _BLOCK_GRAPHS = 64

@@ -84,7 +84,7 @@ def _validate_model(config: PretrainConfig, require: Require) -> None:
         raise ValueError(f"--data.progressive-sizes: {error}") from error
     for size in sizes[:-1]:
         _validate_size(config, "--data.progressive-sizes", size, patch)
-    if config.train.compile:
+    if config.train.compile != "none":
         most = f"at most {MOST_COMPILED_SIZES} different sizes with --train.compile, which makes a graph of each"
         require(len(set(sizes)) <= MOST_COMPILED_SIZES, "data", "progressive_sizes", most)
 
@@ -157,8 +157,8 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     require(timed, "train", "max_minutes", "a time for --train.fit-steps, or --train.no-fit-steps with it")
     steady = not train.fit_steps or not config.data.progressive_sizes
     require(steady, "train", "fit_steps", "False with --data.progressive-sizes, whose steps get longer")
-    compiled = train.compile or train.compile_mode == "default"
-    require(compiled, "train", "compile_mode", "default without --train.compile")
+    compiled = train.compile != "none" or train.compile_mode == "default"
+    require(compiled, "train", "compile_mode", "default without --train.compile blocks or model")
     for name in ("warmup_epochs", "warmup_steps", "min_lr", "weight_decay"):
         value = getattr(train, name)
         require(value is None or (value >= 0 and math.isfinite(value)), "train", name, "a number of at least 0")

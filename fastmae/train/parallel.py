@@ -27,7 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.initialization import draw_parameter
 from fastmae.positions import sincos_positions
-from fastmae.train.compilation import CompileMode, check_compile_mode, compile_blocks, compile_model, graphed_batch
+from fastmae.train.compilation import (
+    Compile,
+    CompileMode,
+    check_compile_mode,
+    compile_blocks,
+    compile_model,
+    graphed_batch,
+)
 
 Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -152,7 +159,7 @@ def parallelize(
     seed: int,
     precision: Precision = "fp32",
     activation_checkpointing: ActivationCheckpointing = "none",
-    compile: bool = False,
+    compile: Compile = "none",
     compile_mode: CompileMode = "default",
     reshard_after_forward: bool = True,
 ) -> nn.Module:
@@ -171,7 +178,7 @@ def parallelize(
         activation_checkpointing: what the backward computes again: "selective", the blocks' attention (of a block's 24
             bytes a token and unit of width in bf16, 10 are saved, for a quarter of its products); "full", all but the
             blocks' inputs (18 are saved, for two thirds of its products).
-        compile: compile the model where it is alone, else each block.
+        compile: what ``torch.compile`` takes: each block, or the whole model; with several processes always blocks.
         compile_mode: of ``torch.compile``, as :mod:`fastmae.train.compilation` has it.
         reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
             backward; False keeps them, which takes the memory of the whole model in the precision.
@@ -182,12 +189,13 @@ def parallelize(
     Raises:
         ValueError: a mode of compilation that is not for this device or parallelism.
     """
-    if compile:
+    if compile != "none":
         check_compile_mode(compile_mode, device_type=parallelism.device.type, sharded=parallelism.sharded)
     blocks = [*model.blocks, *model.decoder_blocks]
     for block in blocks:
         block.recompute = _RECOMPUTE[activation_checkpointing]
-    if compile and parallelism.mode != "none":
+    whole = compile == "model" and parallelism.mode == "none"
+    if compile != "none" and not whole:
         compile_blocks(model, compile_mode)
     if parallelism.sharded:
         _shard(model, blocks, parallelism, DTYPES[precision], reshard_after_forward)
@@ -202,7 +210,7 @@ def parallelize(
         syncing = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options = {syncing: False, "gradient_as_bucket_view": True}
         return DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
-    return compile_model(model, compile_mode) if compile and parallelism.mode == "none" else model
+    return compile_model(model, compile_mode) if whole else model
 
 
 @torch.no_grad()

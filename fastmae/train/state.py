@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmae.data import Dataset
 from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.config import PretrainConfig, to_json, updated
 
 
 def describe_run(
@@ -92,7 +92,7 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     """
     # A configuration saved by an earlier version lacks fields, which then had what is their default now.
     defaults = dict(_flatten(to_json(PretrainConfig())))
-    saved, here = defaults | dict(_flatten(saved)), defaults | dict(_flatten(here))
+    saved, here = defaults | dict(_flatten(updated(dict(saved)))), defaults | dict(_flatten(here))
     for key in _MUST_EQUAL:
         if saved.get(key) != here.get(key):
             flag = f"--{key}".replace("_", "-")

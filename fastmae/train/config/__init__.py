@@ -28,6 +28,7 @@ __all__ = [
     "from_json",
     "read_config",
     "to_json",
+    "updated",
 ]
 
 RecipeName = Literal[
@@ -92,8 +93,17 @@ def to_json(config: PretrainConfig) -> dict[str, Any]:
     return plain(asdict(config))
 
 
+def updated(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration with what earlier versions wrote otherwise: ``train.compile`` was a bool."""
+    train = dict(values.get("train", {}))
+    if isinstance(train.get("compile"), bool):
+        train["compile"] = "model" if train["compile"] else "none"
+    return values | {"train": train}
+
+
 def from_json(values: dict[str, Any]) -> PretrainConfig:
-    """The configuration from what :func:`to_json` returned; fields it lacks take their default.
+    """The configuration from what :func:`to_json` returned, now or in an earlier version; fields it lacks take their
+    default.
 
     Raises:
         ValueError: for a field that this version does not know.
@@ -106,7 +116,7 @@ def from_json(values: dict[str, Any]) -> PretrainConfig:
             raise ValueError(f"config: unknown field {prefix}{unknown[0]}; expected one of {', '.join(sorted(names))}")
         return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
-    values = dict(values)
+    values = updated(values)
     sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "report": ReportConfig}
     built = {name: build(kind, values.pop(name, {}), f"{name}.") for name, kind in sections.items()}
     config = build(PretrainConfig, values | built, "")

@@ -61,8 +61,9 @@ class TrainConfig:
     """bf16: autocast to bfloat16, weights and optimiser in float32. fp16: the same with float16 and a loss scale, for
     GPUs without bfloat16. auto: bf16 on CUDA, on a CPU whichever of bf16 and fp32 multiplies matrices faster, measured
     at the start; a resumed run keeps what was chosen."""
-    compile: bool = False
-    """Compile with torch.compile: the whole model in one process, each block in several."""
+    compile: Literal["none", "blocks", "model"] = "none"
+    """Compile with torch.compile. blocks: each block, which takes seconds, since blocks of one shape share their code.
+    model: the whole model, which takes minutes; in several processes each block all the same."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile. reduce-overhead: CUDA graphs, on a GPU and not with fsdp or hsdp. max-autotune: these, and
     matrix products chosen by trial at the first step, which takes minutes. max-autotune-no-cudagraphs: trial only."""

@@ -193,7 +193,7 @@ def _model_advice(facts: Facts) -> tuple[str, ...]:
             f"{facts.other_speedup:.1f} times as many images/s as in {facts.precision}."
         )
     if facts.on_gpu and facts.idle_share > _WORTH_GRAPHS and not facts.cuda_graphs:
-        flag = "--train.compile-mode reduce-overhead" if facts.compiled else "--train.compile"
+        flag = "--train.compile-mode reduce-overhead" if facts.compiled else "--train.compile blocks"
         found.append(
             f"{flag}: the GPU is idle for {facts.idle_share:.0%} of a step, waiting for the host to queue work."
         )

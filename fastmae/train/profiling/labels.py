@@ -27,7 +27,7 @@ def labelled(trainer: Any) -> Iterator[None]:
     parts are "embedding", "encoder" and "decoder", the last of which ends with the loss. A model that is compiled as a
     whole has no parts: a hook in it would be another graph.
     """
-    whole = trainer.config.train.compile and trainer.parallelism.mode == "none"
+    whole = trainer.config.train.compile == "model" and trainer.parallelism.mode == "none"
     parts = _Parts()
     handles = [] if whole else parts.install(trainer.model)
     trainer.stage = record_function

@@ -210,7 +210,9 @@ def _product_size(trainer: Trainer) -> int | None:
 def _faster_precision(trainer: Trainer) -> str | None:
     """The other of fp32 and bf16 if matrix products are faster in it, so that it is worth training in."""
     other = {torch.float32: "bf16", torch.bfloat16: "fp32"}.get(trainer.dtype)
-    if other is None or trainer.config.train.compile:  # compiling for it takes longer than all that is measured
+    if (
+        other is None or trainer.config.train.compile != "none"
+    ):  # compiling for it takes longer than all that is measured
         return None
     own, others = (matmul_flops(trainer.device, dtype, 3, _PROBE) for dtype in (trainer.dtype, DTYPES[other]))
     return other if others > own else None
