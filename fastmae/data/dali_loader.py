@@ -159,12 +159,6 @@ class DaliLoader(Loader):
         self.for_each(finish, self.batch_size)
         return self.finish(plan, images)
 
-    def _to_device(self, batch: Batch) -> Batch:
-        if batch.images.is_cuda:
-            # The memory comes from this loader's stream; it must not go back there while the caller's still reads it.
-            batch.images.record_stream(torch.cuda.current_stream(self.device))
-        return super()._to_device(batch)
-
     def read_batch(self, plan: Plan) -> tuple[list[np.ndarray], np.ndarray]:
         """The files of a batch, blank images instead of those that DALI must not or cannot decode, and which these are:
         bool (n,).

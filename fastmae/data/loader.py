@@ -20,6 +20,7 @@ from fastmae.data.decode import UndecodableImage, resize_crop_into
 from fastmae.data.options import LoaderOptions
 from fastmae.data.plan import Plan, Planner
 from fastmae.data.threads import Threads, join
+from fastmae.data.upload import Upload
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Loader(ABC):
         self._pending: deque[Future[Batch]] = deque()
         self._next_step = 0
         self._error: BaseException | None = None
-        self._finalizer = weakref.finalize(self, _shut_down, self._producers, self._pool)
+        self._upload = Upload(device) if self._on_gpu else None
+        self._finalizer = weakref.finalize(self, _shut_down, self._producers, self._pool, self._upload)
 
     @abstractmethod
     def produce(self, step: int) -> Batch:
@@ -88,7 +90,10 @@ class Loader(ABC):
         return self
 
     def __next__(self) -> Batch:
-        """The next batch.
+        """The next batch, on the device.
+
+        With a GPU the copy of the one after it begins here, if that one is made: it runs while the caller computes.
+        Nothing else depends on it. A batch that was copied and not taken has not been handed out.
 
         Raises:
             DataError: a file cannot be read, too many do not decode, or no batch came within ``timeout`` seconds.
@@ -99,16 +104,32 @@ class Loader(ABC):
             raise ValueError("the loader is closed")
         while len(self._pending) < self.options.prefetch:
             self._submit()
+        if self._upload is None:
+            batch = self._wait()
+            self._advance()
+            return batch
+        if not self._upload.pending:
+            self._upload.start(self._wait())
+            self._advance()
+        batch, following = self._upload.finish(), self._pending[0]
+        if following.done() and following.exception() is None:  # an error is raised when it is this batch's turn
+            self._upload.start(following.result())
+            self._advance()
+        return batch
+
+    def _wait(self) -> Batch:
+        """The first pending batch, which stays pending: interrupting the waiting must not lose it."""
         future = self._pending[0]
         try:
-            batch = future.result(self.timeout)
+            return future.result(self.timeout)
         except Exception as error:
             # Going on would leave out this batch, so the same comes again.
             self._error = error if future.done() else self._late_batch()
             raise self._error from None if self._error is error else error
-        self._pending.popleft()  # not before: interrupting the waiting must not lose a batch
+
+    def _advance(self) -> None:
+        self._pending.popleft()
         self._submit()
-        return self._to_device(batch)
 
     def _submit(self) -> None:
         self._pending.append(self._producers.submit(_produce, weakref.ref(self), self._next_step))
@@ -121,9 +142,6 @@ class Loader(ABC):
             f"{self.dataset.root}: no batch came within {self.timeout:g} s. Files being read or decoded:{paths}\n"
             "The file system may hang. If it is only slow: a longer --data.timeout."
         )
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
     def close(self) -> None:
         """Stop the background threads; what hangs in a file is left behind. Closing twice does no harm."""
@@ -264,6 +282,8 @@ def _produce(reference: weakref.ref[Loader], step: int) -> Batch:
     return loader.produce(step)
 
 
-def _shut_down(producers: Threads, pool: Threads) -> None:
+def _shut_down(producers: Threads, pool: Threads, upload: Upload | None) -> None:
     for threads in (producers, pool):
         threads.shutdown(wait=False)
+    if upload is not None:
+        upload.close()

@@ -33,8 +33,9 @@ Phase = Literal["loader", "model", "both"]
 PHASES: tuple[Phase, ...] = ("loader", "model", "both")
 
 _ROUNDS, _MIN_ROUNDS = 5, 2
-_READY_BEYOND_PREFETCH = 3
-"""A loader's queue is not all that it has ready: DALI has one of its own, and a batch is in the making."""
+_READY_BEYOND_PREFETCH = 4
+"""A loader's queue is not all that it has ready: DALI has one of its own, one batch is in the making, and one is on its
+way to the GPU."""
 _MAX_STEPS = 4096
 _PROBE, _SLOW = 384, 2e10
 """Size of a short matrix product, and FLOP/s below which a CPU is not asked for large ones."""
