@@ -79,6 +79,8 @@ def digest(recipe: PretrainConfig) -> str:
     covered = {name: values[name] for name in COVERED.split()} | {n: v for n, v in values.items() if v != defaults[n]}
     # 800 and 800.0 are the same length.
     plain = {name: float(v) if type(v) is int else v for name, v in covered.items()}
+    # Digests are older than the names of what is compiled.
+    plain["train.compile"] = {"none": False, "model": True}.get(plain["train.compile"], plain["train.compile"])
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
