@@ -20,7 +20,7 @@ FACTS = Facts(
     loader_rate=1000.0, model_rate=500.0, both_rate=495.0, together=0.99, masks_per_image=1, batch_size=64, cores=8,
     loader_busy_cores=7.9, both_busy_cores=7.9, loader_threads=8, on_gpu=True, loader="dali", dali="used",
     path="/data", sharded=False, short_side=256, source_pixels=400_000.0, shrunk_pixels=100_000.0, slow_formats=0.0,
-    precision="bf16", compiled=True,
+    precision="bf16",
 )  # fmt: skip
 
 
@@ -114,16 +114,15 @@ def test_on_a_cpu_both_may_be_held_up_by_each_other():
 
 
 def test_on_a_gpu_a_loader_that_disturbs_the_host_is_another_matter():
-    found = diagnose(replace(FACTS, both_rate=350.0, together=0.7, compiled=False))
+    found = diagnose(replace(FACTS, both_rate=350.0, together=0.7))
     assert found.bottleneck == "host"
     assert "--data.num-threads 4" in found.advice[0]
 
 
 def test_a_gpu_that_waits_for_the_host_wants_fewer_launches():
     idle = replace(FACTS, idle_share=0.25)
-    assert advice(FACTS) == advice(replace(FACTS, idle_share=0.05)) == advice(replace(FACTS, compiled=False)) == ""
-    assert "--train.compile-mode reduce-overhead: the GPU is idle for 25% of a step" in advice(idle)
-    assert "--train.compile blocks: the GPU is idle for 25% of a step" in advice(replace(idle, compiled=False))
+    assert advice(FACTS) == advice(replace(FACTS, idle_share=0.05)) == ""
+    assert "--train.cuda-graph: the GPU is idle for 25% of a step" in advice(idle)
     assert advice(replace(idle, cuda_graphs=True)) == advice(replace(idle, on_gpu=False)) == ""
 
 

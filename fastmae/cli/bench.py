@@ -55,7 +55,7 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
             json_file.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
-        with mistakes({"compile_mode": "--train.compile-mode"}):
+        with mistakes({"compile_mode": "--train.compile-mode", "cuda_graph": "--train.cuda-graph"}):
             trainer = _trainer(config, run, console)
         console.print(_setting(trainer), style="dim")
         found = throughput.measure(trainer, seconds)
@@ -158,8 +158,7 @@ def _facts(trainer: Trainer, found: Throughput) -> Facts:
         shrunk_pixels=shrunk,
         slow_formats=slow,
         precision=next(name for name, dtype in DTYPES.items() if dtype == trainer.dtype),
-        compiled=train.compile != "none",
-        cuda_graphs=train.compile != "none" and uses_cuda_graphs(train.compile_mode),
+        cuda_graphs=train.cuda_graph or (train.compile != "none" and uses_cuda_graphs(train.compile_mode)),
         other_precision=found.other_precision,
         other_speedup=found.other_speedup() if found.other_precision else 1.0,
         idle_share=found.idle_share(),

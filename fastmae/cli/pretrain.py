@@ -32,6 +32,7 @@ _FLAGS = {
     "global_batch": "--train.global-batch-size",
     "max_batch": "--train.batch-size",
     "compile_mode": "--train.compile-mode",
+    "cuda_graph": "--train.cuda-graph",
 }
 """Where arguments come from that functions complain about by their own names."""
 

@@ -54,6 +54,8 @@ def resume(trainer: Trainer, saved: Path | Checkpoint) -> list[str]:
 def restore(trainer: Trainer, saved: Checkpoint) -> None:
     """Put a checkpoint's weights, optimiser and random generators back, and what is kept beside them as tensors."""
     trainer.heartbeat.at(trainer.step, "reading a checkpoint")
+    if trainer.step_graph:
+        trainer.step_graph.reset()
     names = ["metrics.interval", *(["loss_scale"] if trainer.loss_scale else [])]
     others = model_state.restore(saved, trainer.model, trainer.optimizer, trainer.ranks, names)
     trainer.reporter.values.restore(others["metrics.interval"], saved.manifest["step"])

@@ -159,6 +159,13 @@ def _validate_training(config: PretrainConfig, require: Require) -> None:
     require(steady, "train", "fit_steps", "False with --data.progressive-sizes, whose steps get longer")
     compiled = train.compile != "none" or train.compile_mode == "default"
     require(compiled, "train", "compile_mode", "default without --train.compile blocks or model")
+    for holds, without in (
+        (not config.data.progressive_sizes, "--data.progressive-sizes, since a graph has images of one size"),
+        (train.compile_mode not in ("reduce-overhead", "max-autotune"), f"--train.compile-mode {train.compile_mode}, "
+         "which makes graphs of its own; default and max-autotune-no-cudagraphs do not"),
+        (train.optimizer != "apex", "--train.optimizer apex, which reads its learning rate on the host"),
+    ):  # fmt: skip
+        require(holds or not train.cuda_graph, "train", "cuda_graph", f"no CUDA graph with {without}")
     for name in ("warmup_epochs", "warmup_steps", "min_lr", "weight_decay"):
         value = getattr(train, name)
         require(value is None or (value >= 0 and math.isfinite(value)), "train", name, "a number of at least 0")

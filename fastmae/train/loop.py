@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
+from fastmae.ops import Masking
 from fastmae.train import continuation
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
@@ -30,13 +31,14 @@ from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
 from fastmae.train.numerics.rollback import roll_back
 from fastmae.train.numerics.spikes import Spikes
 from fastmae.train.observers import Observer, observing
-from fastmae.train.optim import create_optimizer, create_schedule
+from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profiling.labels import Stage, unlabelled
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
 from fastmae.train.saves import Saves
+from fastmae.train.step_graph import CudaRecorder, StepGraph
 from fastmae.train.telemetry.create import create_reporter
 from fastmae.train.telemetry.metrics import Row
 from fastmae.train.telemetry.reporter import deadline_after
@@ -103,6 +105,7 @@ class Trainer:
         self.schedule = create_schedule(train, len(dataset))
         self.resolution = create_resolution(config, self.schedule.total_steps, len(dataset))
         self.optimizer = create_optimizer(model, train)
+        self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
         self.step = 0
         self.positions = SamplePositions(train.global_batch_size // train.masks_per_image)
         main = self.parallelism.is_main
@@ -195,27 +198,32 @@ class Trainer:
         self.reporter.set_total(steps)
 
     def train_step(self) -> None:
-        """One optimiser step: accumulate gradients over the global batch, then update."""
+        """One optimiser step on the next batches."""
+        set_learning_rate(self.optimizer, self.schedule(self.step))
+        inputs = (self._next_inputs() for _ in range(self.accumulation))
+        self.reporter.add(*(self.step_graph or self._update)(inputs))
+        self.step += 1
+
+    def _update(self, inputs: Iterable[tuple[Tensor, Masking]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Accumulate gradients over the global batch, then update: loss, gradient norm, 1.0 if the step was skipped.
+
+        A CUDA graph captures all of it, so no value that changes from step to step may be a Python number here.
+        """
         train, losses = self.config.train, []
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(self.step)
-        low_precision = self.dtype != torch.float32
+        low_precision, caches = self.dtype != torch.float32, self.step_graph is None
         with self.model.cast_weights(self.dtype) if low_precision else nullcontext():
-            for remaining in reversed(range(self.accumulation)):
-                batch = self._next_batch()
-                with self.stage("masking"):
-                    masking = draw_masks(batch, self.model, self.config)
-                with no_sync(self.forward, last=remaining == 0):
-                    with self.stage("forward"), torch.autocast(self.device.type, self.dtype, enabled=low_precision):
-                        loss = self.forward(batch.images, masking=masking, full_pred=False).loss / self.accumulation
+            for number, (images, masking) in enumerate(inputs, 1):
+                autocast = torch.autocast(self.device.type, self.dtype, low_precision, cache_enabled=caches)
+                with no_sync(self.forward, last=number == self.accumulation):
+                    with self.stage("forward"), autocast:
+                        loss = self.forward(images, masking=masking, full_pred=False).loss / self.accumulation
                     with self.stage("backward"):
                         (loss * self.loss_scale.value if self.loss_scale else loss).backward()
                 losses.append(loss.detach())
         with self.stage("optimizer"):
             norm, skipped = step_unless_non_finite(self.optimizer, train.clip_grad, self.loss_scale)
             self.optimizer.zero_grad(set_to_none=True)
-        self.reporter.add(sum(losses[1:], losses[0]), norm, skipped)
-        self.step += 1
+        return sum(losses[1:], losses[0]), norm, skipped
 
     def _between_steps(self) -> None:
         train = self.config.train
@@ -244,7 +252,7 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "epoch": self.step * batch_size / len(self.dataset),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.schedule(self.step - 1),
             "bad_files": len(self.bad_files),
             "failed_saves": self.saves.failed,
         }
@@ -292,6 +300,11 @@ class Trainer:
         loader = self.loader_at(self.samples)
         self.console.print(f"Images: {loader.describe()}")
         return loader
+
+    def _next_inputs(self) -> tuple[Tensor, Masking]:
+        batch = self._next_batch()
+        with self.stage("masking"):
+            return batch.images, draw_masks(batch, self.model, self.config)
 
     def _next_batch(self) -> Batch:
         self.heartbeat.at(self.step, "waiting for images")

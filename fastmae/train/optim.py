@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastmae.train.apex_adam import create_apex_adam
 from fastmae.train.config import TrainConfig
@@ -72,7 +74,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def create_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, PyTorch's or apex's; the trainer sets its learning rate before each step.
+    """Fused AdamW, PyTorch's or apex's; :func:`set_learning_rate` comes before each step.
 
     Raises:
         ValueError: apex is asked for and does not load.
@@ -80,4 +82,18 @@ def create_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimi
     groups = parameter_groups(model, train.weight_decay)
     if train.optimizer == "apex":
         return create_apex_adam(groups, train.betas)
+    if train.cuda_graph:
+        # What a graph reads: a rate in memory, and step counts that no Python number mirrors.
+        warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+        lr = torch.zeros((), device=groups[0]["params"][0].device)
+        return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True, capturable=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the rate of the next step: rounded to float32 for every optimiser, since a CUDA graph reads a float32."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = float(np.float32(rate))

@@ -23,7 +23,10 @@ def describe_run(
         "architecture": model.architecture,
         "config": to_json(config),
         "dataset": {"name": dataset.name, "hash": dataset.hash, "samples": len(dataset)},
-        "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "param_groups": [
+            {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
+            for group in optimizer.param_groups
+        ],
         "versions": versions(),
     }
 

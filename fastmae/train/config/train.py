@@ -67,6 +67,9 @@ class TrainConfig:
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """Mode of torch.compile. reduce-overhead: CUDA graphs, on a GPU and not with fsdp or hsdp. max-autotune: these, and
     matrix products chosen by trial at the first step, which takes minutes. max-autotune-no-cudagraphs: trial only."""
+    cuda_graph: bool = False
+    """Capture the whole step (forward, backward, clipping, update) in a CUDA graph after three ordinary ones, so that
+    the host launches it at once. The same computation. On one GPU, with images of one size."""
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     """What the processes that torchrun starts share. ddp: gradients; each has the whole model. fsdp: also weights and
     optimiser state, sharded over all. hsdp: sharded inside a node, replicated across nodes. auto: none for one process,

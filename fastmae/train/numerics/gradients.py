@@ -32,12 +32,14 @@ class LossScale:
         self._growth_interval = growth_interval
 
     def update(self, skipped: Tensor) -> None:
-        """Follow a step: 1.0 for an overflow, 0.0 for none. Nothing waits for the device."""
-        good = (self._good_steps + 1) * (1 - skipped)
-        grows = good >= self._growth_interval
-        factor = torch.where(skipped > 0, 0.5, torch.where(grows, 2.0, 1.0))
-        self.value = self.value * factor
-        self._good_steps = torch.where(grows, 0.0, good)
+        """Follow a step: 1.0 for an overflow, 0.0 for none. Nothing waits for the device.
+
+        In place, so that a captured step reads and writes the same memory each time.
+        """
+        self._good_steps.add_(1).mul_(1 - skipped)
+        grows = (self._good_steps >= self._growth_interval).float()
+        self.value.mul_((1 - 0.5 * skipped) * (1 + grows))
+        self._good_steps.mul_(1 - grows)
 
     def state(self) -> Tensor:
         """(2,): for a checkpoint."""
@@ -45,7 +47,8 @@ class LossScale:
 
     def restore(self, state: Tensor) -> None:
         """Go on from what :meth:`state` returned."""
-        self.value, self._good_steps = state.to(self.value.device).unbind()
+        self.value.copy_(state[0])
+        self._good_steps.copy_(state[1])
 
 
 @torch.no_grad()

@@ -46,7 +46,6 @@ class Facts:
         precision: "bf16", "fp16" or "fp32".
         other_precision, other_speedup: another one that was measured in the same run, or None; the model alone trains
             so many times as many images in it.
-        compiled: whether the model runs through torch.compile.
         cuda_graphs: whether it does so in CUDA graphs.
         idle_share: share of a step, images being there, in which the GPU has nothing to do.
     """
@@ -71,7 +70,6 @@ class Facts:
     shrunk_pixels: float
     slow_formats: float
     precision: str
-    compiled: bool
     cuda_graphs: bool = False
     other_precision: str | None = None
     other_speedup: float = 1.0
@@ -193,9 +191,9 @@ def _model_advice(facts: Facts) -> tuple[str, ...]:
             f"{facts.other_speedup:.1f} times as many images/s as in {facts.precision}."
         )
     if facts.on_gpu and facts.idle_share > _WORTH_GRAPHS and not facts.cuda_graphs:
-        flag = "--train.compile-mode reduce-overhead" if facts.compiled else "--train.compile blocks"
         found.append(
-            f"{flag}: the GPU is idle for {facts.idle_share:.0%} of a step, waiting for the host to queue work."
+            f"--train.cuda-graph: the GPU is idle for {facts.idle_share:.0%} of a step, waiting for the host to queue "
+            "work."
         )
     return tuple(found)
 

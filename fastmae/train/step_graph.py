@@ -1,0 +1,110 @@
+"""The whole optimiser step as one CUDA graph: forward, backward, clipping and update are a single launch.
+
+A replay repeats the captured kernels on the memory that they were captured with, so whatever changes from step to step
+has to be written to a fixed place: images and masks are copied to buffers, the learning rate is a tensor that is filled
+before the step, the loss scale is updated in place. Gradients, copies of weights and activations live inside the graph.
+What a step returns is copied out, since the next replay overwrites it.
+
+Kernels have to be compiled, workspaces allocated and the optimiser's state created before the capture. So the first
+steps run as ever, on the stream of the capture. A capture computes nothing: no step is taken twice or left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmae.ops import Masking
+from fastmae.train.parallel import Parallelism
+
+T = TypeVar("T")
+Inputs = tuple[Tensor, Masking]
+"""Images and masks of one forward pass."""
+
+WARM_UP = 3
+"""Ordinary steps before the capture, as many as PyTorch's documentation of whole-network capture takes."""
+
+
+class CudaRecorder:
+    """Runs work beside the current stream, or captures it.
+
+    Raises:
+        ValueError: without a GPU, or with several processes.
+    """
+
+    def __init__(self, parallelism: Parallelism) -> None:
+        device = parallelism.device
+        if device.type != "cuda":
+            raise ValueError(f"cuda_graph: expected none without a GPU, got one on {device.type}")
+        if parallelism.mode != "none":
+            raise ValueError(
+                "cuda_graph: expected none with several processes, whose collectives are not captured, got one with "
+                f"{parallelism.mode}"
+            )
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def aside(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """The results of ``work()``, run on the stream that :meth:`record` captures on."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            results = work()
+        current.wait_stream(self._stream)
+        for result in results:
+            result.record_stream(current)
+        return results
+
+    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """Capture ``work()``: a function that runs it on the current stream, and where each run leaves its results."""
+        graph = torch.cuda.CUDAGraph()
+        # The loader's threads go on allocating pinned memory and querying events, which "global" would forbid them.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            results = work()
+        return graph.replay, results
+
+    def wait(self) -> None:
+        """Wait for the device: a graph must not be freed while it runs."""
+        torch.cuda.synchronize(self._device)
+
+
+class StepGraph:
+    """Runs ``update`` for a few steps, then captures it, and replays it from then on.
+
+    Args:
+        update: from the inputs of each forward pass to scalars: loss, gradient norm, whether the step was skipped. It
+            must not read the device, leave gradients, or use Python values that change.
+        recorder: what captures.
+    """
+
+    def __init__(self, update: Callable[[Iterable[Inputs]], tuple[Tensor, ...]], recorder: CudaRecorder) -> None:
+        self._update, self._recorder = update, recorder
+        self._inputs: list[Inputs] = []
+        self._replay: Callable[[], None] | None = None
+        self._results, self._steps = torch.empty(0), 0
+
+    def __call__(self, inputs: Iterable[Inputs]) -> tuple[Tensor, ...]:
+        """What ``update(inputs)`` returns; inputs have the shapes of the first time."""
+        inputs = list(inputs)
+        if not self._inputs:
+            self._inputs = [(torch.empty_like(images), Masking(*map(torch.empty_like, m))) for images, m in inputs]
+        torch._foreach_copy_(_tensors(self._inputs), _tensors(inputs))
+        self._steps += 1
+        if self._steps <= WARM_UP:
+            return self._recorder.aside(lambda: self._update(self._inputs))
+        if self._replay is None:
+            self._replay, self._results = self._recorder.record(lambda: torch.stack(self._update(self._inputs)))
+        self._replay()
+        return self._results.clone().unbind()
+
+    def reset(self) -> None:
+        """Forget the graph: the optimiser's state is about to be replaced, and a graph knows tensors by their place."""
+        if self._replay is not None:
+            self._recorder.wait()
+        self._replay, self._results, self._steps = None, torch.empty(0), 0
+
+
+def _tensors(inputs: list[Inputs]) -> list[Tensor]:
+    return [tensor for images, masking in inputs for tensor in (images, *masking)]
