@@ -523,7 +523,7 @@ def test_two_ranks_interrupted_go_on_as_undisturbed(images, tmp_path, mode):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "bf16", "compile": True}])
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "bf16", "compile": "model"}])
 def test_on_a_gpu(images, tmp_path, options):
     """Rows are read an interval late there, and saves go on beside the training."""
     place = parallel.initialize("none", "cuda")
