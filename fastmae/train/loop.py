@@ -106,7 +106,7 @@ class Trainer:
         self.resolution = create_resolution(config, self.schedule.total_steps, len(dataset))
         self.optimizer = create_optimizer(model, train)
         self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
-        self.step = 0
+        self.step, self.learning_rate = 0, 0.0
         self.positions = SamplePositions(train.global_batch_size // train.masks_per_image)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
@@ -199,7 +199,8 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimiser step on the next batches."""
-        set_learning_rate(self.optimizer, self.schedule(self.step))
+        self.learning_rate = self.schedule(self.step)
+        set_learning_rate(self.optimizer, self.learning_rate)
         inputs = (self._next_inputs() for _ in range(self.accumulation))
         self.reporter.add(*(self.step_graph or self._update)(inputs))
         self.step += 1
@@ -252,7 +253,7 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "epoch": self.step * batch_size / len(self.dataset),
-            "lr": self.schedule(self.step - 1),
+            "lr": self.learning_rate,
             "bad_files": len(self.bad_files),
             "failed_saves": self.saves.failed,
         }
