@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fastmae.train.checkpoint import list_checkpoints, verify_checkpoint
-from fastmae.train.checkpoint.folder import step_of
+from fastmae.train.checkpoint import list_checkpoints, open_checkpoint, step_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MODES = {"none": 1, "ddp": 2, "fsdp": 2}
@@ -139,5 +138,5 @@ class Run:
         """The newest checkpoint; every one must be whole."""
         saved = list_checkpoints(self.out / "checkpoints") if self.out.exists() else []
         for path in saved:
-            verify_checkpoint(path)
+            open_checkpoint(path)
         return saved[0] if saved else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -21,11 +22,12 @@ from fastmae.train.checkpoint import (
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    open_checkpoint,
     open_latest,
     save_checkpoint,
     set_aside_after,
-    verify_checkpoint,
 )
+from fastmae.train.checkpoint.format import write_manifest
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.state import check_architecture, compare_configs
 
@@ -104,12 +106,12 @@ def test_damage_is_refused_with_the_file_named(saved, damage):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"format": "other"}', '{"format": "fastmae-checkpoint", "format_version": 2}']
+    "text", ["", "[]", '{"format": "other"}', '{"format": "fastmae-checkpoint", "format_version": 9}', "[" * 100_000]
 )
 def test_a_strange_manifest_is_refused(saved, text):
     (saved / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=MANIFEST):
-        verify_checkpoint(saved)
+        open_checkpoint(saved)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,55 @@ def test_an_altered_manifest_is_refused(saved, old, new):
     (saved / MANIFEST).write_text(text.replace(old, new))
     with pytest.raises(CheckpointError, match=r"manifest.json: contents differ"):
         load_checkpoint(saved)
+
+
+def resign(saved, change):
+    """Change a manifest and sign it anew, as a broken program would."""
+    manifest = json.loads((saved / MANIFEST).read_text())
+    step = manifest["step"]
+    for key in ("sha256", "format", "format_version", "step"):
+        del manifest[key]
+    change(manifest)
+    write_manifest(saved, step, manifest)
+
+
+CHANGES = {
+    "no files": lambda m: m.pop("files"),
+    "files of another kind": lambda m: m.update(files=3),
+    "a file without a size": lambda m: m["files"][0].pop("size"),
+    "a file elsewhere": lambda m: m["files"][0].update(name="../../secret"),
+    "no table": lambda m: m.pop("tensors"),
+    "a table of another kind": lambda m: m.update(tensors=[1]),
+    "a tensor without a shape": lambda m: m["tensors"]["model.weight"].pop("shape"),
+    "an unknown type": lambda m: m["tensors"]["model.weight"].update(dtype="F4"),
+    "a file that is not listed": lambda m: m["tensors"]["model.weight"].update(file="shard-00009.safetensors"),
+    "another shape": lambda m: m["tensors"]["model.weight"].update(shape=[4, 3]),
+    "a tensor too many": lambda m: m["tensors"].update({"x": m["tensors"]["model.weight"]}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_wrong_manifest_whose_checksum_fits_is_refused_with_the_file_named(folder, saved, change, capsys):
+    newest = save_checkpoint(folder, 20, TENSORS, {})
+    resign(newest, CHANGES[change])
+    with pytest.raises(CheckpointError, match=str(newest)):
+        open_checkpoint(newest)
+    assert latest_checkpoint(folder.parent) == saved
+    assert "WARNING: damaged checkpoint passed over" in capsys.readouterr().err
+
+
+def test_a_manifest_that_the_caller_cannot_use_counts_as_damage(folder, saved):
+    save_checkpoint(folder, 20, TENSORS, {"samples_consumed": "many"})
+    assert open_latest(folder.parent, check=lambda manifest: int(manifest["samples_consumed"])).path == saved
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "shard"])
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(saved, name):
+    path = saved / MANIFEST if name == MANIFEST else shard_of(saved)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match=r"expected a regular file"):
+        open_checkpoint(saved)
 
 
 def test_latest_falls_back_loudly_from_a_damaged_one(folder, saved, capsys):
@@ -231,7 +282,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(folder, saved):
 
 def test_an_unfinished_manifest_means_no_checkpoint(folder, saved, monkeypatch):
     """Nothing but the rename makes a checkpoint: fail just before it."""
-    monkeypatch.setattr("fastmae.train.checkpoint.folder.MANIFEST", "no/such/folder/manifest.json")
+    monkeypatch.setattr("fastmae.train.checkpoint.format.MANIFEST", "no/such/folder/manifest.json")
     with pytest.raises(CheckpointError):
         save_checkpoint(folder, 8, TENSORS, {})
     monkeypatch.undo()

@@ -14,14 +14,14 @@ import torch
 from checkpoints import no_space
 
 from fastmae.train.checkpoint import (
-    BackgroundSaver,
     CheckpointError,
-    background,
+    CheckpointManager,
+    LostRankError,
     list_checkpoints,
     open_checkpoint,
-    write,
+    save,
 )
-from fastmae.train.checkpoint.tensor_file import write_tensors
+from fastmae.train.checkpoint.format import write_tensors
 
 
 @pytest.fixture
@@ -46,24 +46,24 @@ class SlowDisk:
 @pytest.fixture
 def slow_disk(monkeypatch):
     disk = SlowDisk()
-    monkeypatch.setattr(write, "write_tensors", disk)
+    monkeypatch.setattr(save, "write_tensors", disk)
     yield disk
     disk.go.set()
 
 
 def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
     weight = torch.zeros(4)
-    with BackgroundSaver(folder) as saver:
+    with CheckpointManager(folder, background=True) as saver:
         values = {"samples": [1]}
         saver.save(1, {"w": weight}, values)
         weight += 1  # the next step, while the disk is still busy
         values["samples"].append(2)
         assert list_checkpoints(folder) == []
-        assert saver.poll() is None
+        saver.poll()
+        assert saver.newest is None
         slow_disk.go.set()
-        assert saver.wait() == folder / "step-1"
-        assert saver.wait() is None
-        assert saver.poll() is None
+        saver.wait()
+        assert saver.newest == folder / "step-1"
         saver.save(2, {"w": weight}, values)
         weight += 1
     first, second = (open_checkpoint(folder / f"step-{step}") for step in (1, 2))  # leaving it has waited
@@ -72,7 +72,7 @@ def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
 
 
 def test_a_second_save_waits_for_the_first(folder, slow_disk):
-    with BackgroundSaver(folder) as saver:
+    with CheckpointManager(folder, background=True) as saver:
         saver.save(1, {"w": torch.zeros(1)}, {})
         threading.Timer(0.1, slow_disk.go.set).start()
         saver.save(2, {"w": torch.ones(1)}, {})
@@ -82,59 +82,79 @@ def test_a_second_save_waits_for_the_first(folder, slow_disk):
     assert open_checkpoint(folder / "step-2").read("w").item() == 1
 
 
-def poll_until_done(saver):
-    while (path := saver.poll()) is None:
+def poll_until(saver, condition):
+    while not condition():
+        saver.poll()
         time.sleep(0.001)
-    return path
 
 
-def test_who_waits_needs_no_copies(folder, slow_disk):
-    weight = torch.zeros(4)
-    with BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": weight}, {}, copy=False)
-        weight += 1  # too early
-        slow_disk.go.set()
-        saver.wait()
-    assert open_checkpoint(folder / "step-1").read("w").tolist() == [1.0] * 4
-
-
-def test_a_step_learns_of_a_save_that_is_done_once(folder):
-    with BackgroundSaver(folder) as saver:
+def test_a_step_learns_once_of_a_save_that_is_done(folder):
+    told = []
+    with CheckpointManager(folder, background=True) as saver:
+        saver.on_saved = told.append
         saver.save(1, {"w": torch.zeros(1)}, {})
-        assert poll_until_done(saver) == folder / "step-1"
-        assert saver.poll() is None
+        poll_until(saver, lambda: saver.holds(1))
+        saver.poll()
+    assert told == [folder / "step-1"]
 
 
 def test_background_saves_are_deleted_as_others_are(folder):
-    with BackgroundSaver(folder, keep=1, keep_every=2) as saver:
+    with CheckpointManager(folder, background=True, keep=1, keep_every=2) as saver:
         for step in range(1, 6):
             saver.save(step, {"w": torch.zeros(1)}, {})
     assert [path.name for path in list_checkpoints(folder)] == ["step-5", "step-4", "step-2"]
 
 
-def test_an_error_of_a_background_save_surfaces_later_and_once(folder, monkeypatch):
-    with BackgroundSaver(folder) as saver:
+def test_a_failed_save_is_logged_and_the_third_in_a_row_ends_the_run(folder, monkeypatch, caplog):
+    reported = []
+    with CheckpointManager(folder, background=True) as saver:
+        saver.on_failed = reported.append
         saver.save(1, {"w": torch.zeros(1)}, {})
         saver.wait()
-        monkeypatch.setattr(write, "write_tensors", no_space)
+        monkeypatch.setattr(save, "write_tensors", no_space)
         saver.save(2, {"w": torch.zeros(1)}, {})
-        with pytest.raises(CheckpointError, match=r"could not write .*step-2.*No space left.*untouched"):
-            poll_until_done(saver)
-        assert saver.poll() is None
+        poll_until(saver, lambda: saver.failed == 1)
+        assert "CHECKPOINT OF STEP 2 NOT SAVED: could not write" in caplog.text
         saver.save(3, {"w": torch.zeros(1)}, {})
-        with pytest.raises(CheckpointError, match="step-3"):
-            saver.save(4, {"w": torch.zeros(1)}, {})
+        saver.save(4, {"w": torch.zeros(1)}, {})
+        with pytest.raises(CheckpointError, match=r"3 saves in a row failed; .*step-1.*step-4.*No space.*untouched"):
+            poll_until(saver, lambda: False)
+        assert [values["failed_saves"] for values in reported] == [1, 2]
         monkeypatch.undo()
-    assert [path.name for path in folder.iterdir()] == ["step-1"]
+        saver.save(5, {"w": torch.zeros(1)}, {})
+    assert (saver.failed, reported[-1]) == (0, {})
+    assert [path.name for path in list_checkpoints(folder)] == ["step-5", "step-1"]
+
+
+def test_the_first_save_and_the_last_must_not_fail(folder, monkeypatch):
+    with CheckpointManager(folder) as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(save, "write_tensors", no_space)
+            with pytest.raises(CheckpointError, match="step-1"):
+                saver.save(1, {"w": torch.zeros(1)}, {})
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        monkeypatch.setattr(save, "write_tensors", no_space)
+        with pytest.raises(CheckpointError, match="step-2"):
+            saver.save(2, {"w": torch.zeros(1)}, {}, last=True)
+
+
+def test_a_lost_rank_is_not_waited_for_three_times(folder, monkeypatch):
+    with CheckpointManager(folder, background=True) as saver:
+        saver.save(1, {"w": torch.zeros(1)}, {})
+        saver.wait()
+        monkeypatch.setattr(saver, "_save", lambda *_: (_ for _ in ()).throw(LostRankError("a rank has ended")))
+        saver.save(2, {"w": torch.zeros(1)}, {})
+        with pytest.raises(LostRankError):
+            saver.wait()
 
 
 LEAVES = """
 import sys, time, torch
 from pathlib import Path
-from fastmae.train.checkpoint import BackgroundSaver, write
-unhurried = write.write_tensors
-write.write_tensors = lambda *arguments: (time.sleep(0.5), unhurried(*arguments))[1]
-BackgroundSaver(Path(sys.argv[1])).save(1, {"w": torch.ones(3)}, {})
+from fastmae.train.checkpoint import CheckpointManager, save
+unhurried = save.write_tensors
+save.write_tensors = lambda *arguments: (time.sleep(0.5), unhurried(*arguments))[1]
+CheckpointManager(Path(sys.argv[1]), background=True).__enter__().save(1, {"w": torch.ones(3)}, {})
 sys.exit(3)
 """
 
@@ -161,30 +181,28 @@ def test_the_thread_waits_on_the_device_of_its_rank(folder, monkeypatch):
         def synchronize(self):
             seen.append(now[-1])
 
-    monkeypatch.setattr(background, "_events", lambda tensors: [Event()])
+    monkeypatch.setattr(save, "_events", lambda tensors: [Event()])
     monkeypatch.setattr(torch.cuda, "device", device)
-    with BackgroundSaver(folder) as saver:
+    with CheckpointManager(folder, background=True) as saver:
         saver.save(1, {"w": torch.zeros(4)}, {})
     assert seen == [torch.device("cuda", 3)]
 
 
 def test_an_error_of_the_training_is_not_hidden_by_one_of_the_save(folder, monkeypatch, capsys):
-    monkeypatch.setattr(write, "write_tensors", no_space)
+    monkeypatch.setattr(save, "write_tensors", no_space)
 
     def train_and_fail():
-        with BackgroundSaver(folder) as saver:
+        with CheckpointManager(folder, background=True) as saver:
             saver.save(1, {"w": torch.zeros(1)}, {})
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         train_and_fail()
     assert "WARNING: could not write" in capsys.readouterr().err
-    with pytest.raises(CheckpointError), BackgroundSaver(folder) as saver:
-        saver.save(1, {"w": torch.zeros(1)}, {})
 
 
 def test_values_that_json_does_not_know_are_refused_at_once(folder):
-    with BackgroundSaver(folder) as saver, pytest.raises(TypeError):
+    with CheckpointManager(folder, background=True) as saver, pytest.raises(TypeError):
         saver.save(1, {}, {"path": folder})
 
 
@@ -192,7 +210,7 @@ def test_values_that_json_does_not_know_are_refused_at_once(folder):
 def test_copies_of_cuda_tensors_are_of_their_step(folder):
     weight = torch.zeros(1 << 24, device="cuda")
     scalar = torch.zeros((), device="cuda")
-    with BackgroundSaver(folder) as saver:
+    with CheckpointManager(folder, background=True) as saver:
         for step in range(3):
             saver.save(step, {"w": weight, "s": scalar}, {})
             weight += 1

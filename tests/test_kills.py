@@ -23,7 +23,7 @@ from training import write_images
 
 from fastmae.cli import main
 from fastmae.train import loop
-from fastmae.train.checkpoint import list_checkpoints, load_checkpoint, write
+from fastmae.train.checkpoint import list_checkpoints, load_checkpoint, save
 
 FLAGS = """
 --model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
@@ -52,7 +52,7 @@ def die_in_step(step: int, run: Path) -> None:
 
 def die_in_save(step: int, run: Path) -> None:
     """With a part of a checkpoint's tensors in its file, which is then neither whole nor on the disk for sure."""
-    write_tensors = write.write_tensors
+    write_tensors = save.write_tensors
 
     def die_or_write(path, pieces, read, *args):
         names = []
@@ -65,7 +65,7 @@ def die_in_save(step: int, run: Path) -> None:
 
         return write_tensors(path, pieces, read_or_die, *args)
 
-    write.write_tensors = die_or_write
+    save.write_tensors = die_or_write
 
 
 def leave_in_step(step: int, run: Path) -> None:

@@ -97,7 +97,7 @@ def test_two_processes_leave_what_one_leaves(folder, name):
     own = {f for f in files[0] - files[1] if "shard-" not in f}
     assert own == {"logs/rank-1.log"}
     assert {f for f in files[1] - files[0] if "shard-" not in f} == set()
-    assert len(list((run / "checkpoints/step-12").glob("shard-*"))) == 2
+    assert len(list((run / "checkpoints/step-12").glob("shard-*"))) == (2 if name == "fsdp" else 1)
     assert [row["step"] for row in rows(run)] == [5, 10, 12]
     for row, expected in zip(rows(run), rows(single), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)

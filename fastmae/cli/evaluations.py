@@ -20,10 +20,10 @@ from fastmae.evaluate import (
     match_classes,
     probe,
 )
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.loop import Trainer
 from fastmae.train.observers import Observer
+from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
 
 NEW_CROPS, UNSEEN = "new crops of the training {}", "a photograph never trained on"

@@ -13,7 +13,7 @@ from fastmae.cli.errors import UsageError, mistakes
 from fastmae.cli.pretrain_begin import prepare
 from fastmae.cli.pretrain_end import finish
 from fastmae.train.checkpoint import Ranks, list_checkpoints
-from fastmae.train.checkpoint.folder import step_of
+from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flags import validate
 from fastmae.train.liveness.collectives import joining

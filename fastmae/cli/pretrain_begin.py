@@ -18,7 +18,7 @@ from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.batch_size import keeps_batch_size
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
-from fastmae.train.checkpoint.folder import step_of
+from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.init_from import initialize as initialize_weights
@@ -83,8 +83,6 @@ def prepare(
         console.print(precision.text)
     if precision.warning and parallelism.is_main:
         print(f"WARNING: {precision.warning}", file=sys.stderr)
-    if parallelism.is_main:
-        _warn_of_few_images(dataset, config)
     if saved:
         differences = _resume(trainer, saved, run, console)
         for difference in differences if parallelism.is_main else ():
@@ -97,18 +95,6 @@ def prepare(
     run.write_json("config.json", to_json(config))
     console.print(f"Run folder: {run.path}")
     return trainer
-
-
-def _warn_of_few_images(dataset: data.Dataset, config: PretrainConfig) -> None:
-    images, batch = len(dataset) - len(dataset.bad_ids), config.train.global_batch_size // config.train.masks_per_image
-    if dataset.embedded or images >= batch:
-        return
-    if images == 1:
-        text = "one image only: every batch holds crops of it, and the model learns nothing about others"
-    else:
-        text = f"{images} images, fewer than the {batch} of a step, so that each step holds several crops of each; "
-        text += "expect the model to learn little about other images, and consider a smaller --train.global-batch-size"
-    print(f"WARNING: --data.path: {text}", file=sys.stderr)
 
 
 def _observers(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> list[Observer]:

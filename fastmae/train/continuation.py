@@ -52,7 +52,7 @@ def resume(trainer: Trainer, saved: Path | Checkpoint) -> list[str]:
 
 
 def restore(trainer: Trainer, saved: Checkpoint) -> None:
-    """Put a checkpoint's weights, optimiser and random generators back, and what is kept beside them as tensors."""
+    """Put weights and optimiser back, and the other tensors of a checkpoint."""
     trainer.heartbeat.at(trainer.step, "reading a checkpoint")
     if trainer.step_graph:
         trainer.step_graph.reset()

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from fastmae.train.checkpoint import list_checkpoints
-from fastmae.train.checkpoint.folder import step_of
+from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import TrainConfig
 from fastmae.train.optim import create_schedule
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from fastmae import ops
 from fastmae.data import Augment, Batch, LateBad
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
+from fastmae.train.ranks import Ranks
 
 _AUGMENT = ("crop", "scale", "ratio", "hflip", "vflip", "color_jitter")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,13 @@ from fastmae.ops import Masking
 from fastmae.train import continuation
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
-from fastmae.train.checkpoint import Checkpoint, Ranks
+from fastmae.train.checkpoint import Checkpoint, CheckpointManager, Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.fit_steps import StepFit, with_length
 from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.liveness.watch import Watch
-from fastmae.train.model_state import collect_own
 from fastmae.train.numerics.divergence import Divergence
 from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
 from fastmae.train.numerics.rollback import roll_back
@@ -37,7 +36,6 @@ from fastmae.train.profiling.labels import Stage, unlabelled
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
-from fastmae.train.saves import Saves
 from fastmae.train.step_graph import CudaRecorder, StepGraph
 from fastmae.train.telemetry.create import create_reporter
 from fastmae.train.telemetry.metrics import Row
@@ -118,7 +116,14 @@ class Trainer:
         self.observers, self._stop, self._create_loader = observers, stop, create_loader
         self.stage: Stage = unlabelled
         self.heartbeat = heartbeat or Heartbeat()
-        self.saves = Saves(run, train, self.device, self.ranks)
+        self.saves = CheckpointManager(
+            run.checkpoints,
+            self.ranks,
+            keep=train.keep_checkpoints,
+            keep_every=train.keep_every_steps,
+            background=self.device.type == "cuda" if train.background_save is None else train.background_save,
+        )
+        self.saves.on_failed = self._note_failed_save
 
     def _largest(self, value: float) -> float:
         """The largest of a number over all ranks."""
@@ -151,7 +156,8 @@ class Trainer:
             FloatingPointError: after many steps in a row without a finite gradient, if going back does not help.
         """
         train = self.config.train
-        self.saves.on_saved = on_checkpoint
+        if on_checkpoint:
+            self.saves.on_saved = on_checkpoint
         deadline = deadline_after(train.max_minutes)
         fit = StepFit(deadline)
         self.reporter.open(self.step, self.schedule.total_steps, deadline, on_log)
@@ -163,7 +169,7 @@ class Trainer:
             stop = self._stop or stack.enter_context(StopRequest())
             self.loader = self._open_loader()
             stack.callback(lambda: self.loader.close())
-            stack.enter_context(self.saves.open())
+            stack.enter_context(self.saves)
             stack.enter_context(self.heartbeat.explaining())
             self.run.write_json("status.json", {"status": "running", "step": self.step})
             self.bad_files.begin()
@@ -262,15 +268,19 @@ class Trainer:
         self.reporter.log(row, batch_size)
 
     def save(self, *, last: bool = False) -> None:
-        """Save a checkpoint of the state after ``step`` steps, or begin to; :class:`Saves` judges a failure."""
+        """Save a checkpoint of the state after ``step`` steps, or begin to."""
         self.heartbeat.at(self.step, "saving")
         self.reporter.flush()
         self._note_bad_files()
         tensors, manifest = continuation.tensors_of(self), continuation.manifest_of(self)
         interval = self.reporter.values.copy_of(tensors["metrics.interval"])
         taken = self.divergence.newest_taken(self.step, interval)
-        self.saves.save(self.step, tensors, manifest, collect_own(self.ranks.rank), spare=taken, last=last)
+        self.saves.save(self.step, tensors, manifest, last=last, protect=taken)
         self.watch.saved()
+
+    def _note_failed_save(self, values: dict[str, Any]) -> None:
+        with suppress(OSError):  # the disk may be full
+            self.run.write_json("status.json", {"status": "running", "step": self.step, **values})
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
         """Go on from a checkpoint folder, which may be of any number of processes.

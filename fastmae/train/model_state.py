@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint, read_together
-from fastmae.train.checkpoint.ranks import as_ranks
+from fastmae.train.ranks import as_ranks
 
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 
@@ -30,14 +30,6 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"optimizer.{name}.{key}: expected a tensor, got {type(value).__name__}")
             tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
-
-
-def collect_own(rank: int) -> dict[str, Tensor]:
-    """``rng.<rank>.{cpu,cuda}``: the states of the default random generators, which each rank has for itself."""
-    tensors = {f"rng.{rank}.cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        tensors[f"rng.{rank}.cuda"] = torch.cuda.get_rng_state()
     return tensors
 
 
@@ -69,7 +61,7 @@ def restore(
     ranks: Ranks,
     others: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Put weights, optimiser state and each rank's random generators back; every rank calls it.
+    """Put weights and optimiser state back; every rank calls it.
 
     What several ranks hold is read by one of them: see :func:`~fastmae.train.checkpoint.read_together`.
 
@@ -92,7 +84,6 @@ def restore(
     for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
         if "step" in saved_group:  # where apex's FusedAdam counts
             group["step"] = saved_group["step"]
-    ranks.gather(what, lambda: _restore_generators(checkpoint, ranks.rank))
     return plain
 
 
@@ -104,15 +95,6 @@ def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Op
         here, there = sorted(weights.keys() - saved)[:3], sorted(saved - weights.keys())[:3]
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
     return weights | _allocate(checkpoint, _parameters(model), optimizer)
-
-
-def _restore_generators(checkpoint: Checkpoint, rank: int) -> None:
-    generators = [("cpu", torch.set_rng_state)]
-    if torch.cuda.is_available():
-        generators.append(("cuda", torch.cuda.set_rng_state))
-    for device, set_state in generators:
-        if f"rng.{rank}.{device}" in checkpoint.tensors:
-            set_state(checkpoint.read(f"rng.{rank}.{device}"))
 
 
 def _allocate(

@@ -20,10 +20,10 @@ from torch import nn
 
 import fastmae
 from fastmae.data import Dataset
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.disk_space import check_folder, crowded, required_space
 from fastmae.train.parallel import Parallelism
+from fastmae.train.ranks import Ranks
 
 _PACKAGES = ("triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _MAY_DIFFER = ("out", "data.path")

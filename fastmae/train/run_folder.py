@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastmae.train.checkpoint import clean, refuse_url
-from fastmae.train.checkpoint.folder import sync
+from fastmae.train.checkpoint.format import sync
 
 _log = logging.getLogger(__name__)
 

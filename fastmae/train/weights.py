@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastmae.train.checkpoint import CheckpointError, Ranks, latest_checkpoint, load_checkpoint
-from fastmae.train.checkpoint.tensor_file import save_tensors
+from fastmae.train.checkpoint.format import save_tensors
 from fastmae.train.state import load_weights
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.liveness.signals import StoppedEarly, StopRequest
+from fastmae.train.ranks import Ranks
 
 
 class Watch:

@@ -21,8 +21,8 @@ from fastmae import ops
 from fastmae.data import Batch
 from fastmae.data.plan import Plan
 from fastmae.train import model_state
-from fastmae.train.checkpoint import Ranks
-from fastmae.train.checkpoint.tensor_file import save_tensors
+from fastmae.train.checkpoint.format import save_tensors
+from fastmae.train.ranks import Ranks
 
 FOLDER = "non_finite"
 

@@ -20,7 +20,7 @@ from fastmae.train.checkpoint import (
     open_checkpoint,
     set_aside_after,
 )
-from fastmae.train.checkpoint.folder import discard, step_of
+from fastmae.train.checkpoint.format import discard, step_of
 from fastmae.train.continuation import go_on_from, restore
 from fastmae.train.feed import draw_masks
 from fastmae.train.numerics.batch_dump import Dumped, largest_values, losses_by_mask, write_dump

@@ -5,10 +5,10 @@ from __future__ import annotations
 from rich.console import Console
 from torch import nn
 
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.flops import count_flops
 from fastmae.train.parallel import DTYPES, Parallelism
+from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.telemetry.rank_values import RankValues
 from fastmae.train.telemetry.reporter import Reporter

@@ -28,8 +28,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastmae.train.checkpoint import Ranks
 from fastmae.train.parallel import Parallelism
+from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.telemetry.clock import Clock
 from fastmae.train.telemetry.metrics import HostCopy, Row, StepValues, mean_of_finite

@@ -1,7 +1,7 @@
-"""The processes that save and load together, and how they agree on what went wrong.
+"""The ranks of a run, for what the host has to agree on: results, errors, flags.
 
-A rank that fails alone leaves the others waiting for it. Here every step is done by all or by the first, and its errors
-reach all of them as one :class:`CheckpointError` of the same words.
+A rank that fails alone leaves the others waiting for it. Here every rank does a step, or the first one does, and an
+error reaches all of them as one :class:`CheckpointError` with the same words. Collectives of the training go elsewhere.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastmae.train.checkpoint.folder import CheckpointError
-
 T = TypeVar("T")
 
-_HOURS = 24 * 3600.0
-"""Time limit, in seconds, of :meth:`Ranks.first_in_hours`; a rank 0 that ends is noticed at once all the same."""
+
+class CheckpointError(Exception):
+    """What cannot be saved, loaded or agreed on; raised on all ranks alike, and the message is for the user."""
 
 
 class LostRankError(CheckpointError):
@@ -28,12 +27,10 @@ class LostRankError(CheckpointError):
 
 
 class Ranks:
-    """All ranks of the job, on a gloo group of their own; or this process alone, without ``torch.distributed``.
-
-    A group of its own because collectives of one group must come in one order, and saving happens beside training.
+    """All ranks of the job on a gloo group, or this process alone.
 
     Args:
-        group: a group that communicates through host memory; None for a process alone.
+        group: communicates through host memory; None for a single process.
 
     Attributes:
         waiting: entered around what waits for other ranks, with words for it.
@@ -47,7 +44,7 @@ class Ranks:
 
     @classmethod
     def create(cls, timeout: float = 1800.0) -> Ranks:
-        """A new group of all ranks, where ``torch.distributed`` is initialised; all have to call it.
+        """A new group of all ranks where ``torch.distributed`` is initialised; every rank calls it.
 
         Args:
             timeout: seconds to wait for the slowest rank in one step, such as writing its file.
@@ -57,7 +54,7 @@ class Ranks:
         return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
     def another(self, timeout: float = 1800.0) -> Ranks:
-        """The same ranks on another group, for another thread; each of them has to call it."""
+        """The same ranks on another group, for another thread or time limit; every rank calls it."""
         if self.group is None:
             return Ranks()
         members = dist.get_process_group_ranks(self.group)
@@ -85,19 +82,18 @@ class Ranks:
         """Call a function on every rank; each gets the results of all, in the order of ranks.
 
         Args:
-            what: for the message, in the manner of "saving step 100".
+            what: for the message, such as "saving step 100".
             function: called once on each rank.
 
         Raises:
-            CheckpointError: on every rank and of the same words, if the function raises on any.
+            CheckpointError: on every rank with the same words, if the function raises on any.
             LostRankError: if a rank has gone.
         """
         result, error = _attempt(function)
-        outcomes: list[Any] = [None] * self.size
-        if self.group is None:
-            outcomes = [(result, error and _words(error))]
-        else:
-            self._guard(what, lambda: dist.all_gather_object(outcomes, (result, error and _words(error)), self.group))
+        outcomes: list[Any] = [(result, error and _words(error))]
+        if self.group is not None:
+            own, outcomes = outcomes[0], [None] * self.size
+            self._guard(what, lambda: dist.all_gather_object(outcomes, own, self.group))
         failed = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text]
         if failed:
             raise CheckpointError(self._message(failed)) from error
@@ -107,7 +103,7 @@ class Ranks:
         """Call a function on rank 0; every rank gets its result.
 
         Raises:
-            CheckpointError: on every rank and of the same words, if it raises, or if a rank has gone.
+            CheckpointError: on every rank with the same words, if it raises, or if a rank has gone.
         """
         result, error = _attempt(function) if self.rank == 0 else (None, None)
         outcome: list[Any] = [(result, error and _words(error))]
@@ -120,16 +116,16 @@ class Ranks:
 
     def first_in_hours(self, what: str, function: Callable[[], T]) -> T:
         """:meth:`first` of what may take rank 0 longer than the group's time limit, such as indexing many images."""
-        with self.another(_HOURS) as patient:
+        with self.another(timeout=24 * 3600.0) as patient:
             return patient.first(what, function)
 
     def broadcast(self, what: str, tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
         """Give every rank the elements that a tensor has on one of them.
 
-        Tensors on a GPU go over the default process group, if that is of these ranks, since it is the fast one.
+        Tensors on a GPU go over the default process group, if that is of these ranks: it is the fast one.
 
         Args:
-            source: a rank, of the group.
+            source: a rank of the group.
             group: some of the ranks, who then call it; None for all.
 
         Raises:
@@ -146,8 +142,8 @@ class Ranks:
         return self.ask(flag)()[0]
 
     def ask(self, *flags: bool) -> Callable[[], list[bool]]:
-        """Of each flag, whether it is set on any rank; all have to ask. Returns at once: the result gives the answers,
-        and waits for ranks that have not asked yet."""
+        """Whether each flag is set on any rank; all have to ask. Returns at once: calling the result waits for the
+        answers."""
         if self.group is None:
             return lambda: list(flags)
         values = torch.tensor(flags, dtype=torch.int32)
@@ -186,7 +182,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _words(error: Exception) -> str:
-    """What an error says; of one that is neither of fastmae's own nor about files or values, its type as well."""
+    """What an error says; the type too, unless it is fastmae's own or about files or values."""
     own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
     expected = own or isinstance(error, (OSError, ValueError))
     return str(error) if expected and str(error) else repr(error)
