@@ -67,9 +67,9 @@ class BadFiles:
             samples: images consumed so far; what lies beyond is left for later.
         """
         new: dict[int, LateBad] = {}
-        for bad in sorted(found, key=lambda bad: (bad.position, bad.sample_id)):
-            if bad.sample_id not in self._late and bad.position < samples:
-                new.setdefault(bad.sample_id, bad)
+        unknown = [bad for bad in found if bad.sample_id not in self._late and bad.position < samples]
+        for bad in sorted(unknown, key=lambda bad: (bad.position, bad.sample_id)):
+            new.setdefault(bad.sample_id, bad)
         return list(new.values())
 
     def update(self, found: Iterable[LateBad], samples: int) -> None:

@@ -23,8 +23,9 @@ class DataConfig:
     channels_first: bool = False
     """.npy files are (channels, height, width) instead of (height, width, channels)."""
     max_bad_fraction: float = 0.01
-    """Share of the files that may be damaged or refused before the run stops. Up to it they are listed with reasons in
-    bad_files.jsonl and other images take their place. 0: stop at the first."""
+    """Share of the files that may be damaged or refused before the run stops, counted over all ranks whenever a row is
+    logged or a checkpoint saved. Up to it they are listed with reasons in bad_files.jsonl and other images take their
+    place. 0: stop at the first."""
     max_pixels: int = 178_956_970
     """Largest image, height x width, that is decoded; larger ones count as bad. The default, which is the most, is
     Pillow's limit against decompression bombs."""
