@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training import FLAGS, write_images
 
+import fastmae
 from fastmae.cli import main
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.run_folder import RunFolder
@@ -143,9 +145,10 @@ def test_env_prints_a_report(capsys):
     assert torch.__version__ in capsys.readouterr().out
 
 
-def test_help_documents_every_field_without_importing_torch():
+@pytest.mark.parametrize("help_flag", ["--help", "--help-all"])
+def test_help_documents_what_most_need_or_every_field_without_importing_torch(help_flag):
     command = "import sys; from fastmae.cli import main\n"
-    command += "try: main(['pretrain', '--help'])\nfinally: print('torch' in sys.modules)"
+    command += f"try: main(['pretrain', '{help_flag}'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
@@ -158,6 +161,56 @@ def test_help_documents_every_field_without_importing_torch():
     )
     assert not [flag for flag in flags.split() if flag not in done.stdout]
     assert "(required)" not in done.stdout
+    rare = ("--train.betas", "--data.prefetch", "--report.stall-seconds", "Steps that the trace holds")
+    assert [text in done.stdout for text in rare] == [help_flag == "--help-all"] * 4
+    assert ("more flags: fastmae pretrain --help-all" in done.stdout) == (help_flag == "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrain /data/photos", "/data/photos: expected a flag before it; did you mean --data.path /data/photos?"),
+        ("pretrain imagenet-vit-b", "did you mean --recipe imagenet-vit-b?"),
+        ("pretrain --data.pth x", "--data.pth: no such flag; did you mean --data.path?"),
+        ("pretrain --data x", "--data: no such flag; did you mean --data.path?"),
+        ("pretrain --epochs=5", "--epochs: no such flag; did you mean --train.epochs?"),
+        ("pretrain --nothing-like-it", "--nothing-like-it: no such flag\n"),
+        ("pretrain --train.epochs abc", "--train.epochs: expected {None}|FLOAT, got abc; fastmae pretrain --help"),
+        ("pretrain --train.precision fp7", "--train.precision: expected one of ("),
+        ("pretrain --train.seed", "Missing value for argument '--train.seed'"),
+        ("pretrian", "expected one of pretrain, data, "),
+        ("pretrian", "got pretrian; did you mean pretrain?"),
+        ("data stats x --maxpixels=3", "--maxpixels: no such flag; did you mean --max-pixels?"),
+        ("data stat x", "Expected one of {shard, index, verify, stats}; fastmae data --help"),
+        ("reconstruct", "Missing from fastmae reconstruct: CHECKPOINT"),
+    ],
+)
+def test_mistakes_in_the_command_line_are_one_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("COLUMNS", "50")
+    error = mistake(capsys, *arguments.split())
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_version_and_help_without_a_command(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastmae {fastmae.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert "pretrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["env", "pretrain --help", "plan"])
+def test_a_reader_that_ends_early_gets_no_traceback(command):
+    """As with ``| head``; the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; from fastmae.cli import main; sys.exit(main({command.split()}))"],
+            stdout=pipe, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -220,6 +273,29 @@ def test_resume_needs_a_folder_and_the_recipe_it_began_with(run, capsys):
     assert "--recipe: " in error
     assert "photographs, got imagenet-vit-l" in error
     assert "--resume: expected --out" in mistake(capsys, "pretrain", "--resume")
+
+
+def test_resume_where_nothing_is_does_not_train_on_the_photographs(tmp_path, capsys):
+    out = tmp_path / "run"
+    for flags in ([], ["--train.steps", "2"]):
+        error = mistake(capsys, "pretrain", "--out", out, "--resume", *flags)
+        assert f"--resume: expected a run to continue in {out}, found none" in error
+    assert not out.exists()
+    images = write_images(tmp_path / "images")
+    # A job that may be the first of its run: what is named is trained.
+    assert main(["pretrain", "--out", str(out), "--resume", "--data.path", str(images), *SHORT]) == 0
+
+
+def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, images, capsys):
+    flags = [flag for flag in SHORT if flag not in ("--recipe", "photographs")]
+    out = tmp_path / "run"
+    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("--data.path without --recipe: taking small-data, ")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["recipe"], config["model"]["norm_pix_loss"], config["data"]["vflip"]) == ("small-data", True, 0)
+    assert main(["pretrain", "--out", str(out), "--resume", "--train.steps", "7"]) == 0
+    assert "without --recipe" not in capsys.readouterr().out
 
 
 def test_dali_that_is_not_installed(tmp_path, images, capsys, monkeypatch):

@@ -42,6 +42,7 @@ def images(tmp_path) -> Path:
 
 
 SMALL = (
+    "--recipe photographs "
     "--model.img-size 32 --model.embed-dim 32 --model.depth 1 --model.num-heads 2 --model.decoder-embed-dim 16 "
     "--model.decoder-depth 1 --model.decoder-num-heads 2 --train.steps 1 --train.global-batch-size 2"
 )

@@ -115,7 +115,7 @@ def test_every_flag_and_command_that_is_named_exists(capsys):
     flags = set()
     for command in COMMANDS:
         with pytest.raises(SystemExit, match="0"):
-            main([*command.split(), "--help"])
+            main([*command.split(), "--help-all"])
         flags |= set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
     flags |= {"--requeue", "--shutdown-timeout", "--signal", "--nodes", "--time"}  # of Slurm and torchrun
     flags |= {"--benchmark"}  # of pytest, in the root's conftest.py

@@ -28,7 +28,12 @@ TRAIN = {"global-batch-size": 8, "batch-size": 8, "steps": 12, "warmup-steps": 3
 TRAIN |= {"precision": "fp32", "log-every-steps": 5, "checkpoint-every-steps": 8, "num-threads": 1}
 DATA = {"loader": "torch", "num-threads": 1}
 SECTIONS = {"model": SIZES, "train": TRAIN, "data": DATA}
-FLAGS = ["pretrain", *(text for s, v in SECTIONS.items() for k, x in v.items() for text in (f"--{s}.{k}", str(x)))]
+FLAGS = [
+    "pretrain",
+    "--recipe",
+    "photographs",
+    *(text for s, v in SECTIONS.items() for k, x in v.items() for text in (f"--{s}.{k}", str(x))),
+]
 
 RUNS = {
     "ddp": ["--train.parallel", "auto"],

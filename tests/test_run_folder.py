@@ -29,7 +29,8 @@ def test_a_job_is_refused_while_another_process_has_the_folder_and_not_once_it_w
     while not (tmp_path / "run/held").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", "--train.device", "cpu"]) == 2
+    flags = ["--recipe", "photographs", "--train.device", "cpu"]
+    assert main(["pretrain", "--out", str(tmp_path / "run"), "--resume", *flags]) == 2
     message = f"fastmae: error: --out {tmp_path}/run: in use by process {holder.pid} on {os.uname().nodename}"
     assert capsys.readouterr().err.strip() == message
     os.kill(holder.pid, signal.SIGKILL)

@@ -15,8 +15,7 @@ from fastmae.cli.said_once import say_once
 
 def failing(rank: int) -> int:
     common = main(["pretrain", "--resume"])
-    with pytest.raises(SystemExit, match="2"):
-        main(["pretrain", "--no-such-flag"])
+    assert main(["pretrain", "--no-such-flag"]) == 2
     if rank == 1:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()  # as torchrun does once rank 0 has ended
     if rank != 0:
@@ -49,11 +48,7 @@ def test_common_errors_are_said_by_rank_0_and_others_by_one_that_met_them(tmp_pa
 def test_a_process_alone_says_its_error_without_a_rank(capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     say_once("a mistake")
-    with pytest.raises(SystemExit, match="2"):
-        main(["pretrain", "--no-such-flag"])
-    error = capsys.readouterr().err
-    assert error.startswith("fastmae: error: a mistake\n")
-    assert "no-such-flag" in error
+    assert capsys.readouterr().err == "fastmae: error: a mistake\n"
 
 
 def test_help_is_printed_by_rank_0_alone(capsys, monkeypatch):

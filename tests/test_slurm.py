@@ -206,7 +206,7 @@ def test_torchrun_knows_the_options_of_script_and_page():
 
 def test_fastmae_knows_the_flags_of_the_page(capsys):
     with pytest.raises(SystemExit, match="0"):
-        main(["pretrain", "--help"])
+        main(["pretrain", "--help-all"])
     known = set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
     page = PAGE.read_text()
     named = set(re.findall(r"--(?:train|data|model|report)\.[a-z-]*[a-z]", page))

@@ -15,31 +15,43 @@ from typing import Annotated, Any
 
 import tyro
 
+import fastmae
+from fastmae.cli.arguments import parse
 from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.errors import UsageError, is_mistake, mistakes
-from fastmae.cli.output import forgiving_output
+from fastmae.cli.output import flush_output, forgiving_output
 from fastmae.cli.plan import PlanConfig
-from fastmae.cli.said_once import rank_and_size, say_once, usage_once
+from fastmae.cli.said_once import rank_and_size, say_once
 from fastmae.train.config import PretrainConfig, read_config
 from fastmae.train.flags import apply_flags
 from fastmae.train.liveness.signals import StopRequest
-from fastmae.train.recipes import RECIPES
+from fastmae.train.recipes import DESCRIPTIONS, RECIPES
 
+DEFAULT_RECIPE, OWN_IMAGES_RECIPE, PLAN_RECIPE = "photographs", "small-data", "imagenet-vit-l"
+"""Without ``--recipe``: for the embedded photographs, for ``--data.path``, and for ``fastmae plan``."""
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
-"""Exit codes: what the user can mend, and Ctrl-C outside the training loop."""
+"""Exit codes: what the user can fix, and Ctrl-C outside the training loop."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. A user's mistake is one line on stderr, a bug keeps its traceback."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        # A run does not end because | tee did, and no command ends in a traceback because | head did.
+        with forgiving_output():
+            return _main(argv)
+    finally:
+        flush_output()
+
+
+def _main(argv: list[str]) -> int:
+    if argv == ["--version"]:
+        print(f"fastmae {fastmae.__version__}")
+        return 0
+    try:
         with mistakes():
             defaults = _defaults(argv)
-        with usage_once(argv):
-            command = tyro.cli(
-                _commands(defaults), prog="fastmae", description="Pretrain Masked Autoencoders, fast.", args=argv
-            )
-        return _run(command, defaults, argv)
+        return _run(parse(_commands(defaults), argv), defaults, argv)
     except KeyboardInterrupt:
         if rank_and_size()[0] == 0:
             print("fastmae: interrupted", file=sys.stderr)
@@ -51,16 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_MISTAKE
 
 
-def _commands(defaults: PretrainConfig) -> Any:
-    return (
-        Annotated[PretrainConfig, tyro.conf.subcommand("pretrain", default=defaults)]
-        | Annotated[DataCommands, tyro.conf.subcommand("data")]
-        | Annotated[ReconstructConfig, tyro.conf.subcommand("reconstruct")]
-        | Annotated[ConsolidateConfig, tyro.conf.subcommand("consolidate")]
-        | Annotated[BenchConfig, tyro.conf.subcommand("bench", default=BenchConfig(**_sections(defaults, "data")))]
-        | Annotated[PlanConfig, tyro.conf.subcommand("plan", default=PlanConfig(**_sections(defaults)))]
-        | Annotated[EnvConfig, tyro.conf.subcommand("env")]
-    )
+def _commands(defaults: PretrainConfig) -> dict[str, Any]:
+    classes = {
+        "pretrain": (PretrainConfig, {"default": defaults}),
+        "data": (DataCommands, {}),
+        "reconstruct": (ReconstructConfig, {}),
+        "consolidate": (ConsolidateConfig, {}),
+        "bench": (BenchConfig, {"default": BenchConfig(**_sections(defaults, "data"))}),
+        "plan": (PlanConfig, {"default": PlanConfig(**_sections(defaults))}),
+        "env": (EnvConfig, {}),
+    }
+    return {name: Annotated[kind, tyro.conf.subcommand(name, **more)] for name, (kind, more) in classes.items()}
 
 
 def _sections(config: PretrainConfig | BenchConfig | PlanConfig, *more: str) -> dict[str, Any]:
@@ -70,12 +83,14 @@ def _sections(config: PretrainConfig | BenchConfig | PlanConfig, *more: str) -> 
 
 def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, PretrainConfig):
+        _say_recipe(defaults, argv)
         # Before PyTorch is imported, which takes seconds.
-        with StopRequest(quiet=rank_and_size()[0] != 0) as stop, forgiving_output():
+        with StopRequest(quiet=rank_and_size()[0] != 0) as stop:
             from fastmae.cli.pretrain import pretrain
 
             return pretrain(apply_flags(command, defaults, _given(argv)), stop)
     if isinstance(command, BenchConfig):
+        _say_recipe(defaults, argv)
         from fastmae.cli.bench import bench
 
         config = replace(defaults, **_sections(command, "data"))
@@ -104,16 +119,22 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
 
 
 def _defaults(argv: Sequence[str]) -> PretrainConfig:
-    """Where the other flags' defaults come from: the run to continue, or the recipe."""
+    """Where the other flags' defaults come from: the run to continue, or the recipe.
+
+    Without a recipe, images of the user's own get ``small-data``: the recipe of the embedded photographs (64 pixels,
+    minutes, eighty times table 8's learning rate) would train on them without complaint, and badly.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--recipe", choices=RECIPES, default=None)
+    parser.add_argument("--data.path", dest="images", default="None")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--resume", action="store_true")
     parser.exit_on_error = False
     try:
         known, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError:
-        return RECIPES["photographs"]  # tyro reads the same flags and words the error
+        return RECIPES[DEFAULT_RECIPE]  # tyro reads the same flags and reports the error
+    own_images = known.images != "None"
     if known.resume:
         if known.out is None:
             raise UsageError("--resume: expected --out with the run folder to continue, got none")
@@ -122,7 +143,19 @@ def _defaults(argv: Sequence[str]) -> PretrainConfig:
             raise UsageError(f"--recipe: the run in {known.out} was started with {saved.recipe}, got {known.recipe}")
         if saved is not None:
             return replace(saved, resume=False)
-    return RECIPES[known.recipe or ("imagenet-vit-l" if argv[:1] == ["plan"] else "photographs")]
+        if known.recipe is None and not own_images:
+            raise UsageError(
+                f"--resume: expected a run to continue in {known.out}, found none; --recipe or --data.path starts one"
+            )
+    default = PLAN_RECIPE if argv[:1] == ["plan"] else OWN_IMAGES_RECIPE if own_images else DEFAULT_RECIPE
+    return RECIPES[known.recipe or default]
+
+
+def _say_recipe(defaults: PretrainConfig, argv: Sequence[str]) -> None:
+    """Say which recipe was taken if the user named images and no recipe."""
+    named = any(word.partition("=")[0] == "--recipe" for word in argv)
+    if defaults is RECIPES[OWN_IMAGES_RECIPE] and not named and rank_and_size()[0] == 0:
+        print(f"--data.path without --recipe: taking {OWN_IMAGES_RECIPE}, {DESCRIPTIONS[OWN_IMAGES_RECIPE]}")
 
 
 def _given(argv: Sequence[str]) -> set[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 PATIENCE = 5.0
 """Seconds that the other ranks give the first one to say the same."""
@@ -38,21 +37,6 @@ def say_once(text: str, patience: float = PATIENCE) -> None:
         print(f"fastmae: error: {text}", file=sys.stderr, flush=True)
     if not _is_said(text, patience):
         print(f"fastmae: error: rank {rank} ({socket.gethostname()}): {text}", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def usage_once(argv: Sequence[str], patience: float = PATIENCE) -> Iterator[None]:
-    """Around the parsing of arguments, which prints and exits if they are wrong: the same of :func:`say_once`."""
-    rank, _ = rank_and_size()
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed) if rank else nullcontext(), redirect_stderr(printed) if rank else nullcontext():
-            yield
-    except SystemExit as end:
-        # Known by the arguments: the text is as wide as the terminal of the rank.
-        if end.code and not _is_said(repr(argv), patience):
-            print(f"rank {rank} ({socket.gethostname()}):\n{printed.getvalue()}", file=sys.stderr, flush=True)
-        raise
 
 
 def _is_said(text: str, patience: float) -> bool:

@@ -54,7 +54,7 @@ class PretrainConfig:
     resume: bool = False
     """Continue the run in --out from its newest checkpoint, with its configuration; flags given here override it."""
     recipe: RecipeName = "photographs"
-    """Where the defaults of all other flags come from."""
+    """Where the defaults of all other flags come from. With --data.path and no recipe: small-data."""
     recipe_version: Annotated[int, tyro.conf.Suppress] = 1
     """Version of the recipe; the recipe sets it."""
     model: ModelConfig = field(default_factory=ModelConfig)
