@@ -118,7 +118,7 @@ def test_every_flag_and_command_that_is_named_exists(capsys):
             main([*command.split(), "--help-all"])
         flags |= set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
     flags |= {"--requeue", "--shutdown-timeout", "--signal", "--nodes", "--time"}  # of Slurm and torchrun
-    flags |= {"--benchmark"}  # of pytest, in the root's conftest.py
+    flags |= {"--benchmark", "--help-all"}  # of pytest, in the root's conftest.py; of every command
     for page in PAGES_WITH_FLAGS:
         text = re.sub(r"<!--.*?-->|```python.*?```|torchrun .*? -m fastmae", "", page.read_text(), flags=re.DOTALL)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text))

@@ -162,11 +162,11 @@ def test_a_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path):
     assert values == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0), (10, 2.0)]
 
 
-def show(*rows: dict, terminal: bool) -> list[str]:
-    """What a terminal of 100 columns shows, or a file."""
+def show(*rows: dict, terminal: bool, width: int = 100) -> list[str]:
+    """What a terminal shows, or a file."""
     file = io.StringIO()
     console = Console(
-        file=file, width=100, force_terminal=terminal, color_system=None, soft_wrap=True, legacy_windows=False
+        file=file, width=width, force_terminal=terminal, color_system=None, soft_wrap=True, legacy_windows=False
     )
     sink = Terminal(console, 0, 1_562_500, deadline=float("inf"))
     sink._begun -= 123 * 3600 + 59 * 60 + 30  # left then, half way
@@ -194,6 +194,25 @@ def test_the_terminals_line_fits_100_columns(terminal, changes):
     assert "123h59m left" in line
     loss = {None: "loss nan  20 skipped", 8.2e17: "loss 8e+17  lr", 1234.56: "loss 1234.6  lr"}
     assert loss.get(changes.get("loss", 0), "loss 0.4123  lr 2.40e-03") in line
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 130])
+def test_epochs_are_in_the_bar_and_a_narrow_terminal_gets_what_matters_most(width):
+    line = show(ROW | {"step": 3100, "epoch": 0.2}, terminal=True, width=width)[-1].rstrip()
+    assert len(line) <= width
+    for words in ("3100/1562500", "loss 0.4123", "123,456 images/s", "left"):
+        assert words in line
+    assert ("epoch 0.2/100.8" in line) == (width >= 100)
+    assert ("lr 2.40e-03" in line) == (width >= 130)
+    file = show(ROW | {"epoch": 400.0}, terminal=False, width=width)[-1]
+    assert "epoch 400/800  loss 0.4123  lr 2.40e-03  123,456 images/s  MFU 51%  data 3%  " in file
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.3, "0.3"), (0.034, "0.034"), (9.95, "9.9"), (12.3, "12"), (1e5, "100,000")]
+)
+def test_slow_steps_are_not_no_images_per_second(rate, text):
+    assert f"  {text} images/s" in show(ROW | {"images_per_second": rate}, terminal=False)[0]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1h00m")])

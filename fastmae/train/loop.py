@@ -191,6 +191,9 @@ class Trainer:
                 self.save(last=True)
             signal, total = self.watch.signal(), self.schedule.total_steps
             status: Status = "preempted" if signal and self.step < total else "finished"
+            if not signal and self.step < total:
+                limit = f"Time limit of {train.max_minutes:g} minutes reached"
+                self.console.print(f"{limit} at step {self.step:,} of {total:,}")
             for observer in self.observers if status == "finished" else ():
                 observer.finish(self)
         reason = signal or ("all steps done" if self.step == total else "time limit")

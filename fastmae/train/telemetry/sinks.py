@@ -161,8 +161,8 @@ class Tolerant:
 
 
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere: loss, learning rate, images/s, MFU, share of
-    the time that waits for images, time left. Both fit 100 columns."""
+    """A progress bar on a terminal, plain lines elsewhere: epoch, loss, learning rate, images/s, MFU, share of the time
+    spent waiting for images, time left. What does not fit a narrow terminal is left to metrics.jsonl."""
 
     def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
         self._console, self._total, self._deadline = console, total_steps, deadline
@@ -192,13 +192,24 @@ class Terminal:
         now = time.monotonic()
         left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
         left = max(0.0, min(left, self._deadline - now))
-        parts = ["loss nan" if row["loss"] is None else f"loss {_six_columns(row['loss'])}"]
-        # What goes wrong takes the place of what is known.
-        parts.append(f"{row['skipped_steps']} skipped" if row["skipped_steps"] else f"lr {row['lr']:.2e}")
-        parts.append(f"{row['images_per_second']:,.0f} images/s")
+        parts = {"loss": "loss nan" if row["loss"] is None else f"loss {_six_columns(row['loss'])}"}
+        if "epoch" in row:
+            total, digits = row["epoch"] / row["step"] * self._total, 1 if row["epoch"] < 100 else 0
+            parts = {"epoch": f"epoch {row['epoch']:.{digits}f}/{total:.4g}", **parts}
+        if row["skipped_steps"]:
+            parts["skipped"] = f"{row['skipped_steps']} skipped"  # in place of the learning rate
+        else:
+            parts["lr"] = f"lr {row['lr']:.2e}"
+        parts["rate"] = f"{_rate(row['images_per_second'])} images/s"
         if "mfu" in row:
-            parts.append(f"MFU {row['mfu']:.0%}")
-        return "  ".join([*parts, f"data {row['data_share']:.0%}", f"{_clock(left)} left"])
+            parts["mfu"] = f"MFU {row['mfu']:.0%}"
+        parts |= {"data": f"data {row['data_share']:.0%}", "left": f"{_clock(left)} left"}
+        # Beside the bar and the count of steps. A file has no width, and gets everything.
+        room = self._console.width - _BAR - 2 * len(str(self._total)) - 3 if self._progress else math.inf
+        for name in ("lr", "mfu", "data", "epoch"):
+            if len("  ".join(parts.values())) > room:
+                parts.pop(name, None)
+        return "  ".join(parts.values())
 
     def evaluate(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         # What a picture is compared with stays the same: said once.
@@ -214,6 +225,10 @@ class Terminal:
 
 def _six_columns(loss: float) -> str:
     return f"{loss:.4f}" if loss < 10 else f"{loss:.5g}" if loss < 1e5 else f"{loss:.0e}"
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def _clock(seconds: float) -> str:
