@@ -1,4 +1,4 @@
-"""A signal at any moment of a run: before the first step it leaves what can go on, during the evaluation it waits."""
+"""A signal at any moment of a run: before the first step it leaves what can go on, and it ends the evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from unittest.mock import patch
 import pytest
 import torch
 from distributed import run_ranks
+from safetensors.torch import load_file
 from test_parallel_pretrain import FLAGS
 from training import write_images
 
-from fastmae.cli import main, pretrain_end
+from fastmae.cli import main, pretrain, pretrain_end
 from fastmae.cli import pretrain_begin as command
 from fastmae.data import open_dataset
 from fastmae.evaluate import evaluate_sets
@@ -72,18 +73,36 @@ def test_a_signal_while_a_run_goes_on_again_names_the_step_it_is_at(tmp_path, im
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_during_the_evaluation_lets_it_end(tmp_path, images, number):
-    run, seen = tmp_path / "run", []
+def test_a_signal_ends_the_evaluation_which_resuming_repeats(tmp_path, images, number, capfd):
+    run, seen, ended = tmp_path / "run", [], []
 
     def evaluate(*arguments, **options):
         seen.append(status(run)["status"])
+        os.kill(os.getpid(), number)
+        ended.append(True)
         return evaluate_sets(*arguments, **options)
 
-    with patch.object(pretrain_end, "evaluate_sets", signalled(evaluate, number)):
-        assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 0
-    assert seen == ["running"]  # a run that is killed here has not finished
+    with patch.object(pretrain_end, "evaluate_sets", evaluate):
+        assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 75
+    assert (seen, ended) == (["running"], [])  # a run that is killed here has not finished
+    assert status(run) == {"status": "preempted", "step": 12, "reason": f"{number.name} during the final evaluation"}
+    assert not (run / "summary.json").exists()
+    printed = capfd.readouterr()
+    assert f"The training is done: {run}/model.safetensors. Evaluate with: " in printed.out
+    assert f"{number.name}: ending the evaluation; once more to leave at once" in printed.err
+    weights = load_file(run / "model.safetensors")
+
+    assert main(["pretrain", "--out", str(run), "--resume"]) == 0
     assert status(run) == {"status": "finished", "step": 12, "reason": "all steps done"}
-    assert (run / "model.safetensors").exists()
+    assert (run / "summary.json").exists()
+    torch.testing.assert_close(load_file(run / "model.safetensors"), weights, rtol=0, atol=0)
+
+
+def test_a_signal_after_the_last_step_skips_the_evaluation(tmp_path, images):
+    run = tmp_path / "run"
+    with patch.object(pretrain, "export", signalled(pretrain.export, signal.SIGTERM)):
+        assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 75
+    assert status(run)["reason"] == "SIGTERM during the final evaluation"
 
 
 def test_a_run_that_fails_in_its_evaluation_says_so(tmp_path, images):

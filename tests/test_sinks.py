@@ -196,7 +196,7 @@ def test_the_terminals_line_fits_100_columns(terminal, changes):
     assert loss.get(changes.get("loss", 0), "loss 0.4123  lr 2.40e-03") in line
 
 
-@pytest.mark.parametrize("width", [60, 80, 100, 130])
+@pytest.mark.parametrize("width", [70, 80, 100, 130])
 def test_epochs_are_in_the_bar_and_a_narrow_terminal_gets_what_matters_most(width):
     line = show(ROW | {"step": 3100, "epoch": 0.2}, terminal=True, width=width)[-1].rstrip()
     assert len(line) <= width

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fastmae.cli.errors import UsageError, mistakes
 from fastmae.cli.pretrain_begin import prepare
-from fastmae.cli.pretrain_end import finish
+from fastmae.cli.pretrain_end import export, finish
 from fastmae.train.checkpoint import Ranks, list_checkpoints
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
@@ -89,16 +89,25 @@ def _pretrain(
         if status == "preempted":
             console.print(f"Saved at step {trainer.step}. Continue with: fastmae pretrain --out {run.path} --resume")
             return PREEMPTED
+        code = 0
         if parallelism.is_main:
             heartbeat.begin("evaluating")
             ended = run.read_json("status.json")
             run.write_json("status.json", ended | {"status": "running"})  # it is not finished without its weights
             with run.failure_noted(lambda: trainer.step):
-                finish(trainer, run, console, seconds, trainer.step - first_step)
+                model, weights = export(trainer, run)
+                try:
+                    with stop.raising():
+                        finish(trainer, model, weights, run, console, seconds, trainer.step - first_step)
+                except StoppedEarly as stopped:
+                    ended |= {"status": "preempted", "reason": f"{stopped} during the final evaluation"}
+                    console.print(
+                        f"The training is done: {weights}. Evaluate with: fastmae pretrain --out {run.path} --resume"
+                    )
+                    code = PREEMPTED
             run.write_json("status.json", ended)
         heartbeat.begin("ending")
-        ranks.first("ending the run", lambda: None)  # the others wait for it
-    return 0
+        return ranks.first("ending the run", lambda: code)  # the others wait for it
 
 
 def _open_run(config: PretrainConfig, ranks: Ranks) -> RunFolder:

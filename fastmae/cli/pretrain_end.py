@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from fastmae.cli.evaluations import newest_values, reconstruction_sets
 from fastmae.evaluate import evaluate_sets
@@ -20,12 +22,26 @@ _NEW_CROPS, _ROWS = 256, 12
 _BASELINES = {"the mean visible colour": "mse_mean_color", "inverse-distance filling": "mse_inverse_distance"}
 
 
-def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, steps: int) -> None:
-    """Export the weights, reconstruct crops and photographs that were not trained on, write the summary."""
-    config = trainer.config
+def export(trainer: Trainer, run: RunFolder) -> tuple[nn.Module, Path]:
+    """Write the final weights, before the evaluation, which a signal may end; return the whole model and the file."""
     # Of shards there is one whole copy: the checkpoint that was just saved.
     sharded = trainer.parallelism.sharded
     model = load_model(run.path)[0].to(trainer.device) if sharded else trainer.model.eval()
+    path, config = run.path / "model.safetensors", to_json(trainer.config)
+    return model, export_weights(model, path, step=trainer.step, config=config)
+
+
+def finish(
+    trainer: Trainer, model: nn.Module, weights: Path, run: RunFolder, console: Console, seconds: float, steps: int
+) -> None:
+    """Reconstruct crops and photographs that were not trained on, write the summary.
+
+    Args:
+        model, weights: of :func:`export`.
+        seconds, steps: of the training that has just ended.
+    """
+    config = trainer.config
+    console.print("Evaluating: reconstructing images that were not trained on")
     sets, names = reconstruction_sets(config, trainer.dataset, _NEW_CROPS)
     picture = run.reconstructions / "final.png"
     errors = evaluate_sets(
@@ -42,7 +58,6 @@ def finish(trainer: Trainer, run: RunFolder, console: Console, seconds: float, s
     )
     for values in errors.values():
         values["worse_than"] = [name for name, key in _BASELINES.items() if not values["mse"] < values[key]]
-    weights = export_weights(model, run.path / "model.safetensors", step=trainer.step, config=to_json(config))
     rows = run.read_metrics()
     summary = {
         "steps": trainer.step,

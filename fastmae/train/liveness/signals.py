@@ -11,7 +11,8 @@ import os
 import signal
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 PREEMPTED = 75
@@ -22,14 +23,15 @@ takes its time, and a person has SIGKILL as well."""
 
 
 class StoppedEarly(Exception):
-    """A signal came before the first step; the message is its name."""
+    """A signal came before the first step, or during the final evaluation; the message is its name."""
 
 
 class StopRequest:
     """A context within which the first of the signals only sets ``requested``.
 
     The handler does nothing else: the loop looks at the flag between steps, so that a save never starts inside one.
-    Before the first step it is looked at where nothing is half done, and the evaluation after the last one completes.
+    Before the first step it is looked at where nothing is half done. The evaluation after the last step, which can be
+    repeated, is ended at once: see :meth:`raising`.
     Outside the main thread, where Python does not allow handlers, the flag stays unset.
 
     Args:
@@ -45,6 +47,7 @@ class StopRequest:
         self._quiet = quiet
         self.requested: str | None = None
         self._demand: tuple[int, float] | None = None  # the first SIGINT or SIGTERM, and when
+        self._raises = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -55,6 +58,17 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within, a signal raises :class:`StoppedEarly` at once, and so does one that came before."""
+        if self.requested:
+            raise StoppedEarly(self.requested)
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
@@ -68,8 +82,11 @@ class StopRequest:
                 os._exit(128 + number)
             self._demand = number, now
         self.requested = self.requested or name
-        if self._quiet:
-            return
-        # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
-        with suppress(OSError):  # what reads it may have got the same signal, and ended
-            os.write(2, f"\n{name}: saving and leaving; once more to leave at once\n".encode())
+        if not self._quiet:
+            leaves = "ending the evaluation" if self._raises else "saving and leaving"
+            # Not print: a handler may interrupt a write to the same buffered stream, which raises when re-entered.
+            with suppress(OSError):  # what reads it may have got the same signal, and ended
+                os.write(2, f"\n{name}: {leaves}; once more to leave at once\n".encode())
+        if self._raises:
+            self._raises = False  # not again while this one unwinds
+            raise StoppedEarly(name)
