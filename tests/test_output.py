@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from rich.console import Console
 from test_parallel_pretrain import FLAGS
 from training import write_images
 
+from fastmae.cli.console import WordWrapConsole
 from fastmae.cli.output import forgiving_output
 from fastmae.train.checkpoint import list_checkpoints
 
@@ -35,6 +37,17 @@ def test_ctrl_c_of_a_run_that_is_piped_saves_and_leaves(tmp_path):
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "SIGINT")
     assert list_checkpoints(run / "checkpoints")[0].name == f"step-{status['step']}"
+
+
+def test_a_terminal_breaks_lines_between_words_and_paths_stay_whole():
+    path = f"/folder/{'a' * 30}/file-name.png"
+    for terminal, lines in (
+        (True, ["  one two", "  three:", f"  {path}", ""]),
+        (False, [f"  one two three: {path}", ""]),
+    ):
+        console = WordWrapConsole(file=io.StringIO(), force_terminal=terminal, color_system=None, width=14)
+        console.print(f"  one two three: {path}\n")
+        assert console.file.getvalue().splitlines() == lines
 
 
 def test_what_has_no_place_to_go_is_dropped(monkeypatch, caplog):

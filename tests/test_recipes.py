@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from rich.console import Console
 
+from fastmae.cli.pretrain_begin import _say_config
 from fastmae.presets import PRESETS
 from fastmae.train.config import PretrainConfig, RecipeName, from_json, to_json
 from fastmae.train.flags import apply_flags, validate
@@ -161,6 +164,27 @@ def test_a_resumed_run_has_its_own_version_and_not_the_recipes_of_today(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(to_json(saved)))
     assert _defaults(["pretrain", "--out", str(tmp_path), "--resume"]) == saved
     assert apply_flags(saved, saved, set()).recipe_version == 0
+
+
+def test_a_run_prints_what_differs_from_its_recipe():
+    recipe = RECIPES["imagenet-vit-b"]
+    changed = replace(recipe, train=replace(recipe.train, epochs=100), data=replace(recipe.data, scale=(0.5, 1.0)))
+    for config, lines in (
+        (recipe, []),
+        (
+            apply_flags(changed, recipe, {"epochs"}),
+            [
+                "  --data.scale 0.5 1.0  (recipe: 0.2 1.0)",
+                "  --train.epochs 100  (recipe: 800)",
+                "  --train.warmup-epochs 5.0  (recipe: 40.0)  the recipe's share of the run",
+            ],
+        ),
+    ):
+        console = Console(file=io.StringIO(), width=200)
+        _say_config(config, console)
+        first, *others = console.file.getvalue().splitlines()
+        assert first.startswith(f"Recipe imagenet-vit-b, version {recipe.recipe_version}: ViT-B/16")
+        assert others == lines
 
 
 def row(name: str) -> str:

@@ -205,7 +205,7 @@ def test_epochs_are_in_the_bar_and_a_narrow_terminal_gets_what_matters_most(widt
     assert ("epoch 0.2/100.8" in line) == (width >= 100)
     assert ("lr 2.40e-03" in line) == (width >= 130)
     file = show(ROW | {"epoch": 400.0}, terminal=False, width=width)[-1]
-    assert "epoch 400/800  loss 0.4123  lr 2.40e-03  123,456 images/s  MFU 51%  data 3%  " in file
+    assert "epoch 400.0/800  loss 0.4123  lr 2.40e-03  123,456 images/s  MFU 51%  data 3%  " in file
 
 
 @pytest.mark.parametrize(

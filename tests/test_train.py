@@ -165,6 +165,8 @@ def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
     assert 0 < trainer.step < 10**6
     assert (trainer.run.checkpoints / f"step-{trainer.step}").is_dir()
     assert trainer.run.read_json("status.json")["reason"] == "time limit"
+    text = f"Time limit of 0.00833333 minutes reached at step {trainer.step:,} of 1,000,000\n"
+    assert text in trainer.console.file.getvalue()
 
 
 def test_checkpoints_come_by_steps_and_are_pruned(tmp_path, images):

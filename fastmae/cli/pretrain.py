@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from fastmae.cli.console import WordWrapConsole
 from fastmae.cli.errors import UsageError, mistakes
 from fastmae.cli.pretrain_begin import prepare
 from fastmae.cli.pretrain_end import export, finish
@@ -76,7 +77,7 @@ def _pretrain(
     with mistakes():
         run = _open_run(config, ranks)
     with run, RankLog(run.path, ranks.rank, ranks.size, parallelism.device):
-        console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not parallelism.is_main)
+        console = WordWrapConsole(quiet=not parallelism.is_main)
         try:
             with mistakes(_FLAGS):
                 trainer = prepare(config, run, console, parallelism, ranks, stop, heartbeat)

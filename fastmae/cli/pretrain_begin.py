@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,6 +22,7 @@ from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_ch
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.fit_steps import with_saved_length
+from fastmae.train.flags import flag, scaled_warmup
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.liveness.heartbeat import Heartbeat
@@ -162,11 +164,20 @@ def _say_size(trainer: Trainer, kind: str, batch: str | None) -> None:
 
 
 def _say_config(config: PretrainConfig, console: Console) -> None:
-    """The resolved configuration, a line a flag; what the recipe does not say is bold."""
+    """The recipe and what differs from it, as flags; ``config.json`` has everything."""
     recipe = RECIPES[config.recipe]
-    console.print(f"Recipe {config.recipe}, version {config.recipe_version}: {DESCRIPTIONS[config.recipe]}")
+    later = f" (today's is {recipe.recipe_version})" if config.recipe_version != recipe.recipe_version else ""
+    console.print(f"Recipe {config.recipe}, version {config.recipe_version}{later}: {DESCRIPTIONS[config.recipe]}")
+    warmup = scaled_warmup(config.train, recipe.train)
     for section in ("model", "data", "train", "report"):
         for field in fields(getattr(config, section)):
-            value = getattr(getattr(config, section), field.name)
-            changed = value != getattr(getattr(recipe, section), field.name)
-            console.print(f"  {f'{section}.{field.name}':<33}{value}", style="bold" if changed else None)
+            value, usual = (getattr(getattr(c, section), field.name) for c in (config, recipe))
+            if value != usual:
+                why = "" if usual is None else f"  (recipe: {_as_flag(usual)})"
+                if section == "train" and value is not None and warmup.get(field.name) == value:
+                    why += "  the recipe's share of the run"
+                console.print(f"  {flag(section, field.name)} {_as_flag(value)}{why}")
+
+
+def _as_flag(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

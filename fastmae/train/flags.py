@@ -233,7 +233,7 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
     if given & {"epochs", "steps"} and "fit_steps" not in given:
         train = replace(train, fit_steps=False)
     if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
-        train = replace(train, **_scaled_warmup(train, base))
+        train = replace(train, **scaled_warmup(train, base))
     if (
         given & {"global_batch_size", "masks_per_image"}
         and "batch_size" not in given
@@ -246,7 +246,7 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
     return replace(config, train=train)
 
 
-def _scaled_warmup(train: TrainConfig, base: TrainConfig) -> dict[str, Any]:
+def scaled_warmup(train: TrainConfig, base: TrainConfig) -> dict[str, Any]:
     """The base's warm-up for a run of another length: unchanged, but never a larger share of the run."""
     warmup = {"warmup_epochs": base.warmup_epochs, "warmup_steps": base.warmup_steps}
     if (base.epochs is None) == (base.warmup_epochs is None):

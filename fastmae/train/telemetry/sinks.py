@@ -194,8 +194,8 @@ class Terminal:
         left = max(0.0, min(left, self._deadline - now))
         parts = {"loss": "loss nan" if row["loss"] is None else f"loss {_six_columns(row['loss'])}"}
         if "epoch" in row:
-            total, digits = row["epoch"] / row["step"] * self._total, 1 if row["epoch"] < 100 else 0
-            parts = {"epoch": f"epoch {row['epoch']:.{digits}f}/{total:.4g}", **parts}
+            total = row["epoch"] / row["step"] * self._total
+            parts = {"epoch": f"epoch {row['epoch']:.1f}/{round(total, 1):g}", **parts}
         if row["skipped_steps"]:
             parts["skipped"] = f"{row['skipped_steps']} skipped"  # in place of the learning rate
         else:
