@@ -11,7 +11,7 @@ help:
 	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
 	@echo "make bench-data     the loaders of a CPU, into CPU_RESULTS; IMAGES=FOLDER of JPEGs (about three minutes)"
 	@echo "make report         docs/benchmarks.md, its figures and the README's table, from the committed results"
-	@echo "make gpu            on a CUDA machine: GPU tests, then benchmarks into OUT (default benchmarks/results/<gpu>)"
+	@echo "make gpu            on a CUDA machine: numerics and benchmarks, in nine minutes, into OUT; FLAGS=--second for the rest"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           the slow tests; kill and resume runs KILLS (default 50) times, into SOAK_RESULTS: they must end the same"
 
@@ -61,7 +61,7 @@ report:
 	$(PYTHON) benchmarks/report.py write
 
 gpu:
-	@PYTHON="$(PYTHON)" OUT="$(OUT)" ONLY="$(ONLY)" bash benchmarks/run_gpu.sh
+	$(PYTHON) benchmarks/gpu.py $(if $(OUT),--out $(OUT)) $(FLAGS)
 
 release-check:
 	@OUT="$(OUT)" bash .ci/release-check

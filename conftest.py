@@ -21,6 +21,7 @@ def pytest_addoption(parser):
     group.addoption("--no-compile", action="store_true", help="no torch.compile columns on CUDA either")
     group.addoption("--levers", action="store_true", help="the step benchmark: each lever on its own as well")
     group.addoption("--bf16-residual", action="store_true", help="the step benchmark: it compiled, too")
+    group.addoption("--json-lines", metavar="FILE", help="append each result to this file as soon as it is there")
     group.addoption(
         "--images", metavar="FOLDER", help="the loader benchmark: its JPEGs (default: cut from photographs)"
     )

@@ -1,4 +1,5 @@
-"""Attention at the lengths of a masked autoencoder: each backend, forward and backward, from one packed projection.
+"""Attention at the lengths of a masked autoencoder: each backend, forward and backward, from one packed projection, or
+from one of queries and one of keys and values where only some rows are asked for.
 
 ``sdpa`` is PyTorch's own choice among its kernels; ``sdpa-flash``, ``sdpa-cudnn`` and ``sdpa-efficient`` are those
 kernels by name. ``choose_attention.py`` makes from the result what ``backend="auto"`` picks.
@@ -7,6 +8,8 @@ kernels by name. ``choose_attention.py`` makes from the result what ``backend="a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from contest import Contest, Unavailable
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastmae.ops import _attention_triton, _xformers, attention_qkvpacked
+from fastmae.ops import _attention_triton, _xformers, attention_kvpacked, attention_qkvpacked
 from fastmae.ops._attention_choice import device_key
 
 CUDA = torch.cuda.is_available()
@@ -58,38 +61,47 @@ def missing(name: str, device: torch.device, dtype: torch.dtype, tokens: int, di
     return None
 
 
-def named_kernel(kernel: SDPBackend, qkv: Tensor) -> Tensor:
-    with sdpa_kernel(kernel):
-        return attention_qkvpacked(qkv, "sdpa")
+def attend(name: str, inputs: list[Tensor]) -> Tensor:
+    """Attention by a competitor, of one packed tensor or of queries and packed keys and values."""
+    attention = attention_qkvpacked if len(inputs) == 1 else attention_kvpacked
+    with sdpa_kernel(KERNELS[name]) if name in KERNELS else nullcontext():
+        return attention(*inputs, "sdpa" if name in KERNELS else name)
 
 
-def build(dtype_name: str, tokens: int, dim: int, device: torch.device) -> Contest:
-    dtype = getattr(torch, dtype_name)
-    qkv = torch.randn(BATCH, tokens, 3, HEADS, dim, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(BATCH, tokens, HEADS, dim, device=device).to(dtype)
+def build(
+    dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None = None, tiles: bool = False
+) -> Contest:
+    """``queries``: that many rows attend to all tokens. ``tiles``: each tile of our kernels takes part too."""
+    dtype, rows = getattr(torch, dtype_name), queries or tokens
+    sizes = [(tokens, 3)] if queries is None else [(queries, 1), (tokens, 2)]
+    inputs = [torch.randn(BATCH, n, parts, HEADS, dim, device=device).to(dtype) for n, parts in sizes]
+    inputs = [(x.squeeze(2) if x.shape[2] == 1 else x).requires_grad_() for x in inputs]
+    grad = torch.randn(BATCH, rows, HEADS, dim, device=device).to(dtype)
 
-    def step(attend: Callable[[Tensor], Tensor]) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(attend(qkv), qkv, grad)
+    def step(function: Callable[[list[Tensor]], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(inputs), inputs, grad)
 
     calls = {}
     for name in COMPETITORS:
-        if reason := missing(name, device, dtype, tokens, dim):
-            calls[name] = Unavailable(reason)
-        elif name in KERNELS:
-            calls[name] = step(lambda x, kernel=KERNELS[name]: named_kernel(kernel, x))
-        else:
-            calls[name] = step(lambda x, name=name: attention_qkvpacked(x, name))
-    heads, row = BATCH * HEADS, tokens * dim
+        reason = missing(name, device, dtype, tokens, dim)
+        calls[name] = Unavailable(reason) if reason else step(partial(attend, name))
+    heads = BATCH * HEADS
     return Contest(
-        f"attention, {dtype_name} {tokens} tokens of {dim}",
+        f"attention, {dtype_name} {f'{queries} of ' if queries else ''}{tokens} tokens of {dim}",
         calls,
         # Forward q, k, v and the output; backward q, k, v, the output's gradient and three gradients.
-        useful_bytes=heads * row * 11 * dtype.itemsize,
+        useful_bytes=heads * dim * (5 * rows + 6 * tokens) * dtype.itemsize,
         # Two products forward; backward the scores again, and four.
-        flops=heads * 7 * 2 * tokens * row,
+        flops=heads * 7 * 2 * rows * tokens * dim,
         dtype=dtype,
         seconds=0.2 if CUDA else 1.2,
     )
+
+
+def facts(dtype: str, tokens: int, head_dim: int, device: torch.device) -> dict:
+    """What ``choose_attention.py`` reads of a result."""
+    key = device_key(device.type)
+    return {"dtype": dtype, "tokens": tokens, "head_dim": head_dim, "device_key": key, "torch": torch.__version__}
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
@@ -97,8 +109,5 @@ def build(dtype_name: str, tokens: int, dim: int, device: torch.device) -> Conte
 def bench_attention(compete, benchmark, device, request, case, competitor):
     if device.type == "cpu" and case[0] == "bfloat16" and request.getfixturevalue("dtype") == torch.float32:
         pytest.skip("this CPU is faster in fp32")
-    dtype, tokens, head_dim = case
-    benchmark.extra_info.update(
-        dtype=dtype, tokens=tokens, head_dim=head_dim, device_key=device_key(device.type), torch=torch.__version__
-    )
+    benchmark.extra_info.update(facts(*case, device))
     compete(build, *case, device)

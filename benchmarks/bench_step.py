@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -61,13 +62,13 @@ class Track:
 
     lr = 1e-5
 
-    def __init__(self, architecture: str | dict, batch: int, device: torch.device):
+    def __init__(self, architecture: str | dict, batch: int, device: torch.device, cuda: Any = torch.cuda):
         options = {"norm_pix_loss": True, "seed": 0}
         named = isinstance(architecture, str)
         self.fast = create_model(architecture, **options) if named else MaskedAutoencoderViT(**architecture, **options)
         self.fast.to(device).train()
         torch.backends.cudnn.benchmark = True  # as facebookresearch/mae's training script sets it
-        self.batch, self.device, self.position = batch, device, 0
+        self.batch, self.device, self.cuda, self.position = batch, device, cuda, 0
         self.images = self.draw_images().to(device)
         mean, std = (s.view(1, 3, 1, 1) for s in (self.fast.mean, self.fast.std))
         self.pixels = ((self.images / 255 - mean) / std).contiguous()
@@ -151,12 +152,17 @@ class Track:
                 with torch.autocast(device, dtype=recipe.dtype, enabled=recipe.dtype != torch.float32):
                     value = forward(masking)
                 scaler.scale(value).backward()
+            self.clip(recipe)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             return value.detach()
 
         return step
+
+    def clip(self, recipe: Recipe) -> None:
+        if recipe.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.fast.parameters(), recipe.clip_grad)
 
     def draw_masks(self):
         self.position += 1
@@ -174,21 +180,22 @@ class Track:
 
         def work() -> None:
             with around():
-                with torch.autocast("cuda", dtype=recipe.dtype):
+                with torch.autocast(self.device.type, dtype=recipe.dtype):
                     value = forward(masking)
                 value.backward()
+            self.clip(recipe)
             self.capturable.step()
             self.capturable.zero_grad(set_to_none=True)
 
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        aside = self.cuda.Stream()
+        aside.wait_stream(self.cuda.current_stream())
+        with self.cuda.stream(aside):
             for _ in range(3):
                 work()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
+        self.cuda.current_stream().wait_stream(aside)
+        graph = self.cuda.CUDAGraph()
         # One graph leaves nothing that the next one has to find, so that all may use the same memory.
-        with torch.cuda.graph(graph, pool=self.graph_memory):
+        with self.cuda.graph(graph, pool=self.graph_memory):
             work()
         self.graph_memory = graph.pool()
 
@@ -223,13 +230,17 @@ def pytest_generate_tests(metafunc):
 
 
 def build(
-    model: tuple[str, int], recipes: dict[str, Recipe], device: torch.device, job: str = "training step"
+    model: tuple[str, int],
+    recipes: dict[str, Recipe],
+    device: torch.device,
+    job: str = "training step",
+    cuda: Any = torch.cuda,
 ) -> Contest:
     name, batch = model
-    track = Track(MODELS[name][1], batch, device)
+    track = Track(MODELS[name][1], batch, device, cuda)
     steps: dict = {}
     for competitor, recipe in recipes.items():
-        reason = missing(competitor, recipe, device)
+        reason = missing(competitor, recipe, device, cuda)
         if reason:
             steps[competitor] = Unavailable(reason)
         elif competitor.startswith("transformers"):
@@ -238,10 +249,10 @@ def build(
             steps[competitor] = later(partial(track.step, recipe))
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
     return Contest(
-        f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False,
+        f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False, hides_host=False,
         resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
         unseen_memory={competitor for competitor, recipe in recipes.items() if in_graphs(recipe)},
-        dtype=recipes["fastmae"].dtype,
+        dtype=recipes.get("fastmae", Recipe()).dtype,
     )  # fmt: skip
 
 

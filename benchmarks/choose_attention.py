@@ -11,31 +11,36 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from report import slim
 
 # PyTorch's kernels by name are measured to know them; only these can be picked.
 BACKENDS = ("plain", "sdpa", "triton", "xformers")
-TABLE = Path(__file__).parents[1] / "fastmae" / "ops" / "attention_choices.json"
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "fastmae" / "ops" / "attention_choices.json"
 
 
-def choices(results: Iterable[dict]) -> dict:
-    """The table: for every kind of device the names, the versions of PyTorch, and a row for each measured shape."""
+def choices(results: Iterable[dict], without: Collection[str] = ()) -> dict:
+    """The table: for every kind of device the names, the versions of PyTorch, and a row for each measured shape.
+
+    ``without``: backends that are not to be picked.
+    """
     found: dict[str, dict[tuple, dict[str, list[float]]]] = {}
     origins: dict[str, dict[str, set[str]]] = {}
     for result in map(slim, results):
         for one in result["benchmarks"]:
-            if one["competitor"] not in BACKENDS:
+            if one["competitor"] not in BACKENDS or one["competitor"] in without:
                 continue
             shapes = found.setdefault(one["device_key"], {})
             origin = origins.setdefault(one["device_key"], {"devices": set(), "torch": set()})
             origin["devices"].add(result["machine"]["device"])
             origin["torch"].add(one["torch"])
             ratios = shapes.setdefault((one["dtype"], one["tokens"], one["head_dim"]), {})
-            ratio = 1.0 if one["competitor"] == "sdpa" else one["ratios"]["sdpa"]
-            ratios.setdefault(one["competitor"], []).append(ratio)
+            ratio = 1.0 if one["competitor"] == "sdpa" else one.get("ratios", {}).get("sdpa")
+            if ratio is not None:
+                ratios.setdefault(one["competitor"], []).append(ratio)
     return {
         key: {
             **{name: sorted(values) for name, values in origins[key].items()},
@@ -67,6 +72,11 @@ def write(tables: dict) -> str:
         lines += [",\n".join(json.dumps(row) for row in entry["rows"])]
         lines += ["]}" + ("," if i + 1 < len(tables) else "")]
     return "\n".join([*lines, "}", "}", ""])
+
+
+def committed() -> list[dict]:
+    """Results of other machines, which the table keeps."""
+    return [json.loads(path.read_text()) for path in sorted(ROOT.glob("benchmarks/results/*/attention.json"))]
 
 
 def main() -> None:

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from contest import Contest, Replay, Results, Unavailable, arm, hold, table
-from measure import Meter
+from gpu_results import JsonLines, write_contest
+from measure import Meter, describe_machine
 from step_recipes import usual_precision
 
-import fastmae
 from fastmae.train.parallel import DTYPES
 
 _REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
 _USUAL_SECONDS = 5.0
 """Of a contest, all in all, until some have been held and tell how long they take here."""
-_PACKAGES = (
-    "torch", "torchvision", "triton", "transformers", "timm", "xformers", "apex", "pillow", "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130", "webdataset", "pytest-benchmark",
-)  # fmt: skip
 
 
 def pytest_configure(config):
@@ -54,22 +50,7 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_benchmark_update_machine_info(config, machine_info):
     """What a result has to be read with."""
     cpu = machine_info["cpu"].get("brand_raw") or platform.machine()
-    machine_info["fastmae"] = {
-        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else cpu,
-        "cpu": cpu,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "versions": {"python": platform.python_version(), "fastmae": fastmae.__version__}
-        | {p: v for p in _PACKAGES if (v := _version(p))},
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    machine_info["fastmae"] = describe_machine(cpu)
 
 
 @pytest.fixture(scope="session")
@@ -164,11 +145,13 @@ def compete(request, benchmark, meter, progress, _current) -> Callable[..., None
             say(config, f"{progress()} {contest.group}: warming up {', '.join(names)}")
             _current["results"] = hold(
                 contest, names, meter, config.getoption("--rounds"),
-                lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
+                announce=lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
             )  # fmt: skip
             lines = table(contest, _current["results"])
             config.stash[_TABLES].append(lines)
             say(config, *lines[1:])
+            if path := config.getoption("--json-lines"):
+                write_contest(JsonLines(Path(path), item.function.__name__), contest, _current["results"])
         results: Results = _current["results"]
         if name in results.errors:
             pytest.fail(results.errors[name], pytrace=False)

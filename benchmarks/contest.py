@@ -103,6 +103,8 @@ class Contest:
         unseen_memory: competitors whose memory is a CUDA graph's, which the allocator does not count.
         calls: calls in a row that are timed as one.
         flush: whether the device's cache is emptied before.
+        hides_host: whether a call's kernels are all queued before the first starts. Not for whole steps, whose Python
+            is part of them.
         seconds: time for all rounds together, where --rounds does not say how many.
         facts: more to report about a competitor, from its name and the number of rounds.
     """
@@ -118,6 +120,7 @@ class Contest:
     unseen_memory: Collection[str] = ()
     calls: int = 1
     flush: bool = True
+    hides_host: bool = True
     seconds: float = 1.0
     facts: Callable[[str, int], dict] | None = None
 
@@ -137,21 +140,35 @@ def hold(
     meter: Meter,
     rounds: int | None = None,
     announce: Callable[[int, float], None] = lambda rounds, seconds: None,
+    report: Callable[[str, float | str], None] = lambda name, found: None,
 ) -> Results:
     """Warm up, then run the named competitors round by round, from 5 to 200 rounds unless ``rounds`` is given.
 
-    ``announce`` gets the number of rounds and their expected seconds before the first of them.
+    ``announce`` gets the number of rounds and their expected seconds before the first of them, ``report`` the name of a
+    competitor and its seconds at each measurement, or its error, as soon as they are known.
     """
     errors: dict[str, str] = {}
     once: dict[str, float] = {}
+    queued: dict[str, float] = {}
+    covered: dict[str, list[bool]] = {}
+
+    def measure(name: str) -> float:
+        cover = queued[name] if contest.hides_host else None
+        seconds = meter.time(arm(contest.competitors[name]), contest.calls, contest.flush, cover)
+        covered.setdefault(name, []).append(meter.covered)
+        report(name, seconds)
+        return seconds
+
     for name in names:
         try:
-            for _ in range(3 if meter.is_cuda else 1):
+            for _ in range(2 if meter.is_cuda else 0):
                 arm(contest.competitors[name])()
-            once[name] = meter.time(arm(contest.competitors[name]), contest.calls, contest.flush)
+            queued[name] = meter.queue_seconds(arm(contest.competitors[name]))
+            once[name] = measure(name)
         except Exception as error:  # one that fails must not take the others with it; its own test raises this
             # As text: the traceback itself would hold on to the memory of what failed.
             errors[name] = "".join(traceback.format_exception(error))
+            report(name, errors[name])
     names = list(once)
     if rounds is None:
         rounds = int(max(5, min(200, contest.seconds / (sum(once.values()) * contest.calls + 1e-4))))
@@ -161,8 +178,14 @@ def hold(
         # Nobody always runs behind the same one.
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
-            times[name].append(meter.time(arm(contest.competitors[name]), contest.calls, contest.flush))
-    return Results(times, errors, {name: _describe(contest, name, times, meter) for name in names})
+            times[name].append(measure(name))
+    results = Results(times, errors, {name: _describe(contest, name, times, meter) for name in names})
+    for name in names if meter.is_cuda else ():
+        results.info[name] |= {
+            "queue_seconds": queued[name],
+            "hidden_share": sum(covered[name]) / len(covered[name]) if contest.hides_host else None,
+        }
+    return results
 
 
 def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter: Meter) -> dict:

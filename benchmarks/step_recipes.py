@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from levers import Levers
@@ -25,7 +26,9 @@ class Recipe:
     apex_adam: bool = False
     compile: bool = False
     compile_mode: str = "default"
+    backend: str = "inductor"
     graph: bool = False
+    clip_grad: float | None = None
     dtype: torch.dtype = torch.bfloat16
 
 
@@ -66,7 +69,10 @@ MODES = {
 
 
 def compiled(loss: Callable, recipe: Recipe) -> Callable:
-    return torch.compile(loss, dynamic=False, mode=recipe.compile_mode) if recipe.compile else loss
+    if not recipe.compile:
+        return loss
+    mode = recipe.compile_mode if recipe.backend == "inductor" else None
+    return torch.compile(loss, dynamic=False, mode=mode, backend=recipe.backend)
 
 
 def usual_precision(device: torch.device) -> tuple[str, str]:
@@ -87,15 +93,15 @@ def in_graphs(recipe: Recipe) -> bool:
     return recipe.graph or uses_cuda_graphs(recipe.compile_mode)
 
 
-def missing(competitor: str, recipe: Recipe, device: torch.device) -> str | None:
-    """Why a competitor cannot run here, or None."""
+def missing(competitor: str, recipe: Recipe, device: torch.device, cuda: Any = torch.cuda) -> str | None:
+    """Why a competitor cannot run here, or None; ``cuda`` may be a stand-in for ``torch.cuda``."""
     if recipe.dtype == torch.float16 and device.type != "cuda":
         return "fp16 training is for CUDA"
     levers = recipe.levers or Levers()
     in_bf16 = recipe.residual_dtype == "bfloat16" or levers.bf16_residual or levers.cast_once
     if recipe.dtype == torch.float32 and in_bf16:
         return "a lever of bf16 training"
-    if in_graphs(recipe) and device.type != "cuda":
+    if in_graphs(recipe) and device.type != "cuda" and cuda is torch.cuda:
         return "graphs are for CUDA"
     if competitor.startswith("transformers") and find_spec("transformers") is None:
         return "transformers is not installed"

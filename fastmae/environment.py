@@ -98,7 +98,7 @@ def _devices() -> list[tuple[str, str]]:
     if "SC_PHYS_PAGES" in os.sysconf_names:
         memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     cpu = (
-        f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}{memory}, {usable} of {os.cpu_count()} logical "
+        f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}{memory}, {usable} of {os.cpu_count()} logical "
         f"cores usable, torch uses {torch.get_num_threads()} threads"
     )
     rows = [("cpu", cpu)]
@@ -117,7 +117,7 @@ def _devices() -> list[tuple[str, str]]:
     return rows
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -35,7 +35,7 @@ class FakeMeter(Meter):
     def __init__(self) -> None:
         super().__init__(CPU)
 
-    def time(self, call, calls=1, flush=True):
+    def time(self, call, calls=1, flush=True, queue_seconds=None):
         return call()
 
 
@@ -70,7 +70,7 @@ def test_one_that_fails_takes_no_other_with_it():
 
 def test_what_is_prepared_is_not_timed():
     meter, events = FakeMeter(), []
-    meter.time = lambda call, calls=1, flush=True: events.append("clock") or call()
+    meter.time = lambda call, *_: events.append("clock") or call()
     prepared = Prepared(lambda: events.append("prepare"), lambda made: events.append("call") or 1.0)
     hold(Contest("x", {"a": prepared}), ["a"], meter, rounds=2)
     assert events == ["prepare", "call"] + 3 * ["prepare", "clock", "call"]

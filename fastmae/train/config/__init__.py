@@ -11,12 +11,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from fastmae.train.config.data import DataConfig
 from fastmae.train.config.model import ModelConfig
 from fastmae.train.config.report import ReportConfig
 from fastmae.train.config.train import TrainConfig
+
+try:
+    from tyro.conf import Suppress
+except ImportError:  # only the command line parses flags; training and benchmarks run without its parser
+    Suppress = None
 
 __all__ = [
     "DataConfig",
@@ -55,7 +58,7 @@ class PretrainConfig:
     """Continue the run in --out from its newest checkpoint, with its configuration; flags given here override it."""
     recipe: RecipeName = "photographs"
     """Where the defaults of all other flags come from. With --data.path and no recipe: small-data."""
-    recipe_version: Annotated[int, tyro.conf.Suppress] = 1
+    recipe_version: Annotated[int, Suppress] = 1
     """Version of the recipe; the recipe sets it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
