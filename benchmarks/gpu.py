@@ -173,7 +173,7 @@ class Run:
         """Let the waiting processes run, to their end or to their time."""
         log, begun = self.out / "log.txt", self.seconds()
         where = log.stat().st_size
-        deadline = min(stage.until, begun + stage.limit)
+        deadline = float("inf") if self.dry_run else min(stage.until, begun + stage.limit)
         for process in processes:
             _tell(process)
         while self.seconds() < deadline and any(process.poll() is None for process in processes):
@@ -210,7 +210,7 @@ class Run:
         for stage, following in zip(stages, (*stages[1:], None), strict=True):
             processes = waiting
             waiting = self.start(following) if following else []
-            if self.seconds() >= stage.until:
+            if self.seconds() >= stage.until and not self.dry_run:
                 self.stop(processes)
                 self._ended_badly(stage.name, "left out: its time was gone")
                 continue
