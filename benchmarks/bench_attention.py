@@ -7,13 +7,13 @@ kernels by name. ``choose_attention.py`` makes from the result what ``backend="a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
-from contest import Contest, Unavailable
+from contest import Competitor, Contest, Unavailable, gradient
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -68,14 +68,68 @@ def attend(name: str, inputs: list[Tensor]) -> Tensor:
         return attention(*inputs, "sdpa" if name in KERNELS else name)
 
 
-def build(
-    dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None = None, tiles: bool = False
-) -> Contest:
-    """``queries``: that many rows attend to all tokens. ``tiles``: each tile of our kernels takes part too."""
-    dtype, rows = getattr(torch, dtype_name), queries or tokens
+class Tiled(torch.autograd.Function):
+    """Our kernels in tiles that are given; None means the default."""
+
+    @staticmethod
+    def forward(ctx, forward_tile, backward_tile, *inputs):
+        out, lse = _attention_triton.forward(*_parts(inputs), forward_tile)
+        ctx.save_for_backward(lse, *inputs)
+        ctx.tile = backward_tile
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        lse, *inputs = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in inputs]
+        _attention_triton.backward(grad, lse, *_parts(inputs), *_parts(grads), ctx.tile)
+        return None, None, *grads
+
+
+def _parts(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Queries, keys and values, of one packed tensor or of queries and packed keys and values."""
+    return inputs[0].unbind(2) if len(inputs) == 1 else (inputs[0], *inputs[1].unbind(2))
+
+
+def tiles(dtype: torch.dtype, tokens: int, dim: int, queries: int | None) -> tuple[list, list]:
+    """Candidates for the forward and for the backward, the default first."""
+    size = (queries or tokens, tokens)
+    forward = _attention_triton.forward_tiles(*size, dtype.itemsize)
+    return forward, _attention_triton.backward_tiles(*size, dim, dtype.itemsize)
+
+
+def make_inputs(
+    n: int, dtype: torch.dtype, tokens: int, dim: int, device: torch.device, queries: int | None = None,
+    heads: int = HEADS,
+) -> list[Tensor]:  # fmt: skip
+    """One packed tensor, or queries and packed keys and values."""
     sizes = [(tokens, 3)] if queries is None else [(queries, 1), (tokens, 2)]
-    inputs = [torch.randn(BATCH, n, parts, HEADS, dim, device=device).to(dtype) for n, parts in sizes]
-    inputs = [(x.squeeze(2) if x.shape[2] == 1 else x).requires_grad_() for x in inputs]
+    made = [torch.randn(n, length, parts, heads, dim, device=device).to(dtype) for length, parts in sizes]
+    return [(x.squeeze(2) if x.shape[2] == 1 else x).requires_grad_() for x in made]
+
+
+def build_tiles(
+    dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None, backward: bool
+) -> Contest:
+    """Each tile of our kernels, forward alone or backward alone."""
+    dtype = getattr(torch, dtype_name)
+    inputs = make_inputs(BATCH, dtype, tokens, dim, device, queries)
+
+    def competitor(tile) -> Competitor:
+        if backward:
+            return gradient(lambda: Tiled.apply(None, tile, *inputs), inputs)
+        return torch.no_grad()(lambda: Tiled.apply(tile, None, *inputs))
+
+    found = tiles(dtype, tokens, dim, queries)[backward]
+    calls = {f"{t.queries} queries, {t.warps} warps, {t.stages} stages": competitor(t) for t in found}
+    shape = f"{dtype_name} {f'{queries} of ' if queries else ''}{tokens} tokens of {dim}"
+    return Contest(f"attention tiles, {'backward' if backward else 'forward'}, {shape}", calls, seconds=0.2)
+
+
+def build(dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None = None) -> Contest:
+    """``queries``: only that many rows attend, to all tokens."""
+    dtype, rows = getattr(torch, dtype_name), queries or tokens
+    inputs = make_inputs(BATCH, dtype, tokens, dim, device, queries)
     grad = torch.randn(BATCH, rows, HEADS, dim, device=device).to(dtype)
 
     def step(function: Callable[[list[Tensor]], Tensor]) -> Callable[[], object]:

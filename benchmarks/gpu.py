@@ -56,7 +56,7 @@ class Stage:
 
 FIRST = (
     Stage("ceilings", 32, parts=2),  # the environment beside the measurements
-    Stage("numerics", 95, parts=8, compiles=True),
+    Stage("numerics", 95, parts=12, compiles=True),
     Stage("attention", 125),
     Stage("large", 175),
     Stage("compilation", 290, parts=4, compiles=True),

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+import bench_attention
 import plain
 import torch
 import torch.nn.functional as F
@@ -127,6 +129,7 @@ def cases(device: torch.device, tiny: bool) -> list[Case]:
         _pixels(device, 128, 224, 14, 64),
         _masks(device, 256, 196),
         _masks(device, 128, 256),
+        _attention_tiles(device, 64, [(50, 50, 16, 64), (197, 197, 16, 32), (147, 197, 16, 32)]),
     )
     return [case for group in groups for case in group]
 
@@ -192,27 +195,47 @@ def _linears(device: torch.device, rows: int, widths: list[tuple[int, int]]) -> 
 
 
 def _attentions(device: torch.device, n: int, shapes: list[tuple[int, int, int, int]]) -> Iterable[Case]:
-    """Triton's kernels where they run, through each tile that is swept; else what "auto" picks."""
-
-    def make(queries: int, keys: int, heads: int, dim: int) -> Arguments:
-        r = partial(_random, device, dtype=BF16)
-        if queries == keys:
-            return {"qkv": r(n, keys, 3, heads, dim)}
-        return {"q": r(n, queries, heads, dim), "kv": r(n, keys, 2, heads, dim)}
-
-    def composed(qkv=None, q=None, kv=None):
-        parts = (q, *kv.unbind(2)) if qkv is None else qkv.unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in parts)
-        scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
-        return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
+    """Triton's kernels where they run, else what "auto" picks."""
 
     def ours(qkv=None, q=None, kv=None):
         backend = "triton" if device.type == "cuda" else "auto"
         return ops.attention_kvpacked(q, kv, backend) if qkv is None else ops.attention_qkvpacked(qkv, backend)
 
+    for shape in shapes:
+        yield Case(
+            "attention", _attention_name(n, *shape), ours, _attend, partial(_attention_inputs, device, n, *shape)
+        )
+
+
+def _attention_tiles(device: torch.device, n: int, shapes: list[tuple[int, int, int, int]]) -> Iterable[Case]:
+    """Our kernels in each tile of the sweep, which also compiles them. A wrong one is no fault of the op's defaults."""
     for queries, keys, heads, dim in shapes:
-        name = f"{n} x {queries} of {keys} tokens, {heads} heads of {dim}"
-        yield Case("attention", name, ours, composed, partial(make, queries, keys, heads, dim))
+        candidates = bench_attention.tiles(BF16, keys, dim, None if queries == keys else queries)
+        for pair in zip_longest(*candidates):
+
+            def ours(qkv=None, q=None, kv=None, pair=pair):
+                return bench_attention.Tiled.apply(*pair, *([q, kv] if qkv is None else [qkv]))
+
+            name = f"{_attention_name(n, queries, keys, heads, dim)}, {pair}"
+            make = partial(_attention_inputs, device, n, queries, keys, heads, dim)
+            yield Case("attention tiles", name, ours, _attend, make)
+
+
+def _attention_name(n: int, queries: int, keys: int, heads: int, dim: int) -> str:
+    return f"{n} x {queries} of {keys} tokens, {heads} heads of {dim}"
+
+
+def _attention_inputs(device: torch.device, n: int, queries: int, keys: int, heads: int, dim: int) -> Arguments:
+    inputs = bench_attention.make_inputs(n, BF16, keys, dim, device, None if queries == keys else queries, heads)
+    return dict(zip(["qkv"] if queries == keys else ["q", "kv"], inputs, strict=True))
+
+
+def _attend(qkv: Tensor | None = None, q: Tensor | None = None, kv: Tensor | None = None) -> Tensor:
+    """Attention written out, the softmax in float32."""
+    parts = (q, *kv.unbind(2)) if qkv is None else qkv.unbind(2)
+    q, k, v = (part.transpose(1, 2) for part in parts)
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
 
 def _tokens(device: torch.device, n: int, length: int, keep: int, dims: Sequence[int], out: int) -> Iterable[Case]:

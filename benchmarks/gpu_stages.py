@@ -213,13 +213,22 @@ def numerics(run: Run) -> None:
 def attention(run: Run) -> None:
     """All backends and each tile of ours, then the table of choices from what was measured."""
     cases = [(50, 64, None), (197, 32, None), (197, 32, 147), (65, 80, None), (257, 32, None), (257, 32, 192)]
+    cases = [(5, 16, None), (5, 16, 3)] if run.dry else cases
     dtype = "float32" if run.dry else "bfloat16"
-    for tokens, dim, queries in [(5, 16, None), (5, 16, 3)] if run.dry else cases:
+    for tokens, dim, queries in cases:
         # The table is of self-attention.
         facts = {} if queries else bench_attention.facts(dtype, tokens, dim, run.device)
         with run.attempt("attention", f"{queries or tokens} of {tokens} tokens of {dim}"):
-            contest = bench_attention.build(dtype, tokens, dim, run.device, queries, tiles=True)
-            run.contest(contest, ("attention",), **facts)
+            run.contest(bench_attention.build(dtype, tokens, dim, run.device, queries), ("attention",), **facts)
+    for tokens, dim, queries in cases[:3]:
+        reason = bench_attention.missing("triton", run.device, torch.bfloat16, tokens, dim)
+        for backward in (False, True):
+            with run.attempt("attention tiles", f"{queries or tokens} of {tokens} tokens of {dim}"):
+                contest = bench_attention.build_tiles("bfloat16", tokens, dim, run.device, queries, backward)
+                if reason:
+                    run.write("unavailable", group=contest.group, competitor="all", reason=reason)
+                else:
+                    run.contest(contest, ())
     with run.attempt("attention", "table of choices"):
         measured = json.loads(as_files(read_lines(run.results.path))["attention.json"])
         without = ("triton",) if "attention" in run.wrong_ops() else ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,11 @@ from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import _attention_triton as op
 from fastmae.ops import _dispatch, random_masking
 from fastmae.ops.attention import attention, attention_kvpacked, attention_qkvpacked
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import bench_attention  # noqa: E402
+from contest import arm  # noqa: E402
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.ops
@@ -143,6 +151,23 @@ def test_any_tile_gives_the_same(queries, keys, device):
         op.backward(grad, lse, q, k, v, *gradients[-1], tile)
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-2, atol=1e-3)
+
+
+@needs_a_kernel
+@pytest.mark.parametrize("queries", [None, 5])
+def test_the_sweep_of_tiles_runs_and_computes_attention(queries, device, monkeypatch):
+    monkeypatch.setattr(bench_attention, "BATCH", 1)
+    monkeypatch.setattr(bench_attention, "HEADS", 2)
+    for backward in (False, True):
+        contest = bench_attention.build_tiles("float16", 17, 16, device, queries, backward)
+        assert len(contest.competitors) >= 2
+        for competitor in contest.competitors.values():
+            arm(competitor)()
+    inputs = tuple(bench_attention.make_inputs(1, torch.float16, 17, 16, device, queries))
+    function = attention_kvpacked if queries else attention_qkvpacked
+    grad = torch.randn(1, queries or 17, 2, 16, device=device)
+    tiled = run(lambda *x: bench_attention.Tiled.apply(None, None, *x), inputs, grad)
+    assert all(map(torch.equal, tiled, run(lambda *x: function(*x, "triton"), inputs, grad)))
 
 
 @needs_a_kernel

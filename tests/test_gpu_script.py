@@ -196,7 +196,8 @@ def test_wrong_numerics_are_recorded_and_mark_only_what_they_touch(factor, tmp_p
 
 def test_sixty_cases_or_so_at_training_shapes():
     names = [(case.op, case.name) for case in gpu_numerics.cases(torch.device("meta"), tiny=False)]
-    assert 55 <= len(names) == len(set(names)) <= 90
+    assert len(names) == len(set(names))
+    assert 55 <= sum(op != "attention tiles" for op, _ in names) <= 80
 
 
 def test_an_op_that_raises_is_a_failed_case_with_its_message():
