@@ -100,11 +100,11 @@ def tiles(dtype: torch.dtype, tokens: int, dim: int, queries: int | None) -> tup
 
 def make_inputs(
     n: int, dtype: torch.dtype, tokens: int, dim: int, device: torch.device, queries: int | None = None,
-    heads: int = HEADS,
+    heads: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """One packed tensor, or queries and packed keys and values."""
     sizes = [(tokens, 3)] if queries is None else [(queries, 1), (tokens, 2)]
-    made = [torch.randn(n, length, parts, heads, dim, device=device).to(dtype) for length, parts in sizes]
+    made = [torch.randn(n, length, parts, heads or HEADS, dim, device=device).to(dtype) for length, parts in sizes]
     return [(x.squeeze(2) if x.shape[2] == 1 else x).requires_grad_() for x in made]
 
 
