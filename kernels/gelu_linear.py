@@ -29,7 +29,8 @@ def bias_gelu_fwd_kernel(
     b_h = tl.load(h_ptr + o, mask=m, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         b_h += tl.load(bias_ptr + i_f, mask=m_f, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_ptr + o, (b_h * _normal_cdf(b_h)).to(out_ptr.dtype.element_ty), mask=m)
+    b_tail, _ = _normal_tail(b_h)
+    tl.store(out_ptr + o, (tl.maximum(b_h, 0.0) - tl.abs(b_h) * b_tail).to(out_ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["num_rows", "chunk"])
@@ -66,10 +67,10 @@ def bias_gelu_bwd_kernel(
         o = i_row.to(tl.int64)[:, None] * F + i_f[None, :]
         b_grad = tl.load(grad_ptr + o, mask=m, other=0.0).to(tl.float32)
         b_h = tl.load(h_ptr + o, mask=m, other=0.0).to(tl.float32) + b_bias[None, :]
-        b_cdf = _normal_cdf(b_h)
-        # 1 / sqrt(2 pi); exp(-h^2 / 2) as a power of two.
-        b_pdf = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * b_h * b_h)
-        b_grad = b_grad * (b_cdf + b_h * b_pdf)
+        b_tail, b_exp = _normal_tail(b_h)
+        b_cdf = tl.where(b_h < 0.0, b_tail, 1.0 - b_tail)
+        # The derivative is cdf + h pdf; 0.3989 is 1 / sqrt(2 pi).
+        b_grad *= b_cdf + 0.3989422804014327 * b_h * b_exp
         b_sum += b_grad
         tl.store(grad_h_ptr + o, b_grad.to(grad_h_ptr.dtype.element_ty), mask=m)
         tl.store(activated_ptr + o, (b_h * b_cdf).to(activated_ptr.dtype.element_ty), mask=m)
@@ -79,21 +80,21 @@ def bias_gelu_bwd_kernel(
 
 
 @triton.jit
-def _normal_cdf(b_h):
-    """The normal distribution function in float32, absolute error below 3e-7.
+def _normal_tail(b_h):
+    """``1 - cdf(|h|)`` of the normal distribution and ``exp(-h^2 / 2)``, in float32.
 
-    ``erfc(z) = t exp(-z^2) 2^q(t)`` with ``t = 1 / (1 + z / 2)``, q the Chebyshev interpolant of degree 8 for |h| < 15.
-    Fewer instructions than the library's erf, which evaluates two polynomials and would make the pass wait for
-    arithmetic; and in the lower tail, where 1 + erf cancels, it keeps its digits.
+    The tail is ``t F(t) exp(-h^2 / 2)`` with ``t = 1 / (1 + 0.26 |h|)`` and F a polynomial, fitted for the smallest
+    relative error over |h| < 8: 3e-7. It takes fewer instructions than the library's erf and keeps its digits where
+    ``1 + erf`` cancels. The reciprocal is an ``rsqrt`` because that is a single instruction on every target, within two
+    ulp; a division would be eight on NVIDIA and more on AMD.
     """
-    b_t = 1.0 / (1.0 + 0.3535533905932738 * tl.abs(b_h))
-    b_q = 0.11109660565853119 * b_t - 0.787206768989563
-    b_q = b_q * b_t + 2.0945959091186523
-    b_q = b_q * b_t - 2.526339292526245
-    b_q = b_q * b_t + 1.1949107646942139
-    b_q = b_q * b_t - 0.32405054569244385
-    b_q = b_q * b_t + 0.6290597915649414
-    b_q = b_q * b_t + 1.433262825012207
-    b_q = b_q * b_t - 1.8253294229507446
-    b_tail = 0.5 * b_t * tl.exp2(b_q - 0.7213475204444817 * b_h * b_h)
-    return tl.where(b_h < 0.0, b_tail, 1.0 - b_tail)
+    b_s = 1.0 + 0.26 * tl.abs(b_h)
+    b_t = tl.rsqrt(b_s * b_s)
+    b_f = -0.07561296969652176 * b_t + 0.2391076385974884
+    b_f = b_f * b_t - 0.12206298112869263
+    b_f = b_f * b_t + 0.1787954419851303
+    b_f = b_f * b_t + 0.0680214911699295
+    b_f = b_f * b_t + 0.10833489894866943
+    b_f = b_f * b_t + 0.10341634601354599
+    b_exp = tl.exp2(-0.7213475204444817 * b_h * b_h)
+    return b_t * b_f * b_exp, b_exp

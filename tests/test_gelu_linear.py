@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmae.ops import gelu_linear
+from fastmae.ops import _dispatch, gelu_linear
 
 pytestmark = pytest.mark.ops
 
@@ -83,6 +83,15 @@ def test_it_is_the_exact_gelu(device, route):
     out = gelu_linear(h, None, torch.ones(1, 1, device=device)).double()
     wide = h.double()
     torch.testing.assert_close(out, wide * 0.5 * (1 + torch.erf(wide * 0.5**0.5)), rtol=0, atol=2e-6)
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() or _dispatch.is_interpreted()), reason="needs the kernel")
+def test_the_lower_tail_keeps_its_digits(device, monkeypatch):
+    """Down to 1e-14, where ``1 + erf`` has none left in float32."""
+    monkeypatch.setattr(op, "fuses", lambda *_: True)
+    h = torch.linspace(-8, 0, 4001, device=device)[:, None]
+    out, wide = gelu_linear(h, None, torch.ones(1, 1, device=device)).double(), h.double()
+    torch.testing.assert_close(out, 0.5 * wide * torch.erfc(-wide * 0.5**0.5), rtol=1e-5, atol=0)
 
 
 def test_autocast_decides_the_compute_dtype(device, route):
