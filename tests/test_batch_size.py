@@ -122,11 +122,11 @@ def test_what_the_trial_finds_fits_a_step_and_fills_the_memory(activation_checkp
 def test_pretrain_keeps_the_batch_of_the_checkpoint_that_it_resumes(tmp_path, capsys):
     run = tmp_path / "run"
     flags = ["--out", str(run), "--train.num-threads", "1"]
-    assert main(["pretrain", *flags, "--train.steps", "2", "--train.batch-size", "16"]) == 0
+    assert main(["pretrain", *flags, "--train.steps", "2", "--train.batch-size", "8"]) == 0
     assert main(["pretrain", *flags, "--resume", "--train.steps", "3", "--train.batch-size", "auto"]) == 0
     out, err = capsys.readouterr()
-    assert "3 steps of 2 x 16 images" in out
+    assert "3 steps of 2 x 8 images" in out
     assert "batch_size" not in err
     assert json.loads((run / "config.json").read_text())["train"]["batch_size"] == "auto"
     saved = json.loads((run / "checkpoints/step-3/manifest.json").read_text())
-    assert saved["config"]["train"]["batch_size"] == 16
+    assert saved["config"]["train"]["batch_size"] == 8

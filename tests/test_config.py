@@ -141,13 +141,13 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
         ("data", {"progressive_sizes": (0, 64)}, r"--data.progressive-sizes: .*got 0"),
         ("data", {"progressive_sizes": (8, 64)}, r"--model.mask-ratio with images of 8x8: .*of 1 patches keeps 0"),
         ("data", {"scale": (0.5, 0.2)}, r"--data.scale: .*got \(0.5, 0.2\)"),
-        ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 32"),
+        ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 16"),
         ("train", {"masks_per_image": 0}, r"--train.masks-per-image: expected a positive number, got 0"),
         ("train", {"masks_per_image": 512}, r"--train.masks-per-image: expected at most 256, got 512"),
         (
             "train",
             {"masks_per_image": 3},
-            r"--train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32",
+            r"--train.global-batch-size: .*multiple of --train.masks-per-image 3, got 16",
         ),
         (
             "train",
@@ -203,6 +203,7 @@ def test_image_sizes_get_equal_shares_of_the_run_in_whole_epochs():
 @pytest.mark.parametrize(("steps", "starts"), [(30, (0, 1, 2)), (31, (0, 1, 2)), (45, (0, 2, 3)), (60, (0, 2, 4))])
 def test_a_last_epoch_cut_short_is_no_share_of_its_own(steps, starts):
     config = changed(PHOTOGRAPHS, "data", progressive_sizes=(32, 48, 64))
+    config = changed(config, "train", global_batch_size=32)
     assert create_resolution(config, steps, 320).starts == starts
 
 

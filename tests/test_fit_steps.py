@@ -76,7 +76,7 @@ def test_the_cosine_ends_with_the_run_and_a_resumed_run_keeps_its_length(tmp_pat
     assert main(["pretrain", "--out", str(run), "--data.path", str(images), *flags]) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == LAST + 15
-    peak = 1.2e-2 * 8 / 256
+    peak = RECIPES["photographs"].train.base_lr * 8 / 256
     rates = [row["lr"] for row in rows]
     assert rates[:LAST] == pytest.approx([peak * step / 100 for step in range(LAST)])  # the warm-up that was given
     assert rates[-1] == pytest.approx(peak * 0.5 * (1 + math.cos(math.pi * 43 / 44)))  # the end of a shorter one's

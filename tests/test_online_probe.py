@@ -135,7 +135,8 @@ class Signal(Observer):
 
 
 FLAGS = {"model.img-size": 32, "model.patch-size": 8, "model.depth": 1, "train.steps": 4, "train.global-batch-size": 8}
-FLAGS |= {"train.num-threads": 1, "report.probe-every-epochs": 1, "report.picture-every-steps": 2}
+FLAGS |= {"train.num-threads": 1, "train.precision": "fp32"}
+FLAGS |= {"report.probe-every-epochs": 1, "report.picture-every-steps": 2}
 
 
 def run(**flags) -> int:

@@ -59,7 +59,7 @@ DIGESTS = {
     ("small-data", 2): "2dfee56f4c0075d1",
     ("adapt-vit-b", 2): "4735f868a1171897",
     # From here on the precision is "auto".
-    ("photographs", 2): "6fa1a19c65e6ab78",
+    ("photographs", 2): "c4f174526b2f734b",
     ("imagenet-vit-b", 3): "76904dbe14e81175",
     ("imagenet-vit-l", 3): "e18ba5f6159836eb",
     ("imagenet-vit-h", 3): "fe91a8b572fc921b",
@@ -191,7 +191,7 @@ def row(name: str) -> str:
     recipe = RECIPES[name]
     model, train = recipe.model, recipe.train
     if train.epochs is None:
-        length, warmup = f"{train.steps:,} steps", f"{train.warmup_steps:,} steps"
+        length, warmup = f"{'at most ' * train.fit_steps}{train.steps:,} steps", f"{train.warmup_steps:,} steps"
     else:
         length, warmup = f"{train.epochs:g} epochs", f"{train.warmup_epochs:g} epochs"
     patch = model.patch_size or PRESETS[model.name]["patch_size"]

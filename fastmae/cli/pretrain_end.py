@@ -85,7 +85,7 @@ def finish(
             f"(mean colour {values['mse_mean_color']:.3f}, inverse distance {values['mse_inverse_distance']:.3f})"
         )
         if values["worse_than"]:
-            console.print(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, which need no model")
+            console.print(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, without a model")
     console.print(f"Weights: {weights}\nPicture: {picture}")
     if not all(math.isfinite(values["mse"]) for values in errors.values()):
         print("WARNING: THE MODEL'S PREDICTIONS ARE NOT FINITE: its weights are of no use", file=sys.stderr)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +42,8 @@ class Settled(NamedTuple):
 def measure_products(width: int) -> Speeds:
     """Time the first product of a model's MLP, (rows, width) x (width, 4 * width), in both precisions.
 
-    Medians of interleaved runs on the CPU with PyTorch's present number of threads; under a second.
+    The fastest of interleaved runs on the CPU with PyTorch's present number of threads, because others may be running
+    too, and a median is then of their making; under a second.
     """
     rows = max(_LEAST_ROWS, min(_MOST_ROWS, _FLOPS // (8 * width * width)))
     shapes = (rows, width), (4 * width, width)
@@ -57,7 +57,7 @@ def measure_products(width: int) -> Speeds:
             seconds[dtype].append(time.perf_counter() - start)
         if time.perf_counter() - begun > _SECONDS:
             break
-    return Speeds(*(8e-9 * rows * width**2 / median(times) for times in seconds.values()))
+    return Speeds(*(8e-9 * rows * width**2 / min(times) for times in seconds.values()))
 
 
 def settle_precision(
