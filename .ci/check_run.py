@@ -14,7 +14,7 @@ from fastmae.train.weights import load_model
 
 GOALS = {"bf16": (0.32, 0.29), "fp32": (0.42, 0.29)}
 """Errors on new crops and on a photograph that the model never saw, which the default run reaches in its time on two
-cores. On a CPU without fast bf16 that is a quarter of the steps: 3,200 of them, 51,000 crops, gave 0.407 and 0.276."""
+cores. On a CPU without fast bf16 some 3,200 steps are estimated to fit; as many, made in bf16, gave 0.407 and 0.276."""
 
 
 def main() -> None:
