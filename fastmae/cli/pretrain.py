@@ -102,9 +102,10 @@ def _pretrain(
                         finish(trainer, model, weights, run, console, seconds, trainer.step - first_step)
                 except StoppedEarly as stopped:
                     ended |= {"status": "preempted", "reason": f"{stopped} during the final evaluation"}
-                    console.print(
-                        f"The training is done: {weights}. Evaluate with: fastmae pretrain --out {run.path} --resume"
-                    )
+                    # What its time limit ended trains on before it evaluates.
+                    verb = "Evaluate" if trainer.step == trainer.schedule.total_steps else "Continue"
+                    resume = f"fastmae pretrain --out {run.path} --resume"
+                    console.print(f"The training is done: {weights}. {verb} with: {resume}")
                     code = PREEMPTED
             run.write_json("status.json", ended)
         heartbeat.begin("ending")
