@@ -16,8 +16,8 @@ from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
 from fastmae.train import compilation, parallel
 from fastmae.train.config import PretrainConfig, TrainConfig
-from fastmae.train.flags import MOST_COMPILED_SIZES, validate
 from fastmae.train.parallel import Parallelism
+from fastmae.train.rules import MAX_COMPILED_SIZES, validate
 
 GRAPHS, NO_GRAPHS = ("reduce-overhead", "max-autotune"), ("default", "max-autotune-no-cudagraphs")
 SMALL = {
@@ -107,7 +107,7 @@ def test_blocks_may_have_graphs_for_eight_sizes(monkeypatch, has_argument):
     monkeypatch.setattr(torch, "compile", with_argument if has_argument else without)
     with torch.compiler.config.patch(recompile_limit=8):
         compilation.compile_blocks(MaskedAutoencoderViT(**SMALL, seed=0), "default")
-        assert min(limits) >= 6 * MOST_COMPILED_SIZES
+        assert min(limits) >= 6 * MAX_COMPILED_SIZES
         assert has_argument == (torch.compiler.config.recompile_limit == 8)
 
 

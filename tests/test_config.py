@@ -16,10 +16,10 @@ import pytest
 from fastmae.model import RESIDUAL_DTYPES
 from fastmae.ops.attention import BACKENDS
 from fastmae.train.config import ModelConfig, PretrainConfig, from_json, read_config, to_json
-from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
-from fastmae.train.recipes import RECIPES
+from fastmae.train.recipes import RECIPES, apply_flags
 from fastmae.train.resolution import create_resolution, progressive_sizes
+from fastmae.train.rules import validate
 from fastmae.train.state import compare_configs
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
@@ -29,7 +29,7 @@ CONFIG = "fastmae.train.config"
 SECTIONS = ("model", "data", "train", "report")
 
 
-@pytest.mark.parametrize("module", ["fastmae.cli.commands", CONFIG, *(f"{CONFIG}.{section}" for section in SECTIONS)])
+@pytest.mark.parametrize("module", ["fastmae.cli.commands", CONFIG])
 def test_every_flag_is_documented(module):
     """``--help`` shows the string below a field."""
     classes = [

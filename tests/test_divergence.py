@@ -31,12 +31,12 @@ from fastmae.train.bad_files import BadFiles
 from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.feed import draw_masks
-from fastmae.train.flags import validate
 from fastmae.train.loop import Trainer
 from fastmae.train.numerics.batch_dump import KEPT, _conclusion
 from fastmae.train.numerics.divergence import LEAST_FP16, Divergence
 from fastmae.train.numerics.gradients import LossScale
 from fastmae.train.observers import Observer
+from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
 

@@ -20,8 +20,7 @@ from fastmae.train import fit_steps, loop
 from fastmae.train.checkpoint import load_checkpoint
 from fastmae.train.config import to_json
 from fastmae.train.fit_steps import LAST, StepFit, with_saved_length
-from fastmae.train.flags import apply_flags
-from fastmae.train.recipes import RECIPES
+from fastmae.train.recipes import RECIPES, apply_flags
 
 
 class Run:

@@ -15,9 +15,9 @@ from rich.console import Console
 from fastmae.cli.pretrain_begin import _say_config
 from fastmae.presets import PRESETS
 from fastmae.train.config import PretrainConfig, RecipeName, from_json, to_json
-from fastmae.train.flags import apply_flags, validate
 from fastmae.train.optim import create_schedule
-from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES
+from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags
+from fastmae.train.rules import validate
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
 IMAGENET = 1_281_167

@@ -23,9 +23,8 @@ from fastmae.cli.output import flush_output, forgiving_output
 from fastmae.cli.plan import PlanConfig
 from fastmae.cli.said_once import rank_and_size, say_once
 from fastmae.train.config import PretrainConfig, read_config
-from fastmae.train.flags import apply_flags
 from fastmae.train.liveness.signals import StopRequest
-from fastmae.train.recipes import DESCRIPTIONS, RECIPES
+from fastmae.train.recipes import DESCRIPTIONS, RECIPES, apply_flags
 
 DEFAULT_RECIPE, OWN_IMAGES_RECIPE, PLAN_RECIPE = "photographs", "small-data", "imagenet-vit-l"
 """Without ``--recipe``: for the embedded photographs, for ``--data.path``, and for ``fastmae plan``."""

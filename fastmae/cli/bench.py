@@ -23,7 +23,6 @@ from fastmae.ops import _xformers
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.config import PretrainConfig, to_json
-from fastmae.train.flags import validate
 from fastmae.train.flops import count_flops
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import DTYPES, num_processes
@@ -32,6 +31,7 @@ from fastmae.train.profiling import throughput
 from fastmae.train.profiling.bottleneck import Diagnosis, Facts, diagnose
 from fastmae.train.profiling.breakdown import Breakdown
 from fastmae.train.profiling.throughput import PHASES, Throughput
+from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 
 _SAMPLED = 4096

@@ -16,13 +16,13 @@ from fastmae.cli.pretrain_end import export, finish
 from fastmae.train.checkpoint import Ranks, list_checkpoints
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
-from fastmae.train.flags import validate
 from fastmae.train.liveness.collectives import joining
 from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.rank_states import StateBoard
 from fastmae.train.liveness.signals import PREEMPTED, StoppedEarly, StopRequest
 from fastmae.train.parallel import Parallelism, initialize, shutdown
 from fastmae.train.recipes import NEEDS_WEIGHTS
+from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.telemetry.rank_log import RankLog
 

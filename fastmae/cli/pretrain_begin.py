@@ -22,7 +22,6 @@ from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_ch
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.fit_steps import with_saved_length
-from fastmae.train.flags import flag, scaled_warmup
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.liveness.heartbeat import Heartbeat
@@ -34,7 +33,8 @@ from fastmae.train.parallel import Parallelism, construct
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
 from fastmae.train.profiling.profile import Profile
-from fastmae.train.recipes import DESCRIPTIONS, RECIPES
+from fastmae.train.recipes import DESCRIPTIONS, RECIPES, scaled_warmup
+from fastmae.train.rules import flag
 from fastmae.train.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)

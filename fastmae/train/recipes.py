@@ -6,6 +6,10 @@ leans on, gives it the next version; a test holds the values of each version fas
 
 from __future__ import annotations
 
+from collections.abc import Set
+from dataclasses import replace
+from typing import Any
+
 from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, RecipeName, ReportConfig, TrainConfig
 
 PHOTOGRAPHS = PretrainConfig(
@@ -150,3 +154,55 @@ DESCRIPTIONS: dict[str, str] = {
 
 NEEDS_WEIGHTS = {"adapt-vit-b"}
 """Recipes that make sense only with ``--train.init-from``."""
+
+
+def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:
+    """Settle what flags imply for the defaults that they did not name.
+
+    A length in steps replaces a recipe's length in epochs, and the other way round, and turns fit_steps off; a
+    warm-up that was not given keeps at most its share of the run; a micro-batch that was not given becomes a divisor of
+    the global batch, if possible one of whole images.
+
+    Args:
+        config: the defaults with the flags applied.
+        defaults: the recipe, or the saved configuration of the run to continue.
+        given: the fields of ``train`` that the user named.
+
+    Returns:
+        The configuration to validate.
+    """
+    train, base = config.train, defaults.train
+    for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        if one in given and other not in given:
+            train = replace(train, **{other: None})
+        elif other in given and one not in given:
+            train = replace(train, **{one: None})
+    if given & {"epochs", "steps"} and "fit_steps" not in given:
+        train = replace(train, fit_steps=False)
+    if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
+        train = replace(train, **scaled_warmup(train, base))
+    if (
+        given & {"global_batch_size", "masks_per_image"}
+        and "batch_size" not in given
+        and isinstance(train.batch_size, int)
+    ):
+        masks = max(train.masks_per_image, 1)
+        multiples = range(masks, min(train.batch_size, train.global_batch_size) + 1, masks)
+        divisors = [size for size in multiples if train.global_batch_size % size == 0]
+        train = replace(train, batch_size=divisors[-1] if divisors else train.batch_size)
+    return replace(config, train=train)
+
+
+def scaled_warmup(train: TrainConfig, base: TrainConfig) -> dict[str, Any]:
+    """The base's warm-up for a run of another length: unchanged, but never a larger share of the run."""
+    warmup = {"warmup_epochs": base.warmup_epochs, "warmup_steps": base.warmup_steps}
+    if (base.epochs is None) == (base.warmup_epochs is None):
+        length, width = (base.epochs, base.warmup_epochs) if base.epochs else (base.steps, base.warmup_steps)
+        share = (width or 0) / length if length else 0
+        if train.steps is not None:
+            most = round(share * train.steps)
+            warmup = {"warmup_epochs": None, "warmup_steps": most if base.epochs else min(width or 0, most)}
+        elif train.epochs is not None:
+            most = share * train.epochs
+            warmup = {"warmup_steps": None, "warmup_epochs": min(width or 0, most) if base.epochs else most}
+    return warmup

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastmae.data import Dataset
 from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.config import PretrainConfig, to_json, updated
+from fastmae.train.config import PretrainConfig, compare, to_json
+from fastmae.train.rules import FIXED
 
 
 def describe_run(
@@ -58,53 +59,24 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 _NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
 """Constructor arguments that do not change what a checkpoint's weights mean."""
 
-_MUST_EQUAL = ("train.seed", "train.global_batch_size", "train.masks_per_image", "train.init_from")
-_MAY_DIFFER = {
-    "out",
-    "resume",
-    "recipe",
-    "recipe_version",
-    "data.path",  # what counts is the data set's hash
-    "data.max_bad_fraction",  # when to stop, not what to train on
-    "data.num_threads",
-    "data.prefetch",
-    "data.timeout",
-    "train.max_minutes",
-    "train.log_every_steps",
-    "train.checkpoint_every_steps",
-    "train.checkpoint_every_seconds",
-    "train.keep_checkpoints",
-    "train.activation_checkpointing",
-    "train.reshard_after_forward",
-    "train.keep_every_steps",
-    "train.background_save",
-    "train.rollback_after",
-    "train.max_rollbacks",
-}
-
 
 def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """How the configuration of a continued run differs from the saved one, where that changes the results.
+    """How the configuration of a resumed run differs from the saved one, where that changes the results.
 
     Returns:
-        One text a field, for a warning.
+        One text per field, for a warning.
 
     Raises:
-        CheckpointError: if the seed, the global batch or the masks an image differ, since the order of samples hangs on
-            them, or the weights that the run started from.
+        CheckpointError: if a ``Fixed`` field differs: the order of samples depends on it, or the initial weights.
     """
-    # A configuration saved by an earlier version lacks fields, which then had what is their default now.
-    defaults = dict(_flatten(to_json(PretrainConfig())))
-    saved, here = defaults | dict(_flatten(updated(dict(saved)))), defaults | dict(_flatten(here))
-    for key in _MUST_EQUAL:
-        if saved.get(key) != here.get(key):
-            flag = f"--{key}".replace("_", "-")
-            raise CheckpointError(
-                f"{flag}: a continued run needs the value it started with, {saved.get(key)}, got {here.get(key)}"
-            )
-    differ = sorted(key for key in saved.keys() | here.keys() if saved.get(key) != here.get(key))
-    differ = [key for key in differ if key not in _MAY_DIFFER and not key.startswith("report.")]
-    return [f"{key} was {saved.get(key)}, is {here.get(key)}" for key in differ]
+    differences = []
+    for name, was, now, policy in compare(dict(saved), dict(here)):
+        if policy == FIXED:
+            flag = f"--{name}".replace("_", "-")
+            raise CheckpointError(f"{flag}: a resumed run needs the value it started with, {was}, got {now}")
+        if policy is None:
+            differences.append(f"{name} was {was}, is {now}")
+    return differences
 
 
 def compare_circumstances(
@@ -127,14 +99,6 @@ def versions() -> dict[str, str]:
     from fastmae import __version__
 
     return {"fastmae": __version__, "python": platform.python_version(), **packages}
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _plain(value)
 
 
 def _plain(value: Any) -> Any:
