@@ -23,6 +23,8 @@ import gpu  # noqa: E402
 import gpu_numerics  # noqa: E402
 import gpu_results  # noqa: E402
 import gpu_stages  # noqa: E402
+import report_pages  # noqa: E402
+import report_results  # noqa: E402
 import stand_in  # noqa: E402
 from contest import Contest  # noqa: E402
 from measure import Meter  # noqa: E402
@@ -53,8 +55,11 @@ def test_a_dry_run_goes_through_the_plan_and_leaves_the_files_of_a_real_one(tmp_
         names = set(tar.getnames())
         measured = json.load(tar.extractfile("measured.json"))
         attention = json.load(tar.extractfile("attention.json"))
+        tar.extractall(tmp_path / "results" / "a-card", filter="data")
     assert names >= {"results.jsonl", "log.txt", "end-to-end-large.json", "environment.txt", "attention_choices.json"}
     assert (tmp_path / "caches.tar.gz").exists()
+    page = report_pages.pages(report_results.load(tmp_path / "results"), ROOT)[report_results.PAGE]
+    assert "fastmae-graph-bf16-residual" in page
     assert {one["competitor"] for one in attention["benchmarks"]} >= {"sdpa", "plain"}
     groups = {}
     for one in measured["benchmarks"]:
@@ -162,6 +167,13 @@ def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
     files = gpu_results.as_files(gpu_results.read_lines(lines.path))
     (one,) = json.loads(files["measured.json"])["benchmarks"]
     assert (one["competitor"], one["seconds"]["median"], one["rounds"], one["cut_off"]) == ("ours", 2.0, 3, True)
+
+
+def test_no_git_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    results = gpu_results.JsonLines(tmp_path / "results.jsonl", "x")
+    gpu_stages.describe_run(results)
+    assert gpu_results.read_lines(results.path)[0]["commit"] == "unknown"
 
 
 def test_caches_are_packed_up_to_the_limit_and_found_again(tmp_path, monkeypatch):
