@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from training import FLAGS, write_images
 
 import fastmae
 from fastmae.cli import main
+from fastmae.evaluate import evaluate_sets
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.weights import export_weights, load_model
@@ -330,7 +332,49 @@ def test_reconstruct_wants_images_and_a_mask_ratio_that_makes_sense(run, images,
     assert "IMAGES: expected at least one image" in mistake(capsys, "reconstruct", run)
     assert "0.jpeg: no such file" in mistake(capsys, "reconstruct", run, images / "0.jpeg")
     arguments = ("reconstruct", run, images / "0.jpg", "--out", tmp_path / "figure.png", "--mask-ratio", 1.5)
-    assert "mask_ratio: expected a number strictly between 0 and 1, got 1.5" in mistake(capsys, *arguments)
+    assert "--mask-ratio: expected a number strictly between 0 and 1, got 1.5" in mistake(capsys, *arguments)
+    assert "--bands: expected a model of more than 3 channels, got one of 3" in mistake(
+        capsys, *arguments, "--bands", 1
+    )
+    np.save(tmp_path / "bands.npy", np.zeros((40, 50, 4), np.uint8))
+    arguments = ("reconstruct", run, tmp_path / "bands.npy")
+    assert mistake(capsys, *arguments).endswith("4 channels: expected 3, as the model takes\n")
+    np.save(tmp_path / "bands.npy", np.zeros((40, 50, 3), np.float32))
+    assert mistake(capsys, *arguments).endswith("with --value-range LOW HIGH\n")
+    (tmp_path / "empty").mkdir()
+    assert "empty: expected a folder with image files" in mistake(capsys, "reconstruct", run, tmp_path / "empty")
+
+
+def test_float_bands_from_stats_to_figure(tmp_path, capsys):
+    """What stats prints is pasted; the figure is of the file's own values, in the run's ranges and masks."""
+    folder, out, generator = tmp_path / "bands", tmp_path / "run", np.random.default_rng(0)
+    folder.mkdir()
+    scale, offset = np.array([4000, 2, 1e-3, 60]).reshape(4, 1, 1), np.array([100, -1, 0, 270]).reshape(4, 1, 1)
+    bands = [(generator.random((4, 32, 48)) * scale + offset).astype(np.float32) for _ in range(5)]
+    for i, values in enumerate(bands):
+        np.save(folder / f"{i}.npy", values)
+    (folder / "cut.npy").write_bytes((folder / "0.npy").read_bytes()[:-9])
+    reading = ["--channels", "4", "--channels-first"]
+    assert main(["data", "stats", str(folder), *reading]) == 0
+    (flags,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("--model.mean"))
+    options = [*SHORT, "--train.steps", "2", "--data.max-bad-fraction", "0.5", "--model.mask-strategy", "block"]
+    assert main(["pretrain", "--out", str(out), "--data.path", str(folder), *flags.split(), *options]) == 0
+    assert "WARNING: --data.path: 5 images, fewer than the 8 of a step" in capsys.readouterr().err
+
+    drawing = ["--show", "2", "--bands", "3", "0", "1", "--visible", "predicted", "--out", str(tmp_path / "a.png")]
+    assert main(["reconstruct", str(out), str(folder), *drawing]) == 0
+    printed = capsys.readouterr()
+    assert "WARNING: left out: " in printed.err
+    assert "2 of 6 images shown, errors over 5; 75% of patches masked, block masks" in printed.out
+    config = json.loads((out / "config.json").read_text())
+    low, high = np.reshape(config["data"]["value_range"], (4, 2, 1, 1)).transpose(1, 0, 2, 3)
+    order = [0, 3, 1, 2, 4]  # first those that are shown
+    units = [((bands[i] - low) / (high - low)).clip(0, 1).astype(np.float32) for i in order]
+    model, _ = load_model(out)
+    images = {"images": torch.from_numpy(np.stack(units))}
+    numbers = evaluate_sets(model, images, mask_ratio=0.75, mask_strategy="block", seed=0, path=tmp_path / "b.png")
+    assert f"mse {numbers['images']['mse']:.4f}" in printed.out
+    assert numbers["images"]["mse_mean_color"] == pytest.approx(1, rel=0.1)  # in units of the standard deviation
 
 
 @pytest.mark.parametrize("source", ["missing", "text.safetensors", "bare.safetensors", "empty_folder"])

@@ -9,7 +9,7 @@ from PIL import Image
 from test_verify import png
 
 from fastmae.data import open_dataset, stats
-from fastmae.data.stats import QUANTILES, measure
+from fastmae.data.stats import QUANTILES, measure, suggest_range
 
 
 @pytest.fixture
@@ -78,6 +78,20 @@ def test_sixteen_bits_are_measured_as_they_are_trained_on(open_, tmp_path):
     assert found.mean == pytest.approx([0.5], abs=0.01)
     assert found.std == pytest.approx([1 / np.sqrt(12)], abs=0.01)
     assert found.mean == pytest.approx([dataset.decode(0).mean()], abs=1e-7)
+
+
+def test_a_range_for_each_channel_is_suggested(open_, tmp_path):
+    """All but 0.1 % at either end, whatever is not finite, in channels that do not compare."""
+    generator = np.random.default_rng(0)
+    low, high = np.array([-1.0, 270.0, 0.0, 5.0]), np.array([1.0, 330.0, 3e-4, 5.0])
+    for i in range(12):
+        values = (generator.random((40, 50, 4)) * (high - low) + low).astype(np.float32)
+        values[0, 0, 0], values[1, 1, 1] = np.nan, np.inf
+        values[2, 2] = 1e9 if i == 0 else values[2, 2]
+        np.save(tmp_path / f"{i}.npy", values)
+    found = np.reshape(suggest_range(open_(tmp_path, channels=4, value_range=(0, 1))), (4, 2))
+    assert np.all(np.abs(found[:3] - np.stack([low, high], 1)[:3]) <= 0.01 * (high - low)[:3, None])
+    assert found[3].tolist() == [5.0, 6.0]
 
 
 def test_a_sample_is_drawn_by_its_seed(folder, open_):

@@ -110,7 +110,7 @@ def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
     if isinstance(command, ReconstructConfig):
         from fastmae.cli.reconstruct import reconstruct
 
-        return reconstruct(command.checkpoint, command.images, command.out, command.mask_ratio, command.seed)
+        return reconstruct(command)
     from fastmae.environment import report
 
     print(report())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -18,18 +18,33 @@ _SOURCE = tyro.conf.arg(metavar="PATH")
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Draw masked, reconstructed and original images side by side."""
+    """Draw masked, reconstructed and original images side by side. Images are read, and masks drawn, as in the run that
+    trained the model."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """Run folder, checkpoint folder or exported .safetensors file."""
     images: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IMAGES...")]
-    """Images to reconstruct."""
+    """Image files, and folders of them."""
     out: Path = Path("reconstruction.png")
     """The figure to write."""
-    mask_ratio: float = 0.75
-    """Share of patches to hide, strictly between 0 and 1."""
+    show: int = 9
+    """Images to draw, spread evenly over those given; errors are measured on more, at most 256."""
+    visible: Literal["pasted", "predicted"] = "pasted"
+    """Visible patches of the reconstruction: pasted from the image, or as the model predicts them (as in the paper's
+    figures; blurred, since the loss does not train them)."""
+    bands: tuple[int, ...] | None = None
+    """Bands to draw as red, green and blue, or one to draw grey, counted from 0, of images with more than three.
+    None: 0 1 2."""
+    mask_ratio: float | None = None
+    """Share of patches to hide, strictly between 0 and 1. None: the run's."""
+    mask_strategy: Literal["random", "block", "grid"] | None = None
+    """Which patches are hidden, as for fastmae pretrain. None: the run's."""
     seed: int = 0
     """Seed of the masks."""
+    value_range: tuple[float, ...] | None = None
+    """Lowest and highest value of 16-bit and floating-point images, or a pair for each channel. None: the run's."""
+    channels_first: bool = False
+    """.npy files are (channels, height, width). Also if the run's were."""
 
 
 @dataclass(frozen=True)

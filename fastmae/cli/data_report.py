@@ -21,12 +21,15 @@ def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
     """Flags of ``fastmae pretrain`` for this data set: mean and standard deviation, and how its images are read."""
     flags = []
     if statistics.sampled:
-        for name, values in (("mean", statistics.mean), ("std", statistics.std)):
-            flags.append(f"--model.{name} {' '.join(f'{value:.3f}' for value in values)}")
+        # A constant channel has no deviation to divide by.
+        for name, values in (("mean", statistics.mean), ("std", [value or 1.0 for value in statistics.std])):
+            flags.append(
+                f"--model.{name} {' '.join(f'{value:.3f}' if value >= 0.1 else f'{value:.3g}' for value in values)}"
+            )
     if dataset.channels != 3:
         flags.append(f"--model.in-chans {dataset.channels}")
     if dataset.value_range is not None:
-        flags.append(f"--data.value-range {' '.join(f'{value:g}' for value in dataset.value_range)}")
+        flags.append(f"--data.value-range {' '.join(f'{value:.9g}' for value in dataset.value_range)}")
     if dataset.accepts.channels_first:
         flags.append("--data.channels-first")
     if dataset.accepts.max_pixels != Accepts.max_pixels:

@@ -85,6 +85,8 @@ def prepare(
         console.print(precision.text)
     if precision.warning and parallelism.is_main:
         print(f"WARNING: {precision.warning}", file=sys.stderr)
+    if parallelism.is_main:
+        _warn_of_few_images(dataset, config)
     if saved:
         differences = _resume(trainer, saved, run, console)
         for difference in differences if parallelism.is_main else ():
@@ -97,6 +99,18 @@ def prepare(
     run.write_json("config.json", to_json(config))
     console.print(f"Run folder: {run.path}")
     return trainer
+
+
+def _warn_of_few_images(dataset: data.Dataset, config: PretrainConfig) -> None:
+    images, batch = len(dataset) - len(dataset.bad_ids), config.train.global_batch_size // config.train.masks_per_image
+    if dataset.embedded or images >= batch:
+        return
+    if images == 1:
+        text = "one image only: every batch holds crops of it, and the model learns nothing about others"
+    else:
+        text = f"{images} images, fewer than the {batch} of a step, so that each step holds several crops of each; "
+        text += "expect the model to learn little about other images, and consider a smaller --train.global-batch-size"
+    print(f"WARNING: --data.path: {text}", file=sys.stderr)
 
 
 def _observers(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> list[Observer]:

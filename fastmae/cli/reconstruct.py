@@ -2,26 +2,117 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from fastmae.cli.commands import ReconstructConfig
 from fastmae.cli.errors import UsageError, mistakes
-from fastmae.data import read_images
+from fastmae.data import DataError, read_images
+from fastmae.data.create import check_value_range
+from fastmae.data.header import IMAGE_SUFFIXES
+from fastmae.data.sources import list_files
 from fastmae.evaluate import evaluate_sets
 from fastmae.train.weights import load_model
 
+_MEASURED = 256
+"""Images at most, which are held in memory at the model's size."""
+_FLAGS = {"mask_ratio": "--mask-ratio", "strategy": "--mask-strategy", "grid_size": "--mask-strategy",
+          "bands": "--bands", "value_range": "--value-range"}  # fmt: skip
 
-def reconstruct(checkpoint: Path, images: Sequence[Path], out: Path, mask_ratio: float, seed: int) -> int:
+
+def reconstruct(config: ReconstructConfig) -> int:
     """Draw the figure of some images and print their errors; return the exit code."""
-    if not images:
-        raise UsageError("IMAGES: expected at least one image file, got none")
-    model, _ = load_model(checkpoint)
-    with mistakes():
-        sets = {"images": read_images(images, model.img_size)}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        names = {"images": [path.stem for path in images]}
-        summary = evaluate_sets(model, sets, mask_ratio=mask_ratio, seed=seed, path=out, names=names)
-    for name, values in summary.items():
-        print(name, *(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, float)), sep="  ")
-    print(f"Picture: {out}")
+    if config.show < 1:
+        raise UsageError(f"--show: expected at least 1, got {config.show}")
+    model, manifest = load_model(config.checkpoint)
+    if config.bands is not None and model.in_chans <= 3:
+        raise UsageError(f"--bands: expected a model of more than 3 channels, got one of {model.in_chans}")
+    trained = manifest.get("config", {})
+    run_model, run_data = trained.get("model", {}), trained.get("data", {})
+    reading = {
+        "channels": model.in_chans,
+        "value_range": config.value_range or run_data.get("value_range"),
+        "channels_first": config.channels_first or run_data.get("channels_first", False),
+    }
+    drawing = {
+        "mask_ratio": run_model.get("mask_ratio", 0.75) if config.mask_ratio is None else config.mask_ratio,
+        "mask_strategy": config.mask_strategy or run_model.get("mask_strategy", "random"),
+        "seed": config.seed,
+        "num_rows": config.show,
+        "visible": config.visible,
+        "bands": config.bands or (0, 1, 2),
+        "when": f"after {manifest['step']:,} steps" if "step" in manifest else "",
+    }
+    with mistakes(_FLAGS):
+        if reading["value_range"] is not None:
+            check_value_range(reading["value_range"], model.in_chans)
+        paths = _find_images(config.images)
+        chosen = _in_order_to_show(paths, config.show)
+        images, names = _read(chosen, set(config.images), model.img_size, reading)
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        (numbers,) = evaluate_sets(
+            model, {"images": images}, path=config.out, names={"images": names}, **drawing
+        ).values()
+    print("images", *(f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float)), sep="  ")
+    measured = f", errors over {len(images)}" if len(images) < len(paths) else ""
+    print(
+        f"{numbers['num_shown']} of {len(paths):,} images shown{measured}; "
+        f"{numbers['mask_ratio']:.0%} of patches masked, {numbers['mask_strategy']} masks"
+    )
+    print(f"Picture: {config.out}")
     return 0
+
+
+def _find_images(given: Sequence[Path]) -> list[Path]:
+    """The files that were named, and the image files below the folders."""
+    paths: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        files = [path / file.path for file in list_files(path) if Path(file.path).suffix.lower() in IMAGE_SUFFIXES]
+        if not files:
+            raise UsageError(f"{path}: expected a folder with image files, found none")
+        paths += files
+    if not paths:
+        raise UsageError("IMAGES: expected at least one image file or folder, got none")
+    return paths
+
+
+def _in_order_to_show(paths: Sequence[Path], show: int) -> list[Path]:
+    """Those to measure, spread evenly; first those to show, spread evenly as well."""
+    measured = [paths[i] for i in _spread(len(paths), max(_MEASURED, show))]
+    shown = _spread(len(measured), show)
+    return [measured[i] for i in shown] + [path for i, path in enumerate(measured) if i not in set(shown)]
+
+
+def _spread(total: int, count: int) -> list[int]:
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
+
+
+def _read(
+    paths: Sequence[Path], named: set[Path], img_size: tuple[int, int], options: dict[str, Any]
+) -> tuple[Tensor, list[str]]:
+    """Images and their names; a file of a folder that cannot be read is left out, with a warning."""
+    images, names = [], []
+    for path in paths:
+        try:
+            images.append(read_images([path], img_size, **options))
+        except DataError as error:
+            # The messages name flags of fastmae pretrain; the model is given here.
+            text = re.sub("; set --model.in-chans.*", ", as the model takes", str(error)).replace("--data.", "--")
+            if path in named:
+                raise UsageError(text) from error
+            print(f"WARNING: left out: {text}", file=sys.stderr)
+            continue
+        names.append(path.stem)
+    if not images:
+        raise UsageError(f"IMAGES: none of {len(paths)} files can be read")
+    return torch.cat(images), names

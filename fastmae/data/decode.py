@@ -70,8 +70,7 @@ def decode(
             ``value_range``.
     """
     try:
-        stored = _decode_stored(encoded, channels, value_range, channels_first)
-        pixels = with_channels(stored, channels)
+        pixels = stored_values(encoded, channels, value_range, channels_first)
         pixels = to_uint8(pixels) if value_range is None else to_unit(pixels, value_range)
     except MemoryError:
         raise
@@ -79,6 +78,16 @@ def decode(
         reason = _SOURCE_LINE.sub("", str(error).strip().partition("\n")[0]) or type(error).__name__
         raise UndecodableImage(f"does not decode: {reason}") from error
     return upright(pixels, orientation)
+
+
+def stored_values(
+    encoded: np.ndarray, channels: int, value_range: Sequence[float] | None, channels_first: bool
+) -> np.ndarray:
+    """Pixels as stored, neither turned upright nor mapped: (height, width, channels) of the file's type.
+
+    Arguments are those of :func:`decode`; a 16-bit PNG comes shifted right by 8 without a ``value_range``.
+    """
+    return with_channels(_decode_stored(encoded, channels, value_range, channels_first), channels)
 
 
 def _decode_stored(

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
-from fastmae.data.header import BadImage, read_header
+from fastmae.data.header import EXPECTED, BadImage, read_header
 from fastmae.data.index import Accepts, build_index
 from fastmae.data.retry import with_retries
 from fastmae.data.sources import ListedFile, Source
@@ -96,29 +96,40 @@ def validation_photographs(img_size: tuple[int, int]) -> tuple[list[str], Tensor
     return names, read_images([present[VALIDATION[name]] for name in names], img_size)
 
 
-def read_images(paths: Sequence[Path | str], img_size: tuple[int, int]) -> Tensor:
+def read_images(
+    paths: Sequence[Path | str],
+    img_size: tuple[int, int],
+    *,
+    channels: int = 3,
+    value_range: Sequence[float] | None = None,
+    channels_first: bool = False,
+) -> Tensor:
     """Image files as a model sees them: upright, the largest centred crop of the right aspect ratio, resized
     (bicubic, antialiased).
 
     Args:
-        paths: n files, JPEG, PNG or WebP.
+        paths: n files, JPEG, PNG, WebP, TIFF or ``.npy``.
         img_size: height and width.
+        channels, value_range, channels_first: as for :func:`fastmae.data.open_dataset`.
 
     Returns:
-        uint8 (n, 3, height, width), a channels-last view.
+        (n, channels, height, width), a channels-last view: uint8, or float32 in [0, 1] with a ``value_range``.
 
     Raises:
         DataError: a file is missing, or not an image that can be read.
     """
-    images = torch.empty(len(paths), *img_size, 3, dtype=torch.uint8)
+    dtype = torch.uint8 if value_range is None else torch.float32
+    images = torch.empty(len(paths), *img_size, channels, dtype=dtype)
+    options = {"channels": channels, "value_range": value_range, "channels_first": channels_first}
     for out, path in zip(images.numpy(), map(Path, paths), strict=True):
         if not path.is_file():
-            raise DataError(f"{path}: no such file; expected a JPEG, PNG or WebP image")
+            raise DataError(f"{path}: no such file; expected a {EXPECTED} image")
         try:
             header = read_header(path)
             if header is None:
-                raise BadImage("not a JPEG, PNG or WebP file")
-            pixels = decode(with_retries(lambda path=path: np.fromfile(path, np.uint8), str(path)), header.orientation)
+                raise BadImage(f"not a {EXPECTED} file")
+            encoded = with_retries(lambda path=path: np.fromfile(path, np.uint8), str(path))
+            pixels = decode(encoded, header.orientation, **options)
         except (BadImage, UndecodableImage, PermissionError) as error:
             raise DataError(f"{path}: {error}") from error
         resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size), (False, False))

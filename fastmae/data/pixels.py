@@ -112,8 +112,8 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     if pixels.shape[2] == 1 and channels == 3:
         return np.repeat(pixels, 3, axis=2)
     if pixels.shape[2] != channels:
-        raise ValueError(
-            f"{pixels.shape[2]} channels: expected {channels}; set --model.in-chans {pixels.shape[2]}, "
-            "or convert the images"
-        )
+        advice = f"set --model.in-chans {pixels.shape[2]}, or convert the images"
+        if pixels.shape[0] == channels:
+            advice = f"shape {pixels.shape} looks channels-first: --data.channels-first"
+        raise ValueError(f"{pixels.shape[2]} channels: expected {channels}; {advice}")
     return pixels

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastmae.data.dataset import Dataset, upright_shapes
-from fastmae.data.decode import UndecodableImage
+from fastmae.data.decode import UndecodableImage, stored_values
 from fastmae.data.header import MODES, Format
 from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
@@ -25,6 +25,10 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _SCANNED = 65536
 _MAX_ROWS = 1 << 20
 _PIXELS_AT_ONCE = 1 << 20
+_PIXELS_FOR_RANGE = 1024
+"""Drawn from each image."""
+_OUTSIDE = 0.001
+"""Share of a channel's values that a suggested range leaves out at each end."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,48 @@ def measure(
         std,
         std_within,
     )
+
+
+def suggest_range(
+    dataset: Dataset, *, sample: int = 2000, seed: int = 0, num_threads: int | None = None
+) -> tuple[float, ...]:
+    """A range for each channel, of images that are not of 8 bits: low and high that leave out 0.1 % at each end.
+
+    Each image weighs the same. Values that are not finite do not count; bounds are rounded outwards to the third digit
+    of the range.
+
+    Args:
+        dataset: opened with any ``value_range``, which is not used.
+        sample, seed, num_threads: as for :func:`measure`; at least one image is decoded.
+
+    Returns:
+        2 * C numbers, as ``--data.value-range`` takes them; empty if all sampled images are of 8 bits or do not decode.
+    """
+
+    def drawn(sample_id: int) -> np.ndarray | None:
+        accepts = dataset.accepts
+        options = accepts.channels, accepts.value_range, accepts.channels_first
+        try:
+            values = stored_values(dataset.read(sample_id), *options).reshape(-1, dataset.channels)
+        except Exception:  # whatever decoders raise at damaged bytes; measure reports it
+            return None
+        if values.dtype in (np.bool_, np.uint8):
+            return None
+        rows = np.random.default_rng((seed, sample_id)).integers(len(values), size=_PIXELS_FOR_RANGE)
+        return values[rows].astype(np.float64)
+
+    ids = _drawn(dataset, max(sample, 1), seed).tolist()
+    found = [part for part in in_order(drawn, ids, num_threads or available_cores()) if part is not None]
+    return tuple(bound for values in np.concatenate(found).T for bound in _bounds(values)) if found else ()
+
+
+def _bounds(values: np.ndarray) -> tuple[float, float]:
+    values = values[np.isfinite(values)]
+    low, high = np.quantile(values, (_OUTSIDE, 1 - _OUTSIDE)) if len(values) else (0.0, 1.0)
+    if not low < high:
+        return float(low), float(low + 1)
+    step = 10.0 ** (np.floor(np.log10(high - low)) - 2)
+    return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)
 
 
 def _counts(values: np.ndarray) -> list[tuple[int, int]]:
