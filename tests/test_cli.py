@@ -359,7 +359,10 @@ def test_float_bands_from_stats_to_figure(tmp_path, capsys):
     (flags,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("--model.mean"))
     options = [*SHORT, "--train.steps", "2", "--data.max-bad-fraction", "0.5", "--model.mask-strategy", "block"]
     assert main(["pretrain", "--out", str(out), "--data.path", str(folder), *flags.split(), *options]) == 0
-    assert "WARNING: --data.path: 5 images, fewer than the 8 of a step" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "WARNING: --data.path: 5 images, fewer than the 8 of a step" in said
+    assert "already normalised" not in said
+    assert json.loads((out / "summary.json").read_text())["first_loss"] > 0.6  # 0.43 of pixels that are not normalised
 
     drawing = ["--show", "2", "--bands", "3", "0", "1", "--visible", "predicted", "--out", str(tmp_path / "a.png")]
     assert main(["reconstruct", str(out), str(folder), *drawing]) == 0

@@ -88,6 +88,13 @@ def test_every_rank_runs_as_many_forwards_of_the_same_shape(dataset):
     assert shapes == [(2, 3, 16, 24)] * 6
 
 
+def test_floats_in_a_range_give_the_features_of_bytes(dataset, tmp_path):
+    ranged = opened(tmp_path / "images", tmp_path, value_range=(0, 1))
+    assert ranged.decode(0).dtype == np.float32
+    found, exact = (extract_features(tiny(), images, np.arange(6)) for images in (ranged, dataset))
+    torch.testing.assert_close(found.pooled, exact.pooled, rtol=0, atol=0.02)  # the bytes are rounded by resizing
+
+
 def test_bfloat16_computes_under_autocast_and_gives_float32(dataset):
     ids = np.arange(4)
     found, exact = (extract_features(tiny(), dataset, ids, dtype=t) for t in (torch.bfloat16, torch.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image, ImageOps
 
@@ -101,6 +102,24 @@ def test_read_images_turns_crops_and_resizes(tmp_path):
     expected = np.asarray(ImageOps.fit(upright, (20, 30), Image.Resampling.BICUBIC))
     assert np.abs(images[0].permute(1, 2, 0).numpy().astype(int) - expected).max() <= 3
     assert (images[1, 0] == images[1, 2]).all()
+
+
+def test_read_images_of_other_kinds(tmp_path):
+    """As a run reads them: 16-bit grey in its range, bands with their channels first."""
+    grey = np.linspace(1000, 3000, 16 * 24).astype(np.uint16).reshape(16, 24)
+    tifffile.imwrite(tmp_path / "grey.tif", grey)
+    options = {"channels": 1, "value_range": (1000, 3000)}
+    found = read_images([tmp_path / "grey.tif"], (16, 24), **options)
+    np.testing.assert_allclose(found[0, 0], (grey - 1000) / 2000, atol=1e-6)
+    bands = np.random.default_rng(0).integers(0, 256, (12, 16, 24), dtype=np.uint8)
+    np.save(tmp_path / "bands.npy", bands)
+    found = read_images([tmp_path / "bands.npy"], (16, 24), channels=12, channels_first=True)
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found[0], bands)
+    with pytest.raises(
+        DataError, match=r"24 channels: expected 12; shape \(12, 16, 24\) looks channels-first: --data.ch"
+    ):
+        read_images([tmp_path / "bands.npy"], (16, 24), channels=12)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"plain text", b"\xff\xd8\xff\xe0 a broken jpeg"])
