@@ -12,7 +12,7 @@ from levers import Levers
 
 from fastmae.ops import attention
 from fastmae.train.compilation import uses_cuda_graphs
-from fastmae.train.telemetry.peak import matmul_flops
+from fastmae.train.precision import measure_products
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,11 @@ def compiled(loss: Callable, recipe: Recipe) -> Callable:
 
 
 def usual_precision(device: torch.device) -> tuple[str, str]:
-    """The precision to compare in where none is named, and why: bf16, but on a CPU fp32 if it is faster."""
+    """The precision that ``--train.precision auto`` takes for a ViT-B on a device, and why."""
     if device.type != "cpu":
         return "bf16", "the default on a GPU"
-    bf16, fp32 = (matmul_flops(device, dtype, rounds=5, size=384) for dtype in (torch.bfloat16, torch.float32))
-    why = f"matrix products run at {bf16 / 1e9:.3g} GFLOP/s in bf16, {fp32 / 1e9:.3g} in fp32"
-    return "bf16" if bf16 > fp32 else "fp32", why
+    speeds = measure_products(width=768)
+    return "bf16" if speeds.bf16 > speeds.fp32 else "fp32", f"matrix products run at {speeds}"
 
 
 def in_precision(recipes: dict[str, Recipe], dtype: torch.dtype) -> dict[str, Recipe]:

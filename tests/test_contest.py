@@ -24,6 +24,8 @@ import step_recipes  # noqa: E402
 from contest import Contest, Prepared, Replay, gradient, hold, table  # noqa: E402
 from measure import Meter, image_sector_bytes  # noqa: E402
 
+from fastmae.train.precision import Speeds  # noqa: E402
+
 CPU = torch.device("cpu")
 # Small enough to build at once, large enough that what is read once a launch (tables, partial sums) hardly counts.
 SIZES = Sizes(N=32, side=64, patch=16, D=128, E=128)
@@ -157,10 +159,9 @@ def test_competitors_of_the_quick_comparison_train_to_the_same_loss(monkeypatch)
 
 
 def test_benchmarks_take_the_precision_that_is_faster_here(monkeypatch):
-    rates = {torch.float32: 50e9, torch.bfloat16: 100e9}
-    monkeypatch.setattr(step_recipes, "matmul_flops", lambda device, dtype, **options: rates[dtype])
+    speeds = [Speeds(fp32=50.0, bf16=1.0), Speeds(fp32=50.0, bf16=100.0)]
+    monkeypatch.setattr(step_recipes, "measure_products", lambda width: speeds.pop())
     assert step_recipes.usual_precision(CPU)[0] == "bf16"
-    rates[torch.bfloat16] = 1e9
     found = step_recipes.usual_precision(CPU)
     assert found == ("fp32", "matrix products run at 1 GFLOP/s in bf16, 50 in fp32")
     in_fp32 = step_recipes.in_precision(step_recipes.RECIPES, torch.float32)
