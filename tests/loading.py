@@ -75,6 +75,10 @@ def write_mixed(root: Path) -> Path:
     image.save(root / "progressive.jpg", progressive=True)
     image.convert("L").save(root / "grey.jpg")
     image.convert("CMYK").save(root / "cmyk.jpg")
+    content = (root / "cmyk.jpg").read_bytes()
+    assert content[6:11] == b"Adobe"
+    (root / "cmyk_unmarked.jpg").write_bytes(content[:2] + content[18:])
+    (root / "ycck.jpg").write_bytes(content[:17] + b"\2" + content[18:])
     image.save(root / "rgb.png")
     image.convert("L").save(root / "grey.png")
     image.convert("1").save(root / "bilevel.png")

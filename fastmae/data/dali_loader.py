@@ -36,6 +36,7 @@ from fastmae.data.batch import Batch, DataError
 from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
 from fastmae.data.dali_hints import decoder_hints
 from fastmae.data.decode import UndecodableImage
+from fastmae.data.header import MODES
 from fastmae.data.loader import Loader
 from fastmae.data.plan import Plan, Planner
 from fastmae.data.stored_size import stored_size
@@ -164,15 +165,16 @@ class DaliLoader(Loader):
         bool (n,).
 
         DALI 2.4's decoder on the CPU crashes at headers that are none, and with it the process, so that what is left of
-        a file must not get there if it does not begin as the index says.
+        a file must not get there if it does not begin as the index says. And it inverts CMYK without an Adobe marker.
         """
         rows = self.dataset.rows(plan.source_ids)
         sizes = list(zip(rows["height"].tolist(), rows["width"].tolist(), strict=True))
+        cmyk = rows["mode"] == MODES.index("CMYK")
         encoded, on_host = [_blank_image()] * len(sizes), np.ones(len(sizes), bool)
 
         def read(j: int) -> None:
             data = self.read(int(plan.source_ids[j]))
-            if stored_size(data) == sizes[j]:
+            if stored_size(data) == sizes[j] and not cmyk[j]:
                 encoded[j], on_host[j] = data, False
 
         self.for_each(read, len(sizes))
