@@ -10,8 +10,7 @@ from report_results import rows_to_table
 _HEAD = """`fastmae bench`: the trainer's own steps on batches from JPEGs in the page cache, on one resident batch, and
 the loader alone. MFU is of the rate of a large matrix product, measured in the same run.
 """
-_GOES = """Where a step goes, loader and model together, as a profiler recorded it; what ran behind something else is
-not counted.
+_GOES = """Where a step goes, loader and model together, by events around the stages.
 """
 
 
@@ -20,8 +19,7 @@ def section(folder: Path) -> str:
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("end-to-end-*.json"))}
     if not found:
         return ""
-    parts = ["### From JPEGs to weights\n", _HEAD, _rates(found), "", _GOES, _shares(found, "stages")]
-    return "\n".join([*parts, "", _shares(found, "kinds"), ""])
+    return "\n".join(["### From JPEGs to weights\n", _HEAD, _rates(found), "", _GOES, _stages(found), ""])
 
 
 def _rates(found: dict[str, dict]) -> str:
@@ -42,14 +40,12 @@ def _rates(found: dict[str, dict]) -> str:
     return rows_to_table(head, rows)
 
 
-def _shares(found: dict[str, dict], table: str) -> str:
-    tables = {name.removeprefix("end-to-end-"): one["step"]["recorded"][table] for name, one in found.items()}
-    names = list(dict.fromkeys(name for one in tables.values() for name in one))
-    rows = [
-        [
-            name,
-            *(f"{one[name]['ms']:.2f} ms, {one[name]['share']:.1%}" if name in one else "" for one in tables.values()),
-        ]
-        for name in names
-    ]
-    return rows_to_table(["stage" if table == "stages" else "kind of work", *tables], rows)
+def _stages(found: dict[str, dict]) -> str:
+    steps = {name.removeprefix("end-to-end-"): one["step"] for name, one in found.items()}
+    names = list(dict.fromkeys(name for step in steps.values() for name in step["stages_ms"]))
+    cell = lambda step, name: (  # noqa: E731
+        f"{step['stages_ms'][name]:.2f} ms, {step['stages_ms'][name] / step['ms']:.1%}"
+        if name in step["stages_ms"]
+        else ""
+    )
+    return rows_to_table(["stage", *steps], [[name, *(cell(step, name) for step in steps.values())] for name in names])

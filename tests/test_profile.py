@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 from training import make_trainer, write_images
 
-from fastmae.train.profiling import throughput
-from fastmae.train.profiling.labels import labelled, unlabelled
-from fastmae.train.profiling.profile import Profile
+from fastmae.train.profile import Profile, StageTimes, no_stage
 
-LABELS = {"data", "masking", "forward", "embedding", "encoder", "decoder", "backward", "optimizer"}
+STAGES = ("data", "masking", "forward", "backward", "optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +49,11 @@ def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_
     for name, value in weights(plain).items():
         assert torch.equal(value, weights(profiled)[name]), name
     trace = tmp_path / "run" / "traces" / "rank-0-steps-5-7.json.gz"
-    events = [event for event in read_trace(trace) if event.get("cat") == "user_annotation"]
-    counts = {name: sum(event["name"] == name for event in events) for name in LABELS}
-    assert counts == dict.fromkeys(LABELS, 3)
-    encoder, forward = (next(e for e in events if e["name"] == name) for name in ("encoder", "forward"))
-    assert forward["ts"] < encoder["ts"]
-    assert encoder["ts"] + encoder["dur"] < forward["ts"] + forward["dur"]
-    summary = trace.with_name("rank-0-steps-5-7.txt").read_text()
-    assert "steps 5 to 7 on cpu" in summary
-    assert len(re.findall(r"together +\S+ +100.0%", summary)) == 2
-    assert "aten::addmm" in summary
+    events = [event["name"] for event in read_trace(trace) if event.get("cat") == "user_annotation"]
+    assert {name: events.count(name) for name in STAGES} == dict.fromkeys(STAGES, 3)
+    assert "aten::addmm" in trace.with_name("rank-0-steps-5-7.txt").read_text()
     assert str(trace) in profiled.said
-    assert profiled.stage is unlabelled
-    assert not profiled.model._forward_hooks
-    assert not profiled.model.blocks[0]._forward_pre_hooks
+    assert profiled.stage is no_stage
 
 
 @pytest.mark.parametrize("first", [1, 2])
@@ -72,13 +61,6 @@ def test_the_first_steps_can_be_had(tmp_path, images, first):
     train(tmp_path / "run", images, (first, 1), steps=4)
     trace = tmp_path / "run" / "traces" / f"rank-0-steps-{first}-{first}.json.gz"
     assert sum(event["name"] == "backward" for event in read_trace(trace)) == 1
-
-
-def test_accumulated_batches_are_all_in_it(tmp_path, images):
-    train(tmp_path / "run", images, (2, 1), steps=4, batch_size=2)
-    trace = tmp_path / "run" / "traces" / "rank-0-steps-2-2.json.gz"
-    names = [event["name"] for event in read_trace(trace)]
-    assert (names.count("backward"), names.count("encoder"), names.count("optimizer")) == (4, 4, 1)
 
 
 def test_steps_are_those_of_the_run_after_a_resume_too(tmp_path, images):
@@ -104,7 +86,6 @@ def test_a_run_that_is_too_short_says_so_before_it_begins(tmp_path, images, step
     assert trainer.said.count("--report.profile-at-step") == 1
     assert -1 < trainer.said.index(said) < trainer.said.index("step  4/12")
     assert not (tmp_path / "run" / "traces").exists()
-    assert trainer.stage is unlabelled
 
 
 def test_a_run_that_ends_before_says_that_nothing_was_profiled(tmp_path, images):
@@ -114,8 +95,7 @@ def test_a_run_that_ends_before_says_that_nothing_was_profiled(tmp_path, images)
 
 def test_a_run_that_ends_in_between_leaves_the_steps_that_it_made(tmp_path, images):
     train(tmp_path / "run", images, (11, 5))
-    folder = tmp_path / "run" / "traces"
-    assert "steps 11 to 12" in (folder / "rank-0-steps-11-12.txt").read_text()
+    assert (tmp_path / "run" / "traces" / "rank-0-steps-11-12.txt").exists()
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, images):
@@ -126,27 +106,15 @@ def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, images):
     assert "the trace could not be written" in trainer.console.file.getvalue()
 
 
-def test_labels_of_a_forward_that_fails_are_closed(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images)
-    trainer.model.blocks[1].register_forward_pre_hook(_fail)
-    with pytest.raises(RuntimeError, match="broken"), labelled(trainer):
-        trainer.fit()
-    assert trainer.stage is unlabelled
-    with torch.profiler.profile() as profiler:
-        torch.ones(2).sum()
-    assert "encoder" not in {event.name for event in profiler.events()}
-
-
-def _fail(*_):
-    raise RuntimeError("broken")
-
-
-def test_a_compiled_model_is_recorded_without_hooks_in_it(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images)
-    trainer.config = replace(trainer.config, train=replace(trainer.config.train, compile="model"))
-    with labelled(trainer):
-        assert not trainer.model.blocks[0]._forward_pre_hooks
-        assert trainer.stage is not unlabelled
+def test_times_of_the_stages_are_those_of_the_steps(tmp_path, images):
+    trainer = make_trainer(tmp_path / "run", images, batch_size=4)
+    trainer.stage = times = StageTimes(trainer.device)
+    begun = time.perf_counter()
+    trainer.fit()
+    found, elapsed = times.read(), time.perf_counter() - begun
+    assert found.keys() == set(STAGES)
+    assert 0 < sum(found.values()) < elapsed
+    assert times.read() == {}
 
 
 @pytest.mark.parametrize(("rank", "local_rank", "written"), [(8, 0, True), (9, 1, False)])
@@ -160,13 +128,11 @@ def test_the_first_process_of_each_node_is_recorded(tmp_path, images, rank, loca
 
 
 @pytest.mark.gpu
-def test_a_trace_of_a_gpu_has_kernels_and_its_time_is_accounted_for(tmp_path, images):
+def test_a_trace_of_a_gpu_has_kernels_and_stages_have_device_times(tmp_path, images):
     train(tmp_path / "run", images, (5, 3), device="cuda", precision="bf16")
     trace = tmp_path / "run" / "traces" / "rank-0-steps-5-7.json.gz"
     assert any(event.get("cat") == "kernel" for event in read_trace(trace))
-    measured = make_trainer(tmp_path / "other", images, device="cuda", precision="bf16", log_every_steps=100)
-    found = throughput.measure(measured, 0.5).breakdown
-    assert sum(found.kinds.values()) == pytest.approx(found.step_ms)
-    assert {"matrix products", "attention", "fastmae's kernels", "optimiser"} <= found.kinds.keys()
-    assert {"encoder", "decoder", "loss", "encoder, backward", "norm and optimiser"} <= found.stages.keys()
-    assert found.attributed > 0.95
+    trainer = make_trainer(tmp_path / "other", images, device="cuda", precision="bf16")
+    trainer.stage = times = StageTimes(trainer.device)
+    trainer.fit()
+    assert all(seconds > 0 for seconds in times.read().values())

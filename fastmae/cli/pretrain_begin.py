@@ -32,7 +32,7 @@ from fastmae.train.observers import Observer
 from fastmae.train.parallel import Parallelism, construct
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
-from fastmae.train.profiling.profile import Profile
+from fastmae.train.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, RECIPES, scaled_warmup
 from fastmae.train.rules import flag
 from fastmae.train.run_folder import RunFolder

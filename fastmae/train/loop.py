@@ -32,7 +32,7 @@ from fastmae.train.numerics.spikes import Spikes
 from fastmae.train.observers import Observer, observing
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
-from fastmae.train.profiling.labels import Stage, unlabelled
+from fastmae.train.profile import Stage, no_stage
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
@@ -114,7 +114,7 @@ class Trainer:
         self.spikes = Spikes(run.spikes, self.positions.of, self.console.print, writes=main)
         self.reporter.checks = (self.divergence.observe, self.spikes.observe)
         self.observers, self._stop, self._create_loader = observers, stop, create_loader
-        self.stage: Stage = unlabelled
+        self.stage: Stage = no_stage
         self.heartbeat = heartbeat or Heartbeat()
         self.saves = CheckpointManager(
             run.checkpoints,

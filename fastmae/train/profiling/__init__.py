@@ -1,1 +1,0 @@
-"""Where a step's time goes: traces, stages and kinds of work, throughput of loader and model, bottlenecks."""
