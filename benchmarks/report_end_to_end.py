@@ -43,9 +43,9 @@ def _rates(found: dict[str, dict]) -> str:
 def _stages(found: dict[str, dict]) -> str:
     steps = {name.removeprefix("end-to-end-"): one["step"] for name, one in found.items()}
     names = list(dict.fromkeys(name for step in steps.values() for name in step["stages_ms"]))
-    cell = lambda step, name: (  # noqa: E731
-        f"{step['stages_ms'][name]:.2f} ms, {step['stages_ms'][name] / step['ms']:.1%}"
-        if name in step["stages_ms"]
-        else ""
-    )
-    return rows_to_table(["stage", *steps], [[name, *(cell(step, name) for step in steps.values())] for name in names])
+    rows = [[name] for name in names]
+    for row in rows:
+        for step in steps.values():
+            ms = step["stages_ms"].get(row[0], 0.0)
+            row.append(f"{ms:.2f} ms, {ms / step['ms']:.1%}")
+    return rows_to_table(["stage", *steps], rows)

@@ -102,8 +102,9 @@ def _print(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"Waiting for batches, both together: {both['data_wait_share']:.1%} of the time\n"
         f"Model FLOPs utilisation: {model['mfu']:.1%} alone, {both['mfu']:.1%} with the loader "
-        f"({model['flops_per_second'] / 1e12:.3g} of {model['peak_flops_per_second'] / 1e12:.3g} TFLOP/s, {peak} a large "
-        f"matrix product in {found['precision']} between the steps; {model['flops_per_image'] / 1e9:.3g} GFLOP per image)\n"
+        f"({model['flops_per_second'] / 1e12:.3g} of {model['peak_flops_per_second'] / 1e12:.3g} TFLOP/s, {peak} "
+        f"a large matrix product in {found['precision']} between the steps; "
+        f"{model['flops_per_image'] / 1e9:.3g} GFLOP per image)\n"
         f"A step of {step['ms']:.1f} ms: "
         + ", ".join(f"{name} {ms:.1f} ms" for name, ms in step["stages_ms"].items())
         + "\n"

@@ -1,10 +1,10 @@
 """How fast the loader is alone, the model alone, and both together: the trainer's own step on the loader's own batches.
 
-The three are measured in turn, round by round, so that a busy moment hits all alike. Before each turn the loader's queue
-is full and nobody works; batches that were ready already are not counted. On a GPU the host waits at the ends of a turn
-and nowhere in between. Each round also times a large matrix product in the run's precision, the peak that MFU is a
-fraction of, at the same moment and with the same threads; and where products are faster in the other of fp32 and bf16, the
-model in that one. Advice is given only where its fact was measured.
+The three are measured in turn, round by round, so that a busy moment hits all alike. Before each turn the loader's
+queue is full and nobody works; batches that were ready already are not counted. On a GPU the host waits at the ends of
+a turn and nowhere in between. Each round also times a large matrix product in the run's precision, the peak that MFU is a
+fraction of, at the same moment and with the same threads; and where products are faster in the other of fp32 and bf16,
+the model in that one. Advice is given only where its fact was measured.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ class _Bench:
         self.trainer.reporter.values.take()
 
     def _faster_precision(self) -> torch.dtype | None:
-        """The other of fp32 and bf16 if products are faster in it; compiling for it would take longer than all of it."""
+        """The other of fp32 and bf16 if products are faster in it; not for compiled runs, which compile anew."""
         other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}.get(self.trainer.dtype)
         if other is None or self.trainer.config.train.compile != "none":
             return None
@@ -294,8 +294,8 @@ def result(trainer: Trainer, found: Measured) -> dict[str, Any]:
 
 
 def diagnose(found: Measured, on_gpu: bool, cores: int) -> tuple[str, str, list[str]]:
-    """What limits the run ("loader", "model", "balanced", or "shared" where they hold each other up), in a sentence, and
-    what was measured to help."""
+    """What limits the run ("loader", "model", "balanced", or "shared" where they hold each other up), in a sentence,
+    and what was measured to help."""
     capacity = found.rate("loader") * found.masked / found.decoded
     model, both = found.rate("model"), found.rate("both")
     advice = []
@@ -305,10 +305,8 @@ def diagnose(found: Measured, on_gpu: bool, cores: int) -> tuple[str, str, list[
             f"{found.other_speedup():.1f} times as many images/s."
         )
     if capacity * _EVEN < model:
-        sentence = (
-            f"The loader is the bottleneck: it makes {capacity:,.0f} images/s, the model could train {model:,.0f}."
-        )
-        return "loader", sentence, []
+        text = f"it makes {capacity:,.0f} images/s, the model could train {model:,.0f}"
+        return "loader", f"The loader is the bottleneck: {text}.", []
     if found.together() < _KEPT:
         where = "the host's processors" if on_gpu else f"{cores} core{'s' * (cores > 1)}"
         sentence = (

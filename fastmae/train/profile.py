@@ -1,7 +1,7 @@
 """Where the time of a step goes: stage times by events, and traces of a few steps by ``torch.profiler``.
 
-A trainer enters ``trainer.stage(name)`` around "data", "masking", "forward", "backward" and "optimizer". That is a no-op
-until :class:`StageTimes` or :class:`Profile` takes its place.
+A trainer enters ``trainer.stage(name)`` around "data", "masking", "forward", "backward" and "optimizer". That is a
+no-op until :class:`StageTimes` or :class:`Profile` takes its place.
 """
 
 from __future__ import annotations
