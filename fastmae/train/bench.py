@@ -2,9 +2,9 @@
 
 The three are measured in turn, round by round, so that a busy moment hits all alike. Before each turn the loader's
 queue is full and nobody works; batches that were ready already are not counted. On a GPU the host waits at the ends of
-a turn and nowhere in between. Each round also times a large matrix product in the run's precision, the peak that MFU is a
-fraction of, at the same moment and with the same threads; and where products are faster in the other of fp32 and bf16,
-the model in that one. Advice is given only where its fact was measured.
+a turn and nowhere in between. Each round also times a large matrix product in the run's precision, the peak that MFU is
+a fraction of, at the same moment and with the same threads; and where products are faster in the other of fp32 and
+bf16, the model in that one. Advice is given only where its fact was measured.
 """
 
 from __future__ import annotations
