@@ -17,7 +17,8 @@ from contest import Contest, Unavailable, compiled
 from levers import SDPAttention, with_attention
 from torch import nn
 
-from fastmae import layers, reference
+from fastmae import reference
+from fastmae.model.blocks import Block, run_blocks
 from fastmae.ops import _xformers
 
 DEPTH = 2
@@ -55,8 +56,8 @@ def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat1
         return lambda: nn.Sequential(*blocks)(x)
 
     def fast_blocks(backend):
-        blocks = on_shared(lambda: layers.Block(dim, heads, 4.0, backend))
-        return lambda: layers.run_blocks(blocks, x)
+        blocks = on_shared(lambda: Block(dim, heads, 4.0, backend))
+        return lambda: run_blocks(blocks, x)
 
     def passes(forward):
         forward = plain.under_autocast(forward, device, dtype)

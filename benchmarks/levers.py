@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae import ops
-from fastmae.layers import run_blocks
 from fastmae.model import MaskedAutoencoderViT
+from fastmae.model.blocks import run_blocks
 from fastmae.reference import Attention, MaskedAutoencoder, patchify
 
 _REFERENCE_ARGUMENTS = set(inspect.signature(MaskedAutoencoder).parameters)

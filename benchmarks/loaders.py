@@ -21,7 +21,7 @@ from torchvision import transforms
 from torchvision.transforms import functional as tvf
 
 from fastmae.data import Dataset, create_loader
-from fastmae.presets import IMAGENET_MEAN, IMAGENET_STD
+from fastmae.model import IMAGENET_MEAN, IMAGENET_STD
 
 EPOCHS = 8
 _BICUBIC = transforms.InterpolationMode.BICUBIC

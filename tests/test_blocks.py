@@ -9,9 +9,8 @@ import pytest
 import torch
 from traffic_eager import EagerTraffic
 
-from fastmae.layers import Block, SharedTokens, Stream, run_blocks
-from fastmae.linear import Linear, cast_weights
 from fastmae.model import MaskedAutoencoderViT
+from fastmae.model.blocks import Block, Linear, SharedTokens, Stream, cast_weights, run_blocks
 from fastmae.ops import random_masking, restore_tokens
 from fastmae.ops._dispatch import is_interpreted
 from fastmae.reference import Block as ReferenceBlock
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.ops
 BF16 = torch.bfloat16
 
 
-PARTS = ("layers", "linear", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
+PARTS = ("model.blocks", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
 MODULES = [import_module(f"fastmae.{name}") for name in PARTS]
 
 

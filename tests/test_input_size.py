@@ -9,8 +9,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from fastmae.model import MaskedAutoencoderViT
+from fastmae.model.initialization import sincos_positions
 from fastmae.ops import random_masking
-from fastmae.positions import sincos_positions
 from fastmae.reference import MaskedAutoencoder
 
 SMALL = {

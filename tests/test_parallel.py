@@ -18,7 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._pytree import tree_leaves
 
 from fastmae import ops
-from fastmae.layers import Block, Linear
+from fastmae.model.blocks import Block, Linear
 from fastmae.train import parallel
 
 LOSS, WEIGHTS = 1e-6, 2e-6

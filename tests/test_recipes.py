@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fastmae.cli.pretrain_begin import _say_config
-from fastmae.presets import PRESETS
+from fastmae.model import PRESETS
 from fastmae.train.config import PretrainConfig, RecipeName, from_json, to_json
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags

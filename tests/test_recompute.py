@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmae.layers import Linear
 from fastmae.model import MaskedAutoencoderViT
+from fastmae.model.blocks import Linear
 from fastmae.ops import random_masking
 
 pytestmark = pytest.mark.ops
 
-FUSED = ("layers", "linear", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
+FUSED = ("model.blocks", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
 
 
 @pytest.fixture(params=["composition", "ops"])

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fastmae.initialization import initialize_parameters
-from fastmae.positions import sincos_positions
+from fastmae.model.initialization import initialize_parameters, sincos_positions
 
 if TYPE_CHECKING:
     from transformers import ViTMAEForPreTraining

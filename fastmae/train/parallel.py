@@ -25,8 +25,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastmae.initialization import draw_parameter
-from fastmae.positions import sincos_positions
+from fastmae.model.initialization import draw_parameter, sincos_positions
 from fastmae.train.compilation import (
     Compile,
     CompileMode,

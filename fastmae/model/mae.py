@@ -8,6 +8,7 @@ None of this changes the loss.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -17,21 +18,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmae.facebook import FacebookMethods
-from fastmae.initialization import initialize_parameters
-from fastmae.inputs import ImageInputs
-from fastmae.layers import (
-    Block,
-    PatchEmbed,
-    SharedTokens,
-    Stream,
-)
-from fastmae.linear import Linear, cast_weights
-from fastmae.ops import Masking, gather_patches, masked_patch_mse, restore_tokens
-from fastmae.ops._check import check
+from fastmae.model.blocks import Block, Linear, PatchEmbed, SharedTokens, Stream, cast_weights
+from fastmae.model.initialization import initialize_parameters, sincos_positions
+from fastmae.ops import Masking, gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
+from fastmae.ops._check import as_pair, check, grid_of
+from fastmae.ops._linear import linear
 from fastmae.ops.attention import BACKENDS
-from fastmae.positions import sincos_positions
-from fastmae.presets import PRESETS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Encoders of the paper (section 4; ViT, table 1) and its default decoder (section 4.1). The paper has no tiny and no
+# small model: their encoders are DeiT's, their decoders keep the paper's head width of 32.
+_PAPER_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+PRESETS: dict[str, dict[str, Any]] = {
+    "mae_vit_tiny_patch16": {
+        "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3,
+        "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4,
+    },
+    "mae_vit_small_patch16": {
+        "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6,
+        "decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8,
+    },
+    "mae_vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **_PAPER_DECODER},
+    "mae_vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER_DECODER},
+    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER_DECODER},
+}  # fmt: skip
 
 RESIDUAL_DTYPES = ("float32", "bfloat16")
 
@@ -47,7 +59,7 @@ class MAEOutput(NamedTuple):
     """float32 (N * R, L), 1 = masked."""
 
 
-class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
+class MaskedAutoencoderViT(nn.Module):
     """Masked autoencoder with a Vision Transformer (He et al., CVPR 2022, section 3).
 
     Args:
@@ -65,6 +77,11 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
             after every add, which saves memory traffic and is another computation than the paper's code.
         seed: keys the initialisation together with each parameter's name; None draws a seed from torch's default
             generator.
+
+    Attributes:
+        img_size: (height, width) that the model is made for, which its state dict's position tables belong to.
+        input_size: (height, width) that it takes at the moment; see :meth:`set_input_size`.
+        grid_size, num_patches: rows and columns of patches at ``input_size``, and L, their product.
 
     Raises:
         ValueError: a size that does not divide, a width that is no multiple of its heads or of 4, or statistics that
@@ -91,7 +108,21 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
         residual_dtype: str = "float32",
         seed: int | None = None,
     ):
-        super().__init__(img_size, patch_size, in_chans, mean, std)
+        super().__init__()
+        self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
+        self.input_size = self.img_size
+        self.grid_size = self.base_grid = grid_of(self.img_size, self.patch_size, "img_size")
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.in_chans = in_chans
+        self._statistics = {
+            "mean": _statistics("mean", mean, IMAGENET_MEAN, in_chans),
+            "std": _statistics("std", std, IMAGENET_STD, in_chans),
+        }
+        for name, values in self._statistics.items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables_of_size: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._float_images_seen = False
         self.norm_pix_loss = norm_pix_loss
         check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
         check(
@@ -234,6 +265,148 @@ class MaskedAutoencoderViT(FacebookMethods, ImageInputs):
 
     def _loss(self, images: Tensor, pred: Tensor, ids_mask: Tensor) -> Tensor:
         return masked_patch_mse(pred, images, ids_mask, self.patch_size, self.norm_pix_loss, self.mean, self.std)
+
+    # Images, their size and statistics
+
+    def set_input_size(self, size: int | Sequence[int] | None = None) -> None:
+        """Take images of another size from now on, as training with progressive resolution does.
+
+        No weight changes. Positions are sine-cosine tables whose coordinates are stretched to the new grid
+        (:func:`~fastmae.model.initialization.sincos_positions`); at ``img_size`` they are the model's own tables,
+        untouched. Tables are computed once per size and kept out of the state dict. A compiled model has one graph per
+        size.
+
+        Args:
+            size: (height, width) in pixels, or an int for a square; None for ``img_size``.
+
+        Raises:
+            ValueError: a size that does not divide into patches.
+        """
+        size = self.img_size if size is None else as_pair("size", size)
+        self.grid_size = grid_of(size, self.patch_size, "size")
+        self.input_size, self.num_patches = size, self.grid_size[0] * self.grid_size[1]
+        if size == self.img_size:
+            self._tables = None
+            return
+        if size not in self._tables_of_size:
+            own = (self.pos_embed, self.decoder_pos_embed)
+            self._tables_of_size[size] = tuple(
+                sincos_positions(t.shape[-1], self.grid_size, self.base_grid).to(t.device, t.dtype) for t in own
+            )
+        self._tables = self._tables_of_size[size]
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """A loader's batch as :meth:`forward` takes it: floating images in [0, 1] are normalised with the model's
+        statistics in one pass; uint8 ones stay raw, since the kernels normalise them."""
+        if images.dtype == torch.uint8:
+            return images
+        mean, scale = self.mean.view(-1, 1, 1), self.std.reciprocal().view(-1, 1, 1)
+        return torch.addcmul(-mean * scale, images, scale)
+
+    def _positions(self) -> tuple[Tensor, Tensor]:
+        """Tables (1, 1 + L, D) and (1, 1 + L, E) of the encoder and the decoder at ``input_size``."""
+        return (self.pos_embed, self.decoder_pos_embed) if self._tables is None else self._tables
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        # The pixel statistics stay float32 under .to(bfloat16), and are right again after to_empty().
+        for name, values in self._statistics.items():
+            self._buffers[name] = torch.tensor(values, dtype=torch.float32, device=self._buffers[name].device)
+        self._tables_of_size.clear()
+        self.set_input_size(self.input_size)
+        return self
+
+    def _masking(self, images: Tensor, ratio: float, noise: Tensor | None, masking: Masking | None) -> Masking:
+        expected = (len(images), self.num_patches)
+        if masking is not None:
+            check(noise is None, "noise", "None when a masking is given", noise)
+            restore = masking.ids_restore
+            fits = restore.ndim == 2 and restore.shape[1] == self.num_patches and len(restore) > 0
+            if not (fits and (len(restore) == len(images) or len(restore) % max(len(images), 1) == 0)):
+                # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
+                check(False, "masking", f"ids_restore of shape {expected}, or a multiple of its rows", restore)
+            return masking
+        if noise is None:
+            noise = torch.rand(expected, device=images.device)
+        check(tuple(noise.shape) == expected, "noise", f"shape {expected}", noise)
+        return masking_from_noise(noise, ratio)
+
+    def _all_ids(self, n: int, device: torch.device) -> Tensor:
+        return torch.arange(self.num_patches, device=device).expand(n, -1)
+
+    def _check_images(self, images: Tensor) -> None:
+        expected = f"(N, {self.in_chans}, {self.input_size[0]}, {self.input_size[1]}), uint8 or floating point"
+        fits = isinstance(images, Tensor) and tuple(images.shape[1:]) == (self.in_chans, *self.input_size)
+        if not fits and isinstance(images, Tensor) and tuple(images.shape[1:]) == (*self.input_size, self.in_chans):
+            expected += " (this looks channels-last: pass images.permute(0, 3, 1, 2))"
+        check(fits and (images.dtype == torch.uint8 or images.is_floating_point()), "images", expected, images)
+        if images.dtype == torch.uint8 or self._float_images_seen or torch.compiler.is_compiling():
+            return
+        # Once, since reading a value waits for the device.
+        self._float_images_seen = True
+        low, high = map(float, images.detach().aminmax()) if images.numel() else (0.0, 0.0)
+        plain = all(value == 0 for value in self._statistics["mean"])  # such pixels in [0, 1] are normalised already
+        if not max(-low, high) < 20 or (0 <= low < high <= 1 and not plain):
+            warnings.warn(
+                f"images: floating-point images are taken as already normalised, but these are from {low:.3g} to "
+                f"{high:.3g}; pass uint8 images, or model.normalized(images) of pixels in [0, 1]",
+                stacklevel=3,
+            )
+
+    # facebookresearch/mae's methods
+
+    def forward_encoder(
+        self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """facebookresearch's method: latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        self._check_images(images)
+        masking = self._masking(images, mask_ratio, noise, None)
+        with self._cast_weights():
+            return self._last_norm(self._encode(images, masking.ids_keep).sum()), masking.mask, masking.ids_restore
+
+    def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """facebookresearch's method: predictions (N, L, P) from latent (N, 1 + K, D)."""
+        with self._cast_weights():
+            embed = self.decoder_embed
+            visible = linear(latent, embed.weight, embed.bias, weight_cast=embed.weight_cast)
+            return self._decode(visible, ids_restore, None, None)
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """facebookresearch's method: mean error over the patches whose mask (N, L) is 1, from full predictions.
+
+        With R masks an image, pred (N * R, L, P) and mask (N * R, L).
+        """
+        self._check_images(images)
+        ids = self._all_ids(len(pred), images.device)
+        error = masked_patch_mse(
+            pred, images, ids, self.patch_size, self.norm_pix_loss, self.mean, self.std, reduction="none"
+        )
+        return (error * mask).sum() / mask.sum()
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, L, P), values untouched: patches row by row, in a patch rows, columns, channels."""
+        self._check_images(images)
+        n, (rows, cols), (ph, pw) = len(images), self.grid_size, self.patch_size
+        x = images.reshape(n, self.in_chans, rows, ph, cols, pw).permute(0, 2, 4, 3, 5, 1)
+        return x.reshape(n, self.num_patches, ph * pw * self.in_chans)
+
+    def unpatchify(self, patches: Tensor) -> Tensor:
+        """(N, L, P) to (N, C, H, W): the inverse of :meth:`patchify`."""
+        (rows, cols), (ph, pw) = self.grid_size, self.patch_size
+        expected = (self.num_patches, ph * pw * self.in_chans)
+        fits = patches.ndim == 3 and tuple(patches.shape[1:]) == expected
+        check(fits, "patches", f"shape (N, {expected[0]}, {expected[1]})", patches)
+        x = patches.reshape(len(patches), rows, cols, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(patches), self.in_chans, *self.input_size)
+
+
+def _statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
+    if values is None:
+        values = imagenet if channels == 3 else (0.5,) * channels
+    values = [float(value) for value in values]
+    check(len(values) == channels, name, f"one value for each of the {channels} channels", values)
+    check(name == "mean" or min(values) > 0, name, "positive values", values)
+    return values
 
 
 def create_model(name: str, **overrides: Any) -> MaskedAutoencoderViT:

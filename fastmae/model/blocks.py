@@ -1,19 +1,20 @@
-"""The parts of the encoder and the decoder: patch projection and Transformer block.
+"""The parts of the encoder and the decoder: linear layer, patch projection, Transformer block, and its recomputation.
 
 Parameter names and shapes are those of facebookresearch/mae (and of timm's ViT), so that state dicts pass both ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from fastmae.linear import Linear
 from fastmae.ops import (
     attention_kvpacked,
     attention_qkvpacked,
@@ -24,7 +25,42 @@ from fastmae.ops import (
 )
 from fastmae.ops._dispatch import fuses
 from fastmae.ops._linear import kernels, linear
-from fastmae.recompute import recomputed
+
+T = TypeVar("T")
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with low-precision copies of its parameters while :func:`cast_weights` provides them."""
+
+    weight_cast: Tensor | None = None
+    bias_cast: Tensor | None = None
+    wanted: bool = True
+    """False while a forward is repeated for what it keeps: the layer's own result is not needed then."""
+
+
+@contextmanager
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Gives every :class:`Linear` of the model copies of its weight and bias in ``dtype`` while the context lasts.
+
+    One multi-tensor launch makes all copies, where autocast would launch a cast per tensor, and they serve every
+    forward and backward inside, for example those of one accumulated step. The weights must not change inside. Layers
+    whose weight has the dtype already, is sharded, or is used where no kernel runs get no copies.
+    """
+    wants = [m for m in model.modules() if isinstance(m, Linear) and m.weight.dtype != dtype]
+    wants = [m for m in wants if fuses(m.weight, kernels)]
+    wants = [m for m in wants if m.weight_cast is None and not hasattr(m.weight, "to_local")]
+    parameters = [p for m in wants for p in (m.weight, m.bias)]
+    with torch.no_grad():
+        copies = [torch.empty_like(p, dtype=dtype) for p in parameters]
+        if copies:
+            torch._foreach_copy_(copies, parameters)
+    for module, weight, bias in zip(wants, copies[::2], copies[1::2], strict=True):
+        module.weight_cast, module.bias_cast = weight, bias
+    try:
+        yield
+    finally:
+        for module in wants:
+            module.weight_cast = module.bias_cast = None
 
 
 class PatchEmbed(nn.Module):
@@ -219,3 +255,48 @@ def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
     for block in blocks:
         stream = block(stream)
     return stream.sum()
+
+
+def recomputed(module: nn.Module, last: Linear, function: Callable[..., T], *args: object) -> T:
+    """``function(*args)``, of whose intermediate values none is kept: the backward computes them again.
+
+    The same values, to the bit: nothing in a block is random, and both times the same weights are read. ``last``'s
+    product is not among what is computed again, since nothing inside needs it.
+
+    Args:
+        module: whose weights the function reads.
+        last: the layer of it that the function ends with.
+        function: any tensors that it only passes on had better not be among its arguments, which are kept.
+    """
+    # In a compiled block copies are inputs of the graph, and what is not needed is left out by the compiler.
+    if not torch.compiler.is_compiling():
+        function = _Repeatable(module, last, function)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Repeatable:
+    """A function for a forward and its repetition in the backward.
+
+    That comes when :func:`cast_weights` has ended: the copies of the module's weights are held until
+    then, as they are where nothing is computed again.
+    """
+
+    def __init__(self, module: nn.Module, last: Linear, function: Callable[..., object]):
+        self._copies = [(m, _casts(m)) for m in module.modules() if isinstance(m, Linear)]
+        self._last, self._function, self._again = last, function, False
+
+    def __call__(self, *args: object) -> object:
+        before = [_casts(layer) for layer, _ in self._copies]
+        for layer, casts in self._copies:
+            layer.weight_cast, layer.bias_cast = casts
+        self._last.wanted, self._again = not self._again, True
+        try:
+            return self._function(*args)
+        finally:
+            self._last.wanted = True
+            for (layer, _), casts in zip(self._copies, before, strict=True):
+                layer.weight_cast, layer.bias_cast = casts
+
+
+def _casts(layer: Linear) -> tuple[Tensor | None, Tensor | None]:
+    return layer.weight_cast, layer.bias_cast
