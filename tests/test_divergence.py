@@ -28,6 +28,7 @@ from fastmae.data.sampler import permuted_ids
 from fastmae.model import PRESETS, MAEOutput, MaskedAutoencoderViT
 from fastmae.train import parallel
 from fastmae.train.bad_files import BadFiles
+from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.feed import draw_masks
@@ -35,7 +36,6 @@ from fastmae.train.loop import Trainer
 from fastmae.train.numerics.batch_dump import KEPT, _conclusion
 from fastmae.train.numerics.divergence import LEAST_FP16, Divergence
 from fastmae.train.numerics.gradients import LossScale
-from fastmae.train.observers import Observer
 from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.sample_positions import SamplePositions
@@ -78,7 +78,7 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
-def make(out: Path, images: Path, *, place=None, ranks=None, resume=False, observers=(), options=None, **train):
+def make(out: Path, images: Path, *, place=None, ranks=None, resume=False, callbacks=(), options=None, **train):
     """A trainer, as ``training.make_trainer`` makes it, of a model that black images are too much for."""
     place, ranks = place or parallel.Parallelism(), ranks or Ranks()
     train = replace(TRAIN, **OPTIONS | {"parallel": place.mode} | train)
@@ -93,7 +93,7 @@ def make(out: Path, images: Path, *, place=None, ranks=None, resume=False, obser
         console=Console(file=io.StringIO(), width=1000),
         parallelism=place,
         ranks=ranks,
-        observers=observers,
+        callbacks=callbacks,
     )
 
 
@@ -108,7 +108,7 @@ def known(run: Path) -> dict:
     return {"rows": [[row[name] for name in names] for row in read(run / "metrics.jsonl")], "rollbacks": rollbacks}
 
 
-class At(Observer):
+class At(Callback):
     """Calls a function after a step, at a visit (None: each); a run that went back meets the step again."""
 
     def __init__(self, step, function, visit=1):
@@ -187,7 +187,7 @@ def test_the_batch_is_dumped_and_the_image_named(straight, images):
 
 def test_the_losses_of_the_dump_are_those_of_the_training(straight, images, tmp_path):
     """On the checkpoint before the step, whose weights are those that the step failed on."""
-    trainer = make(tmp_path / "run", images, observers=[At(5, leave)])
+    trainer = make(tmp_path / "run", images, callbacks=[At(5, leave)])
     trainer.fit()
     trainer.run.close()
     with trainer.loader_at(40) as loader:
@@ -201,7 +201,7 @@ def test_the_losses_of_the_dump_are_those_of_the_training(straight, images, tmp_
 
 def test_what_follows_is_the_checkpoint_on_later_images(straight, images, tmp_path):
     """As if somebody had taken step 5's checkpoint and begun the data at position 64 by hand."""
-    first = make(tmp_path / "run", images, steps=12, observers=[At(5, leave)])
+    first = make(tmp_path / "run", images, steps=12, callbacks=[At(5, leave)])
     first.fit()
     first.run.close()
     second = make(tmp_path / "run", images, resume=True)
@@ -250,8 +250,8 @@ def test_one_step_may_be_enough_several_times_with_several_masks_passes_and_size
 def test_the_loss_scale_goes_back_too(images, tmp_path):
     """Three skipped steps have halved it three times; with the weights comes the scale that they had."""
     scales = []
-    observers = [At(step, lambda trainer: scales.append(float(trainer.loss_scale.value)), None) for step in (5, 7, 8)]
-    trainer = make(tmp_path / "run", images, observers=observers, precision="fp16")
+    callbacks = [At(step, lambda trainer: scales.append(float(trainer.loss_scale.value)), None) for step in (5, 7, 8)]
+    trainer = make(tmp_path / "run", images, callbacks=callbacks, precision="fp16")
     trainer.fit()
     trainer.run.close()
     first = scales[0]
@@ -300,7 +300,7 @@ MOMENTS = [
 @pytest.mark.parametrize(("how", "step", "visit"), MOMENTS)
 def test_interrupted_at_any_moment_it_goes_on_as_undisturbed(straight, images, tmp_path, how, step, visit):
     """A run that goes back visits steps 6 to 8 twice."""
-    trainer = make(tmp_path / "run", images, observers=[At(step, how, visit)])
+    trainer = make(tmp_path / "run", images, callbacks=[At(step, how, visit)])
     if how is leave:
         assert trainer.fit() == "preempted"
     else:
@@ -315,7 +315,7 @@ def test_interrupted_at_any_moment_it_goes_on_as_undisturbed(straight, images, t
 def test_noticed_late_it_goes_on_the_same(straight, images, tmp_path, stops):
     """On a GPU and with several ranks, rows are read an interval late; and a run may have to leave before it goes
     back."""
-    trainer = make(tmp_path / "run", images, observers=[At(8, leave)] if stops else [])
+    trainer = make(tmp_path / "run", images, callbacks=[At(8, leave)] if stops else [])
     trainer.reporter._late = 1
     assert trainer.fit() == ("preempted" if stops else "finished")
     trainer.run.close()
@@ -329,8 +329,8 @@ def test_noticed_late_it_goes_on_the_same(straight, images, tmp_path, stops):
 
 
 def test_rows_that_were_not_read_when_the_run_went_back_are_not_written(images, tmp_path):
-    observers = [At(5, lambda trainer: trainer.save())]  # the only one: a save reads what there is
-    trainer = make(tmp_path / "run", images, steps=16, checkpoint_every_steps=None, observers=observers)
+    callbacks = [At(5, lambda trainer: trainer.save())]  # the only one: a save reads what there is
+    trainer = make(tmp_path / "run", images, steps=16, checkpoint_every_steps=None, callbacks=callbacks)
     trainer.reporter._late = 1
     trainer.fit()
     trainer.run.close()
@@ -356,7 +356,7 @@ def spoil(trainer):
 
 def test_a_checkpoint_that_fails_again_is_not_gone_back_to_twice(images, tmp_path):
     """Step 3 is saved with weights that no gradient is finite of."""
-    trainer = make(tmp_path / "run", images, observers=[At(3, spoil)], checkpoint_every_steps=3, keep_checkpoints=3)
+    trainer = make(tmp_path / "run", images, callbacks=[At(3, spoil)], checkpoint_every_steps=3, keep_checkpoints=3)
     assert trainer.fit() == "finished"
     trainer.run.close()
     assert [(r["first_step"], r["to_step"]) for r in read(tmp_path / "run/rollbacks.jsonl")][:2] == [(4, 3), (4, 0)]
@@ -372,7 +372,7 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(images, tm
         with torch.no_grad():
             trainer.model.norm.bias[0] = math.nan
 
-    trainer = make(tmp_path / "run", images, observers=[At(3, forget)], keep_checkpoints=9, steps=8)
+    trainer = make(tmp_path / "run", images, callbacks=[At(3, forget)], keep_checkpoints=9, steps=8)
     assert trainer.fit() == "finished"
     trainer.run.close()
     assert "step-3: passed over, its weights or moments are not all finite" in capsys.readouterr().err
@@ -385,8 +385,8 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_passed_over(images, tm
 
 def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_path):
     """Whenever it comes to step 3."""
-    observers = [At(3, spoil, None)]
-    trainer = make(tmp_path / "run", images, observers=observers, max_rollbacks=2, checkpoint_every_steps=None)
+    callbacks = [At(3, spoil, None)]
+    trainer = make(tmp_path / "run", images, callbacks=callbacks, max_rollbacks=2, checkpoint_every_steps=None)
     with pytest.raises(FloatingPointError) as caught:
         trainer.fit()
     trainer.run.close()
@@ -424,7 +424,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(images, tmp_path, capsys):
         (shard,) = (tmp_path / "run/checkpoints/step-5").glob("*.safetensors")
         shard.write_bytes(shard.read_bytes()[:-10])
 
-    trainer = make(tmp_path / "run", images, observers=[At(7, damage)], keep_checkpoints=9)
+    trainer = make(tmp_path / "run", images, callbacks=[At(7, damage)], keep_checkpoints=9)
     assert trainer.fit() == "finished"
     trainer.run.close()
     assert "WARNING: damaged checkpoint passed over: " in capsys.readouterr().err
@@ -504,8 +504,8 @@ def train_interrupted_on_two(rank: int, folder: Path, images: Path, mode: str) -
         trainer = make(folder / "straight", images, **options)
         trainer.fit()
         trainer.run.close()
-        for observers in ([At(7, leave)] if rank == 0 else [], [At(6, die)], []):
-            trainer = make(folder / "run", images, observers=observers, resume=(folder / "run").exists(), **options)
+        for callbacks in ([At(7, leave)] if rank == 0 else [], [At(6, die)], []):
+            trainer = make(folder / "run", images, callbacks=callbacks, resume=(folder / "run").exists(), **options)
             if list_checkpoints(folder / "run/checkpoints"):
                 assert trainer.resume(latest_checkpoint(folder / "run", ranks=ranks)) == []
             with contextlib.suppress(Killed):

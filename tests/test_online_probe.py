@@ -15,10 +15,10 @@ from training import make_trainer
 from fastmae import data
 from fastmae.cli import main
 from fastmae.cli.evaluations import Pictures, Probe
+from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import ReportConfig
 from fastmae.train.liveness.signals import StopRequest
-from fastmae.train.observers import Observer
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
@@ -46,7 +46,7 @@ def probed(out: Path, images: Path, report: ReportConfig | None, **options):
     trainer = make_trainer(out, images, **options)
     if report:
         config = replace(trainer.config, report=report)
-        trainer.observers = [Probe(config, trainer.dataset, Ranks())]
+        trainer.callbacks = [Probe(config, trainer.dataset, Ranks())]
     return trainer
 
 
@@ -112,7 +112,7 @@ def test_the_end_of_the_time_is_probed_too_but_not_a_signal(tmp_path, images):
         report = ReportConfig(probe_every_epochs=1e9)
         trainer = probed(tmp_path / name, images, report, steps=10**6, **options)
         if name == "signal":
-            trainer.observers.insert(0, Signal(stop))
+            trainer.callbacks.insert(0, Signal(stop))
             trainer._stop = stop
         assert trainer.fit() == ("preempted" if name == "signal" else "finished")
         path = tmp_path / name / "evaluations.jsonl"
@@ -123,7 +123,7 @@ def test_the_end_of_the_time_is_probed_too_but_not_a_signal(tmp_path, images):
     assert rows["signal"] == []
 
 
-class Signal(Observer):
+class Signal(Callback):
     """Asks the run to leave after its third step."""
 
     def __init__(self, stop: StopRequest) -> None:
@@ -204,7 +204,7 @@ def test_gpu_training_is_the_same_when_it_is_looked_at(tmp_path, images, compile
         trainer = make_trainer(tmp_path / name, images, device="cuda", compile="model" if compiled else "none")
         if name == "observed":
             config = replace(trainer.config, report=report)
-            trainer.observers = [Pictures(config, trainer.dataset), Probe(config, trainer.dataset, Ranks())]
+            trainer.callbacks = [Pictures(config, trainer.dataset), Probe(config, trainer.dataset, Ranks())]
         trainer.fit()
         weights.append(trainer.model.state_dict())
     for name in weights[0]:

@@ -20,10 +20,10 @@ from training import MODEL, TRAIN, make_trainer, write_images
 from fastmae import data
 from fastmae.cli.evaluations import Pictures, Probe, reconstruction_sets
 from fastmae.model import create_model
+from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
 from fastmae.train.loop import Trainer
-from fastmae.train.observers import Observer
 from fastmae.train.parallel import construct, initialize, shutdown
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.weights import load_model
@@ -31,10 +31,10 @@ from fastmae.train.weights import load_model
 REPORT = ReportConfig(picture_every_steps=4)
 
 
-def watched(out: Path, images: Path, observers=(Pictures,), **options) -> Trainer:
+def watched(out: Path, images: Path, callbacks=(Pictures,), **options) -> Trainer:
     trainer = make_trainer(out, images, **{"steps": 8} | options)
     config = replace(trainer.config, report=REPORT)
-    trainer.observers = [observer(config, trainer.dataset) for observer in observers]
+    trainer.callbacks = [callback(config, trainer.dataset) for callback in callbacks]
     return trainer
 
 
@@ -61,9 +61,9 @@ CASES = {
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_the_training_is_the_same_bit_for_bit(tmp_path, images, options):
     trainers = {}
-    for name, observers in (("plain", ()), ("pictures", (Pictures,))):
+    for name, callbacks in (("plain", ()), ("pictures", (Pictures,))):
         torch.manual_seed(3)
-        trainers[name] = watched(tmp_path / name, images, observers, checkpoint_every_steps=4, **options)
+        trainers[name] = watched(tmp_path / name, images, callbacks, checkpoint_every_steps=4, **options)
         trainers[name].fit()
         assert trainers[name].model.training
         assert all(parameter.grad is None for parameter in trainers[name].model.parameters())
@@ -81,13 +81,13 @@ def test_random_numbers_and_the_models_state_are_untouched(tmp_path, images):
     trainer = watched(tmp_path / "run", images, steps=4)
     seen = []
 
-    class Check(Observer):
+    class Check(Callback):
         def __init__(self, *_):
             pass
 
         def after_step(self, trainer):
             state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - what nobody should touch
-            trainer.observers[1].after_step(trainer)
+            trainer.callbacks[1].after_step(trainer)
             assert torch.equal(torch.get_rng_state(), state[0])
             assert np.array_equal(np.random.get_state()[1], state[1])  # noqa: NPY002
             assert all(module.training for module in trainer.model.modules())
@@ -95,7 +95,7 @@ def test_random_numbers_and_the_models_state_are_untouched(tmp_path, images):
             assert torch.is_grad_enabled()
             seen.append(trainer.step)
 
-    trainer.observers = [Check(), *trainer.observers]
+    trainer.callbacks = [Check(), *trainer.callbacks]
     trainer.fit()
     assert seen == [1, 2, 3, 4]
 
@@ -113,7 +113,7 @@ def test_a_picture_every_so_many_steps_with_its_errors(tmp_path, images):
 
 
 def test_pictures_of_the_same_weights_are_the_same(tmp_path, images):
-    class Still(Observer):
+    class Still(Callback):
         def __init__(self, *_):
             self.weights = None
 
@@ -170,7 +170,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_training(tmp_path, im
     assert trainer.step == 8
 
 
-class Sharded(Observer):
+class Sharded(Callback):
     """After those before it in the list, no weights are gathered."""
 
     def __init__(self, *_):
@@ -181,20 +181,20 @@ class Sharded(Observer):
         assert all(isinstance(parameter, DTensor) == trainer.parallelism.sharded for parameter in trained)
 
 
-class Waited(Observer):
+class Waited(Callback):
     """After those before it in the list, no rank goes on before the first one has looked."""
 
     def __init__(self, *_):
         pass
 
     def after_step(self, trainer):
-        _, probe, *_ = trainer.observers
+        _, probe, *_ = trainer.callbacks
         rows = [row for row in trainer.run.read_evaluations() if row["step"] == trainer.step]
         due = [trainer.step % 4 == 0, probe.is_due(trainer.step)]
         assert [any(key in row for row in rows) for key in ("reconstructions", "knn_top1")] == due
 
 
-def train(rank: int, mode: str, precision: str, out: Path, images: Path, observers: tuple) -> dict | None:
+def train(rank: int, mode: str, precision: str, out: Path, images: Path, callbacks: tuple) -> dict | None:
     place = initialize(mode)
     config = PretrainConfig(
         out=out,
@@ -208,9 +208,9 @@ def train(rank: int, mode: str, precision: str, out: Path, images: Path, observe
         model = construct(lambda: create_model(**config.model_arguments()), place)
         run = RunFolder(out, leader=rank == 0)
         parts = {"parallelism": place, "ranks": ranks, "console": Console(file=io.StringIO())}
-        parts["observers"] = [
-            observer(config, dataset, ranks) if observer is Probe else observer(config, dataset)
-            for observer in observers
+        parts["callbacks"] = [
+            callback(config, dataset, ranks) if callback is Probe else callback(config, dataset)
+            for callback in callbacks
         ]
         Trainer(config, model, dataset, run, create_loader=data.create_loader, **parts).fit()
     shutdown(place)
@@ -225,9 +225,9 @@ RANKS = {"ddp": ("ddp", "fp32"), "fsdp": ("fsdp", "fp32"), "fsdp, bf16": ("fsdp"
 def job(rank: int, folder: Path) -> dict:
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
     return {
-        (name, watched): train(rank, *how, folder / f"{name}-{watched}", folder / "classes", observers)
+        (name, watched): train(rank, *how, folder / f"{name}-{watched}", folder / "classes", callbacks)
         for name, how in RANKS.items()
-        for watched, observers in ((False, ()), (True, (Pictures, Probe, Waited, Sharded)))
+        for watched, callbacks in ((False, ()), (True, (Pictures, Probe, Waited, Sharded)))
     }
 
 

@@ -25,7 +25,7 @@ def train(out, images, profile=None, *, resume_from=None, **options):
     """Run to the end, profiled or not; the trainer, what it printed in ``.said``, its folder unlocked."""
     trainer = make_trainer(out, images, resume=resume_from is not None, **options)
     if profile is not None:
-        trainer.observers = [Profile(*profile)]
+        trainer.callbacks = [Profile(*profile)]
     if resume_from is not None:
         trainer.resume(resume_from)
     trainer.fit()
@@ -101,7 +101,7 @@ def test_a_run_that_ends_in_between_leaves_the_steps_that_it_made(tmp_path, imag
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, images):
     trainer = make_trainer(tmp_path / "run", images)
     (tmp_path / "run" / "traces").write_text("in the way")
-    trainer.observers = [Profile(2, 1)]
+    trainer.callbacks = [Profile(2, 1)]
     assert trainer.fit() == "finished"
     assert "the trace could not be written" in trainer.console.file.getvalue()
 
@@ -121,7 +121,7 @@ def test_times_of_the_stages_are_those_of_the_steps(tmp_path, images):
 def test_the_first_process_of_each_node_is_recorded(tmp_path, images, rank, local_rank, written):
     trainer = make_trainer(tmp_path / "run", images, steps=4)
     trainer.parallelism = replace(trainer.parallelism, rank=rank, local_rank=local_rank)
-    trainer.observers = [Profile(2, 1)]
+    trainer.callbacks = [Profile(2, 1)]
     trainer.fit()
     assert (tmp_path / "run" / "traces" / f"rank-{rank}-steps-2-2.json.gz").exists() == written
     assert (tmp_path / "run" / "traces").exists() == written

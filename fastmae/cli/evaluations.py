@@ -20,9 +20,9 @@ from fastmae.evaluate import (
     match_classes,
     probe,
 )
+from fastmae.train.callbacks import Callback
 from fastmae.train.config import PretrainConfig
 from fastmae.train.loop import Trainer
-from fastmae.train.observers import Observer
 from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
 
@@ -63,7 +63,7 @@ def newest_values(run: RunFolder) -> dict[str, float]:
     return {name: value for name, value in rows.items() if name != "step" and isinstance(value, int | float)}
 
 
-class Pictures(Observer):
+class Pictures(Callback):
     """Every so many steps the same images with the same masks, to ``reconstructions/step-N.png``.
 
     Of a model that every rank has whole, the first rank looks alone. The others wait for it here, where they have more
@@ -109,7 +109,7 @@ class Pictures(Observer):
             trainer.reporter.evaluation(trainer.step, values, {"reconstructions": path})
 
 
-class Probe(Observer):
+class Probe(Callback):
     """Every so many epochs, and at the end: nearest neighbours and a linear classifier on the frozen features.
 
     Raises:

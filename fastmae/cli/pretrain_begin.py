@@ -18,6 +18,7 @@ from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_f
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.batch_size import keeps_batch_size
+from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
@@ -28,7 +29,6 @@ from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.liveness.watch import leave_if_asked
 from fastmae.train.loop import Trainer
-from fastmae.train.observers import Observer
 from fastmae.train.parallel import Parallelism, construct
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
@@ -67,7 +67,7 @@ def prepare(
     preflight(config, parallelism, ranks, run=run.path, dataset=dataset, model=model)
     leave_if_asked(ranks, stop)
     options = {"console": console, "parallelism": parallelism, "ranks": ranks, "stop": stop, "heartbeat": heartbeat}
-    options["observers"] = _observers(config, dataset, ranks)
+    options["callbacks"] = _callbacks(config, dataset, ranks)
     saved = None
     if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(run.checkpoints))):
         saved = open_latest(run.path, ranks=ranks)
@@ -113,20 +113,20 @@ def _warn_of_few_images(dataset: data.Dataset, config: PretrainConfig) -> None:
     print(f"WARNING: --data.path: {text}", file=sys.stderr)
 
 
-def _observers(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> list[Observer]:
+def _callbacks(config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> list[Callback]:
     """What looks at the run between steps, as ``--report`` says; the same on all ranks.
 
     Raises:
         ValueError: if something cannot be observed, naming the flag.
     """
-    observers: list[Observer] = []
+    callbacks: list[Callback] = []
     if config.report.picture_every_steps:
-        observers.append(Pictures(config, dataset))
+        callbacks.append(Pictures(config, dataset))
     if config.report.probe_every_epochs:
-        observers.append(Probe(config, dataset, ranks))
+        callbacks.append(Probe(config, dataset, ranks))
     if config.report.profile_at_step:
-        observers.append(Profile(config.report.profile_at_step, config.report.profile_steps))
-    return observers
+        callbacks.append(Profile(config.report.profile_at_step, config.report.profile_steps))
+    return callbacks
 
 
 def _resume(trainer: Trainer, saved: Checkpoint, run: RunFolder, console: Console) -> list[str]:

@@ -11,7 +11,7 @@ _HOMES = {
     "CheckpointError": "checkpoint",
     "DataConfig": "config",
     "ModelConfig": "config",
-    "Observer": "observers",
+    "Callback": "callbacks",
     "PretrainConfig": "config",
     "ReportConfig": "config",
     "RunFolder": "run_folder",

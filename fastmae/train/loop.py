@@ -18,6 +18,7 @@ from fastmae.ops import Masking
 from fastmae.train import continuation
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
+from fastmae.train.callbacks import Callback, running
 from fastmae.train.checkpoint import Checkpoint, CheckpointManager, Ranks
 from fastmae.train.config import PretrainConfig
 from fastmae.train.feed import draw_masks, open_loader
@@ -29,7 +30,6 @@ from fastmae.train.numerics.divergence import Divergence
 from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
 from fastmae.train.numerics.rollback import roll_back
 from fastmae.train.numerics.spikes import Spikes
-from fastmae.train.observers import Observer, observing
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profile import Stage, no_stage
@@ -56,7 +56,7 @@ class Trainer:
         console: where progress is shown.
         parallelism: the processes that train together, this one alone if None. Every one of them makes a trainer.
         ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
-        observers: what looks at the run between steps; the same on all ranks.
+        callbacks: what looks at the run between steps; the same on all ranks.
         stop: signals, while something else than :meth:`fit` watches for them; None for the time of :meth:`fit`.
         heartbeat: is told what the run is doing, and watched by its owner; None for nobody.
 
@@ -75,7 +75,7 @@ class Trainer:
         console: Console | None = None,
         parallelism: Parallelism | None = None,
         ranks: Ranks | None = None,
-        observers: Sequence[Observer] = (),
+        callbacks: Sequence[Callback] = (),
         stop: StopRequest | None = None,
         heartbeat: Heartbeat | None = None,
     ) -> None:
@@ -113,7 +113,7 @@ class Trainer:
         self.divergence = Divergence(train.rollback_after, train.max_rollbacks)
         self.spikes = Spikes(run.spikes, self.positions.of, self.console.print, writes=main)
         self.reporter.checks = (self.divergence.observe, self.spikes.observe)
-        self.observers, self._stop, self._create_loader = observers, stop, create_loader
+        self.callbacks, self._stop, self._create_loader = callbacks, stop, create_loader
         self.stage: Stage = no_stage
         self.heartbeat = heartbeat or Heartbeat()
         self.saves = CheckpointManager(
@@ -176,7 +176,7 @@ class Trainer:
             self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
             if self.saves.newest is None:
                 self.save()
-            stack.enter_context(observing(self.observers, self))
+            stack.enter_context(running(self.callbacks, self))
             self.model.train()
             self.reporter.start(self.step)
             self.watch.saved()
@@ -194,8 +194,8 @@ class Trainer:
             if not signal and self.step < total:
                 limit = f"Time limit of {train.max_minutes:g} minutes reached"
                 self.console.print(f"{limit} at step {self.step:,} of {total:,}")
-            for observer in self.observers if status == "finished" else ():
-                observer.finish(self)
+            for callback in self.callbacks if status == "finished" else ():
+                callback.finish(self)
         reason = signal or ("all steps done" if self.step == total else "time limit")
         self.run.write_json("status.json", {"status": status, "step": self.step, "reason": reason})
         return status
@@ -237,9 +237,9 @@ class Trainer:
 
     def _between_steps(self) -> None:
         train = self.config.train
-        self.heartbeat.at(self.step, "evaluating" if self.observers else "between steps")
-        for observer in self.observers:
-            observer.after_step(self)
+        self.heartbeat.at(self.step, "evaluating" if self.callbacks else "between steps")
+        for callback in self.callbacks:
+            callback.after_step(self)
         self.heartbeat.at(self.step, "between steps")
         self.saves.poll()
         if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from fastmae.train.observers import Observer
+from fastmae.train.callbacks import Callback
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 
@@ -63,7 +63,7 @@ class StageTimes:
         return event
 
 
-class Profile(Observer):
+class Profile(Callback):
     """``--report.profile-at-step``: ``traces/rank-0-steps-100-102.json.gz`` for a trace viewer, and a ``.txt`` with the
     operators that took most time. Written by the first process of each node, so that nodes can be compared.
 

@@ -1,0 +1,40 @@
+"""Callbacks: pictures, probes and traces attach to a run between its steps without touching the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+class Callback:
+    """Called between steps, on every rank alike, so that it may use collectives. It must not change the training.
+
+    The trainer's ``step``, ``model``, ``config``, ``run``, ``console``, ``device`` and ``parallelism`` may be read.
+    """
+
+    def begin(self, trainer: Any) -> None:
+        """Once, before the first step, with the initial or resumed weights."""
+
+    def after_step(self, trainer: Any) -> None:
+        """After a step, which ``trainer.step`` counts already."""
+
+    def finish(self, trainer: Any) -> None:
+        """After the last step of a run that is finished: all steps done, or the time limit reached."""
+
+    def end(self) -> None:
+        """Once, however the training ended, if :meth:`begin` was called; without collectives."""
+
+
+@contextmanager
+def running(callbacks: Sequence[Callback], trainer: Any) -> Iterator[None]:
+    """Begin all callbacks; end those that were begun, the last one first."""
+    begun: list[Callback] = []
+    try:
+        for callback in callbacks:
+            begun.append(callback)
+            callback.begin(trainer)
+        yield
+    finally:
+        for callback in reversed(begun):
+            callback.end()
