@@ -151,7 +151,9 @@ def test_crops_are_those_of_the_end_and_grey_models_have_no_photographs(tmp_path
 
 def test_a_continued_run_draws_again_what_comes_after_its_checkpoint(tmp_path, images):
     run = tmp_path / "run"
-    watched(run, images, checkpoint_every_steps=6).fit()
+    first = watched(run, images, checkpoint_every_steps=6)
+    first.fit()
+    first.run.close()
     kept = {path.name: path.read_bytes() for path in (run / "reconstructions").iterdir()}
     (run / "reconstructions" / "step-000008.png").write_bytes(b"of another future")
     trainer = watched(run, images, resume=True)
