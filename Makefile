@@ -10,7 +10,7 @@ help:
 	@echo "make bench          the benchmarks, on this machine"
 	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
 	@echo "make bench-data     the loaders of a CPU, into CPU_RESULTS; IMAGES=FOLDER of JPEGs (about three minutes)"
-	@echo "make report         docs/benchmarks.md, its figures and the README's table, from the committed results"
+	@echo "make report         write the tables of README and docs from the committed results"
 	@echo "make gpu            on a CUDA machine: numerics and benchmarks, in nine minutes, into OUT; FLAGS=--second for the rest"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           the slow tests; kill and resume runs KILLS (default 50) times, into SOAK_RESULTS: they must end the same"

@@ -2,9 +2,9 @@
 
     python benchmarks/count_step.py
 
-writes ``benchmarks/results/counted/step.json`` and ``docs/step.md`` from it. Nothing is computed: the step runs on fake
-tensors, which have shapes and no values. fastmae's kernels are made Triton's interpreted ones, so that the CPU tensors
-take the path that CUDA tensors take.
+writes ``benchmarks/results/counted/step.json``; ``report.py`` puts it into docs/counted.md. Nothing is computed: the
+step runs on fake tensors, which have shapes and no values. fastmae's kernels are Triton's interpreted ones, so that the
+CPU tensors take the path that CUDA tensors take.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastmae import reference  # noqa: E402
 from fastmae.model import PRESETS, create_model  # noqa: E402
 from fastmae.ops import Masking  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks/results/counted/step.json", ROOT / "docs/step.md"
+RESULT = ROOT / "benchmarks/results/counted/step.json"
 MODELS = {"ViT-B/16": "mae_vit_base_patch16", "ViT-L/16": "mae_vit_large_patch16"}
 # An image's share is the difference between these two batches: what a batch needs once (weights) drops out.
 SMALL, LARGE = 4, 8
@@ -245,40 +245,6 @@ def per_image(name: str, who: str) -> dict[str, float]:
     }
 
 
-def page(results: dict) -> str:
-    lines = [
-        "| model | step | kept for the backward | moved forward | moved backward | moved in all |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
-    for label, found in results["models"].items():
-        for who, c in found.items():
-            numbers = (c["saved"], c["forward"], c["backward"], c["forward"] + c["backward"])
-            lines.append(f"| {label} | {who} | {' | '.join(f'{n:,.1f}' for n in numbers)} |")
-    table = "\n".join(lines)
-    return f"""# What a training step keeps and moves
-
-Counted, not timed, and without a GPU: `python benchmarks/count_step.py` writes this page. **Megabytes (10^6 bytes) an
-image, lower is better**: forward and backward, 224 x 224 pixels, three quarters of the patches masked, normalised pixel
-targets, bf16 autocast, residual stream in float32. The word behind the comma is the attention: softmax over a score
-matrix (plain), PyTorch's fused operator (sdpa), or fastmae's kernel (triton).
-
-{table}
-
-- **facebookresearch**: facebookresearch/mae's expression, operator by operator, from a float image that is there.
-- **fastmae**: the path that CUDA tensors take, from a uint8 image, predictions for masked patches only. No matrix
-  product is computed twice: normalised and activated values are made again from what is kept, in passes that read it
-  anyway. (Attention's scores are another matter: fused attention makes them again, whoever calls it.)
-- **kept**: distinct storages that autograd holds between forward and backward. Parameters, what derives from parameters
-  alone (their bf16 copies) and the image are not counted.
-- **moved**: every PyTorch operator is charged its inputs and outputs, and a fused op what its kernels and products
-  read and write, what passes between them included; views are free. What a batch moves once, whatever its size
-  (weights, their gradients and copies), is left out, so the numbers are differences between batches of {LARGE} and
-  {SMALL}. The optimiser is not in it.
-
-Shapes alone decide these numbers, and PyTorch's choice of operators, here that of torch {results["torch"]}.
-"""
-
-
 def main() -> None:
     from fastmae.ops import _dispatch
 
@@ -291,7 +257,6 @@ def main() -> None:
     }
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":

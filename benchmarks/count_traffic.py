@@ -2,8 +2,8 @@
 
     python benchmarks/count_traffic.py
 
-writes ``benchmarks/results/counted/traffic.json`` and ``docs/traffic.md`` from it. The numbers are the same on every
-machine; those of ``torch.compile`` belong to the version of PyTorch in the file.
+writes ``benchmarks/results/counted/traffic.json``; ``report.py`` puts it into docs/counted.md. The numbers are the same
+on every machine; those of ``torch.compile`` belong to the version of PyTorch in the file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from traffic_compiled import compiled_traffic  # noqa: E402
 from traffic_eager import EagerTraffic  # noqa: E402
 from traffic_inputs import VIT_B, VIT_H, VIT_L, Sizes, gradient_of  # noqa: E402
 
-RESULT, PAGE = ROOT / "benchmarks/results/counted/traffic.json", ROOT / "docs/traffic.md"
+RESULT = ROOT / "benchmarks/results/counted/traffic.json"
 MODELS = {"ViT-B/16": VIT_B, "ViT-L/16": VIT_L, "ViT-H/14": VIT_H}
-# What hangs on the encoder's width: the rest of ViT-L is that of ViT-B.
+# What depends on the encoder's width: the rest of ViT-L is that of ViT-B.
 ENCODER = ("gather_tokens", "norm_linear", "gelu_linear", "attention, encoder")
 # An image's share is the difference between these two batches: what is read once a launch drops out.
 SMALL, LARGE = 2, 4
@@ -94,59 +94,6 @@ def count_all() -> dict:
     return {"torch": torch.__version__.split("+")[0], "models": results}
 
 
-def table(ops: dict) -> str:
-    lines = [
-        "| op | budget | fastmae | in sectors | launches | eager | launches | torch.compile | launches |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, found in ops.items():
-        ours, eager, compiled = (found[who] for who in COUNTERS)
-        around = f" + {ours['operators around']}" if ours["operators around"] else ""
-        kilobytes = (f"{v / 1e3:,.1f}" for v in (ours["budget"], ours["bytes"], ours["sector bytes"]))
-        others = (
-            f"{o['bytes'] / 1e3:,.1f} ({o['bytes'] / ours['bytes']:.1f}x) | {o['launches']}" for o in (eager, compiled)
-        )
-        lines.append(f"| {name} | {' | '.join(kilobytes)} | {ours['kernels']}{around} | {' | '.join(others)} |")
-    return "\n".join(lines)
-
-
-def page(results: dict) -> str:
-    tables = "\n\n".join(f"### {model}\n\n{table(ops)}" for model, ops in results["models"].items())
-    return f"""# What the ops move through memory
-
-Counted, not timed, and without a GPU: `python benchmarks/count_traffic.py` writes this page. Training shapes: 224 x 224
-pixels, three quarters of the patches masked, uint8 images channels last, bf16 activations, 512-wide decoder.
-**Kilobytes (1,000 bytes) an image, lower is better**; in brackets how many times what fastmae moves.
-
-{tables}
-
-ViT-L/16 is listed where it differs from ViT-B/16.
-
-Of `norm_linear` and `gelu_linear` everything but the matrix products is counted, on all sides: eager and compiled are
-the add, the norm or the activation alone, and in their backward the bias's gradient too. Of attention the products
-count, on all sides; it is the Triton backend, packed, in float16 for bfloat16. Its forward is split by queries, and
-every part reads all keys and values. With Hopper's tiles, which are counted, that is four times in the decoders of
-ViT-B and L, and twice and five times in the encoder and the decoder of ViT-H. The budget has them once.
-
-- **budget**: the bytes that the op's definition makes it move, a formula of the sizes (`tests/traffic_cases.py`).
-- **fastmae**: what the kernels really loaded and stored, seen access by access in Triton's interpreter. Something read
-  twice counts twice, except small tables that many programs share (indices, mean and std, the mask token,
-  positions): these count once a launch, since a cache serves the rest. What is read once a launch, whatever the batch
-  size, is no image's share and is left out (at most the position table, {_positions(results):,.0f} kB).
-- **in sectors**: distinct 32-byte sectors, what DRAM can deliver no less than. A patch's row of 48 bytes touches two.
-- **launches**: our kernels, then the operators on small tensors around them, such as the last sum of partial sums.
-- **eager**: the same result written in plain PyTorch as facebookresearch/mae does, every operator charged its inputs
-  and outputs; views are free, and gathering is charged what it picks. A lower bound.
-- **torch.compile**: the same function scheduled by Inductor (torch {results["torch"]}) with its rules for Triton, on
-  the CPU and without running it; its own count of the buffers that each kernel touches. A lower bound too: rows that do
-  not fit a block are read once a pass, and a sum over everything takes a second launch on a GPU.
-"""
-
-
-def _positions(results: dict) -> float:
-    return max(f["fastmae"]["bytes once"] for ops in results["models"].values() for f in ops.values()) / 1e3
-
-
 def main() -> None:
     from fastmae.ops import _dispatch
 
@@ -156,7 +103,6 @@ def main() -> None:
     results = count_all()
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":

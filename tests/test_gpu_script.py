@@ -23,8 +23,7 @@ import gpu  # noqa: E402
 import gpu_numerics  # noqa: E402
 import gpu_results  # noqa: E402
 import gpu_stages  # noqa: E402
-import report_pages  # noqa: E402
-import report_results  # noqa: E402
+import report  # noqa: E402
 import stand_in  # noqa: E402
 from contest import Contest  # noqa: E402
 from measure import Meter  # noqa: E402
@@ -58,7 +57,7 @@ def test_a_dry_run_goes_through_the_plan_and_leaves_the_files_of_a_real_one(tmp_
         tar.extractall(tmp_path / "results" / "a-card", filter="data")
     assert names >= {"results.jsonl", "log.txt", "end-to-end-large.json", "environment.txt", "attention_choices.json"}
     assert (tmp_path / "caches.tar.gz").exists()
-    page = report_pages.pages(report_results.load(tmp_path / "results"), ROOT)[report_results.PAGE]
+    page = report.pages(report.load(tmp_path / "results"))[report.PAGE]
     assert "fastmae-graph-bf16-residual" in page
     assert {one["competitor"] for one in attention["benchmarks"]} >= {"sdpa", "plain"}
     groups = {}

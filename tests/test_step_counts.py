@@ -87,10 +87,6 @@ def test_no_matrix_product_is_computed_twice(backend):
 RESULTS = json.loads(count_step.RESULT.read_text())
 
 
-def test_the_page_is_made_from_the_committed_counts():
-    assert count_step.PAGE.read_text() == count_step.page(RESULTS)
-
-
 @fused
 @pytest.mark.parametrize("who", count_step.COMPETITORS)
 def test_counts_are_the_published_ones(who):

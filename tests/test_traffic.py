@@ -138,8 +138,7 @@ def test_inductor_fuses_what_it_schedules():
 RESULTS = json.loads(count_traffic.RESULT.read_text())
 
 
-def test_the_page_is_made_from_the_committed_counts():
-    assert count_traffic.PAGE.read_text() == count_traffic.page(RESULTS)
+def test_every_op_is_published():
     assert set(RESULTS["models"]["ViT-B/16"]) == set(OPS)
 
 
