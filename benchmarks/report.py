@@ -243,7 +243,7 @@ def _fastest_table(groups: dict[str, dict[str, dict]], names: list[str]) -> str:
     return rows_to_table(["", *(f"`{name}`" for name in names)], rows)
 
 
-_PILLOW = "pillow-uint8, folder"
+BASELINE_LOADER = "pillow-uint8, folder"
 
 
 def loader_table(entries: dict[str, dict]) -> str:
@@ -253,7 +253,7 @@ def loader_table(entries: dict[str, dict]) -> str:
         loader, _, source = name.partition(", ")
         row = [f"`{loader}`", source]
         for rate, compare in (("images_per_s", ratio), ("images_per_cpu_second", cpu_ratio)):
-            value = 1.0 if name == _PILLOW else compare(entries, _PILLOW, name)
+            value = 1.0 if name == BASELINE_LOADER else compare(entries, BASELINE_LOADER, name)
             row += [f"{entry[rate]:,.0f}", f"{value:.2f}x" if is_rival(name) else times(value)]
         rows.append(row)
     return rows_to_table(["loader", "reads", "images/s", "speedup", "images per CPU-second", "speedup"], rows)

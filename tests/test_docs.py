@@ -105,6 +105,18 @@ def test_the_cost_of_an_index_is_that_of_the_committed_measurement():
     assert f"{disk['sizes_ms']:.1f} and {disk['names_ms']:.1f} ms where the disk is read" in page
 
 
+def test_the_speed_of_the_loaders_is_that_of_the_committed_measurement():
+    results = json.loads((ROOT / "benchmarks/results/cpu-amd-epyc/data.json").read_text())["benchmarks"]
+    (pillow,) = [entry for entry in results if entry["competitor"] == report.BASELINE_LOADER]
+    page = " ".join((ROOT / "docs/data.md").read_text().split())
+    for source in ("folder", "tar shards at 256"):
+        torch_loader, dali = (pillow["ratios"][f"fastmae-{name}, {source}"] for name in ("torch", "dali"))
+        assert (
+            f"{torch_loader:.2f} and DALI {dali:.2f} times" in page
+            or f"{torch_loader:.2f} and {dali:.2f} times" in page
+        )
+
+
 COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env"]
 COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
 
