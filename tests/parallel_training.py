@@ -18,7 +18,7 @@ from fastmae import data, ops
 from fastmae.model import create_model
 from fastmae.train import parallel
 from fastmae.train.batch_size import divide_batch
-from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
+from fastmae.train.guard import LossScale, step_unless_non_finite
 from fastmae.train.optim import parameter_groups
 
 SEED, GLOBAL_BATCH, STEPS, IMG_SIZE = 5, 8, 20, (32, 48)

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastmae.train.apex_adam import create_apex_adam
 from fastmae.train.config import TrainConfig
-from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
+from fastmae.train.guard import LossScale, step_unless_non_finite
 from fastmae.train.optim import create_optimizer, parameter_groups
 
 

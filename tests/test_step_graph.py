@@ -14,7 +14,7 @@ from training import make_trainer, write_images
 
 from fastmae.train import loop
 from fastmae.train.config import DataConfig, PretrainConfig, TrainConfig
-from fastmae.train.numerics.gradients import LossScale
+from fastmae.train.guard import LossScale
 from fastmae.train.parallel import Parallelism
 from fastmae.train.rules import validate
 from fastmae.train.step_graph import WARM_UP, CudaRecorder

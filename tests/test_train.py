@@ -141,18 +141,6 @@ def test_masks_and_batches_do_not_hang_on_the_default_generator(tmp_path, images
     assert losses[0] == losses[1]
 
 
-def test_many_non_finite_steps_end_the_run_and_say_so(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images, steps=40)
-    with torch.no_grad():
-        trainer.model.decoder_pred.weight[0, 0] = float("nan")
-    before = trainer.model.decoder_pred.bias.clone()
-    with pytest.raises(FloatingPointError, match="no finite gradient in steps 1 to 20"):
-        trainer.fit()
-    assert torch.equal(trainer.model.decoder_pred.bias, before)
-    assert trainer.run.read_json("status.json")["status"] == "failed"
-    assert [(row["loss"], row["skipped_steps"]) for row in trainer.run.read_metrics()] == [(None, 4)] * 5
-
-
 def test_the_last_steps_are_logged_even_between_intervals(tmp_path, images):
     trainer = make_trainer(tmp_path / "run", images, steps=6)
     trainer.fit()

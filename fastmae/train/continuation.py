@@ -20,7 +20,7 @@ def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     tensors = model_state.collect(trainer.model, trainer.optimizer)
     tensors["metrics.interval"] = trainer.reporter.values.state()
     if trainer.loss_scale:
-        tensors["loss_scale"] = trainer.loss_scale.state()
+        tensors |= trainer.loss_scale.state_dict()
     return tensors
 
 
@@ -28,9 +28,8 @@ def manifest_of(trainer: Trainer) -> dict[str, Any]:
     """Everything that is not a tensor; JSON-able."""
     return state.describe_run(trainer.config, trainer.model, trainer.optimizer, trainer.dataset) | {
         "samples_consumed": trainer.samples,
-        "jumps": trainer.positions.state(),
-        "divergence": trainer.divergence.state(),
-        "spikes": trainer.spikes.state(),
+        "positions": trainer.positions.state_dict(),
+        "guard": trainer.guard.state_dict(),
         "world_size": trainer.ranks.size,
         "num_threads": trainer.num_threads,
         "late_bad": trainer.bad_files.state(),
@@ -47,7 +46,6 @@ def resume(trainer: Trainer, saved: Path | Checkpoint) -> list[str]:
     differences += state.compare_circumstances(manifest, *here)
     restore(trainer, saved)
     go_on_from(trainer, saved)
-    trainer.run.cut_rollbacks(trainer.divergence.rollbacks)
     return differences
 
 
@@ -59,19 +57,20 @@ def restore(trainer: Trainer, saved: Checkpoint) -> None:
     names = ["metrics.interval", *(["loss_scale"] if trainer.loss_scale else [])]
     others = model_state.restore(saved, trainer.model, trainer.optimizer, trainer.ranks, names)
     trainer.reporter.values.restore(others["metrics.interval"], saved.manifest["step"])
-    if trainer.loss_scale and "loss_scale" in others:
-        trainer.loss_scale.restore(others["loss_scale"])
+    if trainer.loss_scale:
+        trainer.loss_scale.load_state_dict(others)
 
 
-def go_on_from(trainer: Trainer, saved: Checkpoint) -> None:
-    """Take over what a checkpoint's manifest says, and have the run folder know of no later step."""
+def go_on_from(trainer: Trainer, saved: Checkpoint, suffix: str = "damaged") -> None:
+    """Take over what a checkpoint's manifest says, and have the run folder know of no later step: later checkpoints
+    are renamed to ``step-N.<suffix>``."""
     manifest = saved.manifest
     trainer.step, trainer.saves.newest = manifest["step"], saved.path
-    trainer.positions.restore(manifest)
-    trainer.divergence.restore(manifest.get("divergence", {}))
-    trainer.spikes.restore(manifest.get("spikes", {}))
+    # Version 0.1.0 has "jumps" and "divergence".
+    trainer.positions.load_state_dict(manifest.get("positions", manifest))
+    trainer.guard.load_state_dict(manifest.get("guard", manifest.get("divergence", {})))
     if manifest["dataset"]["hash"] == trainer.dataset.hash:  # else its sample ids mean other files
         trainer.bad_files.restore(manifest.get("late_bad", []))
     if trainer.parallelism.is_main:
-        set_aside_after(trainer.run.checkpoints, trainer.step)
+        set_aside_after(trainer.run.checkpoints, trainer.step, suffix)
     trainer.run.cut_metrics(trainer.step)

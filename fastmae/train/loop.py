@@ -15,27 +15,24 @@ from torch import Tensor, nn
 from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
 from fastmae.ops import Masking
-from fastmae.train import continuation
+from fastmae.train import continuation, model_state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
 from fastmae.train.callbacks import Callback, running
-from fastmae.train.checkpoint import Checkpoint, CheckpointManager, Ranks
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, CheckpointManager, LostRankError, Ranks, open_latest
+from fastmae.train.checkpoint.format import discard
 from fastmae.train.config import PretrainConfig
 from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.fit_steps import StepFit, with_length
+from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
 from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.liveness.watch import Watch
-from fastmae.train.numerics.divergence import Divergence
-from fastmae.train.numerics.gradients import LossScale, step_unless_non_finite
-from fastmae.train.numerics.rollback import roll_back
-from fastmae.train.numerics.spikes import Spikes
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profile import Stage, no_stage
 from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.sample_positions import SamplePositions
 from fastmae.train.step_graph import CudaRecorder, StepGraph
 from fastmae.train.telemetry.create import create_reporter
 from fastmae.train.telemetry.metrics import Row
@@ -105,14 +102,13 @@ class Trainer:
         self.optimizer = create_optimizer(model, train)
         self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
         self.step, self.learning_rate = 0, 0.0
-        self.positions = SamplePositions(train.global_batch_size // train.masks_per_image)
+        self.positions = SamplePositions(train.global_batch_size // train.masks_per_image, len(dataset), train.seed)
+        self.guard = Guard(train.rollback_after, self.positions)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
         shape = self.batch_size, self.accumulation
         self.reporter = create_reporter(config, model, run, self.console, self.parallelism, self.ranks, *shape)
-        self.divergence = Divergence(train.rollback_after, train.max_rollbacks)
-        self.spikes = Spikes(run.spikes, self.positions.of, self.console.print, writes=main)
-        self.reporter.checks = (self.divergence.observe, self.spikes.observe)
+        self.reporter.checks = (self.guard.observe,)
         self.callbacks, self._stop, self._create_loader = callbacks, stop, create_loader
         self.stage: Stage = no_stage
         self.heartbeat = heartbeat or Heartbeat()
@@ -246,8 +242,8 @@ class Trainer:
             self.log()
         if self.step == self.schedule.total_steps:
             self.reporter.flush()
-        if self.divergence.due:
-            roll_back(self)
+        if self.guard.due:
+            self.roll_back()
         elif self.watch.save_due or (train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0):
             self.save()
 
@@ -277,13 +273,75 @@ class Trainer:
         self._note_bad_files()
         tensors, manifest = continuation.tensors_of(self), continuation.manifest_of(self)
         interval = self.reporter.values.copy_of(tensors["metrics.interval"])
-        taken = self.divergence.newest_taken(self.step, interval)
+        taken = self.guard.newest_taken(self.step, interval.wait)
         self.saves.save(self.step, tensors, manifest, last=last, protect=taken)
         self.watch.saved()
 
     def _note_failed_save(self, values: dict[str, Any]) -> None:
         with suppress(OSError):  # the disk may be full
             self.run.write_json("status.json", {"status": "running", "step": self.step, **values})
+
+    def roll_back(self) -> None:
+        """Go back to the newest good checkpoint, and on with later images; every rank calls it once ``guard.due``.
+
+        The images of the steps since the checkpoint are left out: on the same ones the same weights would fail again.
+        Nothing is saved: a run that ends before its next checkpoint resumes from this one, and comes back here.
+
+        Raises:
+            FloatingPointError: on all ranks alike, after ``max_rollbacks``, or if no good checkpoint is left.
+            CheckpointError: on all ranks alike, if the run folder cannot be written.
+        """
+        self.heartbeat.at(self.step, "rolling back")
+        # Before a checkpoint is loaded, which replaces what guard and positions know of the steps since it.
+        failure, train = self.guard.failure(), self.config.train
+        done = len(failure.earlier)
+        if done >= train.max_rollbacks:
+            raise FloatingPointError(
+                f"{failure}. The run has rolled back {done} times, the limit of --train.max-rollbacks. To continue, "
+                f"--resume with a higher limit and {remedies(train)}"
+            )
+        # Before later checkpoints are set aside: a pending save would publish one afterwards.
+        self.saves.wait()
+        self.loader.close()
+        saved = self._load_good_checkpoint()
+        if saved is None:
+            raise FloatingPointError(
+                f"{failure}. There is no good checkpoint of an earlier step. What may help: {remedies(train)}, and "
+                "checkpoints more often"
+            )
+
+        def begin_there() -> None:
+            if self.parallelism.is_main:  # checkpoints abandoned last time are as large as any
+                for old in self.run.checkpoints.glob("step-*.abandoned"):
+                    discard(old)
+            continuation.go_on_from(self, saved, "abandoned")
+            # After the checkpoint's state, which knows neither this rollback nor those between.
+            first, last = self.guard.roll_back(self.step, failure)["positions_left_out"]
+            self.bad_files.begin()  # its list of files goes back as well
+            self.console.print(
+                f"ROLLED BACK TO STEP {self.step} ({done + 1} of at most {train.max_rollbacks} times): {failure}. "
+                f"Images {first:,} to {last:,} of the run's order are left out"
+            )
+            self.loader = self.loader_at(self.samples)
+
+        self.ranks.gather("rolling back", begin_there)
+        self.reporter.go_back(self.step)  # after the rows were cut: it opens their files
+
+    def _load_good_checkpoint(self) -> Checkpoint | None:
+        """Load the newest undamaged checkpoint before the failure whose weights and moments are finite, if any."""
+        newest = self.guard.newest_good()
+        while True:
+            try:
+                saved = open_latest(self.run.path, ranks=self.ranks, newest=newest)
+            except LostRankError:
+                raise
+            except CheckpointError:
+                return None
+            continuation.restore(self, saved)
+            if not self.ranks.any(not all_finite(model_state.collect(self.model, self.optimizer).values())):
+                return saved
+            self.console.print(f"{saved.path} is not used: its weights or moments are not all finite")
+            newest = saved.manifest["step"] - 1
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
         """Go on from a checkpoint folder, which may be of any number of processes.

@@ -52,8 +52,7 @@ Pixels = Annotated[int, Rule(f"a number from 1 to {MAX_PIXELS:_}, Pillow's limit
 MAX_COMPILED_SIZES = 8
 """Graphs that torch.compile keeps of one function (its recompile_limit); further sizes would run uncompiled."""
 LEAST_FP16 = 17
-"""Steps in a row that a divergence takes at least in fp16. A loss scale that is too high is halved in one after the
-other: 17 times until it is below 1, from its first value of 2**16."""
+"""Least ``rollback_after`` for fp16: halved 17 times in a row, the loss scale falls from its first 2**16 below 1."""
 
 
 def flag(section: str, name: str) -> str:

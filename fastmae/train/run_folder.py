@@ -2,8 +2,7 @@
 
 It holds ``config.json``, ``status.json``, ``metrics.jsonl``, ``evaluations.jsonl``, TensorBoard events,
 ``checkpoints/``, ``reconstructions/``, ``logs/`` (a file a process), ``model.safetensors`` (the final weights) and
-``summary.json``; and where there was trouble, ``bad_files.jsonl``, ``spikes.jsonl``, ``rollbacks.jsonl`` and
-``non_finite/``.
+``summary.json``; and ``bad_files.jsonl`` if there are any.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
-        self.spikes, self.rollbacks = self.path / "spikes.jsonl", self.path / "rollbacks.jsonl"
         self._logs = self.path / "logs"
         self.leader = leader
         if not leader:
@@ -151,32 +149,14 @@ class RunFolder:
         return _read_rows(self.evaluations)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop the rows of metrics, evaluations and spikes after a step, which a continued run writes again."""
-        # A spike is written with the row of metrics that counts it.
-        for path, key in ((self.metrics, "step"), (self.evaluations, "step"), (self.spikes, "row")):
-            self._cut(path, lambda row, _, key=key: row[key] <= step)
-
-    def add_rollback(self, record: dict[str, Any]) -> None:
-        """Append to ``rollbacks.jsonl``."""
-        if self.leader:
-            try:
-                with self.rollbacks.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-            except OSError as error:
-                _log.warning("%s: not written: %s", self.rollbacks, error)
-
-    def cut_rollbacks(self, count: int) -> None:
-        """Keep the first ``count`` lines of ``rollbacks.jsonl``."""
-        self._cut(self.rollbacks, lambda _, index: index < count)
-
-    def _cut(self, path: Path, keeps: Callable[[dict[str, Any], int], bool]) -> None:
-        """Keep some lines of a file, as a function of the row and its index says."""
-        if self.leader and path.exists():
-            kept = [json.dumps(row) + "\n" for index, row in enumerate(_read_rows(path)) if keeps(row, index)]
-            partial = path.with_name(f".{path.name}.tmp")
-            partial.write_text("".join(kept))
-            sync(partial)
-            partial.replace(path)
+        """Drop the rows of metrics and evaluations after a step, which a continued run writes again."""
+        for path in (self.metrics, self.evaluations):
+            if self.leader and path.exists():
+                kept = [json.dumps(row) + "\n" for row in _read_rows(path) if row["step"] <= step]
+                partial = path.with_name(f".{path.name}.tmp")
+                partial.write_text("".join(kept))
+                sync(partial)
+                partial.replace(path)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from fastmae.train.checkpoint.format import (
     dtype_named,
     list_checkpoints,
     read_manifest,
+    step_of,
     verify_file,
     write_tensors,
 )
@@ -153,12 +154,14 @@ def open_latest(
     verify: bool = True,
     ranks: Ranks | None = None,
     check: Callable[[Mapping[str, Any]], object] = bool,
+    newest: int | None = None,
 ) -> Checkpoint:
     """The newest usable checkpoint of a run. A damaged one is reported on stderr and passed over.
 
     Args:
         check: called with the manifest; whatever it raises counts as damage, since a manifest whose checksum fits may
             still have been written by a broken program.
+        newest: step up to which checkpoints are looked at; None for all.
 
     Raises:
         CheckpointError: on all ranks alike, if there is none.
@@ -172,6 +175,7 @@ def open_latest(
 
     with as_ranks(ranks) as ranks:
         candidates = ranks.first("listing checkpoints", lambda: list_checkpoints(run_folder / "checkpoints"))
+        candidates = [path for path in candidates if newest is None or step_of(path) <= newest]
         if not candidates:
             raise CheckpointError(f"{run_folder}: expected a run folder with checkpoints/step-N inside, found none")
         reasons = []

@@ -3,9 +3,8 @@
 A row is of the steps of an interval. Besides what the trainer knows it has
 
 - ``loss``, ``grad_norm``: means of the steps whose values are finite; ``skipped_steps``: the number of the others;
-  ``rollbacks``: how often the run has gone back because of too many of these in a row;
-- ``loss_max``, ``grad_norm_max``: the largest finite values; ``loss_spikes``, ``grad_norm_spikes``: the number of those
-  that stand out from the steps before, which ``spikes.jsonl`` has;
+  ``rollbacks``: how often the run has gone back because of too many of these in a row; where there are any,
+  ``skipped_samples`` and ``rolled_back`` name their samples (:meth:`fastmae.train.guard.Guard.observe`);
 - ``images_per_second`` (masked ones), ``step_time`` (seconds), ``tflops_per_second``: of all ranks together, with
   everything that was between the steps, checkpoints and pictures as well;
 - ``mfu``: these FLOPs over what large matrix products would reach on all ranks in the time, as measured at the start;
