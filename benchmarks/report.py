@@ -288,15 +288,12 @@ def end_to_end_tables(found: dict[str, dict]) -> str:
             f"{both['mfu']:.1%}", "missed: " + "; ".join(missed) if missed else "reached", one["sentence"],
         ])  # fmt: skip
     head = ["", "loader, images/s", "model", "both", "both of model", "MFU, model", "MFU, both", "targets", "in words"]
-    parts = [rows_to_table(head, rows)]
-    for table, label in (("stages", "stage"), ("kinds", "kind of work")):
-        shares = {name.removeprefix("end-to-end-"): one["step"]["recorded"][table] for name, one in found.items()}
-        cells = [
-            [what, *(f"{s[what]['ms']:.2f} ms, {s[what]['share']:.1%}" if what in s else "" for s in shares.values())]
-            for what in dict.fromkeys(what for one in shares.values() for what in one)
-        ]
-        parts.append(rows_to_table([label, *shares], cells))
-    return "\n\n".join(parts)
+    stages = {name.removeprefix("end-to-end-"): one["step"] for name, one in found.items()}
+    cells = [
+        [what, *(f"{s['stages_ms'][what]:.2f} ms, {s['stages_ms'][what] / s['ms']:.1%}" for s in stages.values())]
+        for what in next(iter(stages.values()))["stages_ms"]
+    ]
+    return f"{rows_to_table(head, rows)}\n\n{rows_to_table(['stage', *stages], cells)}"
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
