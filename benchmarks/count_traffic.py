@@ -71,7 +71,7 @@ COUNTERS = {"fastmae": count_ours, "eager": count_eager, "compiled": count_compi
 
 
 def count(name: str, sizes: Sizes, who: str) -> dict[str, float]:
-    """Of one op: bytes an image, bytes once a launch, and launches."""
+    """Of one op: bytes per image, bytes once per launch, and launches."""
     torch.manual_seed(0)
     small, large = (COUNTERS[who](OPS[name], sizes._replace(N=n)) for n in (SMALL, LARGE))
     found: dict[str, float] = {}
