@@ -14,7 +14,7 @@ from fastmae.cli import main
 from fastmae.model import create_model
 from fastmae.ops import random_masking
 from fastmae.train.batch_size import divide_batch, find_batch_size, measured_batch_size
-from fastmae.train.optim import create_optimizer
+from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, parallelize
 from fastmae.train.recipes import RECIPES
 
@@ -105,7 +105,7 @@ def test_what_the_trial_finds_fits_a_step_and_fills_the_memory(activation_checkp
         model, Parallelism(device=device), seed=0, activation_checkpointing=activation_checkpointing, precision="bf16"
     )
     batch, _ = measured_batch_size(replace(config, train=train), model, forward, 5040, lambda value: value)
-    optimizer = create_optimizer(model, train)
+    optimizer = create_optimizer(parameter_groups(model, 0.05), train)
     torch.cuda.reset_peak_memory_stats()
     images = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8, device=device)
     masking = random_masking(batch, model.num_patches, 0.75, seed=0, device=device)

@@ -18,9 +18,9 @@ from fastmae.ops.attention import BACKENDS
 from fastmae.train.config import ModelConfig, PretrainConfig, from_json, read_config, to_json
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES, apply_flags
-from fastmae.train.resolution import create_resolution, progressive_sizes
 from fastmae.train.rules import validate
 from fastmae.train.state import compare_configs
+from fastmae.train.task import create_resolution, progressive_sizes
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
 

@@ -80,7 +80,7 @@ def test_step_equals_plain_adamw():
     torch.manual_seed(1)
     model, plain = Toy(), Toy()
     plain.load_state_dict(model.state_dict())
-    ours = create_optimizer(model, TRAIN)
+    ours = create_optimizer(parameter_groups(model, TRAIN.weight_decay), TRAIN)
     theirs = torch.optim.AdamW(parameter_groups(plain, 0.05), lr=0.01, betas=(0.9, 0.95), foreach=False)
     for _ in range(5):
         x = torch.randn(8, 5, 4)

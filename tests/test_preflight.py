@@ -25,7 +25,7 @@ from fastmae.train.checkpoint import Ranks, save_checkpoint
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.disk_space import Space, check_folder, crowded, required_space
 from fastmae.train.model_state import collect
-from fastmae.train.optim import create_optimizer
+from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, initialize, shutdown
 from fastmae.train.preflight import PreflightError, differences, preflight
 
@@ -139,7 +139,7 @@ def test_one_among_many_is_odd_and_a_long_list_is_cut():
 def test_the_space_is_that_of_a_checkpoint_on_disk(tmp_path):
     """Of weights and optimiser; what else is in the file is small, and does not grow with the model."""
     model = create_model(**CONFIG.model_arguments())
-    optimizer = create_optimizer(model, TRAIN)
+    optimizer = create_optimizer(parameter_groups(model, 0.05), TRAIN)
     model(torch.rand(1, 3, *CONFIG.img_size)).loss.backward()
     optimizer.step()
 

@@ -162,7 +162,7 @@ def _say_size(trainer: Trainer, kind: str, batch: str | None) -> None:
     train, schedule, size = config.train, trainer.schedule, trainer.ranks.size
     weights = sum(p.numel() for p in model.parameters())
     if config.data.progressive_sizes:
-        say(f"  images of {trainer.resolution} over the images, counted from 0")
+        say(f"  images of {trainer.task.resolution} over the images, counted from 0")
     processes = f"{size} processes ({trainer.parallelism.mode}) x " if size > 1 else ""
     say(
         f"{weights / 1e6:.1f} M weights on {trainer.device} ({torch.get_num_threads()} threads), "

@@ -7,14 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastmae.train.config import PretrainConfig
-
-if TYPE_CHECKING:
-    from fastmae.train.loop import Trainer
 
 FIRST, LAST = 10, 40
 """Steps of this process whose time is measured; before them, threads start and memory is allocated."""
@@ -35,7 +32,7 @@ class StepFit:
     def __init__(self, deadline: float) -> None:
         self._deadline, self._ends = deadline, []
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Any) -> None:
         """Take the time; after ``LAST`` steps, set the trainer's number of steps, the same on all ranks."""
         if trainer.device.type == "cuda":
             torch.cuda.synchronize()  # the host runs ahead of the device

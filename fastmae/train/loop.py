@@ -12,9 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from fastmae.data import Batch
 from fastmae.data.agree import check_agreement
-from fastmae.ops import Masking
 from fastmae.train import continuation, model_state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
@@ -22,7 +20,6 @@ from fastmae.train.callbacks import Callback, running
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, CheckpointManager, LostRankError, Ranks, open_latest
 from fastmae.train.checkpoint.format import discard
 from fastmae.train.config import PretrainConfig
-from fastmae.train.feed import draw_masks, open_loader
 from fastmae.train.fit_steps import StepFit, with_length
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
 from fastmae.train.liveness.heartbeat import Heartbeat
@@ -31,9 +28,9 @@ from fastmae.train.liveness.watch import Watch
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profile import Stage, no_stage
-from fastmae.train.resolution import create_resolution
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.step_graph import CudaRecorder, StepGraph
+from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.telemetry.create import create_reporter
 from fastmae.train.telemetry.metrics import Row
 from fastmae.train.telemetry.reporter import deadline_after
@@ -98,18 +95,19 @@ class Trainer:
         )
         self.loss_scale = LossScale(self.device) if train.precision == "fp16" else None
         self.schedule = create_schedule(train, len(dataset))
-        self.resolution = create_resolution(config, self.schedule.total_steps, len(dataset))
-        self.optimizer = create_optimizer(model, train)
+        self.task = MaskedAutoencoding(config, model, dataset, create_loader)
+        self.task.begin(self.schedule.total_steps)
+        self.optimizer = create_optimizer(self.task.parameter_groups(), train)
         self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
         self.step, self.learning_rate = 0, 0.0
-        self.positions = SamplePositions(train.global_batch_size // train.masks_per_image, len(dataset), train.seed)
+        self.positions = SamplePositions(self.task.samples_per_step, len(dataset), train.seed)
         self.guard = Guard(train.rollback_after, self.positions)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
         shape = self.batch_size, self.accumulation
         self.reporter = create_reporter(config, model, run, self.console, self.parallelism, self.ranks, *shape)
         self.reporter.checks = (self.guard.observe,)
-        self.callbacks, self._stop, self._create_loader = callbacks, stop, create_loader
+        self.callbacks, self._stop = callbacks, stop
         self.stage: Stage = no_stage
         self.heartbeat = heartbeat or Heartbeat()
         self.saves = CheckpointManager(
@@ -200,6 +198,7 @@ class Trainer:
         """Give a run another number of steps, from here on; its checkpoints say so."""
         self.config = with_length(self.config, steps, self.schedule.warmup_steps)
         self.schedule = create_schedule(self.config.train, len(self.dataset))
+        self.task.begin(steps)
         self.reporter.set_total(steps)
 
     def train_step(self) -> None:
@@ -210,7 +209,7 @@ class Trainer:
         self.reporter.add(*(self.step_graph or self._update)(inputs))
         self.step += 1
 
-    def _update(self, inputs: Iterable[tuple[Tensor, Masking]]) -> tuple[Tensor, Tensor, Tensor]:
+    def _update(self, inputs: Iterable[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Tensor]:
         """Accumulate gradients over the global batch, then update: loss, gradient norm, 1.0 if the step was skipped.
 
         A CUDA graph captures all of it, so no value that changes from step to step may be a Python number here.
@@ -218,11 +217,11 @@ class Trainer:
         train, losses = self.config.train, []
         low_precision, caches = self.dtype != torch.float32, self.step_graph is None
         with self.model.cast_weights(self.dtype) if low_precision else nullcontext():
-            for number, (images, masking) in enumerate(inputs, 1):
+            for number, one in enumerate(inputs, 1):
                 autocast = torch.autocast(self.device.type, self.dtype, low_precision, cache_enabled=caches)
                 with no_sync(self.forward, last=number == self.accumulation):
                     with self.stage("forward"), autocast:
-                        loss = self.forward(images, masking=masking, full_pred=False).loss / self.accumulation
+                        loss = self.task.loss(self.forward, *one) / self.accumulation
                     with self.stage("backward"):
                         (loss * self.loss_scale.value if self.loss_scale else loss).backward()
                 losses.append(loss.detach())
@@ -262,9 +261,7 @@ class Trainer:
             "bad_files": len(self.bad_files),
             "failed_saves": self.saves.failed,
         }
-        if self.config.data.progressive_sizes:
-            row["input_height"], row["input_width"] = self.model.input_size
-        self.reporter.log(row, batch_size)
+        self.reporter.log(row | self.task.row(), batch_size)
 
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint of the state after ``step`` steps, or begin to."""
@@ -356,16 +353,8 @@ class Trainer:
 
     def loader_at(self, position: int) -> Any:
         """A loader of this rank's batches from a position in the order of images on."""
-        return open_loader(
-            self._create_loader,
-            self.config,
-            self.dataset,
-            batch_size=self.batch_size,
-            img_size=self.resolution if self.config.data.progressive_sizes else self.config.img_size,
-            position=position,
-            ranks=self.ranks,
-            device=self.device,
-            known_bad=self.bad_files.late,
+        return self.task.open_loader(
+            position, self.batch_size, ranks=self.ranks, device=self.device, known_bad=self.bad_files.late
         )
 
     def _open_loader(self) -> Any:
@@ -373,24 +362,13 @@ class Trainer:
         self.console.print(f"Images: {loader.describe()}")
         return loader
 
-    def _next_inputs(self) -> tuple[Tensor, Masking]:
-        batch = self._next_batch()
-        with self.stage("masking"):
-            return batch.images, draw_masks(batch, self.model, self.config)
-
-    def _next_batch(self) -> Batch:
+    def _next_inputs(self) -> tuple[Any, ...]:
         self.heartbeat.at(self.step, "waiting for images")
         with self.stage("data"), self.reporter.clock.waiting():
             batch = next(self.loader)
         self.heartbeat.compute(self.step)
-        self.fit_input_size(batch)
-        return batch._replace(images=self.model.normalized(batch.images))
-
-    def fit_input_size(self, batch: Batch) -> None:
-        """Have the model take images of the batch's size."""
-        size = tuple(batch.images.shape[-2:])
-        if size != self.model.input_size:
-            self.model.set_input_size(size)
+        with self.stage("masking"):
+            return self.task.prepare(batch)
 
     def _note_bad_files(self) -> None:
         """Exchange the files found bad since the last time, and judge all of them, on every rank at the same step."""

@@ -140,7 +140,7 @@ def _refuse_object_stores(config: Any) -> None:
 
 def _validate_model(config: Any, require: Callable[..., None]) -> None:
     from fastmae.model import PRESETS
-    from fastmae.train.resolution import progressive_sizes
+    from fastmae.train.task import progressive_sizes
 
     model = config.model
     require(model.name in PRESETS, "model", "name", f"one of {', '.join(PRESETS)}")

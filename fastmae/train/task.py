@@ -1,0 +1,206 @@
+"""What is trained. The trainer knows steps, processes, checkpoints and logs; a task knows batches, their loss and which
+parameters learn how. Whoever trains something else writes a task and inherits the rest.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastmae import ops
+from fastmae.data import Augment, Batch, LateBad
+from fastmae.train.config import PretrainConfig
+from fastmae.train.optim import parameter_groups
+from fastmae.train.ranks import Ranks
+
+
+class Task(Protocol):
+    """What the trainer asks of a task.
+
+    Attributes:
+        model: bare, whatever wraps it for training.
+        dataset: has a length, a ``hash`` and what :class:`~fastmae.train.bad_files.BadFiles` reads.
+        samples_per_step: images that an optimiser step decodes, on all ranks together.
+    """
+
+    model: nn.Module
+    dataset: Any
+    samples_per_step: int
+
+    def begin(self, total_steps: int) -> None:
+        """Learn the run's length, before the first loader is opened and whenever it changes."""
+
+    def open_loader(
+        self, position: int, batch_size: int, *, ranks: Ranks, device: torch.device, known_bad: Sequence[LateBad]
+    ) -> Any:
+        """A loader of this rank's share of the batches, from a global position in the order of images on.
+
+        Args:
+            position: images of all ranks that were decoded before.
+            batch_size: masked images of this rank in one forward pass.
+            known_bad: files found bad while training.
+        """
+
+    def prepare(self, batch: Batch) -> tuple[Any, ...]:
+        """The inputs of a forward pass, on the device. Runs outside of what is compiled or captured in a CUDA graph."""
+
+    def loss(self, forward: Callable[..., Any], *inputs: Any) -> Tensor:
+        """The loss of prepared inputs: a float32 scalar, the mean over the batch.
+
+        Args:
+            forward: the model as it is called for training: compiled, in DistributedDataParallel, or bare.
+        """
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the optimiser."""
+
+    def row(self) -> dict[str, Any]:
+        """What a row of metrics says of the task."""
+
+
+class MaskedAutoencoding:
+    """Pretraining of a masked autoencoder: crops, masks that depend on nothing but seed, epoch and image, pixel loss.
+
+    Args:
+        config: a validated configuration.
+        model: a ``MaskedAutoencoderViT``.
+        dataset: the images.
+        create_loader: ``fastmae.data.create_loader`` or something of its signature.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, model: nn.Module, dataset: Any, create_loader: Callable[..., Any]
+    ) -> None:
+        self.config, self.model, self.dataset, self._create_loader = config, model, dataset, create_loader
+        self.samples_per_step = config.train.global_batch_size // config.train.masks_per_image
+        self.resolution = Resolution((config.img_size,))
+
+    def begin(self, total_steps: int) -> None:
+        """As :class:`Task`.
+
+        Raises:
+            ValueError: if there are more image sizes than passes over the images.
+        """
+        self.resolution = create_resolution(self.config, total_steps, len(self.dataset))
+
+    def open_loader(
+        self, position: int, batch_size: int, *, ranks: Ranks, device: torch.device, known_bad: Sequence[LateBad]
+    ) -> Any:
+        """As :class:`Task`."""
+        data, train = self.config.data, self.config.train
+        augment = ("crop", "scale", "ratio", "hflip", "vflip", "color_jitter")
+        return self._create_loader(
+            self.dataset,
+            loader=data.loader,
+            batch_size=batch_size // train.masks_per_image,
+            img_size=self.resolution if data.progressive_sizes else self.config.img_size,
+            seed=train.seed,
+            position=position,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            device=device,
+            augment=Augment(**{name: getattr(data, name) for name in augment}),
+            num_threads=data.num_threads,
+            prefetch=data.prefetch,
+            timeout=data.timeout,
+            known_bad=known_bad,
+            limit_bad=False,  # the trainer judges the finds of all ranks
+            samples_per_step=self.samples_per_step,
+        )
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, ops.Masking]:
+        """Images and masks; the model takes on the size of the images."""
+        size = tuple(batch.images.shape[-2:])
+        if size != self.model.input_size:
+            self.model.set_input_size(size)
+        masking = ops.random_masking(
+            len(batch.images),
+            self.model.num_patches,
+            self.config.model.mask_ratio,
+            seed=self.config.train.seed,
+            epoch=batch.epochs,
+            sample_ids=batch.sample_ids,
+            strategy=self.config.model.mask_strategy,
+            grid_size=self.model.grid_size,
+            masks_per_image=self.config.train.masks_per_image,
+        )
+        return self.model.normalized(batch.images), masking
+
+    def loss(self, forward: Callable[..., Any], *inputs: Any) -> Tensor:
+        """As :class:`Task`; predictions are made for masked patches only."""
+        images, masking = inputs
+        return forward(images, masking=masking, full_pred=False).loss
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """As :class:`Task`: biases and norms do not decay."""
+        return parameter_groups(self.model, self.config.train.weight_decay)
+
+    def row(self) -> dict[str, Any]:
+        """As :class:`Task`: the size of the images where it changes."""
+        names = ("input_height", "input_width")
+        return dict(zip(names, self.model.input_size, strict=True)) if self.config.data.progressive_sizes else {}
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """Image sizes of a run: a pure function of the epoch, so that resuming needs no state.
+
+    DailyMAE (Wu et al., arXiv 2404.00509; public code FastSSL) trains with 160, 192 and 224 pixels in turn, the mask
+    ratio unchanged, over a ramp of epochs that is given by hand. Here each size gets an equal share of the run.
+
+    Attributes:
+        sizes: (height, width) of each share.
+        starts: the epoch, from 0, that each share begins with.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...] = (0,)
+
+    def __call__(self, epoch: int) -> tuple[int, int]:
+        """The size of an epoch's images; epochs are passes over the images, counted from 0."""
+        return self.sizes[bisect_right(self.starts, epoch) - 1]
+
+    def __str__(self) -> str:
+        parts = (f"{h}x{w} from pass {start}" for (h, w), start in zip(self.sizes, self.starts, strict=True))
+        return ", ".join(parts)
+
+
+def progressive_sizes(heights: Sequence[int], img_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Heights with widths in the proportions of ``img_size``.
+
+    Raises:
+        ValueError: a height whose width is not whole, or a last one that is not the image's.
+    """
+    height, width = img_size
+    sizes = []
+    for value in heights:
+        across = Fraction(value * width, height)
+        if value < 1 or across.denominator != 1:
+            raise ValueError(f"expected heights whose widths in proportion to {height}x{width} are whole, got {value}")
+        sizes.append((value, int(across)))
+    if sizes and sizes[-1] != img_size:
+        raise ValueError(f"expected the image size {height}x{width} last, got {sizes[-1][0]}x{sizes[-1][1]}")
+    return tuple(sizes)
+
+
+def create_resolution(config: PretrainConfig, total_steps: int, num_samples: int) -> Resolution:
+    """The sizes of a run over a data set of ``num_samples`` images.
+
+    Raises:
+        ValueError: if there are more sizes than passes over the images.
+    """
+    sizes = progressive_sizes(config.data.progressive_sizes, config.img_size) or (config.img_size,)
+    decoded = total_steps * (config.train.global_batch_size // config.train.masks_per_image)
+    share = Fraction(decoded, num_samples * len(sizes))
+    if len(sizes) > 1 and share < 1:
+        raise ValueError(
+            f"--data.progressive-sizes: expected at least one pass over the {num_samples:,} images for each size, got "
+            f"{len(sizes)} sizes for a run of {decoded / num_samples:.3g} passes"
+        )
+    return Resolution(sizes, tuple(int(share * i + Fraction(1, 2)) for i in range(len(sizes))))
