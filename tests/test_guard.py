@@ -29,7 +29,7 @@ from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints,
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.guard import Guard, LossScale, SamplePositions, step_unless_non_finite
 from fastmae.train.loop import Trainer
-from fastmae.train.optim import create_optimizer
+from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.rules import LEAST_FP16, validate
 from fastmae.train.run_folder import RunFolder
 
@@ -354,7 +354,7 @@ def test_on_a_gpu(images, tmp_path, options):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_skipped_step_leaves_everything_as_it_was(value):
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
-    optimizer = create_optimizer(model, TRAIN)
+    optimizer = create_optimizer(parameter_groups(model, TRAIN.weight_decay), TRAIN)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     state = [*model.parameters()]

@@ -363,12 +363,16 @@ class Trainer:
         return loader
 
     def _next_inputs(self) -> tuple[Any, ...]:
+        batch = self._next_batch()
+        with self.stage("masking"):
+            return self.task.prepare(batch)
+
+    def _next_batch(self) -> Any:
         self.heartbeat.at(self.step, "waiting for images")
         with self.stage("data"), self.reporter.clock.waiting():
             batch = next(self.loader)
         self.heartbeat.compute(self.step)
-        with self.stage("masking"):
-            return self.task.prepare(batch)
+        return batch
 
     def _note_bad_files(self) -> None:
         """Exchange the files found bad since the last time, and judge all of them, on every rank at the same step."""
