@@ -154,7 +154,7 @@ def test_copies_change_nothing_but_the_casting(device, fused):
             if patch:
                 for module in MODULES[2:]:
                     context.setattr(module, "operand", lambda weight, _, dtype: weight.to(dtype))
-                context.setattr(MaskedAutoencoderViT, "_cast_weights", lambda self: nullcontext())
+                context.setattr(MaskedAutoencoderViT, "_autocast_weights", lambda self: nullcontext())
             model(images, masking=masking).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

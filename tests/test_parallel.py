@@ -366,8 +366,8 @@ def test_parameters_in_bf16_as_shards_are_gathered_train_like_their_masters(chec
 
 def test_checkpointing_belongs_to_the_model_and_not_to_the_class():
     model = parallel.parallelize(create(), parallel.Parallelism(), seed=SEED, activation_checkpointing="full")
-    assert {block.recompute for block in model.blocks} == {"block"}
-    assert Block.recompute == create().blocks[0].recompute == "nothing"
+    assert {block.activation_checkpointing for block in model.blocks} == {"full"}
+    assert Block.activation_checkpointing == create().blocks[0].activation_checkpointing == "none"
 
 
 @pytest.mark.slow

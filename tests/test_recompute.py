@@ -46,8 +46,7 @@ def gradients(model: MaskedAutoencoderViT, dtype: torch.dtype, passes: int = 1) 
 
 
 def recomputing(model: MaskedAutoencoderViT, recompute: str) -> MaskedAutoencoderViT:
-    for block in [*model.blocks, *model.decoder_blocks]:
-        block.recompute = recompute
+    model.set_activation_checkpointing(recompute)
     return model
 
 
@@ -57,14 +56,14 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("recompute", ["attention", "block"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("decoder_depth", [1, 3])
 def test_gradients_are_those_without(recompute, dtype, decoder_depth, route):
     expected = gradients(create(decoder_depth), dtype, passes=2)
     assert_equal(gradients(recomputing(create(decoder_depth), recompute), dtype, passes=2), expected)
 
 
-@pytest.mark.parametrize("recompute", ["attention", "block"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_copies_of_weights_that_serve_several_passes_are_held(recompute, route):
     """As in the training loop: one set of copies for an accumulated step, the backward outside or inside of it."""
     model = create()
@@ -83,7 +82,7 @@ def test_copies_of_weights_that_serve_several_passes_are_held(recompute, route):
         assert_equal([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)], expected)
 
 
-@pytest.mark.parametrize("recompute", ["attention", "block"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_a_backward_may_come_twice(recompute, route):
     model, images = recomputing(create(), recompute), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     loss = model(images, masking=random_masking(2, model.num_patches, 0.75, seed=0), full_pred=False).loss
@@ -93,7 +92,7 @@ def test_a_backward_may_come_twice(recompute, route):
 
 
 def test_nothing_is_kept_for_a_backward_that_will_not_come():
-    model, images = recomputing(create(), "attention"), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    model, images = recomputing(create(), "selective"), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     with torch.no_grad():
         assert model(images).loss.grad_fn is None
-        assert torch.equal(model.encode(images), recomputing(model, "nothing").encode(images))
+        assert torch.equal(model.encode(images), recomputing(model, "none").encode(images))

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fastmae.cli.errors import mistakes
-from fastmae.train.config import ModelConfig, PretrainConfig, RecipeName, TrainConfig
-from fastmae.train.plan import Hardware, Mode, Plan, make_plan
+from fastmae.train.config import ModelConfig, ParallelMode, PretrainConfig, RecipeName, TrainConfig
+from fastmae.train.plan import Hardware, Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def plan(config: PretrainConfig, given: PlanConfig) -> int:
     with mistakes({"gpus": "--gpus", "mode": "--train.parallel", "global_batch": "--train.global-batch-size"}):
         with torch.device("meta"):
             model = create_model(**config.model_arguments())
-        modes: list[Mode] = [train.parallel]
+        modes: list[ParallelMode] = [train.parallel]
         if train.parallel == "auto":
             several = given.gpus > given.gpus_per_node > 1
             modes = ["none"] if given.gpus == 1 else ["ddp", "fsdp", *(["hsdp"] if several else [])]

@@ -1,6 +1,7 @@
-"""The fast masked autoencoder; its parts are in :mod:`fastmae.model.blocks`."""
+"""The masked autoencoder and its presets; see :mod:`fastmae.model.blocks` for its parts."""
 
 from fastmae.model.mae import (
+    ACTIVATION_CHECKPOINTING,
     IMAGENET_MEAN,
     IMAGENET_STD,
     PRESETS,
@@ -16,6 +17,7 @@ from fastmae.model.mae import (
 )
 
 __all__ = [
+    "ACTIVATION_CHECKPOINTING",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "PRESETS",

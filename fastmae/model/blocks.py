@@ -1,6 +1,6 @@
-"""The parts of the encoder and the decoder: linear layer, patch projection, Transformer block, and its recomputation.
+"""The parts of the encoder and decoder: linear layers with cached casts, patch embedding, Transformer block.
 
-Parameter names and shapes are those of facebookresearch/mae (and of timm's ViT), so that state dicts pass both ways.
+Parameter names and shapes are those of facebookresearch/mae (and timm's ViT), so state dicts are interchangeable.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,41 +30,85 @@ T = TypeVar("T")
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` with low-precision copies of its parameters while :func:`cast_weights` provides them."""
+    """``nn.Linear`` that uses low-precision copies of its parameters while :func:`cast_weights` provides them."""
 
     weight_cast: Tensor | None = None
     bias_cast: Tensor | None = None
     wanted: bool = True
-    """False while a forward is repeated for what it keeps: the layer's own result is not needed then."""
+    """False while :func:`recompute` repeats a forward whose result, this layer's output, is already known."""
 
 
 @contextmanager
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Gives every :class:`Linear` of the model copies of its weight and bias in ``dtype`` while the context lasts.
+    """Give every :class:`Linear` of the model copies of its weight and bias in ``dtype`` while the context is active.
 
-    One multi-tensor launch makes all copies, where autocast would launch a cast per tensor, and they serve every
-    forward and backward inside, for example those of one accumulated step. The weights must not change inside. Layers
-    whose weight has the dtype already, is sharded, or is used where no kernel runs get no copies.
+    One multi-tensor kernel makes all copies, where autocast would launch one cast per tensor, and they serve all
+    forwards and backwards inside, for example those of one accumulated step. Weights must not change inside. A layer
+    gets no copies if its weight already has the dtype, is sharded, or lives on a device without kernels.
     """
-    wants = [m for m in model.modules() if isinstance(m, Linear) and m.weight.dtype != dtype]
-    wants = [m for m in wants if fuses(m.weight, kernels)]
-    wants = [m for m in wants if m.weight_cast is None and not hasattr(m.weight, "to_local")]
-    parameters = [p for m in wants for p in (m.weight, m.bias)]
+    layers = [m for m in model.modules() if isinstance(m, Linear) and m.weight_cast is None]
+    layers = [m for m in layers if m.weight.dtype != dtype and fuses(m.weight, kernels)]
+    layers = [m for m in layers if not hasattr(m.weight, "to_local")]  # a DTensor
+    parameters = [p for m in layers for p in (m.weight, m.bias)]
     with torch.no_grad():
         copies = [torch.empty_like(p, dtype=dtype) for p in parameters]
         if copies:
             torch._foreach_copy_(copies, parameters)
-    for module, weight, bias in zip(wants, copies[::2], copies[1::2], strict=True):
-        module.weight_cast, module.bias_cast = weight, bias
+    for layer, weight, bias in zip(layers, copies[::2], copies[1::2], strict=True):
+        layer.weight_cast, layer.bias_cast = weight, bias
     try:
         yield
     finally:
-        for module in wants:
-            module.weight_cast = module.bias_cast = None
+        for layer in layers:
+            layer.weight_cast = layer.bias_cast = None
+
+
+def recompute(module: nn.Module, last: Linear, function: Callable[..., T], *args: object) -> T:
+    """``function(*args)`` with activation checkpointing: keep the arguments only, and compute the rest again backward.
+
+    Recomputed values are bit-identical, since nothing in a block is random and both passes read the same weights.
+
+    Args:
+        module: holds all weights that ``function`` reads.
+        last: the layer that ends ``function``. Its product is not repeated, because no gradient needs it.
+        function: should not take a tensor only to pass it on, since arguments are kept.
+    """
+    # In a compiled block, casts are inputs of the graph and the compiler removes the unused product by itself.
+    if not torch.compiler.is_compiling():
+        function = _Repeatable(module, last, function)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+class _Repeatable:
+    """A function that runs in the forward and again in the backward.
+
+    By then :func:`cast_weights` may have ended, so this holds the weights' copies, as autograd would if nothing were
+    recomputed, and puts them back for the second run.
+    """
+
+    def __init__(self, module: nn.Module, last: Linear, function: Callable[..., object]):
+        self._copies = [(m, _casts(m)) for m in module.modules() if isinstance(m, Linear)]
+        self._last, self._function, self._again = last, function, False
+
+    def __call__(self, *args: object) -> object:
+        before = [_casts(layer) for layer, _ in self._copies]
+        for layer, casts in self._copies:
+            layer.weight_cast, layer.bias_cast = casts
+        self._last.wanted, self._again = not self._again, True
+        try:
+            return self._function(*args)
+        finally:
+            self._last.wanted = True
+            for (layer, _), casts in zip(self._copies, before, strict=True):
+                layer.weight_cast, layer.bias_cast = casts
+
+
+def _casts(layer: Linear) -> tuple[Tensor | None, Tensor | None]:
+    return layer.weight_cast, layer.bias_cast
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of patches. ``proj`` is stored as a convolution and applied as a matrix."""
+    """Linear projection of patches. ``proj`` is stored as a convolution, for state dicts, and applied as a matrix."""
 
     def __init__(self, patch_size: tuple[int, int], in_chans: int, dim: int):
         super().__init__()
@@ -77,21 +121,21 @@ class PatchEmbed(nn.Module):
 
 
 class Stream(NamedTuple):
-    """The residual stream between two blocks, its last branch not yet added: the next norm does that in passing.
+    """The residual stream between two sublayers, the last one's output (branch) not yet added to it.
 
-    Where a kernel runs that pass it adds the branch's bias too, and sums the bias's gradient (on the CPU the matrix
-    product adds the bias for nothing).
+    The next LayerNorm adds it in the same pass over memory. Where that pass is a kernel it also adds the branch's bias
+    and, backward, sums the bias's gradient; on the CPU the matrix product adds the bias for free.
     """
 
     x: Tensor
     """(N, L, D)."""
     branch: Tensor | None = None
-    """(N, L, D) in the compute dtype, or None: nothing is left to add."""
+    """(N, L, D) in the compute dtype; None: nothing is pending."""
     bias: Tensor | None = None
-    """(D,), belongs to the branch."""
+    """(D,), to be added to the branch."""
 
     def sum(self) -> Tensor:
-        """(N, L, D): x with what was left to add."""
+        """(N, L, D): x plus branch and bias."""
         x = self.x if self.branch is None else self.x + self.branch
         return x if self.bias is None else x + self.bias
 
@@ -103,13 +147,13 @@ class Stream(NamedTuple):
         weight_cast: Tensor | None = None,
         bias_cast: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The whole stream, and the product of its LayerNorm with a weight (F, D): (N, L, D) and (N, L, F)."""
+        """The stream's sum (N, L, D), and a linear layer (weight (F, D)) of its LayerNorm (N, L, F)."""
         casts = {"weight_cast": weight_cast, "bias_cast": bias_cast}
         return norm_linear(*self, norm.weight, norm.bias, weight, bias, norm.eps, **casts)
 
 
 class SharedTokens(NamedTuple):
-    """A decoder's input with what makes it cheap: the masked tokens of one position are equal in all images."""
+    """A decoder's input before it is restored: at one position, masked tokens are equal in all images."""
 
     visible: Tensor
     """(N, P + K, D): prefix and visible tokens with their positions, in the order of ids_keep."""
@@ -174,7 +218,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the exact (erf) GELU; the tanh approximation would be another model."""
+    """Two linear layers around the exact (erf) GELU, as the paper's code has it, not its tanh approximation."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -186,26 +230,26 @@ class MLP(nn.Module):
         if fuses(stream.x, kernels):
             x, h = stream.norm_linear(norm, fc1.weight, None, fc1.weight_cast)
             branch = gelu_linear(h, fc1.bias, fc2.weight, weight_cast=fc2.weight_cast, wanted=fc2.wanted)
-            # The next block adds the bias. A sharded one is freed by then, and only a copy outlives this block; layers
-            # that were given low-precision copies are not sharded.
+            # The next block adds the bias. FSDP frees a sharded bias when this block ends, so pass a copy on; a layer
+            # with low-precision copies is not sharded.
             return Stream(x, branch, fc2.bias.clone() if fc2.weight_cast is None else fc2.bias)
         x, h = stream.norm_linear(norm, fc1.weight, fc1.bias)
         return Stream(x, gelu_linear(h, None, fc2.weight, fc2.bias))
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block (LayerNorm eps 1e-6, as in the paper's code).
+    """Pre-norm Transformer block (LayerNorm eps 1e-6, as in facebookresearch/mae).
 
-    Made of ``norm_linear``, attention, ``linear``, ``norm_linear``, ``gelu_linear``: apart from matrix products and
-    attention, memory is read and written by two passes forward and two backward.
+    Runs as ``norm_linear``, attention, ``linear``, ``norm_linear``, ``gelu_linear``: besides matrix products and
+    attention, two passes over memory forward and two backward.
 
     Attributes:
-        recompute: what is not kept for the backward but computed again: "nothing", "attention" (norm, queries, keys and
-            values, and what they give: as many bytes as the MLP's hidden layer, for less work) or "block" (all but what
-            comes in).
+        activation_checkpointing: what the backward recomputes. "none": nothing. "selective": the first norm, queries,
+            keys, values and attention, which take as many bytes as the MLP's hidden layer and less work. "full":
+            everything but the block's input.
     """
 
-    recompute: Literal["nothing", "attention", "block"] = "nothing"
+    activation_checkpointing: str = "none"
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str):
         super().__init__()
@@ -218,18 +262,18 @@ class Block(nn.Module):
         """The stream (N, L, D) after this block.
 
         Args:
-            stream: what comes in.
-            ids: int64 (N, M): only these rows come out, (N, M, D).
-            shared: what stream.x was restored from, in a decoder's first block; not with ids.
+            stream: the block's input, (N, L, D).
+            ids: int64 (N, M): return only these rows, (N, M, D).
+            shared: the tokens that stream.x was restored from, for a decoder's first block; not with ids.
         """
-        if self.recompute == "block" and torch.is_grad_enabled():
-            return recomputed(self, self.mlp.fc2, self._forward, stream, ids, shared)
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+            return recompute(self, self.mlp.fc2, self._forward, stream, ids, shared)
         return self._forward(stream, ids, shared)
 
     def _forward(self, stream: Stream, ids: Tensor | None, shared: SharedTokens | None) -> Stream:
         attn, run = self.attn, _run
-        if self.recompute == "attention" and torch.is_grad_enabled():
-            run = partial(recomputed, attn, attn.proj)
+        if self.activation_checkpointing == "selective" and torch.is_grad_enabled():
+            run = partial(recompute, attn, attn.proj)
         if shared is not None:
             prefix = stream.x.shape[1] - shared.ids_restore.shape[1]
             stream = Stream(stream.x, *run(attn.forward_shared, shared, self.norm1, prefix))
@@ -250,53 +294,8 @@ def _run(function: Callable[..., Stream], *args: object) -> Stream:
 
 
 def run_blocks(blocks: Iterable[Block], x: Tensor) -> Tensor:
-    """Tokens (N, L, D) through a sequence of blocks, every branch added."""
+    """Tokens (N, L, D) through a sequence of blocks."""
     stream = Stream(x)
     for block in blocks:
         stream = block(stream)
     return stream.sum()
-
-
-def recomputed(module: nn.Module, last: Linear, function: Callable[..., T], *args: object) -> T:
-    """``function(*args)``, of whose intermediate values none is kept: the backward computes them again.
-
-    The same values, to the bit: nothing in a block is random, and both times the same weights are read. ``last``'s
-    product is not among what is computed again, since nothing inside needs it.
-
-    Args:
-        module: whose weights the function reads.
-        last: the layer of it that the function ends with.
-        function: any tensors that it only passes on had better not be among its arguments, which are kept.
-    """
-    # In a compiled block copies are inputs of the graph, and what is not needed is left out by the compiler.
-    if not torch.compiler.is_compiling():
-        function = _Repeatable(module, last, function)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-class _Repeatable:
-    """A function for a forward and its repetition in the backward.
-
-    That comes when :func:`cast_weights` has ended: the copies of the module's weights are held until
-    then, as they are where nothing is computed again.
-    """
-
-    def __init__(self, module: nn.Module, last: Linear, function: Callable[..., object]):
-        self._copies = [(m, _casts(m)) for m in module.modules() if isinstance(m, Linear)]
-        self._last, self._function, self._again = last, function, False
-
-    def __call__(self, *args: object) -> object:
-        before = [_casts(layer) for layer, _ in self._copies]
-        for layer, casts in self._copies:
-            layer.weight_cast, layer.bias_cast = casts
-        self._last.wanted, self._again = not self._again, True
-        try:
-            return self._function(*args)
-        finally:
-            self._last.wanted = True
-            for (layer, _), casts in zip(self._copies, before, strict=True):
-                layer.weight_cast, layer.bias_cast = casts
-
-
-def _casts(layer: Linear) -> tuple[Tensor | None, Tensor | None]:
-    return layer.weight_cast, layer.bias_cast

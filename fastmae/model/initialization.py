@@ -1,4 +1,4 @@
-"""Initial values of the parameters: the paper's random draws, each on its own, and the sine-cosine position tables."""
+"""Initial values of parameters: random weights, keyed by seed and name, and sine-cosine position tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def initialize_parameters(model: nn.Module, seed: int) -> None:
-    """The paper's initialisation (appendix A.1), each parameter drawn on its own by :func:`draw_parameter`.
+    """The paper's initialisation (appendix A.1): :func:`draw_parameter` for every trained parameter.
 
-    Parameters that are not trained (position tables) are left alone; those on the meta device are skipped.
+    Skips frozen parameters (position tables) and those on the meta device.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.is_meta:
@@ -24,12 +24,12 @@ def draw_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
     """The initial value of a parameter, float32 on the CPU.
 
     Matrices (the patch projection flattened to one) are Xavier-uniform, biases zero, LayerNorm scales one, tokens
-    normal with a standard deviation of 0.02. This is facebookresearch/mae's initialisation except for one vector: it
-    leaves the bias of the patch projection at ``nn.Conv2d``'s default, uniform within 1 / sqrt(patch values), because
-    its initialiser only visits linear layers. Here it is zero, as in ViT's official code, which the paper follows.
+    normal with standard deviation 0.02. This is facebookresearch/mae's initialisation with one difference: its
+    initialiser visits linear layers only and so leaves the patch projection's bias at ``nn.Conv2d``'s default, uniform
+    within 1 / sqrt(P). Here it is zero, as in ViT's official code, which the paper follows.
 
-    The generator is keyed by ``(seed, parameter name)``, so that a parameter's value does not depend on the order of
-    construction, on the device, or on which process draws it.
+    The generator is keyed by ``(seed, name)``, so a value does not depend on the order of construction, the device or
+    the process that draws it.
     """
     value = torch.empty(shape, device="cpu")
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -43,22 +43,21 @@ def draw_parameter(name: str, shape: torch.Size, seed: int) -> Tensor:
 
 
 def sincos_positions(dim: int, grid_size: tuple[int, int], base_grid: tuple[int, int] | None = None) -> Tensor:
-    """Fixed sine-cosine table (1, 1 + L, dim), float32, rows in patch order behind a zero row for the class token.
+    """Fixed sine-cosine table (1, 1 + L, dim), float32: a zero row for the class token, then patches row by row.
 
-    The first half of the channels encodes the column and the second half the row; inside each half the sines come
-    first (He et al., appendix A.1, in the layout of the authors' code).
+    The first half of the channels encodes the column, the second half the row; within each half sines come first (He
+    et al., appendix A.1, in the layout of the authors' code).
 
     Args:
         dim: width of the table.
         grid_size: rows and columns of patches.
-        base_grid: rows and columns of the grid in whose coordinates positions are given; None for ``grid_size``. Both
-            grids cover the same picture, so that the centre of patch ``i`` of ``n`` lies at
-            ``(i + 1/2) * base / n - 1/2``: what is in one place of the picture has one code, however fine the grid.
-            These are the coordinates of an image resize, and so of the bicubic resampling of position tables that is
-            usual, which approximates what is computed here.
+        base_grid: the grid in whose coordinates positions are expressed; None for ``grid_size``. Both grids cover the
+            same picture, so the centre of patch ``i`` of ``n`` lies at ``(i + 1/2) * base / n - 1/2``, and a place in
+            the picture has one code however fine the grid. These are the coordinates of an image resize: the usual
+            bicubic resampling of position tables approximates what is computed here exactly.
 
     Raises:
-        ValueError: dim is not a multiple of 4.
+        ValueError: ``dim`` is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"embed_dim: two-dimensional sine-cosine positions need a multiple of 4, got {dim}")

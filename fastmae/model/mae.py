@@ -1,8 +1,11 @@
-"""The fast masked autoencoder: the reference's mathematics on fastmae's ops.
+"""The masked autoencoder: the mathematics of ``reference.py`` on fastmae's ops, without the work that cancels out.
 
-What it does not do is what makes it fast: it never builds a float image, embeds visible patches only, never builds the
-target, projects the decoder's mask tokens to the first queries, keys and values once a batch, and on the training path
-(``full_pred=False``) computes the last decoder block's queries and MLP and the pixel head for masked positions only.
+- No float image is written to memory: the ops read and normalise ``uint8`` pixels.
+- Only visible patches are embedded, and the loss compares with pixels directly instead of building a target.
+- The first decoder block projects the mask tokens to queries, keys and values once per batch, not once per image.
+- With ``full_pred=False`` (training) the last decoder block computes queries and MLP, and the head its predictions,
+  for masked patches only.
+
 None of this changes the loss.
 """
 
@@ -27,9 +30,11 @@ from fastmae.ops.attention import BACKENDS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+RESIDUAL_DTYPES = ("float32", "bfloat16")
+ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
-# Encoders of the paper (section 4; ViT, table 1) and its default decoder (section 4.1). The paper has no tiny and no
-# small model: their encoders are DeiT's, their decoders keep the paper's head width of 32.
+# The paper's encoders (section 4; ViT, table 1) and its default decoder (section 4.1). It has no tiny or small model:
+# those encoders are DeiT's, and their decoders keep the paper's 32 channels per head.
 _PAPER_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 PRESETS: dict[str, dict[str, Any]] = {
     "mae_vit_tiny_patch16": {
@@ -45,16 +50,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER_DECODER},
 }  # fmt: skip
 
-RESIDUAL_DTYPES = ("float32", "bfloat16")
-
 
 class MAEOutput(NamedTuple):
-    """What the model returns; unpacks like facebookresearch's tuple."""
+    """The model's output; unpacks like the tuple that facebookresearch/mae returns."""
 
     loss: Tensor
     """float32 scalar, mean squared error over masked patches."""
     pred: Tensor
-    """(N * R, L, P), or (N * R, M, P) in the order of ``ids_mask`` with ``full_pred=False``; R masks an image."""
+    """(N * R, L, P) for R masks per image; with ``full_pred=False`` (N * R, M, P), in the order of ``ids_mask``."""
     mask: Tensor
     """float32 (N * R, L), 1 = masked."""
 
@@ -63,29 +66,30 @@ class MaskedAutoencoderViT(nn.Module):
     """Masked autoencoder with a Vision Transformer (He et al., CVPR 2022, section 3).
 
     Args:
-        img_size: (height, width) in pixels, or an int for a square; :meth:`set_input_size` takes other sizes.
+        img_size: (height, width) in pixels, or an int for a square; :meth:`set_input_size` changes it later.
         patch_size: (height, width) in pixels, or an int; must divide ``img_size``.
         in_chans: channels C.
         embed_dim, depth, num_heads: encoder width D, blocks, heads.
         decoder_embed_dim, decoder_depth, decoder_num_heads: decoder width E, blocks (at least 1), heads.
-        mlp_ratio: hidden width of the MLPs over their width.
-        norm_pix_loss: targets are normalised by their own patch's mean and standard deviation (table 1d).
-        mean, std: statistics of the pixels in [0, 1], one per channel, applied to ``uint8`` images only. None means
-            ImageNet's for three channels and 0.5 otherwise.
+        mlp_ratio: hidden width of an MLP relative to its input width.
+        norm_pix_loss: normalise each target patch by its own mean and standard deviation (table 1d).
+        mean, std: per-channel statistics of pixels in [0, 1], applied to ``uint8`` images only. None: ImageNet's for
+            three channels, 0.5 otherwise.
         attention: backend of :func:`fastmae.ops.attention`.
-        residual_dtype: "float32" leaves the residual stream as it comes, float32 under autocast; "bfloat16" rounds it
-            after every add, which saves memory traffic and is another computation than the paper's code.
-        seed: keys the initialisation together with each parameter's name; None draws a seed from torch's default
+        residual_dtype: "float32" leaves the residual stream as the ops produce it, float32 under autocast. "bfloat16"
+            rounds it after every addition: less memory traffic, and a different computation from the paper's code.
+        seed: keys the initialisation, together with each parameter's name. None draws a seed from torch's default
             generator.
 
     Attributes:
-        img_size: (height, width) that the model is made for, which its state dict's position tables belong to.
-        input_size: (height, width) that it takes at the moment; see :meth:`set_input_size`.
-        grid_size, num_patches: rows and columns of patches at ``input_size``, and L, their product.
+        img_size: (height, width) of the position tables in the state dict.
+        input_size: (height, width) that :meth:`forward` takes now; see :meth:`set_input_size`.
+        grid_size, num_patches: rows and columns of patches at ``input_size``, and their product L.
+        architecture: the arguments that rebuild this model, JSON-able; saved in checkpoints.
 
     Raises:
-        ValueError: a size that does not divide, a width that is no multiple of its heads or of 4, or statistics that
-            do not fit the channels.
+        ValueError: a size that patches do not divide, a width that is not a multiple of its heads or of 4, or
+            statistics that do not match the channels.
     """
 
     def __init__(
@@ -109,31 +113,30 @@ class MaskedAutoencoderViT(nn.Module):
         seed: int | None = None,
     ):
         super().__init__()
+        check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
+        known = residual_dtype in RESIDUAL_DTYPES
+        check(known, "residual_dtype", f"one of {', '.join(RESIDUAL_DTYPES)}", residual_dtype)
+        check(depth >= 1, "depth", "at least 1 block", depth)
+        check(decoder_depth >= 1, "decoder_depth", "at least 1 block", decoder_depth)
+        check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
+        divides = decoder_embed_dim % decoder_num_heads == 0
+        check(divides, "decoder_embed_dim", f"a multiple of decoder_num_heads={decoder_num_heads}", decoder_embed_dim)
+
         self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
         self.input_size = self.img_size
         self.grid_size = self.base_grid = grid_of(self.img_size, self.patch_size, "img_size")
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.in_chans = in_chans
+        self.in_chans, self.norm_pix_loss, self.residual_dtype = in_chans, norm_pix_loss, residual_dtype
         self._statistics = {
             "mean": _statistics("mean", mean, IMAGENET_MEAN, in_chans),
             "std": _statistics("std", std, IMAGENET_STD, in_chans),
         }
         for name, values in self._statistics.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
+        # Position tables of other sizes: the current one's (None at img_size), and all computed so far.
         self._tables: tuple[Tensor, Tensor] | None = None
         self._tables_of_size: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._float_images_seen = False
-        self.norm_pix_loss = norm_pix_loss
-        check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
-        check(
-            residual_dtype in RESIDUAL_DTYPES, "residual_dtype", f"one of {', '.join(RESIDUAL_DTYPES)}", residual_dtype
-        )
-        self.residual_dtype = residual_dtype
-        check(depth >= 1, "depth", "at least 1 block", depth)
-        check(decoder_depth >= 1, "decoder_depth", "at least 1 block", decoder_depth)
-        check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
-        divides = decoder_embed_dim % decoder_num_heads == 0
-        check(divides, "decoder_embed_dim", f"a multiple of decoder_num_heads={decoder_num_heads}", decoder_embed_dim)
         self.architecture: dict[str, Any] = {
             "img_size": list(self.img_size), "patch_size": list(self.patch_size), "in_chans": in_chans,
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "decoder_embed_dim": decoder_embed_dim,
@@ -159,7 +162,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.initialize_weights(seed)
 
     def initialize_weights(self, seed: int | None = None) -> None:
-        """Draw all weights anew (appendix A.1), keyed by ``(seed, parameter name)``; None draws the seed."""
+        """Draw all weights (appendix A.1), each keyed by ``(seed, parameter name)``; None draws the seed too."""
         initialize_parameters(self, int(torch.randint(1 << 62, (), device="cpu")) if seed is None else seed)
 
     def forward(
@@ -171,25 +174,26 @@ class MaskedAutoencoderViT(nn.Module):
         masking: Masking | None = None,
         full_pred: bool = True,
     ) -> MAEOutput:
-        """Mask, encode, decode, and compare with the masked pixels.
+        """Mask, encode, decode, and compare predictions with the masked pixels.
+
+        Without ``noise`` and ``masking``, noise is drawn from torch's default generator, so no two calls share a mask.
 
         Args:
             images: (N, C, H, W), any strides. ``uint8`` is raw and normalised with the model's statistics; floating
                 point is taken as already normalised.
-            mask_ratio: share of the patches that is masked, in (0, 1).
-            noise: (N, L) floating point: the patches with the smallest values stay visible.
-            masking: the masking itself; ``mask_ratio`` is then not read. Its N * R rows may be R masks an image, as
-                ``random_masking(masks_per_image=R)`` draws them: rows n * R to n * R + R - 1 are of image n, which is
-                read in place R times. With neither, the noise is drawn from torch's default generator, so that no two
-                calls share a mask.
-            full_pred: False is the training path: predictions for masked patches only, same loss, same gradients.
+            mask_ratio: share of patches to mask, in (0, 1).
+            noise: (N, L), floating point: the patches with the smallest values stay visible.
+            masking: which patches are visible, in place of ``mask_ratio``. N * R rows are R masks per image, as
+                ``random_masking(masks_per_image=R)`` draws them: rows n * R to n * R + R - 1 belong to image n, which
+                is not copied.
+            full_pred: False predicts masked patches only, for training: same loss, same gradients, less work.
 
         Raises:
             ValueError: images that do not fit the model, both noise and masking, or a ratio outside (0, 1).
         """
         self._check_images(images)
         masking = self._masking(images, mask_ratio, noise, masking)
-        with self._cast_weights():
+        with self._autocast_weights():
             stream = self._encode(images, masking.ids_keep)
             visible = self._embed_latent(stream)
             pred = self._decode(visible, masking.ids_restore, masking.ids_keep, None if full_pred else masking.ids_mask)
@@ -197,26 +201,32 @@ class MaskedAutoencoderViT(nn.Module):
         return MAEOutput(loss, pred, masking.mask)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Features of whole images, no mask: (N, 1 + L, D), class token first, after the last norm."""
+        """Features of whole images, nothing masked: (N, 1 + L, D), class token first, after the last norm."""
         self._check_images(images)
-        with self._cast_weights():
+        with self._autocast_weights():
             return self._last_norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
 
     def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """A context that keeps one copy of weights and biases in ``dtype``, for several forwards between two updates.
+        """A context that caches weights and biases in ``dtype``, for several forwards between two updates.
 
-        Without it each forward under autocast makes its own. Inside, weights must not change.
+        Outside of it every forward under autocast makes its own copies. Weights must not change inside.
         """
         return cast_weights(self, dtype)
 
-    def _cast_weights(self) -> AbstractContextManager[None]:
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """Let the backward recompute activations of all blocks: "none", "selective" or "full"; see :class:`Block`."""
+        check(mode in ACTIVATION_CHECKPOINTING, "mode", f"one of {', '.join(ACTIVATION_CHECKPOINTING)}", mode)
+        for block in (*self.blocks, *self.decoder_blocks):
+            block.activation_checkpointing = mode
+
+    def _autocast_weights(self) -> AbstractContextManager[None]:
         device_type = self.cls_token.device.type
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):
             return nullcontext()
         return cast_weights(self, torch.get_autocast_dtype(device_type))
 
     def _encode(self, images: Tensor, ids: Tensor) -> Stream:
-        """The encoder's blocks on the patches ``ids`` (N, K) and the class token: a stream (N, 1 + K, D)."""
+        """The class token and the patches ``ids`` (N, K) through the encoder's blocks: a stream (N, 1 + K, D)."""
         patches = gather_patches(images, ids, self.patch_size, self.mean, self.std)
         if not torch.is_autocast_enabled(images.device.type):
             patches = patches.to(self.patch_embed.proj.weight.dtype)
@@ -232,18 +242,18 @@ class MaskedAutoencoderViT(nn.Module):
         norm = self.norm
         if torch.promote_types(norm.weight.dtype, x.dtype) == norm.weight.dtype:
             return norm(x)
-        # Sharded weights come in the dtype of the matrix products, which a CPU's norm of a wider stream does not take.
+        # FSDP gathers weights in the compute dtype, but the CPU's layer_norm takes none narrower than its input.
         return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
     def _embed_latent(self, stream: Stream) -> Tensor:
-        """The decoder's visible tokens (N, 1 + K, E): last norm and ``decoder_embed`` in one."""
+        """The decoder's visible tokens (N, 1 + K, E): the last norm fused with ``decoder_embed``."""
         embed = self.decoder_embed
         return stream.norm_linear(self.norm, embed.weight, embed.bias, embed.weight_cast, embed.bias_cast)[1]
 
     def _decode(self, visible: Tensor, ids_restore: Tensor, ids_keep: Tensor | None, ids: Tensor | None) -> Tensor:
-        """Predictions for all patches, or for the patches ``ids`` (N, M) only.
+        """Predictions for all patches, or only for the patches ``ids`` (N, M).
 
-        With ``ids_keep`` and more than one block the first block handles the mask tokens once a batch.
+        Given ``ids_keep``, the first block projects the mask tokens once per batch, unless it is also the last block.
         """
         _, positions = self._positions()
         x = restore_tokens(visible, self.mask_token, ids_restore, positions, num_prefix_tokens=1)
@@ -266,21 +276,21 @@ class MaskedAutoencoderViT(nn.Module):
     def _loss(self, images: Tensor, pred: Tensor, ids_mask: Tensor) -> Tensor:
         return masked_patch_mse(pred, images, ids_mask, self.patch_size, self.norm_pix_loss, self.mean, self.std)
 
-    # Images, their size and statistics
+    # Images and masks: sizes, pixel statistics, position tables
 
     def set_input_size(self, size: int | Sequence[int] | None = None) -> None:
         """Take images of another size from now on, as training with progressive resolution does.
 
-        No weight changes. Positions are sine-cosine tables whose coordinates are stretched to the new grid
-        (:func:`~fastmae.model.initialization.sincos_positions`); at ``img_size`` they are the model's own tables,
-        untouched. Tables are computed once per size and kept out of the state dict. A compiled model has one graph per
-        size.
+        No weight changes. At ``img_size`` the model uses its own position tables; for other sizes it computes
+        sine-cosine tables with coordinates stretched to the new grid
+        (:func:`fastmae.model.initialization.sincos_positions`), once per size and outside the state dict. A compiled
+        model has one graph per size.
 
         Args:
             size: (height, width) in pixels, or an int for a square; None for ``img_size``.
 
         Raises:
-            ValueError: a size that does not divide into patches.
+            ValueError: a size that patches do not divide.
         """
         size = self.img_size if size is None else as_pair("size", size)
         self.grid_size = grid_of(size, self.patch_size, "size")
@@ -296,20 +306,23 @@ class MaskedAutoencoderViT(nn.Module):
         self._tables = self._tables_of_size[size]
 
     def normalized(self, images: Tensor) -> Tensor:
-        """A loader's batch as :meth:`forward` takes it: floating images in [0, 1] are normalised with the model's
-        statistics in one pass; uint8 ones stay raw, since the kernels normalise them."""
+        """A loader's batch as :meth:`forward` expects it.
+
+        Floating-point images in [0, 1] are normalised with the model's statistics. ``uint8`` images are returned as
+        they are, since the kernels normalise them.
+        """
         if images.dtype == torch.uint8:
             return images
         mean, scale = self.mean.view(-1, 1, 1), self.std.reciprocal().view(-1, 1, 1)
         return torch.addcmul(-mean * scale, images, scale)
 
     def _positions(self) -> tuple[Tensor, Tensor]:
-        """Tables (1, 1 + L, D) and (1, 1 + L, E) of the encoder and the decoder at ``input_size``."""
+        """Position tables at ``input_size``: the encoder's (1, 1 + L, D) and the decoder's (1, 1 + L, E)."""
         return (self.pos_embed, self.decoder_pos_embed) if self._tables is None else self._tables
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        # The pixel statistics stay float32 under .to(bfloat16), and are right again after to_empty().
+        # Pixel statistics stay float32 under .to(bfloat16) and get their values back after .to_empty().
         for name, values in self._statistics.items():
             self._buffers[name] = torch.tensor(values, dtype=torch.float32, device=self._buffers[name].device)
         self._tables_of_size.clear()
@@ -323,7 +336,7 @@ class MaskedAutoencoderViT(nn.Module):
             restore = masking.ids_restore
             fits = restore.ndim == 2 and restore.shape[1] == self.num_patches and len(restore) > 0
             if not (fits and (len(restore) == len(images) or len(restore) % max(len(images), 1) == 0)):
-                # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
+                # Format the message only on failure: under torch.compile a size in a string is a constant of the graph.
                 check(False, "masking", f"ids_restore of shape {expected}, or a multiple of its rows", restore)
             return masking
         if noise is None:
@@ -342,39 +355,39 @@ class MaskedAutoencoderViT(nn.Module):
         check(fits and (images.dtype == torch.uint8 or images.is_floating_point()), "images", expected, images)
         if images.dtype == torch.uint8 or self._float_images_seen or torch.compiler.is_compiling():
             return
-        # Once, since reading a value waits for the device.
+        # Look at the first floating-point batch only: reading its range synchronises with the device.
         self._float_images_seen = True
         low, high = map(float, images.detach().aminmax()) if images.numel() else (0.0, 0.0)
-        plain = all(value == 0 for value in self._statistics["mean"])  # such pixels in [0, 1] are normalised already
-        if not max(-low, high) < 20 or (0 <= low < high <= 1 and not plain):
+        zero_mean = all(value == 0 for value in self._statistics["mean"])  # pixels in [0, 1] are then normalised
+        if not max(-low, high) < 20 or (0 <= low < high <= 1 and not zero_mean):
             warnings.warn(
-                f"images: floating-point images are taken as already normalised, but these are from {low:.3g} to "
+                f"images: floating-point images are taken as already normalised, but these range from {low:.3g} to "
                 f"{high:.3g}; pass uint8 images, or model.normalized(images) of pixels in [0, 1]",
                 stacklevel=3,
             )
 
-    # facebookresearch/mae's methods
+    # The methods of facebookresearch/mae's model, so that code written for it changes one import
 
     def forward_encoder(
         self, images: Tensor, mask_ratio: float = 0.75, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """facebookresearch's method: latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
+        """facebookresearch/mae's method: latent (N, 1 + K, D), mask (N, L), ids_restore (N, L)."""
         self._check_images(images)
         masking = self._masking(images, mask_ratio, noise, None)
-        with self._cast_weights():
+        with self._autocast_weights():
             return self._last_norm(self._encode(images, masking.ids_keep).sum()), masking.mask, masking.ids_restore
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """facebookresearch's method: predictions (N, L, P) from latent (N, 1 + K, D)."""
-        with self._cast_weights():
+        """facebookresearch/mae's method: predictions (N, L, P) from latent (N, 1 + K, D)."""
+        with self._autocast_weights():
             embed = self.decoder_embed
             visible = linear(latent, embed.weight, embed.bias, weight_cast=embed.weight_cast)
             return self._decode(visible, ids_restore, None, None)
 
     def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """facebookresearch's method: mean error over the patches whose mask (N, L) is 1, from full predictions.
+        """facebookresearch/mae's method: mean error over the patches where mask (N, L) is 1, given full predictions.
 
-        With R masks an image, pred (N * R, L, P) and mask (N * R, L).
+        With R masks per image: pred (N * R, L, P) and mask (N * R, L).
         """
         self._check_images(images)
         ids = self._all_ids(len(pred), images.device)
@@ -384,7 +397,7 @@ class MaskedAutoencoderViT(nn.Module):
         return (error * mask).sum() / mask.sum()
 
     def patchify(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, L, P), values untouched: patches row by row, in a patch rows, columns, channels."""
+        """(N, C, H, W) to (N, L, P), values untouched; a patch holds rows, columns, channels, channels innermost."""
         self._check_images(images)
         n, (rows, cols), (ph, pw) = len(images), self.grid_size, self.patch_size
         x = images.reshape(n, self.in_chans, rows, ph, cols, pw).permute(0, 2, 4, 3, 5, 1)
@@ -400,20 +413,11 @@ class MaskedAutoencoderViT(nn.Module):
         return x.reshape(len(patches), self.in_chans, *self.input_size)
 
 
-def _statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
-    if values is None:
-        values = imagenet if channels == 3 else (0.5,) * channels
-    values = [float(value) for value in values]
-    check(len(values) == channels, name, f"one value for each of the {channels} channels", values)
-    check(name == "mean" or min(values) > 0, name, "positive values", values)
-    return values
-
-
 def create_model(name: str, **overrides: Any) -> MaskedAutoencoderViT:
     """A preset by name, with any argument of :class:`MaskedAutoencoderViT` overridden; None keeps the preset's value.
 
     Raises:
-        ValueError: an unknown name (the message lists the names), or what the constructor raises.
+        ValueError: an unknown name (the message lists the presets), or what the constructor raises.
     """
     if name not in PRESETS:
         raise ValueError(f"name: unknown model {name!r}; the presets are {', '.join(PRESETS)}")
@@ -425,3 +429,12 @@ mae_vit_small_patch16 = partial(create_model, "mae_vit_small_patch16")
 mae_vit_base_patch16 = partial(create_model, "mae_vit_base_patch16")
 mae_vit_large_patch16 = partial(create_model, "mae_vit_large_patch16")
 mae_vit_huge_patch14 = partial(create_model, "mae_vit_huge_patch14")
+
+
+def _statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
+    if values is None:
+        values = imagenet if channels == 3 else (0.5,) * channels
+    values = [float(value) for value in values]
+    check(len(values) == channels, name, f"one value for each of the {channels} channels", values)
+    check(name == "mean" or min(values) > 0, name, "positive values", values)
+    return values

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from fastmae.ops import random_masking
 from fastmae.train.config import PretrainConfig
+from fastmae.train.parallel import DTYPES
 
 USED_FRACTION = 0.9
 """Of the memory that the trial finds free: the rest is for the loader's batches, fragmentation and communication."""
@@ -126,7 +127,7 @@ def measured_batch_size(
     device, masks = parameters[0].device, config.train.masks_per_image
     if device.type != "cuda":
         return share, f"Batch size auto: {share:,} images, all of a process's share"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
+    dtype = DTYPES[config.train.precision]
     low_precision = dtype != torch.float32
 
     def peak(batch: int) -> float:

@@ -17,13 +17,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-
-Compile = Literal["none", "blocks", "model"]
-CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 _BLOCK_GRAPHS = 64
 """Graphs of a block that the compiler may keep: six a model (first, middle and last block of encoder and decoder

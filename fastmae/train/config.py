@@ -40,6 +40,11 @@ try:
 except ImportError:  # only the command line parses flags; training and benchmarks run without its parser
     Suppress = None
 
+ParallelMode = Literal["none", "ddp", "fsdp", "hsdp"]
+Precision = Literal["bf16", "fp16", "fp32"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+Compile = Literal["none", "blocks", "model"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 RecipeName = Literal[
     "photographs",
     "imagenet-vit-b",
@@ -196,28 +201,28 @@ class TrainConfig:
     """Times that a run goes back before it ends with an error."""
     seed: Fixed[Seed] = 0
     """Seed of the initialisation, the sample order, the crops and the masks."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """bf16: autocast to bfloat16, weights and optimiser in float32. fp16: the same with float16 and a loss scale, for
     GPUs without bfloat16. auto: bf16 on CUDA, on a CPU whichever of bf16 and fp32 multiplies matrices faster, measured
     at the start; a resumed run keeps what was chosen."""
-    compile: Literal["none", "blocks", "model"] = "none"
+    compile: Compile = "none"
     """Compile with torch.compile. blocks: each block, which takes seconds, since blocks of one shape share their code.
     model: the whole model, which takes minutes; in several processes each block all the same."""
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    compile_mode: CompileMode = "default"
     """Mode of torch.compile. reduce-overhead: CUDA graphs, on a GPU and not with fsdp or hsdp. max-autotune: these, and
     matrix products chosen by trial at the first step, which takes minutes. max-autotune-no-cudagraphs: trial only."""
     cuda_graph: bool = False
     """Capture the whole step (forward, backward, clipping, update) in a CUDA graph after three ordinary ones, so that
     the host launches it at once. The same computation. On one GPU, with images of one size."""
-    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    parallel: Literal["auto", ParallelMode] = "auto"
     """What the processes that torchrun starts share. ddp: gradients; each has the whole model. fsdp: also weights and
     optimiser state, sharded over all. hsdp: sharded inside a node, replicated across nodes. auto: none for one process,
     ddp for several."""
     shard_size: PositiveInt | None = None
     """Processes that share one copy of the model with hsdp. None: those of a node."""
-    activation_checkpointing: Free[Literal["none", "selective", "full"]] = "none"
-    """Memory for work: what is computed again in the backward. selective: the blocks' attention, which spares two
-    fifths of the activations for about a tenth more operations. full: the blocks, three quarters for a quarter."""
+    activation_checkpointing: Free[ActivationCheckpointing] = "none"
+    """Recompute activations in the backward to save memory. selective: the blocks' attention, two fifths fewer
+    activations for about a tenth more operations. full: the blocks, three quarters fewer for about a quarter more."""
     reshard_after_forward: Free[bool] = True
     """With fsdp and hsdp, free a block's gathered weights after its forward and gather them again for its backward.
     Off: faster for small models, which then take their whole memory."""

@@ -13,8 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastmae.ops import Masking
 
-_RECOMPUTE = {"none": "nothing", "selective": "attention", "full": "block"}
-
 
 def count_flops(
     architecture: Mapping[str, Any], batch_size: int, mask_ratio: float, activation_checkpointing: str = "none"
@@ -44,8 +42,7 @@ def _count(architecture: tuple[tuple[str, Any], ...], batch_size: int, mask_rati
     with torch.device("meta"):
         # PyTorch counts what happens inside its own attention; custom operators are opaque to it.
         model = MaskedAutoencoderViT(**dict(architecture) | {"attention": "sdpa"})
-    for block in (*model.blocks, *model.decoder_blocks):
-        block.recompute = _RECOMPUTE[checkpointing]
+    model.set_activation_checkpointing(checkpointing)
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.enable_grad(), counter:
         model = model.to_empty(device="cpu").train()

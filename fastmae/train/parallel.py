@@ -26,23 +26,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.model.initialization import draw_parameter, sincos_positions
-from fastmae.train.compilation import (
-    Compile,
-    CompileMode,
-    check_compile_mode,
-    compile_blocks,
-    compile_model,
-    graphed_batch,
-)
-
-Mode = Literal["auto", "none", "ddp", "fsdp", "hsdp"]
-Precision = Literal["bf16", "fp16", "fp32"]
-ActivationCheckpointing = Literal["none", "selective", "full"]
+from fastmae.train.compilation import check_compile_mode, compile_blocks, compile_model, graphed_batch
+from fastmae.train.config import ActivationCheckpointing, Compile, CompileMode, ParallelMode, Precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What matrix products compute in."""
 
-_RECOMPUTE = {"none": "nothing", "selective": "attention", "full": "block"}
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -60,7 +49,7 @@ class Parallelism:
         mesh: one-dimensional ("shard" or "replicate") or, for HSDP, ("replicate", "shard"); None for "none".
     """
 
-    mode: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
+    mode: ParallelMode = "none"
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -88,7 +77,11 @@ class Parallelism:
 
 
 def initialize(
-    mode: Mode = "auto", device_type: str = "cpu", *, shard_size: int | None = None, timeout: float = 600.0
+    mode: Literal["auto", ParallelMode] = "auto",
+    device_type: str = "cpu",
+    *,
+    shard_size: int | None = None,
+    timeout: float = 600.0,
 ) -> Parallelism:
     """Join the processes that torchrun started: default process group, this process's device, device mesh.
 
@@ -174,9 +167,9 @@ def parallelize(
         parallelism: from :func:`initialize`.
         seed: draws the weights of a model on the meta device: those that a single process would draw.
         precision: of the matrix products.
-        activation_checkpointing: what the backward computes again: "selective", the blocks' attention (of a block's 24
-            bytes a token and unit of width in bf16, 10 are saved, for a quarter of its products); "full", all but the
-            blocks' inputs (18 are saved, for two thirds of its products).
+        activation_checkpointing: what the backward recomputes: "selective", the blocks' attention (of a block's 24
+            bytes per token and unit of width in bf16 it saves 10, for a quarter of its products); "full", all but the
+            blocks' inputs (saves 18, for two thirds of its products).
         compile: what ``torch.compile`` takes: each block, or the whole model; with several processes always blocks.
         compile_mode: of ``torch.compile``, as :mod:`fastmae.train.compilation` has it.
         reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
@@ -190,14 +183,12 @@ def parallelize(
     """
     if compile != "none":
         check_compile_mode(compile_mode, device_type=parallelism.device.type, sharded=parallelism.sharded)
-    blocks = [*model.blocks, *model.decoder_blocks]
-    for block in blocks:
-        block.recompute = _RECOMPUTE[activation_checkpointing]
+    model.set_activation_checkpointing(activation_checkpointing)
     whole = compile == "model" and parallelism.mode == "none"
     if compile != "none" and not whole:
         compile_blocks(model, compile_mode)
     if parallelism.sharded:
-        _shard(model, blocks, parallelism, DTYPES[precision], reshard_after_forward)
+        _shard(model, parallelism, DTYPES[precision], reshard_after_forward)
     if next(model.parameters()).is_meta:
         materialize(model, parallelism.device, seed)
     else:
@@ -269,13 +260,12 @@ def _init_process_group(device: torch.device, rank: int, world_size: int, timeou
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
 
 
-def _shard(
-    model: nn.Module, blocks: list[nn.Module], parallelism: Parallelism, dtype: torch.dtype, reshard: bool
-) -> None:
+def _shard(model: nn.Module, parallelism: Parallelism, dtype: torch.dtype, reshard: bool) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     options = {"mesh": parallelism.mesh, "mp_policy": policy}
+    blocks = [*model.blocks, *model.decoder_blocks]
     for block in blocks:
         fully_shard(block, reshard_after_forward=reshard, **options)
     # The root's own parameters are used at the beginning and at the end, so they stay until the backward is done.

@@ -10,9 +10,9 @@ Notation: D width, H heads, c bytes of a value in matrix products, r of one in t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+from fastmae.train.config import ActivationCheckpointing, ParallelMode, Precision
 
 IMAGES_PER_CORE = 855
 """ImageNet JPEGs that one core of an AMD EPYC reads, decodes and resizes per second (DALI's CPU backend; measured,
@@ -50,7 +50,7 @@ class Hardware:
 class Plan:
     """What a run takes; bytes and seconds of one GPU and optimiser step unless a name says otherwise."""
 
-    mode: Mode
+    mode: ParallelMode
     gpus: int
     nodes: int
     parameters: int
@@ -82,12 +82,12 @@ def make_plan(
     *,
     gpus: int = 8,
     gpus_per_node: int = 8,
-    mode: Mode = "ddp",
+    mode: ParallelMode = "ddp",
     global_batch: int = 4096,
     batch_size: int | None = None,
     mask_ratio: float = 0.75,
-    precision: str = "bf16",
-    activation_checkpointing: str = "none",
+    precision: Precision = "bf16",
+    activation_checkpointing: ActivationCheckpointing = "none",
     reshard_after_forward: bool = True,
     masks_per_image: int = 1,
     num_images: int = 1_281_167,
@@ -203,7 +203,7 @@ def gathered_values(trained: int, blocks: list[int], shards: int, reshard_after_
 def sent_per_step(
     trained: int,
     blocks: list[int],
-    mode: Mode,
+    mode: ParallelMode,
     gpus: int,
     per_node: int,
     c: int,
@@ -234,7 +234,7 @@ def sent_per_step(
 
 
 def kept_per_image(
-    model: Any, mask_ratio: float, c: int = 2, r: int = 4, activation_checkpointing: str = "none"
+    model: Any, mask_ratio: float, c: int = 2, r: int = 4, activation_checkpointing: ActivationCheckpointing = "none"
 ) -> tuple[int, int]:
     """Bytes of activations that one image keeps for the backward, and the most that the backward needs besides.
 
