@@ -13,14 +13,14 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from fastmae.model import RESIDUAL_DTYPES
+from fastmae.model import ACTIVATION_CHECKPOINTING, RESIDUAL_DTYPES
 from fastmae.ops.attention import BACKENDS
-from fastmae.train.config import ModelConfig, PretrainConfig, from_json, read_config, to_json
+from fastmae.train.config import ActivationCheckpointing, ModelConfig, PretrainConfig, from_json, read_config, to_json
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES, apply_flags
-from fastmae.train.rules import validate
+from fastmae.train.rules import progressive_sizes, validate
 from fastmae.train.state import compare_configs
-from fastmae.train.task import create_resolution, progressive_sizes
+from fastmae.train.task import create_resolution
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
 
@@ -268,3 +268,4 @@ def test_choices_are_the_models():
     hints = get_type_hints(ModelConfig)
     assert set(get_args(hints["attention"])) == set(BACKENDS)
     assert set(get_args(hints["residual_dtype"])) == set(RESIDUAL_DTYPES)
+    assert get_args(ActivationCheckpointing) == ACTIVATION_CHECKPOINTING

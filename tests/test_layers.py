@@ -1,9 +1,10 @@
-"""Who may import whom: kernels <- ops <- model <- train, evaluate <- cli, read from the source of every module."""
+"""Who may import whom: kernels <- ops <- model <- train, evaluate <- cli, and no circles; read from every source."""
 
 from __future__ import annotations
 
 import ast
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,10 @@ def imports(source: str, module: str, is_package: bool = False) -> set[tuple[str
             if node.level:
                 package = module.split(".")[: None if is_package else -1]
                 base = ".".join(package[: len(package) - node.level + 1] + ([base] if base else []))
-            # "from fastmae import ops" names a part; "from fastmae import __version__" the package itself.
+            # "from fastmae import ops" imports a module, "from fastmae import __version__" from the package itself.
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                found.add((inner if base == "fastmae" and alias.name in ALLOWED else base, at_load))
+                found.add((inner if inner in MODULES else base, at_load))
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
@@ -94,11 +95,41 @@ def sources() -> list[Path]:
     return sorted([*ours, *(ROOT / "kernels").rglob("*.py")])
 
 
+MODULES = {module_name(path): path for path in sources()}
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in turn, the first one again at the end; empty if there are none."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
 def test_every_module_keeps_to_its_layer():
-    paths = sources()
-    assert {part_of(module_name(p)) for p in paths} >= {"kernels", "ops", "model", "train", "evaluate", "cli"}
-    broken = [v for p in paths for v in violations(p.read_text(), module_name(p), p.name == "__init__.py")]
+    assert {part_of(module) for module in MODULES} >= {"kernels", "ops", "model", "train", "evaluate", "cli"}
+    broken = [v for m, p in MODULES.items() for v in violations(p.read_text(), m, p.name == "__init__.py")]
     assert not broken, "\n".join(broken)
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Imports inside functions and under TYPE_CHECKING count: files that need each other are one idea."""
+    graph = {}
+    for module, path in MODULES.items():
+        names = {name for name, _ in imports(path.read_text(), module, path.name == "__init__.py")}
+        # The one exception: rollback, resuming and fit_steps know the trainer that calls them.
+        excused = {"fastmae.train.loop"} if module.startswith("fastmae.train.") else set()
+        graph[module] = (names & MODULES.keys()) - {module} - excused
+    found = circle(graph)
+    assert not found, " -> ".join(found)
+
+
+def test_a_circle_is_found_whatever_kind_of_import_closes_it():
+    source = "if TYPE_CHECKING:\n    from fastmae.model import mae\ndef f():\n    import fastmae.model.blocks"
+    assert {name for name, _ in imports(source, "a")} == {"fastmae.model.mae", "fastmae.model.blocks"}
+    found = circle({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": set()})
+    assert " -> ".join(found) in "a -> b -> c -> a -> b -> c" and len(found) == 4
 
 
 @pytest.mark.parametrize(

@@ -368,6 +368,8 @@ def test_checkpointing_belongs_to_the_model_and_not_to_the_class():
     model = parallel.parallelize(create(), parallel.Parallelism(), seed=SEED, activation_checkpointing="full")
     assert {block.activation_checkpointing for block in model.blocks} == {"full"}
     assert Block.activation_checkpointing == create().blocks[0].activation_checkpointing == "none"
+    with pytest.raises(ValueError, match="mode: expected one of none, selective, full, got 'block'"):
+        create().set_activation_checkpointing("block")
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from fractions import Fraction
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -138,9 +139,26 @@ def _refuse_object_stores(config: Any) -> None:
             )
 
 
+def progressive_sizes(heights: Sequence[int], img_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    """Heights with widths in the proportions of ``img_size``.
+
+    Raises:
+        ValueError: a height whose width is not whole, or a last one that is not the image's.
+    """
+    height, width = img_size
+    sizes = []
+    for value in heights:
+        across = Fraction(value * width, height)
+        if value < 1 or across.denominator != 1:
+            raise ValueError(f"expected heights whose widths in proportion to {height}x{width} are whole, got {value}")
+        sizes.append((value, int(across)))
+    if sizes and sizes[-1] != img_size:
+        raise ValueError(f"expected the image size {height}x{width} last, got {sizes[-1][0]}x{sizes[-1][1]}")
+    return tuple(sizes)
+
+
 def _validate_model(config: Any, require: Callable[..., None]) -> None:
     from fastmae.model import PRESETS
-    from fastmae.train.task import progressive_sizes
 
     model = config.model
     require(model.name in PRESETS, "model", "name", f"one of {', '.join(PRESETS)}")

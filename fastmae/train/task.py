@@ -18,6 +18,7 @@ from fastmae.data import Augment, Batch, LateBad
 from fastmae.train.config import PretrainConfig
 from fastmae.train.optim import parameter_groups
 from fastmae.train.ranks import Ranks
+from fastmae.train.rules import progressive_sizes
 
 
 class Task(Protocol):
@@ -169,24 +170,6 @@ class Resolution:
     def __str__(self) -> str:
         parts = (f"{h}x{w} from pass {start}" for (h, w), start in zip(self.sizes, self.starts, strict=True))
         return ", ".join(parts)
-
-
-def progressive_sizes(heights: Sequence[int], img_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
-    """Heights with widths in the proportions of ``img_size``.
-
-    Raises:
-        ValueError: a height whose width is not whole, or a last one that is not the image's.
-    """
-    height, width = img_size
-    sizes = []
-    for value in heights:
-        across = Fraction(value * width, height)
-        if value < 1 or across.denominator != 1:
-            raise ValueError(f"expected heights whose widths in proportion to {height}x{width} are whole, got {value}")
-        sizes.append((value, int(across)))
-    if sizes and sizes[-1] != img_size:
-        raise ValueError(f"expected the image size {height}x{width} last, got {sizes[-1][0]}x{sizes[-1][1]}")
-    return tuple(sizes)
 
 
 def create_resolution(config: PretrainConfig, total_steps: int, num_samples: int) -> Resolution:
