@@ -16,7 +16,7 @@ def pytest_addoption(parser):
         "--precision", choices=("bf16", "fp32"),
         help="of matrix products (default: bf16 on CUDA, on a CPU the faster one, measured)",
     )  # fmt: skip
-    group.addoption("--rounds", type=int, help="rounds of every contest (default: by time)")
+    group.addoption("--rounds", type=int, help="rounds of every comparison (default: by time)")
     group.addoption("--compile", action="store_true", help="torch.compile columns on the CPU too")
     group.addoption("--no-compile", action="store_true", help="no torch.compile columns on CUDA either")
     group.addoption("--levers", action="store_true", help="the step benchmark: each lever on its own as well")

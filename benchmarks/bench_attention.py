@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from contest import Competitor, Contest, Unavailable, gradient
+from comparison import Comparison, Competitor, Unavailable, gradient
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -110,7 +110,7 @@ def make_inputs(
 
 def build_tiles(
     dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None, backward: bool
-) -> Contest:
+) -> Comparison:
     """Each tile of our kernels, forward alone or backward alone."""
     dtype = getattr(torch, dtype_name)
     inputs = make_inputs(BATCH, dtype, tokens, dim, device, queries)
@@ -123,10 +123,10 @@ def build_tiles(
     found = tiles(dtype, tokens, dim, queries)[backward]
     calls = {f"{t.queries} queries, {t.warps} warps, {t.stages} stages": competitor(t) for t in found}
     shape = f"{dtype_name} {f'{queries} of ' if queries else ''}{tokens} tokens of {dim}"
-    return Contest(f"attention tiles, {'backward' if backward else 'forward'}, {shape}", calls, seconds=0.2)
+    return Comparison(f"attention tiles, {'backward' if backward else 'forward'}, {shape}", calls, seconds=0.2)
 
 
-def build(dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None = None) -> Contest:
+def build(dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None = None) -> Comparison:
     """``queries``: only that many rows attend, to all tokens."""
     dtype, rows = getattr(torch, dtype_name), queries or tokens
     inputs = make_inputs(BATCH, dtype, tokens, dim, device, queries)
@@ -140,7 +140,7 @@ def build(dtype_name: str, tokens: int, dim: int, device: torch.device, queries:
         reason = missing(name, device, dtype, tokens, dim)
         calls[name] = Unavailable(reason) if reason else step(partial(attend, name))
     heads = BATCH * HEADS
-    return Contest(
+    return Comparison(
         f"attention, {dtype_name} {f'{queries} of ' if queries else ''}{tokens} tokens of {dim}",
         calls,
         # Forward q, k, v and the output; backward q, k, v, the output's gradient and three gradients.

@@ -13,7 +13,7 @@ import apex_layer_norm
 import plain
 import pytest
 import torch
-from contest import Contest, Unavailable, compiled
+from comparison import Comparison, Unavailable, compiled
 from levers import SDPAttention, with_attention
 from torch import nn
 
@@ -31,7 +31,7 @@ SHAPES = (
 COMPETITORS = ["fastmae", "fastmae-compile", "fastmae-xformers", "plain", "sdpa", "sdpa-compile", "apex"]
 
 
-def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, n, length, dim, heads = shape
     x = torch.randn(n, length, dim, device=device, requires_grad=True)
     grad = torch.randn_like(x)
@@ -81,7 +81,7 @@ def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat1
     }
     # Four products of 12 D * D weights in all and two of attention, a multiply and an add each; twice that backward.
     flops = 3 * DEPTH * n * length * (2 * 12 * dim * dim + 2 * 2 * length * dim)
-    return Contest(f"block, {name}, {DEPTH} in a row", competitors, flops=flops, dtype=dtype)
+    return Comparison(f"block, {name}, {DEPTH} in a row", competitors, flops=flops, dtype=dtype)
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)

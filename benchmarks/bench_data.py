@@ -26,7 +26,7 @@ import loaders
 import numpy as np
 import pytest
 import torch
-from contest import Contest, Prepared, Unavailable
+from comparison import Comparison, Prepared, Unavailable
 from measure import Meter
 from PIL import Image
 from stages import STAGED, Stages
@@ -113,19 +113,19 @@ def _open(who: str, dataset: Dataset, path: Path, plan: loaders.Plan) -> Iterato
     return loaders.to_device(create_loader(dataset, loader=kind, device=device, **options), DEVICE)
 
 
-def build(sources: dict[str, Path]) -> Contest:
+def build(sources: dict[str, Path]) -> Comparison:
     datasets = {name: _dataset(name, sources) for name in SOURCES}
     plans = {name: loaders.draw_plan(dataset, SIZE, seed=0) for name, dataset in datasets.items()}
     course = Course(BATCH, STEPS, AHEAD, torch.cuda.synchronize if CUDA else lambda: None)
-    contestants: dict[str, Prepared | Unavailable] = {}
+    competitors: dict[str, Prepared | Unavailable] = {}
     for name in COMPETITORS:
         who, label = name.split(", ", 1)
         source = next(key for key, value in SOURCES.items() if value == label)
         made = _open(who, datasets[source], sources[source], plans[source])
         unavailable = isinstance(made, Unavailable)
-        contestants[name] = made if unavailable else Prepared(partial(course.prepare, name, made), course.run)
+        competitors[name] = made if unavailable else Prepared(partial(course.prepare, name, made), course.run)
     group = f"loader, {SIZE[0]} x {SIZE[1]} crops of {_describe(datasets['folder'])}, {CORES} cores"
-    return Contest(group, contestants, images=course.images, flush=False, seconds=60.0, facts=course.facts)
+    return Comparison(group, competitors, images=course.images, flush=False, seconds=60.0, facts=course.facts)
 
 
 def _describe(dataset: Dataset) -> str:
@@ -140,14 +140,14 @@ def bench_loader(compete, sources, competitor):
     compete(build, sources)
 
 
-def build_stages(sources: dict[str, Path]) -> Contest:
+def build_stages(sources: dict[str, Path]) -> Comparison:
     dataset = _dataset("folder", sources)
     plan = loaders.draw_plan(dataset, SIZE, seed=0, epochs=1)
     missing = Unavailable("NVIDIA DALI is not installed")
     # Pipelines and decoded images are made at the first call only.
     stages = {who: missing if "dali" in who and not has_dali() else Stages(who, dataset, plan) for who in STAGED}
     group = f"loader stages, {SIZE[0]} x {SIZE[1]} crops, one thread"
-    return Contest(
+    return Comparison(
         group, stages, images=stages["pillow-uint8"].count, flush=False, seconds=8.0,
         facts=lambda who, rounds: stages[who].facts(rounds),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, compiled
+from comparison import Comparison, compiled
 from measure import image_sector_bytes
 
 from fastmae.ops import gather_patches
@@ -18,7 +18,7 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, source: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, source: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, n, side, p = shape
     images = plain.batch_of_images(n, side, device)
     if source == "float32 NCHW":
@@ -31,7 +31,7 @@ def build(shape: tuple, source: str, device: torch.device, dtype: torch.dtype = 
 
     # Pixels and ids in, patches in the dtype out.
     others = ids.numel() * (8 + dtype.itemsize * values)
-    return Contest(
+    return Comparison(
         f"gather_patches, {name} {source}",
         {
             "fastmae": lambda: gather_patches(images, ids, p, mean, std, dtype),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, compiled, gradient
+from comparison import Comparison, compiled, gradient
 
 from fastmae.ops import gather_tokens
 
@@ -17,7 +17,7 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, n, length, k, dim = shape
     tokens = torch.randn(n, length, dim, device=device, dtype=dtype, requires_grad=backward)
     ids = plain.choose(n, length, k, device)
@@ -29,7 +29,7 @@ def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype
     }
     if backward:
         competitors = {name: gradient(call, [tokens]) for name, call in competitors.items()}
-    return Contest(
+    return Comparison(
         f"gather_tokens, {name} {'backward' if backward else 'forward'}", competitors,
         useful_bytes=n * (8 * k + dtype.itemsize * dim * (k + (length if backward else k))), dtype=dtype,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import Contest, compiled, gradient
+from comparison import Comparison, compiled, gradient
 
 from fastmae.ops import gelu_linear
 
@@ -18,7 +18,7 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, rows, hidden, dim = shape
     h = torch.randn(1, rows, hidden, device=device, dtype=dtype, requires_grad=backward)
     weight = torch.randn(dim, hidden, device=device, requires_grad=backward)
@@ -46,7 +46,7 @@ def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype
     moved = rows * size * (hidden + dim) + size * dim * hidden
     if backward:
         moved = rows * size * (2 * hidden + dim) + (size + 4) * dim * hidden
-    return Contest(
+    return Comparison(
         f"gelu_linear, {name} {'backward' if backward else 'forward'}", calls,
         useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * hidden, dtype=dtype,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, compiled, gradient
+from comparison import Comparison, compiled, gradient
 from measure import image_sector_bytes
 
 from fastmae.ops import masked_patch_mse
@@ -23,7 +23,7 @@ SHAPES = (
 COMPETITORS = ["fastmae", "fastmae-full", "plain", "plain-compile", "plain-gathered", "plain-gathered-compile"]
 
 
-def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, n, side, p = shape
     length, values = (side // p) ** 2, 3 * p * p
     masked = length - length // 4
@@ -50,7 +50,7 @@ def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype
     }
     # Predictions, and in the backward their gradients; ids; a loss or a gradient a patch.
     others = ids.numel() * (values * dtype.itemsize * (2 if backward else 1) + 8 + 4)
-    return Contest(
+    return Comparison(
         f"masked_patch_mse, {name} {'backward' if backward else 'forward'}",
         {name: gradient(call, [pred]) if backward else call for name, (pred, call) in calls.items()},
         useful_bytes=others + ids.numel() * values,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, compiled
+from comparison import Comparison, compiled
 
 from fastmae.ops import masking_plain, random_masking
 
@@ -13,10 +13,10 @@ SHAPES = [(4096, 196), (256, 196), (1024, 1024)] if torch.cuda.is_available() el
 STRATEGY_SHAPES = [(4096, 14), (256, 14), (256, 64)] if torch.cuda.is_available() else [(64, 14)]
 
 
-def build(n: int, length: int, device: torch.device) -> Contest:
+def build(n: int, length: int, device: torch.device) -> Comparison:
     keep, ids = length // 4, torch.arange(n, device=device)
     compiled_form = compiled(plain.random_masking)
-    return Contest(
+    return Comparison(
         f"random_masking, N={n} L={length}",
         {
             "fastmae": lambda: random_masking(n, length, 0.75, seed=0, epoch=1, sample_ids=ids),
@@ -33,7 +33,7 @@ def bench_random_masking(compete, device, n, length, competitor):
     compete(build, n, length, device)
 
 
-def build_strategy(strategy: str, n: int, side: int, device: torch.device) -> Contest:
+def build_strategy(strategy: str, n: int, side: int, device: torch.device) -> Comparison:
     """The plain path draws the same masks, rectangle after rectangle for all samples at once."""
     length, keep, ids = side * side, side * side // 4, torch.arange(n, device=device)
 
@@ -42,7 +42,7 @@ def build_strategy(strategy: str, n: int, side: int, device: torch.device) -> Co
         return masking_plain.draw_masks(keys, length, keep, strategy, side, side)
 
     options = {"seed": 0, "epoch": 1, "sample_ids": ids, "strategy": strategy, "grid_size": side}
-    return Contest(
+    return Comparison(
         f"{strategy} masking, N={n} L={length}",
         {"fastmae": lambda: random_masking(n, length, 0.75, **options), "plain": plain_path},
         useful_bytes=n * (8 + length * (8 + 8 + 4)),

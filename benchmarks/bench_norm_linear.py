@@ -10,7 +10,7 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from contest import Contest, Unavailable, compiled, gradient
+from comparison import Comparison, Unavailable, compiled, gradient
 
 from fastmae.ops import norm_linear
 
@@ -23,7 +23,7 @@ SHAPES = (
 COMPETITORS = ["fastmae", "plain", "plain-compile", "apex"]
 
 
-def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, rows, dim, out = shape
     # Rows are those of a batch of one: what is under test does not look beyond a row.
     x = torch.randn(1, rows, dim, device=device, requires_grad=backward)
@@ -67,7 +67,7 @@ def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype
     moved = rows * (4 + size + 4) * dim + rows * size * out + size * dim * out
     if backward:
         moved = rows * (4 + 4 + 4 + size) * dim + rows * size * out + (size + 4) * dim * out
-    return Contest(
+    return Comparison(
         f"norm_linear, {name} {'backward' if backward else 'forward'}", calls,
         useful_bytes=moved, flops=(4 if backward else 2) * rows * dim * out, dtype=dtype,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from bench_step import CUDA, MODELS, Track
-from contest import Contest, Unavailable, later
+from comparison import Comparison, Unavailable, later
 from step_recipes import RECIPES, Recipe, in_precision, missing
 from torch import Tensor
 
@@ -43,7 +43,7 @@ class Lane(Track):
         return {"losses": [self.losses[0].item(), self.losses[-1].item()], "steps": len(self.losses)}
 
 
-def build(device: torch.device, dtype: torch.dtype) -> Contest:
+def build(device: torch.device, dtype: torch.dtype) -> Comparison:
     label, architecture, *batches = MODELS[MODEL]
     batch, lanes, steps = batches[0 if CUDA else 1], {}, {}
 
@@ -54,7 +54,7 @@ def build(device: torch.device, dtype: torch.dtype) -> Contest:
     for name, recipe in in_precision({name: RECIPES[name] for name in COMPETITORS}, dtype).items():
         reason = missing(name, recipe, device)
         steps[name] = Unavailable(reason) if reason else later(lambda args=(name, recipe): start(*args))
-    return Contest(
+    return Comparison(
         f"training to the same loss, {label}, batch {batch}", steps, images=batch, flush=False, dtype=dtype,
         seconds=20.0 if CUDA else 60.0, facts=lambda name, rounds: lanes[name].facts(),
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import plain
 import pytest
 import torch
-from contest import Contest, compiled, gradient
+from comparison import Comparison, compiled, gradient
 
 from fastmae.ops import restore_tokens
 
@@ -17,7 +17,7 @@ SHAPES = (
 )
 
 
-def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Contest:
+def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
     name, n, length, k, dim = shape
     visible = torch.randn(n, k + 1, dim, device=device, dtype=dtype, requires_grad=backward)
     mask_token = torch.randn(1, 1, dim, device=device, requires_grad=backward)
@@ -33,7 +33,7 @@ def build(shape: tuple, backward: bool, device: torch.device, dtype: torch.dtype
         competitors = {name: gradient(call, [visible, mask_token]) for name, call in competitors.items()}
     # Visible tokens in the dtype and their gradient, float32 result and its gradient; tables once.
     tables = 4 * dim * (1 if backward else length + 2)
-    return Contest(
+    return Comparison(
         f"restore_tokens, {name} {'backward' if backward else 'forward'}", competitors,
         useful_bytes=tables + n * (8 * length + dim * (dtype.itemsize * (k + 1) + 4 * (length + 1))),
         flops=n * (length + 1) * dim, dtype=dtype,

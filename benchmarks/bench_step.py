@@ -23,7 +23,7 @@ from typing import Any
 
 import pytest
 import torch
-from contest import Contest, Unavailable, later
+from comparison import Comparison, Unavailable, later
 from levers import LeverModel, share_parameters
 from step_recipes import LEVERS, RECIPES, Recipe, compiled, in_graphs, in_precision, missing
 from torch import Tensor
@@ -235,7 +235,7 @@ def build(
     device: torch.device,
     job: str = "training step",
     cuda: Any = torch.cuda,
-) -> Contest:
+) -> Comparison:
     name, batch = model
     track = Track(MODELS[name][1], batch, device, cuda)
     steps: dict = {}
@@ -248,7 +248,7 @@ def build(
         else:
             steps[competitor] = later(partial(track.step, recipe))
     weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
-    return Contest(
+    return Comparison(
         f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False, hides_host=False,
         resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
         unseen_memory={competitor for competitor, recipe in recipes.items() if in_graphs(recipe)},

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from contest import Contest, Replay, Results, Unavailable, arm, hold, table
-from gpu_results import JsonLines, write_contest
+from comparison import Comparison, Replay, Results, Unavailable, arm, compare, table
+from gpu_results import JsonLines, write_comparison
 from measure import Meter, describe_machine
 from step_recipes import usual_precision
 
@@ -20,7 +20,7 @@ from fastmae.train.parallel import DTYPES
 _REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
 _USUAL_SECONDS = 5.0
-"""Of a contest, all in all, until some have been held and tell how long they take here."""
+"""Of a comparison, all in all, until some have been held and tell how long they take here."""
 
 
 def pytest_configure(config):
@@ -75,7 +75,7 @@ def meter(device) -> Meter:
 
 @pytest.fixture(scope="session")
 def _current() -> dict:
-    """The contest that is being reported; the one before it is let go, with its memory."""
+    """The comparison that is being reported; the one before it is let go, with its memory."""
     return {}
 
 
@@ -99,7 +99,7 @@ def case_of(item: pytest.Item) -> tuple:
 
 @pytest.fixture(scope="session")
 def progress(request) -> Callable[[], str]:
-    """Which contest of how many begins, and about how long they all will take."""
+    """Which comparison of how many begins, and about how long they all will take."""
     held = [item for item in request.session.items if "compete" in item.fixturenames]
     count = len({repr(case_of(item)) for item in held if not item.get_closest_marker("skip")})
     begun, number = time.monotonic(), 0
@@ -115,25 +115,25 @@ def progress(request) -> Callable[[], str]:
 
 @pytest.fixture
 def compete(request, benchmark, meter, progress, _current) -> Callable[..., None]:
-    """``compete(build, *args)`` reports this test's competitor in the contest ``build(*args)``.
+    """``compete(build, *args)`` reports this test's competitor in the comparison ``build(*args)``.
 
-    The first competitor of a contest to be reported has all those measured that were selected, in turn.
+    The first competitor of a comparison to be reported has all those measured that were selected, in turn.
     """
     item, config = request.node, request.config
 
-    def run(build: Callable[..., Contest], *args) -> None:
+    def run(build: Callable[..., Comparison], *args) -> None:
         name = item.callspec.params["competitor"]
         if _current.get("case") != case_of(item):
             _current.clear()
             gc.collect()
             # What was compiled for other shapes counts against a limit, behind which there is no compilation at all.
             torch.compiler.reset()
-            _current.update(case=case_of(item), contest=build(*args))
-        contest: Contest = _current["contest"]
-        competitor = contest.competitors[name]
+            _current.update(case=case_of(item), comparison=build(*args))
+        comparison: Comparison = _current["comparison"]
+        competitor = comparison.competitors[name]
         if isinstance(competitor, Unavailable):
             pytest.skip(competitor)
-        benchmark.group = contest.group
+        benchmark.group = comparison.group
         if benchmark.disabled:
             benchmark.pedantic(arm(competitor))
             return
@@ -141,17 +141,17 @@ def compete(request, benchmark, meter, progress, _current) -> Callable[..., None
             peers = [other for other in request.session.items if other.function is item.function]
             peers = [p for p in peers if case_of(p) == case_of(item) and not p.get_closest_marker("skip")]
             names = [other.callspec.params["competitor"] for other in peers]
-            names = [n for n in names if not isinstance(contest.competitors[n], Unavailable)]
-            say(config, f"{progress()} {contest.group}: warming up {', '.join(names)}")
-            _current["results"] = hold(
-                contest, names, meter, config.getoption("--rounds"),
+            names = [n for n in names if not isinstance(comparison.competitors[n], Unavailable)]
+            say(config, f"{progress()} {comparison.group}: warming up {', '.join(names)}")
+            _current["results"] = compare(
+                comparison, names, meter, config.getoption("--rounds"),
                 announce=lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
             )  # fmt: skip
-            lines = table(contest, _current["results"])
+            lines = table(comparison, _current["results"])
             config.stash[_TABLES].append(lines)
             say(config, *lines[1:])
             if path := config.getoption("--json-lines"):
-                write_contest(JsonLines(Path(path), item.function.__name__), contest, _current["results"])
+                write_comparison(JsonLines(Path(path), item.function.__name__), comparison, _current["results"])
         results: Results = _current["results"]
         if name in results.errors:
             pytest.fail(results.errors[name], pytrace=False)

@@ -60,7 +60,7 @@ FIRST = (
     Stage("attention", 125),
     Stage("large", 175),
     Stage("compilation", 290, parts=4, compiles=True),
-    Stage("contest", 350),
+    Stage("comparison", 350),
     Stage("graph", 395),
     Stage("base", 440),
     Stage("end_to_end", 520),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # imports PyTorch, which gpu.py does without
-    from contest import Contest, Results
+    from comparison import Comparison, Results
 
 LIMIT_BYTES = 16_000_000
 """Of a tar file."""
@@ -67,14 +67,14 @@ def entry(group: str, competitor: str, seconds: list[float], **facts: object) ->
     return {"group": group, "competitor": competitor, "rounds": len(seconds), "seconds": rounded} | numbers
 
 
-def write_contest(results: JsonLines, contest: Contest, found: Results, **facts: object) -> None:
-    """A line for each competitor of a contest."""
+def write_comparison(results: JsonLines, comparison: Comparison, found: Results, **facts: object) -> None:
+    """A line for each competitor of a comparison."""
     for name, times in found.times.items():
-        results.write("benchmark", **entry(contest.group, seconds=times, **found.info[name] | facts))
+        results.write("benchmark", **entry(comparison.group, seconds=times, **found.info[name] | facts))
 
 
 def benchmarks(lines: Iterable[dict]) -> list[dict]:
-    """Entries of all competitors; of a contest that was cut off, from the rounds that were run."""
+    """Entries of all competitors; of a comparison that was cut off, from the rounds that were run."""
     done: dict[tuple[str, str], dict] = {}
     rounds: dict[tuple[str, str], list[float]] = {}
     for line in lines:

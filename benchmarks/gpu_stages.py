@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from gpu import NO_DEVICE, ROOT
-from gpu_results import JsonLines, as_files, describe, entry, read_lines, write_contest
+from gpu_results import JsonLines, as_files, describe, entry, read_lines, write_comparison
 
 # The processes of a stage import this before their turn; what goes wrong is reported when it has come.
 try:
@@ -27,7 +27,7 @@ try:
     import stand_in
     import torch
     import torch.nn.functional as F
-    from contest import Contest, Unavailable, hold, table
+    from comparison import Comparison, Unavailable, compare, table
     from measure import Meter, describe_machine
     from step_recipes import LEVERS, MODES, RECIPES, Recipe
     from torch import Tensor
@@ -82,23 +82,23 @@ class Run:
                 facts["tflop_per_s"] = flops / sorted(seconds)[len(seconds) // 2] / 1e12
             self.write("benchmark", **entry(group, competitor, seconds, hidden=self.meter.covered, **facts))
 
-    def contest(self, contest: Contest, uses: tuple[str, ...], **facts: object) -> None:
+    def comparison(self, comparison: Comparison, uses: tuple[str, ...], **facts: object) -> None:
         """All that can take part, round by round. Ours are marked where the numerics of an op that they use failed."""
-        names = [name for name, one in contest.competitors.items() if not isinstance(one, Unavailable)]
-        for name in contest.competitors.keys() - set(names):
-            self.write("unavailable", group=contest.group, competitor=name, reason=contest.competitors[name])
+        names = [name for name, one in comparison.competitors.items() if not isinstance(one, Unavailable)]
+        for name in comparison.competitors.keys() - set(names):
+            self.write("unavailable", group=comparison.group, competitor=name, reason=comparison.competitors[name])
 
         def report(name: str, found: float | str) -> None:
             kind, value = ("failed", "error") if isinstance(found, str) else ("round", "seconds")
-            self.write(kind, group=contest.group, competitor=name, **{value: found})
+            self.write(kind, group=comparison.group, competitor=name, **{value: found})
 
-        found = hold(contest, names, self.meter, 2 if self.dry else None, report=report)
+        found = compare(comparison, names, self.meter, 2 if self.dry else None, report=report)
         wrong = sorted(self.wrong_ops() & set(uses))
         for name, info in found.info.items():
             if wrong and name.startswith(("fastmae", "transformers-fastmae", "triton")):
                 info["wrong_numerics"] = wrong
-        write_contest(self.results, contest, found, **facts)
-        print("\n".join(table(contest, found)), flush=True)
+        write_comparison(self.results, comparison, found, **facts)
+        print("\n".join(table(comparison, found)), flush=True)
 
     def wrong_ops(self) -> set[str]:
         lines = read_lines(self.results.path)
@@ -112,8 +112,8 @@ class Run:
     def model(self, name: str, batch: int) -> tuple[str, int]:
         return ("tiny-test", 4) if self.dry else (name, batch)
 
-    def steps(self, model: tuple[str, int], recipes: dict[str, Recipe], job: str = "training step") -> Contest:
-        """A contest of training steps, alone on the device."""
+    def steps(self, model: tuple[str, int], recipes: dict[str, Recipe], job: str = "training step") -> Comparison:
+        """A comparison of training steps, alone on the device."""
         gc.collect()
         self.meter.cuda.empty_cache()
         torch.compiler.reset()
@@ -219,16 +219,16 @@ def attention(run: Run) -> None:
         # The table is of self-attention.
         facts = {} if queries else bench_attention.facts(dtype, tokens, dim, run.device)
         with run.attempt("attention", f"{queries or tokens} of {tokens} tokens of {dim}"):
-            run.contest(bench_attention.build(dtype, tokens, dim, run.device, queries), ("attention",), **facts)
+            run.comparison(bench_attention.build(dtype, tokens, dim, run.device, queries), ("attention",), **facts)
     for tokens, dim, queries in cases[:3]:
         reason = bench_attention.missing("triton", run.device, torch.bfloat16, tokens, dim)
         for backward in (False, True):
             with run.attempt("attention tiles", f"{queries or tokens} of {tokens} tokens of {dim}"):
-                contest = bench_attention.build_tiles("bfloat16", tokens, dim, run.device, queries, backward)
+                comparison = bench_attention.build_tiles("bfloat16", tokens, dim, run.device, queries, backward)
                 if reason:
-                    run.write("unavailable", group=contest.group, competitor="all", reason=reason)
+                    run.write("unavailable", group=comparison.group, competitor="all", reason=reason)
                 else:
-                    run.contest(contest, ())
+                    run.comparison(comparison, ())
     with run.attempt("attention", "table of choices"):
         measured = json.loads(as_files(read_lines(run.results.path))["attention.json"])
         without = ("triton",) if "attention" in run.wrong_ops() else ()
@@ -238,40 +238,42 @@ def attention(run: Run) -> None:
             choose_attention.TABLE.write_text(text)
 
 
-def profiled(run: Run, contest: Contest, name: str) -> None:
+def profiled(run: Run, comparison: Comparison, name: str) -> None:
     """One step's kernels by time."""
-    with run.attempt(contest.group, f"{name}, profiled"):
-        kernels = run.meter.kernels(contest.competitors[name]) or []
+    with run.attempt(comparison.group, f"{name}, profiled"):
+        kernels = run.meter.kernels(comparison.competitors[name]) or []
         rows = [kernel._asdict() for kernel in kernels[:60]]
         seconds, launches = sum(k.seconds for k in kernels), sum(k.launches for k in kernels)
-        run.write("kernels", group=contest.group, competitor=name, seconds=seconds, launches=launches, kernels=rows)
+        run.write("kernels", group=comparison.group, competitor=name, seconds=seconds, launches=launches, kernels=rows)
 
 
 def large(run: Run) -> None:
-    contest = run.steps(run.model("large", 256), run.recipes("fastmae", "facebookresearch-sdpa"), "eager training step")
-    run.contest(replace(contest, seconds=12.0), OPS_OF_A_STEP)
-    for name in contest.competitors:
-        profiled(run, contest, name)
+    comparison = run.steps(
+        run.model("large", 256), run.recipes("fastmae", "facebookresearch-sdpa"), "eager training step"
+    )
+    run.comparison(replace(comparison, seconds=12.0), OPS_OF_A_STEP)
+    for name in comparison.competitors:
+        profiled(run, comparison, name)
 
 
 def compilation(run: Run) -> None:
     """Each process compiles one model, for the stages behind it, and says how long that took."""
     jobs = [(model, name) for model in ("large", "base") for name in ("fastmae-compile", "reference-compile")]
     for model, name in jobs[:2] if run.dry else jobs[run.part :: run.parts]:
-        contest = run.steps(run.model(model, 256), run.recipes(name), "compilation")
-        with run.attempt(contest.group, name):
+        comparison = run.steps(run.model(model, 256), run.recipes(name), "compilation")
+        with run.attempt(comparison.group, name):
             begun = time.perf_counter()
-            contest.competitors[name]()
+            comparison.competitors[name]()
             run.meter.synchronize()
-            run.write("benchmark", **entry(contest.group, name, [time.perf_counter() - begun]))
+            run.write("benchmark", **entry(comparison.group, name, [time.perf_counter() - begun]))
             # Other processes use the device too: a figure for the case that the stage behind this one fails.
-            seconds = [run.meter.time(contest.competitors[name], 2, flush=False) for _ in range(3)]
-            run.write("benchmark", **entry(f"{contest.group}, a step meanwhile", name, seconds))
+            seconds = [run.meter.time(comparison.competitors[name], 2, flush=False) for _ in range(3)]
+            run.write("benchmark", **entry(f"{comparison.group}, a step meanwhile", name, seconds))
 
 
-def contest(run: Run) -> None:
+def comparison(run: Run) -> None:
     names = ("fastmae", "fastmae-compile", "reference-compile")
-    run.contest(replace(run.steps(run.model("large", 256), run.recipes(*names)), seconds=12.0), OPS_OF_A_STEP)
+    run.comparison(replace(run.steps(run.model("large", 256), run.recipes(*names)), seconds=12.0), OPS_OF_A_STEP)
 
 
 def graph(run: Run) -> None:
@@ -282,15 +284,15 @@ def graph(run: Run) -> None:
     for batch, names in ((253, list(recipes)), *((1024, [name]) for name in recipes)):
         with run.attempt(f"training step with clipping, {batch} images", ", ".join(names)):
             chosen = {name: recipes[name] for name in names}
-            contest = run.steps(run.model("large", batch), chosen, "training step with clipping")
-            run.contest(replace(contest, seconds=6.0), OPS_OF_A_STEP)
-        contest = None  # its memory is wanted for the next
+            comparison = run.steps(run.model("large", batch), chosen, "training step with clipping")
+            run.comparison(replace(comparison, seconds=6.0), OPS_OF_A_STEP)
+        comparison = None  # its memory is wanted for the next
 
 
 def base(run: Run) -> None:
     names = ("fastmae", "facebookresearch-sdpa", "fastmae-graph", "fastmae-compile", "reference-compile")
     names = names[:3] if run.dry else names  # the CPU has had enough of compilation by now
-    run.contest(replace(run.steps(run.model("base", 256), run.recipes(*names)), seconds=10.0), OPS_OF_A_STEP)
+    run.comparison(replace(run.steps(run.model("base", 256), run.recipes(*names)), seconds=10.0), OPS_OF_A_STEP)
 
 
 _TINY_TRAINER = (
@@ -321,19 +323,19 @@ def levers(run: Run) -> None:
     names = ["transformers", "transformers-fastmae", "facebookresearch-sdpa", "facebookresearch-plain-fp16", *LEVERS]
     names.remove("lever: torch.compile")
     names = names[:5] if run.dry else names
-    contest = run.steps(run.model("large", 256), run.recipes("fastmae", "fastmae-bf16-residual", *names), "levers")
-    run.contest(contest, OPS_OF_A_STEP)
+    comparison = run.steps(run.model("large", 256), run.recipes("fastmae", "fastmae-bf16-residual", *names), "levers")
+    run.comparison(comparison, OPS_OF_A_STEP)
 
 
 def huge(run: Run) -> None:
     names = ("fastmae", "facebookresearch-sdpa", "fastmae-graph")
-    run.contest(replace(run.steps(run.model("huge", 128), run.recipes(*names)), seconds=10.0), OPS_OF_A_STEP)
+    run.comparison(replace(run.steps(run.model("huge", 128), run.recipes(*names)), seconds=10.0), OPS_OF_A_STEP)
     trainer(run, "huge", "--recipe imagenet-vit-h --batch 128 --seconds 8")
 
 
 def modes(run: Run) -> None:
     recipes = run.recipes(*(list(MODES)[:3] if run.dry else MODES))
-    run.contest(run.steps(run.model("base", 256), recipes, "modes of compilation"), OPS_OF_A_STEP)
+    run.comparison(run.steps(run.model("base", 256), recipes, "modes of compilation"), OPS_OF_A_STEP)
 
 
 def loaders(run: Run) -> None:
@@ -379,7 +381,7 @@ def describe_run(results: JsonLines) -> None:
 
 STAGES = {
     function.__name__: function
-    for function in (ceilings, numerics, attention, large, compilation, contest, graph, base, end_to_end, levers,
+    for function in (ceilings, numerics, attention, large, compilation, comparison, graph, base, end_to_end, levers,
                      huge, modes, loaders, ops)
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from fastmae.ops.attention import attention, attention_kvpacked, attention_qkvpa
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_attention
-from contest import arm
+from comparison import arm
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.ops
@@ -159,9 +159,9 @@ def test_the_sweep_of_tiles_runs_and_computes_attention(queries, device, monkeyp
     monkeypatch.setattr(bench_attention, "BATCH", 1)
     monkeypatch.setattr(bench_attention, "HEADS", 2)
     for backward in (False, True):
-        contest = bench_attention.build_tiles("float16", 7, 16, device, queries, backward)
-        assert len(contest.competitors) >= 2
-        for competitor in contest.competitors.values():
+        comparison = bench_attention.build_tiles("float16", 7, 16, device, queries, backward)
+        assert len(comparison.competitors) >= 2
+        for competitor in comparison.competitors.values():
             arm(competitor)()
     inputs = tuple(bench_attention.make_inputs(1, torch.float16, 7, 16, device, queries))
     function = attention_kvpacked if queries else attention_qkvpacked

@@ -25,7 +25,7 @@ import gpu_results  # noqa: E402
 import gpu_stages  # noqa: E402
 import report  # noqa: E402
 import stand_in  # noqa: E402
-from contest import Contest  # noqa: E402
+from comparison import Comparison  # noqa: E402
 from measure import Meter  # noqa: E402
 
 # What no CPU does; whatever else fails in a dry run would fail on a GPU too.
@@ -197,8 +197,8 @@ def test_wrong_numerics_are_recorded_and_mark_only_what_they_touch(factor, tmp_p
     assert {"error", "allowed", "scale"} <= found["values"][0].keys()
     run = dry_run(tmp_path)
     run.write("numerics", **found)
-    run.contest(Contest("x", {"fastmae": lambda: 1, "plain": lambda: 1}), ("norm_linear", "attention"))
-    run.contest(Contest("y", {"fastmae": lambda: 1}), ("attention",))
+    run.comparison(Comparison("x", {"fastmae": lambda: 1, "plain": lambda: 1}), ("norm_linear", "attention"))
+    run.comparison(Comparison("y", {"fastmae": lambda: 1}), ("attention",))
     marks = {(one["group"], one["competitor"]): one.get("wrong_numerics") for one in of_kind(
         gpu_results.read_lines(run.results.path), "benchmark"
     )}  # fmt: skip

@@ -88,7 +88,7 @@ def arm(competitor: Competitor) -> Callable[[], object]:
 
 
 @dataclass
-class Contest:
+class Comparison:
     """One job and those who do it.
 
     Attributes:
@@ -134,8 +134,8 @@ class Results:
     info: dict[str, dict]
 
 
-def hold(
-    contest: Contest,
+def compare(
+    comparison: Comparison,
     names: list[str],
     meter: Meter,
     rounds: int | None = None,
@@ -153,8 +153,8 @@ def hold(
     covered: dict[str, list[bool]] = {}
 
     def measure(name: str) -> float:
-        cover = queued[name] if contest.hides_host else None
-        seconds = meter.time(arm(contest.competitors[name]), contest.calls, contest.flush, cover)
+        cover = queued[name] if comparison.hides_host else None
+        seconds = meter.time(arm(comparison.competitors[name]), comparison.calls, comparison.flush, cover)
         covered.setdefault(name, []).append(meter.covered)
         report(name, seconds)
         return seconds
@@ -162,8 +162,8 @@ def hold(
     for name in names:
         try:
             for _ in range(2 if meter.is_cuda else 0):
-                arm(contest.competitors[name])()
-            queued[name] = meter.queue_seconds(arm(contest.competitors[name]))
+                arm(comparison.competitors[name])()
+            queued[name] = meter.queue_seconds(arm(comparison.competitors[name]))
             once[name] = measure(name)
         except Exception as error:  # one that fails must not take the others with it; its own test raises this
             # As text: the traceback itself would hold on to the memory of what failed.
@@ -171,59 +171,59 @@ def hold(
             report(name, errors[name])
     names = list(once)
     if rounds is None:
-        rounds = int(max(5, min(200, contest.seconds / (sum(once.values()) * contest.calls + 1e-4))))
-    announce(rounds, rounds * sum(once.values()) * contest.calls)
+        rounds = int(max(5, min(200, comparison.seconds / (sum(once.values()) * comparison.calls + 1e-4))))
+    announce(rounds, rounds * sum(once.values()) * comparison.calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         # Nobody always runs behind the same one.
         for i in range(len(names)):
             name = names[(i + turn) % len(names)]
             times[name].append(measure(name))
-    results = Results(times, errors, {name: _describe(contest, name, times, meter) for name in names})
+    results = Results(times, errors, {name: _describe(comparison, name, times, meter) for name in names})
     for name in names if meter.is_cuda else ():
         results.info[name] |= {
             "queue_seconds": queued[name],
-            "hidden_share": sum(covered[name]) / len(covered[name]) if contest.hides_host else None,
+            "hidden_share": sum(covered[name]) / len(covered[name]) if comparison.hides_host else None,
         }
     return results
 
 
-def _describe(contest: Contest, name: str, times: dict[str, list[float]], meter: Meter) -> dict:
-    competitor, seconds = contest.competitors[name], statistics.median(times[name])
+def _describe(comparison: Comparison, name: str, times: dict[str, list[float]], meter: Meter) -> dict:
+    competitor, seconds = comparison.competitors[name], statistics.median(times[name])
     info: dict = {"competitor": name}
     info["ratios"] = {
         other: round(statistics.median(a / b for a, b in zip(times[name], theirs, strict=True)), 4)
         for other, theirs in times.items()
         if other != name
     }
-    if contest.useful_bytes:
-        sectors = contest.sector_bytes or contest.useful_bytes
-        copy = meter.copy_seconds(contest.useful_bytes)
+    if comparison.useful_bytes:
+        sectors = comparison.sector_bytes or comparison.useful_bytes
+        copy = meter.copy_seconds(comparison.useful_bytes)
         info |= {
-            "useful_bytes": contest.useful_bytes,
+            "useful_bytes": comparison.useful_bytes,
             "sector_bytes": sectors,
-            "gb_per_s": contest.useful_bytes / seconds / 1e9,
-            "copy_gb_per_s": contest.useful_bytes / copy / 1e9,
+            "gb_per_s": comparison.useful_bytes / seconds / 1e9,
+            "copy_gb_per_s": comparison.useful_bytes / copy / 1e9,
             "share_of_copy": copy / seconds,
             "share_of_copy_by_sectors": meter.copy_seconds(sectors) / seconds,
         }
-    if contest.dtype:
-        info["dtype"] = name_of(contest.dtype)
-    if contest.flops:
-        best = meter.matmul_flops(contest.dtype)
+    if comparison.dtype:
+        info["dtype"] = name_of(comparison.dtype)
+    if comparison.flops:
+        best = meter.matmul_flops(comparison.dtype)
         info |= {
-            "flops": contest.flops,
-            "tflop_per_s": contest.flops / seconds / 1e12,
+            "flops": comparison.flops,
+            "tflop_per_s": comparison.flops / seconds / 1e12,
             "matmul_tflop_per_s": best / 1e12,
-            "share_of_matmul": contest.flops / seconds / best,
+            "share_of_matmul": comparison.flops / seconds / best,
         }
-    if contest.images:
-        info["images_per_s"] = contest.images / seconds
-    if contest.facts:
-        info |= contest.facts(name, len(times[name]))
+    if comparison.images:
+        info["images_per_s"] = comparison.images / seconds
+    if comparison.facts:
+        info |= comparison.facts(name, len(times[name]))
     if meter.is_cuda:
-        if name not in contest.unseen_memory:
-            info["peak_memory_bytes"] = meter.peak_memory(arm(competitor)) + contest.resident_bytes.get(name, 0)
+        if name not in comparison.unseen_memory:
+            info["peak_memory_bytes"] = meter.peak_memory(arm(competitor)) + comparison.resident_bytes.get(name, 0)
         info["launches"] = meter.launches(arm(competitor))
     return info
 
@@ -232,10 +232,10 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def table(contest: Contest, results: Results) -> list[str]:
+def table(comparison: Comparison, results: Results) -> list[str]:
     """Lines for the terminal: every competitor's median, and how many times its time fastmae and the baselines take."""
     against = [name for name in results.times if name.startswith(("fastmae", "facebookresearch-sdpa", "plain", "sdpa"))]
-    title = f"{contest.group}, {name_of(contest.dtype)}" if contest.dtype else contest.group
+    title = f"{comparison.group}, {name_of(comparison.dtype)}" if comparison.dtype else comparison.group
     lines = [title, f"{'time, and time / time of':<36}{'median':>12}  " + "  ".join(against)]
     for name, times in results.times.items():
         ratios = (({name: 1.0} | results.info[name]["ratios"])[other] for other in against)

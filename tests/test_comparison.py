@@ -21,7 +21,7 @@ import bench_masking  # noqa: E402
 import bench_quick  # noqa: E402
 import bench_restore_tokens  # noqa: E402
 import step_recipes  # noqa: E402
-from contest import Contest, Prepared, Replay, gradient, hold, table  # noqa: E402
+from comparison import Comparison, Prepared, Replay, compare, gradient, table  # noqa: E402
 from measure import Meter, image_sector_bytes  # noqa: E402
 
 from fastmae.train.precision import Speeds  # noqa: E402
@@ -51,9 +51,9 @@ def test_competitors_run_in_turn_and_ratios_are_those_within_rounds():
 
         return call
 
-    contest = Contest("x", {"a": competitor("a", 1.0), "b": competitor("b", 2.0)})
+    comparison = Comparison("x", {"a": competitor("a", 1.0), "b": competitor("b", 2.0)})
     announced = []
-    results = hold(contest, ["a", "b"], FakeMeter(), 3, lambda *expected: announced.append(expected))
+    results = compare(comparison, ["a", "b"], FakeMeter(), 3, lambda *expected: announced.append(expected))
     assert announced == [(3, 9.0)]  # rounds, and seconds of a and b in all of them
     # Warm-up and a first timing each, then the rounds, each begun by another one.
     assert "".join(called) == "aabb" + "abbaab"
@@ -65,7 +65,7 @@ def test_one_that_fails_takes_no_other_with_it():
     def fails():
         raise RuntimeError("out of memory")
 
-    results = hold(Contest("x", {"a": lambda: 1.0, "b": fails}), ["a", "b"], FakeMeter(), rounds=2)
+    results = compare(Comparison("x", {"a": lambda: 1.0, "b": fails}), ["a", "b"], FakeMeter(), rounds=2)
     assert list(results.times) == ["a"]
     assert results.errors["b"].endswith("RuntimeError: out of memory\n")
 
@@ -74,14 +74,14 @@ def test_what_is_prepared_is_not_timed():
     meter, events = FakeMeter(), []
     meter.time = lambda call, *_: events.append("clock") or call()
     prepared = Prepared(lambda: events.append("prepare"), lambda made: events.append("call") or 1.0)
-    hold(Contest("x", {"a": prepared}), ["a"], meter, rounds=2)
+    compare(Comparison("x", {"a": prepared}), ["a"], meter, rounds=2)
     assert events == ["prepare", "call"] + 3 * ["prepare", "clock", "call"]
 
 
 def test_shares_are_those_of_a_copy_and_of_a_product_on_this_device():
     calls = {"a": lambda: torch.ones(1000).sum()}
-    contest = Contest("x", calls, useful_bytes=1 << 16, flops=1000, dtype=torch.float32)
-    info = hold(contest, ["a"], Meter(CPU), rounds=2).info["a"]
+    comparison = Comparison("x", calls, useful_bytes=1 << 16, flops=1000, dtype=torch.float32)
+    info = compare(comparison, ["a"], Meter(CPU), rounds=2).info["a"]
     assert info["share_of_copy"] == info["share_of_copy_by_sectors"]
     assert info["share_of_copy"] == pytest.approx(info["gb_per_s"] / info["copy_gb_per_s"])
     assert info["share_of_matmul"] == pytest.approx(info["tflop_per_s"] / info["matmul_tflop_per_s"])
@@ -147,13 +147,13 @@ def test_useful_bytes_are_the_budget(name):
 
 def test_competitors_of_the_quick_comparison_train_to_the_same_loss(monkeypatch):
     monkeypatch.setattr(bench_quick, "MODEL", "tiny-test")
-    contest = bench_quick.build(CPU, torch.float32)
+    comparison = bench_quick.build(CPU, torch.float32)
     names = ["facebookresearch-plain", "facebookresearch-sdpa", "transformers", "fastmae"]
-    results = hold(contest, names, Meter(CPU), rounds=2)
+    results = compare(comparison, names, Meter(CPU), rounds=2)
     losses = torch.tensor([results.info[name]["losses"] for name in names])
     torch.testing.assert_close(losses, losses[-1:].expand_as(losses), rtol=1e-5, atol=0.0)
     assert (losses[:, 1] < losses[:, 0] - 1e-3).all()  # it trains
-    title, _, *rows = table(contest, results)
+    title, _, *rows = table(comparison, results)
     assert title.endswith("2 blocks, 32 px, batch 16, float32")
     assert all(f"loss {losses[-1, 0]:.4f}, after 4 steps {losses[-1, 1]:.4f}" in row for row in rows)
 
