@@ -1,7 +1,8 @@
 """fastmae: fast pretraining of Masked Autoencoders (He et al., CVPR 2022), and the fused ops that make it fast.
 
-``create_model`` builds a model, ``fastmae.ops`` holds the ops, ``accelerate`` lets Hugging Face's ViTMAE run on them,
-and the command line is ``fastmae --help``. Names are imported when first used: ``import fastmae`` costs nothing.
+``pretrain`` runs a pretraining, ``create_model`` builds a model, ``fastmae.ops`` holds the ops, ``accelerate`` lets
+Hugging Face's ViTMAE run on them, and the command line is ``fastmae --help``. Names are imported when first used:
+``import fastmae`` costs nothing.
 """
 
 from importlib import import_module
@@ -11,14 +12,27 @@ if TYPE_CHECKING:
     from fastmae import interop, ops
     from fastmae.interop.hugging_face import accelerate
     from fastmae.model import MAEOutput, MaskedAutoencoderViT, create_model
+    from fastmae.run import Run, pretrain
 
 __version__ = "0.1.0"
-__all__ = ["MAEOutput", "MaskedAutoencoderViT", "__version__", "accelerate", "create_model", "interop", "ops"]
+__all__ = [
+    "MAEOutput",
+    "MaskedAutoencoderViT",
+    "Run",
+    "__version__",
+    "accelerate",
+    "create_model",
+    "interop",
+    "ops",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> object:
     if name in ("MAEOutput", "MaskedAutoencoderViT", "create_model"):
         return getattr(import_module("fastmae.model"), name)
+    if name in ("Run", "pretrain"):
+        return getattr(import_module("fastmae.run"), name)
     if name == "accelerate":
         return import_module("fastmae.interop.hugging_face").accelerate
     if name in ("ops", "model", "reference", "data", "interop"):

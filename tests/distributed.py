@@ -114,7 +114,7 @@ def start_process(function: Callable[..., Any], *args: Any, name: str | None = N
     That one has one thread and has used neither a GPU nor PyTorch's thread pools, so that it may be forked.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", "fastmae.cli.pretrain"])
+    context.set_forkserver_preload(["torch.distributed.fsdp", "fastmae.pretraining"])
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
         process = context.Process(target=function, args=args, name=name, daemon=True)
         process.start()

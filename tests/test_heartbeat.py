@@ -19,8 +19,7 @@ from distributed import start_ranks
 from test_parallel_pretrain import FLAGS
 from training import make_trainer, write_images
 
-from fastmae.cli import main
-from fastmae.cli.errors import is_mistake
+from fastmae.cli import is_expected, main
 from fastmae.train.checkpoint import CheckpointError, LostRankError
 from fastmae.train.liveness.collectives import CollectiveError, is_broken, joining, reason_of
 from fastmae.train.liveness.heartbeat import Heartbeat
@@ -121,8 +120,8 @@ def test_broken_collectives_are_told_from_bugs():
     assert not is_broken(CheckpointError("rank 1: disk full"))
     assert not is_broken(torch.OutOfMemoryError("CUDA out of memory"))
     assert reason_of(wrapped) == "Connection closed by peer [127.0.0.1]:29569."
-    assert is_mistake(CollectiveError("a collective failed"))
-    assert not is_mistake(RuntimeError(SIZES))
+    assert is_expected(CollectiveError("a collective failed"))
+    assert not is_expected(RuntimeError(SIZES))
 
 
 def test_processes_that_do_not_find_each_other_say_so_in_one_line():

@@ -14,7 +14,7 @@ from training import make_trainer
 
 from fastmae import data
 from fastmae.cli import main
-from fastmae.cli.evaluations import Pictures, Probe
+from fastmae.evaluate.callbacks import Pictures, Probe
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import ReportConfig

@@ -14,8 +14,8 @@ from rich.console import Console
 from test_parallel_pretrain import FLAGS
 from training import write_images
 
-from fastmae.cli.console import WordWrapConsole
 from fastmae.cli.output import forgiving_output
+from fastmae.pretraining import WordWrapConsole
 from fastmae.train.checkpoint import list_checkpoints
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from training import MODEL, TRAIN, make_trainer, write_images
 
 from fastmae import data
-from fastmae.cli.evaluations import Pictures, Probe, reconstruction_sets
+from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
 from fastmae.model import create_model
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks

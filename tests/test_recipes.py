@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from rich.console import Console
 
-from fastmae.cli.pretrain_begin import _say_config
 from fastmae.model import PRESETS
+from fastmae.pretraining import describe_config
 from fastmae.train.config import PretrainConfig, RecipeName, from_json, to_json
 from fastmae.train.optim import create_schedule
-from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags
+from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags, starting_config
 from fastmae.train.rules import validate
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
@@ -158,11 +156,9 @@ def test_what_the_comments_of_adapt_say():
 
 
 def test_a_resumed_run_has_its_own_version_and_not_the_recipes_of_today(tmp_path):
-    from fastmae.cli import _defaults
-
     saved = replace(RECIPES["small-data"], recipe_version=0)
     (tmp_path / "config.json").write_text(json.dumps(to_json(saved)))
-    assert _defaults(["pretrain", "--out", str(tmp_path), "--resume"]) == saved
+    assert starting_config(out=tmp_path, resume=True) == saved
     assert apply_flags(saved, saved, set()).recipe_version == 0
 
 
@@ -180,9 +176,7 @@ def test_a_run_prints_what_differs_from_its_recipe():
             ],
         ),
     ):
-        console = Console(file=io.StringIO(), width=200)
-        _say_config(config, console)
-        first, *others = console.file.getvalue().splitlines()
+        first, *others = describe_config(config)
         assert first.startswith(f"Recipe imagenet-vit-b, version {recipe.recipe_version}: ViT-B/16")
         assert others == lines
 

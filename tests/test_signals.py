@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from test_parallel_pretrain import FLAGS
 from training import write_images
 
-from fastmae.cli import main, pretrain, pretrain_end
-from fastmae.cli import pretrain_begin as command
+from fastmae import pretraining
+from fastmae.cli import main
 from fastmae.data import open_dataset
 from fastmae.evaluate import evaluate_sets
 from fastmae.train.preflight import preflight
@@ -53,7 +53,7 @@ def status(run: Path) -> dict:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_the_images_are_indexed_leaves_a_run_that_can_begin(tmp_path, images, number, capfd):
     run = tmp_path / "run"
-    with patch.object(command.data, "open_dataset", signalled(open_dataset, number)):
+    with patch.object(pretraining.data, "open_dataset", signalled(open_dataset, number)):
         assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 75
     assert status(run) == {"status": "preempted", "step": 0, "reason": number.name}
     assert f"Continue with: fastmae pretrain --out {run} --resume" in capfd.readouterr().out
@@ -66,7 +66,7 @@ def test_a_signal_while_a_run_goes_on_again_names_the_step_it_is_at(tmp_path, im
     run = tmp_path / "run"
     assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 0
     before = (run / "config.json").read_text()
-    with patch.object(command, "preflight", signalled(preflight, signal.SIGUSR1)):
+    with patch.object(pretraining, "preflight", signalled(preflight, signal.SIGUSR1)):
         assert main(["pretrain", "--out", str(run), "--resume", "--train.steps", "14"]) == 75
     assert status(run) == {"status": "preempted", "step": 12, "reason": "SIGUSR1"}
     assert (run / "config.json").read_text() == before
@@ -82,7 +82,7 @@ def test_a_signal_ends_the_evaluation_which_resuming_repeats(tmp_path, images, n
         ended.append(True)
         return evaluate_sets(*arguments, **options)
 
-    with patch.object(pretrain_end, "evaluate_sets", evaluate):
+    with patch.object(pretraining, "evaluate_sets", evaluate):
         assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 75
     assert (seen, ended) == (["running"], [])  # a run that is killed here has not finished
     assert status(run) == {"status": "preempted", "step": 12, "reason": f"{number.name} during the final evaluation"}
@@ -100,7 +100,7 @@ def test_a_signal_ends_the_evaluation_which_resuming_repeats(tmp_path, images, n
 
 def test_a_signal_after_the_last_step_skips_the_evaluation(tmp_path, images):
     run = tmp_path / "run"
-    with patch.object(pretrain, "export", signalled(pretrain.export, signal.SIGTERM)):
+    with patch.object(pretraining, "export_weights", signalled(pretraining.export_weights, signal.SIGTERM)):
         assert main([*FLAGS, "--data.path", str(images), "--out", str(run)]) == 75
     assert status(run)["reason"] == "SIGTERM during the final evaluation"
 
@@ -111,7 +111,7 @@ def test_a_run_that_fails_in_its_evaluation_says_so(tmp_path, images):
     def evaluate(*arguments, **options):
         raise RuntimeError("no picture")
 
-    with patch.object(pretrain_end, "evaluate_sets", evaluate), pytest.raises(RuntimeError, match="no picture"):
+    with patch.object(pretraining, "evaluate_sets", evaluate), pytest.raises(RuntimeError, match="no picture"):
         main([*FLAGS, "--data.path", str(images), "--out", str(run)])
     assert status(run) == {"status": "failed", "step": 12, "reason": "RuntimeError('no picture')"}
 
@@ -119,7 +119,7 @@ def test_a_run_that_fails_in_its_evaluation_says_so(tmp_path, images):
 def start(rank: int, folder: Path) -> int:
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
     opened = signalled(open_dataset, signal.SIGTERM) if rank == 1 else open_dataset
-    with patch.object(command.data, "open_dataset", opened):
+    with patch.object(pretraining.data, "open_dataset", opened):
         return main([*FLAGS, "--data.path", str(folder / "images"), "--out", str(folder / "run")])
 
 

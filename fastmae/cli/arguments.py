@@ -15,8 +15,8 @@ from typing import Any
 
 import tyro
 
-from fastmae.cli.errors import UsageError
 from fastmae.cli.said_once import rank_and_size
+from fastmae.errors import UsageError
 from fastmae.train.recipes import RECIPES
 
 _COMMON = """

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fastmae import data
-from fastmae.cli.errors import mistakes
+from fastmae.errors import usage_errors
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.bench import PHASES, config_to_measure, measure, result
@@ -28,7 +28,7 @@ from fastmae.train.run_folder import RunFolder
 
 def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int:
     """Measure, print, write the file; return the exit code."""
-    with mistakes():
+    with usage_errors():
         if not (seconds > 0 and math.isfinite(seconds)):
             raise ValueError(f"--seconds: expected a positive number, got {seconds}")
         if num_processes() > 1:
@@ -41,7 +41,7 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
             json_file.parent.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
-        with mistakes({"compile_mode": "--train.compile-mode", "cuda_graph": "--train.cuda-graph"}):
+        with usage_errors({"compile_mode": "--train.compile-mode", "cuda_graph": "--train.cuda-graph"}):
             trainer = _trainer(config, run, console)
         train, dataset = trainer.config.train, trainer.dataset
         source = "the embedded photographs" if dataset.embedded else str(dataset.root)

@@ -24,7 +24,6 @@ from rich.progress import (
 from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsConfig, VerifyConfig
 from fastmae.cli.data_report import print_statistics
 from fastmae.cli.decoder_warnings import DecoderWarnings
-from fastmae.cli.errors import UsageError, mistakes
 from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
 from fastmae.data.options import available_cores
@@ -34,6 +33,7 @@ from fastmae.data.sources import find_source
 from fastmae.data.stats import measure, suggest_range
 from fastmae.data.tar_shards import read_shard_index, write_shard_index
 from fastmae.data.verify import good_ids, verify_images
+from fastmae.errors import UsageError, usage_errors
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
 _LISTED = 20
@@ -58,7 +58,7 @@ def shard(config: ShardConfig, console: Console) -> int:
     """``fastmae data shard``."""
     if config.path.is_dir() and config.out.resolve().is_relative_to(config.path.resolve()):
         raise UsageError(f"OUT: expected a folder outside of {config.path}, got {config.out}")
-    with mistakes():
+    with usage_errors():
         options = ShardOptions(
             short_side=config.short_side,
             quality=config.quality,
@@ -86,13 +86,13 @@ def shard(config: ShardConfig, console: Console) -> int:
 
 def index(config: IndexConfig, console: Console) -> int:
     """``fastmae data index``."""
-    with mistakes():
+    with usage_errors():
         source = find_source(config.path.expanduser())
     if source.kind == "shards":
         paths = [source.root / file.path for file in source.files]
 
         def write(path: Path) -> bool:
-            with mistakes():
+            with usage_errors():
                 return read_shard_index(path) is None and bool(write_shard_index(path))
 
         with _progress("Indexing shards", len(paths)) as advance:
@@ -117,7 +117,7 @@ def verify(config: VerifyConfig, console: Console) -> int:
     known, found, damaged, checked, interrupted = len(dataset.bad_ids), {}, {}, 0, False
     total = len(dataset) - config.start - int((dataset.bad_ids >= config.start).sum())
     next_id = config.start
-    with mistakes():
+    with usage_errors():
         file = config.out.open("w") if config.out else nullcontext()
     with file as out:
 
@@ -209,7 +209,7 @@ def _with_range(config: StatsConfig) -> ImagesConfig:
 def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Dataset:
     if images.num_workers is not None and images.num_workers < 1:
         raise UsageError(f"--num-workers: expected at least 1, got {images.num_workers}")
-    with mistakes():
+    with usage_errors():
         return open_dataset(
             path,
             channels=images.channels,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from rich.console import Console
 from rich.table import Table
 
-from fastmae.cli.errors import mistakes
+from fastmae.errors import usage_errors
 from fastmae.train.config import ModelConfig, ParallelMode, PretrainConfig, RecipeName, TrainConfig
 from fastmae.train.plan import Hardware, Plan, make_plan
 
@@ -42,7 +42,7 @@ def plan(config: PretrainConfig, given: PlanConfig) -> int:
     from fastmae.model import create_model
 
     train = config.train
-    with mistakes({"gpus": "--gpus", "mode": "--train.parallel", "global_batch": "--train.global-batch-size"}):
+    with usage_errors({"gpus": "--gpus", "mode": "--train.parallel", "global_batch": "--train.global-batch-size"}):
         with torch.device("meta"):
             model = create_model(**config.model_arguments())
         modes: list[ParallelMode] = [train.parallel]

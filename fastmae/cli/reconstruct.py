@@ -1,4 +1,4 @@
-"""``fastmae reconstruct``: masked, reconstructed and original images side by side."""
+"""Commands on the weights of a run: ``fastmae reconstruct`` and ``fastmae consolidate``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmae.cli.commands import ReconstructConfig
-from fastmae.cli.errors import UsageError, mistakes
+from fastmae.cli.commands import ConsolidateConfig, ReconstructConfig
 from fastmae.data import DataError, read_images
 from fastmae.data.create import check_value_range
 from fastmae.data.header import IMAGE_SUFFIXES
 from fastmae.data.sources import list_files
+from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets
+from fastmae.train import checkpoint
 from fastmae.train.weights import load_model
 
 _MEASURED = 256
-"""Images at most, which are held in memory at the model's size."""
+"""Most images to measure errors on; they are held in memory at the model's size."""
 _FLAGS = {"mask_ratio": "--mask-ratio", "strategy": "--mask-strategy", "grid_size": "--mask-strategy",
           "bands": "--bands", "value_range": "--value-range"}  # fmt: skip
 
 
+def consolidate(config: ConsolidateConfig) -> int:
+    """Write a checkpoint of any number of processes as one file; return the exit code."""
+    folder, out = config.checkpoint, config.out
+    if out.suffix != ".safetensors":
+        raise UsageError(f"OUT: expected a .safetensors file, got {out}")
+    path = folder if folder.name.startswith("step-") else checkpoint.latest_checkpoint(folder)
+    checkpoint.consolidate(path, out, optimizer=config.optimizer)
+    print(f"{path} -> {out}  ({out.stat().st_size / 2**20:,.1f} MiB)")
+    return 0
+
+
 def reconstruct(config: ReconstructConfig) -> int:
-    """Draw the figure of some images and print their errors; return the exit code."""
+    """Draw masked, reconstructed and original images side by side and print their errors; return the exit code."""
     if config.show < 1:
         raise UsageError(f"--show: expected at least 1, got {config.show}")
     model, manifest = load_model(config.checkpoint)
@@ -49,16 +61,14 @@ def reconstruct(config: ReconstructConfig) -> int:
         "bands": config.bands or (0, 1, 2),
         "when": f"after {manifest['step']:,} steps" if "step" in manifest else "",
     }
-    with mistakes(_FLAGS):
+    with usage_errors(_FLAGS):
         if reading["value_range"] is not None:
             check_value_range(reading["value_range"], model.in_chans)
         paths = _find_images(config.images)
-        chosen = _in_order_to_show(paths, config.show)
-        images, names = _read(chosen, set(config.images), model.img_size, reading)
+        images, names = _read(_shown_first(paths, config.show), set(config.images), model.img_size, reading)
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        (numbers,) = evaluate_sets(
-            model, {"images": images}, path=config.out, names={"images": names}, **drawing
-        ).values()
+        drawing |= {"path": config.out, "names": {"images": names}}
+        (numbers,) = evaluate_sets(model, {"images": images}, **drawing).values()
     print("images", *(f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float)), sep="  ")
     measured = f", errors over {len(images)}" if len(images) < len(paths) else ""
     print(
@@ -70,7 +80,7 @@ def reconstruct(config: ReconstructConfig) -> int:
 
 
 def _find_images(given: Sequence[Path]) -> list[Path]:
-    """The files that were named, and the image files below the folders."""
+    """The given files, and the image files below the given folders."""
     paths: list[Path] = []
     for path in given:
         if not path.is_dir():
@@ -85,8 +95,8 @@ def _find_images(given: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _in_order_to_show(paths: Sequence[Path], show: int) -> list[Path]:
-    """Those to measure, spread evenly; first those to show, spread evenly as well."""
+def _shown_first(paths: Sequence[Path], show: int) -> list[Path]:
+    """The images to measure, spread evenly over all; first those to show, spread evenly over these."""
     measured = [paths[i] for i in _spread(len(paths), max(_MEASURED, show))]
     shown = _spread(len(measured), show)
     return [measured[i] for i in shown] + [path for i, path in enumerate(measured) if i not in set(shown)]
@@ -100,13 +110,13 @@ def _spread(total: int, count: int) -> list[int]:
 def _read(
     paths: Sequence[Path], named: set[Path], img_size: tuple[int, int], options: dict[str, Any]
 ) -> tuple[Tensor, list[str]]:
-    """Images and their names; a file of a folder that cannot be read is left out, with a warning."""
+    """Images and their names. An unreadable file of a folder is skipped with a warning; one given by name raises."""
     images, names = [], []
     for path in paths:
         try:
             images.append(read_images([path], img_size, **options))
         except DataError as error:
-            # The messages name flags of fastmae pretrain; the model is given here.
+            # The messages name flags of fastmae pretrain; here the model is given.
             text = re.sub("; set --model.in-chans.*", ", as the model takes", str(error)).replace("--data.", "--")
             if path in named:
                 raise UsageError(text) from error

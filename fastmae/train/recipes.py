@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, RecipeName, ReportConfig, TrainConfig
+from fastmae.train.config import (
+    DataConfig,
+    ModelConfig,
+    PretrainConfig,
+    RecipeName,
+    ReportConfig,
+    TrainConfig,
+    read_config,
+)
 
 PHOTOGRAPHS = PretrainConfig(
     recipe="photographs",
@@ -139,6 +148,9 @@ RECIPES: dict[str, PretrainConfig] = {
     )
 }
 
+DEFAULT_RECIPE, OWN_IMAGES_RECIPE = "photographs", "small-data"
+"""Where the user names no recipe: for the embedded photographs, and for images of the user's own."""
+
 DESCRIPTIONS: dict[str, str] = {
     "photographs": "the embedded photographs, minutes on a CPU",
     "imagenet-vit-b": "ViT-B/16, table 8 of the paper, 800 epochs",
@@ -154,6 +166,45 @@ DESCRIPTIONS: dict[str, str] = {
 
 NEEDS_WEIGHTS = {"adapt-vit-b"}
 """Recipes that make sense only with ``--train.init-from``."""
+
+
+def starting_config(
+    recipe: str | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    own_images: bool = False,
+    default: str | None = None,
+) -> PretrainConfig:
+    """The configuration that gives options their defaults: that of the run to resume, or a recipe.
+
+    Without a recipe, images of the user's own get ``small-data``: the recipe of the embedded photographs (64 pixels,
+    minutes, eighty times table 8's learning rate) would train on them without complaint, and badly.
+
+    Args:
+        recipe: the one that the user named.
+        own_images: whether the user named images.
+        default: recipe of whoever names neither.
+
+    Raises:
+        ValueError: for an unknown recipe, for ``resume`` without a run folder, with another recipe than the run's, or
+            without anything to resume or start.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"--recipe: expected one of {', '.join(RECIPES)}, got {recipe}")
+    if resume:
+        if out is None:
+            raise ValueError("--resume: expected --out with the run folder to continue, got none")
+        saved = read_config(out)
+        if saved is not None and recipe not in (None, saved.recipe):
+            raise ValueError(f"--recipe: the run in {out} was started with {saved.recipe}, got {recipe}")
+        if saved is not None:
+            return replace(saved, resume=False)
+        if recipe is None and not own_images:
+            raise ValueError(
+                f"--resume: expected a run to continue in {out}, found none; --recipe or --data.path starts one"
+            )
+    return RECIPES[recipe or default or (OWN_IMAGES_RECIPE if own_images else DEFAULT_RECIPE)]
 
 
 def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:

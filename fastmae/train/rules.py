@@ -28,6 +28,13 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
+_TYPES = {
+    int: (int, "an integer"),
+    float: (int | float, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a string"),
+}
+
 FREE, FIXED = "may differ when a run is resumed", "must not differ when a run is resumed"
 Free, Fixed = Annotated[T, FREE], Annotated[T, FIXED]
 
@@ -84,8 +91,8 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
     """What a value was expected to be and is not."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        yield from _broken(args[0], value)
-        yield from (m.expected for m in args[1:] if isinstance(m, Rule) and not m.holds(value))
+        wrong = list(_broken(args[0], value))
+        yield from wrong or (m.expected for m in args[1:] if isinstance(m, Rule) and not m.holds(value))
     elif origin in (Union, UnionType):
         literals = [one for arg in args if get_origin(arg) is Literal for one in get_args(arg)]
         if value is None or value in literals:
@@ -96,9 +103,16 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
     elif origin is Literal:
         if value not in args:
             yield f"one of {', '.join(map(str, args))}"
-    elif origin is tuple and isinstance(value, tuple):
+    elif origin is tuple:
+        if not isinstance(value, tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
+            yield "numbers" if args[-1] is Ellipsis else f"{len(args)} numbers"
+            return
         for index, one in enumerate(value):
             yield from _broken(args[0] if args[-1] is Ellipsis else args[min(index, len(args) - 1)], one)
+    elif hint in _TYPES:  # tyro gives the right type, Python code perhaps not; True is an int, but not meant as one
+        types, name = _TYPES[hint]
+        if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
+            yield name
 
 
 def validate(config: Any) -> None:

@@ -142,24 +142,30 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``, without one that a kill left half written."""
-        return _read_rows(self.metrics)
+        return read_rows(self.metrics)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """The rows of ``evaluations.jsonl``, in the order in which they were written."""
-        return _read_rows(self.evaluations)
+        return read_rows(self.evaluations)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the rows of metrics and evaluations after a step, which a continued run writes again."""
         for path in (self.metrics, self.evaluations):
             if self.leader and path.exists():
-                kept = [json.dumps(row) + "\n" for row in _read_rows(path) if row["step"] <= step]
+                kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step]
                 partial = path.with_name(f".{path.name}.tmp")
                 partial.write_text("".join(kept))
                 sync(partial)
                 partial.replace(path)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file, or None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines, without one that a kill left half written."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):

@@ -1,49 +1,41 @@
-"""Looking at the weights while they are trained: reconstruction pictures, and a probe of the features."""
+"""Callbacks that evaluate the weights during a run: reconstruction pictures, and a probe of the features."""
 
 from __future__ import annotations
 
 import time
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
 from fastmae import data
-from fastmae.evaluate import (
-    Features,
-    FixedSets,
-    LabelledImages,
-    choose_labelled,
-    evaluating,
-    hold_out,
-    match_classes,
-    probe,
-)
+from fastmae.evaluate.features import Features, evaluating
+from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
+from fastmae.evaluate.probe import probe
+from fastmae.evaluate.sets import FixedSets
 from fastmae.train.callbacks import Callback
 from fastmae.train.config import PretrainConfig
-from fastmae.train.loop import Trainer
 from fastmae.train.ranks import Ranks
-from fastmae.train.run_folder import RunFolder
 
 NEW_CROPS, UNSEEN = "new crops of the training {}", "a photograph never trained on"
-_NAMES = {UNSEEN: "unseen"}  # of the values; what is not named here is "crops"
 _NEW_CROPS_EPOCH = 2**31
-"""An epoch that no run reaches: crops of it were never trained on."""
+"""No run reaches this epoch, so its crops are never trained on."""
 _CROPS, _MASKS = 12, 48
-"""What a picture during the training shows and measures; the one at the end measures more."""
+"""Crops in a picture during training, and masks over which its errors are averaged."""
 _COVERED = 0.5
-"""Share of the test images that must be of a class with images to learn from; the others count as misclassified."""
+"""Share of the test images whose class must also be in the images to learn from; the others count as errors."""
 _ERRORS = ("mse", "mse_mean_color", "mse_inverse_distance")
 
 
 def reconstruction_sets(
     config: PretrainConfig, dataset: data.Dataset, num_crops: int
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """The images that every picture of a run shows: (N, C, H, W) by heading, and names by heading.
+    """The images in every picture of a run: (N, C, H, W) per heading, and names per heading.
 
-    Crops of the training images that are not trained on themselves, as the paper crops and not as the run does, so that
-    runs can be compared; of colour models also the photographs that are held out of every training.
+    They are crops of the training images that are never trained on, cropped as in the paper and not by the run's own
+    settings, so that runs are comparable; and for 3-channel models a photograph that is held out of every training.
 
     Raises:
         DataError: an image cannot be read.
@@ -57,51 +49,45 @@ def reconstruction_sets(
     return sets, names
 
 
-def newest_values(run: RunFolder) -> dict[str, float]:
-    """The newest value of every number in ``evaluations.jsonl``."""
-    rows = {name: value for row in run.read_evaluations() for name, value in row.items()}
-    return {name: value for name, value in rows.items() if name != "step" and isinstance(value, int | float)}
-
-
 class Pictures(Callback):
-    """Every so many steps the same images with the same masks, to ``reconstructions/step-N.png``.
+    """Every ``--report.picture-every-steps``: the same images and masks, as ``reconstructions/step-N.png``.
 
-    Of a model that every rank has whole, the first rank looks alone. The others wait for it here, where they have more
-    patience than in the collectives of their next step.
+    Unless the model is sharded, rank 0 evaluates alone. The others wait here, on the side group, whose time limit is
+    longer than that of the next step's collectives.
     """
 
     def __init__(self, config: PretrainConfig, dataset: data.Dataset) -> None:
         self._config, self._dataset, self._every = config, dataset, config.report.picture_every_steps
 
-    def begin(self, trainer: Trainer) -> None:
-        self._looks = trainer.parallelism.is_main or trainer.parallelism.sharded
+    def begin(self, trainer: Any) -> None:
+        self._evaluates = trainer.parallelism.is_main or trainer.parallelism.sharded
         trainer.ranks.gather("reading the images of the pictures", self._read)
 
     def _read(self) -> None:
-        if self._looks:
+        if self._evaluates:
             sets, names = reconstruction_sets(self._config, self._dataset, _CROPS)
             model = self._config.model
             options = {"mask_ratio": model.mask_ratio, "mask_strategy": model.mask_strategy}
             options |= {"seed": self._config.train.seed, "names": names}
             self._sets = FixedSets(sets, **options, num_masks=_MASKS, num_rows=_CROPS)
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Any) -> None:
         if trainer.step % self._every == 0:
-            if self._looks:
-                self._look(trainer)
+            if self._evaluates:
+                self._evaluate(trainer)
             trainer.ranks.first("drawing a picture", lambda: None)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _evaluate(self, trainer: Any) -> None:
         path = trainer.run.reconstructions / f"step-{trainer.step:06}.png" if trainer.parallelism.is_main else None
         options = {"dtype": trainer.dtype, "when": f"after {trainer.step:,} steps"}
         try:
             with evaluating(trainer.model):
                 summary = self._sets.evaluate(trainer.model, path, **options)
-        except OSError as error:  # of writing the file, when all ranks have done their part
+        except OSError as error:  # writing the file failed, after the forward passes that all ranks take part in
             trainer.console.print(f"step {trainer.step}: no picture: {error}")
             return
         values = {
-            f"{_NAMES.get(heading, 'crops')}_{name}": numbers[name]
+            f"{'unseen' if heading == UNSEEN else 'crops'}_{name}": numbers[name]
             for heading, numbers in summary.items()
             for name in _ERRORS
         }
@@ -110,11 +96,11 @@ class Pictures(Callback):
 
 
 class Probe(Callback):
-    """Every so many epochs, and at the end: nearest neighbours and a linear classifier on the frozen features.
+    """Every ``--report.probe-every-epochs`` and at the end: k-NN and a linear classifier on the frozen features.
 
     Raises:
-        ValueError: the images have no labels, or too few, or of one class only, or other classes than those to test on,
-            or too many classes for so few images, or those to test on cannot be opened; naming the flag.
+        ValueError: the images have no labels, or too few, or of one class only, or other classes than the test images,
+            or too many classes for so few images, or the test images cannot be opened; names the flag.
     """
 
     def __init__(self, config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> None:
@@ -122,7 +108,7 @@ class Probe(Callback):
         self._every = Fraction(str(config.report.probe_every_epochs))
         self._epoch = Fraction(len(dataset), config.train.global_batch_size)  # in steps
         self._probed: int | None = None
-        self._known, self._tests = _images_to_probe(config, dataset, ranks)
+        self._known, self._tests = _labelled_images(config, dataset, ranks)
         covered = np.isin(self._tests.labels, self._known.labels).mean()
         if covered < _COVERED:
             raise ValueError(
@@ -130,7 +116,7 @@ class Probe(Callback):
                 f"{len(self._known.labels):,} that have the classes of only {covered:.0%} of those to test on"
             )
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, trainer: Any) -> None:
         known, tests = self._known, self._tests
         trainer.console.print(
             f"Probe every {self._config.report.probe_every_epochs:g} epochs: {len(known.labels):,} images of "
@@ -138,35 +124,35 @@ class Probe(Callback):
             "to test on"
         )
 
-    def after_step(self, trainer: Trainer) -> None:
+    def after_step(self, trainer: Any) -> None:
         self._probed = None
         if self.is_due(trainer.step):
             self._probe(trainer)
 
-    def finish(self, trainer: Trainer) -> None:
+    def finish(self, trainer: Any) -> None:
         if self._probed != trainer.step:
             self._probe(trainer)
 
     def is_due(self, step: int) -> bool:
-        """Whether an interval of epochs ends in a step: a function of the step, so that resuming needs no state."""
+        """Whether an interval of epochs ends in this step. A function of the step, so that resuming needs no state."""
         done, before = (count / self._epoch // self._every for count in (step, step - 1))
         return done > before
 
-    def _probe(self, trainer: Trainer) -> None:
+    def _probe(self, trainer: Any) -> None:
         self._probed = trainer.step
         self._evaluate(trainer)
-        trainer.ranks.first("classifying", lambda: None)  # which may take the first rank longer than a collective may
+        trainer.ranks.first("classifying", lambda: None)  # may take rank 0 longer than a collective's time limit
 
-    def _evaluate(self, trainer: Trainer) -> None:
+    def _evaluate(self, trainer: Any) -> None:
         begun, ranks = time.monotonic(), trainer.ranks
         options = {"dtype": trainer.dtype, "num_threads": self._config.data.num_threads}
         options |= {"rank": ranks.rank, "world_size": ranks.size, "timeout": self._config.data.timeout}
-        options["on_batch"] = lambda: trainer.heartbeat.begin("probing features")  # it may take minutes on a CPU
+        options["on_batch"] = lambda: trainer.heartbeat.begin("probing features")  # may take minutes on a CPU
         if ranks.size > 1:
             options["gather"] = lambda own: _gather(own, ranks)
         try:
             values = probe(trainer.model, self._known, self._tests, **options)
-        except ValueError as error:  # of the first rank's judgement, when all have done their part
+        except ValueError as error:  # of rank 0, after the collectives
             trainer.console.print(f"step {trainer.step}: no probe: {error}")
             return
         if values is not None:
@@ -174,10 +160,10 @@ class Probe(Callback):
             trainer.reporter.evaluation(trainer.step, values)
 
 
-def _images_to_probe(
+def _labelled_images(
     config: PretrainConfig, dataset: data.Dataset, ranks: Ranks
 ) -> tuple[LabelledImages, LabelledImages]:
-    """Those to learn from and those to test on."""
+    """The images to learn from and those to test on."""
     count, path = config.report.probe_images, config.report.probe_path
     try:
         images = choose_labelled(dataset, count)
@@ -194,8 +180,7 @@ def _images_to_probe(
         except data.DataError as error:
             raise ValueError(f"--report.probe-path: {error}") from error
 
-    if ranks.size > 1:
-        # The others then find its index.
+    if ranks.size > 1:  # rank 0 writes the index, the others then read it
         ranks.first_in_hours("opening the images to probe on", lambda: opened() and None)
     tests = opened()
     if tests.hash == dataset.hash:
@@ -210,7 +195,7 @@ def _images_to_probe(
 
 
 def _gather(own: Features, ranks: Ranks) -> list[Features] | None:
-    """Every rank's features on the first rank, on its device; None on the others."""
+    """Every rank's features on rank 0, on its device; None on the others."""
     device = own.pooled.device
     parts = [None] * ranks.size if ranks.rank == 0 else None
     dist.gather_object(Features(*(part.cpu() for part in own)), parts, group=ranks.group, group_dst=0)

@@ -1,0 +1,457 @@
+"""A whole pretraining run: open the data, build the model, check, resume or initialise, train, evaluate, summarise.
+
+``fastmae.pretrain`` (:mod:`fastmae.run`) and the command line both call :func:`run`. Nothing here parses arguments or
+exits the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastmae import data
+from fastmae.errors import UsageError, usage_errors
+from fastmae.evaluate import evaluate_sets
+from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
+from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
+from fastmae.model import create_model
+from fastmae.ops import _xformers
+from fastmae.train.batch_size import keeps_batch_size
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
+from fastmae.train.checkpoint.format import step_of
+from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.fit_steps import with_saved_length
+from fastmae.train.init_from import initialize as initialize_weights
+from fastmae.train.init_from import read_weights
+from fastmae.train.liveness.collectives import joining
+from fastmae.train.liveness.heartbeat import Heartbeat
+from fastmae.train.liveness.rank_states import StateBoard
+from fastmae.train.liveness.signals import StoppedEarly, StopRequest
+from fastmae.train.liveness.watch import leave_if_asked
+from fastmae.train.loop import Status, Trainer
+from fastmae.train.callbacks import Callback
+from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
+from fastmae.train.precision import settle_precision
+from fastmae.train.preflight import preflight
+from fastmae.train.profile import Profile
+from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, scaled_warmup
+from fastmae.train.rules import flag, validate
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.telemetry.metrics import without_nan
+from fastmae.train.telemetry.rank_log import RankLog
+from fastmae.train.weights import export_weights, load_model
+
+_log = logging.getLogger(__name__)
+
+_SECTIONS = ("model", "data", "train", "report")
+_FLAGS = {
+    "mode": "--train.parallel",
+    "shard_size": "--train.shard-size",
+    "device_type": "--train.device",
+    "global_batch": "--train.global-batch-size",
+    "max_batch": "--train.batch-size",
+    "compile_mode": "--train.compile-mode",
+    "cuda_graph": "--train.cuda-graph",
+}
+"""Flags behind arguments that functions report by their own names."""
+_CROPS, _ROWS = 256, 12
+"""Crops over which the final errors are measured, and rows of the final picture."""
+_BASELINES = {"the mean visible colour": "mse_mean_color", "inverse-distance filling": "mse_inverse_distance"}
+
+
+def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
+    """Train and evaluate; every process of the run calls it.
+
+    Args:
+        stop: the signals of this process, already watched for.
+
+    Returns:
+        The run folder and how the run ended, the same on all ranks.
+
+    Raises:
+        UsageError: for what the user can fix before the first step.
+        DataError, CheckpointError, CollectiveError, FloatingPointError: as ``Trainer.fit``.
+    """
+    with usage_errors(_FLAGS):
+        validate(config)
+        if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
+            raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
+        with joining():
+            device = _device_type(config.train.device)
+            parallelism = initialize(config.train.parallel, device, shard_size=config.train.shard_size)
+    try:
+        with (
+            _cpu_threads(config.train.num_threads),
+            Heartbeat(parallelism.rank, StateBoard.create(), config.report.stall_seconds) as heartbeat,
+            heartbeat.explaining(),
+            Ranks.create() as ranks,
+            heartbeat.explaining(),
+        ):
+            ranks.waiting = heartbeat.waiting
+            default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
+            config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
+            with usage_errors():
+                folder = _open_folder(config, ranks)
+            with folder, RankLog(folder.path, ranks.rank, ranks.size, parallelism.device):
+                status = _Pretraining(config, folder, parallelism, ranks, stop, heartbeat).run()
+    except BaseException:
+        shutdown(parallelism, failed=True)
+        raise
+    shutdown(parallelism)
+    return config.out, status
+
+
+def _device_type(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--train.device: expected a CUDA device for cuda, but PyTorch finds none")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+@contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open_folder(config: PretrainConfig, ranks: Ranks) -> RunFolder:
+    """The run folder, which rank 0 makes and locks."""
+    folder = None
+
+    def lead() -> None:
+        nonlocal folder
+        try:
+            folder = RunFolder(config.out, resume=config.resume)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
+
+    lead() if ranks.size == 1 else ranks.first("opening the run folder", lead)
+    return folder or RunFolder(config.out, resume=config.resume, leader=False)
+
+
+class _Pretraining:
+    """One run in an open folder: set up, train, evaluate."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: RunFolder,
+        parallelism: Parallelism,
+        ranks: Ranks,
+        stop: StopRequest,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self.config, self.folder, self.parallelism, self.ranks = config, folder, parallelism, ranks
+        self.stop, self.heartbeat = stop, heartbeat
+        self.console = WordWrapConsole(quiet=not parallelism.is_main)
+        self.resume_command = f"fastmae pretrain --out {folder.path} --resume"
+
+    def run(self) -> Status:
+        """Returns how the run ended, the same on all ranks."""
+        try:
+            with usage_errors(_FLAGS):
+                trainer = self.set_up()
+        except StoppedEarly as stopped:
+            self.leave_early(str(stopped))
+            return "preempted"
+        began, first_step = time.monotonic(), trainer.step
+        status = trainer.fit()
+        seconds = time.monotonic() - began
+        if status == "preempted":
+            self.console.print(f"Saved at step {trainer.step}. Continue with: {self.resume_command}")
+            return status
+        if self.parallelism.is_main:
+            self.heartbeat.begin("evaluating")
+            rate = (trainer.step - first_step) * self.config.train.global_batch_size / seconds
+            status = self.finish(trainer, {"seconds": seconds, "images_per_second": rate})
+        self.heartbeat.begin("ending")
+        return self.ranks.first("ending the run", lambda: status)  # the others wait for rank 0's evaluation
+
+    # Before the first step. All ranks take the same path; where one may take long, the others wait on the side group.
+
+    def set_up(self) -> Trainer:
+        """The trainer, at step 0 or where the newest checkpoint left it.
+
+        Raises:
+            ValueError: for what the configuration gets wrong; names the flag.
+            StoppedEarly: on all ranks, if a signal has come to any.
+        """
+        config, ranks, device = self.config, self.ranks, self.parallelism.device
+        open_dataset = partial(data.open_dataset, config.data.path, **config.dataset_arguments())
+        self.heartbeat.begin("opening the data")
+        if ranks.size > 1:  # rank 0 writes the index, the others then read it
+            ranks.first_in_hours("opening the data", lambda: open_dataset() and None)
+        dataset = open_dataset()
+        leave_if_asked(ranks, self.stop)
+        if config.model.attention == "xformers":
+            _xformers.require(device)
+        self.heartbeat.begin("starting")
+        kind = data.choose_loader(dataset, config.data.loader)
+        model = construct(lambda: create_model(**config.model_arguments()), self.parallelism)
+        preflight(config, self.parallelism, ranks, run=self.folder.path, dataset=dataset, model=model)
+        leave_if_asked(ranks, self.stop)
+        callbacks = self.callbacks(dataset)
+        saved = None
+        checkpoints = self.folder.checkpoints
+        if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(checkpoints))):
+            saved = open_latest(self.folder.path, ranks=ranks)
+        manifest = saved.manifest if saved else None
+        precision = settle_precision(config, model.architecture["embed_dim"], device, ranks, manifest)
+        # What is measured at the start goes into the checkpoints; config.json keeps "auto", for other machines.
+        settled = with_saved_length(precision.config, manifest)
+        if config.train.batch_size == "auto" and saved and keeps_batch_size(config, saved.manifest, ranks.size):
+            batch_size = saved.manifest["config"]["train"]["batch_size"]
+            settled = replace(settled, train=replace(settled.train, batch_size=batch_size))
+        trainer = Trainer(
+            settled,
+            model,
+            dataset,
+            self.folder,
+            create_loader=data.create_loader,
+            console=self.console,
+            parallelism=self.parallelism,
+            ranks=ranks,
+            callbacks=callbacks,
+            stop=self.stop,
+            heartbeat=self.heartbeat,
+        )
+        for line in (*describe_config(config), *_describe_size(trainer, kind), precision.text):
+            if line:
+                self.console.print(line)
+        self.warn(precision.warning)
+        self.warn(_too_few_images(dataset, config))
+        if saved:
+            self.resume(trainer, saved)
+        else:
+            self.warn(config.resume and f"--resume: no checkpoint in {self.folder.path} yet; starting at step 0")
+            if config.train.init_from is not None:
+                self.initialize_weights(trainer, config.train.init_from)
+        self.folder.write_json("config.json", to_json(config))
+        self.console.print(f"Run folder: {self.folder.path}")
+        return trainer
+
+    def callbacks(self, dataset: data.Dataset) -> list[Callback]:
+        """What ``--report`` asks for; the same on all ranks."""
+        config, report = self.config, self.config.report
+        found: list[Callback] = []
+        if report.picture_every_steps:
+            found.append(Pictures(config, dataset))
+        if report.probe_every_epochs:
+            found.append(Probe(config, dataset, self.ranks))
+        if report.profile_at_step:
+            found.append(Profile(report.profile_at_step, report.profile_steps))
+        return found
+
+    def resume(self, trainer: Trainer, saved: Checkpoint) -> None:
+        """Continue from a checkpoint; report which one, and what makes the continuation inexact."""
+        newer = self.ranks.first(
+            "listing checkpoints",
+            lambda: [p.name for p in list_checkpoints(self.folder.checkpoints) if step_of(p) > saved.manifest["step"]],
+        )
+        differences = trainer.resume(saved)
+        text = f"Continuing from {saved.path}" + (f"; passed over as damaged: {', '.join(newer)}" if newer else "")
+        self.console.print(text)
+        _log.info("; ".join([text, *differences]))
+        for difference in differences:
+            self.warn(f"not an exact continuation: {difference}")
+
+    def initialize_weights(self, trainer: Trainer, path: Path) -> None:
+        """Load ``--train.init-from`` into the model of a new run."""
+
+        def load() -> str:
+            try:
+                weights, architecture = (read_hugging_face if is_hugging_face(path) else read_weights)(path)
+                return initialize_weights(trainer.model, weights, architecture)
+            except (CheckpointError, ValueError) as error:
+                raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+        loaded = self.ranks.gather(f"--train.init-from {path}", load)
+        self.console.print(f"Weights from {path}: {loaded[0]}")
+
+    def leave_early(self, reason: str) -> None:
+        """A signal before the first step: leave a folder that ``--resume`` starts or continues in."""
+        saved = list_checkpoints(self.folder.checkpoints)
+        status = {"status": "preempted", "step": step_of(saved[0]) if saved else 0, "reason": reason}
+        self.folder.write_json("status.json", status)
+        if self.folder.leader and self.folder.read_json("config.json") is None:
+            self.folder.write_json("config.json", to_json(self.config))
+        self.console.print(f"Left before the first step. Continue with: {self.resume_command}")
+
+    def warn(self, text: str | bool | None) -> None:
+        if text and self.parallelism.is_main:
+            print(f"WARNING: {text}", file=sys.stderr)
+
+    # After the last step, on rank 0.
+
+    def finish(self, trainer: Trainer, timing: dict[str, float]) -> Status:
+        """Write the final weights, then evaluate them; a signal ends the evaluation, which resuming repeats."""
+        ended, status = self.folder.read_json("status.json"), "finished"
+        # Not finished before its weights are there: the process may be killed now.
+        self.folder.write_json("status.json", ended | {"status": "running"})
+        with self.folder.failure_noted(lambda: trainer.step):
+            model, weights = self.export(trainer)
+            try:
+                with self.stop.raising():
+                    self.evaluate(trainer, model, weights, timing)
+            except StoppedEarly as stopped:
+                status = "preempted"
+                ended |= {"status": status, "reason": f"{stopped} during the final evaluation"}
+                # A run that its time limit ended trains on before it evaluates.
+                verb = "Evaluate" if trainer.step == trainer.schedule.total_steps else "Continue"
+                self.console.print(f"The training is done: {weights}. {verb} with: {self.resume_command}")
+        self.folder.write_json("status.json", ended)
+        return status
+
+    def export(self, trainer: Trainer) -> tuple[nn.Module, Path]:
+        """Write ``model.safetensors``; return the whole model and the file."""
+        # Of a sharded model the checkpoint that was just saved is the only whole copy.
+        sharded = self.parallelism.sharded
+        model = load_model(self.folder.path)[0].to(trainer.device) if sharded else trainer.model.eval()
+        path = self.folder.path / "model.safetensors"
+        return model, export_weights(model, path, step=trainer.step, config=to_json(trainer.config))
+
+    def evaluate(self, trainer: Trainer, model: nn.Module, weights: Path, timing: dict[str, float]) -> None:
+        """Reconstruct images that were not trained on; write ``final.png`` and ``summary.json``."""
+        config, folder, bad = trainer.config, self.folder, len(trainer.bad_files)
+        self.console.print("Evaluating: reconstructing images that were not trained on")
+        sets, names = reconstruction_sets(config, trainer.dataset, _CROPS)
+        picture = folder.reconstructions / "final.png"
+        errors = evaluate_sets(
+            model,
+            sets,
+            mask_ratio=config.model.mask_ratio,
+            mask_strategy=config.model.mask_strategy,
+            seed=config.train.seed,
+            path=picture,
+            dtype=DTYPES[config.train.precision],
+            names=names,
+            num_rows=_ROWS,
+            when=f"after {trainer.step:,} steps",
+        )
+        for values in errors.values():
+            values["worse_than"] = [name for name, key in _BASELINES.items() if not values["mse"] < values[key]]
+        rows = folder.read_metrics()
+        newest = {name: value for row in folder.read_evaluations() for name, value in row.items()}
+        summary = {
+            "steps": trainer.step,
+            "samples": trainer.samples,
+            **timing,
+            "first_loss": rows[0]["loss"] if rows else None,
+            "last_loss": rows[-1]["loss"] if rows else None,
+            "device": str(trainer.device),
+            "precision": config.train.precision,
+            "num_threads": trainer.num_threads,
+            "loader": trainer.loader.kind,
+            "bad_files": bad,
+            "sets": errors,
+            "evaluations": {k: v for k, v in newest.items() if k != "step" and isinstance(v, int | float)},
+            "picture": str(picture),
+            "weights": str(weights),
+        }
+        folder.write_json("summary.json", without_nan(summary))
+        if bad:
+            self.console.print(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {folder.path}/bad_files.jsonl")
+        for name, values in errors.items():
+            self.console.print(
+                f"{name}, {values['mask_strategy']} masks: error {values['mse']:.3f}  "
+                f"(mean colour {values['mse_mean_color']:.3f}, inverse distance {values['mse_inverse_distance']:.3f})"
+            )
+            if values["worse_than"]:
+                self.console.print(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, without a model")
+        self.console.print(f"Weights: {weights}\nPicture: {picture}")
+        if not all(math.isfinite(values["mse"]) for values in errors.values()):
+            self.warn("THE MODEL'S PREDICTIONS ARE NOT FINITE: its weights are of no use")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run prints at its start
+
+
+def describe_config(config: PretrainConfig) -> Iterator[str]:
+    """The recipe, and as flags what differs from it; ``config.json`` has everything."""
+    recipe = RECIPES[config.recipe]
+    later = f" (today's is {recipe.recipe_version})" if config.recipe_version != recipe.recipe_version else ""
+    yield f"Recipe {config.recipe}, version {config.recipe_version}{later}: {DESCRIPTIONS[config.recipe]}"
+    warmup = scaled_warmup(config.train, recipe.train)
+    for section in _SECTIONS:
+        for field in fields(getattr(config, section)):
+            value, usual = (getattr(getattr(c, section), field.name) for c in (config, recipe))
+            if value != usual:
+                why = "" if usual is None else f"  (recipe: {_as_flag(usual)})"
+                if section == "train" and value is not None and warmup.get(field.name) == value:
+                    why += "  the recipe's share of the run"
+                yield f"  {flag(section, field.name)} {_as_flag(value)}{why}"
+
+
+def _as_flag(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _describe_size(trainer: Trainer, loader: str) -> Iterator[str]:
+    """Weights, images, steps and learning rate."""
+    config, train, schedule, size = trainer.config, trainer.config.train, trainer.schedule, trainer.ranks.size
+    if config.data.progressive_sizes:
+        yield f"  images of {trainer.task.resolution} over the images, counted from 0"
+    weights = sum(p.numel() for p in trainer.model.parameters())
+    processes = f"{size} processes ({trainer.parallelism.mode}) x " if size > 1 else ""
+    yield (
+        f"{weights / 1e6:.1f} M weights on {trainer.device} ({torch.get_num_threads()} threads), "
+        f"{len(trainer.dataset):,} images ({loader} loader), {'at most ' * train.fit_steps}{schedule.total_steps:,} "
+        f"steps of {processes}{trainer.accumulation} x {trainer.batch_size} images"
+    )
+    yield (
+        f"learning rate {train.base_lr:g} x {train.global_batch_size} / 256 = {schedule.peak_lr:.3g} after "
+        f"{schedule.warmup_steps:,.0f} steps of warm-up, then a cosine to {train.min_lr:g}"
+    )
+
+
+def _too_few_images(dataset: data.Dataset, config: PretrainConfig) -> str | None:
+    images, batch = len(dataset) - len(dataset.bad_ids), config.train.global_batch_size // config.train.masks_per_image
+    if dataset.embedded or images >= batch:
+        return None
+    if images == 1:
+        return "--data.path: one image only: every batch holds crops of it, and the model learns nothing about others"
+    return (
+        f"--data.path: {images} images, fewer than the {batch} of a step, so that each step holds several crops of "
+        "each; expect the model to learn little about other images, and consider a smaller --train.global-batch-size"
+    )
+
+
+class WordWrapConsole(Console):
+    """Wraps lines between words on a terminal, never inside a word or path; pipes and notebooks get whole lines.
+
+    Rich by itself either folds long words or lets the terminal cut them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, soft_wrap=True, force_jupyter=False, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal:
+            objects = tuple(self._wrap(text) if isinstance(text, str) else text for text in objects)
+        super().print(*objects, **options)
+
+    def _wrap(self, text: str) -> str:
+        keep_words = {"break_long_words": False, "break_on_hyphens": False}
+        lines = (textwrap.wrap(line, self.width, subsequent_indent="  ", **keep_words) for line in text.split("\n"))
+        return "\n".join("\n".join(line) for line in lines)

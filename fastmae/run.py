@@ -1,0 +1,143 @@
+"""Pretraining in Python, as a script or notebook: ``fastmae.pretrain`` returns a ``fastmae.Run``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+from fastmae import pretraining
+from fastmae.train.config import PretrainConfig, from_json, to_json
+from fastmae.train.liveness.signals import StopRequest
+from fastmae.train.recipes import apply_flags, starting_config
+from fastmae.train.rules import check_fields
+from fastmae.train.run_folder import read_json, read_rows
+from fastmae.train.weights import load_model
+
+_SECTIONS = ("model", "data", "train", "report")
+
+
+class Run:
+    """A run folder, read-only: also of a run that is still training, or was started by the command line.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / "status.json").is_file():
+            raise ValueError(f"path: expected the folder of a run, got {path}, which has no status.json")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """``status`` ("running", "finished", "preempted" or "failed"), ``step`` and, once it has ended, ``reason``."""
+        return read_json(self.path / "status.json") or {}
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """What the final evaluation found; None before it."""
+        return read_json(self.path / "summary.json")
+
+    @property
+    def metrics(self) -> Any:
+        """The rows of ``metrics.jsonl``: a pandas DataFrame if pandas is installed, otherwise a list of dicts."""
+        return _table(read_rows(self.path / "metrics.jsonl"))
+
+    @property
+    def evaluations(self) -> Any:
+        """The rows of ``evaluations.jsonl`` (pictures and probes during training), as for :attr:`metrics`."""
+        return _table(read_rows(self.path / "evaluations.jsonl"))
+
+    @property
+    def figure(self) -> Image.Image | None:
+        """The newest reconstruction picture, which a notebook displays; None before the first."""
+        paths = sorted((self.path / "reconstructions").glob("*.png"), key=lambda path: path.stat().st_mtime)
+        return Image.open(paths[-1]) if paths else None
+
+    def model(self) -> nn.Module:
+        """The model with its newest weights, on the CPU and in evaluation mode.
+
+        Raises:
+            CheckpointError: if there is no undamaged checkpoint.
+        """
+        weights = self.path / "model.safetensors"
+        return load_model(weights if self.summary and weights.is_file() else self.path)[0]
+
+    def __repr__(self) -> str:
+        status = self.status
+        return f"Run({str(self.path)!r}: {status.get('status')}, step {status.get('step')})"
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    try:
+        import pandas as pd
+    except ImportError:
+        return rows
+    return pd.DataFrame(rows)
+
+
+def pretrain(
+    recipe: str | None = None,
+    data: Path | str | None = None,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    **overrides: Any,
+) -> Run:
+    """Pretrain a masked autoencoder, as ``fastmae pretrain`` does; return the finished or interrupted run.
+
+    An interrupt (Ctrl-C, or a notebook's stop button) saves a checkpoint after the current step and returns;
+    ``resume=True`` continues from it. Nothing exits the process. Under torchrun every process calls this function.
+
+    Args:
+        recipe: gives the defaults of everything else. None: "small-data" with ``data``, otherwise "photographs".
+        data: folder of images, list file, tar shard or folder of shards. None: the embedded photographs.
+        out: run folder, new or empty. None: ``runs/<recipe>-<date>-<time>``.
+        resume: continue the run in ``out`` with its configuration.
+        overrides: any field of the configuration, such as ``epochs=100, base_lr=1e-4, picture_every_steps=50``. A name
+            that two sections have needs the section in front: ``data_num_threads``, ``train_num_threads``.
+
+    Raises:
+        TypeError: for an option that does not exist.
+        ValueError: for a value that cannot be used; the message names the flag of the same name.
+        DataError, CheckpointError, CollectiveError, FloatingPointError: as ``Trainer.fit``.
+    """
+    named = None if out is None else Path(out)
+    defaults = starting_config(recipe, out=named, resume=resume, own_images=data is not None)
+    values = to_json(defaults)
+    if data is not None:
+        values["data"]["path"] = str(data)
+    given = set()
+    for option, value in overrides.items():
+        section, name = _find_field(option)
+        values[section][name] = list(value) if isinstance(value, tuple) else value
+        if section == "train":
+            given.add(name)
+    config = replace(from_json(values), out=named, resume=resume)
+    for section in _SECTIONS:
+        check_fields(getattr(config, section), section)
+    config = apply_flags(config, defaults, given)
+    with StopRequest(quiet=os.environ.get("RANK", "0") != "0") as stop:
+        path, _ = pretraining.run(config, stop)
+    return Run(path)
+
+
+def _find_field(option: str) -> tuple[str, str]:
+    """The section and name of an option of :func:`pretrain`."""
+    names = {section: [field.name for field in fields(getattr(PretrainConfig(), section))] for section in _SECTIONS}
+    found = [(section, option) for section in _SECTIONS if option in names[section]]
+    for section in _SECTIONS:
+        if option.startswith(f"{section}_") and option.removeprefix(f"{section}_") in names[section]:
+            found.append((section, option.removeprefix(f"{section}_")))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise TypeError(f"{option}: expected {' or '.join(f'{section}_{name}' for section, name in found)}")
+    close = difflib.get_close_matches(option, [name for section in names.values() for name in section], n=1)
+    raise TypeError(f"{option}: no such option" + (f"; did you mean {close[0]}?" if close else ""))
