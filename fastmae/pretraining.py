@@ -30,6 +30,7 @@ from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_f
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.batch_size import keeps_batch_size
+from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, to_json
@@ -42,7 +43,6 @@ from fastmae.train.liveness.rank_states import StateBoard
 from fastmae.train.liveness.signals import StoppedEarly, StopRequest
 from fastmae.train.liveness.watch import leave_if_asked
 from fastmae.train.loop import Status, Trainer
-from fastmae.train.callbacks import Callback
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
