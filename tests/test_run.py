@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -106,3 +107,42 @@ def test_mistakes_are_exceptions_and_leave_no_folder(tmp_path, monkeypatch, opti
         fastmae.pretrain(**options)
     assert message in str(raised.value)
     assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.fixture
+def kernel(tmp_path):
+    """The quickstart in a Jupyter kernel that runs in ``tmp_path``."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples" / "quickstart.ipynb", as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    with client.setup_kernel(env=os.environ | {"PYTHONPATH": paths, "IPYTHONDIR": str(tmp_path / "ipython")}):
+        yield client
+
+
+def test_the_quickstart_runs_in_a_notebook_and_its_stop_button_saves(kernel, tmp_path):
+    cells = {cell.id: cell for cell in kernel.nb.cells}
+    (parameters,) = (cell for cell in kernel.nb.cells if "parameters" in cell.metadata.get("tags", []))
+    parameters.source += f"\noptions = {TINY}"
+    for index, cell in enumerate(kernel.nb.cells):
+        kernel.execute_cell(cell, index)
+    outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
+    assert "finished, step 6" in outputs["pretrain"][-1]["data"]["text/plain"]
+    assert "image/png" in outputs["figure"][0]["data"]
+    assert "(1, 25, 32)" in outputs["features"][-1]["data"]["text/plain"]
+
+    cells["options"].source += "\noptions |= {'steps': 1000000, 'out': 'stopped', 'max_minutes': 1.0}"
+    kernel.execute_cell(cells["options"], 1)
+
+    def stop() -> None:
+        while not (tmp_path / "stopped" / "metrics.jsonl").is_file():
+            time.sleep(0.05)
+        os.kill(kernel.km.provisioner.pid, signal.SIGINT)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    kernel.execute_cell(cells["pretrain"], 3)
+    thread.join()
+    assert "preempted, step" in cells["pretrain"].outputs[-1]["data"]["text/plain"]
+    kernel.execute_cell(cells["metrics"], 7)  # the kernel lives
