@@ -17,6 +17,7 @@ from fastmae import data
 from fastmae.data import DataError, LateBad
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.checkpoint import Ranks
+from fastmae.train.guard import SamplePositions
 from fastmae.train.loop import Trainer
 
 PER_STEP = 8
@@ -129,3 +130,51 @@ def test_a_resumed_run_ends_at_the_step_at_which_the_undisturbed_one_does(tmp_pa
         resumed = make_trainer(out, images, resume=True, **options)
         resumed.resume(out / f"checkpoints/step-{step}")
         assert ends(resumed) == straight
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """Eleven images, of which two cannot be used, as the index sees."""
+    folder = write_images(tmp_path / "images")
+    (folder / "3.jpg").write_bytes(b"")
+    content = (folder / "5.jpg").read_bytes()
+    (folder / "5.jpg").write_bytes(content[: len(content) // 2])
+    return folder
+
+
+def test_bad_files_are_listed_and_counted(tmp_path, spoilt):
+    trainer = make_trainer(tmp_path / "run", spoilt, options={"max_bad_fraction": 0.2})
+    trainer.fit()
+    trainer.run.close()
+    lines = [json.loads(line) for line in (tmp_path / "run/bad_files.jsonl").read_text().splitlines()]
+    assert [(line["path"], line["found"]) for line in lines] == [
+        (str(spoilt / "3.jpg"), "index"),
+        (str(spoilt / "5.jpg"), "index"),
+    ]
+    assert [trainer.dataset.path(line["sample_id"]) for line in lines] == [line["path"] for line in lines]
+    assert "empty" in lines[0]["reason"]
+    assert [row["bad_files"] for row in trainer.run.read_metrics()] == [2, 2, 2]
+
+
+def test_too_many_bad_files_stop(tmp_path, spoilt):
+    with pytest.raises(DataError, match=r"2 of 11 images cannot be used"):
+        make_trainer(tmp_path / "run", spoilt)
+
+
+def test_files_found_late_wait_for_their_step_and_come_once(tmp_path):
+    dataset = make_trainer(tmp_path / "run", write_images(tmp_path / "images")).dataset
+    bad = BadFiles(tmp_path / "bad.jsonl", dataset, SamplePositions(4, 11, 0).step_of)
+    bad.begin()
+    found = [LateBad(7, "cut", 9), LateBad(2, "torn", 4), LateBad(3, "burnt", 8)]
+    bad.update(found, samples=8)
+    assert (len(bad), bad.state()) == (1, [[2, "torn", 4]])
+    bad.update(found, samples=12)
+    bad.update(found, samples=12)
+    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert [(line["sample_id"], line["found"]) for line in lines] == [(2, 2), (3, 3), (7, 3)]
+
+    again = BadFiles(tmp_path / "bad.jsonl", dataset, SamplePositions(4, 11, 0).step_of)
+    again.restore(json.loads(json.dumps(bad.state()))[:2])
+    again.begin()  # goes on from a checkpoint of before the last one was found
+    again.update(found, samples=12)
+    assert [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == lines

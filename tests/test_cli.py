@@ -96,7 +96,6 @@ def test_a_damaged_checkpoint_is_named_where_the_run_goes_on(run, tmp_path, caps
     assert main(["pretrain", "--out", str(copy), "--resume"]) == 0
     line = f"Continuing from {copy}/checkpoints/step-4; passed over as damaged: step-6"
     assert f"\n{line}\n" in capsys.readouterr().out
-    assert f"{line}\n" in (copy / "logs/rank-0.log").read_text()
 
 
 def test_reconstruct_draws_images_from_folder_checkpoint_and_weights(run, images, tmp_path, capsys):

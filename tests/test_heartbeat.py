@@ -409,7 +409,6 @@ def test_a_rank_that_hangs_and_one_that_is_stopped_are_named_while_the_others_wa
         for process in processes:
             process.join(WAIT)
         assert [process.exitcode for process in processes] == [0, 0]
-    assert "no step for" in (tmp_path / "run/logs/rank-1.log").read_text()
 
 
 def test_a_rank_that_is_killed_is_named_by_the_others_in_one_line(tmp_path):
@@ -428,7 +427,6 @@ def test_a_rank_that_is_killed_is_named_by_the_others_in_one_line(tmp_path):
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert status["status"] == "failed"
     assert re.search(line, status["reason"])
-    assert "gloo" in (tmp_path / "run/logs/rank-2.log").read_text()  # where to look further
 
 
 def hang_for_ever(rank: int, folder: Path) -> int:

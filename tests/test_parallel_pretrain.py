@@ -99,9 +99,7 @@ def rows(run: Path) -> list[dict]:
 def test_two_processes_leave_what_one_leaves(folder, name):
     run, single = folder / name, folder / "single"
     files = [{str(p.relative_to(r)) for p in r.rglob("*") if "tfevents" not in p.name} for r in (run, single)]
-    own = {f for f in files[0] - files[1] if "shard-" not in f}
-    assert own == {"logs/rank-1.log"}
-    assert {f for f in files[1] - files[0] if "shard-" not in f} == set()
+    assert {f for f in files[0] ^ files[1] if "shard-" not in f} == set()
     assert len(list((run / "checkpoints/step-12").glob("shard-*"))) == (2 if name == "fsdp" else 1)
     assert [row["step"] for row in rows(run)] == [5, 10, 12]
     for row, expected in zip(rows(run), rows(single), strict=True):
@@ -111,20 +109,6 @@ def test_two_processes_leave_what_one_leaves(folder, name):
     assert len(list(run.glob("events.out.tfevents*"))) == 1
     status = json.loads((run / "status.json").read_text())
     assert status == {"status": "finished", "step": 12, "reason": "all steps done"}
-
-
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_rows_say_what_each_process_takes_and_its_log_does(folder, name):
-    for row in rows(folder / name):
-        assert len(row["ranks"]["data_time"]) == len(row["ranks"]["block_time"]) == 2
-        assert row["block_time_max"] == max(row["ranks"]["block_time"]) > 0
-        assert 0 < row["mfu"] < 2
-    for rank in range(2):
-        log = (folder / name / f"logs/rank-{rank}.log").read_text()
-        assert f"begins: rank {rank} of 2" in log
-        assert all(f" step {step}: " in log for step in (5, 10, 12))
-        assert "ms a block" in log
-        assert log.endswith(" ends\n")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])

@@ -18,7 +18,6 @@ from fastmae.data import DataError, has_dali
 from fastmae.train import loop
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.telemetry.metrics import StepValues, mean_of_finite
 
 
 @pytest.fixture(scope="module")
@@ -188,25 +187,6 @@ def test_rows_of_an_abandoned_future_and_half_written_ones_are_cut(tmp_path):
         run.metrics.write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "loss": 0.5}\n{"step": 12, "lo')
         run.cut_metrics(4)
         assert run.read_metrics() == [{"step": 4, "loss": 1.0}]
-
-
-def test_values_of_an_interval_survive_a_save():
-    values = StepValues(("a", "b"), 4, torch.device("cpu"))
-    for step in range(3):
-        values.add(torch.tensor(float(step)), torch.tensor(-1.0))
-    state = values.state()
-    continued = StepValues(("a", "b"), 4, torch.device("cpu"))
-    continued.restore(state, step=7)
-    continued.add(torch.tensor(3.0), torch.tensor(-1.0))
-    assert continued.take().wait() == {"a": [0.0, 1.0, 2.0, 3.0], "b": [-1.0] * 4}
-    shorter = StepValues(("a", "b"), 2, torch.device("cpu"))
-    shorter.restore(state, step=7)
-    assert shorter.take().wait()["a"] == [2.0]
-
-
-def test_a_mean_of_nothing_finite_is_none():
-    assert mean_of_finite([1.0, float("nan"), 3.0]) == 2.0
-    assert mean_of_finite([float("inf")]) is None
 
 
 def test_a_compiled_model_trains_to_the_same_losses(tmp_path, images, monkeypatch):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def tensors_of(trainer: Trainer) -> dict[str, Tensor]:
     """Weights and optimiser state, the values of the steps since the last row of metrics, and the loss scale."""
     tensors = model_state.collect(trainer.model, trainer.optimizer)
-    tensors["metrics.interval"] = trainer.reporter.values.state()
+    tensors |= {f"metrics.{name}": tensor for name, tensor in trainer.reporter.values.state_dict().items()}
     if trainer.loss_scale:
         tensors |= trainer.loss_scale.state_dict()
     return tensors
@@ -56,7 +56,7 @@ def restore(trainer: Trainer, saved: Checkpoint) -> None:
         trainer.step_graph.reset()
     names = ["metrics.interval", *(["loss_scale"] if trainer.loss_scale else [])]
     others = model_state.restore(saved, trainer.model, trainer.optimizer, trainer.ranks, names)
-    trainer.reporter.values.restore(others["metrics.interval"], saved.manifest["step"])
+    trainer.reporter.values.load_state_dict({"interval": others["metrics.interval"]})
     if trainer.loss_scale:
         trainer.loss_scale.load_state_dict(others)
 

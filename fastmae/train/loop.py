@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
@@ -21,19 +23,19 @@ from fastmae.train.checkpoint import Checkpoint, CheckpointError, CheckpointMana
 from fastmae.train.checkpoint.format import discard
 from fastmae.train.config import PretrainConfig
 from fastmae.train.fit_steps import StepFit, with_length
+from fastmae.train.flops import count_flops
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
 from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.signals import StopRequest
 from fastmae.train.liveness.watch import Watch
+from fastmae.train.loggers import Row
+from fastmae.train.metrics import Reporter
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profile import Stage, no_stage
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.step_graph import CudaRecorder, StepGraph
 from fastmae.train.task import MaskedAutoencoding
-from fastmae.train.telemetry.create import create_reporter
-from fastmae.train.telemetry.metrics import Row
-from fastmae.train.telemetry.reporter import deadline_after
 
 Status = Literal["finished", "preempted"]
 
@@ -104,8 +106,16 @@ class Trainer:
         self.guard = Guard(train.rollback_after, self.positions)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
-        shape = self.batch_size, self.accumulation
-        self.reporter = create_reporter(config, model, run, self.console, self.parallelism, self.ranks, *shape)
+        self.reporter = Reporter(
+            run,
+            self.console,
+            train.log_every_steps,
+            self.parallelism,
+            self.ranks,
+            dtype=self.dtype,
+            step_flops=self._step_flops,
+            wandb_project=config.report.wandb_project,
+        )
         self.reporter.checks = (self.guard.observe,)
         self.callbacks, self._stop = callbacks, stop
         self.stage: Stage = no_stage
@@ -122,6 +132,12 @@ class Trainer:
     def _largest(self, value: float) -> float:
         """The largest of a number over all ranks."""
         return max(self.ranks.gather("sizing the batch", lambda: value))
+
+    def _step_flops(self) -> int:
+        """FLOPs of a step on all ranks, of images as large as they are now."""
+        architecture = self.model.architecture | {"img_size": self.model.input_size}
+        flops = count_flops(architecture, self.batch_size, self.config.model.mask_ratio)
+        return self.ranks.size * self.accumulation * flops
 
     @property
     def num_threads(self) -> int:
@@ -152,7 +168,7 @@ class Trainer:
         train = self.config.train
         if on_checkpoint:
             self.saves.on_saved = on_checkpoint
-        deadline = deadline_after(train.max_minutes)
+        deadline = time.monotonic() + 60 * train.max_minutes if train.max_minutes else math.inf
         fit = StepFit(deadline)
         self.reporter.open(self.step, self.schedule.total_steps, deadline, on_log)
         with ExitStack() as stack:
@@ -220,7 +236,7 @@ class Trainer:
             for number, one in enumerate(inputs, 1):
                 autocast = torch.autocast(self.device.type, self.dtype, low_precision, cache_enabled=caches)
                 with no_sync(self.forward, last=number == self.accumulation):
-                    with self.stage("forward"), autocast:
+                    with self.stage("forward"), self.reporter.timer.forward(), autocast:
                         loss = self.task.loss(self.forward, *one) / self.accumulation
                     with self.stage("backward"):
                         (loss * self.loss_scale.value if self.loss_scale else loss).backward()
@@ -270,7 +286,7 @@ class Trainer:
         self._note_bad_files()
         tensors, manifest = continuation.tensors_of(self), continuation.manifest_of(self)
         interval = self.reporter.values.copy_of(tensors["metrics.interval"])
-        taken = self.guard.newest_taken(self.step, interval.wait)
+        taken = self.guard.newest_taken(self.step, interval)
         self.saves.save(self.step, tensors, manifest, last=last, protect=taken)
         self.watch.saved()
 
@@ -369,7 +385,7 @@ class Trainer:
 
     def _next_batch(self) -> Any:
         self.heartbeat.at(self.step, "waiting for images")
-        with self.stage("data"), self.reporter.clock.waiting():
+        with self.stage("data"), self.reporter.timer.waiting():
             batch = next(self.loader)
         self.heartbeat.compute(self.step)
         return batch

@@ -6,7 +6,7 @@ error reaches all of them as one :class:`CheckpointError` with the same words. C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -154,6 +154,20 @@ class Ranks:
             return values.bool().tolist()
 
         return answer
+
+    def collect(self, what: str, values: Sequence[float]) -> Callable[[], list[list[float]]]:
+        """Exchange a few numbers of each rank; all call it. Returns at once: calling the result waits for all ranks."""
+        if self.group is None:
+            return lambda: [list(values)]
+        own = torch.tensor(values, dtype=torch.float64)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        work = dist.all_gather(gathered, own, self.group, async_op=True)
+
+        def wait() -> list[list[float]]:
+            self._guard(what, work.wait)
+            return torch.stack(gathered).tolist()
+
+        return wait
 
     def _guard(self, what: str, collective: Callable[[], object]) -> None:
         try:

@@ -136,7 +136,7 @@ def validate(config: Any) -> None:
     probes = config.resume or config.report.probe_path is None or config.report.probe_every_epochs is not None
     require(probes, "report", "probe_path", "none without --report.probe-every-epochs")
     if config.report.wandb_project is not None:
-        from fastmae.train.telemetry.wandb_sink import require_wandb
+        from fastmae.train.loggers import require_wandb
 
         require_wandb()
 

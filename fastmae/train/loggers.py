@@ -1,0 +1,331 @@
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, the terminal, Weights & Biases. None of them can end a run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from fastmae.train.run_folder import RunFolder
+
+Row = dict[str, Any]
+
+_log = logging.getLogger(__name__)
+
+_BAR = 8
+"""Columns of the progress bar."""
+_WANDB_FILE = "wandb.json"
+_WANDB_START = 60
+_WANDB_FINISH = 30.0
+"""Seconds that starting and closing a W&B run may take."""
+
+
+class Logger(Protocol):
+    """A destination of metrics."""
+
+    def write(self, row: Row) -> None:
+        """A row of an interval of steps; it has at least ``step``."""
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """Numbers and picture files of an evaluation of the weights after a step, by name."""
+
+    def close(self) -> None: ...
+
+
+class Loggers:
+    """All loggers of a run as one. A failure, such as a full disk, costs rows and is reported when it begins and ends.
+
+    Args:
+        run: the run folder.
+        console: shows the progress.
+        step, total_steps: steps done, and steps of the whole run.
+        deadline: of ``time.monotonic()``, when the run ends at the latest.
+        wandb_project: of Weights & Biases; None disables it.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        console: Console,
+        step: int,
+        total_steps: int,
+        deadline: float = math.inf,
+        wandb_project: str | None = None,
+    ) -> None:
+        config = run.read_json("config.json") or {}
+        self._loggers: list[Logger] = [JsonLines(run.metrics, run.evaluations), TensorBoard(run.path, step, config)]
+        if wandb_project:
+            try:
+                self._loggers.append(WeightsAndBiases(wandb_project, run, config))
+            except Exception as error:
+                _log.warning("Weights & Biases: %s. Nothing is logged there, training continues", _first_line(error))
+        terminal = Terminal(console, step, total_steps, deadline)  # last: what W&B prints precedes the bar
+        self.set_total = terminal.set_total
+        self._loggers.append(terminal)
+        self._failures = dict.fromkeys(self._loggers, 0)
+
+    def write(self, row: Row) -> None:
+        self._each("write", row)
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        self._each("evaluation", step, values, pictures)
+
+    def close(self) -> None:
+        self._each("close")
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for logger, failures in self._failures.items():
+            name = type(logger).__name__
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:
+                if not failures:
+                    _log.warning("%s: METRICS NOT WRITTEN: %s. Training continues", name, _first_line(error))
+                self._failures[logger] += 1
+            else:
+                if failures:
+                    _log.warning("%s: writing again; %d writes failed", name, failures)
+                self._failures[logger] = 0
+
+
+class JsonLines:
+    """One JSON object per line, appended: rows to one file, evaluations to another."""
+
+    def __init__(self, path: Path, evaluations: Path) -> None:
+        self._path, self._evaluations = path, evaluations
+        path.touch()
+
+    def write(self, row: Row) -> None:
+        _append(self._path, row)
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        _append(self._evaluations, {"step": step, **values, **{name: str(path) for name, path in pictures.items()}})
+
+    def close(self) -> None:
+        pass
+
+
+def _append(path: Path, row: Row) -> None:
+    """Append a whole line or nothing: half a line, on a disk that is full for a while, would spoil the next one."""
+    line = (json.dumps(without_nan(row)) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def without_nan(value: Any) -> Any:
+    """The same dicts, lists and values, with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """A row's numbers by chart: ``train/<name>``, and ``ranks/<name>/<rank>`` for the values of each rank."""
+    found = {f"train/{name}": v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+    for name, values in row.get("ranks", {}).items():
+        found |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values) if value is not None}
+    return found
+
+
+class TensorBoard:
+    """TensorBoard events; a continued run purges the rows after its checkpoint.
+
+    Args:
+        folder: of the event files.
+        step: after which the run begins or continues.
+        config: shown as text.
+    """
+
+    def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer = self._open(purge_step=step + 1 if step else None)
+        if config:
+            lines = json.dumps(config, indent=2).splitlines()
+            self._writer.add_text("config", "\n".join("    " + line for line in lines), step)  # Markdown for code
+
+    def write(self, row: Row) -> None:
+        with self._reopening() as writer:
+            for name, value in scalars(row).items():
+                writer.add_scalar(name, value, row["step"])
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        with self._reopening() as writer:
+            for name, value in values.items():
+                writer.add_scalar(f"eval/{name}", value, step)
+            for name, path in pictures.items():
+                with Image.open(path) as picture:
+                    writer.add_image(f"eval/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    @contextmanager
+    def _reopening(self) -> Iterator[Any]:
+        """The writer's thread ends at its first error, with half a record in its file: continue in a new one."""
+        self._writer = self._writer or self._open()
+        try:
+            yield self._writer
+        except OSError:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None
+            raise
+
+
+class Terminal:
+    """A progress bar on a terminal, plain lines elsewhere. A narrow terminal shows what matters most."""
+
+    def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
+        self._console, self._total, self._deadline = console, total_steps, deadline
+        self._begun, self._first = time.monotonic(), step
+        self._shown: dict[str, float] = {}
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = (BarColumn(_BAR), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+            self._progress = Progress(*columns, console=console, auto_refresh=False)  # no thread beside the training
+            self._task = self._progress.add_task("training", total=total_steps, completed=step, text="")
+            self._progress.start()
+
+    def set_total(self, total_steps: int) -> None:
+        """Change the number of steps of the run."""
+        self._total = total_steps
+        if self._progress is not None:
+            self._progress.update(self._task, total=total_steps)
+
+    def write(self, row: Row) -> None:
+        text = self._text(row)
+        if self._progress is None:
+            self._console.print(f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}", highlight=False)
+        else:
+            self._progress.update(self._task, completed=row["step"], text=text, refresh=True)
+
+    def _text(self, row: Row) -> str:
+        now = time.monotonic()
+        left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
+        parts = {}
+        if "epoch" in row:
+            parts["epoch"] = f"epoch {row['epoch']:.1f}/{round(row['epoch'] / row['step'] * self._total, 1):g}"
+        parts["loss"] = f"loss {_six_columns(row['loss'])}"
+        skipped = row["skipped_steps"]
+        parts["skipped" if skipped else "lr"] = f"{skipped} skipped" if skipped else f"lr {row['lr']:.2e}"
+        rate = row["images_per_second"]
+        parts["rate"] = f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
+        if "mfu" in row:
+            parts["mfu"] = f"MFU {row['mfu']:.0%}"
+        parts["data"] = f"data {row['data_share']:.0%}"
+        parts["left"] = f"{_clock(max(0.0, min(left, self._deadline - now)))} left"
+        # Beside the bar and the count of steps. A file has no width.
+        room = self._console.width - _BAR - 2 * len(str(self._total)) - 3 if self._progress else math.inf
+        for name in ("lr", "mfu", "data", "epoch"):
+            if len("  ".join(parts.values())) > room:
+                parts.pop(name, None)
+        return "  ".join(parts.values())
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        # The errors of the baselines beside a picture are the same every time: print them once.
+        shown = {name: v for name, v in values.items() if not pictures or self._shown.get(name) != v}
+        self._shown |= values
+        found = [f"{name} {value:.4g}" for name, value in shown.items()] + [str(path) for path in pictures.values()]
+        self._console.print(f"step {step}: {', '.join(found)}", highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def _six_columns(loss: float | None) -> str:
+    if loss is None:
+        return "nan"
+    return f"{loss:.4f}" if loss < 10 else f"{loss:.5g}" if loss < 1e5 else f"{loss:.0e}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{rest:02}"
+
+
+def require_wandb() -> None:
+    """Raise ValueError unless wandb is installed, without importing it."""
+    if "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise ValueError(
+            "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]'), but it is not installed"
+        )
+
+
+class WeightsAndBiases:
+    """One W&B run per run folder, however often that is resumed: ``wandb.json`` holds its id.
+
+    W&B never deletes rows. Its charts are drawn over ``step`` and not over its own count, so that steps that are
+    trained again lie where they were before. Without a connection or a key the run is kept in the run folder's
+    ``wandb/`` for ``wandb sync``.
+    """
+
+    def __init__(self, project: str, run: RunFolder, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        saved = run.read_json(_WANDB_FILE) or {}
+        known = saved["id"] if saved.get("project") == project else secrets.token_hex(4)
+        run.write_json(_WANDB_FILE, {"project": project, "id": known})
+        options = {"project": project, "id": known, "name": run.path.resolve().name, "dir": str(run.path)}
+        # Its copy of the console would hold every state of the progress bar.
+        settings = wandb.Settings(console="off", init_timeout=_WANDB_START)
+        options |= {"config": dict(config), "resume": "allow", "settings": settings}
+        self._image = wandb.Image
+        try:
+            self._run = wandb.init(**options)
+        except Exception as error:
+            kept = f"this run is kept for `wandb sync` in {run.path / 'wandb'}"
+            _log.warning("Weights & Biases: %s; %s", _first_line(error), kept)
+            wandb.teardown()  # the failed attempt still holds the id
+            self._run = wandb.init(**options, mode="offline")
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: Row) -> None:
+        self._run.log({"step": row["step"], **scalars(row)})
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        images = {name: self._image(str(path)) for name, path in pictures.items()}
+        self._run.log({"step": step} | {f"eval/{name}": value for name, value in {**values, **images}.items()})
+
+    def close(self) -> None:
+        """Wait up to half a minute for what has not been sent. W&B marks the run as failed if an error ends it."""
+        code = int(sys.exc_info()[0] is not None)
+        thread = threading.Thread(target=self._run.finish, kwargs={"exit_code": code}, name="wandb", daemon=True)
+        thread.start()
+        thread.join(_WANDB_FINISH)
+        if thread.is_alive():
+            _log.warning("Weights & Biases: not everything was sent; `wandb sync` sends the rest from the run folder")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")[:200]

@@ -1,0 +1,386 @@
+"""What a run measures while it trains, and the rows that it makes of it; docs/training.md lists a row's fields.
+
+No step waits for a measurement: losses stay on the device for an interval of steps, and the times of other ranks are on
+their way for as long.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import socket
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fastmae.train.loggers import Loggers, Row
+from fastmae.train.parallel import Parallelism
+from fastmae.train.ranks import Ranks
+from fastmae.train.run_folder import RunFolder
+
+WAITING = 0.2
+"""Share of an interval spent waiting for images from which on the terminal says so."""
+STRAGGLES = 0.1
+"""Share of a step that a rank's own work takes longer than the median's, from which on the rank is a straggler."""
+IN_A_ROW, AGAIN = 3, 100
+"""Rows in a row with a straggler until it is named, and until it is named again."""
+SHOWN_RANKS = 16
+"""Ranks up to which a row has the times of each."""
+
+Values = dict[str, list[float]]
+"""Values of an interval's steps by name."""
+
+
+class StepValues:
+    """Values of each step of an interval, (interval, names) float32 on the device.
+
+    Args:
+        average: the mean over all ranks, taken once per interval and not per step.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        interval: int,
+        device: torch.device,
+        average: Callable[[Tensor], Tensor] = torch.clone,
+    ) -> None:
+        self.names, self.count, self._average = tuple(names), 0, average
+        self.values = torch.zeros(interval, len(self.names), device=device)
+
+    def add(self, *values: Tensor) -> None:
+        """One step's values: scalars on the device, in the order of the names."""
+        torch.stack(values, out=self.values[self.count])
+        self.count += 1
+
+    def take(self) -> Callable[[], Values]:
+        """Start copying the interval to the host, and begin the next one."""
+        copy = self.copy_of(self.state_dict()["interval"])
+        self.count = 0
+        return copy
+
+    def copy_of(self, interval: Tensor) -> Callable[[], Values]:
+        """Start copying the ``interval`` of :meth:`state_dict` to the host; calling the result waits for it."""
+        host, event = torch.empty(interval.shape, pin_memory=interval.is_cuda), None
+        host.copy_(interval, non_blocking=True)
+        if interval.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+
+        def wait() -> Values:
+            if event is not None:
+                event.synchronize()
+            return dict(zip(self.names, host.T.tolist(), strict=True))
+
+        return wait
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``interval``: the steps of the unfinished interval, (count, names), the same on all ranks; all call it."""
+        return {"interval": self._average(self.values[: self.count])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue an unfinished interval, so that its mean is that of an undisturbed run."""
+        interval = state["interval"][-len(self.values) :]
+        self.count = len(interval)
+        self.values[: self.count] = interval.to(self.values.device)
+
+    def begin(self, step: int) -> None:
+        """Keep the values since the last multiple of the interval: the saved run may have had another interval."""
+        count = min(self.count, step % len(self.values))
+        self.values[:count] = self.values[self.count - count : self.count].clone()
+        self.count = count
+
+
+class StepTimer:
+    """Times an interval of steps, and in it the waiting for images and the forward passes.
+
+    Args:
+        forwards: whether to time forward passes. With DDP they are a rank's own work, in which it waits for nobody; a
+            sharded model gathers weights in them, which waits for the slowest rank.
+    """
+
+    def __init__(self, device: torch.device, forwards: bool = False) -> None:
+        self._cuda, self._forwards = device.type == "cuda", forwards
+        self._event = torch.cuda.Event() if self._cuda else None
+        self._timed: deque[tuple[Any, Any]] = deque(maxlen=64)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval."""
+        self._begun, self._waited, self._passes = time.monotonic(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for images.
+
+        The host queues work for a GPU many steps ahead. While that lasts a wait costs nothing, and is not counted: an
+        event behind the queued work that has not been reached when the images arrive shows that the GPU was busy.
+        """
+        if self._event is not None:
+            self._event.record()
+        begun = time.monotonic()
+        yield
+        if self._event is None or self._event.query():
+            self._waited += time.monotonic() - begun
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the forward pass."""
+        begin = self._now() if self._forwards else None
+        yield
+        if self._forwards:
+            self._timed.append((begin, self._now()))
+            self._passes += 1
+
+    def read(self, steps: int, images: int) -> tuple[dict[str, float], float]:
+        """Times of the interval for a row, and seconds per step in forward passes: by the median of those that the
+        device has finished, NaN if there are none."""
+        elapsed = max(time.monotonic() - self._begun, 1e-9)
+        seconds = []
+        while self._timed and (not self._cuda or self._timed[0][1].query()):
+            begin, end = self._timed.popleft()
+            seconds.append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
+        return {
+            "images_per_second": images / elapsed,
+            "step_time": elapsed / steps,
+            "data_time": self._waited / steps,
+            "data_share": self._waited / elapsed,
+        }, statistics.median(seconds) * self._passes / steps if seconds else math.nan
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Reporter:
+    """Collects each step's values, writes a row per interval, and names ranks that hold up the others.
+
+    Rows are written one interval late on a GPU or with several ranks, so that no step waits.
+
+    Args:
+        run: the run folder.
+        console: shows the progress.
+        interval: steps per row.
+        parallelism: the ranks whose values are averaged; the first of them writes.
+        ranks: the same ranks, for what the host exchanges.
+        dtype: of the matrix products that MFU compares with.
+        step_flops: FLOPs of a step over all ranks, at present; None leaves them out.
+        wandb_project: of Weights & Biases; None disables it.
+
+    Attributes:
+        checks: called with each row and its steps' values by name before the row is written; may add to the row.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        console: Console,
+        interval: int,
+        parallelism: Parallelism,
+        ranks: Ranks,
+        *,
+        dtype: torch.dtype = torch.float32,
+        step_flops: Callable[[], int] | None = None,
+        wandb_project: str | None = None,
+    ) -> None:
+        self._run, self._console, self._ranks, self._is_main = run, console, ranks, parallelism.is_main
+        self._device, self._dtype, self._step_flops = parallelism.device, dtype, step_flops
+        self._wandb_project = wandb_project
+        self.values = StepValues(("loss", "grad_norm", "skipped"), interval, self._device, parallelism.mean)
+        self.timer = StepTimer(self._device, forwards=ranks.size > 1 and not parallelism.sharded)
+        self._late = int(self._device.type == "cuda" or ranks.size > 1)
+        self.checks: Sequence[Callable[[Row, Values], None]] = ()
+        self._rows: list[tuple[Row, Callable[[], Values], Callable[[], list[list[float]]]]] = []
+        self._loggers: Loggers | None = None
+        self._rows_written, self._waiting_told, self._straggling = 0, False, 0
+
+    def open(
+        self, step: int, total_steps: int, deadline: float = math.inf, on_row: Callable[[Row], None] | None = None
+    ) -> None:
+        """Begin after ``step`` of ``total_steps``; all ranks together, since each measures its matrix products.
+
+        Args:
+            deadline: of ``time.monotonic()``, when the run ends at the latest.
+            on_row: called with each row.
+        """
+        self._opened = total_steps, deadline, on_row
+        self._hosts = self._ranks.gather("exchanging host names", socket.gethostname)
+        peaks = self._ranks.gather("measuring the devices", lambda: peak_flops(self._device, self._dtype))
+        self._peak = None if None in peaks else math.fsum(peaks)
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._is_main:
+            self._loggers = Loggers(self._run, self._console, step, total_steps, deadline, self._wandb_project)
+
+    def set_total(self, total_steps: int) -> None:
+        """Change the number of steps of the run."""
+        self._opened = total_steps, *self._opened[1:]
+        if self._loggers:
+            self._loggers.set_total(total_steps)
+
+    def start(self, step: int) -> None:
+        """Begin the first interval, after ``step`` steps."""
+        self._last_step = step
+        self.values.begin(step)
+        self.timer.restart()
+
+    def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        """A step's values: scalars on the device."""
+        self.values.add(loss, grad_norm, skipped)
+
+    def log(self, row: Row, images: int) -> None:
+        """Close an interval: its values begin their way to the host, and the row of the interval before is written.
+
+        Args:
+            row: what the trainer knows; at least ``step``.
+            images: per step, for the rate.
+        """
+        steps = row["step"] - self._last_step
+        times, forward_time = self.timer.read(steps, steps * images)
+        row |= times
+        if self._step_flops:
+            rate = self._step_flops() / row["step_time"]
+            row["tflops_per_second"] = rate / 1e12
+            if self._peak:
+                row["mfu"] = min(1.0, rate / self._peak)  # above 1 if the device was busy, or emulates the precision
+        memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else math.nan
+        own = [row["data_time"], forward_time, memory, _host_memory_gib()]
+        self._rows.append((row, self.values.take(), self._ranks.collect("collecting times", own)))
+        self._last_step = row["step"]
+        self.timer.restart()
+        self.flush(pending=self._late)
+
+    def flush(self, pending: int = 0) -> None:
+        """Write all rows but the newest ``pending``; waits for their values."""
+        while len(self._rows) > pending:
+            row, copy, collected = self._rows.pop(0)
+            values = copy()
+            row["skipped_steps"] = int(sum(values["skipped"]))
+            for name in ("loss", "grad_norm"):
+                finite = [value for value in values[name] if math.isfinite(value)]
+                row[name] = math.fsum(finite) / len(finite) if finite else None
+                row[f"{name}_max"] = max(finite, default=None)
+            of_ranks, straggler = combine_ranks(collected(), row["step_time"], self._hosts)
+            row |= of_ranks
+            for check in self.checks:
+                check(row, values)
+            if self._loggers:
+                self._loggers.write(row)
+            if on_row := self._opened[2]:
+                on_row(row)
+            self._print_if_slow(row, straggler)
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
+        """Log an evaluation of the weights after a step: numbers by name, and picture files by name."""
+        if self._loggers:
+            self._loggers.evaluation(step, values, pictures or {})
+
+    def go_back(self, step: int) -> None:
+        """Begin again after an earlier step, to whose rows the files have been cut."""
+        self.close()
+        self._rows.clear()
+        self.open(step, *self._opened)
+        self.start(step)
+
+    def close(self) -> None:
+        if self._loggers:
+            self._loggers.close()
+
+    def _print_if_slow(self, row: Row, straggler: str) -> None:
+        self._rows_written += 1  # in the first interval the loader starts
+        if row["data_share"] > WAITING and self._rows_written > 1 and not self._waiting_told:
+            self._waiting_told = True
+            share = f"waiting for images: {row['data_share']:.0%} of the time"
+            self._console.print(f"{share}; `fastmae bench` with the same flags shows what would help")
+        self._straggling = self._straggling + 1 if straggler else 0
+        if self._straggling % AGAIN == IN_A_ROW:
+            self._console.print(straggler)
+
+
+def combine_ranks(values: Sequence[Sequence[float]], step_time: float, hosts: Sequence[str]) -> tuple[Row, str]:
+    """What a row says of all ranks, and a line that names a straggler, empty if there is none.
+
+    The steps of ranks that train together are all as long as the slowest one's. What differs is each rank's own work,
+    in which it waits for no other: getting images, and computing, of which the forward pass is about a third.
+
+    Args:
+        values: of each rank: seconds per step waiting for images; seconds per step in forward passes, NaN if unknown;
+            the most memory of the GPU, NaN without one, and of the host, GiB.
+        step_time: seconds per step.
+        hosts: of each rank.
+    """
+    data, forward, device_memory, host_memory = zip(*values, strict=True)
+    row: Row = {"data_time": max(data), "data_share": max(data) / step_time, "host_memory_gib": max(host_memory)}
+    if math.isfinite(device_memory[0]):
+        row["peak_memory_gib"] = max(device_memory)
+    if len(hosts) == 1:
+        return row, ""
+    times = {"data_time": data}
+    if all(map(math.isfinite, forward)):
+        times["forward_time"] = forward
+    own = [sum(of_rank) for of_rank in zip(data, *3 * [times.get("forward_time", [0.0] * len(data))], strict=True)]
+    slowest, excess = own.index(max(own)), max(own) - statistics.median_low(own)
+    row |= {"slowest_rank": slowest, "slowest_host": hosts[slowest]}
+    if len(hosts) <= SHOWN_RANKS:
+        row["ranks"] = {name: list(seconds) for name, seconds in times.items()}
+    parts = [
+        f"{1e3 * seconds[slowest]:.1f} ms {what} (median {1e3 * statistics.median_low(seconds):.1f})"
+        for seconds, what in zip(times.values(), ("waiting for images", "in forward passes"), strict=False)
+    ]
+    line = f"rank {slowest} ({hosts[slowest]}) holds up the others. Per step: {', '.join(parts)}"
+    return row, line if excess > STRAGGLES * step_time else ""
+
+
+def _host_memory_gib() -> float:
+    """The most memory that this process has held (resident set size)."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5, size: int | None = None) -> float:
+    """FLOP/s of a large square matrix product, which is what a device reaches at best; waits for the device.
+
+    Args:
+        device: a CUDA device or the CPU, with PyTorch's present settings (TF32, threads).
+        dtype: of both factors and of the product.
+        rounds: timed, after two that are not; the median counts.
+        size: of the matrices; None: 8192 on a GPU, 1536 on a CPU.
+    """
+    size = size or {"cuda": 8192, "cpu": 1536}[device.type]
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out, seconds = torch.empty_like(a), []
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    for _ in range(rounds + 2):
+        synchronize(device)
+        begun = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """:func:`matmul_flops`, once per process; None where it cannot be measured. Leaves the random state as it is.
+
+    Every run begins with it, so it takes milliseconds: on a CPU the matrices fit the caches, and a large product is
+    some ten per cent faster or slower.
+    """
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return matmul_flops(device, dtype, rounds=3, size=384 if device.type == "cpu" else None)
+    except RuntimeError:  # out of memory, or no product of this dtype: MFU is left out
+        return None

@@ -1,0 +1,362 @@
+"""Rows of metrics: values that survive a save, times by the host's clock, MFU, and ranks that hold up the others."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from distributed import run_ranks
+from rich.console import Console
+from torch import nn
+from training import MODEL, TRAIN, make_trainer, write_images
+
+from fastmae import data
+from fastmae.model import create_model
+from fastmae.train import metrics, parallel
+from fastmae.train.checkpoint import LostRankError, Ranks
+from fastmae.train.config import DataConfig, PretrainConfig
+from fastmae.train.flops import count_flops
+from fastmae.train.loop import Trainer
+from fastmae.train.metrics import (
+    AGAIN,
+    IN_A_ROW,
+    SHOWN_RANKS,
+    Reporter,
+    StepTimer,
+    StepValues,
+    combine_ranks,
+    matmul_flops,
+    peak_flops,
+)
+from fastmae.train.parallel import Parallelism
+from fastmae.train.run_folder import RunFolder
+
+CPU = torch.device("cpu")
+NAN = math.nan
+
+
+class Clock:
+    """Stands in for the host's clock."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
+
+    def wait(self, timer: StepTimer, seconds: float) -> None:
+        with timer.waiting():
+            self.now += seconds
+
+    def forward(self, timer: StepTimer, seconds: float) -> None:
+        with timer.forward():
+            self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_values_of_an_interval_survive_a_save_also_with_another_interval():
+    values = StepValues(("a", "b"), 4, CPU)
+    for step in range(3):
+        values.add(torch.tensor(float(step)), torch.tensor(-1.0))
+    state = values.state_dict()
+    for interval, expected in ((4, [0.0, 1.0, 2.0, 3.0]), (2, [2.0, 3.0]), (8, [0.0, 1.0, 2.0, 3.0])):
+        continued = StepValues(("a", "b"), interval, CPU)
+        continued.load_state_dict(state)
+        continued.begin(step=7)
+        continued.add(torch.tensor(3.0), torch.tensor(-1.0))
+        assert continued.take()() == {"a": expected, "b": [-1.0] * len(expected)}
+
+
+def test_waiting_and_forward_passes_are_parts_of_the_interval(clock):
+    timer = StepTimer(CPU, forwards=True)
+    for seconds in (3.0, 1.0):
+        clock.wait(timer, seconds)
+        clock.now += 1.0
+    for seconds in (0.2, 0.3, 9.0, 0.3):  # two passes per step; one is interrupted by something
+        clock.forward(timer, seconds)
+    clock.now += 0.2
+    times, forward_time = timer.read(steps=2, images=32)
+    assert times == pytest.approx({"images_per_second": 2.0, "step_time": 8.0, "data_time": 2.0, "data_share": 0.25})
+    assert forward_time == pytest.approx(0.6)
+    timer.restart()
+    clock.now += 1.0
+    times, forward_time = timer.read(steps=1, images=16)
+    assert times == {"images_per_second": 16.0, "step_time": 1.0, "data_time": 0.0, "data_share": 0.0}
+    assert math.isnan(forward_time)
+
+
+@pytest.mark.parametrize(("reached", "expected"), [(True, 3.0), (False, 0.0)])
+def test_waiting_while_the_gpu_has_work_does_not_count(clock, reached, expected):
+    class Event:
+        recorded = 0
+
+        def record(self):
+            self.recorded += 1
+
+        def query(self):
+            return reached
+
+    timer = StepTimer(CPU)
+    timer._event = Event()
+    clock.wait(timer, 3.0)
+    assert timer.read(steps=1, images=1)[0]["data_time"] == expected
+    assert timer._event.recorded == 1
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed_by_events_that_nobody_waits_for():
+    timer = StepTimer(torch.device("cuda"), forwards=True)
+    torch.cuda._sleep(10**9)
+    for around in (timer.waiting, timer.forward):
+        with around():
+            time.sleep(0.01)
+            torch.cuda._sleep(10**8)
+    times, forward_time = timer.read(steps=1, images=1)
+    assert times["data_time"] == 0
+    assert math.isnan(forward_time)
+    torch.cuda.synchronize()
+    with timer.waiting():
+        time.sleep(0.01)
+    times, forward_time = timer.read(steps=1, images=1)
+    assert times["data_time"] >= 0.01
+    assert forward_time > 0.005
+
+
+def report(folder: Path, clock: Clock, shares: list[float], **values: list[float]) -> tuple[str, list[dict]]:
+    """What the terminal shows of intervals of 10 s with such shares of waiting, and the rows."""
+    console = Console(file=io.StringIO(), width=200)
+    with RunFolder(folder) as run:
+        reporter = Reporter(run, console, 2, Parallelism(), Ranks())
+        reporter.open(0, 2 * len(shares))
+        reporter.start(0)
+        for number, share in enumerate(shares):
+            for step in range(2):
+                clock.wait(reporter.timer, 5 * share)
+                clock.now += 5 * (1 - share)
+                of_step = {"loss": 1.0, "grad_norm": 2.0, "skipped": 0.0}
+                of_step |= {name: steps[2 * number + step] for name, steps in values.items()}
+                reporter.add(*map(torch.tensor, of_step.values()))
+            reporter.log({"step": 2 * number + 2, "lr": 0.1}, images=8)
+        reporter.close()
+        return console.file.getvalue(), run.read_metrics()
+
+
+def test_a_loader_that_is_too_slow_is_reported_once_and_not_of_the_start(tmp_path, clock):
+    text, rows = report(tmp_path / "slow", clock, [0.9, 0.1, 0.5, 0.6])
+    assert text.count("waiting for images") == 1
+    assert "waiting for images: 50% of the time; `fastmae bench`" in text
+    assert [row["data_time"] for row in rows] == pytest.approx([4.5, 0.5, 2.5, 3.0])
+    assert "data 90%" in text
+    text, _ = report(tmp_path / "fast", clock, [0.9, 0.2, 0.0])
+    assert "waiting for images" not in text
+
+
+def test_a_row_has_means_and_maxima_of_what_is_finite(tmp_path, clock):
+    losses, skipped = [1.0, 3.0, NAN, 2.0, math.inf, NAN], [0.0, 0.0, 1.0, 0.0, 1.0, 1.0]
+    _, rows = report(tmp_path / "run", clock, [0.0] * 3, loss=losses, skipped=skipped)
+    assert [(row["loss"], row["loss_max"]) for row in rows] == [(2.0, 3.0), (2.0, 2.0), (None, None)]
+    assert [row["skipped_steps"] for row in rows] == [0, 1, 2]
+    assert all(row["grad_norm"] == row["grad_norm_max"] == 2.0 for row in rows)
+
+
+def test_mfu_is_the_flops_of_the_steps_over_the_time_and_the_peak(tmp_path):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), batch_size=2)
+    with trainer.run as run:
+        trainer.fit()
+    flops = 4 * count_flops(trainer.model.architecture, 2, 0.75)
+    for row in run.read_metrics():
+        rate = flops / row["step_time"]
+        assert row["tflops_per_second"] == pytest.approx(rate / 1e12)
+        assert row["mfu"] == pytest.approx(min(1.0, rate / peak_flops(CPU, torch.bfloat16)))
+        assert row["images_per_second"] == pytest.approx(8 / row["step_time"])
+
+
+def test_a_peak_is_measured_once_and_a_run_draws_what_it_would_have_drawn(monkeypatch):
+    ticks = iter(range(1000))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: float(next(ticks)))
+    peak_flops.cache_clear()
+    state = torch.get_rng_state()
+    assert peak_flops(CPU, torch.float32) == peak_flops(CPU, torch.float32) == 2 * 384**3  # a second per product
+    assert next(ticks) == 2 * 5
+    assert torch.equal(torch.get_rng_state(), state)
+    assert matmul_flops(CPU, torch.float32, rounds=1, size=64) == 2 * 64**3
+    peak_flops.cache_clear()
+
+
+def test_without_a_peak_a_row_has_no_mfu(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(metrics, "matmul_flops", fail)
+    peak_flops.cache_clear()
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    with trainer.run as run:
+        trainer.fit()
+    peak_flops.cache_clear()
+    assert all("mfu" not in row and row["tflops_per_second"] > 0 for row in run.read_metrics())
+
+
+@pytest.mark.gpu
+def test_rows_of_a_gpu_have_its_memory_and_a_share_of_its_peak(tmp_path):
+    device, before = torch.device("cuda"), torch.cuda.memory_allocated()
+    assert peak_flops(device, torch.bfloat16) == pytest.approx(matmul_flops(device, torch.bfloat16), rel=0.2)
+    assert torch.cuda.memory_allocated() == before
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), device="cuda", steps=20)
+    with trainer.run as run:
+        trainer.fit()
+    for row in run.read_metrics():
+        assert 0 < row["peak_memory_gib"] < 0.5  # without the matrices of the measurement
+        assert 0 < row["mfu"] < 1
+
+
+def ranks(data_time: list[float], forward_time: float | list[float] = 0.05) -> list[list[float]]:
+    """What ranks tell of steps of a second on a CPU."""
+    forward = forward_time if isinstance(forward_time, list) else [forward_time] * len(data_time)
+    return [[*times, NAN, 1.0 + rank] for rank, times in enumerate(zip(data_time, forward, strict=True))]
+
+
+HOSTS = ["node0", "node0", "node1", "node1"]
+
+
+@pytest.mark.parametrize(
+    ("data_time", "forward_time", "words"),
+    [
+        ([0.02, 0.0, 0.25, 0.0], 0.05, "rank 2 (node1) .* 250.0 ms waiting for images (median 0.0)"),
+        ([0.02, 0.0, 0.25, 0.0], NAN, "rank 2 (node1) .* 250.0 ms waiting for images (median 0.0)"),
+        ([0.0] * 4, [0.05, 0.05, 0.055, 0.085], "rank 3 (node1) .* 85.0 ms in forward passes (median 50.0)"),
+        ([0.3, 0.32, 0.3, 0.3], 0.05, None),  # all of them wait
+        ([0.0] * 4, [0.05, 0.05, 0.055, 0.082], None),  # a step is less than 10 % longer
+        ([0.0] * 4, [0.05, NAN, 0.05, 0.09], None),
+    ],
+)
+def test_a_rank_whose_own_work_takes_longer_is_named(data_time, forward_time, words):
+    row, line = combine_ranks(ranks(data_time, forward_time), 1.0, HOSTS)
+    assert bool(line) == bool(words)
+    for part in (words or "").split(" .* "):
+        assert part in line
+    if words:
+        assert words.startswith(f"rank {row['slowest_rank']} ({row['slowest_host']})")
+    assert (row["data_time"], row["data_share"], row["host_memory_gib"]) == (max(data_time), max(data_time), 4.0)
+    assert "NaN" not in json.dumps(row)
+
+
+def test_of_two_ranks_the_slower_one_is_the_straggler():
+    row, line = combine_ranks(ranks([0.0, 0.2]), 1.0, HOSTS[:2])
+    assert line.startswith("rank 1 (node0)")
+    assert row["ranks"] == {"data_time": [0.0, 0.2], "forward_time": [0.05, 0.05]}
+
+
+@pytest.mark.parametrize("size", [1, SHOWN_RANKS, SHOWN_RANKS + 1])
+def test_rows_of_many_ranks_do_not_have_the_times_of_each(size):
+    row, _ = combine_ranks(ranks([0.1] * size), 1.0, ["node"] * size)
+    assert ("ranks" in row) == (size == SHOWN_RANKS)
+    assert ("slowest_rank" in row) == (size > 1)
+
+
+def test_a_straggler_is_named_after_some_rows_in_a_row_and_then_rarely(tmp_path):
+    with RunFolder(tmp_path / "run") as run:
+        reporter = Reporter(run, Console(file=io.StringIO()), 2, Parallelism(), Ranks())
+
+    def named(rows: int, line: str = "rank 3 is slow") -> int:
+        before = reporter._console.file.getvalue().count("rank 3")
+        for _ in range(rows):
+            reporter._print_if_slow({"data_share": 0.0}, line)
+        return reporter._console.file.getvalue().count("rank 3") - before
+
+    for _ in range(3):
+        assert named(IN_A_ROW - 1) == 0
+        assert named(1, "") == 0
+    assert named(IN_A_ROW) == 1
+    assert named(AGAIN - 1) == 0
+    assert named(1) == 1
+
+
+def job(rank: int, folder: Path) -> dict[str, tuple[str, list[dict]]]:
+    """Runs of two ranks of which the second is slow in one way or another: what the terminal shows, and the rows."""
+    found = {}
+    for mode in ("ddp", "fsdp"):
+        place = parallel.initialize(mode, "cpu")
+        config = PretrainConfig(
+            out=folder / mode,
+            model=replace(MODEL, img_size=32),
+            data=DataConfig(path=folder / "images", loader="torch", num_threads=1),
+            train=replace(TRAIN, precision="fp32", log_every_steps=2, steps=9, warmup_steps=1),
+        )
+        dataset = data.open_dataset(folder / "images", cache_dir=folder / f"cache-{rank}")
+        model = parallel.construct(lambda config=config: create_model(**config.model_arguments()), place)
+        console = Console(file=io.StringIO(), width=200, quiet=rank > 0)
+        with Ranks.create() as ranks, RunFolder(config.out, leader=rank == 0) as run:
+            create = SlowLoader if mode == "fsdp" and rank else data.create_loader
+            options = {"console": console, "parallelism": place, "ranks": ranks}
+            trainer = Trainer(config, model, dataset, run, create_loader=create, **options)
+            if mode == "ddp" and rank:
+                slow_down(model.blocks[0])
+            assert trainer.fit() == "finished"
+            found[mode] = console.file.getvalue(), run.read_metrics()
+    return found
+
+
+def slow_down(block: nn.Module) -> None:
+    forward = block.forward
+
+    def slow(*args, **kwargs):
+        time.sleep(0.1)
+        return forward(*args, **kwargs)
+
+    block.forward = slow
+
+
+class SlowLoader:
+    """A loader that takes its time."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        self._loader = data.create_loader(*args, **kwargs)
+
+    def __next__(self) -> data.Batch:
+        time.sleep(0.1)
+        return next(self._loader)
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+
+def test_the_slow_rank_of_a_run_is_named_though_the_steps_of_all_take_equally_long(tmp_path):
+    write_images(tmp_path / "images")
+    found, _ = run_ranks(job, 2, tmp_path)
+    for mode, words in (("ddp", "ms in forward passes (median"), ("fsdp", "ms waiting for images (median")):
+        text, rows = found[mode]
+        (line,) = [line for line in text.splitlines() if line.startswith("rank ")]
+        assert line.startswith("rank 1 (")
+        assert words in line
+        assert [row["step"] for row in rows] == [2, 4, 6, 8, 9]
+        name = "forward_time" if mode == "ddp" else "data_time"
+        for row in rows:
+            assert row["slowest_rank"] == 1
+            assert row["ranks"][name][1] >= 0.1
+            assert row["data_time"] == max(row["ranks"]["data_time"])  # though rank 0 writes the row
+            assert row["data_share"] == pytest.approx(row["data_time"] / row["step_time"])
+            assert row["host_memory_gib"] > 0.05
+            assert row["mfu"] > 0
+    assert all("forward_time" not in row["ranks"] for row in found["fsdp"][1])  # there the ranks wait for each other
+
+
+def lost(rank: int) -> str:
+    with Ranks.create(timeout=20) as ranks:
+        assert ranks.collect("collecting times", [rank, 0.5])() == [[0.0, 0.5], [1.0, 0.5]]
+        if rank == 1:
+            return ""
+        with pytest.raises(LostRankError) as error:
+            ranks.collect("collecting times", [0.0])()
+        return str(error.value)
+
+
+def test_a_rank_that_has_gone_is_an_error():
+    assert run_ranks(lost, 2)[0].startswith("collecting times: a rank has ended or does not answer (")
