@@ -42,6 +42,7 @@ from fastmae.train.liveness.heartbeat import Heartbeat
 from fastmae.train.liveness.rank_states import StateBoard
 from fastmae.train.liveness.signals import StoppedEarly, StopRequest
 from fastmae.train.liveness.watch import leave_if_asked
+from fastmae.train.loggers import without_nan
 from fastmae.train.loop import Status, Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.precision import settle_precision
@@ -50,8 +51,6 @@ from fastmae.train.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, scaled_warmup
 from fastmae.train.rules import flag, validate
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.telemetry.metrics import without_nan
-from fastmae.train.telemetry.rank_log import RankLog
 from fastmae.train.weights import export_weights, load_model
 
 _log = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
             config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
             with usage_errors():
                 folder = _open_folder(config, ranks)
-            with folder, RankLog(folder.path, ranks.rank, ranks.size, parallelism.device):
+            with folder:
                 status = _Pretraining(config, folder, parallelism, ranks, stop, heartbeat).run()
     except BaseException:
         shutdown(parallelism, failed=True)

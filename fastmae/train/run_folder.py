@@ -1,7 +1,7 @@
 """The run folder: made and locked before anything else, so that a long run does not end in an unwritable place.
 
 It holds ``config.json``, ``status.json``, ``metrics.jsonl``, ``evaluations.jsonl``, TensorBoard events,
-``checkpoints/``, ``reconstructions/``, ``logs/`` (a file a process), ``model.safetensors`` (the final weights) and
+``checkpoints/``, ``reconstructions/``, ``model.safetensors`` (the final weights) and
 ``summary.json``; and ``bad_files.jsonl`` if there are any.
 """
 
@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 """What ``flock`` says on a network file system that was mounted without locks."""
 
-_LOCK, _RANK_LOG = ".lock", "rank-*.log"
+_LOCK = ".lock"
 
 
 class RunFolder:
@@ -48,7 +48,6 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
-        self._logs = self.path / "logs"
         self.leader = leader
         if not leader:
             return
@@ -93,26 +92,16 @@ class RunFolder:
             for path in (self.checkpoints, self.reconstructions):
                 if path.is_dir():
                     path.rmdir()
-            self._remove_logs()
             (self.path / _LOCK).unlink(missing_ok=True)
             if not self._was_there:
-                with suppress(OSError):  # such a log is there now
-                    self.path.rmdir()
+                self.path.rmdir()
         self._lock.close()
 
     def _is_new(self) -> bool:
         empty = {_LOCK} | {
             p.name for p in (self.checkpoints, self.reconstructions) if p.is_dir() and not any(p.iterdir())
         }
-        if len(list(self._logs.glob("*"))) == len(list(self._logs.glob(_RANK_LOG))):  # no logs of somebody else's
-            empty.add(self._logs.name)
         return all(p.name in empty for p in self.path.iterdir())
-
-    def _remove_logs(self) -> None:
-        for path in self._logs.glob(_RANK_LOG):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # not there, or another process is just writing its log
-            self._logs.rmdir()
 
     def write_json(self, name: str, values: dict[str, Any]) -> Path:
         """Write a JSON file of the folder by way of a rename, so that it is never seen half written, nor after the
