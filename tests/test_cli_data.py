@@ -21,7 +21,7 @@ from test_verify import png
 
 from fastmae.cli import data as data_module
 from fastmae.cli import main
-from fastmae.cli.decoder_warnings import DecoderWarnings
+from fastmae.cli.data import DecoderWarnings
 from fastmae.data import open_dataset, retry
 from fastmae.data.tar_shards import read_shard_index
 
@@ -101,7 +101,7 @@ def test_verify_then_shard_then_train_on_what_is_left(images, tmp_path, capsys):
 def test_shard_resizes_and_continues(images, tmp_path, capsys):
     arguments = "shard", images, tmp_path / "out", "--short-side", 20, "--max-bad-fraction", 1
     assert run(*arguments) == 0
-    assert "10 encoded anew, 0 with their bytes as they were" in capsys.readouterr().out
+    assert "10 re-encoded, 0 with their bytes as they were" in capsys.readouterr().out
     dataset = open_dataset(tmp_path / "out")
     assert {dataset.shape(i) for i in range(10)} == {(20, 25)}
     assert run(*arguments) == 0
@@ -114,7 +114,7 @@ def test_an_interrupted_packing_says_how_to_go_on(images, tmp_path, capsys, monk
 
     monkeypatch.setattr(data_module, "write_shards", interrupt)
     assert run("shard", images, tmp_path / "out", "--max-bad-fraction", 1) == 130
-    assert "the same command goes on from there" in capsys.readouterr().out
+    assert "the same command continues from there" in capsys.readouterr().out
 
 
 def test_index_beside_shards_and_of_a_folder(images, tmp_path, capsys):
@@ -286,7 +286,7 @@ def test_an_interrupted_verification_keeps_what_it_found(images, tmp_path, capsy
     assert signal.getsignal(signal.SIGTERM) is before
     out = capsys.readouterr().out
     assert "8 of 11 images decoded, 1 of them bad" in out
-    assert "Interrupted before the end; go on with --start 8" in out
+    assert "Interrupted before the end; continue with --start 8" in out
     assert open_dataset(images, max_bad_fraction=1.0).bad_ids.tolist() == [7, 9]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Parsing the command line: tyro reads it, errors become one line, and ``--help`` shows what most people need."""
+"""Parse the command line with tyro; errors become one line, and ``--help`` shows the flags that most people need."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _MEANT = {"--data": "--data.path", "--model": "--model.name", "--lr": "--train.b
 
 
 def parse(commands: dict[str, Any], argv: Sequence[str]) -> Any:
-    """The command of a command line: an instance of one of the classes in ``commands``, which are keyed by name.
+    """Parse into an instance of one of the classes in ``commands``, which are keyed by name.
 
     Raises:
-        UsageError: for whatever is wrong, in one line.
-        SystemExit: after printing the help that was asked for.
+        UsageError: one line, for anything wrong.
+        SystemExit: after printing the help.
     """
     name = argv[0] if argv else "--help"
     if name not in commands and not name.startswith("-"):
@@ -61,7 +61,7 @@ def parse(commands: dict[str, Any], argv: Sequence[str]) -> Any:
 
 
 def _about_unknown(word: str, command: Any) -> str:
-    """What is wrong with the first word that is neither a flag nor a value, and what may have been meant."""
+    """The error for the first word that is neither a flag nor a value, with a suggestion."""
     known = list(_flags(command))
     if word.startswith("-"):
         word = word.partition("=")[0].replace("_", "-")
@@ -91,7 +91,7 @@ def _did_you_mean(meant: str | None) -> str:
 
 
 def _plain(box: str) -> str:
-    """The sentence of one of tyro's errors, without its frame and the help below it."""
+    """The text of one of tyro's errors, without its frame and the help below it."""
     lines = (line.strip("│ ") for line in box.splitlines()[1:])
     text = " ".join(takewhile(lambda line: line and line[0] not in "─╰", lines)).removesuffix(".")
     text = re.sub(

@@ -1,7 +1,4 @@
-"""The commands and their flags; those of ``fastmae pretrain`` stand in ``fastmae.train.config``.
-
-No module that does the work is imported here, so that ``--help`` does not wait for PyTorch.
-"""
+"""Flags of all commands but ``pretrain`` (:mod:`fastmae.train.config`) and ``plan``. Nothing here imports PyTorch."""
 
 from __future__ import annotations
 
@@ -18,8 +15,8 @@ _SOURCE = tyro.conf.arg(metavar="PATH")
 
 @dataclass(frozen=True)
 class ReconstructConfig:
-    """Draw masked, reconstructed and original images side by side. Images are read, and masks drawn, as in the run that
-    trained the model."""
+    """Draw masked, reconstructed and original images side by side, read and masked as in the run that trained the
+    model."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """Run folder, checkpoint folder or exported .safetensors file."""
@@ -28,7 +25,7 @@ class ReconstructConfig:
     out: Path = Path("reconstruction.png")
     """The figure to write."""
     show: int = 9
-    """Images to draw, spread evenly over those given; errors are measured on more, at most 256."""
+    """Images to draw, spread evenly over those given. Errors are measured on up to 256."""
     visible: Literal["pasted", "predicted"] = "pasted"
     """Visible patches of the reconstruction: pasted from the image, or as the model predicts them (as in the paper's
     figures; blurred, since the loss does not train them)."""
@@ -70,29 +67,28 @@ class ImagesConfig:
     """Which images count as good: as for fastmae pretrain, so that both mean the same data set."""
 
     channels: int = 3
-    """Channels of the images; others count as bad."""
+    """Channels of the images; images with others count as bad."""
     value_range: tuple[float, ...] | None = None
     """Lowest and highest value of 16-bit and floating-point pixels, or a pair for each channel in turn."""
     channels_first: bool = False
     """.npy files are (channels, height, width)."""
     max_pixels: int = 178_956_970
-    """Largest height x width; more is taken for a decompression bomb and counts as bad."""
+    """Largest height x width; a larger image counts as bad, as a possible decompression bomb."""
     num_workers: int | None = None
-    """Threads that read and decode. None: one a core."""
+    """Threads that read and decode. None: one per core."""
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure the loader alone, the model alone and both together; say where the time of a step goes, which is the
-    bottleneck and what would help. Flags are those of fastmae pretrain; one process, and each optimiser step has one
-    micro-batch."""
+    """Measure the loader alone, the model alone and both together; report where a step's time goes, what the bottleneck
+    is and what would help. Takes the flags of fastmae pretrain; one process, one micro-batch per optimiser step."""
 
     recipe: RecipeName = "photographs"
     """Where the defaults of all other flags come from."""
     seconds: float = 20.0
-    """How long to measure, about; slow steps take longer. Starting and warming up are not counted."""
+    """Approximate duration of the measurement, without start and warm-up; slow steps take longer."""
     json: Path | None = None
-    """Also write everything that was found here."""
+    """Also write all results to this file."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -100,38 +96,38 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """Pack images into WebDataset tar shards, verified and with an index beside each. A run that was cut off is
-    continued by the same command, and ends in the same bytes."""
+    """Pack images into verified WebDataset tar shards, each with an index. If interrupted, the same command continues
+    and ends with the same bytes."""
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder of images, list file, .tar file or folder of .tar shards. Only read."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder for the shards: new, empty, or of a run of this command to continue. Not inside FOLDER."""
+    """Folder for the shards: new, empty, or left by this command when interrupted. Not inside FOLDER."""
     short_side: int | None = None
     """Shrink photographs to this short side in pixels and store them as JPEG, upright; smaller ones keep their bytes,
     and so do 16-bit, TIFF and NumPy files. 256 is usual for training at 224. None: every file's bytes as they are."""
     quality: int = 90
-    """JPEG quality of what is encoded anew, 1 to 100 (chroma at half resolution, as cameras store it)."""
+    """JPEG quality of re-encoded images, 1 to 100 (chroma at half resolution, as cameras store it)."""
     reencode: bool = False
-    """Encode all photographs anew as JPEG, also those that keep their size."""
+    """Re-encode all photographs as JPEG, also those that keep their size."""
     shard_bytes: int = 256 << 20
-    """Size of a shard to aim at. Smaller ones are more parallel to read and to write, and less to repeat after a
-    failure; larger ones are fewer files."""
+    """Target size of a shard. Smaller shards give more parallelism and less to repeat after a failure; larger ones,
+    fewer files."""
     images_per_shard: int | None = None
-    """Images in a shard, at most; overrides --shard-bytes."""
+    """Most images in a shard; overrides --shard-bytes."""
     shuffle_seed: int | None = 0
-    """Seed of the order in which images are packed, so that a reader that goes from front to back meets no sorted
-    classes. None: in the order of their names."""
+    """Seed of the packing order, so that a sequential reader does not see classes one after the other. None: by
+    name."""
     images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
     """How the images are read."""
     max_bad_fraction: float = 0.01
-    """Stop if more than this share of the images cannot be used; up to it they are left out and listed in
+    """Stop if more than this share of the images is bad. Otherwise bad images are skipped and listed in
     OUT/bad_files.jsonl."""
 
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Read every image's header once and keep what it says: beside tar shards for every reader, of a folder in the
+    """Read every image's header once and store the result: beside tar shards for all their readers, for folders in the
     cache."""
 
     path: Annotated[tyro.conf.Positional[Path], _SOURCE]
@@ -142,27 +138,27 @@ class IndexConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Decode every image in full, and remember the bad ones in the index, so that training replaces them from the
-    start. Ctrl-C keeps what was found so far. Exit code 1 if there are more than --max-bad-fraction."""
+    """Decode every image in full and store the bad ones in the index, so that training replaces them from the start.
+    Ctrl-C keeps what was found so far. Exit code 1 if more than --max-bad-fraction are bad."""
 
     path: Annotated[tyro.conf.Positional[Path], _SOURCE]
     """Folder of images, list file, .tar file or folder of .tar shards."""
     out: Path | None = None
-    """Also write the bad files here, a line of JSON each, as they are found."""
+    """Also write the bad files here as they are found, one JSON object per line."""
     max_bad_fraction: float = 0.01
     """Share of bad files up to which the exit code is 0."""
     start: int = 0
-    """Number of the first image to decode: where an interrupted verification says that it was."""
+    """Number of the first image to decode, as an interrupted verification prints it."""
     strict: bool = False
-    """Count JPEGs as bad that decode with a warning: data is missing or wrong in the middle, and part of the image is
-    grey or shifted. Without this they are listed only."""
+    """Also count JPEGs as bad that decode with a warning, because data in the middle is missing or wrong and part of
+    the image is grey or shifted. By default they are only listed."""
     images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
     """How the images are read."""
 
 
 @dataclass(frozen=True)
 class StatsConfig:
-    """Count, sizes, formats and modes of the images, those that cannot be used, and the channels' mean and standard
+    """Report count, sizes, formats and modes of the images, the bad ones, and each channel's mean and standard
     deviation as flags of fastmae pretrain."""
 
     path: Annotated[tyro.conf.Positional[Path], _SOURCE]
@@ -170,9 +166,9 @@ class StatsConfig:
     sample: int = 2000
     """Images to decode for mean and standard deviation, drawn at random. 0: none."""
     seed: int = 0
-    """Seed of the drawing."""
+    """Seed of the sample."""
     json: bool = False
-    """Print JSON in place of tables."""
+    """Print JSON instead of tables."""
     images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
     """How the images are read."""
 

@@ -1,36 +1,34 @@
-"""``fastmae data``: pack, index, verify, describe."""
+"""``fastmae data shard``, ``index``, ``verify`` and ``stats``."""
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from typing import Self, TextIO
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsConfig, VerifyConfig
-from fastmae.cli.data_report import print_statistics
-from fastmae.cli.decoder_warnings import DecoderWarnings
 from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
+from fastmae.data.index import Accepts
 from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.sources import find_source
-from fastmae.data.stats import measure, suggest_range
+from fastmae.data.stats import QUANTILES, Statistics, measure, suggest_range
 from fastmae.data.tar_shards import read_shard_index, write_shard_index
 from fastmae.data.verify import good_ids, verify_images
 from fastmae.errors import UsageError, usage_errors
@@ -38,7 +36,8 @@ from fastmae.errors import UsageError, usage_errors
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
 _LISTED = 20
 _SECONDS_BETWEEN_LINES = 60.0
-"""In the log of a batch job, where a bar does not move."""
+"""In the log of a batch job, which cannot show a bar."""
+_QUANTILE_NAMES = ["min", "5 %", "25 %", "median", "75 %", "95 %", "max"]
 
 
 def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
@@ -72,12 +71,12 @@ def shard(config: ShardConfig, console: Console) -> int:
         with _counted_warnings(), _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
             packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
     except KeyboardInterrupt:
-        console.print(f"Complete shards stay in {config.out}; the same command goes on from there", style="bold")
+        console.print(f"Complete shards stay in {config.out}; the same command continues from there", style="bold")
         raise
     console.print(
         f"{packed.images:,} images in {packed.shards:,} shards in {packed.folder}: {packed.bytes / 1e6:,.1f} MB, "
         f"{packed.bytes / max(packed.source_bytes, 1):.1%} of the images' {packed.source_bytes / 1e6:,.1f} MB; "
-        f"{packed.encoded:,} encoded anew, {packed.images - packed.encoded:,} with their bytes as they were"
+        f"{packed.encoded:,} re-encoded, {packed.images - packed.encoded:,} with their bytes as they were"
     )
     if packed.bad:
         console.print(f"{packed.bad:,} left out: {packed.folder / 'bad_files.jsonl'}")
@@ -141,7 +140,7 @@ def verify(config: VerifyConfig, console: Console) -> int:
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            # Whatever ended it: what was found stays known.
+            # Whatever ended the verification, the index keeps what it found.
             stored = dataset.index.folder is not None
             if found:
                 dataset.mark_bad(found)
@@ -157,7 +156,7 @@ def verify(config: VerifyConfig, console: Console) -> int:
         + ("\nNot remembered, since the index is not cached" if found and not stored else "")
     )
     if interrupted:
-        console.print(f"Interrupted before the end; go on with --start {next_id}", style="bold")
+        console.print(f"Interrupted before the end; continue with --start {next_id}", style="bold")
         return EXIT_INTERRUPTED
     return EXIT_TOO_MANY_BAD if bad > config.max_bad_fraction * len(dataset) else 0
 
@@ -189,7 +188,7 @@ def stats(config: StatsConfig, console: Console) -> int:
 
 
 def _with_range(config: StatsConfig) -> ImagesConfig:
-    """How images are read, with a suggested range where most of them need one and none is given."""
+    """The reading options, with a suggested value range if most images need one and none is given."""
     images = config.images
     if images.value_range is not None:
         return images
@@ -201,7 +200,7 @@ def _with_range(config: StatsConfig) -> ImagesConfig:
     except DataError as error:
         if "--data.value-range" not in str(error):
             raise
-    dataset = _open(config.path, replace(images, value_range=(0.0, 1.0)))  # any range: its values are not used
+    dataset = _open(config.path, replace(images, value_range=(0.0, 1.0)))  # any range, since its values are not used
     found = suggest_range(dataset, sample=config.sample, seed=config.seed, num_threads=images.num_workers)
     return replace(images, value_range=found or None)
 
@@ -222,7 +221,7 @@ def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Da
 
 @contextmanager
 def _own_flags() -> Iterator[None]:
-    """Messages about data name the flags of ``fastmae pretrain``; here they have shorter names."""
+    """Errors of the data room name flags of ``fastmae pretrain``; here the flags are shorter."""
     try:
         yield
     except DataError as error:
@@ -231,7 +230,7 @@ def _own_flags() -> Iterator[None]:
 
 @contextmanager
 def _counted_warnings() -> Iterator[None]:
-    """Decoders' warnings name no file: they are counted, in place of a line each across the bar."""
+    """Count decoders' warnings, which name no file, instead of letting them break the progress bar."""
     with DecoderWarnings() as said:
         yield
         count = len(said.take())
@@ -241,7 +240,7 @@ def _counted_warnings() -> Iterator[None]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A batch system's SIGTERM ends the work as Ctrl-C does."""
+    """Treat SIGTERM, which batch systems send, like Ctrl-C."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -255,7 +254,7 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; calls to what it gives advance it, by a number of images and of bytes."""
+    """A bar on stderr; the yielded function advances it by a number of images and of bytes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -277,3 +276,125 @@ def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
                 print(f"{title}: {done[0]:,} of {total:,}", file=sys.stderr)
 
         yield advance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What data stats prints
+
+
+def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
+    """Flags of ``fastmae pretrain`` for this data set: mean and standard deviation, and how its images are read."""
+    flags = []
+    if statistics.sampled:
+        # A constant channel has no deviation to divide by.
+        for name, values in (("mean", statistics.mean), ("std", [value or 1.0 for value in statistics.std])):
+            flags.append(
+                f"--model.{name} {' '.join(f'{value:.3f}' if value >= 0.1 else f'{value:.3g}' for value in values)}"
+            )
+    if dataset.channels != 3:
+        flags.append(f"--model.in-chans {dataset.channels}")
+    if dataset.value_range is not None:
+        flags.append(f"--data.value-range {' '.join(f'{value:.9g}' for value in dataset.value_range)}")
+    if dataset.accepts.channels_first:
+        flags.append("--data.channels-first")
+    if dataset.accepts.max_pixels != Accepts.max_pixels:
+        flags.append(f"--data.max-pixels {dataset.accepts.max_pixels}")
+    return " ".join(flags)
+
+
+def print_statistics(statistics: Statistics, dataset: Dataset, console: Console, *, as_json: bool) -> None:
+    """Print what was measured, for people or as one JSON object."""
+    flags = pretrain_flags(statistics, dataset)
+    if as_json:
+        values = {"path": str(dataset.root), "hash": dataset.hash, **asdict(statistics)}
+        console.print(json.dumps(values | {"quantiles_at": QUANTILES, "pretrain_flags": flags}, indent=1))
+        return
+    bad = sum(statistics.bad.values())
+    console.print(
+        f"{printable(dataset.name)}: {statistics.images:,} images, {statistics.bytes / 1e6:,.1f} MB, {bad:,} unusable; "
+        f"{statistics.labelled:,} labelled; {statistics.rotated:,} turned or mirrored by EXIF\n"
+    )
+    console.print(_quantiles(statistics))
+    for title, counts in (("Format", statistics.formats), ("Mode", statistics.modes), ("Unusable", statistics.bad)):
+        if counts:
+            console.print(_counted(title, counts))
+    if statistics.sampled:
+        console.print(_channels(statistics))
+        console.print(
+            f"In [0, 1], of {statistics.sampled:,} images, each weighing the same. std: over the pixels of all images; "
+            "within: the mean of each image's own, which is what ImageNet's usual 0.229 0.224 0.225 are.\n"
+        )
+    if flags:
+        console.print(f"For fastmae pretrain:\n{flags}")
+
+
+def _quantiles(statistics: Statistics) -> Table:
+    table = Table("", *_QUANTILE_NAMES)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in statistics.quantiles.items():
+        digits = 2 if name == "megapixels" else 0
+        table.add_row(name, *(f"{value:,.{digits}f}" for value in values))
+    return table
+
+
+def _counted(title: str, counts: Mapping[str, int]) -> Table:
+    table = Table(title, "images")
+    table.columns[1].justify = "right"
+    for name, count in counts.items():
+        table.add_row(printable(name), f"{count:,}")
+    return table
+
+
+def _channels(statistics: Statistics) -> Table:
+    table = Table("Channel", "mean", "std", "std within")
+    for number, values in enumerate(zip(statistics.mean, statistics.std, statistics.std_within, strict=True)):
+        table.add_row(str(number), *(f"{value:.4f}" for value in values))
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Warnings of decoders
+
+
+class DecoderWarnings:
+    """Context that collects what C libraries write to stderr; what Python writes still goes there.
+
+    libjpeg reports damage that it can decode around only there, without the file's name. Only one thread at a time may
+    use this. If an exception leaves the context, lines that were not taken are printed.
+    """
+
+    def __enter__(self) -> Self:
+        self._python = sys.stderr
+        self._python.flush()
+        self._real = os.dup(2)
+        self._file = tempfile.TemporaryFile()
+        self._at = 0
+        if _descriptor(self._python) == 2:
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+        os.dup2(self._file.fileno(), 2)
+        return self
+
+    def take(self) -> list[str]:
+        """The lines since the last call."""
+        size = os.fstat(self._file.fileno()).st_size
+        text = os.pread(self._file.fileno(), size - self._at, self._at).decode(errors="replace")
+        self._at = size
+        return text.splitlines()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        os.dup2(self._real, 2)
+        os.close(self._real)
+        if sys.stderr is not self._python:
+            sys.stderr.close()
+            sys.stderr = self._python
+        if kind is not None:
+            self._python.writelines(f"{line}\n" for line in self.take())
+        self._file.close()
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, io.UnsupportedOperation, AttributeError):
+        return None
