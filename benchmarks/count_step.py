@@ -206,6 +206,13 @@ def _gelu_linear_backward(i, o):
     return (3 if o[3].numel() else 2) * nbytes(grad) + 4 * _as(h, grad) + _all(h, i["weight"], *o)
 
 
+def _attention_backward(i, o):
+    grad, *_, heads, dim = i["grad"], *i["grad"].shape
+    # Of each image a part of the bias's gradient in float32, which the kernel writes and a sum reads.
+    between = 0 if i["bias_dtype"] is None else 2 * len(grad) * 3 * heads * dim * 4
+    return _all(grad, i["lse"], i.get("qkv"), i.get("q"), i.get("kv"), *o) + between
+
+
 def _masked_tokens(i):
     grad = i["grad"]
     rows = grad.shape[1] - i["num_prefix"] - i["num_visible"]
@@ -226,6 +233,8 @@ _BYTES = {
     "norm_linear_backward": _norm_linear_backward,
     "gelu_linear": _gelu_linear,
     "gelu_linear_backward": _gelu_linear_backward,
+    "triton_attention_qkvpacked_backward": _attention_backward,
+    "triton_attention_kvpacked_backward": _attention_backward,
     "linear": lambda i, o: _all(i["x"], *o) + _weight(i),
     "linear_backward": lambda i, o: (3 if o[2].numel() else 2) * nbytes(i["grad"]) + _all(i["x"], i["weight"], *o),
 }

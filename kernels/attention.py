@@ -89,6 +89,7 @@ def attention_bwd_kernel(
     dq_ptr,
     dk_ptr,
     dv_ptr,
+    bias_ptr,
     grad_ptr,
     lse_ptr,
     q_ptr,
@@ -131,6 +132,9 @@ def attention_bwd_kernel(
     Args:
         dq_ptr: (N, LQ, H, D), strides stride_dqn, stride_dql, D, 1.
         dk_ptr, dv_ptr: (N, LK, H, D), strides stride_dkn, stride_dkl, D, 1.
+        bias_ptr: fp32 (N, 3, H, D), contiguous, or None: an image's part of the gradient of a bias that was added to
+            queries, keys and values. The queries' is the sum of dq. The keys' is 0, since such a bias moves all scores
+            of a query alike. The values' is the sum of grad, since the weights of a query sum to 1.
         grad_ptr: (N, LQ, H, D), the gradient of the output, inner stride 1.
         lse_ptr, q_ptr, k_ptr, v_ptr, LK, FULL_K, scale: as in the forward pass.
         softmax_scale: 1 / sqrt(D).
@@ -145,6 +149,17 @@ def attention_bwd_kernel(
     dq_ptr += i_n * stride_dqn + i_h * D
     dk_ptr += i_n * stride_dkn + i_h * D
     dv_ptr += i_n * stride_dkn + i_h * D
+    i_d = tl.arange(0, BLOCK_D)
+    if bias_ptr is not None:
+        # Before anything else, when all registers are free; the loop below then finds grad in the cache.
+        b_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        for start in range(0, LQ, 32):
+            b_grad = _load_rows(grad_ptr, start + tl.arange(0, 32), LQ, stride_gl, D, BLOCK_D)
+            b_sum += tl.sum(b_grad.to(tl.float32), axis=0)
+        bias_ptr += i_n * 3 * H * D + i_h * D
+        tl.store(bias_ptr + 2 * H * D + i_d, b_sum, mask=i_d < D)
+        b_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        tl.store(bias_ptr + H * D + i_d, b_sum, mask=i_d < D)
     i_k = tl.arange(0, BLOCK_K)
     b_k = _load_rows(k_ptr, i_k, LK, stride_kl, D, BLOCK_D)
     b_v = _load_rows(v_ptr, i_k, LK, stride_vl, D, BLOCK_D)
@@ -178,14 +193,18 @@ def attention_bwd_kernel(
         b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision="ieee")
         if EXTRA:
             b_dq += b_dse[:, None] * b_ke[None, :]
-        _store_rows(dq_ptr, b_dq * softmax_scale, i_q, LQ, stride_dql, D, BLOCK_D)
+        b_dq *= softmax_scale
+        if bias_ptr is not None:
+            b_sum += tl.sum(b_dq, axis=0)
+        _store_rows(dq_ptr, b_dq, i_q, LQ, stride_dql, D, BLOCK_D)
     _store_rows(dk_ptr, b_dk * softmax_scale, i_k, LK, stride_dkl, D, BLOCK_D)
     _store_rows(dv_ptr, b_dv, i_k, LK, stride_dkl, D, BLOCK_D)
     if EXTRA:
-        i_d = tl.arange(0, BLOCK_D)
         o_extra = tl.full((), BLOCK_K, tl.int64) * stride_dkl
         tl.store(dk_ptr + o_extra + i_d, (b_dke * softmax_scale).to(dk_ptr.dtype.element_ty), mask=i_d < D)
         tl.store(dv_ptr + o_extra + i_d, b_dve.to(dv_ptr.dtype.element_ty), mask=i_d < D)
+    if bias_ptr is not None:
+        tl.store(bias_ptr + i_d, b_sum, mask=i_d < D)
 
 
 @triton.jit

@@ -125,15 +125,16 @@ def _restore(dtype, table=False):
 
 
 def _attention(queries, keys, dim):
-    """As in the model: 16 heads side by side, all three from one projection, or the queries from their own."""
+    """As in the model: 16 heads side by side, from one projection or the queries from their own, with its bias."""
 
     def make():
+        bias = torch.empty(3 * 16 * dim, requires_grad=True)
         if queries == keys:
             qkv = torch.empty(2, keys, 3, 16, dim, dtype=torch.bfloat16, requires_grad=True)
-            return inputs.gradient_of(ops.attention_qkvpacked(qkv, "triton"), qkv)
+            return inputs.gradient_of(ops.attention_qkvpacked(qkv, "triton", bias), qkv, bias)
         q = torch.empty(2, queries, 16, dim, dtype=torch.bfloat16, requires_grad=True)
         kv = torch.empty(2, keys, 2, 16, dim, dtype=torch.bfloat16, requires_grad=True)
-        return inputs.gradient_of(ops.attention_kvpacked(q, kv, "triton"), q, kv)
+        return inputs.gradient_of(ops.attention_kvpacked(q, kv, "triton", bias), q, kv, bias)
 
     return make
 
@@ -234,17 +235,17 @@ LINES: dict[str, Line] = {
     "attention, 147 to 197 of 32": Line(
         "attention", "attention_fwd", _LAST, 255, few=(0, 1), amd=_SLOW_AMD, slow=_SLOW
     ),
-    # The narrow loads of the backward are lse, one number a query.
-    "attention backward, 50 of 64": Line("attention", "attention_bwd", _ENCODER, 240, few=(16, 0), amd=_ATTENTION_AMD),
+    # The narrow loads of the backward are lse, one number per query; three narrow stores are the bias's gradient.
+    "attention backward, 50 of 64": Line("attention", "attention_bwd", _ENCODER, 240, few=(16, 3), amd=_ATTENTION_AMD),
     "attention backward, 65 of 80": Line(
-        "attention", "attention_bwd", _ENCODER_H, 255, few=(7, 2), narrowest=16, amd=_ATTENTION_AMD
+        "attention", "attention_bwd", _ENCODER_H, 255, few=(7, 5), narrowest=16, amd=_ATTENTION_AMD
     ),
-    "attention backward, 197 of 32": Line("attention", "attention_bwd", _DECODER, 255, few=(34, 1), amd=_ATTENTION_AMD),
+    "attention backward, 197 of 32": Line("attention", "attention_bwd", _DECODER, 255, few=(34, 4), amd=_ATTENTION_AMD),
     "attention backward, 257 of 32": Line(
-        "attention", "attention_bwd", _DECODER_H, 255, few=(41, 3), narrowest=16, amd=_ATTENTION_AMD
+        "attention", "attention_bwd", _DECODER_H, 255, few=(42, 6), narrowest=16, amd=_ATTENTION_AMD
     ),
     "attention backward, 147 to 197 of 32": Line(
-        "attention", "attention_bwd", _LAST, 255, few=(34, 1), amd=_ATTENTION_AMD
+        "attention", "attention_bwd", _LAST, 255, few=(34, 4), amd=_ATTENTION_AMD
     ),
 }
 """By what is compiled: training shapes of ViT-B/16 where nothing else is said."""

@@ -47,6 +47,35 @@ def test_packed_against_formula(backend, n, length, heads, dim, dtype, device):
         assert error(got_grad, truth_grad) <= 2 * error(plain_grad, truth_grad) + 1e-6
 
 
+def added(x: Tensor, bias: Tensor) -> Tensor:
+    """``x`` (N, L, ..., H, Dh), which a bias was added to already: autograd sees the sum, nobody adds it again."""
+    return x + (bias - bias.detach()).view(x.shape[2:])
+
+
+@pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
+def test_gradient_of_a_bias_that_was_added(backend, device):
+    q, kv = torch.randn(2, 5, 3, 16, device=device), torch.randn(2, 12, 2, 3, 16, device=device)
+    qkv, bias = torch.randn(2, 7, 3, 3, 16, device=device), torch.randn(144, device=device)
+    for inputs, function, expected in (
+        ((qkv, bias), lambda x, b: attention_qkvpacked(x, backend, b), lambda x, b: formula(*added(x, b).unbind(2))),
+        (
+            (q, kv, bias),
+            lambda q, kv, b: attention_kvpacked(q, kv, backend, b),
+            lambda q, kv, b: formula(added(q, b[:48]), *added(kv, b[48:]).unbind(2)),
+        ),
+    ):
+        inputs = tuple(x.requires_grad_() for x in inputs)
+        out, want = function(*inputs), expected(*inputs)
+        assert torch.equal(out, function(*inputs[:-1], None))
+        grad = torch.randn_like(out)
+        torch.testing.assert_close(
+            torch.autograd.grad(out, inputs, grad), torch.autograd.grad(want, inputs, grad), rtol=1e-5, atol=2e-5
+        )
+        # A frozen bias is left alone.
+        out = function(*inputs[:-1], bias.detach())
+        assert torch.autograd.grad(out, (*inputs[:-1], bias), grad, allow_unused=True)[-1] is None
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "plain", "sdpa"])
 def test_fewer_queries_than_keys(backend, packed, device):
@@ -113,12 +142,11 @@ def test_opcheck():
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
 def test_compiles_to_one_graph(backend):
-    compiled = torch.compile(lambda x: attention_qkvpacked(x, backend), fullgraph=True, backend="aot_eager")
-    a = torch.randn(2, 5, 3, 2, 4, requires_grad=True)
-    b = a.detach().clone().requires_grad_()
-    compiled(a).square().sum().backward()
-    attention_qkvpacked(b, backend).square().sum().backward()
-    torch.testing.assert_close(a.grad, b.grad)
+    compiled = torch.compile(lambda x, b: attention_qkvpacked(x, backend, b), fullgraph=True, backend="aot_eager")
+    inputs = torch.randn(2, 5, 3, 2, 4, requires_grad=True), torch.randn(24, requires_grad=True)
+    got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    want = torch.autograd.grad(attention_qkvpacked(inputs[0], backend, inputs[1]).square().sum(), inputs)
+    torch.testing.assert_close(got, want)
 
 
 def test_autocast_leaves_the_result_in_half_precision():
@@ -166,6 +194,7 @@ def test_every_backend_is_reported():
         (lambda t: attention_kvpacked(t, torch.randn(2, 5, 2, 3, 2)), "k: expected"),
         (lambda t: attention_qkvpacked(t), "qkv: expected"),
         (lambda t: attention_qkvpacked(None), "qkv: expected"),
+        (lambda t: attention_qkvpacked(t[..., None], "plain", t[0, 0, 0]), r"bias: expected .*\(12,\)"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import error, formula
+from test_attention import added, error, formula
 from torch import Tensor
 
 from fastmae.model import MaskedAutoencoderViT
@@ -64,7 +64,10 @@ def tensors(n, queries, keys, heads, dim, dtype, device) -> tuple[Tensor, Tensor
     return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
 
 
-def formula_kv(q: Tensor, kv: Tensor) -> Tensor:
+def formula_kv(q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        dim = q[0, 0].numel()
+        q, kv = added(q, bias[:dim]), added(kv, bias[dim:])
     return formula(q, *kv.unbind(2))
 
 
@@ -73,7 +76,13 @@ def formula_kv(q: Tensor, kv: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", SIZES)
 def test_agrees(size, dtype, device):
     q, kv, grad = tensors(*size, dtype, device)
-    assert_as_exact_as_plain(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad, formula_kv)
+    bias = torch.randn(3 * q[0, 0].numel(), device=device).to(dtype)
+    with_bias = lambda q, kv, bias: attention_kvpacked(q, kv, "triton", bias)  # noqa: E731
+    assert_as_exact_as_plain(with_bias, (q, kv, bias), grad, formula_kv)
+    without = run(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad)
+    *same, bias_gradient = run(with_bias, (q, kv, bias), grad)
+    assert all(map(torch.equal, without, same))
+    assert not bias_gradient.chunk(3)[1].any()
 
 
 @needs_a_kernel
@@ -107,7 +116,10 @@ def test_gpu_agrees(size, dtype):
     if op.unfit(dtype, size[2], size[4]) is not None:
         pytest.skip("too many keys in this dtype")
     q, kv, grad = tensors(*size, dtype, "cuda")
-    assert_as_exact_as_plain(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad, formula_kv)
+    bias = torch.zeros(3 * q[0, 0].numel(), device="cuda", dtype=dtype)
+    assert_as_exact_as_plain(
+        lambda q, kv, bias: attention_kvpacked(q, kv, "triton", bias), (q, kv, bias), grad, formula_kv
+    )
 
 
 @pytest.mark.gpu
@@ -115,7 +127,8 @@ def test_gpu_agrees(size, dtype):
 def test_gpu_gradients_repeat_bit_by_bit(length, dim):
     qkv = torch.randn(8, length, 3, 4, dim, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(8, length, 4, dim, device="cuda", dtype=torch.bfloat16)
-    first, *others = (run(lambda x: attention_qkvpacked(x, "triton"), (qkv,), grad) for _ in range(3))
+    inputs = qkv, torch.zeros(3 * 4 * dim, device="cuda")
+    first, *others = (run(lambda x, b: attention_qkvpacked(x, "triton", b), inputs, grad) for _ in range(3))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -208,31 +221,40 @@ def test_large_scores_do_not_overflow(device):
 @needs_a_kernel
 def test_opcheck(device):
     q, kv, _ = tensors(2, 3, 5, 2, 16, torch.float32, device)
-    qkv = torch.randn(2, 5, 3, 2, 16, device=device)
-    for forward, backward, inputs in (
-        (op.triton_attention_qkvpacked, op.triton_attention_qkvpacked_backward, (qkv,)),
-        (op.triton_attention_kvpacked, op.triton_attention_kvpacked_backward, (q, kv)),
-        (op.triton_attention, op.triton_attention_backward, (q, kv[:, :, 0], kv[:, :, 1])),
+    qkv, bias = torch.randn(2, 5, 3, 2, 16, device=device), torch.randn(96, device=device)
+    packed, kv_packed = (
+        (getattr(op, f"triton_attention_{form}"), getattr(op, f"triton_attention_{form}_backward"))
+        for form in ("qkvpacked", "kvpacked")
+    )
+    for (forward, backward), inputs, dtype in (
+        (packed, (qkv, bias), (torch.float32,)),
+        (packed, (qkv, None), (None,)),
+        (kv_packed, (q, kv, bias), (torch.float32,)),
+        ((op.triton_attention, op.triton_attention_backward), (q, kv[:, :, 0], kv[:, :, 1]), ()),
     ):
-        torch.library.opcheck(forward, tuple(x.detach().requires_grad_() for x in inputs))
+        torch.library.opcheck(forward, tuple(None if x is None else x.detach().requires_grad_() for x in inputs))
         out, lse = forward(*inputs)
-        torch.library.opcheck(backward, (torch.randn_like(out), lse, *inputs))
+        inputs = inputs[: len(inputs) - len(dtype)]
+        torch.library.opcheck(backward, (torch.randn_like(out), lse, *inputs, *dtype))
 
 
 @needs_a_kernel
 def test_compiles_to_one_graph(device):
-    compiled = torch.compile(lambda x: attention_qkvpacked(x * 2, "triton"), fullgraph=True, backend="aot_eager")
-    a = torch.randn(2, 5, 3, 2, 16, device=device, requires_grad=True)
-    (got,) = torch.autograd.grad(compiled(a).square().sum(), a)
-    (want,) = torch.autograd.grad(attention_qkvpacked(a * 2, "triton").square().sum(), a)
+    function = lambda x, b: attention_qkvpacked(x * 2, "triton", b)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = tuple(torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 3, 2, 16), (96,)))
+    got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    want = torch.autograd.grad(function(*inputs).square().sum(), inputs)
     torch.testing.assert_close(got, want)
 
 
 @needs_a_kernel
 def test_empty_batch(device):
     qkv = torch.randn(0, 5, 3, 2, 16, device=device, requires_grad=True)
-    attention_qkvpacked(qkv, "triton").sum().backward()
+    bias = torch.randn(96, device=device, requires_grad=True)
+    attention_qkvpacked(qkv, "triton", bias).sum().backward()
     assert qkv.grad.shape == qkv.shape
+    assert not bias.grad.any()
 
 
 @needs_a_kernel
@@ -287,5 +309,5 @@ def test_saved_for_the_backward_are_the_inputs_and_one_number_a_query():
     shapes = []
     qkv = torch.zeros(2, 5, 3, 2, 16, device="meta", requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
-        op.triton_attention_qkvpacked(qkv)
+        op.triton_attention_qkvpacked(qkv, torch.zeros(96, device="meta", requires_grad=True))
     assert sorted(shapes) == [(2, 2, 5), (2, 5, 3, 2, 16)]

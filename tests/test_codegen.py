@@ -28,9 +28,10 @@ OVER = {
     "3.6.0": {
         *(("attention, 65 of 80", target) for target in ("gfx942", "sm_100")),
         *(("attention, 257 of 32", f"sm_{n}") for n in (80, 90, 120)),
+        *(("attention backward, 257 of 32", f"sm_{n}") for n in (80, 100)),
     }
 }
-"""What other versions of Triton do not keep: narrow loads, registers (236 on sm_100), spills on sm_80 and sm_120."""
+"""What other versions of Triton do not keep: narrow loads, registers (236 on sm_100), spills with 257 keys."""
 
 
 @needs_compiler
@@ -53,6 +54,13 @@ def test_two_programs_of_attention_share_a_hopper_processor(name, per_warp):
     # Products of a warpgroup, and of a single warp: only dq's rows are too few for the former.
     assert code.text.count("HGMMA") >= 16
     assert len(re.findall(r"\bHMMA", code.text)) == per_warp
+
+
+@needs_compiler
+def test_three_programs_of_the_encoders_attention_share_a_hopper_processor():
+    name = "attention backward, 50 of 64"
+    launch, code = LINES[name].launch("sm_90"), compiled(name, "sm_90")
+    assert 3 * 32 * launch.keywords["num_warps"] * -(-code.registers // 8) * 8 <= 65536
 
 
 @needs_compiler

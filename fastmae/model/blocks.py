@@ -174,14 +174,14 @@ class Attention(nn.Module):
 
     def forward(self, stream: Stream, norm: nn.LayerNorm) -> Stream:
         """Attention among all tokens."""
-        x, qkv = stream.norm_linear(norm, *_parameters(self.qkv))
-        return Stream(x, *self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend)))
+        x, qkv = stream.norm_linear(norm, *self._projection())
+        return Stream(x, *self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend, self.qkv.bias)))
 
     def forward_queries(self, stream: Stream, norm: nn.LayerNorm, ids: Tensor) -> Stream:
         """The rows ``ids`` (N, M) of what ``forward`` returns: keys and values for all, queries for those only."""
         dim = stream.x.shape[-1]
         # Weight, bias and their copies, each cut into the rows for queries and those for keys and values.
-        cut = [(None, None) if t is None else t.split([dim, 2 * dim]) for t in _parameters(self.qkv)]
+        cut = [(None, None) if t is None else t.split([dim, 2 * dim]) for t in self._projection()]
         query, key_value = zip(*cut, strict=True)
         if fuses(stream.x, kernels):
             x, kv = stream.norm_linear(norm, *key_value)
@@ -192,7 +192,7 @@ class Attention(nn.Module):
             normed = norm(x.to(norm.weight.dtype))
             kv, q = linear(normed, *key_value[:2]), linear(gather_tokens(normed, ids), *query[:2])
             x = gather_tokens(x, ids)
-        attended = attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend)
+        attended = attention_kvpacked(self._heads(q, 1).squeeze(2), self._heads(kv, 2), self.backend, self.qkv.bias)
         return Stream(x, *self._project(attended))
 
     def forward_shared(
@@ -201,10 +201,19 @@ class Attention(nn.Module):
         """Branch and bias of what ``forward`` returns for ``shared``'s tokens; masked ones computed once a batch."""
         n, visible, dim = shared.visible.shape
         rows = torch.cat([shared.visible.reshape(-1, dim), shared.table[0].to(shared.visible.dtype)])
-        _, qkv = Stream(rows).norm_linear(norm, *_parameters(self.qkv))
+        _, qkv = Stream(rows).norm_linear(norm, *self._projection())
         visible_qkv, table = qkv[: n * visible].unflatten(0, (n, visible)), qkv[None, n * visible :]
         qkv = restore_tokens(visible_qkv, table, shared.ids_restore, num_prefix_tokens=num_prefix_tokens)
-        return self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend))
+        # A row's gradient is the sum of those of its copies, so restoring leaves the bias's as it is.
+        return self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend, self.qkv.bias))
+
+    def _projection(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Weight and bias of queries, keys and values, and their low-precision copies if there are any.
+
+        The bias comes without a gradient, which attention computes in passing.
+        """
+        qkv = self.qkv
+        return qkv.weight, qkv.bias.detach(), qkv.weight_cast, qkv.bias_cast
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         return x.unflatten(-1, (parts, self.num_heads, -1))
@@ -282,11 +291,6 @@ class Block(nn.Module):
         else:
             stream = run(attn, stream, self.norm1)
         return self.mlp(stream, self.norm2)
-
-
-def _parameters(layer: Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Weight, bias, and their low-precision copies if there are any."""
-    return layer.weight, layer.bias, layer.weight_cast, layer.bias_cast
 
 
 def _run(function: Callable[..., Stream], *args: object) -> Stream:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmae.ops._attention_autograd import differentiate
+from fastmae.ops._attention_autograd import differentiate, differentiate_with_bias
 from fastmae.ops._dispatch import is_interpreted, load_kernels, takes_triton
 
 _kernels = load_kernels("attention")
@@ -178,24 +178,37 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tile: Tile | None = None) -> tuple[
 
 def backward(
     grad: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dq: Tensor, dk: Tensor, dv: Tensor,
-    tile: Tile | None = None,
+    tile: Tile | None = None, sums: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Launch the backward kernel, which writes dq, dk and dv (strides of the heads: Dh). q, k, v: inner stride 1."""
+    """Launch the backward kernel, which writes dq, dk and dv (strides of the heads: Dh). q, k, v: inner stride 1.
+
+    It also writes ``sums``, float32 (N, 3, H, Dh), if given: each image's part of the gradient of a bias that was added
+    to queries, keys and values.
+    """
     refuse_unless_here(q)
     n, queries, heads, dim = q.shape
     grad = _with_contiguous_rows(grad)
     if not n * heads:
         return
-    # Left alone, ptxas may spill a value or two to reach 128 registers. ROCm has no such option, nor the need.
-    limit = {} if _is_rocm() else {"maxnreg": 255}
     with torch.cuda.device_of(q):
         tile = tile or backward_tile(queries, k.shape[1], dim, q.element_size())
+        keys = _key_tile(k.shape[1], q.element_size())
+        limit = {} if _is_rocm() else {"maxnreg": _register_limit(tile, keys, dim, q.element_size())}
         _kernels.attention_bwd_kernel[(n * heads,)](
-            dq, dk, dv, grad, lse, q, k, v, heads, queries, k.shape[1], dim**-0.5 / math.log(2), dim**-0.5,
+            dq, dk, dv, sums, grad, lse, q, k, v, heads, queries, k.shape[1], dim**-0.5 / math.log(2), dim**-0.5,
             *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dq.stride()[:2], *dk.stride()[:2],
-            D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, **_key_tile(k.shape[1], q.element_size()),
+            D=dim, BLOCK_D=_power_of_two(dim), BLOCK_Q=tile.queries, **keys,
             num_warps=tile.warps, num_stages=tile.stages, **limit,
         )  # fmt: skip
+
+
+def _register_limit(tile: Tile, keys: dict[str, int | bool], head_dim: int, itemsize: int) -> int:
+    """Of a thread of the backward, on NVIDIA: without one, ptxas may spill a value or two to reach 128."""
+    small = keys["BLOCK_K"] * _power_of_two(head_dim) <= 64 * 64 and not keys["EXTRA"] and itemsize == 2
+    if small and tile.warps == 4 and tile.queries <= 32 and _has_warpgroup_products():
+        # Three programs fit on a Hopper processor. The sums for a bias would take five registers more than need be.
+        return 168
+    return 255
 
 
 def _with_contiguous_rows(x: Tensor) -> Tensor:
@@ -219,30 +232,47 @@ def triton_attention_backward(
 
 
 @torch.library.custom_op("fastmae::triton_attention_qkvpacked", mutates_args=())
-def triton_attention_qkvpacked(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`triton_attention`, from (N, L, 3, H, Dh)."""
+def triton_attention_qkvpacked(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`triton_attention`, from (N, L, 3, H, Dh). ``bias`` (3 * H * Dh,) is in it already: not read."""
     return forward(*_with_contiguous_rows(qkv).unbind(2))
 
 
 @torch.library.custom_op("fastmae::triton_attention_qkvpacked_backward", mutates_args=())
-def triton_attention_qkvpacked_backward(grad: Tensor, lse: Tensor, qkv: Tensor) -> Tensor:
+def triton_attention_qkvpacked_backward(
+    grad: Tensor, lse: Tensor, qkv: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv, and of the bias: empty where ``bias_dtype`` is None."""
     packed = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    backward(grad, lse, *_with_contiguous_rows(qkv).unbind(2), *packed.unbind(2))
-    return packed
+    q, k, v = _with_contiguous_rows(qkv).unbind(2)
+    return packed, _backward_with_bias(grad, lse, q, k, v, *packed.unbind(2), bias_dtype=bias_dtype)
 
 
 @torch.library.custom_op("fastmae::triton_attention_kvpacked", mutates_args=())
-def triton_attention_kvpacked(q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
-    """As :func:`triton_attention`, with keys and values from (N, Lk, 2, H, Dh)."""
+def triton_attention_kvpacked(q: Tensor, kv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As :func:`triton_attention_qkvpacked`, with keys and values from (N, Lk, 2, H, Dh)."""
     return forward(_with_contiguous_rows(q), *_with_contiguous_rows(kv).unbind(2))
 
 
 @torch.library.custom_op("fastmae::triton_attention_kvpacked_backward", mutates_args=())
-def triton_attention_kvpacked_backward(grad: Tensor, lse: Tensor, q: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+def triton_attention_kvpacked_backward(
+    grad: Tensor, lse: Tensor, q: Tensor, kv: Tensor, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
     q, kv = _with_contiguous_rows(q), _with_contiguous_rows(kv)
     dq, dkv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, kv))
-    backward(grad, lse, q, *kv.unbind(2), dq, *dkv.unbind(2))
-    return dq, dkv
+    return dq, dkv, _backward_with_bias(grad, lse, q, *kv.unbind(2), dq, *dkv.unbind(2), bias_dtype=bias_dtype)
+
+
+def _backward_with_bias(
+    grad: Tensor, lse: Tensor, q: Tensor, *others: Tensor, bias_dtype: torch.dtype | None
+) -> Tensor:
+    """As :func:`backward`. Returns the gradient of the bias of queries, keys and values, or an empty tensor."""
+    if bias_dtype is None:
+        backward(grad, lse, q, *others)
+        return q.new_empty(0)
+    n, _, heads, dim = q.shape
+    sums = torch.empty(n, 3, heads, dim, dtype=torch.float32, device=q.device)
+    backward(grad, lse, q, *others, sums=sums)
+    return sums.sum(0).flatten().to(bias_dtype)
 
 
 def _fake_forward(n: int, queries: int, heads: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,14 +280,22 @@ def _fake_forward(n: int, queries: int, heads: int, like: Tensor) -> tuple[Tenso
     return out, like.new_empty(n, heads, queries, dtype=torch.float32)
 
 
+def _fake_bias(q: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return q.new_empty(0) if dtype is None else q.new_empty(3 * q.shape[-2] * q.shape[-1], dtype=dtype)
+
+
 triton_attention.register_fake(lambda q, k, v: _fake_forward(*q.shape[:3], q))
-triton_attention_kvpacked.register_fake(lambda q, kv: _fake_forward(*q.shape[:3], q))
-triton_attention_qkvpacked.register_fake(lambda qkv: _fake_forward(*qkv.shape[:2], qkv.shape[3], qkv))
+triton_attention_kvpacked.register_fake(lambda q, kv, bias: _fake_forward(*q.shape[:3], q))
+triton_attention_qkvpacked.register_fake(lambda qkv, bias: _fake_forward(*qkv.shape[:2], qkv.shape[3], qkv))
 triton_attention_backward.register_fake(lambda grad, lse, *inputs: tuple(x.new_empty(x.shape) for x in inputs))
-triton_attention_kvpacked_backward.register_fake(lambda grad, lse, *inputs: tuple(x.new_empty(x.shape) for x in inputs))
-triton_attention_qkvpacked_backward.register_fake(lambda grad, lse, qkv: qkv.new_empty(qkv.shape))
+triton_attention_kvpacked_backward.register_fake(
+    lambda grad, lse, q, kv, dtype: (q.new_empty(q.shape), kv.new_empty(kv.shape), _fake_bias(q, dtype))
+)
+triton_attention_qkvpacked_backward.register_fake(
+    lambda grad, lse, qkv, dtype: (qkv.new_empty(qkv.shape), _fake_bias(qkv, dtype))
+)
 
 
 differentiate(triton_attention, triton_attention_backward)
-differentiate(triton_attention_qkvpacked, triton_attention_qkvpacked_backward)
-differentiate(triton_attention_kvpacked, triton_attention_kvpacked_backward)
+differentiate_with_bias(triton_attention_qkvpacked, triton_attention_qkvpacked_backward)
+differentiate_with_bias(triton_attention_kvpacked, triton_attention_kvpacked_backward)

@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmae.ops import _attention_plain, _attention_triton, _xformers
+from fastmae.ops._attention_autograd import AddedBias
 from fastmae.ops._attention_choice import choose_backend, describe_choices
 from fastmae.ops._check import check
+from fastmae.ops._linear import check_vector
 
 BACKENDS = ("auto", "plain", "sdpa", "triton", "xformers")
 
@@ -50,7 +52,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "auto") -> Tensor:
     return _library(chosen, q, k, v)
 
 
-def attention_kvpacked(q: Tensor, kv: Tensor, backend: str = "auto") -> Tensor:
+def attention_kvpacked(q: Tensor, kv: Tensor, backend: str = "auto", bias: Tensor | None = None) -> Tensor:
     """Attention to keys and values from one fused projection, of some of the tokens or of others.
 
     The plain and the Triton backend write the gradient of ``kv`` once, as one tensor; the others let autograd stack
@@ -60,6 +62,7 @@ def attention_kvpacked(q: Tensor, kv: Tensor, backend: str = "auto") -> Tensor:
         q: queries (N, Lq, H, Dh), floating point, any strides.
         kv: keys and values (N, Lk, 2, H, Dh), of q's dtype and device.
         backend: as in :func:`attention`.
+        bias: as in :func:`attention_qkvpacked`: its first third is in q already, the rest in kv.
 
     Returns:
         (N, Lq, H, Dh), q's dtype.
@@ -71,14 +74,18 @@ def attention_kvpacked(q: Tensor, kv: Tensor, backend: str = "auto") -> Tensor:
     check(fits, "kv", "a floating-point tensor of shape (N, L, 2, H, Dh)", kv)
     _check_qkv(q, *kv.unbind(2))
     chosen = _resolve(backend, q, kv.shape[1])
+    dim = q.shape[2] * q.shape[3]
+    check_vector("bias", bias, 3 * dim, q.device)
+    if chosen == "triton":
+        return _attention_triton.triton_attention_kvpacked(q, kv, bias)[0]
+    if bias is not None:
+        q, kv = AddedBias.apply(q, bias[:dim]), AddedBias.apply(kv, bias[dim:])
     if chosen == "plain":
         return _attention_plain.plain_attention_kvpacked(q, kv)[0]
-    if chosen == "triton":
-        return _attention_triton.triton_attention_kvpacked(q, kv)[0]
     return _library(chosen, q, *kv.unbind(2))
 
 
-def attention_qkvpacked(qkv: Tensor, backend: str = "auto") -> Tensor:
+def attention_qkvpacked(qkv: Tensor, backend: str = "auto", bias: Tensor | None = None) -> Tensor:
     """Self-attention on the output of one fused projection.
 
     The plain and the Triton backend write the gradient of ``qkv`` once, as one tensor; the others let autograd stack
@@ -87,6 +94,10 @@ def attention_qkvpacked(qkv: Tensor, backend: str = "auto") -> Tensor:
     Args:
         qkv: (N, L, 3, H, Dh), floating point.
         backend: as in :func:`attention`.
+        bias: floating point (3 * H * Dh,), the projection's bias. It is part of ``qkv`` already (added without a
+            gradient, ``F.linear(x, weight, bias.detach())``) and not added again: only its gradient is computed here,
+            the sum of qkv's over N and L. The Triton backend takes it along in its backward, without reading that
+            gradient again; the keys' third, zero but for rounding, is exactly zero there.
 
     Returns:
         (N, L, H, Dh), qkv's dtype.
@@ -98,10 +109,13 @@ def attention_qkvpacked(qkv: Tensor, backend: str = "auto") -> Tensor:
     fits = qkv.ndim == 5 and qkv.shape[2] == 3 and qkv.is_floating_point()
     check(fits, "qkv", "a floating-point tensor of shape (N, L, 3, H, Dh)", qkv)
     chosen = _resolve(backend, qkv, qkv.shape[1])
+    check_vector("bias", bias, 3 * qkv.shape[3] * qkv.shape[4], qkv.device)
+    if chosen == "triton":
+        return _attention_triton.triton_attention_qkvpacked(qkv, bias)[0]
+    if bias is not None:
+        qkv = AddedBias.apply(qkv, bias)
     if chosen == "plain":
         return _attention_plain.plain_attention_qkvpacked(qkv)[0]
-    if chosen == "triton":
-        return _attention_triton.triton_attention_qkvpacked(qkv)[0]
     return _library(chosen, *qkv.unbind(2))
 
 
