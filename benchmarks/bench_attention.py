@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.ops import _attention_triton, _xformers, attention_kvpacked, attention_qkvpacked
+from fastmae.ops._attention_autograd import AddedBias
 from fastmae.ops._attention_choice import device_key
 
 CUDA = torch.cuda.is_available()
@@ -111,7 +112,7 @@ def make_inputs(
 def build_tiles(
     dtype_name: str, tokens: int, dim: int, device: torch.device, queries: int | None, backward: bool
 ) -> Comparison:
-    """Each tile of our kernels, forward alone or backward alone."""
+    """Each tile of our kernels, forward alone or backward alone; there, the gradient of a bias both ways."""
     dtype = getattr(torch, dtype_name)
     inputs = make_inputs(BATCH, dtype, tokens, dim, device, queries)
 
@@ -122,6 +123,13 @@ def build_tiles(
 
     found = tiles(dtype, tokens, dim, queries)[backward]
     calls = {f"{t.queries} queries, {t.warps} warps, {t.stages} stages": competitor(t) for t in found}
+    if backward and queries is None:
+        (qkv,), bias = inputs, torch.randn(3 * HEADS * dim, device=device, requires_grad=True)
+        ways = {
+            "bias in the kernel": lambda: attention_qkvpacked(qkv, "triton", bias),
+            "bias by a pass": lambda: attention_qkvpacked(AddedBias.apply(qkv, bias), "triton"),
+        }
+        calls |= {name: gradient(way, [qkv, bias]) for name, way in ways.items()}
     shape = f"{dtype_name} {f'{queries} of ' if queries else ''}{tokens} tokens of {dim}"
     return Comparison(f"attention tiles, {'backward' if backward else 'forward'}, {shape}", calls, seconds=0.2)
 

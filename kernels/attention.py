@@ -152,12 +152,11 @@ def attention_bwd_kernel(
     i_d = tl.arange(0, BLOCK_D)
     if bias_ptr is not None:
         # Before anything else, when all registers are free; the loop below then finds grad in the cache.
-        b_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        b_grads = tl.zeros((32, BLOCK_D), dtype=tl.float32)
         for start in range(0, LQ, 32):
-            b_grad = _load_rows(grad_ptr, start + tl.arange(0, 32), LQ, stride_gl, D, BLOCK_D)
-            b_sum += tl.sum(b_grad.to(tl.float32), axis=0)
+            b_grads += _load_rows(grad_ptr, start + tl.arange(0, 32), LQ, stride_gl, D, BLOCK_D)
         bias_ptr += i_n * 3 * H * D + i_h * D
-        tl.store(bias_ptr + 2 * H * D + i_d, b_sum, mask=i_d < D)
+        tl.store(bias_ptr + 2 * H * D + i_d, tl.sum(b_grads, axis=0), mask=i_d < D)
         b_sum = tl.zeros((BLOCK_D,), dtype=tl.float32)
         tl.store(bias_ptr + H * D + i_d, b_sum, mask=i_d < D)
     i_k = tl.arange(0, BLOCK_K)

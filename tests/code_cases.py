@@ -242,7 +242,7 @@ LINES: dict[str, Line] = {
     ),
     "attention backward, 197 of 32": Line("attention", "attention_bwd", _DECODER, 255, few=(34, 4), amd=_ATTENTION_AMD),
     "attention backward, 257 of 32": Line(
-        "attention", "attention_bwd", _DECODER_H, 255, few=(42, 6), narrowest=16, amd=_ATTENTION_AMD
+        "attention", "attention_bwd", _DECODER_H, 255, few=(48, 6), narrowest=16, amd=_ATTENTION_AMD
     ),
     "attention backward, 147 to 197 of 32": Line(
         "attention", "attention_bwd", _LAST, 255, few=(34, 4), amd=_ATTENTION_AMD

@@ -206,17 +206,21 @@ def _setup_add_norm(ctx, inputs, output):
     _setup(ctx, x_new, mean, rstd, *rest)
 
 
-def _gradients(ctx, grad_x_new, grad_out):
+def _gradients(ctx, grad_x_new, grad_out, wants_bias):
     """Of x, branch, branch_bias, norm_weight, norm_bias, weight, bias."""
     saved = ctx.saved_tensors  # read once: activation checkpointing allows no more
     norm_weight, norm_bias = saved[3:5]
-    _, bias_dtype, branch_dtype = ctx.dtypes
+    weight_dtype, bias_dtype, branch_dtype = ctx.dtypes
+    # Attention computes the gradient of its projection's bias: a pass over grad_out less.
+    bias_dtype = bias_dtype if wants_bias else None
     if grad_out is None:  # nothing but the residual stream was used
         branch = None if branch_dtype is None or grad_x_new is None else grad_x_new.to(branch_dtype)
         has_bias = ctx.branch_bias_dtype is not None and grad_x_new is not None
         branch_bias = bias_gradient(grad_x_new.flatten(0, -2), ctx.branch_bias_dtype) if has_bias else None
         return grad_x_new, branch, branch_bias, None, None, None, None
-    x, branch, vectors, weight, bias = _norm_linear_backward(grad_out, grad_x_new, *saved, *ctx.dtypes)
+    x, branch, vectors, weight, bias = _norm_linear_backward(
+        grad_out, grad_x_new, *saved, weight_dtype, bias_dtype, branch_dtype
+    )
     norm_weight, norm_bias = vectors[0].to(norm_weight.dtype), vectors[1].to(norm_bias.dtype)
     branch_bias = None if ctx.branch_bias_dtype is None else vectors[2].to(ctx.branch_bias_dtype)
     if branch_dtype is None:
@@ -227,12 +231,12 @@ def _gradients(ctx, grad_x_new, grad_out):
 
 
 def _backward_norm(ctx, grad_out, _grad_mean, _grad_rstd):
-    x, _, _, *parameters = _gradients(ctx, None, grad_out)
+    x, _, _, *parameters = _gradients(ctx, None, grad_out, ctx.needs_input_grad[4])
     return x, *parameters, None, None, None, None
 
 
 def _backward_add_norm(ctx, grad_x_new, grad_out, _grad_mean, _grad_rstd):
-    return *_gradients(ctx, grad_x_new, grad_out), None, None, None, None
+    return *_gradients(ctx, grad_x_new, grad_out, ctx.needs_input_grad[6]), None, None, None, None
 
 
 _norm_linear.register_autograd(_backward_norm, setup_context=_setup_norm)
