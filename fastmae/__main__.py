@@ -8,10 +8,10 @@ from fastmae.cli import main
 from fastmae.cli.output import flush_output
 
 
-def _run() -> int:
-    """Run the command, and end the process at once if an error has left a process group behind.
+def run() -> int:
+    """Run the command; if it fails as one of several processes, end at once, without cleaning up.
 
-    Such a group may wait for a rank that has failed, and the end of the interpreter for the group.
+    The threads of a loader, or a collective that waits for a lost rank, would keep the process.
     """
     try:
         code = main()
@@ -19,11 +19,10 @@ def _run() -> int:
         traceback.print_exc()
         code = 1
     flush_output()
-    distributed = sys.modules.get("torch.distributed")
-    if code and distributed is not None and distributed.is_available() and distributed.is_initialized():
+    if code and "RANK" in os.environ:
         os._exit(code)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(_run())
+    sys.exit(run())

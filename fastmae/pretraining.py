@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import textwrap
 import time
@@ -33,18 +34,14 @@ from fastmae.train.batch_size import keeps_batch_size
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.format import step_of
-from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.config import PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
-from fastmae.train.liveness.collectives import joining
-from fastmae.train.liveness.heartbeat import Heartbeat
-from fastmae.train.liveness.rank_states import StateBoard
-from fastmae.train.liveness.signals import StoppedEarly, StopRequest
-from fastmae.train.liveness.watch import leave_if_asked
+from fastmae.train.liveness import StoppedEarly, StopRequest, Watchdog, leave_if_asked
 from fastmae.train.loggers import without_nan
 from fastmae.train.loop import Status, Trainer
-from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
+from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, num_processes, shutdown
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
 from fastmae.train.profile import Profile
@@ -88,29 +85,38 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
         validate(config)
         if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
             raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
-        with joining():
-            device = _device_type(config.train.device)
-            parallelism = initialize(config.train.parallel, device, shard_size=config.train.shard_size)
-    try:
-        with (
-            _cpu_threads(config.train.num_threads),
-            Heartbeat(parallelism.rank, StateBoard.create(), config.report.stall_seconds) as heartbeat,
-            heartbeat.explaining(),
-            Ranks.create() as ranks,
-            heartbeat.explaining(),
-        ):
-            ranks.waiting = heartbeat.waiting
-            default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
-            config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
-            with usage_errors():
-                folder = _open_folder(config, ranks)
-            with folder:
-                status = _Pretraining(config, folder, parallelism, ranks, stop, heartbeat).run()
-    except BaseException:
-        shutdown(parallelism, failed=True)
-        raise
-    shutdown(parallelism)
+        world_size, rank = num_processes(), int(os.environ.get("RANK", 0))
+    with (
+        _cpu_threads(config.train.num_threads),
+        Watchdog(rank, world_size, config.report.stall_seconds, stop) as watchdog,
+        watchdog.explaining(),
+    ):
+        watchdog.at("joining the process group")
+        with usage_errors(_FLAGS):
+            device, train = _device_type(config.train.device), config.train
+            parallelism = initialize(train.parallel, device, shard_size=train.shard_size, timeout=train.timeout)
+        try:
+            with watchdog.explaining(), Ranks.create() as ranks:
+                ranks.waiting = watchdog.waiting
+                default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
+                config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
+                if not config.resume and ranks.first("looking for the run", lambda: _is_restarted(config)):
+                    config = replace(config, resume=True)
+                with usage_errors():
+                    folder = _open_folder(config, ranks)
+                with folder:
+                    status = _Pretraining(config, folder, parallelism, ranks, stop, watchdog).run()
+        except BaseException:
+            shutdown(parallelism, failed=True)
+            raise
+        shutdown(parallelism)
     return config.out, status
+
+
+def _is_restarted(config: PretrainConfig) -> bool:
+    """Whether torchrun has restarted this very run (``--max-restarts``), which then resumes by itself."""
+    saved = read_config(config.out) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
+    return saved is not None and replace(saved, out=config.out, resume=False) == config
 
 
 def _device_type(name: str) -> str:
@@ -158,10 +164,10 @@ class _Pretraining:
         parallelism: Parallelism,
         ranks: Ranks,
         stop: StopRequest,
-        heartbeat: Heartbeat,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.folder, self.parallelism, self.ranks = config, folder, parallelism, ranks
-        self.stop, self.heartbeat = stop, heartbeat
+        self.stop, self.watchdog = stop, watchdog
         self.console = WordWrapConsole(quiet=not parallelism.is_main)
         self.resume_command = f"fastmae pretrain --out {folder.path} --resume"
 
@@ -180,10 +186,10 @@ class _Pretraining:
             self.console.print(f"Saved at step {trainer.step}. Continue with: {self.resume_command}")
             return status
         if self.parallelism.is_main:
-            self.heartbeat.begin("evaluating")
+            self.watchdog.at("evaluating")
             rate = (trainer.step - first_step) * self.config.train.global_batch_size / seconds
             status = self.finish(trainer, {"seconds": seconds, "images_per_second": rate})
-        self.heartbeat.begin("ending")
+        self.watchdog.at("ending")
         return self.ranks.first("ending the run", lambda: status)  # the others wait for rank 0's evaluation
 
     # Before the first step. All ranks take the same path; where one may take long, the others wait on the side group.
@@ -197,14 +203,14 @@ class _Pretraining:
         """
         config, ranks, device = self.config, self.ranks, self.parallelism.device
         open_dataset = partial(data.open_dataset, config.data.path, **config.dataset_arguments())
-        self.heartbeat.begin("opening the data")
+        self.watchdog.at("opening the data")
         if ranks.size > 1:  # rank 0 writes the index, the others then read it
             ranks.first_in_hours("opening the data", lambda: open_dataset() and None)
         dataset = open_dataset()
         leave_if_asked(ranks, self.stop)
         if config.model.attention == "xformers":
             _xformers.require(device)
-        self.heartbeat.begin("starting")
+        self.watchdog.at("starting")
         kind = data.choose_loader(dataset, config.data.loader)
         model = construct(lambda: create_model(**config.model_arguments()), self.parallelism)
         preflight(config, self.parallelism, ranks, run=self.folder.path, dataset=dataset, model=model)
@@ -232,7 +238,7 @@ class _Pretraining:
             ranks=ranks,
             callbacks=callbacks,
             stop=self.stop,
-            heartbeat=self.heartbeat,
+            watchdog=self.watchdog,
         )
         for line in (*describe_config(config), *_describe_size(trainer, kind), precision.text):
             if line:

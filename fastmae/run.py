@@ -13,7 +13,7 @@ from torch import nn
 
 from fastmae import pretraining
 from fastmae.train.config import PretrainConfig, from_json, to_json
-from fastmae.train.liveness.signals import StopRequest
+from fastmae.train.liveness import StopRequest
 from fastmae.train.recipes import apply_flags, starting_config
 from fastmae.train.rules import check_fields
 from fastmae.train.run_folder import read_json, read_rows

@@ -59,7 +59,7 @@ def test_a_background_save_holds_the_values_of_its_step(folder, slow_disk):
         weight += 1  # the next step, while the disk is still busy
         values["samples"].append(2)
         assert list_checkpoints(folder) == []
-        saver.poll()
+        saver.saving or saver.wait()
         assert saver.newest is None
         slow_disk.go.set()
         saver.wait()
@@ -84,7 +84,7 @@ def test_a_second_save_waits_for_the_first(folder, slow_disk):
 
 def poll_until(saver, condition):
     while not condition():
-        saver.poll()
+        saver.saving or saver.wait()
         time.sleep(0.001)
 
 
@@ -94,7 +94,7 @@ def test_a_step_learns_once_of_a_save_that_is_done(folder):
         saver.on_saved = told.append
         saver.save(1, {"w": torch.zeros(1)}, {})
         poll_until(saver, lambda: saver.holds(1))
-        saver.poll()
+        saver.saving or saver.wait()
     assert told == [folder / "step-1"]
 
 

@@ -263,7 +263,7 @@ def two_ranks(rank: int, folder: Path) -> dict:
     result["left"] = sorted(p.name for p in folder.iterdir())
     with CheckpointManager(folder, ranks, background=True) as saver:
         saver.save(5, collect(model, optimizer), {})
-        while not (text := error_of(saver.poll)):
+        while not (text := error_of(lambda: ranks.any(saver.saving) or saver.wait())):
             time.sleep(0.001)
         result["full in the background"] = text
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -420,7 +420,8 @@ def notice(rank: int, folder: Path) -> int:
         saver.save(1, {"w": torch.zeros(4)}, {})
         looks = 1
         while not saver.holds(1):
-            saver.poll()
+            if not ranks.any(saver.saving):
+                saver.wait()
             looks += 1
             time.sleep(0.02)
     return looks

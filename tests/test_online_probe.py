@@ -18,7 +18,7 @@ from fastmae.evaluate.callbacks import Pictures, Probe
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import ReportConfig
-from fastmae.train.liveness.signals import StopRequest
+from fastmae.train.liveness import StopRequest
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastmae.cli import main
-from fastmae.train.liveness.signals import StopRequest
+from fastmae.train.liveness import StopRequest
 from fastmae.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent

@@ -10,6 +10,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,12 +20,11 @@ import tyro
 import fastmae
 from fastmae.cli.arguments import parse
 from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
-from fastmae.cli.output import flush_output, forgiving_output
+from fastmae.cli.output import flush_output, forgiving_output, print_error, rank_and_size
 from fastmae.cli.plan import PlanConfig
-from fastmae.cli.said_once import rank_and_size, say_once
 from fastmae.errors import UsageError, usage_errors
 from fastmae.train.config import PretrainConfig
-from fastmae.train.liveness.signals import PREEMPTED, StopRequest
+from fastmae.train.liveness import EXIT_PREEMPTED, CollectiveError, StopRequest
 from fastmae.train.recipes import DESCRIPTIONS, OWN_IMAGES_RECIPE, RECIPES, apply_flags, starting_config
 
 PLAN_RECIPE = "imagenet-vit-l"
@@ -34,22 +34,24 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. What the user can fix is one line on stderr, a bug keeps its traceback."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Before PyTorch is imported, which takes seconds. Without arguments this is the process's command, and it ends.
+    stop = StopRequest(quiet=rank_and_size()[0] != 0, process_ends=argv is None)
     try:
         # A run does not end because | tee did, and no command ends in a traceback because | head did.
-        with forgiving_output():
-            return _main(argv)
+        with forgiving_output(), stop if words[:1] == ["pretrain"] else nullcontext():
+            return _main(words, stop)
     finally:
         flush_output()
 
 
-def _main(argv: list[str]) -> int:
+def _main(argv: list[str], stop: StopRequest) -> int:
     if argv == ["--version"]:
         print(f"fastmae {fastmae.__version__}")
         return 0
     try:
         defaults = _defaults(argv)
-        return _run(parse(_commands(defaults), argv), defaults, argv)
+        return _run(parse(_commands(defaults), argv), defaults, argv, stop)
     except KeyboardInterrupt:
         if rank_and_size()[0] == 0:
             print("fastmae: interrupted", file=sys.stderr)
@@ -57,7 +59,10 @@ def _main(argv: list[str]) -> int:
     except Exception as error:
         if not is_expected(error):
             raise
-        say_once(str(error))
+        if not isinstance(error, CollectiveError):
+            print_error(str(error))
+        elif error.speaks:
+            print(f"fastmae: error: {error}", file=sys.stderr, flush=True)
         return EXIT_USAGE
 
 
@@ -65,7 +70,6 @@ def is_expected(error: Exception) -> bool:
     """Whether the user can fix an error that ended a command, so that no traceback is needed."""
     from fastmae.data import DataError
     from fastmae.train.checkpoint import CheckpointError
-    from fastmae.train.liveness.collectives import CollectiveError
 
     full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     kinds = UsageError | DataError | CheckpointError | CollectiveError | FloatingPointError
@@ -90,15 +94,17 @@ def _sections(config: PretrainConfig | BenchConfig | PlanConfig, *more: str) -> 
     return {name: getattr(config, name) for name in ("recipe", "model", "train", *more)}
 
 
-def _run(command: object, defaults: PretrainConfig, argv: Sequence[str]) -> int:
+def _run(command: object, defaults: PretrainConfig, argv: Sequence[str], stop: StopRequest) -> int:
     if isinstance(command, PretrainConfig):
         _print_recipe(defaults, argv)
-        # Signals are watched for before PyTorch is imported, which takes seconds.
-        with StopRequest(quiet=rank_and_size()[0] != 0) as stop:
-            from fastmae.pretraining import run
+        from fastmae.pretraining import run
 
-            _, status = run(apply_flags(command, defaults, _given(argv)), stop)
-            return PREEMPTED if status == "preempted" else 0
+        if rank_and_size()[1] > 1:  # torchrun's summary quotes the error of the process that failed first
+            from torch.distributed.elastic.multiprocessing.errors import record
+
+            run = record(run)
+        _, status = run(apply_flags(command, defaults, _given(argv)), stop)
+        return EXIT_PREEMPTED if status == "preempted" else 0
     if isinstance(command, BenchConfig):
         _print_recipe(defaults, argv)
         from fastmae.cli.bench import bench

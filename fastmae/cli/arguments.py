@@ -15,7 +15,7 @@ from typing import Any
 
 import tyro
 
-from fastmae.cli.said_once import rank_and_size
+from fastmae.cli.output import rank_and_size
 from fastmae.errors import UsageError
 from fastmae.train.recipes import RECIPES
 

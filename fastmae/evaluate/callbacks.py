@@ -147,7 +147,7 @@ class Probe(Callback):
         begun, ranks = time.monotonic(), trainer.ranks
         options = {"dtype": trainer.dtype, "num_threads": self._config.data.num_threads}
         options |= {"rank": ranks.rank, "world_size": ranks.size, "timeout": self._config.data.timeout}
-        options["on_batch"] = lambda: trainer.heartbeat.begin("probing features")  # may take minutes on a CPU
+        options["on_batch"] = lambda: trainer.watchdog.at("probing features")  # may take minutes on a CPU
         if ranks.size > 1:
             options["gather"] = lambda own: _gather(own, ranks)
         try:

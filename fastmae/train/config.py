@@ -220,6 +220,9 @@ class TrainConfig:
     ddp for several."""
     shard_size: PositiveInt | None = None
     """Processes that share one copy of the model with hsdp. None: those of a node."""
+    timeout: Free[PositiveFloat] = 1200.0
+    """Seconds after which a collective that some process does not reach ends the run. More than --data.timeout, so that
+    a process that gets no images reports that first."""
     activation_checkpointing: Free[ActivationCheckpointing] = "none"
     """Recompute activations in the backward to save memory. selective: the blocks' attention, two fifths fewer
     activations for about a tenth more operations. full: the blocks, three quarters fewer for about a quarter more."""

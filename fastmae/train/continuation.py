@@ -51,7 +51,7 @@ def resume(trainer: Trainer, saved: Path | Checkpoint) -> list[str]:
 
 def restore(trainer: Trainer, saved: Checkpoint) -> None:
     """Put weights and optimiser back, and the other tensors of a checkpoint."""
-    trainer.heartbeat.at(trainer.step, "reading a checkpoint")
+    trainer.watchdog.at("reading a checkpoint", trainer.step)
     if trainer.step_graph:
         trainer.step_graph.reset()
     names = ["metrics.interval", *(["loss_scale"] if trainer.loss_scale else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,9 +26,7 @@ from fastmae.train.config import PretrainConfig
 from fastmae.train.fit_steps import StepFit, with_length
 from fastmae.train.flops import count_flops
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
-from fastmae.train.liveness.heartbeat import Heartbeat
-from fastmae.train.liveness.signals import StopRequest
-from fastmae.train.liveness.watch import Watch
+from fastmae.train.liveness import Agreement, StopRequest, Watchdog, any_signal
 from fastmae.train.loggers import Row
 from fastmae.train.metrics import Reporter
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
@@ -54,7 +53,7 @@ class Trainer:
         ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
         callbacks: what looks at the run between steps; the same on all ranks.
         stop: signals, while something else than :meth:`fit` watches for them; None for the time of :meth:`fit`.
-        heartbeat: is told what the run is doing, and watched by its owner; None for nobody.
+        watchdog: of this rank, started by its owner; None for none.
 
     Raises:
         ValueError: if the warm-up is not shorter than the run, or there are more image sizes than epochs.
@@ -73,7 +72,7 @@ class Trainer:
         ranks: Ranks | None = None,
         callbacks: Sequence[Callback] = (),
         stop: StopRequest | None = None,
-        heartbeat: Heartbeat | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         train = config.train
         if train.precision == "auto":
@@ -119,7 +118,7 @@ class Trainer:
         self.reporter.checks = (self.guard.observe,)
         self.callbacks, self._stop = callbacks, stop
         self.stage: Stage = no_stage
-        self.heartbeat = heartbeat or Heartbeat()
+        self.watchdog = watchdog or Watchdog()
         self.saves = CheckpointManager(
             run.checkpoints,
             self.ranks,
@@ -180,18 +179,26 @@ class Trainer:
             self.loader = self._open_loader()
             stack.callback(lambda: self.loader.close())
             stack.enter_context(self.saves)
-            stack.enter_context(self.heartbeat.explaining())
+            stack.enter_context(self.watchdog.explaining())
             self.run.write_json("status.json", {"status": "running", "step": self.step})
             self.bad_files.begin()
-            self.watch = Watch(self.ranks, stop, deadline, train.checkpoint_every_seconds)
+            clock = train.checkpoint_every_seconds
+            self.agreement = Agreement(self.ranks, stop, deadline, clock, lambda: self.saves.saving)
             if self.saves.newest is None:
                 self.save()
             stack.enter_context(running(self.callbacks, self))
             self.model.train()
             self.reporter.start(self.step)
-            self.watch.saved()
-            while self.step < self.schedule.total_steps and not self.watch.must_leave():
+            self.agreement.saved()
+            frozen = False
+            while self.step < self.schedule.total_steps and not self.agreement.must_leave():
                 self.train_step()
+                if not frozen:
+                    # What exists after the first step lives as long as the run: collections need not look at it.
+                    gc.collect()
+                    gc.freeze()
+                    stack.callback(gc.unfreeze)
+                    frozen = True
                 if self.config.train.fit_steps:
                     fit.after_step(self)
                 self._between_steps()
@@ -199,7 +206,7 @@ class Trainer:
             self.saves.wait()
             if not self.saves.holds(self.step):
                 self.save(last=True)
-            signal, total = self.watch.signal(), self.schedule.total_steps
+            signal, total = any_signal(self.ranks, stop), self.schedule.total_steps
             status: Status = "preempted" if signal and self.step < total else "finished"
             if not signal and self.step < total:
                 limit = f"Time limit of {train.max_minutes:g} minutes reached"
@@ -247,19 +254,20 @@ class Trainer:
         return sum(losses[1:], losses[0]), norm, skipped
 
     def _between_steps(self) -> None:
-        train = self.config.train
-        self.heartbeat.at(self.step, "evaluating" if self.callbacks else "between steps")
+        train, every = self.config.train, self.config.train.checkpoint_every_steps
+        self.watchdog.at("evaluating" if self.callbacks else "between steps", self.step)
         for callback in self.callbacks:
             callback.after_step(self)
-        self.heartbeat.at(self.step, "between steps")
-        self.saves.poll()
+        self.watchdog.at("between steps")
+        if self.agreement.all_saved:
+            self.saves.wait()
         if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:
             self.log()
         if self.step == self.schedule.total_steps:
             self.reporter.flush()
         if self.guard.due:
             self.roll_back()
-        elif self.watch.save_due or (train.checkpoint_every_steps and self.step % train.checkpoint_every_steps == 0):
+        elif self.agreement.save_due or (every and self.step % every == 0):
             self.save()
 
     def log(self) -> None:
@@ -281,14 +289,14 @@ class Trainer:
 
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint of the state after ``step`` steps, or begin to."""
-        self.heartbeat.at(self.step, "saving")
+        self.watchdog.at("saving", self.step)
         self.reporter.flush()
         self._note_bad_files()
         tensors, manifest = continuation.tensors_of(self), continuation.manifest_of(self)
         interval = self.reporter.values.copy_of(tensors["metrics.interval"])
         taken = self.guard.newest_taken(self.step, interval)
         self.saves.save(self.step, tensors, manifest, last=last, protect=taken)
-        self.watch.saved()
+        self.agreement.saved()
 
     def _note_failed_save(self, values: dict[str, Any]) -> None:
         with suppress(OSError):  # the disk may be full
@@ -304,7 +312,7 @@ class Trainer:
             FloatingPointError: on all ranks alike, after ``max_rollbacks``, or if no good checkpoint is left.
             CheckpointError: on all ranks alike, if the run folder cannot be written.
         """
-        self.heartbeat.at(self.step, "rolling back")
+        self.watchdog.at("rolling back", self.step)
         # Before a checkpoint is loaded, which replaces what guard and positions know of the steps since it.
         failure, train = self.guard.failure(), self.config.train
         done = len(failure.earlier)
@@ -384,10 +392,10 @@ class Trainer:
             return self.task.prepare(batch)
 
     def _next_batch(self) -> Any:
-        self.heartbeat.at(self.step, "waiting for images")
+        self.watchdog.at("waiting for images", self.step)
         with self.stage("data"), self.reporter.timer.waiting():
             batch = next(self.loader)
-        self.heartbeat.compute(self.step)
+        self.watchdog.at("computing")
         return batch
 
     def _note_bad_files(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import resource
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -32,6 +33,8 @@ from fastmae.train.config import ActivationCheckpointing, Compile, CompileMode, 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What matrix products compute in."""
 
+MAX_FILES = 65_536
+"""Open files that are enough for any number of processes."""
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -90,7 +93,7 @@ def initialize(
 
     Args:
         mode: as :class:`Parallelism` has it; "auto" is "none" for one process and "ddp" for several.
-        device_type: "cpu" (gloo) or "cuda" (NCCL, and gloo for tensors on the CPU; the device of the local rank).
+        device_type: "cpu" (gloo) or "cuda" (NCCL; the device of the local rank).
         shard_size: processes that share one copy of the model under "hsdp"; None for those of a node. If that is all of
             them, "hsdp" shards over all as "fsdp" does.
         timeout: seconds until a collective that not all ranks reach is an error.
@@ -254,10 +257,20 @@ def _device(device_type: str, local_rank: int) -> torch.device:
 
 def _init_process_group(device: torch.device, rank: int, world_size: int, timeout: float) -> None:
     cuda = device.type == "cuda"
+    # gloo needs a descriptor per peer in each group, and 512 processes reach the usual soft limit of 1,024.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if 0 <= soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     options = {"timeout": timedelta(seconds=timeout), "device_id": device if cuda else None}
     if "MASTER_ADDR" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    elif (restart := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        # torchrun keeps its store when it restarts the processes, and in it the addresses of those that have ended.
+        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
+        options |= {"store": dist.PrefixStore(f"restart-{restart}", store), "rank": rank, "world_size": world_size}
+    # No gloo beside NCCL: tensors on the CPU go over the side group of Ranks.
+    dist.init_process_group("nccl" if cuda else "gloo", **options)
 
 
 def _shard(model: nn.Module, parallelism: Parallelism, dtype: torch.dtype, reshard: bool) -> None:

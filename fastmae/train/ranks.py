@@ -139,21 +139,20 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; all have to ask."""
-        return self.ask(flag)()[0]
+        return bool(self.maximum(flag)()[0])
 
-    def ask(self, *flags: bool) -> Callable[[], list[bool]]:
-        """Whether each flag is set on any rank; all have to ask. Returns at once: calling the result waits for the
-        answers."""
+    def maximum(self, *values: float) -> Callable[[], list[float]]:
+        """Start an all-reduce of the largest of each value over all ranks; calling the result waits for it."""
         if self.group is None:
-            return lambda: list(flags)
-        values = torch.tensor(flags, dtype=torch.int32)
-        work = dist.all_reduce(values, dist.ReduceOp.MAX, self.group, async_op=True)
+            return lambda: list(values)
+        reduced = torch.tensor(values, dtype=torch.float64)
+        work = dist.all_reduce(reduced, dist.ReduceOp.MAX, self.group, async_op=True)
 
-        def answer() -> list[bool]:
+        def result() -> list[float]:
             self._guard("asking all ranks", work.wait)
-            return values.bool().tolist()
+            return reduced.tolist()
 
-        return answer
+        return result
 
     def collect(self, what: str, values: Sequence[float]) -> Callable[[], list[list[float]]]:
         """Exchange a few numbers of each rank; all call it. Returns at once: calling the result waits for all ranks."""

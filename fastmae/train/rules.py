@@ -263,6 +263,8 @@ def _validate_training(config: Any, require: Callable[..., None]) -> None:
     require(train.optimizer != "apex" or train.device != "cpu", "train", "optimizer", "adamw on the CPU")
     takes = train.shard_size is None or train.parallel == "hsdp"
     require(takes, "train", "shard_size", "none without --train.parallel hsdp")
+    waits = config.data.timeout < train.timeout
+    require(waits, "train", "timeout", f"more than --data.timeout {config.data.timeout:g}, whose error names the cause")
     name = "batch_size" if isinstance(train.batch_size, int) else "global_batch_size"
     fits = getattr(train, name) % train.masks_per_image == 0
     require(fits, "train", name, f"a multiple of --train.masks-per-image {train.masks_per_image}")

@@ -294,18 +294,13 @@ class CheckpointManager:
         if last or not self.background:
             self.wait(last=last)
 
-    def poll(self) -> None:
-        """Notice a save that is done on all ranks; they all call it at the same steps, which asks the others only while
-        one is pending.
-
-        Raises:
-            CheckpointError: as :meth:`save`.
-        """
-        if self._pending is not None and not self._asking.any(not self._pending.done()):
-            self.wait()
+    @property
+    def saving(self) -> bool:
+        """Whether a save in the background is not done yet on this rank."""
+        return self._pending is not None and not self._pending.done()
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait for the pending save.
+        """Wait for the pending save. All ranks call it at the same step, also to notice one that is done.
 
         Raises:
             CheckpointError: as :meth:`save`.
