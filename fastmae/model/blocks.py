@@ -156,9 +156,9 @@ class SharedTokens(NamedTuple):
     """A decoder's input before it is restored: at one position, masked tokens are equal in all images."""
 
     visible: Tensor
-    """(N, P + K, D): prefix and visible tokens with their positions, in the order of ids_keep."""
+    """(N, P + K, D): P prefix tokens and the visible ones with positions added, in the order of ids_keep."""
     table: Tensor
-    """(1, L, D): the mask token with each position."""
+    """(1, L, D): the mask token plus each position."""
     ids_restore: Tensor
     """int64 (N, L)."""
 
@@ -178,14 +178,14 @@ class Attention(nn.Module):
         return Stream(x, *self._project(attention_qkvpacked(self._heads(qkv, 3), self.backend, self.qkv.bias)))
 
     def forward_queries(self, stream: Stream, norm: nn.LayerNorm, ids: Tensor) -> Stream:
-        """The rows ``ids`` (N, M) of what ``forward`` returns: keys and values for all, queries for those only."""
+        """The rows ``ids`` (N, M) of ``forward``'s result: keys and values for all tokens, queries for these only."""
         dim = stream.x.shape[-1]
         # Weight, bias and their copies, each cut into the rows for queries and those for keys and values.
         cut = [(None, None) if t is None else t.split([dim, 2 * dim]) for t in self._projection()]
         query, key_value = zip(*cut, strict=True)
         if fuses(stream.x, kernels):
             x, kv = stream.norm_linear(norm, *key_value)
-            # Normalising the chosen rows again moves less than keeping and gathering what was normalised.
+            # Normalising the chosen rows again moves less memory than storing the norm's result and gathering from it.
             x, q = Stream(gather_tokens(x, ids)).norm_linear(norm, *query)
         else:
             x = stream.sum()
@@ -198,7 +198,7 @@ class Attention(nn.Module):
     def forward_shared(
         self, shared: SharedTokens, norm: nn.LayerNorm, num_prefix_tokens: int
     ) -> tuple[Tensor, Tensor | None]:
-        """Branch and bias of what ``forward`` returns for ``shared``'s tokens; masked ones computed once a batch."""
+        """Branch and bias of ``forward`` for the tokens of ``shared``, the mask tokens projected once per batch."""
         n, visible, dim = shared.visible.shape
         rows = torch.cat([shared.visible.reshape(-1, dim), shared.table[0].to(shared.visible.dtype)])
         _, qkv = Stream(rows).norm_linear(norm, *self._projection())
@@ -234,7 +234,7 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, stream: Stream, norm: nn.LayerNorm) -> Stream:
-        """The MLP of every token."""
+        """The MLP on every token."""
         fc1, fc2 = self.fc1, self.fc2
         if fuses(stream.x, kernels):
             x, h = stream.norm_linear(norm, fc1.weight, None, fc1.weight_cast)
