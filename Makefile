@@ -66,7 +66,7 @@ gpu:
 release-check:
 	@OUT="$(OUT)" bash .ci/release-check
 
-# SOAK_RESULTS, a folder of benchmarks/results, takes the result of the kills; docs/surviving.md then shows it.
+# SOAK_RESULTS, a folder of benchmarks/results, takes the result of the kills; make report puts it into docs/running.md.
 KILLS ?= 50
 SOAK_RESULTS ?=
 soak:

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = "README.md", "docs/benchmarks.md"
-COUNTED, PHOTOGRAPHS = "docs/counted.md", "docs/photographs.md"
+COUNTED, PHOTOGRAPHS, RUNNING = "docs/counted.md", "docs/photographs.md", "docs/running.md"
 
 TIE = 0.995
 """A ratio from here up rounds to 1.00 and does not count as slower."""
@@ -417,6 +417,26 @@ def photographs_block(summary: dict) -> str:
     return f"{rows_to_table(head, rows)}\n\n{text}"
 
 
+def soak_block(result: dict) -> str:
+    """The kills of ``make soak``, by mode, and its verdict."""
+    names = {"none": "one process", "ddp": "two, DDP", "fsdp": "two, FSDP"}
+    rows = []
+    for mode, name in names.items():
+        rounds = [entry for entry in result["rounds"] if entry["mode"] == mode]
+        kills, again = (sum(entry[key] for entry in rounds) for key in ("kills", "steps_done_again"))
+        rows.append([name, str(len(rounds)), str(kills), f"{again:,}"])
+    by, survivors, versions = result["by"], result["survivors"], result["versions"]
+    text = (
+        f"{result['kills']} kills in {result['seconds'] / 60:.0f} minutes on {result['machine']['cores']} cores: "
+        f"{by['while_saving']} while a checkpoint was being written, {by['starting_up']} before the first step, "
+        f"{by['one_of_two']} of one process of two. {survivors['by themselves']} of the survivors ended by themselves, "
+        f"the slowest after {result['slowest_survivor_seconds']:.1f} s; a launcher would have had to end "
+        f"{survivors['SIGTERM'] + survivors['SIGKILL']}. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, "
+        f"PyTorch {versions['torch']})."
+    )
+    return f"{rows_to_table(['processes', 'rounds', 'kills', 'steps repeated'], rows)}\n\n{text}"
+
+
 def fill(text: str, name: str, block: str) -> str:
     """Replace what a page holds between the markers of a block."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -435,6 +455,7 @@ def pages(machines: list[Machine]) -> dict[str, str]:
             "step": step_bytes_table(read("counted/step.json")),
         },
         PHOTOGRAPHS: {"results": photographs_block(read("photographs/summary.json"))},
+        RUNNING: {"soak": soak_block(read("cpu-amd-epyc/soak.json"))},
     }
     texts = {}
     for path, named in blocks.items():

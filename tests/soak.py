@@ -27,11 +27,13 @@ from pathlib import Path
 import torch
 from consumed import attempts, check, expected
 from safetensors.torch import load_file
-from soak_report import SAME, write_page
 from soak_run import BATCH, MODES, STEPS_BETWEEN_CHECKPOINTS, Processes, Run, SoakError
 
 from fastmae import data
 from fastmae.train.state import versions
+
+SAME = "the same weights, losses and samples"
+"""The verdict that there has to be."""
 
 
 class Soak:
@@ -166,7 +168,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--steps", type=int, default=400, help="length of the runs that are killed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the result here as JSON, and into docs/surviving.md")
+    parser.add_argument("--out", type=Path, help="write the result here, for make report")
     parser.add_argument("--keep", type=Path, help="make the run folders here, and keep them")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
@@ -183,7 +185,6 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-        write_page(result)
     print(json.dumps(result, indent=1))
     if verdict != SAME:
         sys.exit(verdict)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import soak
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -178,6 +179,13 @@ def test_rates_shares_and_missed_targets_of_the_trainer_are_shown():
     assert "| large: vit-l compiled, batch 256 | 3,000 | 1,000 | 960 | 96.0% | 51.0% | 49.0% | reached |" in text
     assert "| huge: vit-h, batch 256 | 3,000 | 1,000 | 900 | 90.0% | 60.0% | 54.0% | missed: both / model 0.90" in text
     assert "| forward | 60.00 ms, 60.0% | 60.00 ms, 60.0% |" in text
+
+
+def test_the_committed_kills_add_up_and_left_no_trace():
+    result = json.loads((report.RESULTS / "cpu-amd-epyc/soak.json").read_text())
+    assert result["verdict"] == soak.SAME
+    assert all(kills > 0 for kills in result["by_mode"].values())
+    assert sum(entry["kills"] for entry in result["rounds"]) == result["kills"]
 
 
 def test_committed_pages_are_those_of_the_committed_results():

@@ -18,7 +18,7 @@ from fastmae.train.liveness import StopRequest
 from fastmae.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
-SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "launching.md"
+SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "running.md"
 LONG = 30
 
 SRUN = """#!/bin/bash
