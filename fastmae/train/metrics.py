@@ -328,10 +328,9 @@ def combine_ranks(values: Sequence[Sequence[float]], step_time: float, hosts: Se
         row["peak_memory_gib"] = max(device_memory)
     if len(hosts) == 1:
         return row, ""
-    times = {"data_time": data}
-    if all(map(math.isfinite, forward)):
-        times["forward_time"] = forward
-    own = [sum(of_rank) for of_rank in zip(data, *3 * [times.get("forward_time", [0.0] * len(data))], strict=True)]
+    known = all(map(math.isfinite, forward))
+    times = {"data_time": data} | ({"forward_time": forward} if known else {})
+    own = [waited + (3 * passed if known else 0.0) for waited, passed in zip(data, forward, strict=True)]
     slowest, excess = own.index(max(own)), max(own) - statistics.median_low(own)
     row |= {"slowest_rank": slowest, "slowest_host": hosts[slowest]}
     if len(hosts) <= SHOWN_RANKS:
