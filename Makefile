@@ -6,7 +6,7 @@ PYTHON ?= python
 help:
 	@echo "make test           all tests; those of the ops in plain PyTorch and in Triton's interpreter"
 	@echo "make lint           ruff, style and format"
-	@echo "make format         let ruff mend what it can"
+	@echo "make format         let ruff fix what it can"
 	@echo "make bench          the benchmarks, on this machine"
 	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
 	@echo "make bench-data     the loaders of a CPU, into CPU_RESULTS; IMAGES=FOLDER of JPEGs (about three minutes)"
