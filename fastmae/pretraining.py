@@ -39,7 +39,7 @@ from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.liveness import StoppedEarly, StopRequest, Watchdog, leave_if_asked
-from fastmae.train.loggers import without_nan
+from fastmae.train.loggers import in_notebook, without_nan
 from fastmae.train.loop import Status, Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, num_processes, shutdown
 from fastmae.train.precision import settle_precision
@@ -449,6 +449,8 @@ class WordWrapConsole(Console):
     """
 
     def __init__(self, **options: Any) -> None:
+        if in_notebook():
+            options["force_terminal"] = False
         super().__init__(highlight=False, markup=False, soft_wrap=True, force_jupyter=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import signal
+import time
 from dataclasses import fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from PIL import Image
@@ -93,7 +97,8 @@ def pretrain(
     """Pretrain a masked autoencoder, as ``fastmae pretrain`` does; return the finished or interrupted run.
 
     An interrupt (Ctrl-C, or a notebook's stop button) saves a checkpoint after the current step and returns;
-    ``resume=True`` continues from it. Nothing exits the process. Under torchrun every process calls this function.
+    ``resume=True`` continues from it. A second one raises KeyboardInterrupt at once. Signals are only handled in the
+    main thread. Under torchrun every process calls this function.
 
     Args:
         recipe: gives the defaults of everything else. None: "small-data" with ``data``, otherwise "photographs".
@@ -123,9 +128,25 @@ def pretrain(
     for section in _SECTIONS:
         check_fields(getattr(config, section), section)
     config = apply_flags(config, defaults, given)
-    with StopRequest(quiet=os.environ.get("RANK", "0") != "0") as stop:
+    with _Interruptible(quiet=os.environ.get("RANK", "0") != "0") as stop:
         path, _ = pretraining.run(config, stop)
     return Run(path)
+
+
+class _Interruptible(StopRequest):
+    """A second SIGINT raises KeyboardInterrupt, where the command line ends its process: here that is the kernel."""
+
+    at_once_after = 1.0
+    """Seconds in which a second signal counts as the first one, delivered twice."""
+    _interrupted_at = math.inf
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and now - self._interrupted_at >= self.at_once_after:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and not self.requested:
+            self._interrupted_at = now
+        super()._handle(number, frame)
 
 
 def _find_field(option: str) -> tuple[str, str]:

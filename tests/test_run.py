@@ -87,6 +87,19 @@ def test_an_interrupt_saves_and_returns(tmp_path, images):
     assert fastmae.pretrain(out=tmp_path / "run", resume=True).status["step"] == 6
 
 
+def test_a_second_interrupt_raises_and_does_not_end_the_process(tmp_path, images, monkeypatch):
+    monkeypatch.setattr("fastmae.run._Interruptible.at_once_after", 0.0)
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with patch.object(pretraining.data, "open_dataset", interrupted), pytest.raises(KeyboardInterrupt):
+        fastmae.pretrain(data=images, out=tmp_path / "run", **TINY)
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -129,6 +142,8 @@ def test_the_quickstart_runs_in_a_notebook_and_its_stop_button_saves(kernel, tmp
         kernel.execute_cell(cell, index)
     outputs = {name: cell.get("outputs", []) for name, cell in cells.items()}
     assert "finished, step 6" in outputs["pretrain"][-1]["data"]["text/plain"]
+    bars = [output for output in outputs["pretrain"] if output.output_type == "display_data"]
+    assert ["step 6/6" in bar["data"]["text/plain"] for bar in bars] == [True]  # one, updated in place
     assert "image/png" in outputs["figure"][0]["data"]
     assert "(1, 25, 32)" in outputs["features"][-1]["data"]["text/plain"]
 

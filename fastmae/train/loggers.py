@@ -202,14 +202,19 @@ class TensorBoard:
 
 
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere. A narrow terminal shows what matters most."""
+    """A bar on a terminal or in a notebook, plain lines elsewhere. A narrow terminal shows what matters most."""
 
     def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
         self._console, self._total, self._deadline = console, total_steps, deadline
         self._begun, self._first = time.monotonic(), step
         self._shown: dict[str, float] = {}
         self._progress: Progress | None = None
-        if console.is_terminal:
+        self._cell: Any = None
+        if in_notebook():
+            from IPython.display import display
+
+            self._cell = display({"text/plain": "starting"}, raw=True, display_id=True)  # updated in place
+        elif console.is_terminal:
             columns = (BarColumn(_BAR), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
             self._progress = Progress(*columns, console=console, auto_refresh=False)  # no thread beside the training
             self._task = self._progress.add_task("training", total=total_steps, completed=step, text="")
@@ -223,10 +228,14 @@ class Terminal:
 
     def write(self, row: Row) -> None:
         text = self._text(row)
-        if self._progress is None:
-            self._console.print(f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}", highlight=False)
-        else:
+        line = f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}"
+        if self._progress is not None:
             self._progress.update(self._task, completed=row["step"], text=text, refresh=True)
+        elif self._cell is not None:
+            done = 20 * row["step"] // self._total
+            self._cell.update({"text/plain": f"{'█' * done}{'░' * (20 - done)} {line}"}, raw=True)
+        else:
+            self._console.print(line, highlight=False)
 
     def _text(self, row: Row) -> str:
         now = time.monotonic()
@@ -260,6 +269,12 @@ class Terminal:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def in_notebook() -> bool:
+    """Whether this code runs in a Jupyter kernel. Its stdout claims to be a terminal, but cannot move the cursor."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _six_columns(loss: float | None) -> str:
