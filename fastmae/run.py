@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import math
 import os
-import signal
-import time
 from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from PIL import Image
@@ -128,25 +124,9 @@ def pretrain(
     for section in _SECTIONS:
         check_fields(getattr(config, section), section)
     config = apply_flags(config, defaults, given)
-    with _Interruptible(quiet=os.environ.get("RANK", "0") != "0") as stop:
+    with StopRequest(quiet=os.environ.get("RANK", "0") != "0") as stop:
         path, _ = pretraining.run(config, stop)
     return Run(path)
-
-
-class _Interruptible(StopRequest):
-    """A second SIGINT raises KeyboardInterrupt, where the command line ends its process: here that is the kernel."""
-
-    at_once_after = 1.0
-    """Seconds in which a second signal counts as the first one, delivered twice."""
-    _interrupted_at = math.inf
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and now - self._interrupted_at >= self.at_once_after:
-            raise KeyboardInterrupt
-        if number == signal.SIGINT and not self.requested:
-            self._interrupted_at = now
-        super()._handle(number, frame)
 
 
 def _find_field(option: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from training import write_images
 import fastmae
 from fastmae import pretraining
 from fastmae.data import open_dataset
+from fastmae.train.liveness import StopRequest
 from fastmae.train.weights import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -88,7 +89,7 @@ def test_an_interrupt_saves_and_returns(tmp_path, images):
 
 
 def test_a_second_interrupt_raises_and_does_not_end_the_process(tmp_path, images, monkeypatch):
-    monkeypatch.setattr("fastmae.run._Interruptible.at_once_after", 0.0)
+    monkeypatch.setitem(StopRequest.repeats, signal.SIGINT, 0.0)
 
     def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)

@@ -49,6 +49,7 @@ class StopRequest:
     A second SIGINT or SIGTERM ends the process at once, but not within ``repeats`` seconds of the first: a batch system
     signals every process of a job, launchers included, and launchers pass signals on. SIGUSR1 is a notice: a SIGTERM
     after it counts as the first. Outside the main thread, where Python allows no handlers, ``requested`` stays None.
+    Where the process does not end with this context, such as in a notebook, a second SIGINT raises KeyboardInterrupt.
 
     Args:
         quiet: print nothing, because another process of the job does.
@@ -116,6 +117,8 @@ class StopRequest:
                 first, at = self._first
                 if number == first and now - at < self.repeats[number]:
                     return
+                if number == signal.SIGINT and not self._process_ends:
+                    raise KeyboardInterrupt
                 os._exit(128 + number)
             self._first = number, now
         self.requested = self.requested or name
