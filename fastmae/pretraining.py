@@ -48,6 +48,7 @@ from fastmae.train.profile import Profile
 from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, scaled_warmup
 from fastmae.train.rules import flag, validate
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.weights import export_weights, load_model
 
 _log = logging.getLogger(__name__)
@@ -229,10 +230,8 @@ class _Pretraining:
             settled = replace(settled, train=replace(settled.train, batch_size=batch_size))
         trainer = Trainer(
             settled,
-            model,
-            dataset,
+            MaskedAutoencoding(settled, model, dataset, data.create_loader),
             self.folder,
-            create_loader=data.create_loader,
             console=self.console,
             parallelism=self.parallelism,
             ranks=ranks,
@@ -365,7 +364,7 @@ class _Pretraining:
             "last_loss": rows[-1]["loss"] if rows else None,
             "device": str(trainer.device),
             "precision": config.train.precision,
-            "num_threads": trainer.num_threads,
+            "num_threads": torch.get_num_threads(),
             "loader": trainer.loader.kind,
             "bad_files": bad,
             "sets": errors,

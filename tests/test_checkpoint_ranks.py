@@ -38,7 +38,7 @@ from fastmae.train.checkpoint import (
 )
 from fastmae.train.checkpoint import load as loading
 from fastmae.train.checkpoint.format import SHARD
-from fastmae.train.model_state import collect, load
+from fastmae.train.state import collect, load
 
 LIMIT = 2.0
 """Seconds that ranks wait for each other, in a test that makes them wait longer."""

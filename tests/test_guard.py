@@ -32,6 +32,7 @@ from fastmae.train.loop import Trainer
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.rules import LEAST_FP16, validate
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
 
 IMAGES, SEED = 120, 0
 IDS = permuted_ids(np.arange(IMAGES), IMAGES, SEED)[0].tolist()
@@ -79,12 +80,11 @@ def make(out: Path, images: Path, *callbacks: Callback, place=None, ranks=None, 
         data=DataConfig(path=images, loader="torch", num_threads=1),
         train=replace(TRAIN, **OPTIONS | {"parallel": place.mode} | train),
     )
+    dataset = data.open_dataset(images, cache_dir=images.parent / f"cache-{ranks.rank}")
     return Trainer(
         config,
-        parallel.construct(create, place),
-        data.open_dataset(images, cache_dir=images.parent / f"cache-{ranks.rank}"),
+        MaskedAutoencoding(config, parallel.construct(create, place), dataset, data.create_loader),
         RunFolder(out, resume=resume, leader=ranks.rank == 0),
-        create_loader=data.create_loader,
         console=Console(file=io.StringIO(), width=1000),
         parallelism=place,
         ranks=ranks,

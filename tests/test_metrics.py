@@ -37,6 +37,7 @@ from fastmae.train.metrics import (
 )
 from fastmae.train.parallel import Parallelism
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
 
 CPU = torch.device("cpu")
 NAN = math.nan
@@ -314,8 +315,8 @@ def job(rank: int, folder: Path) -> dict[str, tuple[str, list[dict]]]:
         console = Console(file=io.StringIO(), width=200, quiet=rank > 0)
         with Ranks.create() as ranks, RunFolder(config.out, leader=rank == 0) as run:
             create = partial(Loader, clock, 0.2 if mode == "fsdp" and rank else 0.05)
-            options = {"console": console, "parallelism": place, "ranks": ranks, "create_loader": create}
-            trainer = Trainer(config, model, dataset, run, **options)
+            options = {"console": console, "parallelism": place, "ranks": ranks}
+            trainer = Trainer(config, MaskedAutoencoding(config, model, dataset, create), run, **options)
             model.blocks[0].register_forward_hook(partial(advance, clock, 0.3 if mode == "ddp" and rank else 0.1))
             assert trainer.fit() == "finished"
             found[mode] = console.file.getvalue(), run.read_metrics()

@@ -7,7 +7,7 @@ import torch
 from checkpoints import assert_equal
 
 from fastmae.train.checkpoint import CheckpointError, CheckpointManager, save_checkpoint
-from fastmae.train.model_state import collect, load
+from fastmae.train.state import collect, load
 
 
 @pytest.fixture

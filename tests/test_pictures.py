@@ -26,6 +26,7 @@ from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
 from fastmae.train.loop import Trainer
 from fastmae.train.parallel import construct, initialize, shutdown
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.weights import load_model
 
 REPORT = ReportConfig(picture_every_steps=4)
@@ -214,7 +215,7 @@ def train(rank: int, mode: str, precision: str, out: Path, images: Path, callbac
             callback(config, dataset, ranks) if callback is Probe else callback(config, dataset)
             for callback in callbacks
         ]
-        Trainer(config, model, dataset, run, create_loader=data.create_loader, **parts).fit()
+        Trainer(config, MaskedAutoencoding(config, model, dataset, data.create_loader), run, **parts).fit()
     shutdown(place)
     if rank:
         return None

@@ -16,6 +16,7 @@ from fastmae.model import create_model
 from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from fastmae.train.loop import Trainer
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
 
 MODEL = ModelConfig(
     name="mae_vit_tiny_patch16",
@@ -89,11 +90,11 @@ def make_trainer(
         data=DataConfig(path=images, loader=loader, num_threads=1, **options or {}),
         train=replace(TRAIN, **train),
     )
+    model = create_model(**config.model_arguments()).to(config.train.device)
+    dataset = dataset or data.open_dataset(images, max_bad_fraction=config.data.max_bad_fraction)
     return Trainer(
         config,
-        create_model(**config.model_arguments()).to(config.train.device),
-        dataset or data.open_dataset(images, max_bad_fraction=config.data.max_bad_fraction),
+        MaskedAutoencoding(config, model, dataset, data.create_loader),
         RunFolder(out, resume=resume),
-        create_loader=data.create_loader,
         console=Console(file=io.StringIO()),
     )

@@ -24,6 +24,7 @@ from fastmae.train.precision import settle_precision
 from fastmae.train.ranks import Ranks
 from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
 
 
 def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int:
@@ -73,7 +74,7 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
     def make(config: PretrainConfig) -> Trainer:
         model = create_model(**config.model_arguments()).to(device)
         config = settle_precision(config, model.architecture["embed_dim"], device, Ranks()).config
-        return Trainer(config, model, dataset, run, create_loader=data.create_loader, console=console)
+        return Trainer(config, MaskedAutoencoding(config, model, dataset, data.create_loader), run, console=console)
 
     trainer = make(config_to_measure(config))
     if trainer.accumulation > 1:  # --train.batch-size auto found that less than the global batch fits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ class BadFiles:
         """Files found while training, in the order of their positions."""
         return sorted(self._late.values(), key=lambda bad: (bad.position, bad.sample_id))
 
-    def state(self) -> list[list[Any]]:
-        """``late`` for a checkpoint's manifest."""
-        return [list(bad) for bad in self.late]
+    def state_dict(self) -> dict[str, list[list[Any]]]:
+        """``late``, JSON-able."""
+        return {"late": [list(bad) for bad in self.late]}
 
-    def restore(self, state: Iterable[Sequence[Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Iterable[Sequence[Any]]]) -> None:
         """Know what a run knew when it was saved."""
-        self._late = {bad.sample_id: bad for bad in (LateBad(*values) for values in state)}
+        self._late = {bad.sample_id: bad for bad in (LateBad(*values) for values in state["late"])}
 
     def begin(self) -> None:
         """Write all that is known."""

@@ -46,13 +46,13 @@ class LossScale:
         torch._amp_update_scale_(self.value, self._good_steps, skipped, 2.0, 0.5, self._growth_interval)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``loss_scale``, float32 (2,)."""
-        return {"loss_scale": torch.stack([self.value, self._good_steps.float()])}
+        """``value_and_good_steps``, float32 (2,)."""
+        return {"value_and_good_steps": torch.stack([self.value, self._good_steps.float()])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`; a checkpoint of another precision has none, and the scale starts anew."""
-        if "loss_scale" in state:
-            for own, saved in zip((self.value, self._good_steps), state["loss_scale"], strict=True):
+        if "value_and_good_steps" in state:
+            for own, saved in zip((self.value, self._good_steps), state["value_and_good_steps"], strict=True):
                 own.copy_(saved)
 
 

@@ -13,14 +13,23 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmae.data.agree import check_agreement
-from fastmae.train import continuation, model_state
+from fastmae.train import state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
 from fastmae.train.callbacks import Callback, running
-from fastmae.train.checkpoint import Checkpoint, CheckpointError, CheckpointManager, LostRankError, Ranks, open_latest
+from fastmae.train.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointManager,
+    LostRankError,
+    Ranks,
+    open_checkpoint,
+    open_latest,
+    set_aside_after,
+)
 from fastmae.train.checkpoint.format import discard
 from fastmae.train.config import PretrainConfig
 from fastmae.train.fit_steps import StepFit, with_length
@@ -34,20 +43,18 @@ from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profile import Stage, no_stage
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.step_graph import CudaRecorder, StepGraph
-from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.task import Task
 
 Status = Literal["finished", "preempted"]
 
 
 class Trainer:
-    """Trains a model on a loader's batches, and saves all it takes to go on exactly.
+    """Trains a task's model, and saves what it takes to continue exactly.
 
     Args:
         config: a validated configuration, its precision settled.
-        model: a ``MaskedAutoencoderViT`` on the device to train on, or where :func:`parallel.construct` made it.
-        dataset: the images; its length and hash are recorded.
+        task: what is trained; its model is on the device to train on, or where :func:`parallel.construct` made it.
         run: the run folder, locked.
-        create_loader: ``fastmae.data.create_loader`` or something of its signature.
         console: where progress is shown.
         parallelism: the processes that train together, this one alone if None. Every one of them makes a trainer.
         ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
@@ -62,11 +69,9 @@ class Trainer:
     def __init__(
         self,
         config: PretrainConfig,
-        model: nn.Module,
-        dataset: Any,
+        task: Task,
         run: RunFolder,
         *,
-        create_loader: Callable[..., Any],
         console: Console | None = None,
         parallelism: Parallelism | None = None,
         ranks: Ranks | None = None,
@@ -77,9 +82,10 @@ class Trainer:
         train = config.train
         if train.precision == "auto":
             raise ValueError("precision: expected one that settle_precision has settled, got auto")
+        model, dataset = task.model, task.dataset
         self.parallelism = parallelism or Parallelism(device=next(model.parameters()).device)
         self.ranks = ranks or Ranks()
-        self.config, self.model, self.dataset, self.run = config, model, dataset, run
+        self.config, self.task, self.model, self.dataset, self.run = config, task, model, dataset, run
         self.console = console or Console()
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
         names = ("seed", "precision", "activation_checkpointing", "compile", "compile_mode", "reshard_after_forward")
@@ -96,12 +102,11 @@ class Trainer:
         )
         self.loss_scale = LossScale(self.device) if train.precision == "fp16" else None
         self.schedule = create_schedule(train, len(dataset))
-        self.task = MaskedAutoencoding(config, model, dataset, create_loader)
-        self.task.begin(self.schedule.total_steps)
-        self.optimizer = create_optimizer(self.task.parameter_groups(), train)
+        task.begin(self.schedule.total_steps)
+        self.optimizer = create_optimizer(task.parameter_groups(), train)
         self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
         self.step, self.learning_rate = 0, 0.0
-        self.positions = SamplePositions(self.task.samples_per_step, len(dataset), train.seed)
+        self.positions = SamplePositions(task.samples_per_step, len(dataset), train.seed)
         self.guard = Guard(train.rollback_after, self.positions)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
@@ -127,6 +132,15 @@ class Trainer:
             background=self.device.type == "cuda" if train.background_save is None else train.background_save,
         )
         self.saves.on_failed = self._note_failed_save
+        # Whatever has state beside model and optimiser, by the name that checkpoints know it by.
+        self.stateful: dict[str, Any] = {
+            "metrics": self.reporter.values,
+            "positions": self.positions,
+            "guard": self.guard,
+            "bad_files": self.bad_files,
+        }
+        if self.loss_scale:
+            self.stateful["loss_scale"] = self.loss_scale
 
     def _largest(self, value: float) -> float:
         """The largest of a number over all ranks."""
@@ -139,13 +153,8 @@ class Trainer:
         return self.ranks.size * self.accumulation * flops
 
     @property
-    def num_threads(self) -> int:
-        """CPU threads of PyTorch, which the bits of a sum hang on."""
-        return torch.get_num_threads()
-
-    @property
     def samples(self) -> int:
-        """Images consumed so far, with those that a rollback left out: all that the order of the following hangs on."""
+        """Images consumed so far, including those that a rollback left out; what follows depends on it alone."""
         return self.positions.after(self.step)
 
     def fit(
@@ -292,7 +301,7 @@ class Trainer:
         self.watchdog.at("saving", self.step)
         self.reporter.flush()
         self._note_bad_files()
-        tensors, manifest = continuation.tensors_of(self), continuation.manifest_of(self)
+        tensors, manifest = self.state_dict()
         interval = self.reporter.values.copy_of(tensors["metrics.interval"])
         taken = self.guard.newest_taken(self.step, interval)
         self.saves.save(self.step, tensors, manifest, last=last, protect=taken)
@@ -335,7 +344,7 @@ class Trainer:
             if self.parallelism.is_main:  # checkpoints abandoned last time are as large as any
                 for old in self.run.checkpoints.glob("step-*.abandoned"):
                     discard(old)
-            continuation.go_on_from(self, saved, "abandoned")
+            self._continue_from(saved, "abandoned")
             # After the checkpoint's state, which knows neither this rollback nor those between.
             first, last = self.guard.roll_back(self.step, failure)["positions_left_out"]
             self.bad_files.begin()  # its list of files goes back as well
@@ -358,14 +367,29 @@ class Trainer:
                 raise
             except CheckpointError:
                 return None
-            continuation.restore(self, saved)
-            if not self.ranks.any(not all_finite(model_state.collect(self.model, self.optimizer).values())):
+            self._load_tensors(saved)
+            if not self.ranks.any(not all_finite(state.collect(self.model, self.optimizer).values())):
                 return saved
             self.console.print(f"{saved.path} is not used: its weights or moments are not all finite")
             newest = saved.manifest["step"] - 1
 
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: tensors by name, and JSON-able values for its manifest."""
+        tensors, values = state.collect(self.model, self.optimizer), {}
+        for name, part in self.stateful.items():
+            for key, value in part.state_dict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{name}.{key}"] = value
+                else:
+                    values.setdefault(name, {})[key] = value
+        return tensors, values | state.describe_run(self.config, self.model, self.optimizer, self.dataset) | {
+            "samples_consumed": self.samples,
+            "world_size": self.ranks.size,
+            "num_threads": torch.get_num_threads(),
+        }
+
     def resume(self, saved: Path | Checkpoint) -> list[str]:
-        """Go on from a checkpoint folder, which may be of any number of processes.
+        """Continue from a checkpoint folder, which may be of any number of processes.
 
         Returns:
             What differs from the run that was saved, in words, where it makes the continuation inexact.
@@ -373,7 +397,35 @@ class Trainer:
         Raises:
             CheckpointError: if the checkpoint is damaged, of another architecture, or needs another seed or batch.
         """
-        return continuation.resume(self, saved)
+        saved = open_checkpoint(saved, ranks=self.ranks) if isinstance(saved, Path) else saved
+        differences = state.compare(saved.manifest, self.config, self.model, self.dataset, self.ranks.size)
+        self._load_tensors(saved)
+        self._continue_from(saved)
+        return differences
+
+    def _load_tensors(self, saved: Checkpoint) -> None:
+        """Restore weights, optimiser, and the tensors of whatever else has state."""
+        self.watchdog.at("reading a checkpoint", self.step)
+        if self.step_graph:
+            self.step_graph.reset()  # it knows tensors by their place, and the optimiser's are about to be replaced
+        found = state.restore(saved, self.model, self.optimizer, self.ranks, tuple(self.stateful))
+        for name, part in self.stateful.items():
+            tensors = {key.removeprefix(f"{name}."): t for key, t in found.items() if key.startswith(f"{name}.")}
+            if tensors:
+                part.load_state_dict(tensors)
+
+    def _continue_from(self, saved: Checkpoint, suffix: str = "damaged") -> None:
+        """Take over a checkpoint's manifest, and have the run folder know of no later step: later checkpoints are
+        renamed to ``step-N.<suffix>``."""
+        manifest = state.of_this_version(saved.manifest)
+        self.step, self.saves.newest = manifest["step"], saved.path
+        for name, part in self.stateful.items():
+            same_files = manifest["dataset"]["hash"] == self.dataset.hash  # else its sample ids mean other files
+            if name in manifest and (same_files or name != "bad_files"):
+                part.load_state_dict(manifest[name])
+        if self.parallelism.is_main:
+            set_aside_after(self.run.checkpoints, self.step, suffix)
+        self.run.cut_metrics(self.step)
 
     def loader_at(self, position: int) -> Any:
         """A loader of this rank's batches from a position in the order of images on."""

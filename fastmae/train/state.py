@@ -1,19 +1,158 @@
-"""What a checkpoint's manifest says of a training run, and whether another one may go on from it."""
+"""The state of a run in a checkpoint: model and optimiser as tensors, what describes the run, and whether another run may
+continue from it.
+
+Names of tensors are those of the plain model, whatever wraps it: activation checkpointing, compilation, data parallelism,
+FSDP.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmae.data import Dataset
-from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.config import PretrainConfig, compare, to_json
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint, read_together
+from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.config import compare as compare_fields
+from fastmae.train.ranks import as_ranks
 from fastmae.train.rules import FIXED
+
+_WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
+
+
+def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """``model.<name>`` and ``optimizer.<name>.{step,exp_avg,exp_avg_sq}``; DTensors where the model has them.
+
+    The optimiser is asked for the state that it has. ``get_optimizer_state_dict`` would make one by a step with zero
+    gradients where there is none, and that step counts.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
+    for name, parameter in _parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(f"optimizer.{name}.{key}: expected a tensor, got {type(value).__name__}")
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors
+
+
+def load(
+    path: Path | Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: Ranks | None = None
+) -> Checkpoint:
+    """Put a checkpoint into a model and optimiser, on any number of ranks; every rank calls it.
+
+    Args:
+        path: a folder ``step-N``, which is verified, or one that is open already.
+        model: bare or wrapped; its parameters may be DTensors.
+        optimizer: of this model's parameters; its state is replaced.
+        ranks: who reads; None makes a group for this call.
+
+    Raises:
+        CheckpointError: on all ranks alike, as :func:`~fastmae.train.checkpoint.open_checkpoint`, or if names, shapes
+            or types are not the model's.
+    """
+    with as_ranks(ranks) as ranks:
+        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, ranks=ranks)
+        restore(checkpoint, model, optimizer, ranks)
+    return checkpoint
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    parts: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Put weights and optimiser state back; every rank calls it.
+
+    What several ranks hold is read by one of them: see :func:`~fastmae.train.checkpoint.read_together`.
+
+    Args:
+        parts: names of what else has tensors: those named ``<part>.<key>`` are read along.
+
+    Returns:
+        The tensors of the parts, on the CPU.
+
+    Raises:
+        CheckpointError: on all ranks alike, if names, shapes or types are not the model's, or a file cannot be read;
+            the model may then be half loaded.
+    """
+    what = "reading a checkpoint"
+    targets: dict[str, Tensor] = {}
+    ranks.gather(what, lambda: targets.update(_targets(checkpoint, model, optimizer)))
+    wanted = {name: entry.whole for name, entry in checkpoint.tensors.items() if name.split(".")[0] in parts}
+    plain = {name: torch.empty(whole.shape, dtype=whole.dtype) for name, whole in wanted.items()}
+    read_together(checkpoint, targets | plain, ranks)
+    for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
+        if "step" in saved_group:  # where apex's FusedAdam counts
+            group["step"] = saved_group["step"]
+    if "loss_scale" in plain:  # as version 0.1.0 names it
+        plain["loss_scale.value_and_good_steps"] = plain.pop("loss_scale")
+    return plain
+
+
+def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is to be filled of a model and of its optimiser, whose state is made anew for it."""
+    weights = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
+    saved = {name for name in checkpoint.tensors if name.startswith("model.")}
+    if saved != weights.keys():
+        here, there = sorted(weights.keys() - saved)[:3], sorted(saved - weights.keys())[:3]
+        raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
+    return weights | _allocate(checkpoint, _parameters(model), optimizer)
+
+
+def _allocate(
+    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Replace the optimiser's state by uninitialised tensors for what the checkpoint has; by the checkpoint's names."""
+    on_device = {
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group.get("fused") or group.get("capturable")
+    }
+    optimizer.state.clear()
+    targets = {}
+    for full_name in _optimizer_names(checkpoint.tensors):
+        name, key = full_name.removeprefix("optimizer.").rsplit(".", 1)
+        if name not in parameters:
+            raise CheckpointError(f"{checkpoint.path}: {full_name}: the model has no parameter {name}")
+        parameter, whole = parameters[name], checkpoint.tensors[full_name].whole
+        if whole.shape == tuple(parameter.shape):
+            # Like the parameter: memory format decides the order of a fused kernel's arithmetic.
+            own: Any = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
+        else:
+            device = parameter.device if parameter in on_device else "cpu"
+            own = torch.empty(whole.shape, dtype=whole.dtype, device=device)
+        optimizer.state[parameter][key] = targets[full_name] = own
+    return targets
+
+
+def _optimizer_names(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("optimizer.")]
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {_plain(name): tensor for name, tensor in _unwrapped(model).state_dict().items()}
+
+
+def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {_plain(name): parameter for name, parameter in _unwrapped(model).named_parameters()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model that ``DistributedDataParallel`` wraps."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def describe_run(
@@ -47,9 +186,9 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
         CheckpointError: naming the first three fields that differ.
     """
     differ = [
-        f"{key} {_plain(saved.get(key))} there, {_plain(here.get(key))} here"
+        f"{key} {_listed(saved.get(key))} there, {_listed(here.get(key))} here"
         for key in {**saved, **here}
-        if key not in _NOT_WEIGHTS and _plain(saved.get(key)) != _plain(here.get(key))
+        if key not in _NOT_WEIGHTS and _listed(saved.get(key)) != _listed(here.get(key))
     ]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
@@ -70,7 +209,7 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
         CheckpointError: if a ``Fixed`` field differs: the order of samples depends on it, or the initial weights.
     """
     differences = []
-    for name, was, now, policy in compare(dict(saved), dict(here)):
+    for name, was, now, policy in compare_fields(dict(saved), dict(here)):
         if policy == FIXED:
             flag = f"--{name}".replace("_", "-")
             raise CheckpointError(f"{flag}: a resumed run needs the value it started with, {was}, got {now}")
@@ -79,18 +218,40 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     return differences
 
 
-def compare_circumstances(
-    manifest: Mapping[str, Any], num_threads: int, dataset_hash: str, world_size: int = 1
+def compare(
+    manifest: Mapping[str, Any], config: PretrainConfig, model: nn.Module, dataset: Dataset, world_size: int
 ) -> list[str]:
-    """How processes, threads, data and versions differ from those that a checkpoint was written with, one text each."""
+    """What differs from the run that a checkpoint's manifest describes, one text each, where it makes the continuation
+    inexact.
+
+    Raises:
+        CheckpointError: if it cannot be continued: another architecture, or a ``Fixed`` field that differs.
+    """
+    check_architecture(manifest["architecture"], model.architecture)
+    differences = compare_configs(manifest["config"], to_json(config))
     saved = {
         "world_size": manifest.get("world_size", 1),
         "num_threads": manifest["num_threads"],
         "dataset.hash": manifest["dataset"]["hash"],
         **manifest["versions"],
     }
-    here = {"world_size": world_size, "num_threads": num_threads, "dataset.hash": dataset_hash, **versions()}
-    return [f"{key} was {saved.get(key)}, is {value}" for key, value in here.items() if saved.get(key) != value]
+    here = {
+        "world_size": world_size,
+        "num_threads": torch.get_num_threads(),
+        "dataset.hash": dataset.hash,
+        **versions(),
+    }
+    return differences + [f"{key} was {saved.get(key)}, is {now}" for key, now in here.items() if saved.get(key) != now]
+
+
+def of_this_version(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the names of this version: 0.1.0 had other ones for some parts of the state."""
+    older = {
+        "positions": {"jumps": manifest["jumps"]} if "jumps" in manifest else None,
+        "guard": manifest.get("divergence"),
+        "bad_files": {"late": manifest["late_bad"]} if "late_bad" in manifest else None,
+    }
+    return {name: value for name, value in older.items() if value is not None} | dict(manifest)
 
 
 def versions() -> dict[str, str]:
@@ -101,5 +262,5 @@ def versions() -> dict[str, str]:
     return {"fastmae": __version__, "python": platform.python_version(), **packages}
 
 
-def _plain(value: Any) -> Any:
+def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
