@@ -40,7 +40,7 @@ class Files:
 def trainer_of(ranks, path: Path, late: list[LateBad], known=()):
     """As much of a trainer as exchanges bad files."""
     bad_files = BadFiles(path, Files(), lambda position: position // PER_STEP + 1, writes=ranks.rank == 0)
-    bad_files.restore(known)
+    bad_files.load_state_dict({"late": known})
     loader = SimpleNamespace(late_bad=late)
     return SimpleNamespace(ranks=ranks, dataset=Files(), bad_files=bad_files, loader=loader)
 
@@ -98,8 +98,8 @@ def test_64_ranks_judge_alike_whether_stopped_or_not(tmp_path, bad, ends):
             try:
                 Trainer._note_bad_files(trainer)
             except DataError as error:
-                return step, str(error), trainer.bad_files.state()
-        return None, "", trainer.bad_files.state()
+                return step, str(error), trainer.bad_files.state_dict()["late"]
+        return None, "", trainer.bad_files.state_dict()["late"]
 
     straight = run(range(1, 11))
     assert straight[0] == ends
@@ -174,7 +174,7 @@ def test_files_found_late_wait_for_their_step_and_come_once(tmp_path):
     assert [(line["sample_id"], line["found"]) for line in lines] == [(2, 2), (3, 3), (7, 3)]
 
     again = BadFiles(tmp_path / "bad.jsonl", dataset, SamplePositions(4, 11, 0).step_of)
-    again.restore(json.loads(json.dumps(bad.state()))[:2])
+    again.load_state_dict({"late": json.loads(json.dumps(bad.state_dict()))["late"][:2]})
     again.begin()  # goes on from a checkpoint of before the last one was found
     again.update(found, samples=12)
     assert [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == lines

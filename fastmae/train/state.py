@@ -1,8 +1,8 @@
-"""The state of a run in a checkpoint: model and optimiser as tensors, what describes the run, and whether another run may
-continue from it.
+"""The state of a run in a checkpoint: model and optimiser as tensors, what describes the run, and whether another run
+may continue from it.
 
-Names of tensors are those of the plain model, whatever wraps it: activation checkpointing, compilation, data parallelism,
-FSDP.
+Names of tensors are those of the plain model, whatever wraps it: activation checkpointing, compilation, data
+parallelism, FSDP.
 """
 
 from __future__ import annotations
