@@ -167,7 +167,7 @@ def test_files_found_late_wait_for_their_step_and_come_once(tmp_path):
     bad.begin()
     found = [LateBad(7, "cut", 9), LateBad(2, "torn", 4), LateBad(3, "burnt", 8)]
     bad.update(found, samples=8)
-    assert (len(bad), bad.state()) == (1, [[2, "torn", 4]])
+    assert (len(bad), bad.state_dict()["late"]) == (1, [[2, "torn", 4]])
     bad.update(found, samples=12)
     bad.update(found, samples=12)
     lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
