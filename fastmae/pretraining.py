@@ -40,7 +40,6 @@ from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
 from fastmae.train.liveness import StoppedEarly, StopRequest, Watchdog, leave_if_asked
 from fastmae.train.loggers import in_notebook, without_nan
-from fastmae.train.loop import Status, Trainer
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, num_processes, shutdown
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
@@ -49,6 +48,7 @@ from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, scaled_w
 from fastmae.train.rules import flag, validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Status, Trainer
 from fastmae.train.weights import export_weights, load_model
 
 _log = logging.getLogger(__name__)

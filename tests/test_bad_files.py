@@ -18,7 +18,7 @@ from fastmae.data import DataError, LateBad
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.guard import SamplePositions
-from fastmae.train.loop import Trainer
+from fastmae.train.trainer import Trainer
 
 PER_STEP = 8
 

@@ -14,7 +14,7 @@ from training import FLAGS, MODEL, make_trainer, write_images
 from fastmae.cli import main
 from fastmae.train import bench
 from fastmae.train.bench import PHASES, Measured, Turn, config_to_measure, diagnose, measure
-from fastmae.train.loop import Trainer
+from fastmae.train.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)

@@ -391,7 +391,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def broken(*arguments, **keywords):
         raise TypeError("a bug")
 
-    monkeypatch.setattr("fastmae.train.loop.Trainer.train_step", broken)
+    monkeypatch.setattr("fastmae.train.trainer.Trainer.train_step", broken)
     with pytest.raises(TypeError, match="a bug"):
         main(["pretrain", "--out", str(tmp_path / "run"), *SHORT])
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"

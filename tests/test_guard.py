@@ -28,11 +28,11 @@ from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.guard import Guard, LossScale, SamplePositions, step_unless_non_finite
-from fastmae.train.loop import Trainer
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.rules import LEAST_FP16, validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Trainer
 
 IMAGES, SEED = 120, 0
 IDS = permuted_ids(np.arange(IMAGES), IMAGES, SEED)[0].tolist()

@@ -26,7 +26,7 @@ from fastmae.cli import main
 from fastmae.train import liveness
 from fastmae.train.checkpoint import CheckpointError, LostRankError, Ranks
 from fastmae.train.liveness import Agreement, CollectiveError, RankState, StopRequest, Watchdog, find_lost, is_broken
-from fastmae.train.loop import Trainer
+from fastmae.train.trainer import Trainer
 
 WAIT = 40.0
 """Seconds after which what a test waits for counts as not happening."""
@@ -262,7 +262,7 @@ def test_torchrun_restarts_a_run_which_resumes_by_itself(tmp_path):
     script.write_text(
         "import os, signal, sys\n"
         "from fastmae.cli import main\n"
-        "from fastmae.train.loop import Trainer\n"
+        "from fastmae.train.trainer import Trainer\n"
         "plain = Trainer.train_step\n"
         "def train_step(self):\n"
         "    plain(self)\n"

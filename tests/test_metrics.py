@@ -23,7 +23,6 @@ from fastmae.train import metrics, parallel
 from fastmae.train.checkpoint import LostRankError, Ranks
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.flops import count_flops
-from fastmae.train.loop import Trainer
 from fastmae.train.metrics import (
     AGAIN,
     IN_A_ROW,
@@ -38,6 +37,7 @@ from fastmae.train.metrics import (
 from fastmae.train.parallel import Parallelism
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 NAN = math.nan

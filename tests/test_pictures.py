@@ -23,10 +23,10 @@ from fastmae.model import create_model
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
-from fastmae.train.loop import Trainer
 from fastmae.train.parallel import construct, initialize, shutdown
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Trainer
 from fastmae.train.weights import load_model
 
 REPORT = ReportConfig(picture_every_steps=4)

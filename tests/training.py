@@ -14,9 +14,9 @@ from rich.console import Console
 from fastmae import data
 from fastmae.model import create_model
 from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
-from fastmae.train.loop import Trainer
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Trainer
 
 MODEL = ModelConfig(
     name="mae_vit_tiny_patch16",

@@ -18,13 +18,13 @@ from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.bench import PHASES, config_to_measure, measure, result
 from fastmae.train.config import PretrainConfig
-from fastmae.train.loop import Trainer
 from fastmae.train.parallel import num_processes
 from fastmae.train.precision import settle_precision
 from fastmae.train.ranks import Ranks
 from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Trainer
 
 
 def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int:

@@ -25,10 +25,10 @@ from fastmae.data import Batch, Dataset
 from fastmae.data.header import Format
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flops import count_flops
-from fastmae.train.loop import Trainer
 from fastmae.train.metrics import matmul_flops
 from fastmae.train.parallel import DTYPES
 from fastmae.train.profile import StageTimes, no_stage
+from fastmae.train.trainer import Trainer
 
 PHASES = ("loader", "model", "both")
 _ROUNDS, _MIN_ROUNDS = 5, 2

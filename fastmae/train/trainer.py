@@ -89,6 +89,7 @@ class Trainer:
         self.console = console or Console()
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
         names = ("seed", "precision", "activation_checkpointing", "compile", "compile_mode", "reshard_after_forward")
+        # Compiled, sharded or replicated before anything holds on to a parameter: sharding replaces parameters.
         self.forward = parallelize(model, self.parallelism, **{name: getattr(train, name) for name in names})
         division = {"world_size": self.ranks.size, "multiple_of": train.masks_per_image}
         if train.batch_size == "auto":
@@ -179,7 +180,7 @@ class Trainer:
         deadline = time.monotonic() + 60 * train.max_minutes if train.max_minutes else math.inf
         fit = StepFit(deadline)
         self.reporter.open(self.step, self.schedule.total_steps, deadline, on_log)
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # closed in reverse: the loader and a pending save before the rows' files
             stack.callback(self.model.set_input_size)
             stack.callback(self.reporter.close)
             stack.enter_context(self.run.failure_noted(lambda: self.step))
@@ -194,7 +195,7 @@ class Trainer:
             clock = train.checkpoint_every_seconds
             self.agreement = Agreement(self.ranks, stop, deadline, clock, lambda: self.saves.saving)
             if self.saves.newest is None:
-                self.save()
+                self.save()  # a disk that cannot be written is found now, and a rollback has somewhere to go
             stack.enter_context(running(self.callbacks, self))
             self.model.train()
             self.reporter.start(self.step)
@@ -212,7 +213,7 @@ class Trainer:
                     fit.after_step(self)
                 self._between_steps()
             self.reporter.flush()
-            self.saves.wait()
+            self.saves.wait()  # before it is asked what the newest checkpoint holds
             if not self.saves.holds(self.step):
                 self.save(last=True)
             signal, total = any_signal(self.ranks, stop), self.schedule.total_steps
@@ -234,7 +235,11 @@ class Trainer:
         self.reporter.set_total(steps)
 
     def train_step(self) -> None:
-        """One optimiser step on the next batches."""
+        """One optimiser step on the next batches.
+
+        Nothing waits for the device: loss, gradient norm and whether the step was skipped stay there, and reach the host
+        with the row of their interval. The host runs ahead by as many steps as the device's queue holds.
+        """
         self.learning_rate = self.schedule(self.step)
         set_learning_rate(self.optimizer, self.learning_rate)
         inputs = (self._next_inputs() for _ in range(self.accumulation))
@@ -269,7 +274,7 @@ class Trainer:
             callback.after_step(self)
         self.watchdog.at("between steps")
         if self.agreement.all_saved:
-            self.saves.wait()
+            self.saves.wait()  # done on every rank, so nobody waits; all of them take notice at the same step
         if self.step % train.log_every_steps == 0 or self.step == self.schedule.total_steps:
             self.log()
         if self.step == self.schedule.total_steps:
@@ -299,7 +304,7 @@ class Trainer:
     def save(self, *, last: bool = False) -> None:
         """Save a checkpoint of the state after ``step`` steps, or begin to."""
         self.watchdog.at("saving", self.step)
-        self.reporter.flush()
+        self.reporter.flush()  # the guard must know all steps up to this one, and the rows be on the disk before it
         self._note_bad_files()
         tensors, manifest = self.state_dict()
         interval = self.reporter.values.copy_of(tensors["metrics.interval"])
