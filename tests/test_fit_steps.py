@@ -16,7 +16,8 @@ from rich.console import Console
 from training import FLAGS, make_trainer, write_images
 
 from fastmae.cli import main
-from fastmae.train import fit_steps, loop
+from fastmae.train import fit_steps
+from fastmae.train import trainer as loop
 from fastmae.train.checkpoint import load_checkpoint
 from fastmae.train.config import to_json
 from fastmae.train.fit_steps import LAST, StepFit, with_saved_length

@@ -21,7 +21,7 @@ from distributed import start_process, start_ranks
 from training import write_images
 
 from fastmae.cli import main
-from fastmae.train import loop
+from fastmae.train import trainer as loop
 from fastmae.train.checkpoint import list_checkpoints, load_checkpoint, save
 
 FLAGS = """

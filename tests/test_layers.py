@@ -168,7 +168,7 @@ def test_a_wrong_import_is_found(module, source):
         ("fastmae.kernels.masking", "import triton\nfrom fastmae.kernels.philox import philox4x32"),
         ("fastmae.ops.masking", "def f():\n    import triton"),
         ("fastmae.evaluate.figure", "from fastmae import ops, __version__\nfrom .baselines import fill_mean_color"),
-        ("fastmae.cli", "from fastmae.train import loop"),
+        ("fastmae.cli", "from fastmae.train import trainer"),
     ],
 )
 def test_a_right_import_passes(module, source):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training import make_trainer, write_images
 
-from fastmae.train import loop
+from fastmae.train import trainer as loop
 from fastmae.train.config import DataConfig, PretrainConfig, TrainConfig
 from fastmae.train.guard import LossScale
 from fastmae.train.parallel import Parallelism

@@ -15,7 +15,7 @@ from training import MODEL, make_trainer, write_images
 
 import fastmae.train
 from fastmae.data import DataError, has_dali
-from fastmae.train import loop
+from fastmae.train import trainer as loop
 from fastmae.train.liveness import StopRequest
 from fastmae.train.run_folder import RunFolder
 

@@ -237,8 +237,8 @@ class Trainer:
     def train_step(self) -> None:
         """One optimiser step on the next batches.
 
-        Nothing waits for the device: loss, gradient norm and whether the step was skipped stay there, and reach the host
-        with the row of their interval. The host runs ahead by as many steps as the device's queue holds.
+        Nothing waits for the device: loss, gradient norm and whether the step was skipped stay there, and reach the
+        host with the row of their interval. The host runs ahead by as many steps as the device's queue holds.
         """
         self.learning_rate = self.schedule(self.step)
         set_learning_rate(self.optimizer, self.learning_rate)
