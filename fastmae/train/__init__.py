@@ -16,7 +16,7 @@ _HOMES = {
     "ReportConfig": "config",
     "RunFolder": "run_folder",
     "TrainConfig": "config",
-    "Trainer": "loop",
+    "Trainer": "trainer",
     "consolidate": "checkpoint",
     "export_weights": "weights",
     "latest_checkpoint": "checkpoint",
