@@ -247,19 +247,12 @@ class RankState(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What the states of all ranks say.
+    """What the states of all ranks say."""
 
-    Attributes:
-        text: one line about the rank that all wait for.
-        named: the ranks like that one.
-        lost: the ranks that failed or fell silent.
-        speaker: the lowest of the other ranks.
-    """
-
-    text: str
-    named: list[int]
-    lost: list[int]
-    speaker: int
+    text: str  # one line about the rank that all wait for
+    named: list[int]  # that rank and others like it
+    lost: list[int]  # ranks that failed or fell silent
+    speaker: int  # the lowest of the other ranks, which prints
 
 
 def find_lost(before: Sequence[RankState | None], after: Sequence[RankState | None]) -> Finding:
@@ -385,7 +378,7 @@ class Watchdog:
             self._broken_at = time.monotonic()
             found = self._ask(self._look, self.unwind_seconds)
             text, speaks = (found.text, found.speaker == self._rank) if found else (_NO_STORE, True)
-            if found and not found.lost:
+            if found and not found.lost and self._store:
                 text = f"all ranks answer, so it may be the network; {text}"
             raise CollectiveError(f"a collective failed: {text} ({reason_of(error)})", speaks) from error
 
@@ -421,7 +414,10 @@ class Watchdog:
             still = now - self._since
             if now - self._broken_at > 2 * self.unwind_seconds:
                 self._end("the process does not end by itself")
-            elif still >= self._stall * 2**reports and (found := self._look()) and self._point is point:
+            elif still >= self._stall * 2**reports:
+                found = self._look()
+                if self._point is not point:
+                    continue
                 reports += 1
                 speaks = found.speaker == self._rank
                 self._say(f"no progress for {still:.0f} s: {found.text}", speaks)
@@ -429,13 +425,13 @@ class Watchdog:
                     faulthandler.dump_traceback(2)
             elif signalled and still >= self.signal_seconds and self._broken_at == math.inf:
                 found = self._look()
-                if found and found.lost and self._point is point and self._broken_at == math.inf:
+                if found.lost and self._point is point and self._broken_at == math.inf:
                     self._end(found.text if found.speaker == self._rank else None)
             with suppress(Empty):
                 function, future = self._requests.get(timeout=self._interval)
                 future.set_result(function())
 
-    def _look(self) -> Finding | None:
+    def _look(self) -> Finding:
         """Read the states twice; the second time once all have beaten, one has failed, or six beats are over."""
         before = after = self._read()
         for _ in range(_SILENT_BEATS):
@@ -445,7 +441,9 @@ class Watchdog:
             failed = any(state and state.phase.startswith(_FAILED) for state in after or ())
             if after is None or failed or not find_lost(before, after).lost:
                 break
-        return find_lost(before, after) if before and after else None
+        if before and after:
+            return find_lost(before, after)
+        return Finding(f"at step {self._point[0]}, {self._point[1]}; {_NO_STORE}", [], [], self._rank)
 
     def _read(self) -> list[RankState | None] | None:
         def read() -> list[RankState | None]:
