@@ -85,6 +85,7 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
         ("data", {"progressive_sizes": (32, 64)}, r"--train.fit-steps: expected False with --data.progressive-sizes"),
         ("train", {"max_minutes": None}, r"--train.max-minutes: expected a time for --train.fit-steps, .*got None"),
         ("train", {"shard_size": 4}, r"--train.shard-size: expected none without --train.parallel hsdp, got 4"),
+        ("train", {"timeout": 600.0}, r"--train.timeout: expected more than --data.timeout 600, .*got 600"),
         ("train", {"base_lr": math.inf}, r"--train.base-lr: expected a positive number, got inf"),
         ("train", {"steps": None, "epochs": math.inf}, r"--train.epochs: expected a positive number, got inf"),
         (

@@ -228,7 +228,7 @@ def ends(*signals: tuple[int, float]) -> int:
     """The exit code of a process that gets signals at times; 0 if none of them ends it at once."""
     child = os.fork()
     if child == 0:
-        with StopRequest():
+        with StopRequest(process_ends=True):
             for number, seconds in signals:
                 time.monotonic = lambda seconds=seconds: seconds
                 os.kill(os.getpid(), number)
