@@ -27,13 +27,6 @@ from fastmae.train.weights import export_weights, load_model
 SHORT = [*FLAGS.split(), "--train.steps", "6"]
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")

@@ -144,13 +144,16 @@ def test_the_space_is_that_of_a_checkpoint_on_disk(tmp_path):
 
     tensors = collect(model, optimizer)
     weights = 4 * sum(p.numel() for p in model.parameters())
-    empty = required_bytes(model, tmp_path, 3)
+    empty = required_bytes(model, tmp_path, TRAIN)
     path = save_checkpoint(tmp_path, 1, tensors, {})
     written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    checkpoint = empty - required_bytes(model, tmp_path, 3)  # one of the four is there
+    checkpoint = empty - required_bytes(model, tmp_path, TRAIN)  # one of the four is there
     assert empty == 4 * checkpoint + weights
     assert checkpoint <= written < checkpoint + 300 * len(tensors)
-    assert required_bytes(model, tmp_path, 1) == required_bytes(model.to("meta"), tmp_path, 1) == checkpoint + weights
+    assert required_bytes(model, tmp_path, replace(TRAIN, keep_every_steps=1)) == empty  # that one stays
+    last = replace(TRAIN, keep_checkpoints=1)
+    assert required_bytes(model, tmp_path, last) == required_bytes(model.to("meta"), tmp_path, last)
+    assert required_bytes(model, tmp_path, last) == checkpoint + weights
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path):

@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from training import FLAGS, write_images, write_shards
 
 from fastmae import data
@@ -14,13 +13,6 @@ from fastmae.cli import main
 from fastmae.train.weights import load_model
 
 SHORT = [*FLAGS.split(), "--train.steps", "6"]
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(out, path, *arguments: str) -> dict:

@@ -29,13 +29,6 @@ def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("signals") / "images")
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def signalled(function, number: int):
     """The function, during which a signal comes."""
 

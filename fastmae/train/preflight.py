@@ -21,7 +21,8 @@ from torch import nn
 import fastmae
 from fastmae.data import Dataset
 from fastmae.train.checkpoint import list_checkpoints
-from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.checkpoint.format import step_of
+from fastmae.train.config import PretrainConfig, TrainConfig, to_json
 from fastmae.train.parallel import Parallelism
 from fastmae.train.ranks import Ranks
 
@@ -80,10 +81,11 @@ def preflight(
     # A file that rank 0 makes shows whether all ranks see the same folder.
     name = ranks.first("checking the run folder", lambda: f".preflight-{uuid.uuid4().hex}")
     mark = run / "checkpoints" / name
-    space = required_bytes(model, mark.parent, config.train.keep_checkpoints)
+    space = required_bytes(model, mark.parent, config.train)
     try:
-        with suppress(OSError):  # check_folder reports it
-            _ = ranks.rank or mark.touch()
+        if ranks.rank == 0:
+            with suppress(OSError):  # check_folder reports it
+                mark.touch()
         ranks.gather("checking the run folder", lambda: None)
         failures = ranks.gather("checking the run folder", lambda: check_folder(mark, space, ranks.rank))
     finally:
@@ -107,15 +109,18 @@ def differences(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> lis
     return found
 
 
-def required_bytes(model: nn.Module, checkpoints: Path, keep: int) -> int:
+def required_bytes(model: nn.Module, checkpoints: Path, train: TrainConfig) -> int:
     """Free bytes that a run needs: float32 weights and two moments per checkpoint, and the weights exported at the end.
 
-    The oldest checkpoint is deleted once the newest is written, so ``keep`` + 1 exist at a time; those that are there
-    already need no more room.
+    The oldest checkpoint is deleted once the newest is written, so one more exists at a time than is kept. Those that
+    are there already need no more room, unless ``keep_every_steps`` keeps them beside the others.
     """
+    forever = train.keep_every_steps
+    steps = map(step_of, list_checkpoints(checkpoints))
+    replaced = [step for step in steps if not (forever and step and step % forever == 0)]
     weights = sum(4 * p.numel() for p in model.parameters())
     checkpoint = weights + sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
-    return checkpoint * max(keep + 1 - len(list_checkpoints(checkpoints)), 1) + weights
+    return checkpoint * max(train.keep_checkpoints + 1 - len(replaced), 1) + weights
 
 
 def check_folder(mark: Path, space: int, rank: int) -> str | None:
