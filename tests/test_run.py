@@ -47,7 +47,7 @@ def images(tmp_path_factory) -> Path:
 
 def test_a_run_returns_what_it_left_and_can_be_continued(tmp_path, images, monkeypatch):
     threads, handlers = torch.get_num_threads(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    run = fastmae.pretrain(data=images, out=tmp_path / "run", train_num_threads=1, **TINY)
+    run = fastmae.pretrain(data=images, out=tmp_path / "run", train_num_threads=threads + 1, **TINY)
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert torch.get_num_threads() == threads
     assert repr(run) == f"Run('{tmp_path}/run': finished, step 6)"
