@@ -405,6 +405,7 @@ def main():
 fastmae.cli.main = main
 runpy.run_module("fastmae", run_name="__main__")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    several = os.environ | {"RANK": "0"}  # one of several processes
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=several)
     assert (done.returncode, done.stdout) == (code, "said\n")
     assert ("RuntimeError: a bug" in done.stderr) == (code == 1)

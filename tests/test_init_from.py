@@ -212,7 +212,7 @@ def test_a_run_starts_from_weights_and_a_resumed_one_does_not_read_them_again(tm
     assert main(resume) == 0
     assert "Weights from" not in capsys.readouterr().out
     assert main([*resume, "--train.init-from", str(tmp_path / "other.pth")]) == 2
-    assert "--train.init-from: a continued run needs the value it started with" in capsys.readouterr().err
+    assert "--train.init-from: a resumed run needs the value it started with" in capsys.readouterr().err
 
     assert main([*command, str(tmp_path / "two"), "--train.init-from", str(tmp_path / "one")]) == 0
     assert f"Weights from {tmp_path / 'one'}: encoder and decoder" in capsys.readouterr().out
