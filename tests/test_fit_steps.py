@@ -69,7 +69,7 @@ def images(tmp_path_factory):
 def test_the_cosine_ends_with_the_run_and_a_resumed_run_keeps_its_length(tmp_path, images, monkeypatch):
     begun, clock = time.monotonic(), itertools.count(1)
     monkeypatch.setattr(fit_steps, "time", SimpleNamespace(monotonic=lambda: begun + 500.0 * next(clock)))
-    monkeypatch.setattr(loop, "deadline_after", lambda minutes: begun + 500.0 * (LAST + 15 / 0.92 + 0.1))
+    monkeypatch.setattr(loop, "StepFit", lambda deadline: StepFit(begun + 500.0 * (LAST + 15 / 0.92 + 0.1)))
     flags = [*FLAGS.split(), "--train.fit-steps", "--train.max-minutes", "100", "--train.keep-checkpoints", "100"]
     flags += ["--train.warmup-steps", "100", "--train.log-every-steps", "1", "--report.picture-every-steps", "None"]
     run, resumed = tmp_path / "run", tmp_path / "resumed"

@@ -123,7 +123,9 @@ def test_exported_weights_are_those_of_a_single_process(folder, name):
 
 
 def test_float16_scales_the_loss_and_saves_the_scale(folder):
-    scale = open_checkpoint(folder / "fsdp-fp16/checkpoints/step-5", ranks=Ranks()).read("loss_scale")
+    scale = open_checkpoint(folder / "fsdp-fp16/checkpoints/step-5", ranks=Ranks()).read(
+        "loss_scale.value_and_good_steps"
+    )
     assert scale.tolist() == [2.0**16, 5]
     (row,) = rows(folder / "fsdp-fp16")
     assert row["skipped_steps"] == 0
