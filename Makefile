@@ -15,10 +15,10 @@ help:
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           the slow tests; kill and resume runs KILLS (default 50) times, into SOAK_RESULTS: they must end the same"
 
-# One of the tests runs those of the ops again in Triton's interpreter, in a process of its own, because Triton decides
-# when a kernel is defined whether it is interpreted.
+# Triton decides when a kernel is defined whether it is interpreted, so the tests of the ops run again in Triton's
+# interpreter in a process of their own, beside the others.
 test:
-	$(PYTHON) -m pytest tests
+	$(MAKE) -j2 --output-sync=target test-plain test-interpreter
 
 test-plain:
 	$(PYTHON) -m pytest tests --ignore tests/test_interpreter.py
