@@ -215,7 +215,7 @@ def test_a_reader_that_ends_early_gets_no_traceback(command):
         ("--model.name mae_vit_titanic", "--model.name: expected one of mae_vit_tiny_patch16"),
         ("--train.steps 5 --train.epochs 5", "--train.epochs and --train.steps: expected one of them"),
         ("--model.num-heads 5", "embed_dim: expected a multiple of num_heads=5, got 128"),
-        ("--train.batch-size 5", "--train.global-batch-size: expected a multiple of --train.batch-size 5, got 16"),
+        ("--train.batch-size 5", "--train.global-batch-size: expected a multiple of --train.batch-size 5, got 32"),
         ("--data.path /no/such/folder", "/no/such/folder"),
         ("--model.attention xformers --train.device cpu", "'xformers'"),
         ("--train.steps 5 --train.warmup-steps 9", "--train.warmup-steps: expected a warm-up shorter than the run"),
