@@ -142,13 +142,13 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
         ("data", {"progressive_sizes": (0, 64)}, r"--data.progressive-sizes: .*got 0"),
         ("data", {"progressive_sizes": (8, 64)}, r"--model.mask-ratio with images of 8x8: .*of 1 patches keeps 0"),
         ("data", {"scale": (0.5, 0.2)}, r"--data.scale: .*got \(0.5, 0.2\)"),
-        ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 16"),
+        ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 32"),
         ("train", {"masks_per_image": 0}, r"--train.masks-per-image: expected a positive number, got 0"),
         ("train", {"masks_per_image": 512}, r"--train.masks-per-image: expected at most 256, got 512"),
         (
             "train",
             {"masks_per_image": 3},
-            r"--train.global-batch-size: .*multiple of --train.masks-per-image 3, got 16",
+            r"--train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32",
         ),
         (
             "train",
