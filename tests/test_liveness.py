@@ -56,7 +56,7 @@ def agreed_steps(rank: int, step_seconds: float) -> dict:
         for step in range(STEPS):
             if agreement.must_leave():
                 break
-            now += step_seconds * (rank == 0)  # the others' clocks stand still
+            now += step_seconds * (rank == 0)  # the other ranks' clocks do not advance
             if agreement.save_due:
                 saved.append(step)
                 agreement.saved()
@@ -221,7 +221,7 @@ def train(rank: int, folder: Path, *flags: str) -> int:
 
 
 def hang(rank: int, folder: Path) -> int:
-    """Rank 1 stands still before its fourth step until a file appears, and before the sixth it is killed."""
+    """Rank 1 hangs before its fourth step until a file appears, and before the sixth it is killed."""
     plain = Trainer._next_batch
 
     def next_batch(self):
