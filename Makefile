@@ -21,7 +21,7 @@ test:
 	$(MAKE) -j2 --output-sync=target test-plain test-interpreter
 
 test-plain:
-	$(PYTHON) -m pytest tests --ignore tests/test_interpreter.py
+	$(PYTHON) -m pytest tests --ignore tests/ops/test_interpreter.py
 
 test-interpreter:
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m ops
@@ -71,4 +71,4 @@ KILLS ?= 50
 SOAK_RESULTS ?=
 soak:
 	$(PYTHON) -m pytest tests -m slow
-	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) tests/soak.py --kills $(KILLS) $(if $(SOAK_RESULTS),--out $(SOAK_RESULTS)/soak.json)
+	PYTHONPATH=.:tests/helpers:$(PYTHONPATH) $(PYTHON) tests/soak/soak.py --kills $(KILLS) $(if $(SOAK_RESULTS),--out $(SOAK_RESULTS)/soak.json)

@@ -15,7 +15,7 @@ from pathlib import Path
 import triton
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
 from code_cases import LINES, compiled  # noqa: E402
 from cross_compile import TARGETS, Compiled  # noqa: E402

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
 from traffic import SECTOR, Moved, counted_traffic  # noqa: E402
 from traffic_cases import OPS, Op  # noqa: E402

@@ -79,9 +79,9 @@ SECOND_STAGES = (
 
 def gpu_tests() -> list[str]:
     """Files with tests for GPUs, those of the ops first."""
-    marked = [path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()]
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
     names = [path.relative_to(ROOT).as_posix() for path in marked]
-    first = [f"tests/test_{stem}.py" for stem in _OPS]
+    first = [f"tests/ops/test_{stem}.py" for stem in _OPS]
     return sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
 
 

@@ -1,7 +1,7 @@
 """A stand-in for ``torch.cuda`` on a machine without a GPU: the lines for CUDA run, on the CPU, synchronously.
 
 It measures nothing worth knowing. It is there so that a wrong name or argument in such a line is found without a GPU;
-``tests/test_gpu_script.py`` holds its names and parameters to those of ``torch.cuda``.
+``tests/benchmarks/test_gpu_script.py`` holds its names and parameters to those of ``torch.cuda``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,72 @@
+"""The step benchmark compares like with like: every lever leaves loss and gradients what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from levers import LeverModel, Levers, share_parameters
+
+from fastmae.model import MaskedAutoencoderViT
+from fastmae.ops import random_masking
+
+SMALL = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2,
+    "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2, "norm_pix_loss": True,
+}  # fmt: skip
+ALL = [
+    Levers("plain"), Levers(), Levers("fastmae"), Levers(ops=True), Levers(masked_only=True), Levers(blocks=True),
+    Levers(blocks=True, cast_once=True), Levers("fastmae", ops=True, blocks=True),
+]  # fmt: skip
+
+
+@pytest.fixture
+def track():
+    fast = MaskedAutoencoderViT(**SMALL, seed=0)
+    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    mean, std = (s.view(1, 3, 1, 1) for s in (fast.mean, fast.std))
+    return fast, images, (images / 255 - mean) / std, random_masking(3, fast.num_patches, 0.75, seed=0)
+
+
+def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+
+
+@pytest.mark.parametrize("levers", ALL, ids=repr)
+def test_a_lever_changes_neither_loss_nor_gradients(track, levers):
+    fast, images, pixels, masking = track
+    model = LeverModel(fast, levers)
+    expected = fast(images, masking=masking).loss
+    loss = model(images, pixels, masking)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    theirs = gradients(fast, expected)
+    for name, gradient in gradients(model, loss).items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_baseline_draws_its_own_masks_of_the_right_size(track):
+    fast, images, pixels, _ = track
+    model = LeverModel(fast, Levers("plain"))
+    ids_keep, ids_restore, mask = model._shuffle(torch.empty(3, 16, 1), 0.75)
+    assert ids_keep.shape == (3, 4)
+    assert mask.sum(1).tolist() == [12.0] * 3
+    assert not mask.gather(1, ids_keep).any()
+    assert torch.equal(ids_restore.sort(1).values, torch.arange(16).expand(3, -1))
+    assert model(images, pixels).isfinite()
+
+
+def test_models_share_parameters_and_keep_their_number(track):
+    fast = track[0]
+    for other in (LeverModel(fast, Levers(blocks=True)), share_parameters(fast, residual_dtype="bfloat16")):
+        assert {id(p) for p in other.parameters()} == {id(p) for p in fast.parameters()}
+
+
+def test_a_bfloat16_residual_stream_is_near_but_not_the_same(track):
+    fast, images, pixels, masking = track
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = share_parameters(fast, residual_dtype="bfloat16")(images, masking=masking).loss
+        theirs = LeverModel(fast, Levers(bf16_residual=True))(images, pixels, masking)
+        exact = LeverModel(fast, Levers())(images, pixels, masking)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+    torch.testing.assert_close(theirs, exact, rtol=1e-2, atol=0)
+    assert theirs != exact

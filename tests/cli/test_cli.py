@@ -1,0 +1,403 @@
+"""The command line end to end, and that a user's mistake is one clear line and an exit code, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import mistake
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from training import FLAGS, write_images
+
+import fastmae
+from fastmae.cli import main
+from fastmae.evaluate import evaluate_sets
+from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.weights import export_weights, load_model
+
+SHORT = [*FLAGS.split(), "--train.steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, images):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *SHORT]) == 0
+    return out
+
+
+def test_pretrain_leaves_a_complete_folder(run, images):
+    names = {path.name for path in run.iterdir()}
+    files = {"config.json", "status.json", "metrics.jsonl", "summary.json", "model.safetensors"}
+    assert files | {"checkpoints", "reconstructions"} <= names
+    config = json.loads((run / "config.json").read_text())
+    assert config["data"]["path"] == str(images)
+    assert (config["train"]["steps"], config["train"]["warmup_steps"]) == (6, 0)
+    summary = json.loads((run / "summary.json").read_text())
+    assert len(summary["sets"]) == 2
+    for errors in summary["sets"].values():
+        assert all(errors[key] > 0 for key in ("mse", "mse_mean_color", "mse_inverse_distance"))
+        # Six steps teach nothing.
+        assert errors["worse_than"] == ["the mean visible colour", "inverse-distance filling"]
+    assert summary["precision"] == "fp32"
+    with Image.open(summary["picture"]) as picture:
+        assert min(picture.size) > 100
+
+
+def test_predictions_that_are_not_finite_are_said_and_leave_valid_json(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [*FLAGS.split(), "--train.steps", "2", "--train.base-lr", "1e38", "--report.picture-every-steps", "2"]
+    flags += ["--model.mask-strategy", "block"]
+    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *flags]) == 0
+    printed = capsys.readouterr()
+    assert "WARNING: THE MODEL'S PREDICTIONS ARE NOT FINITE" in printed.err
+    text = (out / "evaluations.jsonl").read_text() + (out / "summary.json").read_text()
+    assert '"crops_mse": null' in text
+    assert text.count('"mask_strategy": "block"') == 2
+    assert "block masks: error" in printed.out
+    assert "NaN" not in text
+
+
+def test_a_damaged_checkpoint_is_named_where_the_run_goes_on(run, tmp_path, capsys):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (shard,) = (copy / "checkpoints/step-6").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["pretrain", "--out", str(copy), "--resume"]) == 0
+    line = f"Continuing from {copy}/checkpoints/step-4; passed over as damaged: step-6"
+    assert f"\n{line}\n" in capsys.readouterr().out
+
+
+def test_reconstruct_draws_images_from_folder_checkpoint_and_weights(run, images, tmp_path, capsys):
+    for number, source in enumerate((run, run / "checkpoints/step-6", run / "model.safetensors")):
+        out = tmp_path / "figures" / f"{number}.png"
+        assert main(["reconstruct", str(source), str(images / "0.jpg"), str(images / "1.jpg"), "--out", str(out)]) == 0
+        assert f"Picture: {out}" in capsys.readouterr().out
+    figures = [path.read_bytes() for path in sorted((tmp_path / "figures").iterdir())]
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_exported_weights_have_upstreams_keys_and_load_back(run):
+    weights = load_file(run / "model.safetensors")
+    assert {
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "decoder_blocks.0.mlp.fc1.bias",
+        "mask_token",
+    } <= set(weights)
+    model, manifest = load_model(run / "model.safetensors")
+    assert manifest["step"] == 6
+    modes = {path.name: path.stat().st_mode for path in run.glob("*.*")}
+    assert modes["model.safetensors"] == modes["config.json"]  # whom the umask lets read the one may read the other
+    for name, tensor in load_model(run)[0].state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_an_encoder_alone_is_identified_and_not_asked_to_reconstruct(run, tmp_path, images, capsys):
+    model, _ = load_model(run)
+    export_weights(model, tmp_path / "full.safetensors")
+    weights = load_file(tmp_path / "full.safetensors")
+    encoder = {name: t for name, t in weights.items() if not name.startswith("decoder_") and name != "mask_token"}
+    save_file(encoder, tmp_path / "encoder.safetensors", metadata={"architecture": json.dumps(model.architecture)})
+    with pytest.raises(CheckpointError, match="has no decoder"):
+        load_model(tmp_path / "encoder.safetensors")
+    loaded, manifest = load_model(tmp_path / "encoder.safetensors", need_decoder=False)
+    assert manifest["has_decoder"] is False
+    assert torch.equal(loaded.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+    out = tmp_path / "figure.png"
+    assert "has no decoder" in mistake(
+        capsys, "reconstruct", tmp_path / "encoder.safetensors", images / "0.jpg", "--out", out
+    )
+    assert not out.exists()
+
+
+def test_env_prints_a_report(capsys):
+    assert main(["env"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("help_flag", ["--help", "--help-all"])
+def test_help_documents_what_most_need_or_every_field_without_importing_torch(help_flag):
+    command = "import sys; from fastmae.cli import main\n"
+    command += f"try: main(['pretrain', '{help_flag}'])\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+    flags = "--out --resume --recipe --data.path --data.loader --data.max-bad-fraction --model.name --model.img-size"
+    flags += " --model.patch-size --model.mask-ratio --model.norm-pix-loss --train.global-batch-size --train.batch-size"
+    flags += (
+        " --train.epochs --train.steps --train.base-lr --train.seed --train.precision --train.compile --train.device"
+    )
+    assert not [flag for flag in flags.split() if flag not in done.stdout]
+    assert "(required)" not in done.stdout
+    rare = ("--train.betas", "--data.prefetch", "--report.stall-seconds", "Steps that the trace holds")
+    assert [text in done.stdout for text in rare] == [help_flag == "--help-all"] * 4
+    assert ("more flags: fastmae pretrain --help-all" in done.stdout) == (help_flag == "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pretrain /data/photos", "/data/photos: expected a flag before it; did you mean --data.path /data/photos?"),
+        ("pretrain imagenet-vit-b", "did you mean --recipe imagenet-vit-b?"),
+        ("pretrain --data.pth x", "--data.pth: no such flag; did you mean --data.path?"),
+        ("pretrain --data x", "--data: no such flag; did you mean --data.path?"),
+        ("pretrain --epochs=5", "--epochs: no such flag; did you mean --train.epochs?"),
+        ("pretrain --nothing-like-it", "--nothing-like-it: no such flag\n"),
+        ("pretrain --train.epochs abc", "--train.epochs: expected {None}|FLOAT, got abc; fastmae pretrain --help"),
+        ("pretrain --train.precision fp7", "--train.precision: expected one of ("),
+        ("pretrain --train.seed", "Missing value for argument '--train.seed'"),
+        ("pretrian", "expected one of pretrain, data, "),
+        ("pretrian", "got pretrian; did you mean pretrain?"),
+        ("data stats x --maxpixels=3", "--maxpixels: no such flag; did you mean --max-pixels?"),
+        ("data stat x", "Expected one of {shard, index, verify, stats}; fastmae data --help"),
+        ("reconstruct", "Missing from fastmae reconstruct: CHECKPOINT"),
+    ],
+)
+def test_mistakes_in_the_command_line_are_one_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setenv("COLUMNS", "50")
+    error = mistake(capsys, *arguments.split())
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_version_and_help_without_a_command(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fastmae {fastmae.__version__}\n"
+    with pytest.raises(SystemExit, match="0"):
+        main([])
+    assert "pretrain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["env", "pretrain --help", "plan"])
+def test_a_reader_that_ends_early_gets_no_traceback(command):
+    """As with ``| head``; the pipe is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import sys; from fastmae.cli import main; sys.exit(main({command.split()}))"],
+            stdout=pipe, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.img-size 60", "--model.img-size: expected a size divisible by the patch size 8x8, got 60x60"),
+        ("--model.mask-ratio 1.5", "--model.mask-ratio: expected a number strictly between 0 and 1, got 1.5"),
+        ("--model.name mae_vit_titanic", "--model.name: expected one of mae_vit_tiny_patch16"),
+        ("--train.steps 5 --train.epochs 5", "--train.epochs and --train.steps: expected one of them"),
+        ("--model.num-heads 5", "embed_dim: expected a multiple of num_heads=5, got 128"),
+        ("--train.batch-size 5", "--train.global-batch-size: expected a multiple of --train.batch-size 5, got 32"),
+        ("--data.path /no/such/folder", "/no/such/folder"),
+        ("--model.attention xformers --train.device cpu", "'xformers'"),
+        ("--train.steps 5 --train.warmup-steps 9", "--train.warmup-steps: expected a warm-up shorter than the run"),
+    ],
+)
+def test_mistakes_in_flags(tmp_path, capsys, arguments, message):
+    assert message in mistake(capsys, "pretrain", "--out", tmp_path / "run", *arguments.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_folder_of_images(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", tmp_path / "images")
+    assert str(tmp_path / "images") in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_images_are_counted_up_to_a_share(tmp_path, capsys):
+    images = write_images(tmp_path / "images", 5)
+    whole = (images / "3.jpg").read_bytes()
+    (images / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    arguments = ["--data.path", str(images), *SHORT]
+    assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments)
+    skip = ["pretrain", "--out", str(tmp_path / "skip"), *arguments, "--data.max-bad-fraction", "0.2"]
+    assert main(skip) == 0
+    assert json.loads((tmp_path / "skip/summary.json").read_text())["bad_files"] == 1
+    (bad,) = (tmp_path / "skip/bad_files.jsonl").read_text().splitlines()
+    assert "3.jpg" in bad
+
+
+def test_a_checkpoint_of_another_architecture(run, capsys):
+    before = sorted(run.rglob("*"))
+    error = mistake(capsys, "pretrain", "--out", run, "--resume", "--model.embed-dim", 64)
+    assert "another architecture: embed_dim 32 there, 64 here" in error
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_existing_run_is_not_overwritten(run, capsys):
+    assert "add --resume to continue the run in it" in mistake(capsys, "pretrain", "--out", run)
+
+
+def test_a_run_folder_that_another_job_uses(run, capsys):
+    with RunFolder(run, resume=True):
+        assert f"--out {run}: in use by process" in mistake(capsys, "pretrain", "--out", run, "--resume")
+
+
+def test_resume_needs_a_folder_and_the_recipe_it_began_with(run, capsys):
+    error = mistake(capsys, "pretrain", "--out", run, "--resume", "--recipe", "imagenet-vit-l")
+    assert "--recipe: " in error
+    assert "photographs, got imagenet-vit-l" in error
+    assert "--resume: expected --out" in mistake(capsys, "pretrain", "--resume")
+
+
+def test_resume_where_nothing_is_does_not_train_on_the_photographs(tmp_path, capsys):
+    out = tmp_path / "run"
+    for flags in ([], ["--train.steps", "2"]):
+        error = mistake(capsys, "pretrain", "--out", out, "--resume", *flags)
+        assert f"--resume: expected a run to continue in {out}, found none" in error
+    assert not out.exists()
+    images = write_images(tmp_path / "images")
+    # A job that may be the first of its run: what is named is trained.
+    assert main(["pretrain", "--out", str(out), "--resume", "--data.path", str(images), *SHORT]) == 0
+
+
+def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, images, capsys):
+    flags = [flag for flag in SHORT if flag not in ("--recipe", "photographs")]
+    out = tmp_path / "run"
+    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("--data.path without --recipe: taking small-data, ")
+    config = json.loads((out / "config.json").read_text())
+    assert (config["recipe"], config["model"]["norm_pix_loss"], config["data"]["vflip"]) == ("small-data", True, 0)
+    assert main(["pretrain", "--out", str(out), "--resume", "--train.steps", "7"]) == 0
+    assert "without --recipe" not in capsys.readouterr().out
+
+
+def test_dali_that_is_not_installed(tmp_path, images, capsys, monkeypatch):
+    monkeypatch.setattr("fastmae.data.create.has_dali", lambda: False)
+    error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, "--data.loader", "dali")
+    assert "DALI is not installed" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    error = mistake(capsys, "pretrain", "--out", tmp_path / "file" / "run")
+    assert "--out" in error
+    assert str(tmp_path / "file") in error
+
+
+def test_a_disk_that_fills_up_during_a_run(tmp_path, images, capsys):
+    """A limit on the size of files stands in for it: weights fit, weights and moments do not."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limit[1]))
+    try:
+        error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, *SHORT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "could not write" in error
+    assert "step-6" in error  # the last one, which ends the run; the one before is only reported
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
+    assert load_model(tmp_path / "run")[1]["step"] == 0
+
+
+def test_reconstruct_wants_images_and_a_mask_ratio_that_makes_sense(run, images, tmp_path, capsys):
+    assert "IMAGES: expected at least one image" in mistake(capsys, "reconstruct", run)
+    assert "0.jpeg: no such file" in mistake(capsys, "reconstruct", run, images / "0.jpeg")
+    arguments = ("reconstruct", run, images / "0.jpg", "--out", tmp_path / "figure.png", "--mask-ratio", 1.5)
+    assert "--mask-ratio: expected a number strictly between 0 and 1, got 1.5" in mistake(capsys, *arguments)
+    assert "--bands: expected a model of more than 3 channels, got one of 3" in mistake(
+        capsys, *arguments, "--bands", 1
+    )
+    np.save(tmp_path / "bands.npy", np.zeros((40, 50, 4), np.uint8))
+    arguments = ("reconstruct", run, tmp_path / "bands.npy")
+    assert mistake(capsys, *arguments).endswith("4 channels: expected 3, as the model takes\n")
+    np.save(tmp_path / "bands.npy", np.zeros((40, 50, 3), np.float32))
+    assert mistake(capsys, *arguments).endswith("with --value-range LOW HIGH\n")
+    (tmp_path / "empty").mkdir()
+    assert "empty: expected a folder with image files" in mistake(capsys, "reconstruct", run, tmp_path / "empty")
+
+
+def test_float_bands_from_stats_to_figure(tmp_path, capsys):
+    """What stats prints is pasted; the figure is of the file's own values, in the run's ranges and masks."""
+    folder, out, generator = tmp_path / "bands", tmp_path / "run", np.random.default_rng(0)
+    folder.mkdir()
+    scale, offset = np.array([4000, 2, 1e-3, 60]).reshape(4, 1, 1), np.array([100, -1, 0, 270]).reshape(4, 1, 1)
+    bands = [(generator.random((4, 32, 48)) * scale + offset).astype(np.float32) for _ in range(5)]
+    for i, values in enumerate(bands):
+        np.save(folder / f"{i}.npy", values)
+    (folder / "cut.npy").write_bytes((folder / "0.npy").read_bytes()[:-9])
+    reading = ["--channels", "4", "--channels-first"]
+    assert main(["data", "stats", str(folder), *reading]) == 0
+    (flags,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("--model.mean"))
+    options = [*SHORT, "--train.steps", "2", "--data.max-bad-fraction", "0.5", "--model.mask-strategy", "block"]
+    assert main(["pretrain", "--out", str(out), "--data.path", str(folder), *flags.split(), *options]) == 0
+    said = capsys.readouterr().err
+    assert "WARNING: --data.path: 5 images, fewer than the 8 of a step" in said
+    assert "already normalised" not in said
+    assert json.loads((out / "summary.json").read_text())["first_loss"] > 0.6  # 0.43 of pixels that are not normalised
+
+    drawing = ["--show", "2", "--bands", "3", "0", "1", "--visible", "predicted", "--out", str(tmp_path / "a.png")]
+    assert main(["reconstruct", str(out), str(folder), *drawing]) == 0
+    printed = capsys.readouterr()
+    assert "WARNING: left out: " in printed.err
+    assert "2 of 6 images shown, errors over 5; 75% of patches masked, block masks" in printed.out
+    config = json.loads((out / "config.json").read_text())
+    low, high = np.reshape(config["data"]["value_range"], (4, 2, 1, 1)).transpose(1, 0, 2, 3)
+    order = [0, 3, 1, 2, 4]  # first those that are shown
+    units = [((bands[i] - low) / (high - low)).clip(0, 1).astype(np.float32) for i in order]
+    model, _ = load_model(out)
+    images = {"images": torch.from_numpy(np.stack(units))}
+    numbers = evaluate_sets(model, images, mask_ratio=0.75, mask_strategy="block", seed=0, path=tmp_path / "b.png")
+    assert f"mse {numbers['images']['mse']:.4f}" in printed.out
+    assert numbers["images"]["mse_mean_color"] == pytest.approx(1, rel=0.1)  # in units of the standard deviation
+
+
+@pytest.mark.parametrize("source", ["missing", "text.safetensors", "bare.safetensors", "empty_folder"])
+def test_reconstruct_refuses_what_is_no_checkpoint(tmp_path, capsys, source):
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "bare.safetensors")
+    (tmp_path / "empty_folder").mkdir()
+    assert source in mistake(capsys, "reconstruct", tmp_path / source, tmp_path / "image.jpg")
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("fastmae.train.trainer.Trainer.train_step", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        main(["pretrain", "--out", str(tmp_path / "run"), *SHORT])
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("return 2", 2), ("raise RuntimeError('a bug')", 1)])
+def test_a_failed_process_ends_without_its_process_group(outcome, code):
+    """The group of GPUs may wait for a rank that has gone, and the interpreter's end for the group."""
+    script = f"""
+import atexit, runpy
+import torch.distributed as dist
+import fastmae.cli
+def main():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "waited")
+    print("said")
+    {outcome}
+fastmae.cli.main = main
+runpy.run_module("fastmae", run_name="__main__")
+"""
+    several = os.environ | {"RANK": "0"}  # one of several processes
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=several)
+    assert (done.returncode, done.stdout) == (code, "said\n")
+    assert ("RuntimeError: a bug" in done.stderr) == (code == 1)

@@ -1,0 +1,273 @@
+"""Loaders that wait, are waited for, or wait for ever: nothing hangs, and no more is made ahead than was asked for."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import Future
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from loading import KINDS, OPTIONS, assert_equal, smooth, take, write_source
+from PIL import Image
+
+from fastmae.data import DataError, Dataset, create, create_loader, open_dataset
+from fastmae.data import loader as loader_module
+from fastmae.data import threads as threads_module
+from fastmae.data.options import choose_options
+from fastmae.data.threads import Threads
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    return open_dataset(
+        write_source("folder", tmp_path_factory.mktemp("images")), cache_dir=tmp_path_factory.mktemp("cache")
+    )
+
+
+def hanging(root: Path) -> Dataset:
+    """Twenty images, one of which becomes a pipe that nobody writes to, as a file on a dead server is."""
+    for i in range(20):
+        Image.fromarray(smooth(30, 40, i)).save(root / f"{i:02}.png")
+    dataset = open_dataset(root, cache_dir=root / ".cache")
+    Path(dataset.path(7)).unlink()
+    os.mkfifo(dataset.path(7))
+    return dataset
+
+
+def test_a_file_that_hangs_does_not_keep_the_process(tmp_path):
+    program = f"""
+import sys
+from pathlib import Path
+sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1] / "helpers")!r}]
+from fastmae.data import DataError, create_loader, has_dali
+from test_loader_waiting import hanging
+dataset = hanging(Path({str(tmp_path)!r}))
+options = dict(batch_size=4, img_size=(16, 16), seed=0, timeout=1)
+loaders = [create_loader(dataset, loader=kind, **options) for kind in ("torch", "dali")[: 1 + has_dali()]]
+for loader in loaders:
+    batches = []
+    try:
+        batches.extend(loader)
+    except DataError as error:
+        print(error)
+    assert len(batches) <= 5
+    try:
+        next(loader)
+    except DataError as error:
+        print("again")
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("no batch came within 1 s") == 1 + create.has_dali()
+    assert result.stdout.count("07.png") == 1 + create.has_dali()
+    assert result.stdout.count("--data.timeout") == 1 + create.has_dali()
+    assert result.stdout.rstrip().endswith("again")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_leaves_behind_what_hangs(tmp_path, kind, monkeypatch, caplog):
+    monkeypatch.setattr(threads_module, "PATIENCE", 0.2)
+    dataset = hanging(tmp_path)
+    with (
+        create_loader(dataset, loader=kind, batch_size=20, img_size=(8, 8), seed=0, timeout=0.3) as loader,
+        pytest.raises(DataError, match=r"07\.png"),
+    ):
+        next(loader)
+    assert "left behind" in caplog.text
+    with open(dataset.path(7), "wb"):  # noqa: PTH123 - lets go of the thread
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slow_batch_is_no_error(dataset, kind, monkeypatch):
+    read = Dataset.read
+
+    def slow(self, i):
+        time.sleep(0.05)
+        return read(self, i)
+
+    monkeypatch.setattr(Dataset, "read", slow)
+    with create_loader(dataset, loader=kind, timeout=20, **OPTIONS) as loader:
+        assert len(next(loader).images) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupting_the_waiting_loses_no_batch(dataset, kind, monkeypatch):
+    with create_loader(dataset, loader=kind, **OPTIONS) as loader:
+        first = next(loader)
+        with monkeypatch.context() as patched:
+            patched.setattr(Future, "result", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(loader)
+        second = next(loader)
+    assert_equal([first, second], take(dataset, kind, 2))
+
+
+_result = Future.result
+
+
+def interrupted(self, timeout=None):
+    if threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
+    return _result(self, timeout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_the_loader_works_ahead_while_the_consumer_does_not_ask(dataset, kind, prefetch, monkeypatch):
+    finished = []
+    finish = loader_module.Loader.finish
+
+    def counted(self, plan, images):
+        finished.append(plan.step)
+        return finish(self, plan, images)
+
+    monkeypatch.setattr(loader_module.Loader, "finish", counted)
+    with create_loader(dataset, loader=kind, prefetch=prefetch, **OPTIONS) as loader:
+        for consumed in (1, 2, 3):
+            next(loader)
+            deadline = time.monotonic() + 20
+            while len(finished) < consumed + prefetch and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.05)  # time to go too far
+            assert sorted(finished) == list(range(consumed + prefetch))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_bounded(dataset, kind, monkeypatch):
+    """Counted: batches whose memory is alive at once, over many steps; and what the process holds."""
+    alive: set[int] = set()
+    most, number = 0, 0
+    empty_images = loader_module.Loader.empty_images
+
+    def counted(self, img_size):
+        nonlocal most, number
+        images = empty_images(self, img_size)
+        number += 1
+        alive.add(number)
+        weakref.finalize(images.untyped_storage(), alive.discard, number)
+        most = max(most, len(alive))
+        return images
+
+    monkeypatch.setattr(loader_module.Loader, "empty_images", counted)
+    options = {"batch_size": 4, "img_size": (160, 160), "seed": 0, "prefetch": 2, "cache_bytes": 0}
+    with create_loader(dataset, loader=kind, **options) as loader:
+        for _ in range(50):
+            next(loader)
+        gc.collect()
+        before = resident_bytes()
+        for _ in range(200):
+            next(loader)
+        gc.collect()
+        grown = resident_bytes() - before
+    assert number >= 250
+    assert most <= 2 + 1 + loader.num_producers  # waiting, handed out, and being made
+    assert grown < 20e6, "200 batches are 61 MB"
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# The threads
+
+
+def test_stopping_wakes_whoever_waits():
+    hold = threading.Event()
+    pool = Threads(1, "fastmae-test")
+    running, queued = pool.submit(hold.wait), pool.submit(int)
+    waiting = []
+
+    def wait(future):
+        with pytest.raises(Exception, match="stopped") as caught:
+            future.result(20)
+        waiting.append(caught)
+
+    waiters = [threading.Thread(target=wait, args=(future,)) for future in (running,)]
+    for waiter in waiters:
+        waiter.start()
+    while not running.running():
+        time.sleep(0.001)
+    pool.shutdown(wait=False)
+    for waiter in waiters:
+        waiter.join(20)
+    assert len(waiting) == 1
+    hold.set()
+    pool.shutdown(wait=True)
+    assert queued.cancelled()
+    assert pool.alive == []
+    with pytest.raises(Exception, match="stopped"):
+        pool.submit(int)
+
+
+def test_results_and_errors_come_back():
+    pool = Threads(3, "fastmae-test")
+    assert list(pool.map(lambda x: x * x, range(50))) == [x * x for x in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        pool.submit(lambda: 1 / 0).result(20)
+    pool.shutdown()
+
+
+# What is taken of the machine
+
+
+def test_options_follow_the_machine(monkeypatch):
+    from fastmae.data import options as options_module
+
+    monkeypatch.setattr(options_module, "available_cores", lambda: 24)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_options(cpu, 1).num_threads == 12
+    assert choose_options(cuda, 1).num_threads == 16
+    assert choose_options(cuda, 1, world_size=2).num_threads == 12
+    assert choose_options(cuda, 1, world_size=64).num_threads == 3
+    assert choose_options(cuda, 1, num_threads=5, prefetch=4)[:2] == (5, 4)
+    monkeypatch.setattr(options_module, "physical_bytes", lambda: 64 << 30)
+    assert choose_options(cuda, 1 << 29, world_size=8).prefetch == 2
+    assert choose_options(cuda, 1 << 30, world_size=8).prefetch == 1
+    assert choose_options(cuda, 1 << 30, world_size=8, prefetch=3).prefetch == 3
+    text = choose_options(cuda, 38_535_168, num_threads=1).describe()
+    assert text == "1 decoding thread on 24 cores, 2 batches ahead of 38.5 MB each"
+
+
+def test_hints_for_the_gpu_decoder_are_the_largest_image(dataset):
+    from fastmae.data.dali_hints import decoder_hints
+
+    hints = decoder_hints(dataset, 0.5)
+    rows = dataset.rows(np.arange(len(dataset)))
+    assert hints["preallocate_height_hint"] == rows["height"].max()
+    assert hints["preallocate_width_hint"] == rows["width"].max()
+    assert hints["hw_decoder_load"] == 0.5
+
+
+@pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+def test_dali_knows_the_hints(dataset):
+    from nvidia.dali.backend import GetSchema
+
+    from fastmae.data.dali_hints import decoder_hints
+
+    schema = GetSchema("decoders__ImageSlice")
+    for name in decoder_hints(dataset, 0.5):
+        assert schema.HasArgument(name), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_says_what_it_uses(dataset, kind):
+    with create_loader(dataset, loader=kind, num_threads=3, prefetch=1, **OPTIONS) as loader:
+        assert loader.num_threads == 3
+        assert "3 decoding threads" in loader.describe()
+        assert kind in loader.describe().lower()
+
+
+@pytest.mark.parametrize(("name", "value"), [("prefetch", 0), ("timeout", 0), ("hw_decoder_load", 1.5)])
+def test_arguments_out_of_range_are_refused(dataset, name, value):
+    with pytest.raises(ValueError, match=name):
+        create_loader(dataset, **OPTIONS, **{name: value})

@@ -1,0 +1,114 @@
+"""Full verification: what an index cannot see is found, remembered and not confused with what is good."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from loading import png, write_mixed
+
+from fastmae.data import DataError, open_dataset, retry
+from fastmae.data.verify import Verdict, verify_images
+
+
+@pytest.fixture
+def open_(tmp_path):
+    return lambda path, **options: open_dataset(path, cache_dir=tmp_path / "cache", **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eight images, of which 2 and 5 do not decode, and 6 is empty."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(8):
+        (root / f"{i}.png").write_bytes(png(i in (2, 5), i) if i != 6 else b"")
+    return root
+
+
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_damage_behind_the_header_is_found(folder, open_, num_threads):
+    dataset = open_(folder, max_bad_fraction=1.0)
+    assert dataset.bad_ids.tolist() == [6]
+    verdicts = list(verify_images(dataset, num_threads=num_threads))
+    assert [verdict.sample_id for verdict in verdicts] == [0, 1, 2, 3, 4, 5, 7]
+    assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [2, 5]
+    assert all("does not decode" in verdict.reason for verdict in verdicts if verdict.reason)
+    assert [verdict.size for verdict in verdicts] == [len(png(i in (2, 5), i)) for i in (0, 1, 2, 3, 4, 5, 7)]
+
+
+def test_verdicts_are_remembered(folder, open_):
+    dataset = open_(folder, max_bad_fraction=1.0)
+    found = {verdict.sample_id: verdict.reason for verdict in verify_images(dataset) if verdict.reason}
+    assert dataset.mark_bad(found).bad_ids.tolist() == [2, 5, 6]
+    again = open_(folder, max_bad_fraction=1.0)
+    assert again.bad_ids.tolist() == [2, 5, 6]
+    assert [verdict.reason for verdict in verify_images(again)] == [None] * 5
+    with pytest.raises(DataError, match="3 of 8 images cannot be used"):
+        open_(folder)
+
+
+def test_good_images_of_every_kind_pass(open_, tmp_path):
+    (tmp_path / "mixed").mkdir()
+    dataset = open_(write_mixed(tmp_path / "mixed"))
+    assert [verdict for verdict in verify_images(dataset) if verdict.reason] == []
+
+
+def test_some_images_in_the_order_asked_for(folder, open_):
+    dataset = open_(folder, max_bad_fraction=1.0)
+    assert [verdict.sample_id for verdict in verify_images(dataset, [7, 5, 0])] == [7, 5, 0]
+
+
+def test_a_shape_other_than_the_headers(folder, open_, monkeypatch):
+    dataset = open_(folder, max_bad_fraction=1.0)
+    monkeypatch.setattr(type(dataset), "decode", lambda self, i: np.zeros((40, 50 + i % 2, 3), np.uint8))
+    verdicts = list(verify_images(dataset, [0, 1]))
+    assert verdicts[0].reason is None
+    assert verdicts[1] == Verdict(1, len(png(False, 1)), "decodes to (40, 51, 3), its header said (40, 50, 3)")
+
+
+def test_members_of_shards(open_, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(4):
+            info, data = tarfile.TarInfo(f"{i}.png"), png(i == 1, i)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    dataset = open_(tmp_path / "a.tar", max_bad_fraction=1.0)
+    assert [bool(verdict.reason) for verdict in verify_images(dataset)] == [False, True, False, False]
+
+
+def test_a_file_that_is_gone_is_no_bad_image(folder, open_, monkeypatch):
+    monkeypatch.setattr(retry, "PAUSES", (0.01,))
+    dataset = open_(folder, max_bad_fraction=1.0)
+    (folder / "3.png").unlink()
+    with pytest.raises(DataError, match=r"3.png: cannot be read"):
+        list(verify_images(dataset))
+
+
+def test_warnings_are_put_down_to_their_files(open_, tmp_path):
+    """Whoever decodes some of them says so, at any time while others decode too."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for i in range(70):
+        (root / f"{i:02}.png").write_bytes(png(i == 40, i))
+    dataset = open_(root, max_bad_fraction=1.0)
+    real, said = type(dataset).decode, []
+
+    class Listening(type(dataset)):
+        def decode(self, sample_id):
+            if sample_id in (3, 39, 40, 68):
+                said.append(f"warning of {sample_id}")
+            return real(self, sample_id)
+
+    def take():
+        taken, said[:] = list(said), []
+        return taken
+
+    dataset.__class__ = Listening
+    verdicts = list(verify_images(dataset, num_threads=2, take_warnings=take))
+    assert [verdict.sample_id for verdict in verdicts] == list(range(70))
+    warnings = {verdict.sample_id: verdict.warning for verdict in verdicts if verdict.warning}
+    assert warnings == {i: f"warning of {i}" for i in (3, 39, 68)}
+    assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [40]

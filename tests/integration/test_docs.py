@@ -1,0 +1,165 @@
+"""What README and docs say is true: examples run, links lead somewhere, and figures are those of committed results."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from training import FLAGS, write_images
+
+from fastmae import ops
+from fastmae.cli import main
+from fastmae.ops.attention import BACKENDS
+from fastmae.ops.masking import STRATEGIES
+from fastmae.train.metrics import combine_ranks
+from fastmae.train.recipes import PHOTOGRAPHS
+
+ROOT = Path(__file__).parents[2]
+
+import report  # noqa: E402
+
+README, OPS = ROOT / "README.md", ROOT / "docs" / "ops.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES_WITH_FLAGS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def run(example: str, page: Path) -> dict:
+    scope: dict = {}
+    exec(compile(example, str(page), "exec"), scope)
+    return scope
+
+
+def test_the_ops_example_runs():
+    (example,) = [block for block in blocks(README, "python") if "random_masking" in block]
+    scope = run(example, README)
+    assert scope["visible"].shape == (8, 49, 768)
+    assert scope["full"].shape == (8, 196, 256)
+    assert 0.5 < scope["loss"].item() < 3
+
+
+@pytest.mark.parametrize(
+    "example", blocks(OPS, "python"), ids=lambda example: " ".join(re.findall(r"ops\.(\w+)", example)[-1:])
+)
+def test_the_examples_of_every_op_run(example):
+    if "transformers" in example:
+        pytest.importorskip("transformers")
+    run(example, OPS)
+
+
+def test_every_op_is_documented_with_its_signature_and_an_example():
+    stated = " ".join(" ".join(blocks(OPS, "")).split())
+    stated = re.sub(r"=[^\s,)]+", "", stated).replace("*, ", "")
+    for name in set(ops.__all__) - {"Masking"}:
+        assert f"{name}({', '.join(inspect.signature(getattr(ops, name)).parameters)})" in stated
+        assert any(f"ops.{name}(" in example for example in blocks(OPS, "python")), name
+    assert all(f'| `"{name}"` |' in OPS.read_text() for name in (*BACKENDS, *STRATEGIES))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_tree_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not broken
+
+
+def test_the_photographs_page_describes_the_recipe():
+    page = (ROOT / report.PHOTOGRAPHS).read_text()
+    model, train = PHOTOGRAPHS.model, PHOTOGRAPHS.train
+    assert f"at most {train.steps:,} steps of {train.global_batch_size} crops" in page
+    assert f"encoder {model.embed_dim} wide, {model.depth} blocks; decoder {model.decoder_embed_dim} wide" in page
+
+
+def test_the_table_of_packing_is_that_of_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks/results/counted/shards.json").read_text())
+    page = (ROOT / "docs/data.md").read_text()
+    assert f"on {measured['images']} of ImageNet's images" in page
+    for name, numbers in measured["stored"].items():
+        label, share = f"JPEG {name}", f"{numbers['share']:.1%}"
+        if name == "uncompressed":
+            label, share = "not compressed", ""
+        assert f"| {label} | {numbers['difference']:.2f} | {share} |" in page
+
+
+def test_the_cost_of_an_index_is_that_of_the_committed_measurement():
+    measured = json.loads((ROOT / "benchmarks/results/counted/index.json").read_text())
+    page = " ".join((ROOT / "docs/data.md").read_text().split())
+    cache, disk = measured["from_cache"], measured["from_disk"]
+    assert measured["images"] == 10**8
+    assert f"costs {cache['sizes_ms']:.1f} ms for sizes and {cache['names_ms']:.1f} ms for names" in page
+    assert f"{disk['sizes_ms']:.1f} and {disk['names_ms']:.1f} ms where the disk is read" in page
+
+
+def test_the_speed_of_the_loaders_is_that_of_the_committed_measurement():
+    results = json.loads((ROOT / "benchmarks/results/cpu-amd-epyc/data.json").read_text())["benchmarks"]
+    (pillow,) = [entry for entry in results if entry["competitor"] == report.BASELINE_LOADER]
+    page = " ".join((ROOT / "docs/data.md").read_text().split())
+    for source in ("folder", "tar shards at 256"):
+        torch_loader, dali = (pillow["ratios"][f"fastmae-{name}, {source}"] for name in ("torch", "dali"))
+        assert (
+            f"{torch_loader:.2f} and DALI {dali:.2f} times" in page
+            or f"{torch_loader:.2f} and {dali:.2f} times" in page
+        )
+
+
+COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env"]
+COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
+
+
+def test_every_flag_and_command_that_is_named_exists(capsys):
+    flags = set()
+    for command in COMMANDS:
+        with pytest.raises(SystemExit, match="0"):
+            main([*command.split(), "--help-all"])
+        flags |= set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
+    flags |= {"--requeue", "--shutdown-timeout", "--signal", "--nodes", "--time"}  # of Slurm and torchrun
+    flags |= {"--max-restarts", "--redirects", "--log-dir", "--tee"}  # of torchrun
+    flags |= {"--benchmark", "--levers", "--second", "--help-all", "--help"}  # of pytest and make gpu; of every command
+    for page in PAGES_WITH_FLAGS:
+        text = re.sub(r"<!--.*?-->|```python.*?```|torchrun .*? -m fastmae", "", page.read_text(), flags=re.DOTALL)
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text))
+        assert named <= flags, f"{page.name}: {named - flags}"
+        commands = set(re.findall(r"^fastmae ((?:data )?[a-z]+)", text, re.MULTILINE))
+        assert commands <= set(COMMANDS), f"{page.name}: {commands - set(COMMANDS)}"
+
+
+TRAINING = ROOT / "docs" / "training.md"
+
+
+def first_column(page: Path, heading: str) -> set[str]:
+    """What a table's first cells have between backticks: of the first table behind a heading."""
+    table = re.search(rf"\n## {heading}\n.*?\n((?:\|[^\n]*\n)+)", page.read_text(), re.DOTALL)[1]
+    return {name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    """Of a run that has everything to tell but trouble."""
+    folder = tmp_path_factory.mktemp("docs")
+    told = "--train.steps 4 --train.warmup-steps 1 --report.picture-every-steps 2 --report.profile-at-step 2"
+    flags = f"{FLAGS} --data.progressive-sizes 16 32 --train.log-every-steps 2 {told} --report.profile-steps 1"
+    images = str(write_images(folder / "images"))
+    assert main(["pretrain", "--out", str(folder / "run"), "--data.path", images, *flags.split()]) == 0
+    return folder / "run"
+
+
+def test_the_names_of_the_metrics_are_those_of_the_rows(run_folder):
+    rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    several, _ = combine_ranks([[0.01, 0.02, 1.0, 2.0]] * 2, 0.1, ["node"] * 2)
+    assert first_column(TRAINING, "Rows of numbers") == {*rows[-1], *several}
+
+
+def test_the_files_of_a_run_folder_are_those_of_the_table(run_folder):
+    stated = {name.rstrip("/") for name in first_column(TRAINING, "The run folder")}
+    patterns = {re.sub(r"-N\b", "-*", name) for name in stated}
+    assert all(any(run_folder.glob(pattern)) for pattern in patterns), patterns
+    names = {path.name for path in run_folder.iterdir()} - {".lock"}
+    assert not {name for name in names if not any(fnmatch(name, p.partition("/")[0]) for p in patterns)}

@@ -1,0 +1,254 @@
+"""The Slurm script's decisions, with executables in Slurm's and torchrun's place that do as little as they can."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastmae.cli import main
+from fastmae.train.liveness import StopRequest
+from fastmae.train.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[2]
+SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "running.md"
+LONG = 30
+
+SRUN = """#!/bin/bash
+echo "srun $*" >> "$CALLS"
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "scontrol $*" >> "$CALLS"
+[ "$1 $2" = "show hostnames" ] && printf 'node1\\nnode2\\n'
+exit 0
+"""
+TORCHRUN = """#!/bin/bash
+leave() {
+    echo "torchrun got SIGUSR1" >> "$CALLS"
+    cp "$STATUS" "$RUN/status.json"
+    exit 1
+}
+trap leave USR1
+mkdir -p "$RUN"
+if [ -n "$WAITS" ]; then
+    echo waiting >> "$CALLS"
+    for _ in $(seq 600); do sleep 0.05; done
+fi
+[ -n "$STATUS" ] && cp "$STATUS" "$RUN/status.json"
+exit "$CODE"
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+class Job:
+    """The script as Slurm runs it: ``calls`` are those of the executables."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.run, self._calls = folder, folder / "run", folder / "calls"
+        binaries = folder / "bin"
+        binaries.mkdir()
+        for name, text in {"srun": SRUN, "scontrol": SCONTROL, "torchrun": TORCHRUN}.items():
+            (binaries / name).write_text(text)
+            (binaries / name).chmod(0o755)
+        self._path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+
+    def status(self, status: str, step: int) -> Path:
+        """A file that says how a run ended, as a run writes it."""
+        with RunFolder(self.folder / f"{status}-{step}", resume=True) as run:
+            return run.write_json("status.json", {"status": status, "step": step, "reason": 'all "step": 9 done'})
+
+    def start(
+        self, *flags: str, restarts: int = 0, status: Path | None = None, code: int = 1, waits: bool = False
+    ) -> subprocess.Popen:
+        own = {"PATH": self._path, "CALLS": self._calls, "RUN": self.run, "CODE": code, "WAITS": "1" * waits}
+        own |= {"STATUS": status or "", "SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2}
+        own |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 4}
+        if restarts:
+            own["SLURM_RESTART_COUNT"] = restarts
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        command = ["bash", str(SCRIPT), str(self.run), *flags]
+        return subprocess.Popen(
+            command,
+            env=environment | {name: str(value) for name, value in own.items()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, *flags: str, **options) -> tuple[int, str]:
+        process = self.start(*flags, **options)
+        output = process.communicate(timeout=LONG)[0]
+        return process.returncode, output
+
+    def notice(self, **options) -> tuple[int, str]:
+        """Send the script SIGUSR1 while its launcher runs, as Slurm does before the time is over."""
+        process = self.start(waits=True, **options)
+        deadline = time.monotonic() + LONG
+        while "waiting" not in self.calls and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        output = process.communicate(timeout=LONG)[0]
+        return process.returncode, output
+
+    @property
+    def calls(self) -> str:
+        return self._calls.read_text() if self._calls.exists() else ""
+
+    @property
+    def requeued(self) -> bool:
+        return "scontrol requeue 12345\n" in self.calls
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
+
+
+def test_it_is_bash():
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+
+
+def test_a_finished_run_ends_the_job(job):
+    code, output = job.finish("--recipe", "imagenet-vit-b", status=job.status("finished", 9), code=0)
+    assert (code, job.requeued) == (0, False), output
+    assert "-m fastmae pretrain --out" in job.calls
+    assert "--recipe imagenet-vit-b" in job.calls
+    assert "--resume" not in job.calls
+    assert "--rdzv-endpoint node1:32345 --rdzv-id 12345-0" in job.calls
+    assert "--nodes=2 --ntasks-per-node=1 --cpus-per-task=4" in job.calls
+
+
+def test_a_preempted_run_goes_back_into_the_queue_whatever_torchrun_exits_with(job):
+    code, output = job.finish(status=job.status("preempted", 9), code=1)
+    assert (code, job.requeued) == (0, True), output
+
+
+@pytest.mark.parametrize("status", ["failed", "running"])
+def test_a_failed_or_killed_run_ends_the_job_with_the_code_of_the_launcher(job, status):
+    code, output = job.finish(status=job.status(status, 9), code=7)
+    assert (code, job.requeued) == (7, False)
+    assert f"{status}; not requeued" in output
+
+
+def test_a_requeued_job_resumes_once(job):
+    job.finish(status=job.status("preempted", 9))
+    code, output = job.finish(restarts=1, status=job.status("preempted", 12))
+    assert (code, job.requeued) == (0, True), output
+    assert job.calls.splitlines()[-2].count("--resume") == 1
+    job.finish("--resume", restarts=2, status=job.status("finished", 15))
+    assert job.calls.splitlines()[-1].count("--resume") == 1
+
+
+def test_the_status_of_an_earlier_start_does_not_count(job):
+    job.finish(status=job.status("preempted", 9))
+    job._calls.unlink()
+    code, output = job.finish(restarts=1, status=None, code=1)  # fails before it trains
+    assert (code, job.requeued) == (1, False)
+    assert "did not start training; not requeued" in output
+    assert (job.run / "status.previous.json").exists()
+
+
+def test_a_run_that_gets_nowhere_in_its_time_is_not_requeued_for_ever(job):
+    job.finish(status=job.status("preempted", 9))
+    job._calls.unlink()
+    code, output = job.notice(restarts=1, status=job.status("preempted", 9))
+    assert (code, job.requeued) == (1, False)
+    assert "its time was over at step 9, where it began" in output
+
+
+def test_a_run_that_another_job_preempted_while_it_started_goes_back_into_the_queue(job):
+    job.finish(status=job.status("preempted", 9))
+    job._calls.unlink()
+    code, output = job.finish(restarts=1, status=job.status("preempted", 9))
+    assert (code, job.requeued) == (0, True), output
+
+
+def test_notice_is_passed_on_and_the_end_is_waited_for(job):
+    code, output = job.notice(status=job.status("preempted", 9))
+    assert "torchrun got SIGUSR1" in job.calls, output
+    assert (code, job.requeued) == (0, True), output
+
+
+def commands(path: Path) -> list[tuple[str, str]]:
+    """Of every torchrun in a file, its own options and fastmae's."""
+    text = path.read_text().replace("\\\n", " ")
+    return re.findall(r"\btorchrun (--.*?) -m fastmae (.*)$", text, re.MULTILINE)
+
+
+def test_torchrun_knows_the_options_of_script_and_page():
+    usage = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    known = set(re.findall(r"--[a-z-]+", usage))
+    ((script, _),) = commands(SCRIPT)
+    page = [options for options, _ in commands(PAGE)]
+    assert len(page) == 4
+    assert "SIGUSR1" in re.search(r"--signals-to-handle (\S+)", script).group(1)
+    for options in (script, *page):
+        named = set(re.findall(r"--[a-z-]+", options))
+        assert named
+        assert named <= known
+    # Older versions have neither the option nor the variable, and an option that is not known ends torchrun.
+    if "--shutdown-timeout" in known:
+        waits = set(re.findall(r"export (TORCH_\w+)=", SCRIPT.read_text() + PAGE.read_text()))
+        assert {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"} == waits & set(re.findall(r"\w+", usage))
+
+
+def test_fastmae_knows_the_flags_of_the_page(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["pretrain", "--help-all"])
+    known = set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
+    page = PAGE.read_text()
+    named = set(re.findall(r"--(?:train|data|model|report)\.[a-z-]*[a-z]", page))
+    for _, flags in commands(PAGE):
+        named |= set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", flags))
+    assert {"--out", "--resume", "--train.parallel"} <= named
+    assert named <= known
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_that_slurm_and_torchrun_both_deliver_is_one_request(number):
+    with StopRequest() as stop:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert stop.requested == signal.Signals(number).name
+
+
+def ends(*signals: tuple[int, float]) -> int:
+    """The exit code of a process that gets signals at times; 0 if none of them ends it at once."""
+    child = os.fork()
+    if child == 0:
+        with StopRequest(process_ends=True):
+            for number, seconds in signals:
+                time.monotonic = lambda seconds=seconds: seconds
+                os.kill(os.getpid(), number)
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_later_is_another_request_unless_it_is_notice(number):
+    assert ends((number, 0), (number, 20)) == (0 if number == signal.SIGUSR1 else 128 + number)
+
+
+def test_a_launcher_may_take_seconds_to_pass_on_what_it_got():
+    assert ends((signal.SIGTERM, 0), (signal.SIGTERM, 8)) == 0
+    assert ends((signal.SIGINT, 0), (signal.SIGINT, 2)) == 130  # a person, who presses Ctrl-C again
+
+
+def test_the_end_of_the_time_after_notice_does_not_end_a_save():
+    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180)) == 0
+    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180), (signal.SIGUSR1, 190)) == 0
+    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180), (signal.SIGTERM, 200)) == 143
+    assert ends((signal.SIGTERM, 0), (signal.SIGINT, 1)) == 130

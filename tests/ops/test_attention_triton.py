@@ -1,0 +1,307 @@
+"""The Triton backend of attention: values, gradients, layouts and limits."""
+
+from __future__ import annotations
+
+import bench_attention
+import pytest
+import torch
+from comparison import arm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import added, error, formula
+from torch import Tensor
+
+from fastmae.model import MaskedAutoencoderViT
+from fastmae.ops import _attention_triton as op
+from fastmae.ops import _dispatch, random_masking
+from fastmae.ops.attention import attention, attention_kvpacked, attention_qkvpacked
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.ops
+
+INTERPRETED = _dispatch.is_interpreted()
+needs_a_kernel = pytest.mark.skipif(
+    not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or Triton's interpreter"
+)
+# Where products are interpreted, few and small; the extra key of 2^k + 1 and the last block's fewer queries included.
+SIZES = [(1, 1, 1, 1, 4), (2, 17, 17, 2, 16), (1, 50, 50, 2, 64), (1, 20, 33, 3, 20), (1, 40, 129, 1, 32)]
+GPU_SIZES = [
+    (8, 50, 50, 12, 64), (8, 65, 65, 16, 80), (8, 197, 197, 16, 32), (8, 147, 197, 16, 32), (4, 257, 257, 16, 32),
+    (4, 192, 257, 16, 32), (3, 129, 129, 2, 64), (2, 128, 128, 3, 48), (2, 65, 65, 2, 128), (5, 100, 7, 3, 8),
+    (1, 1, 1, 1, 16),
+]  # fmt: skip
+
+
+def run(function, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """The output, then the inputs' gradients."""
+    inputs = tuple(x.detach().clone().requires_grad_() for x in inputs)
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def assert_as_exact_as_plain(function, inputs: tuple[Tensor, ...], grad: Tensor, expected) -> None:
+    """Errors against double precision at most twice those of the formula in the same dtype."""
+    truth = run(expected, tuple(x.double() for x in inputs), grad)
+    plain = run(expected, inputs, grad)
+    for got, want, formulas in zip(run(function, inputs, grad), truth, plain, strict=True):
+        assert got.dtype == inputs[0].dtype
+        assert got.is_contiguous()
+        # A single key has the weight 1: the gradients of q and k are zero in truth, and rounding in any arithmetic.
+        if want.norm() > 1e-9:
+            assert error(got, want) <= 2 * error(formulas, want) + 1e-6
+        else:
+            assert got.abs().max() < 1e-2
+
+
+def tensors(n, queries, keys, heads, dim, dtype, device) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (n, queries, heads, dim), (n, keys, 2, heads, dim), (n, queries, heads, dim)
+    return tuple(torch.randn(shape, device=device).to(dtype) for shape in shapes)
+
+
+def formula_kv(q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
+    if bias is not None:
+        dim = q[0, 0].numel()
+        q, kv = added(q, bias[:dim]), added(kv, bias[dim:])
+    return formula(q, *kv.unbind(2))
+
+
+@needs_a_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_agrees(size, dtype, device):
+    q, kv, grad = tensors(*size, dtype, device)
+    bias = torch.randn(3 * q[0, 0].numel(), device=device).to(dtype)
+    with_bias = lambda q, kv, bias: attention_kvpacked(q, kv, "triton", bias)  # noqa: E731
+    assert_as_exact_as_plain(with_bias, (q, kv, bias), grad, formula_kv)
+    without = run(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q, kv), grad)
+    *same, bias_gradient = run(with_bias, (q, kv, bias), grad)
+    assert all(map(torch.equal, without, same))
+    assert not bias_gradient.chunk(3)[1].any()
+
+
+@needs_a_kernel
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    n=st.integers(1, 2),
+    queries=st.integers(1, 40),
+    keys=st.one_of(st.integers(1, 48), st.sampled_from([64, 65, 66])),
+    heads=st.integers(1, 3),
+    dim=st.integers(1, 48),
+    order=st.permutations([0, 1, 2]),
+    seed=st.integers(0, 1000),
+)
+def test_agrees_everywhere(n, queries, keys, heads, dim, order, seed):
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    back = [order.index(i) for i in range(3)]
+
+    def strided(length: int) -> Tensor:
+        shape = [(n, length, heads)[i] for i in order]
+        return torch.randn(*shape, dim, device=device).permute(*back, 3)
+
+    q, k, v, grad = strided(queries), strided(keys), strided(keys), strided(queries)
+    assert_as_exact_as_plain(lambda *x: attention(*x, "triton"), (q, k, v), grad, formula)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", GPU_SIZES, ids=lambda s: "x".join(map(str, s)))
+def test_gpu_agrees(size, dtype):
+    if op.unfit(dtype, size[2], size[4]) is not None:
+        pytest.skip("too many keys in this dtype")
+    q, kv, grad = tensors(*size, dtype, "cuda")
+    bias = torch.zeros(3 * q[0, 0].numel(), device="cuda", dtype=dtype)
+    assert_as_exact_as_plain(
+        lambda q, kv, bias: attention_kvpacked(q, kv, "triton", bias), (q, kv, bias), grad, formula_kv
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("length", "dim"), [(50, 64), (197, 32), (257, 32)])
+def test_gpu_gradients_repeat_bit_by_bit(length, dim):
+    qkv = torch.randn(8, length, 3, 4, dim, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(8, length, 4, dim, device="cuda", dtype=torch.bfloat16)
+    inputs = qkv, torch.zeros(3 * 4 * dim, device="cuda")
+    first, *others = (run(lambda x, b: attention_qkvpacked(x, "triton", b), inputs, grad) for _ in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_a_kernel
+def test_three_forms_are_one(device):
+    qkv = torch.randn(2, 17, 3, 2, 16, device=device).half()
+    grad = torch.randn(2, 17, 2, 16, device=device).half()
+    out, packed = run(lambda x: attention_qkvpacked(x, "triton"), (qkv,), grad)
+    for function, inputs in (
+        (lambda q, k, v: attention(q, k, v, "triton"), qkv.unbind(2)),
+        (lambda q, kv: attention_kvpacked(q, kv, "triton"), (qkv[:, :, 0], qkv[:, :, 1:])),
+    ):
+        other, dq, *rest = run(function, inputs, grad)
+        assert torch.equal(other, out)
+        assert torch.equal(dq, packed[:, :, 0])
+        assert torch.equal(torch.cat([x.view(2, 17, -1, 2, 16) for x in rest], 2), packed[:, :, 1:])
+
+
+@needs_a_kernel
+@pytest.mark.parametrize(("queries", "keys"), [(33, 20), (17, 33)])
+def test_any_tile_gives_the_same(queries, keys, device):
+    q, kv, grad = tensors(1, queries, keys, 1, 16, torch.float16, device)
+    k, v = kv.unbind(2)
+    tiles = op.forward_tiles(queries, keys, 2)
+    assert tiles[0] == op.forward_tile(queries, keys, 2)
+    assert {t.queries for t in tiles} >= {16, 32}
+    (out, lse), *others = (op.forward(q, k, v, tile) for tile in tiles)
+    for other in others:
+        torch.testing.assert_close(other, (out, lse))
+    gradients = []
+    for tile in op.backward_tiles(queries, keys, 16, 2):
+        gradients.append([torch.full_like(x, torch.nan) for x in (q, k, v)])
+        op.backward(grad, lse, q, k, v, *gradients[-1], tile)
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-2, atol=1e-3)
+
+
+@needs_a_kernel
+@pytest.mark.parametrize("queries", [None, 3])
+def test_the_sweep_of_tiles_runs_and_computes_attention(queries, device, monkeypatch):
+    monkeypatch.setattr(bench_attention, "BATCH", 1)
+    monkeypatch.setattr(bench_attention, "HEADS", 2)
+    for backward in (False, True):
+        comparison = bench_attention.build_tiles("float16", 7, 16, device, queries, backward)
+        assert len(comparison.competitors) >= 2
+        for competitor in comparison.competitors.values():
+            arm(competitor)()
+    inputs = tuple(bench_attention.make_inputs(1, torch.float16, 7, 16, device, queries))
+    function = attention_kvpacked if queries else attention_qkvpacked
+    grad = torch.randn(1, queries or 7, 2, 16, device=device)
+    tiled = run(lambda *x: bench_attention.Tiled.apply(None, None, *x), inputs, grad)
+    assert all(map(torch.equal, tiled, run(lambda *x: function(*x, "triton"), inputs, grad)))
+
+
+@needs_a_kernel
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+    ],
+    ids=["tokens first", "heads first", "columns first", "expanded"],
+)
+def test_strides(view, device):
+    q, k, v, grad = (view(torch.randn(2, 9, 3, 16, device=device)) for _ in range(4))
+    assert_as_exact_as_plain(lambda *x: attention(*x, "triton"), (q, k, v), grad, formula)
+    strided = attention(q, k, v, "triton")
+    assert torch.equal(strided, attention(*(x.contiguous() for x in (q, k, v)), "triton"))
+
+
+@needs_a_kernel
+def test_gradient_without_strides(device):
+    qkv = torch.randn(2, 6, 3, 2, 16, device=device, requires_grad=True)
+    (got,) = torch.autograd.grad(attention_qkvpacked(qkv, "triton").sum(), qkv)
+    (want,) = torch.autograd.grad(formula(*qkv.unbind(2)).sum(), qkv)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_a_kernel
+def test_large_scores_do_not_overflow(device):
+    q, kv, grad = tensors(1, 5, 20, 1, 16, torch.float32, device)
+    out, dq, dkv = run(lambda q, kv: attention_kvpacked(q, kv, "triton"), (q * 1e3, kv * 1e3), grad)
+    assert out.isfinite().all()
+    assert dq.isfinite().all()
+    assert dkv.isfinite().all()
+
+
+@needs_a_kernel
+def test_opcheck(device):
+    q, kv, _ = tensors(2, 3, 5, 2, 16, torch.float32, device)
+    qkv, bias = torch.randn(2, 5, 3, 2, 16, device=device), torch.randn(96, device=device)
+    packed, kv_packed = (
+        (getattr(op, f"triton_attention_{form}"), getattr(op, f"triton_attention_{form}_backward"))
+        for form in ("qkvpacked", "kvpacked")
+    )
+    for (forward, backward), inputs, dtype in (
+        (packed, (qkv, bias), (torch.float32,)),
+        (packed, (qkv, None), (None,)),
+        (kv_packed, (q, kv, bias), (torch.float32,)),
+        ((op.triton_attention, op.triton_attention_backward), (q, kv[:, :, 0], kv[:, :, 1]), ()),
+    ):
+        torch.library.opcheck(forward, tuple(None if x is None else x.detach().requires_grad_() for x in inputs))
+        out, lse = forward(*inputs)
+        inputs = inputs[: len(inputs) - len(dtype)]
+        torch.library.opcheck(backward, (torch.randn_like(out), lse, *inputs, *dtype))
+
+
+@needs_a_kernel
+def test_compiles_to_one_graph(device):
+    function = lambda x, b: attention_qkvpacked(x * 2, "triton", b)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = tuple(torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 5, 3, 2, 16), (96,)))
+    got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    want = torch.autograd.grad(function(*inputs).square().sum(), inputs)
+    torch.testing.assert_close(got, want)
+
+
+@needs_a_kernel
+def test_empty_batch(device):
+    qkv = torch.randn(0, 5, 3, 2, 16, device=device, requires_grad=True)
+    bias = torch.randn(96, device=device, requires_grad=True)
+    attention_qkvpacked(qkv, "triton", bias).sum().backward()
+    assert qkv.grad.shape == qkv.shape
+    assert not bias.grad.any()
+
+
+@needs_a_kernel
+def test_model_has_the_loss_and_gradients_of_the_plain_backend(device):
+    losses, gradients = [], []
+    for backend in ("plain", "triton"):
+        model = MaskedAutoencoderViT(
+            32, 8, embed_dim=32, depth=1, num_heads=2, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2,
+            attention=backend, seed=0,
+        ).to(device)  # fmt: skip
+        images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(device)
+        masking = random_masking(2, 16, 0.75, seed=0, device=device)
+        loss = model(images, masking=masking, full_pred=False).loss
+        losses.append(loss)
+        gradients.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "why"),
+    [
+        ((1, 5, 3, 1, 16), torch.float64, "float64"),
+        ((1, 258, 3, 1, 32), torch.float16, "up to 257 of 32 channels, not 258"),
+        ((1, 130, 3, 1, 64), torch.bfloat16, "up to 129 of 64 channels, not 130"),
+        ((1, 257, 3, 1, 32), torch.float32, "up to 256 of 32 channels, not 257"),
+        ((1, 5, 3, 1, 136), torch.bfloat16, "1 to 128 channels in bfloat16, not 136"),
+        ((1, 5, 3, 1, 80), torch.float32, "1 to 64 channels in float32, not 80"),
+    ],
+)
+def test_what_does_not_fit_is_refused_never_replaced(shape, dtype, why, device):
+    qkv = torch.zeros(shape, dtype=dtype, device=device)
+    with pytest.raises(ValueError, match=f"backend: 'triton' .*{why}"):
+        attention_qkvpacked(qkv, "triton")
+    assert attention_qkvpacked(qkv, "auto").shape == (1, shape[1], 1, shape[4])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs on the CPU in this process")
+def test_cpu_tensors_are_refused():
+    with pytest.raises(ValueError, match=r"backend: 'triton' cannot be used here.* cpu tensors"):
+        attention_qkvpacked(torch.zeros(1, 5, 3, 1, 16), "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a fault of the interpreter")
+def test_bfloat16_is_refused_in_the_interpreter():
+    with pytest.raises(ValueError, match="its bfloat16 dot is wrong"):
+        attention_qkvpacked(torch.zeros(1, 5, 3, 1, 16, dtype=torch.bfloat16), "triton")
+
+
+def test_saved_for_the_backward_are_the_inputs_and_one_number_a_query():
+    shapes = []
+    qkv = torch.zeros(2, 5, 3, 2, 16, device="meta", requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
+        op.triton_attention_qkvpacked(qkv, torch.zeros(96, device="meta", requires_grad=True))
+    assert sorted(shapes) == [(2, 2, 5), (2, 5, 3, 2, 16)]

@@ -1,0 +1,122 @@
+"""The code that GPUs would run for every kernel: nothing spills, resources and access widths are as the table says."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+import count_code
+import triton
+from code_cases import LINES, compiled, excess
+from cross_compile import TARGETS, Compiled, assert_fits, needs_compiler
+
+RESULTS = json.loads(count_code.RESULT.read_text())
+CASES = [(name, target) for name in LINES for target in TARGETS if target not in LINES[name].slow]
+
+OVER = {
+    "3.6.0": {
+        *(("attention, 65 of 80", target) for target in ("gfx942", "sm_100")),
+        *(("attention, 257 of 32", f"sm_{n}") for n in (80, 90, 120)),
+        *(("attention backward, 257 of 32", f"sm_{n}") for n in (80, 100)),
+    }
+}
+"""What other versions of Triton do not keep: narrow loads, registers (236 on sm_100), spills with 257 keys."""
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_code_is_as_the_table_says(request, name, target):
+    if (name, target) in OVER.get(triton.__version__, ()):
+        request.applymarker(pytest.mark.xfail(reason=f"Triton {triton.__version__} does not keep it"))
+    line, code = LINES[name].on(target), compiled(name, target)
+    assert_fits(code, target, max_registers=line.registers)
+    assert not excess(line, code), code
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "per_warp"), [("attention, 197 of 32", 0), ("attention backward, 197 of 32", 16)])
+def test_two_programs_of_attention_share_a_hopper_processor(name, per_warp):
+    launch, code = LINES[name].launch("sm_90"), compiled(name, "sm_90")
+    threads = 32 * launch.keywords["num_warps"]
+    assert 2 * threads * -(-code.registers // 8) * 8 <= 65536
+    assert 2 * (code.shared + 1024) <= 228 << 10
+    # Products of a warpgroup, and of a single warp: only dq's rows are too few for the former.
+    assert code.text.count("HGMMA") >= 16
+    assert len(re.findall(r"\bHMMA", code.text)) == per_warp
+
+
+@needs_compiler
+def test_three_programs_of_the_encoders_attention_share_a_hopper_processor():
+    name = "attention backward, 50 of 64"
+    launch, code = LINES[name].launch("sm_90"), compiled(name, "sm_90")
+    assert 3 * 32 * launch.keywords["num_warps"] * -(-code.registers // 8) * 8 <= 65536
+
+
+@needs_compiler
+@pytest.mark.parametrize(("name", "limit"), [("gelu_linear, 3072 wide", 752), ("gelu_linear backward, 3072 wide", 600)])
+def test_gelu_takes_few_instructions_and_no_division(name, limit):
+    """32 values a thread forward, 16 backward; an H100 has issue slots for about 35 and 70 a value."""
+    nvidia, amd = (compiled(name, target).text for target in ("sm_90", "gfx942"))
+    instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)", nvidia)
+    assert 100 < len(instructions) <= limit
+    assert "MUFU.RCP" not in nvidia
+    assert "v_div_" not in amd
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["attention, 197 of 32", "attention backward, 197 of 32"])
+def test_only_the_last_keys_are_masked(name):
+    launch = LINES[name].launch("sm_90")
+    all_masked = replace(launch, keywords=launch.keywords | {"FULL_K": 0}).compile("sm_90")
+    ours, theirs = (len(re.findall(r"\bFSEL", code.text)) for code in (compiled(name, "sm_90"), all_masked))
+    assert ours <= theirs / 2
+
+
+def test_every_kernel_is_in_the_table():
+    launched = set()
+    for file in (count_code.ROOT / "kernels").glob("*.py"):
+        functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
+        launched |= {function.name for function in functions if function.name.endswith("_kernel")}
+    assert launched == {f"{line.kernel}_kernel" for line in LINES.values()}
+
+
+@pytest.mark.parametrize(
+    ("loads", "stores"),
+    [({64: 2}, {128: 1}), ({128: 2}, {64: 1}), ({128: 2, 64: 3}, {128: 1}), ({128: 2, 16: 1}, {128: 1})],
+    ids=["narrow loads", "narrow stores", "too many", "too narrow"],
+)
+def test_narrow_accesses_are_seen(loads, stores):
+    line = replace(LINES["gather_tokens"], few=(2, 0), narrowest=32)
+
+    def code(loads, stores):
+        return Compiled(32, 0, 0, 0, Counter(loads), Counter(stores), "")
+
+    assert not excess(line, code({128: 2, 64: 2}, {128: 1}))
+    assert excess(line, code(loads, stores))
+
+
+# The published numbers
+
+
+def test_every_kernel_is_published_and_none_spills_as_the_page_says():
+    assert list(RESULTS["lines"]) == list(LINES)
+    codes = [code for targets in RESULTS["lines"].values() for code in targets.values()]
+    assert not any(code["spills"] or code["stack"] for code in codes)
+    page = " ".join((count_code.ROOT / "docs/kernels.md").read_text().split())
+    assert f"None of the {len(codes)} spills or uses a stack" in page
+
+
+@needs_compiler
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["random_masking, grid", "gather_patches", "restore_tokens", "attention, 50 of 64"])
+def test_published_numbers_are_those_of_the_code(name, target):
+    if triton.__version__ != RESULTS["triton"]:
+        pytest.skip(f"compiled with Triton {RESULTS['triton']}")
+    assert count_code.numbers(compiled(name, target)) == RESULTS["lines"][name][target]

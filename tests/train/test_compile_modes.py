@@ -1,0 +1,265 @@
+"""Modes of torch.compile: refused where there can be no CUDA graphs; on a GPU each trains as eager does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from commands import mistake
+from torch import nn
+from training import make_trainer, write_images
+
+from fastmae.model import MaskedAutoencoderViT
+from fastmae.ops import random_masking
+from fastmae.train import compilation, parallel
+from fastmae.train.config import PretrainConfig, TrainConfig
+from fastmae.train.parallel import Parallelism
+from fastmae.train.rules import MAX_COMPILED_SIZES, validate
+
+GRAPHS, NO_GRAPHS = ("reduce-overhead", "max-autotune"), ("default", "max-autotune-no-cudagraphs")
+SMALL = {
+    "img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "decoder_embed_dim": 16, "decoder_depth": 2, "decoder_num_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("data") / "images")
+
+
+@pytest.mark.parametrize("mode", [*GRAPHS, *NO_GRAPHS])
+def test_cuda_graphs_are_refused_without_cuda_and_with_shards(mode):
+    graphs = mode in GRAPHS
+    for place, refused in (("cpu", graphs), ("cuda", False)):
+        if refused:
+            with pytest.raises(ValueError, match=f"compile_mode: .* without CUDA, got {mode}"):
+                compilation.check_compile_mode(mode, device_type=place, sharded=False)
+        else:
+            compilation.check_compile_mode(mode, device_type=place, sharded=False)
+    if graphs:
+        with pytest.raises(ValueError, match=f"compile_mode: .* fsdp or hsdp, .* got {mode}"):
+            compilation.check_compile_mode(mode, device_type="cuda", sharded=True)
+
+
+def test_a_model_on_a_cpu_asks(capsys, tmp_path, images):
+    model = MaskedAutoencoderViT(**SMALL, seed=0)
+    with pytest.raises(ValueError, match="compile_mode"):
+        parallel.parallelize(model, Parallelism(), seed=0, compile="blocks", compile_mode="reduce-overhead")
+    flags = ["--train.compile", "blocks", "--train.compile-mode", "reduce-overhead", "--train.device", "cpu"]
+    found = mistake(capsys, "pretrain", "--data.path", images, "--out", tmp_path / "run", *flags)
+    assert "--train.compile-mode: expected default or max-autotune-no-cudagraphs without CUDA" in found
+
+
+def test_a_mode_without_compilation_is_an_error():
+    config = PretrainConfig(train=TrainConfig(steps=10, compile_mode="max-autotune"))
+    with pytest.raises(ValueError, match=r"--train\.compile-mode: expected default without --train\.compile"):
+        validate(config)
+    validate(replace(config, train=replace(config.train, compile="blocks")))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """What torch.compile is asked for; nothing is compiled."""
+    calls = []
+
+    def compiles(target, *, recompile_limit=8, **options):
+        calls.append((target, options))
+        return target
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    return calls
+
+
+def test_the_mode_reaches_the_compiler(compiled):
+    model = MaskedAutoencoderViT(**SMALL, seed=0)
+    compilation.compile_model(model, "max-autotune-no-cudagraphs")
+    compilation.compile_blocks(model, "reduce-overhead")
+    assert [options["mode"] for _, options in compiled] == ["max-autotune-no-cudagraphs"] + 4 * ["reduce-overhead"]
+    assert compiled[0][0] is model
+    assert model.cuda_graphs
+
+
+@pytest.mark.parametrize("what", ["none", "blocks", "model"])
+def test_one_process_compiles_what_it_is_told(compiled, what):
+    model = MaskedAutoencoderViT(**SMALL, seed=0)
+    parallel.parallelize(model, Parallelism(), seed=0, compile=what)
+    blocks = [block.forward.__func__ for block in (*model.blocks, *model.decoder_blocks)]
+    expected = {"none": [], "blocks": blocks, "model": [model]}[what]
+    assert [getattr(target, "__func__", target) for target, _ in compiled] == expected
+
+
+@pytest.mark.parametrize("has_argument", [True, False])
+def test_blocks_may_have_graphs_for_eight_sizes(monkeypatch, has_argument):
+    limits = []
+
+    def with_argument(target, *, dynamic, mode, recompile_limit=8):
+        limits.append(recompile_limit)
+        return target
+
+    def without(target, *, dynamic, mode):
+        limits.append(torch.compiler.config.recompile_limit)
+        return target
+
+    monkeypatch.setattr(torch, "compile", with_argument if has_argument else without)
+    with torch.compiler.config.patch(recompile_limit=8):
+        compilation.compile_blocks(MaskedAutoencoderViT(**SMALL, seed=0), "default")
+        assert min(limits) >= 6 * MAX_COMPILED_SIZES
+        assert has_argument == (torch.compiler.config.recompile_limit == 8)
+
+
+def test_blocks_run_in_graphs_only_while_they_train(monkeypatch):
+    model, used = MaskedAutoencoderViT(**SMALL, seed=0), []
+
+    def compiles(function, *, recompile_limit=8, **options):
+        return lambda *args, **kwargs: used.append(1) or function(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compiles)
+    compilation.compile_blocks(model, "reduce-overhead")
+    masking = random_masking(2, model.num_patches, 0.75, seed=0)
+    pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    with torch.no_grad():
+        model(pixels, masking=masking)
+    assert used == []
+    model(pixels, masking=masking).loss.backward()
+    assert len(used) == 4
+
+
+class Graphed(nn.Module):
+    """A backward that writes gradients where it wrote them before, as that of a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.cuda_graphs = nn.Parameter(torch.zeros(3)), True
+        self.memory = torch.zeros(3)
+
+    def backward(self, value: float) -> None:
+        stolen = self.weight.grad
+        self.memory.fill_(value)
+        self.weight.grad = self.memory if stolen is None else stolen.add_(self.memory)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 4])
+def test_accumulated_gradients_survive_the_next_run_of_a_graph(batches):
+    model = Graphed()
+    for _ in range(2):  # steps
+        for index in range(batches):
+            with parallel.no_sync(model, last=index == batches - 1):
+                model.backward(index + 1.0)
+        assert model.weight.grad.tolist() == [sum(range(1, batches + 1))] * 3
+        model.weight.grad = None
+
+
+def test_every_batch_begins_a_run_of_the_graphs(monkeypatch):
+    marks = []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    model = Graphed()
+    for last in (False, True):
+        with parallel.no_sync(model, last):
+            pass
+    assert len(marks) == 2
+    model.cuda_graphs = False
+    with parallel.no_sync(model, last=True):
+        pass
+    assert len(marks) == 2
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory, images):
+    runs = {}
+
+    def run(accumulation: int) -> list[float]:
+        if accumulation not in runs:
+            runs[accumulation] = losses(tmp_path_factory.mktemp("eager") / "run", images, accumulation)
+        return runs[accumulation]
+
+    return run
+
+
+def on_gpu(out, images, accumulation, **train):
+    options = {"device": "cuda", "precision": "bf16", "steps": 20, "log_every_steps": 1, "base_lr": 0.01}
+    return make_trainer(out, images, batch_size=8 // accumulation, **options | train)
+
+
+def losses(out, images, accumulation, **train) -> list[float]:
+    rows = []
+    trainer = on_gpu(out, images, accumulation, **train)
+    try:
+        trainer.fit(on_log=rows.append)
+    finally:
+        trainer.run.close()
+        torch.compiler.reset()
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["blocks", "model"])
+@pytest.mark.parametrize(
+    ("mode", "accumulation"), [*((m, 1) for m in NO_GRAPHS), *((m, a) for m in GRAPHS for a in (1, 2))]
+)
+def test_every_mode_trains_as_eager_does(tmp_path, images, eager, what, mode, accumulation):
+    found = losses(tmp_path / "run", images, accumulation, compile=what, compile_mode=mode)
+    assert len(found) == 20
+    assert found[-1] < found[0]
+    assert found == pytest.approx(eager(accumulation), rel=2e-2)
+    assert found[:3] == pytest.approx(eager(accumulation)[:3], rel=5e-3)
+
+
+@pytest.mark.gpu
+def test_graphs_of_blocks_train_as_eager_does_with_ddp(tmp_path, images, eager):
+    place = parallel.initialize("ddp", "cuda")
+    try:
+        trainer = on_gpu(tmp_path / "run", images, 2)
+        trainer.forward = parallel.parallelize(
+            trainer.model, place, seed=0, precision="bf16", compile="blocks", compile_mode="reduce-overhead"
+        )
+        rows = []
+        trainer.fit(on_log=rows.append)
+    finally:
+        parallel.shutdown(place)
+        torch.compiler.reset()
+    assert [row["loss"] for row in rows] == pytest.approx(eager(2), rel=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_run_in_graphs_goes_on_after_a_resume(tmp_path, images):
+    options = {"compile": "blocks", "compile_mode": "reduce-overhead"}
+    whole = losses(tmp_path / "whole", images, 2, **options)
+    first = on_gpu(tmp_path / "run", images, 2, checkpoint_every_steps=10, max_minutes=None, **options)
+    first.fit()
+    first.run.close()
+    rows = []
+    second = on_gpu(tmp_path / "run", images, 2, resume=True, **options)
+    second.resume(tmp_path / "run" / "checkpoints" / "step-10")
+    second.fit(on_log=rows.append)
+    torch.compiler.reset()
+    assert [row["loss"] for row in rows] == pytest.approx(whole[10:], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["fastmae-graph", "fastmae-compile-graph"])
+def test_a_step_in_one_graph_trains_as_the_benchmarks_other_steps_do(name):
+    from bench_step import MODELS, Track
+    from step_recipes import MODES
+
+    changes = []
+    for who in ("fastmae", name):
+        torch.manual_seed(0)
+        track = Track(MODELS["tiny-test"][1], 16, torch.device("cuda"))
+        before = torch.cat([p.detach().flatten() for p in track.fast.parameters()])
+        if who == "fastmae":  # a graph is warmed up with three steps of the same masks
+            epochs, draw = iter([1, 1, 1, 2, 3, 4, 5, 6]), track.draw_masks
+
+            def draw_again(track=track, epochs=epochs, draw=draw):
+                track.position = next(epochs) - 1
+                return draw()
+
+            track.draw_masks = draw_again
+        step = track.step(MODES[who])
+        for _ in range(8 if who == "fastmae" else 5):
+            step()
+        changes.append(torch.cat([p.detach().flatten() for p in track.fast.parameters()]) - before)
+    torch.compiler.reset()
+    assert changes[0].abs().max() > 5e-5
+    assert torch.cosine_similarity(*changes, dim=0) > 0.98

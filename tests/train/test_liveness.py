@@ -1,0 +1,305 @@
+"""Ranks agree on when to save and leave; a rank that hangs or dies is named by the others, which then end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch.distributed as dist
+from distributed import run_ranks, start_ranks
+from pretrain_flags import FLAGS
+from training import make_trainer, write_images
+
+from fastmae.cli import main
+from fastmae.train import liveness
+from fastmae.train.checkpoint import CheckpointError, LostRankError, Ranks
+from fastmae.train.liveness import Agreement, CollectiveError, RankState, StopRequest, Watchdog, find_lost, is_broken
+from fastmae.train.parallel import initialize, shutdown
+from fastmae.train.trainer import Trainer
+
+WAIT = 40.0
+"""Seconds after which what a test waits for counts as not happening."""
+STEPS, EVERY = 200, 10.0
+CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:29569."
+SIZES = "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:454] op.preamble.length <= op.nbytes"
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def agreed_steps(rank: int, step_seconds: float) -> dict:
+    """Steps after which all save by the clock of rank 0, and the one before which all leave on a signal to the last."""
+    now, asked, saved = 0.0, [], []
+    with Ranks.create() as ranks, patch.object(liveness.time, "monotonic", lambda: now):
+        maximum = ranks.maximum
+        ranks.maximum = lambda *values: asked.append(step) or maximum(*values)
+        stop = StopRequest()
+        agreement = Agreement(ranks, stop, math.inf, EVERY if step_seconds >= 1 else None)
+        for step in range(STEPS):
+            if agreement.must_leave():
+                break
+            now += step_seconds * (rank == 0)  # the other ranks' clocks do not advance
+            if agreement.save_due:
+                saved.append(step)
+                agreement.saved()
+            if step == 100 and rank == ranks.size - 1:
+                stop.requested = "SIGTERM"
+    return {"saved": saved, "left": step, "asked": asked}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_slow_steps_look_each_time_and_save_once_by_the_clock(world_size):
+    results = run_ranks(agreed_steps, world_size, 1.0)
+    assert all(result == results[0] for result in results)
+    assert results[0]["left"] == 100 + world_size
+    assert 100 / (EVERY + 4) <= len(results[0]["saved"]) <= 100 / EVERY
+    assert all(
+        after - before >= EVERY for before, after in zip(results[0]["saved"], results[0]["saved"][1:], strict=False)
+    )
+
+
+def test_fast_steps_ask_every_twentieth_time():
+    first, second = run_ranks(agreed_steps, 2, 0.01)
+    assert first == second
+    assert first["asked"][:4] == [0, 1, 2, 22]
+    assert set(map(int.__sub__, first["asked"][3:], first["asked"][2:])) == {20}
+    assert first["left"] == 122
+
+
+def open_files(rank: int) -> list[int]:
+    """Soft limit of open files before and after joining the others, and the hard one."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    shutdown(initialize("ddp", "cpu"))
+    return [256, resource.getrlimit(resource.RLIMIT_NOFILE)[0], hard]
+
+
+def test_the_limit_of_open_files_is_raised():
+    ((before, after, hard),) = run_ranks(open_files, 1, init_group=False)
+    assert before < after <= (hard if hard > 0 else after)
+
+
+def test_garbage_collection_passes_over_what_lives_as_long_as_the_run(tmp_path):
+    trainer, frozen = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), steps=3, warmup_steps=1), []
+    before = gc.get_freeze_count()
+    trainer.train_step = lambda step=trainer.train_step: frozen.append(gc.get_freeze_count()) or step()
+    trainer.fit()
+    assert [count > before for count in frozen] == [False, True, True]
+    assert gc.get_freeze_count() <= before
+
+
+def state(rank: int, step: int, phase: str = "computing", beat: int = 7) -> RankState:
+    return RankState(step, phase, f"node{rank // 2}", 300.0, beat)
+
+
+def found(*states: RankState | None, silent: tuple[int, ...] = ()) -> str:
+    before = [s and s._replace(beat=s.beat - (rank not in silent)) for rank, s in enumerate(states)]
+    return find_lost(before, states).text
+
+
+def test_the_rank_that_all_wait_for_is_named():
+    computing = [state(rank, 42) for rank in range(3)]
+    waiting = [state(rank, 42, "waiting for other ranks (ending)") for rank in (1, 2)]
+    text = found(computing[0], state(1, 41, "waiting for images"), computing[2])
+    assert text == "rank 1 (node0) is at step 41, waiting for images for 300 s; the other 2 at step 42, computing"
+    assert found(state(0, 42, "waiting for images"), *computing[1:]).startswith("rank 0 (node0) is at step 42, waiting")
+    assert found(state(0, 42, "evaluating"), *waiting).startswith("rank 0 (node0) is at step 42, evaluating for 300 s")
+    assert found(*computing) == "all 3 ranks are at step 42, computing"
+    assert found(state(0, 3, "saving")) == "at step 3, saving"
+    behind = [state(rank, 40 + (rank == 3)) for rank in range(4)]
+    assert found(*behind).endswith("for 300 s, and 2 more ranks like it; the other 1 at step 41, computing")
+
+
+def test_silent_ranks_come_before_those_behind_and_failed_ones_first():
+    behind, silent, failed = state(0, 40), state(1, 42), state(2, 41, "failed while saving: OSError: no disk")
+    assert found(behind, silent, silent=(1,)).startswith("rank 1 (node0) is not heard from any more, last at step 42")
+    assert found(behind, None) == "rank 1 has never been heard from; the other 1 at step 40, computing"
+    assert found(behind, silent, failed, silent=(1,)).startswith("rank 2 (node1) at step 41 failed while saving: OSErr")
+    assert find_lost([behind, silent], [behind._replace(beat=8), state(1, 42, "ended")]).lost == []
+
+
+def test_broken_collectives_are_told_from_bugs():
+    wrapped = CheckpointError("rank 1: lost")
+    wrapped.__cause__ = RuntimeError(CLOSED)
+    broken = [RuntimeError(CLOSED), dist.DistBackendError("NCCL error: remote process exited"), LostRankError("saving")]
+    assert all(map(is_broken, [*broken, wrapped]))
+    bugs = [RuntimeError("mat1 and mat2 shapes"), RuntimeError(SIZES), CheckpointError("rank 1: disk full")]
+    assert not any(map(is_broken, bugs))
+
+
+@pytest.fixture
+def watchdog():
+    """Makes watchdogs of ranks that share a store."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def connect() -> dist.Store:
+        return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
+
+    return lambda rank, size=2, stall=100.0: Watchdog(rank, size, stall, connect=connect, interval=0.05)
+
+
+def failure(watchdog: Watchdog, error: Exception) -> str:
+    with pytest.raises(CollectiveError) as caught, watchdog.explaining():
+        raise error
+    assert caught.value.__cause__ is error
+    return str(caught.value)
+
+
+def test_a_failed_collective_names_the_rank_that_failed_and_why(watchdog):
+    with watchdog(0) as first, watchdog(1) as second:
+        first.at("computing", 5)
+        second.at("waiting for images", 4)
+        with pytest.raises(ValueError, match="bad"), second.explaining():
+            raise ValueError("bad\ncrop")  # keeps its type and its traceback
+        text = failure(first, RuntimeError(CLOSED))
+        assert re.search(
+            r"rank 1 \(\S+\) at step 4 failed while waiting for images: ValueError: bad crop; the other", text
+        )
+
+
+def test_a_failed_collective_names_a_silent_rank_or_the_network(watchdog):
+    with watchdog(0) as first:
+        with watchdog(1) as second:
+            second.at("saving", 4)
+            assert "all ranks answer, so it may be the network" in failure(first, RuntimeError(CLOSED))
+            second._point = (4, "failed while saving: never")  # keeps it from saying that it has ended
+        second.at("saving", 4)
+        second._store.set("1", json.dumps(second._state()))
+        assert re.search(
+            r"rank 1 \(\S+\) is not heard from any more, last at step 4, saving", failure(first, LostRankError("x"))
+        )
+
+
+def test_a_store_that_does_not_answer_is_no_error(watchdog):
+    first = watchdog(0)
+    first._connect = lambda: (_ for _ in ()).throw(dist.DistNetworkError("Broken pipe"))
+    with first:
+        assert "does not answer, so lost ranks cannot be named" in failure(first, RuntimeError(CLOSED))
+
+
+def test_a_stalled_process_says_in_what_and_shows_its_stacks(capfd):
+    texts: list[str] = []
+
+    def printed() -> str:
+        texts.append(capfd.readouterr().err)
+        return "".join(texts)
+
+    with Watchdog(stall_seconds=0.3) as watchdog:
+        for _ in range(40):
+            watchdog.at("waiting for images", 3)  # many batches of one step
+            time.sleep(0.01)
+        assert printed() == ""
+        until(lambda: printed().count("no progress for") >= 2)
+        watchdog.at("computing")
+        until(lambda: "goes on after" in printed())
+    assert "at step 3, waiting for images" in printed()
+    assert "test_a_stalled_process_says_in_what" in printed()  # its stack
+
+
+def train(rank: int, folder: Path, *flags: str) -> int:
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    own = ["--data.path", str(folder / "images"), "--out", str(folder / "run"), "--train.global-batch-size", "6"]
+    return main([*FLAGS, *own, "--train.batch-size", "6", *flags])
+
+
+def hang(rank: int, folder: Path) -> int:
+    """Rank 1 hangs before its fourth step until a file appears, and before the sixth it is killed."""
+    plain = Trainer._next_batch
+
+    def next_batch(self):
+        self.watchdog.at("waiting for images", self.step)
+        if rank == 1 and self.step == 3:
+            until(lambda: (folder / "go on").exists())
+        if rank == 1 and self.step == 5:
+            time.sleep(1.5)  # more than a beat
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self)
+
+    Trainer._next_batch = next_batch
+    code = train(rank, folder, "--train.parallel", "fsdp", "--report.stall-seconds", "2")
+    os._exit(code)  # what follows in the test's own process group would fail
+
+
+def test_a_rank_that_hangs_and_one_that_is_killed_are_named(tmp_path):
+    write_images(tmp_path / "images")
+    logs = [tmp_path / f"{rank}.log" for rank in range(3)]
+    with start_ranks(hang, 3, tmp_path, folder=tmp_path, timeout=60) as processes:
+        behind = (
+            r"no progress for \d+ s: rank 1 \(\S+\) is at step 3, waiting for images for \d+ s; the other 2 at step 3"
+        )
+        until(lambda: logs[0].exists() and re.search(behind, logs[0].read_text()))
+        until(lambda: "next_batch" in logs[1].read_text())  # its stack
+        (tmp_path / "go on").touch()
+        for process in processes:
+            process.join(WAIT)
+        assert [process.exitcode for process in processes] == [2, -signal.SIGKILL, 2]
+    line = r"a collective failed: rank 1 \(\S+\) is not heard from any more, last at step 5, waiting for images"
+    assert re.search(f"fastmae: error: {line}; the other 2 at step 5", logs[0].read_text())
+    assert "goes on after" in logs[0].read_text()
+    assert "Traceback" not in logs[0].read_text()
+    assert "fastmae: error" not in logs[2].read_text()
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["status"] == "failed"
+    assert re.search(line, status["reason"])
+
+
+def die_before_the_first_step(rank: int, folder: Path) -> int:
+    """Rank 1 never comes, and rank 0 gets the SIGTERM that torchrun sends then, in C++ that no exception reaches."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    Watchdog.signal_seconds = 0.5
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    train(rank, folder)
+    os._exit(0)
+
+
+def test_a_rank_that_dies_before_the_first_step_is_named_and_the_others_end(tmp_path):
+    with start_ranks(die_before_the_first_step, 2, tmp_path, folder=tmp_path, init_group=False) as processes:
+        processes[0].join(WAIT)
+        assert processes[0].exitcode == 2
+    text = (tmp_path / "0.log").read_text()
+    assert "fastmae: error: rank 1 has never been heard from; the other 1 at step 0, joining the process group" in text
+
+
+def test_torchrun_restarts_a_run_which_resumes_by_itself(tmp_path):
+    images, run = write_images(tmp_path / "images"), tmp_path / "run"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from fastmae.cli import main\n"
+        "from fastmae.train.trainer import Trainer\n"
+        "plain = Trainer.train_step\n"
+        "def train_step(self):\n"
+        "    plain(self)\n"
+        "    if self.step == 10 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Trainer.train_step = train_step\n"
+        "code = main()\n"
+        "os._exit(code)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [*torchrun, str(script), *FLAGS, "--data.path", str(images), "--out", str(run)]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert f"Continuing from {run}/checkpoints/step-8" in ended.stdout
+    assert json.loads((run / "status.json").read_text())["status"] == "finished"
+    assert "is not heard from any more, last at step" in ended.stderr

@@ -1,0 +1,338 @@
+"""Rows and evaluations reach the files, TensorBoard, the terminal and W&B; what fails there costs rows and no run."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from full_disk import files_limited_to
+from PIL import Image
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training import FLAGS, make_trainer, write_images
+
+from fastmae.cli import main
+from fastmae.train import loggers
+from fastmae.train.loggers import JsonLines, Loggers, TensorBoard, Terminal, WeightsAndBiases, scalars
+from fastmae.train.run_folder import RunFolder
+
+ROW = {
+    "step": 781_250, "loss": 0.4123, "lr": 2.4e-3, "images_per_second": 123_456.0, "mfu": 0.512, "data_share": 0.034,
+    "skipped_steps": 0,
+}  # fmt: skip
+SEVERAL = {"slowest_host": "node7", "ranks": {"forward_time": [0.01, 0.02]}, "skipped_samples": [{"step": 7}]}
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.arange(8 * 12 * 3, dtype=np.uint8).reshape(8, 12, 3)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path) -> Iterator[RunFolder]:
+    with RunFolder(tmp_path / "run") as run:
+        run.write_json("config.json", {"seed": 5})
+        yield run
+
+
+def events(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    return found.Reload()
+
+
+def test_all_numbers_of_a_run_are_in_tensorboard(tmp_path):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    with trainer.run as run:
+        run.write_json("config.json", {"seed": 5})
+        trainer.fit()
+    found, rows = events(run.path), run.read_metrics()
+    names = {name for name in rows[0] if name != "step"}
+    assert {"loss", "lr", "grad_norm", "images_per_second", "mfu", "data_share", "host_memory_gib", "samples"} <= names
+    assert {f"train/{name}" for name in names} == set(found.Tags()["scalars"])
+    for name in names:
+        values = [(event.step, event.value) for event in found.Scalars(f"train/{name}")]
+        assert values == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    (text,) = found.Tensors("config/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == '    {\n      "seed": 5\n    }'
+
+
+def test_charts_are_named_by_part_and_rank():
+    numbers = {f"train/{name}" for name in ROW if name != "step"}
+    assert scalars(ROW | SEVERAL).keys() == numbers | {"ranks/forward_time/0", "ranks/forward_time/1"}
+
+
+def test_evaluations_are_in_tensorboard_and_in_a_file(tmp_path, picture):
+    for logger in (TensorBoard(tmp_path, 0), JsonLines(tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl")):
+        logger.evaluation(7, {"knn_top1": 0.25}, {"reconstruction": picture})
+        logger.close()
+    found = events(tmp_path)
+    (value,) = found.Scalars("eval/knn_top1")
+    assert (value.step, value.value) == (7, 0.25)
+    (image,) = found.Images("eval/reconstruction")
+    assert image.step == 7
+    with Image.open(picture) as expected, Image.open(io.BytesIO(image.encoded_image_string)) as shown:
+        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(expected))
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {
+        "step": 7, "knn_top1": 0.25, "reconstruction": str(picture)
+    }  # fmt: skip
+
+
+def test_files_have_null_for_what_json_does_not_have(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl")
+    lines.write({"step": 1, "loss": float("nan"), "ranks": {"data_time": [0.5, float("inf")]}})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == {"step": 1, "loss": None, "ranks": {"data_time": [0.5, None]}}
+
+
+def test_a_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path):
+    for start, loss in ((0, 1.0), (4, 2.0)):
+        board = TensorBoard(tmp_path, start)
+        for step in range(start + 2, start + 7, 2):
+            board.write({"step": step, "loss": loss})
+        board.close()
+    values = [(event.step, event.value) for event in events(tmp_path).Scalars("train/loss")]
+    assert values == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0), (10, 2.0)]
+
+
+def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, tmp_path / "evaluations.jsonl")
+    lines.write({"step": 1})
+    with files_limited_to(path.stat().st_size + 5), pytest.raises(OSError, match="No space left"):
+        lines.write({"step": 2})
+    lines.write({"step": 3})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+
+
+def test_tensorboard_continues_in_a_new_file(run, caplog):
+    """The thread that writes ends by its first error, and raises it again whatever it is given."""
+    several = Loggers(run, Console(file=io.StringIO()), 0, 3)
+    _, board, _ = several._loggers
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    several.write(ROW | {"step": 1})
+    board._writer.add_scalar = full
+    several.write(ROW | {"step": 2})
+    several.write(ROW | {"step": 3})
+    several.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "TensorBoard: METRICS NOT WRITTEN: [Errno 28] No space left on device. Training continues",
+        "TensorBoard: writing again; 1 writes failed",
+    ]
+    shown = [[e.step for e in events(path).Scalars("train/loss")] for path in run.path.glob("events.*")]
+    assert sorted(shown) == [[1], [3]]
+
+
+def show(*rows: dict, terminal: bool, width: int = 100) -> list[str]:
+    """What a terminal shows, or a file."""
+    file = io.StringIO()
+    console = Console(
+        file=file, width=width, force_terminal=terminal, color_system=None, soft_wrap=True, legacy_windows=False
+    )
+    logger = Terminal(console, 0, 1_562_500)
+    logger._begun -= 123 * 3600 + 59 * 60 + 30  # left then, half way
+    for row in rows:
+        logger.write(row)
+    logger.close()
+    text = re.sub(r"\x1b\[[0-9?;]*[A-Za-z]", "", file.getvalue())
+    return [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"skipped_steps": 20, "loss": None}, {"data_share": 0.99}, {"loss": 8.2e17}, {"loss": 1234.56}]
+)
+def test_the_terminals_line_fits_100_columns(terminal, changes):
+    line = show(ROW | changes, terminal=terminal)[-1]
+    assert len(line.rstrip()) <= 100
+    share = "data 99%" if "data_share" in changes else "data 3%"
+    for words in ("781250/1562500", "123,456 images/s", "MFU 51%", share, "123h59m left"):
+        assert words in line
+    loss = {None: "loss nan  20 skipped", 8.2e17: "loss 8e+17  lr", 1234.56: "loss 1234.6  lr"}
+    assert loss.get(changes.get("loss", 0), "loss 0.4123  lr 2.40e-03") in line
+
+
+@pytest.mark.parametrize("width", [70, 80, 100, 130])
+def test_a_narrow_terminal_shows_what_matters_most(width):
+    line = show(ROW | {"step": 3100, "epoch": 0.2}, terminal=True, width=width)[-1].rstrip()
+    assert len(line) <= width
+    for words in ("3100/1562500", "loss 0.4123", "123,456 images/s", "left"):
+        assert words in line
+    assert ("epoch 0.2/100.8" in line) == (width >= 100)
+    assert ("lr 2.40e-03" in line) == (width >= 130)
+    file = show(ROW | {"epoch": 400.0}, terminal=False, width=width)[-1]
+    assert "epoch 400.0/800  loss 0.4123  lr 2.40e-03  123,456 images/s  MFU 51%  data 3%  " in file
+
+
+def test_small_rates_and_times_are_legible_and_no_peak_is_no_mfu():
+    row = {name: value for name, value in ROW.items() if name != "mfu"}
+    for rate, text in ((0.3, "0.3"), (0.034, "0.034"), (9.95, "9.9"), (12.3, "12"), (1e5, "100,000")):
+        (line,) = show(row | {"images_per_second": rate}, terminal=False)
+        assert f"  {text} images/s  data 3%" in line
+    for seconds, text in ((0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1h00m")):
+        assert loggers._clock(seconds) == text
+
+
+def test_a_pictures_baselines_are_on_the_terminal_once():
+    file = io.StringIO()
+    logger = Terminal(Console(file=file, width=100, soft_wrap=True), 0, 100)
+    for step, error in ((10, 0.5), (20, 0.25)):
+        values = {"crops_mse": error, "crops_mse_mean_color": 0.75}
+        logger.evaluation(step, values, {"reconstructions": Path(f"{step}.png")})
+        logger.evaluation(step, {"knn_top1": 0.5}, {})
+    assert file.getvalue().splitlines() == [
+        "step 10: crops_mse 0.5, crops_mse_mean_color 0.75, 10.png", "step 10: knn_top1 0.5",
+        "step 20: crops_mse 0.25, 20.png", "step 20: knn_top1 0.5",
+    ]  # fmt: skip
+
+
+class FakeWandb:
+    """The package wandb, as far as it is used, and what came to it."""
+
+    def __init__(self, fails: tuple[str, ...] = ()) -> None:
+        self.fails, self.started, self.logged, self.defined, self.done = fails, [], [], [], []
+        self.hanging = threading.Event()
+
+    def Settings(self, **options) -> dict:
+        return options
+
+    def Image(self, path: str) -> str:
+        return f"image {path}"
+
+    def init(self, **options) -> SimpleNamespace:
+        self.started.append(options)
+        if ("init" in self.fails and "mode" not in options) or "offline" in self.fails:
+            raise RuntimeError("no network.\nlong story")
+        return SimpleNamespace(define_metric=self.define, log=self.log, finish=self.finish)
+
+    def define(self, name: str, **options) -> None:
+        self.defined.append((name, options))
+
+    def log(self, values: dict) -> None:
+        if "log" in self.fails:
+            raise RuntimeError("broken pipe")
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        if "hang" in self.fails:
+            self.hanging.wait()
+        self.done.append(exit_code)
+
+    def teardown(self) -> None:
+        self.done.append("teardown")
+
+
+@pytest.fixture
+def install(monkeypatch):
+    def install(*fails: str) -> FakeWandb:
+        fake = FakeWandb(fails)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        return fake
+
+    return install
+
+
+def test_wandb_gets_rows_and_evaluations(install, run):
+    fake = install()
+    logger = WeightsAndBiases("maps", run, {"seed": 3})
+    logger.write({"step": 5, "loss": 0.5, **SEVERAL})
+    logger.evaluation(6, {"knn_top1": 0.25}, {"reconstruction": run.path / "a.png"})
+    logger.close()
+    (options,) = fake.started
+    assert (options["project"], options["name"], options["config"]) == ("maps", "run", {"seed": 3})
+    assert ("*", {"step_metric": "step"}) in fake.defined
+    assert fake.logged == [
+        {"step": 5, "train/loss": 0.5, "ranks/forward_time/0": 0.01, "ranks/forward_time/1": 0.02},
+        {"step": 6, "eval/knn_top1": 0.25, "eval/reconstruction": f"image {run.path / 'a.png'}"},
+    ]
+    assert fake.done == [0]
+
+
+def test_a_resumed_wandb_run_is_the_same_and_another_project_has_another(install, run):
+    fake = install()
+    for project in ("maps", "maps", "streets"):
+        WeightsAndBiases(project, run, {}).close()
+    one, same, other = (options["id"] for options in fake.started)
+    assert one == same != other
+    assert {options["resume"] for options in fake.started} == {"allow"}
+
+
+def test_without_a_connection_the_wandb_run_is_kept_on_disk(install, run, caplog):
+    fake = install("init")
+    WeightsAndBiases("maps", run, {}).write({"step": 5, "loss": 0.5})
+    assert fake.started[1] == fake.started[0] | {"mode": "offline"}
+    assert fake.done == ["teardown"]
+    assert len(fake.logged) == 1
+    assert caplog.messages[0].startswith("Weights & Biases: no network; this run is kept for `wandb sync` in ")
+
+
+@pytest.mark.parametrize(("fails", "line"), [("offline", "Nothing is logged there"), ("log", "METRICS NOT WRITTEN")])
+def test_wandb_may_fail(install, run, caplog, fails, line):
+    install(fails)
+    several = Loggers(run, Console(file=io.StringIO()), 0, 10, wandb_project="maps")
+    for step in (5, 10):
+        several.write(ROW | {"step": step})
+        several.evaluation(step, {"knn": 1.0}, {})
+    several.close()
+    assert sum(line in message for message in caplog.messages) == 1
+    assert [row["step"] for row in run.read_metrics()] == [5, 10]
+
+
+def test_what_wandb_cannot_send_does_not_hold_up_the_end(install, run, monkeypatch, caplog):
+    fake = install("hang")
+    monkeypatch.setattr(loggers, "_WANDB_FINISH", 0.05)
+    WeightsAndBiases("maps", run, {}).close()
+    assert caplog.messages == [
+        "Weights & Biases: not everything was sent; `wandb sync` sends the rest from the run folder"
+    ]
+    fake.hanging.set()
+
+
+def test_a_run_that_an_error_ends_has_failed_in_wandb(install, tmp_path):
+    fake = install()
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
+    trainer.reporter._wandb_project = "maps"
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    trainer.train_step = fail
+    with pytest.raises(ZeroDivisionError), trainer.run:
+        trainer.fit()
+    assert fake.done == [1]
+
+
+def test_a_missing_wandb_is_named_before_anything_else(capsys, monkeypatch, tmp_path):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+    flags = [*FLAGS.split(), "--report.wandb-project", "maps"]
+    assert main(["pretrain", "--out", str(tmp_path / "run"), *flags]) == 2
+    assert (
+        "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]')" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_sends_its_rows_to_wandb_if_asked_to(install, tmp_path):
+    fake, images, run = install(), write_images(tmp_path / "images"), tmp_path / "run"
+    flags = [*FLAGS.split(), "--train.steps", "2", "--train.warmup-steps", "1", "--train.log-every-steps", "1"]
+    flags += ["--train.num-threads", str(torch.get_num_threads()), "--report.wandb-project", "maps"]
+    assert main(["pretrain", "--out", str(run), "--data.path", str(images), *flags]) == 0
+    (options,) = fake.started
+    assert options["config"]["report"]["wandb_project"] == "maps"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    sent = [values for values in fake.logged if "train/loss" in values]
+    assert [(values["step"], values["train/loss"]) for values in sent] == [(row["step"], row["loss"]) for row in rows]

@@ -1,0 +1,201 @@
+"""Recipes: each version's values stay what they are, and the documentation states them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from fastmae.model import PRESETS
+from fastmae.pretraining import describe_config
+from fastmae.train.config import PretrainConfig, RecipeName, from_json, to_json
+from fastmae.train.optim import create_schedule
+from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags, starting_config
+from fastmae.train.rules import validate
+
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+IMAGENET = 1_281_167
+
+# What a digest covers. A field that is added later counts where a recipe sets it to something else than its default.
+COVERED = """
+    model.name model.img_size model.patch_size model.in_chans model.mean model.std model.mask_ratio model.mask_strategy
+    model.norm_pix_loss model.embed_dim model.depth model.num_heads model.decoder_embed_dim model.decoder_depth
+    model.decoder_num_heads model.attention model.residual_dtype data.path data.loader data.value_range
+    data.max_bad_fraction data.max_pixels data.crop data.scale data.ratio data.hflip data.vflip data.color_jitter
+    data.progressive_sizes data.num_threads data.prefetch data.timeout train.global_batch_size train.batch_size
+    train.masks_per_image train.epochs train.steps train.warmup_epochs train.warmup_steps train.base_lr train.min_lr
+    train.weight_decay train.betas train.optimizer train.init_from train.clip_grad train.seed train.precision
+    train.compile train.parallel train.shard_size train.activation_checkpointing train.reshard_after_forward
+    train.device train.num_threads train.max_minutes train.log_every_steps train.checkpoint_every_steps
+    train.checkpoint_every_seconds train.keep_checkpoints train.keep_every_steps train.background_save
+"""
+
+# Add lines; never change or remove one: runs say in config.json which version they were made with.
+DIGESTS = {
+    ("photographs", 1): "fc93eb41982a34ce",
+    ("imagenet-vit-b", 1): "53b26443ea02e0e1",
+    ("imagenet-vit-l", 1): "82c1ddc097e68f7a",
+    ("imagenet-vit-h", 1): "d772456d8f1e89c9",
+    ("imagenet-vit-b-1600", 1): "e007238418c1440d",
+    ("imagenet-vit-l-1600", 1): "1dc587d7e6362a87",
+    ("imagenet-vit-h-1600", 1): "e86efa50edd94714",
+    ("imagenet-vit-b-100", 1): "75b653b04d34961f",
+    ("small-data", 1): "8a3e3f2379de4107",
+    ("adapt-vit-b", 1): "ed0ff8a99fb8d5c6",
+    # From here on the batch of a device follows from its memory.
+    ("imagenet-vit-b", 2): "d6bd579fb5724589",
+    ("imagenet-vit-l", 2): "20b51b6b1d13978c",
+    ("imagenet-vit-h", 2): "3ed6c47782295f7b",
+    ("imagenet-vit-b-1600", 2): "a56df1829a6c8a70",
+    ("imagenet-vit-l-1600", 2): "384c76be908cfb41",
+    ("imagenet-vit-h-1600", 2): "306b7f528feb7a87",
+    ("imagenet-vit-b-100", 2): "520a11681282d40f",
+    ("small-data", 2): "2dfee56f4c0075d1",
+    ("adapt-vit-b", 2): "4735f868a1171897",
+    # From here on the precision is "auto".
+    ("photographs", 2): "df6c2f00656c3730",
+    ("imagenet-vit-b", 3): "76904dbe14e81175",
+    ("imagenet-vit-l", 3): "e18ba5f6159836eb",
+    ("imagenet-vit-h", 3): "fe91a8b572fc921b",
+    ("imagenet-vit-b-1600", 3): "08fd01ca90a31540",
+    ("imagenet-vit-l-1600", 3): "664873a73399c0ab",
+    ("imagenet-vit-h-1600", 3): "5003406069eada66",
+    ("imagenet-vit-b-100", 3): "d4510ce1d7918f90",
+    ("small-data", 3): "db534e6a3aba73ff",
+    ("adapt-vit-b", 3): "64ad2d9293ae6539",
+}
+
+
+def flat(config: PretrainConfig) -> dict[str, object]:
+    values = to_json(config)
+    return {f"{part}.{key}": value for part in ("model", "data", "train") for key, value in values[part].items()}
+
+
+def digest(recipe: PretrainConfig) -> str:
+    values, defaults = flat(recipe), flat(PretrainConfig())
+    covered = {name: values[name] for name in COVERED.split()} | {n: v for n, v in values.items() if v != defaults[n]}
+    # 800 and 800.0 are the same length.
+    plain = {name: float(v) if type(v) is int else v for name, v in covered.items()}
+    # Digests are older than the names of what is compiled.
+    plain["train.compile"] = {"none": False, "model": True}.get(plain["train.compile"], plain["train.compile"])
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_version_keeps_its_values(name):
+    recipe = RECIPES[name]
+    known = DIGESTS.get((name, recipe.recipe_version))
+    advice = f"values of {name} changed: raise recipe_version, and add a line to DIGESTS; the old one stays"
+    assert digest(recipe) == known, advice
+    versions = [version for recipe_name, version in DIGESTS if recipe_name == name]
+    assert versions == list(range(1, recipe.recipe_version + 1))
+
+
+def test_a_digest_notices_a_value_and_a_default():
+    recipe = RECIPES["imagenet-vit-b"]
+    assert digest(replace(recipe, train=replace(recipe.train, weight_decay=0.06))) != digest(recipe)
+    assert digest(replace(recipe, data=replace(recipe.data, hflip=0.4))) != digest(recipe)
+    assert digest(replace(recipe, recipe_version=2, out=Path("x"))) == digest(recipe)
+
+
+def test_names_are_those_of_the_command_line():
+    assert set(get_args(RecipeName)) == set(RECIPES) == set(DESCRIPTIONS)
+    assert set(RECIPES) > NEEDS_WEIGHTS
+    for name, recipe in RECIPES.items():
+        validate(recipe)
+        assert recipe.recipe == name
+
+
+def test_a_saved_configuration_keeps_the_version_of_its_recipe():
+    saved = to_json(replace(RECIPES["imagenet-vit-l"], recipe_version=7))
+    assert from_json(json.loads(json.dumps(saved))).recipe_version == 7
+    del saved["recipe_version"]  # before versions were counted
+    assert from_json(saved).recipe_version == 1
+
+
+@pytest.mark.parametrize("size", "blh")
+@pytest.mark.parametrize(("suffix", "epochs"), [("", 800), ("-1600", 1600), ("-100", 100)])
+def test_imagenet_recipes_are_table_8_of_the_paper(size, suffix, epochs):
+    if (suffix, size) in {("-100", "l"), ("-100", "h")}:
+        return
+    recipe = RECIPES[f"imagenet-vit-{size}{suffix}"]
+    train = recipe.train
+    assert recipe.model.name.startswith({"b": "mae_vit_base", "l": "mae_vit_large", "h": "mae_vit_huge"}[size])
+    assert (train.epochs, train.warmup_epochs) == (epochs, min(40, epochs / 20))
+    assert (train.global_batch_size, train.base_lr, train.weight_decay) == (4096, 1.5e-4, 0.05)
+    assert train.betas == (0.9, 0.95)
+    assert (recipe.model.mask_ratio, recipe.model.img_size, recipe.data.scale) == (0.75, 224, (0.2, 1.0))
+    assert create_schedule(train, IMAGENET).peak_lr == pytest.approx(2.4e-3)
+
+
+def test_batches_follow_from_memory_in_all_recipes_for_a_gpu():
+    assert {recipe.train.batch_size for name, recipe in RECIPES.items() if name != "photographs"} == {"auto"}
+
+
+def test_what_the_comments_of_small_data_say():
+    train = RECIPES["small-data"].train
+    steps = {count: create_schedule(train, count) for count in (1000, 50_000)}
+    assert [steps[n].total_steps for n in steps] == [6250, 312_500]
+    assert [round(steps[n].warmup_steps, -2) for n in steps] == [200, 7800]
+    table_8 = create_schedule(RECIPES["imagenet-vit-b"].train, IMAGENET)
+    assert round(table_8.total_steps, -4) == 250_000
+    assert round(table_8.warmup_steps, -2) == 12_500
+
+
+def test_what_the_comments_of_adapt_say():
+    table_8 = create_schedule(RECIPES["imagenet-vit-b"].train, IMAGENET)
+    peak = create_schedule(RECIPES["adapt-vit-b"].train, 10_000).peak_lr
+    assert peak == pytest.approx(1.5e-4)
+    assert peak == pytest.approx(table_8.peak_lr / 16)
+    cosine = table_8.total_steps - table_8.warmup_steps
+    assert table_8(int(table_8.warmup_steps + 0.84 * cosine)) == pytest.approx(peak, rel=0.02)
+
+
+def test_a_resumed_run_has_its_own_version_and_not_the_recipes_of_today(tmp_path):
+    saved = replace(RECIPES["small-data"], recipe_version=0)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(saved)))
+    assert starting_config(out=tmp_path, resume=True) == saved
+    assert apply_flags(saved, saved, set()).recipe_version == 0
+
+
+def test_a_run_prints_what_differs_from_its_recipe():
+    recipe = RECIPES["imagenet-vit-b"]
+    changed = replace(recipe, train=replace(recipe.train, epochs=100), data=replace(recipe.data, scale=(0.5, 1.0)))
+    for config, lines in (
+        (recipe, []),
+        (
+            apply_flags(changed, recipe, {"epochs"}),
+            [
+                "  --data.scale 0.5 1.0  (recipe: 0.2 1.0)",
+                "  --train.epochs 100  (recipe: 800)",
+                "  --train.warmup-epochs 5.0  (recipe: 40.0)  the recipe's share of the run",
+            ],
+        ),
+    ):
+        first, *others = describe_config(config)
+        assert first.startswith(f"Recipe imagenet-vit-b, version {recipe.recipe_version}: ViT-B/16")
+        assert others == lines
+
+
+def row(name: str) -> str:
+    recipe = RECIPES[name]
+    model, train = recipe.model, recipe.train
+    if train.epochs is None:
+        length, warmup = f"{'at most ' * train.fit_steps}{train.steps:,} steps", f"{train.warmup_steps:,} steps"
+    else:
+        length, warmup = f"{train.epochs:g} epochs", f"{train.warmup_epochs:g} epochs"
+    patch = model.patch_size or PRESETS[model.name]["patch_size"]
+    return (
+        f"| `{name}` | {recipe.recipe_version} | {DESCRIPTIONS[name]} | {model.img_size} / {patch} | {length} "
+        f"| {warmup} | {train.global_batch_size:,} | {train.batch_size or '-'} | {train.base_lr:g} "
+        f"| {train.base_lr * train.global_batch_size / 256:.3g} |"
+    )
+
+
+def test_the_table_in_the_documentation_is_that_of_the_code():
+    rows = [line for line in PAGE.read_text().splitlines() if line.count("|") == 11 and "`" in line]
+    assert rows == [row(name) for name in RECIPES]
