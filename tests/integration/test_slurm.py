@@ -43,6 +43,7 @@ if [ -n "$WAITS" ]; then
     echo waiting >> "$CALLS"
     for _ in $(seq 600); do sleep 0.05; done
 fi
+[ -n "$CHECKPOINT" ] && mkdir -p "$RUN/checkpoints/step-$CHECKPOINT"
 [ -n "$STATUS" ] && cp "$STATUS" "$RUN/status.json"
 exit "$CODE"
 """
@@ -68,10 +69,16 @@ class Job:
             return run.write_json("status.json", {"status": status, "step": step, "reason": 'all "step": 9 done'})
 
     def start(
-        self, *flags: str, restarts: int = 0, status: Path | None = None, code: int = 1, waits: bool = False
+        self,
+        *flags: str,
+        restarts: int = 0,
+        status: Path | None = None,
+        code: int = 1,
+        waits: bool = False,
+        checkpoint: int | None = None,
     ) -> subprocess.Popen:
         own = {"PATH": self._path, "CALLS": self._calls, "RUN": self.run, "CODE": code, "WAITS": "1" * waits}
-        own |= {"STATUS": status or "", "SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2}
+        own |= {"STATUS": status or "", "CHECKPOINT": checkpoint or "", "SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2}
         own |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 4}
         if restarts:
             own["SLURM_RESTART_COUNT"] = restarts
@@ -104,6 +111,9 @@ class Job:
     def calls(self) -> str:
         return self._calls.read_text() if self._calls.exists() else ""
 
+    def forget(self) -> None:
+        self._calls.unlink(missing_ok=True)
+
     @property
     def requeued(self) -> bool:
         return "scontrol requeue 12345\n" in self.calls
@@ -133,11 +143,29 @@ def test_a_preempted_run_goes_back_into_the_queue_whatever_torchrun_exits_with(j
     assert (code, job.requeued) == (0, True), output
 
 
-@pytest.mark.parametrize("status", ["failed", "running"])
-def test_a_failed_or_killed_run_ends_the_job_with_the_code_of_the_launcher(job, status):
-    code, output = job.finish(status=job.status(status, 9), code=7)
+def test_a_run_that_never_trained_is_not_requeued(job):
+    code, output = job.finish(code=7)
     assert (code, job.requeued) == (7, False)
-    assert f"{status}; not requeued" in output
+    assert "did not start training; not requeued" in output
+
+
+def crash(job: Job, restarts: int, status: Path | None, **options) -> bool:
+    """Whether the job is requeued after a crash; it ends with 0 then, otherwise with the launcher's exit code."""
+    job.forget()
+    code, output = job.finish(restarts=restarts, status=status, code=7, **options)
+    assert code == (0 if job.requeued else 7), output
+    return job.requeued
+
+
+def test_crashes_without_a_new_checkpoint_are_requeued_three_times(job):
+    """Preemptions are requeued without limit; SLURM_RESTART_COUNT counts them too."""
+    for restarts in range(9):
+        job.finish(restarts=restarts, status=job.status("preempted", restarts))
+    failed, killed = job.status("failed", 9), job.status("running", 9)
+    assert [crash(job, 9, failed), crash(job, 10, None), crash(job, 11, killed)] == [True] * 3
+    crashes = [crash(job, 12, failed, checkpoint=None if number else 16) for number in range(4)]
+    assert crashes == [True, True, True, False]
+    assert crash(job, 0, killed)  # submitted again by a person
 
 
 def test_a_requeued_job_resumes_once(job):
@@ -150,17 +178,16 @@ def test_a_requeued_job_resumes_once(job):
 
 
 def test_the_status_of_an_earlier_start_does_not_count(job):
-    job.finish(status=job.status("preempted", 9))
-    job._calls.unlink()
-    code, output = job.finish(restarts=1, status=None, code=1)  # fails before it trains
-    assert (code, job.requeued) == (1, False)
-    assert "did not start training; not requeued" in output
-    assert (job.run / "status.previous.json").exists()
+    job.finish(status=job.status("finished", 9))
+    job.forget()
+    code, output = job.finish(restarts=1, status=None)  # fails before it trains
+    assert (code, job.requeued) == (0, True)
+    assert "did not start training; crash 1 without a new checkpoint, of at most 3; back into the queue" in output
 
 
 def test_a_run_that_gets_nowhere_in_its_time_is_not_requeued_for_ever(job):
     job.finish(status=job.status("preempted", 9))
-    job._calls.unlink()
+    job.forget()
     code, output = job.notice(restarts=1, status=job.status("preempted", 9))
     assert (code, job.requeued) == (1, False)
     assert "its time was over at step 9, where it began" in output
@@ -168,7 +195,7 @@ def test_a_run_that_gets_nowhere_in_its_time_is_not_requeued_for_ever(job):
 
 def test_a_run_that_another_job_preempted_while_it_started_goes_back_into_the_queue(job):
     job.finish(status=job.status("preempted", 9))
-    job._calls.unlink()
+    job.forget()
     code, output = job.finish(restarts=1, status=job.status("preempted", 9))
     assert (code, job.requeued) == (0, True), output
 
