@@ -17,6 +17,7 @@ from fastmae.train.liveness import StopRequest
 from fastmae.train.recipes import apply_flags, starting_config
 from fastmae.train.rules import check_fields
 from fastmae.train.run_folder import read_json, read_rows
+from fastmae.train.slurm import read_slurm
 from fastmae.train.weights import load_model
 
 _SECTIONS = ("model", "data", "train", "report")
@@ -94,7 +95,7 @@ def pretrain(
 
     An interrupt (Ctrl-C, or a notebook's stop button) saves a checkpoint after the current step and returns;
     ``resume=True`` continues from it. A second one raises KeyboardInterrupt at once. Signals are only handled in the
-    main thread. Under torchrun every process calls this function.
+    main thread. Under torchrun or srun every process calls this function.
 
     Args:
         recipe: gives the defaults of everything else. None: "small-data" with ``data``, otherwise "photographs".
@@ -124,6 +125,7 @@ def pretrain(
     for section in _SECTIONS:
         check_fields(getattr(config, section), section)
     config = apply_flags(config, defaults, given)
+    read_slurm(os.environ)
     with StopRequest(quiet=os.environ.get("RANK", "0") != "0") as stop:
         path, _ = pretraining.run(config, stop)
     return Run(path)

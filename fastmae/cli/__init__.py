@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from fastmae.errors import UsageError, usage_errors
 from fastmae.train.config import PretrainConfig
 from fastmae.train.liveness import EXIT_PREEMPTED, CollectiveError, StopRequest
 from fastmae.train.recipes import DESCRIPTIONS, OWN_IMAGES_RECIPE, RECIPES, apply_flags, starting_config
+from fastmae.train.slurm import read_slurm
 
 PLAN_RECIPE = "imagenet-vit-l"
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
@@ -35,6 +37,8 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. What the user can fix is one line on stderr, a bug keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["pretrain"]:
+        read_slurm(os.environ)
     # Before PyTorch is imported, which takes seconds. Without arguments this is the process's command, and it ends.
     stop = StopRequest(quiet=rank_and_size()[0] != 0, process_ends=argv is None)
     try:

@@ -12,10 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import start_process
+from pretrain_flags import FLAGS
+from training import write_images
 
 from fastmae.cli import main
 from fastmae.train.liveness import StopRequest
-from fastmae.train.run_folder import RunFolder
+from fastmae.train.run_folder import RunFolder, read_json
+from fastmae.train.slurm import read_slurm
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "running.md"
@@ -204,6 +208,61 @@ def test_notice_is_passed_on_and_the_end_is_waited_for(job):
     code, output = job.notice(status=job.status("preempted", 9))
     assert "torchrun got SIGUSR1" in job.calls, output
     assert (code, job.requeued) == (0, True), output
+
+
+STEP = {"SLURM_JOB_ID": "12345", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "28", "SLURM_PROCID": "26"}
+STEP |= {"SLURM_LOCALID": "2", "SLURM_NODEID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x3),4"}
+STEP |= {"SLURM_STEP_NODELIST": "rack[2-3]gpu[003-004],cpu-1"}
+
+
+def test_srun_takes_the_place_of_torchrun():
+    own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for more, expected in (
+        ({}, ("26", "28", "2", "4", "rack2gpu003", "27521")),
+        ({"CUDA_VISIBLE_DEVICES": "2", "MASTER_PORT": "9"}, ("26", "28", "0", "4", "rack2gpu003", "9")),
+        (
+            {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_NODELIST": "n7"},
+            ("26", "28", "2", "4", "127.0.0.1", "27521"),
+        ),
+    ):
+        environment = STEP | more
+        read_slurm(environment)
+        assert tuple(environment[name] for name in own) == expected
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # a batch script
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # salloc's shell
+        STEP | {"RANK": "0", "WORLD_SIZE": "16"},  # torchrun, which srun started
+    ],
+)
+def test_one_process_under_slurm_stays_one(environment):
+    before = dict(environment)
+    read_slurm(environment)
+    assert environment == before
+
+
+def task(rank: int, folder: Path) -> None:
+    """A task of ``srun``: the environment has nothing of torchrun's."""
+    os.environ |= STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "n1"}
+    os.environ |= {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0"}
+    os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    os.environ["SLURM_JOB_ID"] = str(os.getppid())  # another port for each test process
+    os.dup2(os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY), 1)
+    os._exit(main([*FLAGS, "--data.path", str(folder / "images"), "--out", str(folder / "run")]))
+
+
+def test_tasks_of_srun_train_one_model(tmp_path):
+    write_images(tmp_path / "images")
+    processes = [start_process(task, rank, tmp_path) for rank in range(2)]
+    for process in processes:
+        process.join(2 * LONG)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "2 processes (ddp) x 1 x 4 images" in (tmp_path / "0.log").read_text()
+    assert (tmp_path / "1.log").read_text() == ""
+    assert read_json(tmp_path / "run/status.json")["status"] == "finished"
 
 
 def commands(path: Path) -> list[tuple[str, str]]:
