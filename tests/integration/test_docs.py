@@ -121,6 +121,7 @@ def test_every_flag_and_command_that_is_named_exists(capsys):
             main([*command.split(), "--help-all"])
         flags |= set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
     flags |= {"--requeue", "--shutdown-timeout", "--signal", "--nodes", "--time"}  # of Slurm and torchrun
+    flags |= {"--ntasks-per-node", "--gpus-per-node", "--kill-on-bad-exit"}  # of Slurm
     flags |= {"--max-restarts", "--redirects", "--log-dir", "--tee"}  # of torchrun
     flags |= {"--benchmark", "--levers", "--second", "--help-all", "--help"}  # of pytest and make gpu; of every command
     for page in PAGES_WITH_FLAGS:
