@@ -34,7 +34,7 @@ from fastmae.train.batch_size import keeps_batch_size
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.format import step_of
-from fastmae.train.config import PretrainConfig, read_config, to_json
+from fastmae.train.config import SECTIONS, PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
@@ -53,7 +53,6 @@ from fastmae.train.weights import export_weights, load_model
 
 _log = logging.getLogger(__name__)
 
-_SECTIONS = ("model", "data", "train", "report")
 _FLAGS = {
     "mode": "--train.parallel",
     "shard_size": "--train.shard-size",
@@ -397,14 +396,14 @@ def describe_config(config: PretrainConfig) -> Iterator[str]:
     later = f" (today's is {recipe.recipe_version})" if config.recipe_version != recipe.recipe_version else ""
     yield f"Recipe {config.recipe}, version {config.recipe_version}{later}: {DESCRIPTIONS[config.recipe]}"
     warmup = scaled_warmup(config.train, recipe.train)
-    for section in _SECTIONS:
+    for section in SECTIONS:
         for field in fields(getattr(config, section)):
             value, usual = (getattr(getattr(c, section), field.name) for c in (config, recipe))
             if value != usual:
                 why = "" if usual is None else f"  (recipe: {_as_flag(usual)})"
                 if section == "train" and value is not None and warmup.get(field.name) == value:
                     why += "  the recipe's share of the run"
-                yield f"  {flag(section, field.name)} {_as_flag(value)}{why}"
+                yield f"  {flag(f'{section}.{field.name}')} {_as_flag(value)}{why}"
 
 
 def _as_flag(value: Any) -> str:

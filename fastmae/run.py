@@ -12,15 +12,13 @@ from PIL import Image
 from torch import nn
 
 from fastmae import pretraining
-from fastmae.train.config import PretrainConfig, from_json, to_json
+from fastmae.train.config import SECTIONS, PretrainConfig, from_json, to_json
 from fastmae.train.liveness import StopRequest
 from fastmae.train.recipes import apply_flags, starting_config
 from fastmae.train.rules import check_fields
 from fastmae.train.run_folder import read_json, read_rows
 from fastmae.train.slurm import read_slurm
 from fastmae.train.weights import load_model
-
-_SECTIONS = ("model", "data", "train", "report")
 
 
 class Run:
@@ -122,7 +120,7 @@ def pretrain(
         if section == "train":
             given.add(name)
     config = replace(from_json(values), out=named, resume=resume)
-    for section in _SECTIONS:
+    for section in SECTIONS:
         check_fields(getattr(config, section), section)
     config = apply_flags(config, defaults, given)
     read_slurm(os.environ)
@@ -133,9 +131,9 @@ def pretrain(
 
 def _find_field(option: str) -> tuple[str, str]:
     """The section and name of an option of :func:`pretrain`."""
-    names = {section: [field.name for field in fields(getattr(PretrainConfig(), section))] for section in _SECTIONS}
-    found = [(section, option) for section in _SECTIONS if option in names[section]]
-    for section in _SECTIONS:
+    names = {section: [field.name for field in fields(getattr(PretrainConfig(), section))] for section in SECTIONS}
+    found = [(section, option) for section in SECTIONS if option in names[section]]
+    for section in SECTIONS:
         if option.startswith(f"{section}_") and option.removeprefix(f"{section}_") in names[section]:
             found.append((section, option.removeprefix(f"{section}_")))
     if len(found) == 1:

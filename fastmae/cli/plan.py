@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 from rich.console import Console
@@ -12,6 +11,15 @@ from rich.table import Table
 from fastmae.errors import usage_errors
 from fastmae.train.config import ModelConfig, ParallelMode, PretrainConfig, RecipeName, TrainConfig
 from fastmae.train.plan import Hardware, Plan, make_plan
+
+_TABLE = {
+    "memory": ("GB per GPU", 1e-9, 2),
+    "batch": ("Batch per GPU", 1, 0),
+    "sent": ("GB sent per GPU and step", 1e-9, 2),
+    "seconds": ("Milliseconds per step, at least", 1e3, 1),
+    "run": ("Run", 1, 2),
+}
+"""Title, unit and digits of each part of a plan; of memory and seconds, the total too."""
 
 
 @dataclass(frozen=True)
@@ -41,79 +49,46 @@ def plan(config: PretrainConfig, given: PlanConfig) -> int:
 
     from fastmae.model import create_model
 
-    train = config.train
-    with usage_errors({"gpus": "--gpus", "mode": "--train.parallel", "global_batch": "--train.global-batch-size"}):
+    modes: list[ParallelMode] = [config.train.parallel]
+    if config.train.parallel == "auto":
+        several = given.gpus > given.gpus_per_node > 1
+        modes = ["none"] if given.gpus == 1 else ["ddp", "fsdp", *(["hsdp"] if several else [])]
+    size = {"gpus": given.gpus, "gpus_per_node": given.gpus_per_node, "num_images": given.images}
+    with usage_errors():
         with torch.device("meta"):
             model = create_model(**config.model_arguments())
-        modes: list[ParallelMode] = [train.parallel]
-        if train.parallel == "auto":
-            several = given.gpus > given.gpus_per_node > 1
-            modes = ["none"] if given.gpus == 1 else ["ddp", "fsdp", *(["hsdp"] if several else [])]
-        plans = [
-            make_plan(
-                model,
-                gpus=given.gpus,
-                gpus_per_node=given.gpus_per_node,
-                mode=mode,
-                global_batch=train.global_batch_size,
-                batch_size=None if train.batch_size == "auto" else train.batch_size,
-                mask_ratio=config.model.mask_ratio,
-                precision=train.precision,
-                activation_checkpointing=train.activation_checkpointing,
-                reshard_after_forward=train.reshard_after_forward,
-                masks_per_image=train.masks_per_image,
-                num_images=given.images,
-                epochs=(train.epochs or 800,),
-                hardware=given.hardware,
-            )
-            for mode in modes
-        ]
+        plans = [make_plan(config, model, mode, **size, hardware=given.hardware) for mode in modes]
     if given.json:
         print(json.dumps([asdict(one) for one in plans], indent=1))
     else:
-        _show(plans, config.model.name)
+        _show(plans, config)
     return 0
 
 
-def _show(plans: list[Plan], name: str) -> None:
+def _show(plans: list[Plan], config: PretrainConfig) -> None:
     console = Console(highlight=False, markup=False, soft_wrap=True)
     first = plans[0]
     console.print(
-        f"{name}: {first.parameters / 1e6:,.1f} M weights, {first.flops_per_image / 1e9:,.1f} GFLOP per image forward "
-        f"and backward; {first.gpus} GPUs on {first.nodes} node{'s' * (first.nodes > 1)}, global batch "
-        f"{first.global_batch:,}. An estimate: nothing was run."
+        f"{config.model.name}: {first.parameters / 1e6:,.1f} M weights, {first.flops_per_image / 1e9:,.1f} GFLOP per "
+        f"image forward and backward; {first.gpus} GPUs on {first.nodes} node{'s' * (first.nodes > 1)}, global batch "
+        f"{config.train.global_batch_size:,}. An estimate: nothing was run."
     )
     table = Table("", *(one.mode for one in plans), box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-
-    def rows(title: str, names: list[str], value: Callable[[Plan, str], str]) -> None:
-        table.add_row(title, style="bold")
-        for row in names:
-            table.add_row(f"  {row}", *(value(one, row) for one in plans))
-
-    memory = list(first.memory)
-    rows("GB per GPU", memory, lambda p, row: f"{p.memory[row] / 1e9:.2f}")
-    table.add_row("  total", *(f"{sum(p.memory.values()) / 1e9:.2f}" for p in plans))
-    batch = {
-        "images at a time": lambda p: f"{p.batch_size:,}",
-        "micro-batches per step": lambda p: f"{p.accumulation:,}",
-        "images at a time that fit": lambda p: f"{p.largest_batch:,}",
-    }
-    rows("Batch per GPU", list(batch), lambda p, row: batch[row](p))
-    collectives = list(dict.fromkeys(row for p in plans for row in p.sent))
-    if collectives:
-        rows(
-            "GB sent per GPU and step", collectives, lambda p, row: f"{p.sent[row] / 1e9:.2f}" if row in p.sent else "-"
-        )
-    rows("Milliseconds per step, at least", list(first.seconds), lambda p, row: f"{p.seconds[row] * 1e3:.1f}")
-    table.add_row("  total", *(f"{sum(p.seconds.values()) * 1e3:.1f}" for p in plans))
-    run = {
-        "images per second": lambda p: f"{p.images_per_second:,.0f}",
-        "MFU": lambda p: f"{p.mfu:.2f}",
-        "CPU cores per node to decode": lambda p: f"{p.cores_per_node:,.0f}",
-        "GB/s read from storage": lambda p: f"{p.storage_bytes_per_second / 1e9:.2f}",
-        "GB of a checkpoint": lambda p: f"{p.checkpoint_bytes / 1e9:.2f}",
-    } | {f"days for {epochs} epochs": lambda p, e=epochs: f"{p.days[e]:.2f}" for epochs in first.days}
-    rows("Run", list(run), lambda p, row: run[row](p))
+    for part, (title, unit, digits) in _TABLE.items():
+        values = [getattr(one, part) for one in plans]
+        if part in ("memory", "seconds"):
+            values = [value | {"total": sum(value.values())} for value in values]
+        names = list(dict.fromkeys(name for value in values for name in value))
+        if names:
+            table.add_row(title, style="bold")
+        for name in names:
+            table.add_row(f"  {name}", *(_cell(value.get(name), unit, digits) for value in values))
     console.print(table)
+
+
+def _cell(value: float | None, unit: float, digits: int) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) and unit == 1 else f"{value * unit:.{digits}f}"

@@ -1,7 +1,7 @@
 """The configuration of a pretraining run: every flag of ``fastmae pretrain`` with its type, default, rule and help.
 
-A field is defined here and nowhere else. Its annotation carries its rule (``rules.py`` checks it) and what a resumed
-run may do with it: ``Free`` fields may differ without a word, ``Fixed`` ones must not, other differences are warnings.
+A field is defined here and nowhere else. Its annotation carries the rule for its value, which ``rules.py`` checks, and
+what a resumed run may do with it: ``Free`` fields may differ, ``Fixed`` ones must not, other differences are warnings.
 Defaults come from a recipe, flags override them, and the result is saved as ``config.json`` in the run folder. This
 module does not import PyTorch, so that ``--help`` is fast.
 """
@@ -9,36 +9,18 @@ module does not import PyTorch, so that ``--help`` is fast.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
-
-from fastmae.train.rules import (
-    MAX_PIXELS,
-    Area,
-    Decays,
-    Fixed,
-    Free,
-    MaskCount,
-    NonNegativeFloat,
-    NonNegativeInt,
-    OpenShare,
-    Ordered,
-    Pixels,
-    PositiveFloat,
-    PositiveInt,
-    Probability,
-    Seed,
-    Share,
-    Strength,
-    resume_policy,
-)
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 try:
     from tyro.conf import Suppress
 except ImportError:  # only the command line parses flags; training and benchmarks run without its parser
     Suppress = None
+
+SECTIONS = ("model", "data", "train", "report")
 
 ParallelMode = Literal["none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -58,6 +40,40 @@ RecipeName = Literal[
     "adapt-vit-b",
 ]
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Annotations: what a resumed run may change, and what values a field takes
+
+T = TypeVar("T")
+FREE, FIXED = "may differ when a run is resumed", "must not differ when a run is resumed"
+Free, Fixed = Annotated[T, FREE], Annotated[T, FIXED]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be: in words for the error message, and as a test."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def between(low: float, high: float) -> Rule:
+    """Both ends included."""
+    return Rule(f"a number from {low} to {high}", lambda v: low <= v <= high)
+
+
+_POSITIVE = Rule("a positive number", lambda v: 0 < v < math.inf)
+_NON_NEGATIVE = Rule("a number of at least 0", lambda v: 0 <= v < math.inf)
+_FINITE = Rule("finite numbers", lambda v: all(map(math.isfinite, v)))
+PositiveInt, PositiveFloat = Annotated[int, _POSITIVE], Annotated[float, _POSITIVE]
+NonNegativeInt, NonNegativeFloat = Annotated[int, _NON_NEGATIVE], Annotated[float, _NON_NEGATIVE]
+Proportion = Annotated[float, between(0, 1)]
+Interval = Annotated[tuple[float, float], Rule("two numbers, 0 < smallest <= largest", lambda v: 0 < v[0] <= v[1])]
+MAX_PIXELS = 178_956_970
+"""Pillow's limit against decompression bombs."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fields
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -71,14 +87,13 @@ class ModelConfig:
     """Patch size in pixels, one number or height and width; must divide the image size. None: the preset's."""
     in_chans: PositiveInt = 3
     """Channels of the images: 3 for colour, 1 for grey, any number for TIFF and .npy files."""
-    mean: tuple[float, ...] | None = None
-    """Mean of the pixels in [0, 1] units, one number a channel, as fastmae data stats prints it. None: ImageNet's for
+    mean: Annotated[tuple[float, ...], _FINITE] | None = None
+    """Mean of the pixels in [0, 1] units, one number per channel, as fastmae data stats prints it. None: ImageNet's for
     three channels, else 0.5."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation of the pixels in [0, 1] units, one number a channel. None: ImageNet's for three channels, else
-    0.5."""
-    mask_ratio: OpenShare = 0.75
-    """Share of patches that is hidden from the encoder, strictly between 0 and 1."""
+    std: Annotated[tuple[float, ...], _FINITE] | None = None
+    """Standard deviation of the pixels, likewise. None: ImageNet's for three channels, else 0.5."""
+    mask_ratio: Annotated[float, Rule("a number strictly between 0 and 1", lambda v: 0 < v < 1)] = 0.75
+    """Fraction of the patches that is hidden from the encoder."""
     mask_strategy: Literal["random", "block", "grid"] = "random"
     """Which patches are masked (paper, table 1f). random: any. block: rectangles, as in BEiT; the paper finds it worse
     at a ratio of 0.75 than at 0.5. grid: all but one of every four, ratio 0.75 only."""
@@ -105,50 +120,49 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from, and how they are cropped and changed."""
+    """Where images come from, and how they are read, cropped and augmented."""
 
     path: Free[Path | None] = None
-    """Folder of images (nested or flat), folder of .tar shards, one .tar, or a .txt or .tsv file with a path a line and
-    perhaps a label behind a tab. None: the embedded photographs."""
+    """Folder of images (nested or flat), folder of .tar shards, one .tar, or a .txt or .tsv file: one path per line,
+    optionally followed by a tab and a label. None: the embedded photographs."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Image loader. auto: DALI where it is installed and decodes the files' format, else torchvision."""
     value_range: tuple[float, ...] | None = None
-    """Lowest and highest value of 16-bit and floating-point images, or a pair for each channel in turn; fastmae data
-    stats suggests them. Values between keep their precision (images are float32), those beyond are clipped. TIFF and
+    """Lowest and highest value of 16-bit and floating-point images, or such a pair for each channel; fastmae data stats
+    suggests them. Values in between keep their precision (images are float32), values outside are clipped. TIFF and
     .npy files of these types need it. None: 16-bit PNG loses its lower byte."""
     channels_first: bool = False
     """.npy files are (channels, height, width) instead of (height, width, channels)."""
-    max_bad_fraction: Free[Share] = 0.01
-    """Share of the files that may be damaged or refused before the run stops, counted over all ranks whenever a row is
-    logged or a checkpoint saved. Up to it they are listed with reasons in bad_files.jsonl and other images take their
-    place. 0: stop at the first."""
-    max_pixels: Pixels = MAX_PIXELS
-    """Largest image, height x width, that is decoded; larger ones count as bad. The default, which is the most, is
-    Pillow's limit against decompression bombs."""
+    max_bad_fraction: Free[Proportion] = 0.01
+    """Fraction of the files that may be damaged or refused before the run stops, counted over all ranks at each row of
+    metrics and each checkpoint. bad_files.jsonl lists them with reasons, and other images take their place. 0: stop at
+    the first."""
+    max_pixels: Annotated[int, between(1, MAX_PIXELS)] = MAX_PIXELS
+    """Largest image, height x width, that is decoded; larger ones count as bad. The default is Pillow's limit against
+    decompression bombs."""
     crop: Literal["random", "center", "fixed"] = "random"
     """Cropping (paper, table 1e). random: random resized crop, by scale and ratio. fixed: the short side resized to the
     image size, then a random crop. center: the same with the central crop, the paper's "none"."""
-    scale: Area = (0.2, 1.0)
-    """Area of the random crop as a share of the image's, smallest and largest. 0.2 to 1: facebookresearch/mae's."""
-    ratio: Ordered = (3 / 4, 4 / 3)
-    """Aspect ratio (width / height) of the random crop, smallest and largest."""
-    hflip: Probability = 0.5
+    scale: Annotated[Interval, Rule("at most 1", lambda v: v[1] <= 1)] = (0.2, 1.0)
+    """Smallest and largest area of the random crop, as a fraction of the image's; 0.2 to 1 in facebookresearch/mae."""
+    ratio: Interval = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio (width / height) of the random crop."""
+    hflip: Proportion = 0.5
     """Probability of a horizontal flip."""
-    vflip: Probability = 0.0
+    vflip: Proportion = 0.0
     """Probability of a vertical flip, for pictures that have no up and down: satellite, microscopy."""
-    color_jitter: Strength = 0.0
+    color_jitter: Proportion = 0.0
     """Strength of colour jitter: brightness, contrast and saturation change by factors up to 1 +- this, and hue turns
-    by up to a quarter of this, as a share of the colour circle. The paper finds that it does not help (table 1e)."""
+    by up to a quarter of this, as a fraction of the colour circle. The paper finds that it does not help (table 1e)."""
     progressive_sizes: tuple[int, ...] = ()
-    """Image heights of successive equal shares of the run, each of whole passes over the images, widths in proportion;
-    the last is the image size. Small images first make a run shorter: 160 192 224 (DailyMAE, Wu et al. 2024). Empty:
-    the image size all along."""
+    """Image heights of successive equal parts of the run, each of whole epochs, widths in proportion; the last is the
+    image size. Small images first shorten a run: 160 192 224 (DailyMAE, Wu et al. 2024). Empty: one size."""
     num_threads: Free[PositiveInt | None] = None
     """Threads that decode and resize. None: the loader's choice."""
     prefetch: Free[PositiveInt | None] = None
-    """Batches made ahead. None: the loader's choice."""
+    """Batches prepared ahead. None: the loader's choice."""
     timeout: Free[PositiveFloat] = 600.0
-    """Seconds to wait for a batch before the run ends with an error, as a file system that hangs gives none."""
+    """Seconds to wait for a batch, for example from a file system that hangs, before the run ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -157,24 +171,23 @@ class TrainConfig:
     except for length and warm-up, which the recipe sets."""
 
     global_batch_size: Fixed[PositiveInt] = 4096
-    """Masked images that one optimiser step averages over, an image masked several times counted as many times. The
-    learning rate follows it: base_lr * global_batch_size / 256."""
+    """Masked images per optimiser step; an image masked several times counts as many times. The learning rate follows
+    it: base_lr * global_batch_size / 256."""
     batch_size: PositiveInt | Literal["auto"] | None = None
-    """Masked images in one forward pass on one device, at most; gradients accumulate up to the global batch, which must
-    be a multiple. With several processes it is the largest divisor of their share of the global batch that is not
-    larger. auto: the largest that fits the GPU, by a short trial. None: no accumulation."""
-    masks_per_image: Fixed[MaskCount] = 1
-    """Masks for each decoded image, which is read in place for every one of them (repeated sampling, Feichtenhofer et
-    al. 2022; there each with a crop of its own, here all of one crop). Batches and epochs count masked images, so that
-    the steps, their size and the learning rate stay as they are and decoding is divided by this number."""
+    """Most masked images per forward pass on one device; gradients accumulate up to the global batch, which must be a
+    multiple. Several processes take the largest divisor of their share of the global batch up to this. auto: the
+    largest that fits the GPU, by a short trial. None: no accumulation."""
+    masks_per_image: Fixed[Annotated[int, between(1, 256)]] = 1
+    """Masks of each decoded image (repeated sampling, Feichtenhofer et al. 2022; there each with a crop of its own,
+    here all of one crop). Batches and epochs count masked images: steps and learning rate stay as they are, and
+    decoding is divided by this number."""
     epochs: PositiveFloat | None = None
-    """Length of the run in passes over the data, an image masked several times counted as many times. Give this or
-    steps, not both."""
+    """Length of the run in passes over the data, counted in masked images. Give this or steps, not both."""
     steps: PositiveInt | None = None
     """Length of the run in optimiser steps. Give this or epochs, not both."""
     warmup_epochs: NonNegativeFloat | None = None
-    """Linear warm-up, in passes over the data. Give this or warmup_steps, not both; with neither, the recipe's,
-    but never a larger share of the run than the recipe's."""
+    """Linear warm-up, in passes over the data. Give this or warmup_steps, not both; with neither, the recipe's, at most
+    the recipe's fraction of the run."""
     warmup_steps: NonNegativeInt | None = None
     """Linear warm-up, in optimiser steps."""
     base_lr: PositiveFloat = 1.5e-4
@@ -183,41 +196,44 @@ class TrainConfig:
     """Learning rate at the end of the cosine, not scaled."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's weight decay; biases and norms have none."""
-    betas: Decays = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], Rule("two numbers in [0, 1)", lambda v: all(0 <= b < 1 for b in v))] = (
+        0.9,
+        0.95,
+    )
     """AdamW's decay rates of the gradient's first and second moment."""
     optimizer: Literal["adamw", "apex"] = "adamw"
     """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA, not
     with fsdp or hsdp."""
     init_from: Fixed[Path | None] = None
     """Weights to start from: a .pth file of facebookresearch/mae, .safetensors under its names, a folder of a Hugging
-    Face ViTMAE, a run folder or a checkpoint. All shapes must fit; a decoder that is not there is drawn anew. A resumed
-    run goes on from its own checkpoint. None: random weights."""
+    Face ViTMAE, a run folder or a checkpoint. All shapes must fit; a missing decoder is initialised at random. A
+    resumed run continues from its own checkpoint. None: random weights."""
     clip_grad: PositiveFloat | None = None
     """Largest global gradient norm. None: no clipping."""
     rollback_after: Free[PositiveInt] = 20
-    """Steps in a row without a finite gradient, each of them skipped, after which the run goes back to the newest
-    checkpoint before them and on with other images."""
+    """Non-finite steps in a row, each of them skipped, after which the run returns to the newest checkpoint before them
+    and leaves out their images."""
     max_rollbacks: Free[NonNegativeInt] = 3
-    """Times that a run goes back before it ends with an error."""
-    seed: Fixed[Seed] = 0
+    """Rollbacks before the run ends with an error."""
+    seed: Fixed[Annotated[int, Rule("an integer in [0, 2**63)", lambda v: 0 <= v < 1 << 63)]] = 0
     """Seed of the initialisation, the sample order, the crops and the masks."""
     precision: Literal["auto", Precision] = "auto"
     """bf16: autocast to bfloat16, weights and optimiser in float32. fp16: the same with float16 and a loss scale, for
-    GPUs without bfloat16. auto: bf16 on CUDA, on a CPU whichever of bf16 and fp32 multiplies matrices faster, measured
-    at the start; a resumed run keeps what was chosen."""
+    GPUs without bfloat16. auto: bf16 on CUDA; on a CPU the faster of bf16 and fp32 in a matrix product, measured at the
+    start. A resumed run keeps what was chosen."""
     compile: Compile = "none"
-    """Compile with torch.compile. blocks: each block, which takes seconds, since blocks of one shape share their code.
-    model: the whole model, which takes minutes; in several processes each block all the same."""
+    """torch.compile. blocks: each block, in seconds, since blocks of one shape share their code. model: the whole
+    model, in minutes; with several processes each block all the same."""
     compile_mode: CompileMode = "default"
     """Mode of torch.compile. reduce-overhead: CUDA graphs, on a GPU and not with fsdp or hsdp. max-autotune: these, and
     matrix products chosen by trial at the first step, which takes minutes. max-autotune-no-cudagraphs: trial only."""
     cuda_graph: bool = False
-    """Capture the whole step (forward, backward, clipping, update) in a CUDA graph after three ordinary ones, so that
+    """Capture the whole step (forward, backward, clipping, update) in a CUDA graph after three ordinary steps, so that
     the host launches it at once. The same computation. On one GPU, with images of one size."""
     parallel: Literal["auto", ParallelMode] = "auto"
-    """What the processes that torchrun starts share. ddp: gradients; each has the whole model. fsdp: also weights and
-    optimiser state, sharded over all. hsdp: sharded inside a node, replicated across nodes. auto: none for one process,
-    ddp for several."""
+    """How the processes of torchrun share the work. ddp: each has the whole model, gradients are averaged. fsdp:
+    weights, gradients and optimiser state are sharded over all. hsdp: sharded inside a node, replicated across nodes.
+    auto: none for one process, ddp for several."""
     shard_size: PositiveInt | None = None
     """Processes that share one copy of the model with hsdp. None: those of a node."""
     timeout: Free[PositiveFloat] = 1200.0
@@ -228,7 +244,7 @@ class TrainConfig:
     activations for about a tenth more operations. full: the blocks, three quarters fewer for about a quarter more."""
     reshard_after_forward: Free[bool] = True
     """With fsdp and hsdp, free a block's gathered weights after its forward and gather them again for its backward.
-    Off: faster for small models, which then take their whole memory."""
+    Off: faster for small models, but each GPU holds all weights."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: CUDA where there is a GPU."""
     num_threads: PositiveInt | None = None
@@ -237,8 +253,8 @@ class TrainConfig:
     """End the training after this many minutes even if steps are left. None: no limit."""
     fit_steps: bool = False
     """Fit the run into max_minutes: time the first steps, then set the number of steps once, at most the one given, so
-    that the learning rate's cosine ends in time. A resumed run keeps the number. Naming --train.steps or --train.epochs
-    turns a recipe's fit_steps off."""
+    that the learning rate's cosine ends in time. A resumed run keeps the number. --train.steps or --train.epochs turns
+    a recipe's fit_steps off."""
     log_every_steps: Free[PositiveInt] = 20
     """Steps between two rows of metrics."""
     checkpoint_every_steps: Free[PositiveInt | None] = None
@@ -248,14 +264,14 @@ class TrainConfig:
     keep_checkpoints: Free[PositiveInt] = 3
     """Number of newest checkpoints to keep."""
     keep_every_steps: Free[PositiveInt | None] = None
-    """Checkpoints whose step is a multiple of this are kept for ever. None: none is."""
+    """Also keep every checkpoint whose step is a multiple of this. None: none."""
     background_save: Free[bool | None] = None
-    """Write checkpoints while the training goes on, which waits for a copy in host memory only. None: on a GPU."""
+    """Write checkpoints while the training continues, which waits only for a copy in host memory. None: on a GPU."""
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What a run tells while it trains, beside the rows of metrics. None of it changes the training."""
+    """What a run reports beside its rows of metrics. None of it changes the training."""
 
     picture_every_steps: PositiveInt | None = None
     """Steps between two reconstruction pictures of the same images. None: one at the end."""
@@ -263,17 +279,17 @@ class ReportConfig:
     """Epochs between two probes of the features, by nearest neighbours and a linear classifier, for images that have
     labels. None: no probe."""
     probe_images: PositiveInt = 10_000
-    """Labelled images that the probe looks at, at most."""
+    """Most labelled images that the probe uses."""
     probe_path: Path | None = None
-    """Labelled images to test the probe on. None: a tenth of those it looks at."""
+    """Labelled images to test the probe on. None: a tenth of those that it uses."""
     profile_at_step: PositiveInt | None = None
-    """Step from which on a trace is recorded, in traces/. None: no trace."""
+    """Step from which a trace is recorded, in traces/. None: no trace."""
     profile_steps: PositiveInt = 3
-    """Steps that the trace holds."""
+    """Steps in the trace."""
     wandb_project: str | None = None
-    """Project of Weights & Biases that gets the metrics too; needs the package wandb. None: none."""
+    """Project of Weights & Biases that also gets the metrics; needs the package wandb. None: none."""
     stall_seconds: PositiveFloat = 300.0
-    """Seconds without a step after which the processes that lag are named."""
+    """Seconds without a step after which the ranks that lag are named."""
 
 
 @dataclass(frozen=True)
@@ -311,21 +327,17 @@ class PretrainConfig:
         return {"channels": self.model.in_chans} | {name: getattr(self.data, name) for name in names}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# config.json
+
+
 def to_json(config: PretrainConfig) -> dict[str, Any]:
-    """The configuration as JSON-able nested dictionaries."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, Path):
-            return str(value)
-        return list(value) if isinstance(value, tuple) else value
-
-    return plain(asdict(config))
+    """The configuration as nested dictionaries: paths are strings, tuples are lists."""
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def updated(values: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration with what earlier versions wrote otherwise: ``train.compile`` was a bool."""
+    """A saved configuration in this version's terms: ``train.compile`` was a bool."""
     train = dict(values.get("train", {}))
     if isinstance(train.get("compile"), bool):
         train["compile"] = "model" if train["compile"] else "none"
@@ -333,27 +345,24 @@ def updated(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> PretrainConfig:
-    """The configuration from what :func:`to_json` returned, now or in an earlier version; fields that it lacks take
-    their default.
+    """The inverse of :func:`to_json`, also of an earlier version's; fields that are missing take their default.
 
     Raises:
         ValueError: for a field that this version does not know.
     """
 
-    def build(kind: type, values: dict[str, Any], prefix: str) -> Any:
-        hints, names = get_type_hints(kind), {f.name for f in fields(kind)}
-        if unknown := sorted(values.keys() - names):
-            raise ValueError(f"config: unknown field {prefix}{unknown[0]}; expected one of {', '.join(sorted(names))}")
-        return kind(**{name: read(hints[name], value, f"{prefix}{name}.") for name, value in values.items()})
-
-    def read(hint: Any, value: Any, prefix: str) -> Any:
+    def read(hint: Any, value: Any, name: str) -> Any:
         if is_dataclass(hint):
-            return build(hint, value, prefix)
+            hints = get_type_hints(hint)
+            if unknown := sorted(value.keys() - hints.keys()):
+                expected = ", ".join(sorted(hints))
+                raise ValueError(f"config: unknown field {name}{unknown[0]}; expected one of {expected}")
+            return hint(**{key: read(hints[key], one, f"{name}{key}.") for key, one in value.items()})
         if isinstance(value, str) and hint in (Path, Path | None):
             return Path(value)
         return tuple(value) if isinstance(value, list) else value
 
-    return build(PretrainConfig, updated(values), "")
+    return read(PretrainConfig, updated(values), "")
 
 
 def read_config(run_folder: Path) -> PretrainConfig | None:
@@ -366,6 +375,14 @@ def read_config(run_folder: Path) -> PretrainConfig | None:
     return from_json(json.loads(path.read_text())) if path.is_file() else None
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"train": {"seed": 0}}`` as ``{"train.seed": 0}``."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def compare(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, Any, Any, str | None]]:
     """How a resumed run's configuration differs from the saved one, both as :func:`to_json` returns them.
 
@@ -374,26 +391,18 @@ def compare(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, 
     Yields:
         Name, such as "train.seed"; value there; value here; ``FREE``, ``FIXED`` or None.
     """
-    defaults = dict(_flat(to_json(PretrainConfig())))
-    saved, here = defaults | dict(_flat(updated(saved))), defaults | dict(_flat(here))
-    policies = dict(_policies(PretrainConfig))
+    defaults, policies = flatten(to_json(PretrainConfig())), flatten(_policies(PretrainConfig))
+    saved, here = defaults | flatten(updated(saved)), defaults | flatten(here)
     for name in sorted(saved.keys() | here.keys()):
         if saved.get(name) != here.get(name):
             yield name, saved.get(name), here.get(name), policies.get(name)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
-
-
-def _policies(kind: type, prefix: str = "", inherited: Any = None) -> Iterator[tuple[str, Any]]:
+def _policies(kind: type, inherited: str | None = None) -> dict[str, Any]:
+    """What a resumed run may do with each field, nested as the configuration is."""
+    policies: dict[str, Any] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
-        policy, bare = resume_policy(hint) or inherited, get_type_hints(kind)[name]
-        if is_dataclass(bare):
-            yield from _policies(bare, f"{prefix}{name}.", policy)
-        else:
-            yield f"{prefix}{name}", policy
+        own = next((m for m in getattr(hint, "__metadata__", ()) if m in (FREE, FIXED)), inherited)
+        bare = getattr(hint, "__origin__", hint)
+        policies[name] = _policies(bare, own) if is_dataclass(bare) else own
+    return policies

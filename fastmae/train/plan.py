@@ -1,7 +1,7 @@
 """``fastmae plan``: memory, communication and time of a run on n GPUs, before one is rented.
 
-Parameters and FLOPs come from the model itself, on the meta device. Bytes are closed forms, held against counts and
-against real collectives by tests. Times are floors: matrix products and passes over memory at a stated fraction of the
+Parameters and FLOPs come from the model itself, on the meta device. Bytes are closed forms, which tests compare with
+counts and with real collectives. Times are floors: matrix products and passes over memory at a stated fraction of the
 data sheet, plus the communication that cannot hide behind them. Launches, stragglers and data loading come on top.
 
 Notation: D width, H heads, c bytes of a value in matrix products, r of one in the residual stream.
@@ -12,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastmae.train.config import ActivationCheckpointing, ParallelMode, Precision
+from fastmae.train.config import ActivationCheckpointing, ParallelMode, PretrainConfig
 
 IMAGES_PER_CORE = 855
 """ImageNet JPEGs that one core of an AMD EPYC reads, decodes and resizes per second (DALI's CPU backend; measured,
 docs/data.md)."""
-IMAGE_KB = 110
+IMAGE_BYTES = 110_000
 """Mean size of an ImageNet JPEG."""
 
 
@@ -48,7 +48,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes; bytes and seconds of one GPU and optimiser step unless a name says otherwise."""
+    """What a run takes, of one GPU and optimiser step unless a name says otherwise."""
 
     mode: ParallelMode
     gpus: int
@@ -56,52 +56,33 @@ class Plan:
     parameters: int
     flops_per_image: float
     """Forward and backward, without what activation checkpointing repeats (the definition of MFU)."""
-    global_batch: int
-    batch_size: int
-    accumulation: int
-    largest_batch: int
-    """Images at a time that fit the memory; 0 if none."""
     memory: dict[str, float]
     """Bytes by what holds them."""
+    batch: dict[str, int]
+    """Images at a time and micro-batches; 0 images fit if not even the weights do."""
     sent: dict[str, float]
     """Bytes that a GPU sends by collective."""
     seconds: dict[str, float]
-    """Of a step: matrix products, passes over activations, optimiser, exposed communication."""
-    images_per_second: float
-    mfu: float
-    checkpoint_bytes: int
-    cores_per_node: float
-    """To decode the images."""
-    storage_bytes_per_second: float
-    days: dict[str, float]
-    """By epochs."""
+    run: dict[str, float]
+    """Images per second, MFU, what they need of CPUs and storage, days."""
 
 
 def make_plan(
+    config: PretrainConfig,
     model: Any,
+    mode: ParallelMode,
     *,
     gpus: int = 8,
     gpus_per_node: int = 8,
-    mode: ParallelMode = "ddp",
-    global_batch: int = 4096,
-    batch_size: int | None = None,
-    mask_ratio: float = 0.75,
-    precision: Precision = "bf16",
-    activation_checkpointing: ActivationCheckpointing = "none",
-    reshard_after_forward: bool = True,
-    masks_per_image: int = 1,
     num_images: int = 1_281_167,
-    epochs: tuple[float, ...] = (800, 1600),
     hardware: Hardware | None = None,
 ) -> Plan:
     """The plan of a run.
 
     Args:
-        model: a ``MaskedAutoencoderViT``, on any device, "meta" included.
+        model: the configuration's, on any device, "meta" included.
+        mode: what the GPUs share, instead of the configuration's.
         gpus: in all; whole nodes, or part of one.
-        mode: what the GPUs share, as ``--train.parallel``.
-        batch_size: images at a time on a GPU; None for the largest that fits and divides its share.
-        masks_per_image: masked copies of each decoded image; batches count masked images.
         num_images: in the data set.
 
     Raises:
@@ -109,54 +90,59 @@ def make_plan(
     """
     from fastmae.train.flops import count_flops  # imports PyTorch, for which --help does not wait
 
-    hardware = hardware or Hardware()
-    nodes = max(1, gpus // gpus_per_node)
-    per_node = min(gpus, gpus_per_node)
+    train, ratio, hardware = config.train, config.model.mask_ratio, hardware or Hardware()
+    masks, checkpointing = train.masks_per_image, train.activation_checkpointing
+    nodes, per_node = max(1, gpus // gpus_per_node), min(gpus, gpus_per_node)
     if gpus != nodes * per_node:
-        raise ValueError(f"gpus: expected whole nodes of {gpus_per_node} or part of one, got {gpus}")
+        raise ValueError(f"--gpus: expected whole nodes of {gpus_per_node} or part of one, got {gpus}")
     if mode == "none" and gpus > 1:
-        raise ValueError(f"mode: expected ddp, fsdp or hsdp for {gpus} GPUs, got none")
-    share, rest = divmod(global_batch, gpus)
-    if rest or share % masks_per_image:
-        raise ValueError(f"global_batch: expected a multiple of {gpus * masks_per_image}, got {global_batch}")
-    c, r = (4 if precision == "fp32" else 2), (2 if model.residual_dtype == "bfloat16" else 4)
+        raise ValueError(f"--train.parallel: expected ddp, fsdp or hsdp for {gpus} GPUs, got none")
+    share, rest = divmod(train.global_batch_size, gpus)
+    if rest or share % masks:
+        expected = f"a multiple of {gpus * masks}"
+        raise ValueError(f"--train.global-batch-size: expected {expected}, got {train.global_batch_size}")
+    c, r = (4 if train.precision == "fp32" else 2), (2 if config.model.residual_dtype == "bfloat16" else 4)
     shards = {"none": 1, "ddp": 1, "fsdp": gpus, "hsdp": per_node}[mode]
     blocks = [sum(p.numel() for p in block.parameters()) for block in (*model.blocks, *model.decoder_blocks)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
+    gathered = trained  # in the compute precision: without shards the multi-tensor cast holds all weights
+    if shards > 1:  # FSDP: what is in no block; the block in use, the next one, and the buffer that it arrives in
+        own = 3 * max(blocks) if train.reshard_after_forward else sum(blocks) + max(blocks)
+        gathered = trained - sum(blocks) + own
     state = {
         "weights, fp32": 4 * trained / shards,
         "gradients, fp32": 4 * trained / shards,
         "AdamW": 8 * trained / shards,
-        "low-precision weights": c * gathered_values(trained, blocks, shards, reshard_after_forward) if c < 4 else 0,
+        "low-precision weights": c * gathered if c < 4 else 0,
     }
-    kept, transient = kept_per_image(model, mask_ratio, c, r, activation_checkpointing)
-    pixels = 3 * model.in_chans * model.input_size[0] * model.input_size[1] / masks_per_image  # one batch and two ready
-    usable, per_image = hardware.memory_gb * 1e9 * hardware.memory_fraction, kept + transient + pixels
+    activations = sum(activation_bytes(model, ratio, c, r, checkpointing))
+    pixels = 3 * model.in_chans * model.input_size[0] * model.input_size[1] / masks  # one batch and two ready
 
     def fitting() -> int:
-        free = usable - sum(state.values())
-        return max(0, int(free / (per_image * masks_per_image)) * masks_per_image)
+        free = hardware.memory_gb * 1e9 * hardware.memory_fraction - sum(state.values())
+        return max(0, int(free / (activations + pixels) / masks) * masks)
 
-    largest = fitting()
-    if shards > 1 and min(batch_size or largest, largest) < share:
+    largest, batch = fitting(), train.batch_size if isinstance(train.batch_size, int) else None
+    if shards > 1 and min(batch or largest, largest) < share:
         state["gradients, fp32"] = 4 * trained  # FSDP keeps whole gradients while micro-batches accumulate
         largest = fitting()
-    if batch_size is None:
-        candidates = range(min(largest, share), 0, -1)
-        divides = (b for b in candidates if share % b == 0 and b % masks_per_image == 0)
-        batch_size = next(divides, masks_per_image)
-    if batch_size < 1 or share % batch_size:
-        raise ValueError(f"batch_size: expected a divisor of a GPU's {share} images, got {batch_size}")
-    accumulation = share // batch_size
-    memory = state | {"activations": batch_size * (kept + transient), "images": batch_size * pixels}
+    if batch is None:
+        divisors = (b for b in range(min(largest, share), 0, -1) if share % b == 0 and b % masks == 0)
+        batch = next(divisors, masks)
+    if share % batch:
+        raise ValueError(f"--train.batch-size: expected a divisor of a GPU's {share} images, got {batch}")
+    accumulation = share // batch
 
-    needed = count_flops(model.architecture, batch_size, mask_ratio)
-    executed = count_flops(model.architecture, batch_size, mask_ratio, activation_checkpointing)
+    def per_image(checkpointing: ActivationCheckpointing) -> int:
+        one, two = (count_flops(model.architecture, n, ratio, checkpointing) for n in (1, 2))
+        return two - one  # without the mask tokens' projections, which a batch needs once
+
+    needed, executed = per_image("none"), per_image(checkpointing)
     bandwidth = hardware.memory_tb_per_s * 1e12 * hardware.memory_bandwidth_fraction
-    products = accumulation * executed / (hardware.tflops * 1e12 * hardware.tflops_fraction)
-    passes = share * passes_per_image(model, mask_ratio, c, r) * executed / needed / bandwidth
-    sent = sent_per_step(trained, blocks, mode, gpus, per_node, c, accumulation, reshard_after_forward)
+    products = share * executed / (hardware.tflops * 1e12 * hardware.tflops_fraction)
+    passes = share * passes_per_image(model, ratio, c, r) * executed / needed / bandwidth
+    sent = sent_per_step(trained, blocks, mode, gpus, per_node, c, accumulation, train.reshard_after_forward)
     seconds = {
         "matrix products": products,
         "passes over activations": passes,
@@ -164,40 +150,27 @@ def make_plan(
         "communication not hidden": _exposed(sent, nodes, per_node, hardware, products + passes),
     }
     step = sum(seconds.values())
-    images_per_second = global_batch / step
-    decoded = images_per_second / masks_per_image
+    rate = train.global_batch_size / step
+    epochs = train.epochs or 800
     return Plan(
         mode=mode,
         gpus=gpus,
         nodes=nodes,
         parameters=trained,
-        flops_per_image=needed / batch_size,
-        global_batch=global_batch,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        largest_batch=largest,
-        memory=memory,
+        flops_per_image=needed,
+        memory=state | {"activations": batch * activations, "images": batch * pixels},
+        batch={"images at a time": batch, "micro-batches per step": accumulation, "images at a time that fit": largest},
         sent=sent,
         seconds=seconds,
-        images_per_second=images_per_second,
-        mfu=accumulation * needed / step / (hardware.tflops * 1e12),
-        checkpoint_bytes=12 * trained,
-        cores_per_node=decoded / nodes / IMAGES_PER_CORE,
-        storage_bytes_per_second=decoded * IMAGE_KB * 1e3,
-        days={f"{e:g}": e * num_images / images_per_second / 86400 for e in epochs},
+        run={
+            "images per second": round(rate),
+            "MFU": share * needed / step / (hardware.tflops * 1e12),
+            "CPU cores per node to decode": round(rate / masks / nodes / IMAGES_PER_CORE),
+            "GB/s read from storage": rate / masks * IMAGE_BYTES / 1e9,
+            "GB of a checkpoint": 12 * trained / 1e9,
+            f"days for {epochs:g} epochs": epochs * num_images / rate / 86400,
+        },
     )
-
-
-def gathered_values(trained: int, blocks: list[int], shards: int, reshard_after_forward: bool) -> int:
-    """Weights that a GPU holds in the compute precision at a time.
-
-    Without shards the multi-tensor cast holds all. FSDP keeps what is in no block gathered, and of the blocks the one
-    in use, the next, and the buffer that it arrives in; all of them without resharding.
-    """
-    if shards == 1:
-        return trained
-    outside = trained - sum(blocks)
-    return outside + (3 * max(blocks) if reshard_after_forward else sum(blocks) + max(blocks))
 
 
 def sent_per_step(
@@ -233,7 +206,7 @@ def sent_per_step(
     return sent
 
 
-def kept_per_image(
+def activation_bytes(
     model: Any, mask_ratio: float, c: int = 2, r: int = 4, activation_checkpointing: ActivationCheckpointing = "none"
 ) -> tuple[int, int]:
     """Bytes of activations that one image keeps for the backward, and the most that the backward needs besides.

@@ -1,31 +1,62 @@
-"""What values the fields of a configuration take: rules in their annotations, and those that join several fields.
-
-``PositiveInt`` and the like are ``Annotated`` types that :func:`check_fields` understands and tyro ignores.
-"""
+"""Checks of a configuration: each field against its annotation, then the rules that join several fields."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from fractions import Fraction
 from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-T = TypeVar("T")
+from fastmae.train.config import SECTIONS, PretrainConfig, Rule
+
+MAX_COMPILED_SIZES = 8
+"""Graphs that torch.compile keeps of one function (its recompile_limit); further sizes would run uncompiled."""
+LEAST_FP16 = 17
+"""Least ``rollback_after`` for fp16: halved 17 times in a row, the loss scale falls from its first 2**16 below 1."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a value must be.
+def flag(name: str) -> str:
+    """The command line's spelling of a field: ``--train.base-lr`` for "train.base_lr"."""
+    return f"--{name}".replace("_", "-")
 
-    Attributes:
-        expected: for the message, such as "a positive number".
-        holds: whether a value is that.
+
+def validate(config: PretrainConfig) -> None:
+    """Check everything that can be checked without data.
+
+    Raises:
+        ValueError: names the flag, what was expected and the value that came.
     """
+    _refuse_object_stores(config)
+    for section in SECTIONS:
+        check_fields(getattr(config, section), section)
+    for name, holds, expected in _joint_rules(config):
+        if not holds:
+            section, _, field = name.partition(".")
+            raise ValueError(f"{flag(name)}: expected {expected}, got {getattr(getattr(config, section), field)!r}")
+    if config.report.wandb_project is not None:
+        from fastmae.train.loggers import require_wandb
 
-    expected: str
-    holds: Callable[[Any], bool]
+        require_wandb()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One field: its annotation
+
+
+def check_fields(section: Any, name: str) -> None:
+    """Check every field of a section against its annotation.
+
+    Raises:
+        ValueError: names the flag, what was expected and what came.
+    """
+    hints = get_type_hints(type(section), include_extras=True)
+    for field in fields(section):
+        value = getattr(section, field.name)
+        for expected in _broken(hints[field.name], value):
+            raise ValueError(f"{flag(f'{name}.{field.name}')}: expected {expected}, got {value!r}")
 
 
 _TYPES = {
@@ -34,57 +65,6 @@ _TYPES = {
     bool: (bool, "True or False"),
     str: (str, "a string"),
 }
-
-FREE, FIXED = "may differ when a run is resumed", "must not differ when a run is resumed"
-Free, Fixed = Annotated[T, FREE], Annotated[T, FIXED]
-
-_POSITIVE = Rule("a positive number", lambda v: 0 < v < math.inf)
-_NON_NEGATIVE = Rule("a number of at least 0", lambda v: 0 <= v < math.inf)
-PositiveInt, PositiveFloat = Annotated[int, _POSITIVE], Annotated[float, _POSITIVE]
-NonNegativeInt, NonNegativeFloat = Annotated[int, _NON_NEGATIVE], Annotated[float, _NON_NEGATIVE]
-Probability = Annotated[float, Rule("a probability between 0 and 1", lambda v: 0 <= v <= 1)]
-Share = Annotated[float, Rule("a share between 0 and 1", lambda v: 0 <= v <= 1)]
-OpenShare = Annotated[float, Rule("a number strictly between 0 and 1", lambda v: 0 < v < 1)]
-Strength = Annotated[float, Rule("a number between 0 and 1", lambda v: 0 <= v <= 1)]
-Area = Annotated[
-    tuple[float, float], Rule("two numbers, 0 < smallest <= largest <= 1", lambda v: 0 < v[0] <= v[1] <= 1)
-]
-Ordered = Annotated[tuple[float, float], Rule("two numbers, 0 < smallest <= largest", lambda v: 0 < v[0] <= v[1])]
-Decays = Annotated[tuple[float, float], Rule("two numbers in [0, 1)", lambda v: all(0 <= decay < 1 for decay in v))]
-MaskCount = Annotated[PositiveInt, Rule("at most 256", lambda v: v <= 256)]
-Seed = Annotated[int, Rule("an integer in [0, 2**63)", lambda v: 0 <= v < 1 << 63)]
-MAX_PIXELS = 178_956_970
-"""Pillow's limit against decompression bombs."""
-Pixels = Annotated[int, Rule(f"a number from 1 to {MAX_PIXELS:_}, Pillow's limit", lambda v: 0 < v <= MAX_PIXELS)]
-
-MAX_COMPILED_SIZES = 8
-"""Graphs that torch.compile keeps of one function (its recompile_limit); further sizes would run uncompiled."""
-LEAST_FP16 = 17
-"""Least ``rollback_after`` for fp16: halved 17 times in a row, the loss scale falls from its first 2**16 below 1."""
-
-
-def flag(section: str, name: str) -> str:
-    """The command line's spelling of a field, as in ``--train.base-lr``."""
-    return f"--{section}.{name}".replace("_", "-")
-
-
-def resume_policy(hint: Any) -> str | None:
-    """``FREE`` or ``FIXED`` of a field's annotation; None for neither."""
-    return next((m for m in getattr(hint, "__metadata__", ()) if m in (FREE, FIXED)), None)
-
-
-def check_fields(section: Any, prefix: str) -> None:
-    """Check every field of a dataclass against its annotation.
-
-    Raises:
-        ValueError: names the flag, what was expected and what came.
-    """
-    hints = get_type_hints(type(section), include_extras=True)
-    for field in fields(section):
-        value = getattr(section, field.name)
-        if not is_dataclass(value):
-            for expected in _broken(hints[field.name], value):
-                raise ValueError(f"{flag(prefix, field.name)}: expected {expected}, got {value!r}")
 
 
 def _broken(hint: Any, value: Any) -> Iterator[str]:
@@ -104,44 +84,85 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
         if value not in args:
             yield f"one of {', '.join(map(str, args))}"
     elif origin is tuple:
-        if not isinstance(value, tuple) or (args[-1] is not Ellipsis and len(value) != len(args)):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis and isinstance(value, tuple) else args
+        if not isinstance(value, tuple) or len(value) != len(kinds):
             yield "numbers" if args[-1] is Ellipsis else f"{len(args)} numbers"
             return
-        for index, one in enumerate(value):
-            yield from _broken(args[0] if args[-1] is Ellipsis else args[min(index, len(args) - 1)], one)
+        for kind, one in zip(kinds, value, strict=True):
+            yield from _broken(kind, one)
     elif hint in _TYPES:  # tyro gives the right type, Python code perhaps not; True is an int, but not meant as one
         types, name = _TYPES[hint]
         if not isinstance(value, types) or (isinstance(value, bool) and hint is not bool):
             yield name
 
 
-def validate(config: Any) -> None:
-    """Check a ``PretrainConfig`` as far as that takes no data.
-
-    Raises:
-        ValueError: names the flag, what was expected and the value that came.
-    """
-
-    def require(condition: bool, section: str, name: str, expected: str) -> None:
-        if not condition:
-            value = getattr(getattr(config, section), name)
-            raise ValueError(f"{flag(section, name)}: expected {expected}, got {value!r}")
-
-    _refuse_object_stores(config)
-    for section in ("model", "data", "train", "report"):
-        check_fields(getattr(config, section), section)
-    _validate_model(config, require)
-    _validate_data(config, require)
-    _validate_training(config, require)
-    probes = config.resume or config.report.probe_path is None or config.report.probe_every_epochs is not None
-    require(probes, "report", "probe_path", "none without --report.probe-every-epochs")
-    if config.report.wandb_project is not None:
-        from fastmae.train.loggers import require_wandb
-
-        require_wandb()
+# ---------------------------------------------------------------------------------------------------------------------
+# Several fields together
 
 
-def _refuse_object_stores(config: Any) -> None:
+def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
+    """(field to name, whether its value fits, what was expected); later rules rely on the earlier ones."""
+    from fastmae.data.create import check_value_range
+
+    model, data, train, report = config.model, config.data, config.train, config.report
+    embedded = data.path is None and model.in_chans != 3
+    yield "model.in_chans", not embedded, "3, as the embedded photographs have, or --data.path with other images"
+    _check_sizes(config, _patch_size(config))
+    few = train.compile == "none" or len(set(data.progressive_sizes)) <= MAX_COMPILED_SIZES
+    expected = f"at most {MAX_COMPILED_SIZES} different sizes with --train.compile, which makes a graph of each"
+    yield "data.progressive_sizes", few, expected
+
+    plain = data.color_jitter == 0
+    expected = f"0 for images of {model.in_chans} channels, whose colours it changes"
+    yield "data.color_jitter", plain or model.in_chans == 3, expected
+    if data.value_range is not None:
+        with _named("--data.value-range", "value_range: "):
+            check_value_range(data.value_range, model.in_chans)
+        yield "data.color_jitter", plain, "0 with --data.value-range, whose images are not 8-bit"
+
+    for names in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
+        one, other = (getattr(train, name) for name in names)
+        if one is not None and other is not None:
+            one_of = " and ".join(flag(f"train.{name}") for name in names)
+            raise ValueError(f"{one_of}: expected one of them, got {one} and {other}")
+    if train.epochs is None and train.steps is None:
+        raise ValueError("--train.epochs or --train.steps: expected one of them, got neither")
+    counted, masks = isinstance(train.batch_size, int), train.masks_per_image
+    expected = f"a multiple of --train.masks-per-image {masks}"
+    yield "train.batch_size", not counted or train.batch_size % masks == 0, expected
+    yield "train.global_batch_size", train.global_batch_size % masks == 0, expected
+    divides = not counted or train.global_batch_size % train.batch_size == 0
+    yield "train.global_batch_size", divides, f"a multiple of --train.batch-size {train.batch_size}"
+    found = train.precision != "fp16" or train.rollback_after >= LEAST_FP16
+    yield "train.rollback_after", found, f"at least {LEAST_FP16} with fp16, whose loss scale has to be found first"
+    timed = not train.fit_steps or train.max_minutes is not None
+    yield "train.max_minutes", timed, "a time for --train.fit-steps, or --train.no-fit-steps with it"
+    steady = not train.fit_steps or not data.progressive_sizes
+    yield "train.fit_steps", steady, "False with --data.progressive-sizes, whose steps get longer"
+    expected = f"more than --data.timeout {data.timeout:g}, whose error names the cause"
+    yield "train.timeout", data.timeout < train.timeout, expected
+
+    compiled = train.compile != "none" or train.compile_mode == "default"
+    yield "train.compile_mode", compiled, "default without --train.compile blocks or model"
+    if train.cuda_graph:
+        own_graphs = train.compile_mode in ("reduce-overhead", "max-autotune")
+        for conflict, reason in (
+            (data.progressive_sizes, "--data.progressive-sizes, since a graph has images of one size"),
+            (own_graphs, f"--train.compile-mode {train.compile_mode}, which makes graphs of its own"),
+            (train.optimizer == "apex", "--train.optimizer apex, which reads its learning rate on the host"),
+        ):
+            yield "train.cuda_graph", not conflict, f"no CUDA graph with {reason}"
+    if train.optimizer == "apex":
+        expected = f"adamw with --train.parallel {train.parallel}; apex knows no shards"
+        yield "train.optimizer", train.parallel not in ("fsdp", "hsdp"), expected
+        yield "train.optimizer", train.device != "cpu", "adamw on the CPU"
+    sharded = train.shard_size is None or train.parallel == "hsdp"
+    yield "train.shard_size", sharded, "none without --train.parallel hsdp"
+    probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None
+    yield "report.probe_path", probes, "none without --report.probe-every-epochs"
+
+
+def _refuse_object_stores(config: PretrainConfig) -> None:
     from fastmae.train.checkpoint import as_url
 
     paths = {"--out": config.out, "--data.path": config.data.path, "--train.init-from": config.train.init_from}
@@ -151,6 +172,46 @@ def _refuse_object_stores(config: Any) -> None:
                 f"{name}: expected a path of a mounted file system, got {url}: object stores are neither read nor "
                 "written. Mount the bucket, or copy what is in it"
             )
+
+
+def _patch_size(config: PretrainConfig) -> tuple[int, int]:
+    """The patch size as (height, width), from a model without memory, which checks its own arguments."""
+    import torch
+
+    from fastmae.model import create_model
+
+    try:
+        with torch.device("meta"):
+            return create_model(**config.model_arguments()).patch_size
+    except ValueError as error:
+        name, _, text = str(error).partition(":")
+        raise ValueError(f"{flag(f'model.{name}')}:{text}") from error
+
+
+def _check_sizes(config: PretrainConfig, patch_size: tuple[int, int]) -> None:
+    """Check that every image size divides into patches, of which the masking leaves some and hides some."""
+    from fastmae.ops._check import grid_of, num_kept
+    from fastmae.ops.masking import check_strategy
+
+    model = config.model
+    with _named("--data.progressive-sizes"):
+        sizes = progressive_sizes(config.data.progressive_sizes, config.img_size)
+    for size in (*sizes[:-1], config.img_size):
+        where = "" if size == config.img_size else f" with images of {size[0]}x{size[1]}"
+        grid = grid_of(size, patch_size, "--data.progressive-sizes")
+        with _named(f"--model.mask-ratio{where}"):
+            num_kept(math.prod(grid), model.mask_ratio)
+        with _named(f"--model.mask-strategy{where}"):
+            check_strategy(model.mask_strategy, grid, math.prod(grid), model.mask_ratio)
+
+
+@contextmanager
+def _named(name: str, instead_of: str = "") -> Iterator[None]:
+    """Put the flag in front of a ValueError raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix(instead_of)}") from error
 
 
 def progressive_sizes(heights: Sequence[int], img_size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
@@ -169,115 +230,3 @@ def progressive_sizes(heights: Sequence[int], img_size: tuple[int, int]) -> tupl
     if sizes and sizes[-1] != img_size:
         raise ValueError(f"expected the image size {height}x{width} last, got {sizes[-1][0]}x{sizes[-1][1]}")
     return tuple(sizes)
-
-
-def _validate_model(config: Any, require: Callable[..., None]) -> None:
-    from fastmae.model import PRESETS
-
-    model = config.model
-    require(model.name in PRESETS, "model", "name", f"one of {', '.join(PRESETS)}")
-    colour = config.data.path is not None or model.in_chans == 3
-    require(colour, "model", "in_chans", "3, as the embedded photographs have, or --data.path with other images")
-    for name in ("mean", "std"):
-        values = getattr(model, name)
-        one_each = values is None or len(values) == model.in_chans
-        require(one_each, "model", name, f"one number for each of the {model.in_chans} channels")
-        finite = all(math.isfinite(value) and (name == "mean" or value > 0) for value in values or ())
-        require(finite, "model", name, "finite numbers" if name == "mean" else "positive numbers")
-
-    patch = model.patch_size or PRESETS[model.name]["patch_size"]
-    patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    require(min(config.img_size) > 0, "model", "img_size", "positive numbers")
-    require(min(patch) > 0, "model", "patch_size", "positive numbers")
-    _validate_size(config, "--model.img-size", config.img_size, patch)
-    try:
-        sizes = progressive_sizes(config.data.progressive_sizes, config.img_size)
-    except ValueError as error:
-        raise ValueError(f"--data.progressive-sizes: {error}") from error
-    for size in sizes[:-1]:
-        _validate_size(config, "--data.progressive-sizes", size, patch)
-    if config.train.compile != "none":
-        most = f"at most {MAX_COMPILED_SIZES} different sizes with --train.compile, which makes a graph of each"
-        require(len(set(sizes)) <= MAX_COMPILED_SIZES, "data", "progressive_sizes", most)
-
-
-def _validate_size(config: Any, name: str, size: tuple[int, int], patch: tuple[int, int]) -> None:
-    """That a size divides into patches, of which the masking leaves some and hides some."""
-    from fastmae.ops._check import num_kept
-    from fastmae.ops.masking import check_strategy
-
-    model, where = config.model, "" if size == config.img_size else f" with images of {size[0]}x{size[1]}"
-    if any(side % p for side, p in zip(size, patch, strict=True)):
-        raise ValueError(
-            f"{name}: expected a size divisible by the patch size {patch[0]}x{patch[1]}, got {size[0]}x{size[1]}; "
-            "change it or --model.patch-size"
-        )
-    grid = tuple(side // p for side, p in zip(size, patch, strict=True))
-    try:
-        num_kept(math.prod(grid), model.mask_ratio)
-    except ValueError as error:
-        raise ValueError(f"--model.mask-ratio{where}: {error}") from error
-    try:
-        check_strategy(model.mask_strategy, grid, math.prod(grid), model.mask_ratio)
-    except ValueError as error:
-        raise ValueError(f"--model.mask-strategy{where}: {error}") from error
-
-
-def _validate_data(config: Any, require: Callable[..., None]) -> None:
-    from fastmae.data.create import check_value_range
-
-    data = config.data
-    color = data.color_jitter == 0 or config.model.in_chans == 3
-    require(
-        color, "data", "color_jitter", f"0 for images of {config.model.in_chans} channels, whose colours it changes"
-    )
-    if data.value_range is not None:
-        try:
-            check_value_range(data.value_range, config.model.in_chans)
-        except ValueError as error:
-            raise ValueError(str(error).replace("value_range", flag("data", "value_range"), 1)) from error
-        require(data.color_jitter == 0, "data", "color_jitter", "0 with --data.value-range, whose images are not 8-bit")
-
-
-def _validate_training(config: Any, require: Callable[..., None]) -> None:
-    train = config.train
-    steps = train.precision != "fp16" or train.rollback_after >= LEAST_FP16
-    require(
-        steps, "train", "rollback_after", f"at least {LEAST_FP16} with fp16, whose loss scale has to be found first"
-    )
-    timed = not train.fit_steps or train.max_minutes is not None
-    require(timed, "train", "max_minutes", "a time for --train.fit-steps, or --train.no-fit-steps with it")
-    steady = not train.fit_steps or not config.data.progressive_sizes
-    require(steady, "train", "fit_steps", "False with --data.progressive-sizes, whose steps get longer")
-    compiled = train.compile != "none" or train.compile_mode == "default"
-    require(compiled, "train", "compile_mode", "default without --train.compile blocks or model")
-    for holds, without in (
-        (not config.data.progressive_sizes, "--data.progressive-sizes, since a graph has images of one size"),
-        (train.compile_mode not in ("reduce-overhead", "max-autotune"), f"--train.compile-mode {train.compile_mode}, "
-         "which makes graphs of its own; default and max-autotune-no-cudagraphs do not"),
-        (train.optimizer != "apex", "--train.optimizer apex, which reads its learning rate on the host"),
-    ):  # fmt: skip
-        require(holds or not train.cuda_graph, "train", "cuda_graph", f"no CUDA graph with {without}")
-    whole = train.optimizer != "apex" or train.parallel not in ("fsdp", "hsdp")
-    require(whole, "train", "optimizer", f"adamw with --train.parallel {train.parallel}; apex knows no shards")
-    require(train.optimizer != "apex" or train.device != "cpu", "train", "optimizer", "adamw on the CPU")
-    takes = train.shard_size is None or train.parallel == "hsdp"
-    require(takes, "train", "shard_size", "none without --train.parallel hsdp")
-    waits = config.data.timeout < train.timeout
-    require(waits, "train", "timeout", f"more than --data.timeout {config.data.timeout:g}, whose error names the cause")
-    name = "batch_size" if isinstance(train.batch_size, int) else "global_batch_size"
-    fits = getattr(train, name) % train.masks_per_image == 0
-    require(fits, "train", name, f"a multiple of --train.masks-per-image {train.masks_per_image}")
-    if isinstance(train.batch_size, int) and train.global_batch_size % train.batch_size:
-        raise ValueError(
-            f"--train.global-batch-size: expected a multiple of --train.batch-size {train.batch_size}, "
-            f"got {train.global_batch_size}"
-        )
-    for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
-        if getattr(train, one) is not None and getattr(train, other) is not None:
-            raise ValueError(
-                f"{flag('train', one)} and {flag('train', other)}: expected one of them, "
-                f"got {getattr(train, one)} and {getattr(train, other)}"
-            )
-    if train.epochs is None and train.steps is None:
-        raise ValueError("--train.epochs or --train.steps: expected one of them, got neither")

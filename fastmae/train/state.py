@@ -18,10 +18,9 @@ from torch import Tensor, nn
 
 from fastmae.data import Dataset
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint, read_together
-from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.config import FIXED, PretrainConfig, to_json
 from fastmae.train.config import compare as compare_fields
 from fastmae.train.ranks import as_ranks
-from fastmae.train.rules import FIXED
 
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 

@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import math
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -79,93 +80,63 @@ def test_imagenet_recipe_is_table_8_of_the_paper():
     assert LARGE.model.mask_ratio == 0.75
 
 
-@pytest.mark.parametrize(
-    ("section", "values", "message"),
-    [
-        ("data", {"progressive_sizes": (32, 64)}, r"--train.fit-steps: expected False with --data.progressive-sizes"),
-        ("train", {"max_minutes": None}, r"--train.max-minutes: expected a time for --train.fit-steps, .*got None"),
-        ("train", {"shard_size": 4}, r"--train.shard-size: expected none without --train.parallel hsdp, got 4"),
-        ("train", {"timeout": 600.0}, r"--train.timeout: expected more than --data.timeout 600, .*got 600"),
-        ("train", {"base_lr": math.inf}, r"--train.base-lr: expected a positive number, got inf"),
-        ("train", {"steps": None, "epochs": math.inf}, r"--train.epochs: expected a positive number, got inf"),
-        (
-            "report",
-            {"probe_every_epochs": math.inf},
-            r"--report.probe-every-epochs: expected a positive number, got inf",
-        ),
-        ("report", {"probe_path": Path("val")}, r"--report.probe-path: expected none without --report.probe-every-"),
-        ("train", {"shard_size": 0, "parallel": "hsdp"}, r"--train.shard-size: expected a positive number, got 0"),
-        ("train", {"optimizer": "apex", "parallel": "fsdp", "device": "cuda"}, r"--train.optimizer: .*no shards"),
-        ("train", {"optimizer": "apex", "device": "cpu"}, r"--train.optimizer: expected adamw on the CPU, got 'apex'"),
-        ("model", {"name": "resnet50"}, r"--model.name: expected one of mae_vit_tiny_patch16.*got 'resnet50'"),
-        ("model", {"mask_ratio": 1.0}, r"--model.mask-ratio: .*strictly between 0 and 1, got 1.0"),
-        ("model", {"mask_ratio": 0.0}, r"--model.mask-ratio: .*got 0.0"),
-        ("model", {"mask_ratio": 0.999}, r"--model.mask-ratio: .*0.999 of 64 patches keeps 0"),
-        ("model", {"img_size": 60}, r"--model.img-size: .*divisible by the patch size 8x8, got 60x60"),
-        ("model", {"img_size": (64, 60)}, r"--model.img-size: .*got 64x60"),
-        ("model", {"patch_size": None, "img_size": 72}, r"--model.img-size: .*patch size 16x16, got 72x72"),
-        ("model", {"patch_size": -8}, r"--model.patch-size: expected positive numbers, got -8"),
-        ("model", {"mask_strategy": "tube"}, r"--model.mask-strategy: .*one of random, block, grid, got 'tube'"),
-        ("model", {"mask_strategy": "grid", "mask_ratio": 0.5}, r"--model.mask-strategy: .*0.75 .*got 0.5"),
-        ("model", {"mask_strategy": "grid", "img_size": (64, 72)}, r"--model.mask-strategy: .*even .*got \(8, 9\)"),
-        ("model", {"depth": -1}, r"--model.depth: expected a positive number, got -1"),
-        ("model", {"in_chans": 5}, r"--model.in-chans: expected 3, as the embedded photographs have, .*got 5"),
-        ("model", {"in_chans": 0}, r"--model.in-chans: expected a positive number, got 0"),
-        (
-            "model",
-            {"mean": (0.5, 0.5)},
-            r"--model.mean: expected one number for each of the 3 channels, got \(0.5, 0.5\)",
-        ),
-        ("model", {"std": (0.5, 0.0, 0.5)}, r"--model.std: expected positive numbers, got"),
-        ("data", {"max_bad_fraction": 1.5}, r"--data.max-bad-fraction: expected a share between 0 and 1, got 1.5"),
-        (
-            "data",
-            {"max_pixels": 1 << 40},
-            r"--data.max-pixels: expected a number from 1 to 178_956_970.*got 1099511627776",
-        ),
-        ("data", {"value_range": (1.0, 1.0)}, r"--data.value-range: .*smallest first.* got \(1.0, 1.0\)"),
-        (
-            "data",
-            {"value_range": (0.0, 1.0, 0.0)},
-            r"--data.value-range: .* or 6 with those of each channel in turn, got",
-        ),
-        (
-            "data",
-            {"value_range": (0.0, 1.0), "color_jitter": 0.4},
-            r"--data.color-jitter: expected 0 with --data.value",
-        ),
-        ("data", {"color_jitter": -0.1}, r"--data.color-jitter: .*got -0.1"),
-        ("data", {"prefetch": 0}, r"--data.prefetch: expected a positive number, got 0"),
-        ("data", {"timeout": 0.0}, r"--data.timeout: expected a positive number, got 0.0"),
-        ("data", {"progressive_sizes": (32, 60, 64)}, r"--data.progressive-sizes: .*patch size 8x8, got 60x60"),
-        ("data", {"progressive_sizes": (32, 48)}, r"--data.progressive-sizes: .*the image size 64x64 last, got 48x48"),
-        ("data", {"progressive_sizes": (0, 64)}, r"--data.progressive-sizes: .*got 0"),
-        ("data", {"progressive_sizes": (8, 64)}, r"--model.mask-ratio with images of 8x8: .*of 1 patches keeps 0"),
-        ("data", {"scale": (0.5, 0.2)}, r"--data.scale: .*got \(0.5, 0.2\)"),
-        ("train", {"batch_size": 5}, r"--train.global-batch-size: .*multiple of --train.batch-size 5, got 32"),
-        ("train", {"masks_per_image": 0}, r"--train.masks-per-image: expected a positive number, got 0"),
-        ("train", {"masks_per_image": 512}, r"--train.masks-per-image: expected at most 256, got 512"),
-        (
-            "train",
-            {"masks_per_image": 3},
-            r"--train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32",
-        ),
-        (
-            "train",
-            {"masks_per_image": 4, "batch_size": 2},
-            r"--train.batch-size: .*multiple of --train.masks-per-image 4, got 2",
-        ),
-        ("train", {"global_batch_size": 0}, r"--train.global-batch-size: expected a positive number, got 0"),
-        ("train", {"epochs": 3}, r"--train.epochs and --train.steps: expected one of them, got 3 and \d+"),
-        ("train", {"warmup_epochs": 3}, r"--train.warmup-epochs and --train.warmup-steps: .*got 3 and 200"),
-        ("train", {"steps": None}, r"--train.epochs or --train.steps: .*neither"),
-        ("train", {"seed": -1}, r"--train.seed: .*got -1"),
-        ("train", {"base_lr": float("nan")}, r"--train.base-lr: .*got nan"),
-    ],
-)
-def test_mistakes_name_flag_value_and_expectation(section, values, message):
-    with pytest.raises(ValueError, match=message):
-        validate(changed(PHOTOGRAPHS, section, **values))
+MISTAKES = r"""
+model.name='resnet50'                | --model.name: unknown model 'resnet50'; the presets are mae_vit_tiny_patch16
+model.mask_ratio=1.0                 | --model.mask-ratio: .*strictly between 0 and 1, got 1.0
+model.mask_ratio=0.999               | --model.mask-ratio: .*0.999 of 64 patches keeps 0
+model.img_size=(64, 60)              | --model.img-size: size 64x60 does not divide into patches of 8x8
+model.img_size='large'               | --model.img-size: expected an integer, got 'large'
+model.patch_size=-8                  | --model.patch-size: expected a positive int .*got -8
+model.mask_strategy='tube'           | --model.mask-strategy: .*one of random, block, grid, got 'tube'
+model.mask_strategy='grid', model.mask_ratio=0.5     | --model.mask-strategy: .*0.75 .*got 0.5
+model.mask_strategy='grid', model.img_size=(64, 72)  | --model.mask-strategy: .*even .*got \(8, 9\)
+model.depth=-1                       | --model.depth: expected a positive number, got -1
+model.num_heads=5                    | --model.embed-dim: expected a multiple of num_heads=5, got 128
+model.in_chans=5                     | --model.in-chans: expected 3, as the embedded photographs have, .*got 5
+model.mean=(0.5, 0.5)                | --model.mean: expected one value for each of the 3 channels
+model.mean=(0.5, math.nan, 0.5)      | --model.mean: expected finite numbers
+model.std=(0.5, 0.0, 0.5)            | --model.std: expected positive values
+data.max_bad_fraction=1.5            | --data.max-bad-fraction: expected a number from 0 to 1, got 1.5
+data.max_pixels=1 << 40              | --data.max-pixels: expected a number from 1 to 178956970, got 1099511627776
+data.value_range=(1.0, 1.0)          | --data.value-range: .*smallest first.* got \(1.0, 1.0\)
+data.value_range=(0.0, 1.0, 0.0)     | --data.value-range: .* or 6 with those of each channel in turn, got
+data.value_range=(0.0, 1.0), data.color_jitter=0.4   | --data.color-jitter: expected 0 with --data.value-range
+data.scale=(0.5, 0.2)                | --data.scale: .*got \(0.5, 0.2\)
+data.scale=(0.5, 2.0)                | --data.scale: expected at most 1, got
+data.progressive_sizes=(32, 60, 64)  | --data.progressive-sizes: size 60x60 does not divide into patches of 8x8
+data.progressive_sizes=(32, 48)      | --data.progressive-sizes: .*the image size 64x64 last, got 48x48
+data.progressive_sizes=(0, 64)       | --data.progressive-sizes: .*got 0
+data.progressive_sizes=(8, 64)       | --model.mask-ratio with images of 8x8: .*of 1 patches keeps 0
+data.progressive_sizes=(32, 64)      | --train.fit-steps: expected False with --data.progressive-sizes
+train.max_minutes=None               | --train.max-minutes: expected a time for --train.fit-steps, .*got None
+train.shard_size=4                   | --train.shard-size: expected none without --train.parallel hsdp, got 4
+train.timeout=600.0                  | --train.timeout: expected more than --data.timeout 600, .*got 600
+train.optimizer='apex', train.parallel='fsdp'        | --train.optimizer: .*no shards
+train.optimizer='apex', train.device='cpu'           | --train.optimizer: expected adamw on the CPU, got 'apex'
+train.batch_size=5                   | --train.global-batch-size: .*multiple of --train.batch-size 5, got 32
+train.masks_per_image=512            | --train.masks-per-image: expected a number from 1 to 256, got 512
+train.masks_per_image=3              | --train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32
+train.masks_per_image=4, train.batch_size=2          | --train.batch-size: .*--train.masks-per-image 4, got 2
+train.epochs=3                       | --train.epochs and --train.steps: expected one of them, got 3 and
+train.warmup_epochs=3                | --train.warmup-epochs and --train.warmup-steps: .*got 3 and 200
+train.steps=None                     | --train.epochs or --train.steps: .*neither
+train.steps=None, train.epochs=math.inf              | --train.epochs: expected a positive number, got inf
+train.seed=-1                        | --train.seed: .*got -1
+train.base_lr=math.nan               | --train.base-lr: .*got nan
+report.probe_path=Path('val')        | --report.probe-path: expected none without --report.probe-every-epochs
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.strip().splitlines())
+def test_mistakes_name_flag_value_and_expectation(mistake):
+    changes, message = mistake.split(" | ")
+    config = PHOTOGRAPHS
+    for change in re.split(r", (?=\w+\.\w+=)", changes):
+        name, value = change.split("=", 1)
+        section, field = name.strip().split(".")
+        config = changed(config, section, **{field: eval(value, {"math": math, "Path": Path})})
+    with pytest.raises(ValueError, match=message.strip()):
+        validate(config)
 
 
 @pytest.mark.parametrize(("saved", "now"), [(True, "model"), (False, "none"), ("blocks", "blocks")])
