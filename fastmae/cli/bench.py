@@ -61,12 +61,13 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
 
 def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Trainer:
     """A trainer of the configuration, made to be measured."""
+    config = config_to_measure(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    name = config.train.device
-    if name == "cuda" and not torch.cuda.is_available():
+    name, found = config.train.device, torch.cuda.is_available()
+    if name == "cuda" and not found:
         raise ValueError("--train.device: expected a CUDA device for cuda, but PyTorch finds none")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name != "cpu" and found else "cpu")
     dataset = data.open_dataset(config.data.path, **config.dataset_arguments())
     if config.model.attention == "xformers":
         _xformers.require(device)
@@ -76,28 +77,24 @@ def _trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Traine
         config = settle_precision(config, model.architecture["embed_dim"], device, Ranks()).config
         return Trainer(config, MaskedAutoencoding(config, model, dataset, data.create_loader), run, console=console)
 
-    trainer = make(config_to_measure(config))
-    if trainer.accumulation > 1:  # --train.batch-size auto found that less than the global batch fits
-        train = replace(trainer.config.train, global_batch_size=trainer.batch_size)
-        trainer = make(replace(trainer.config, train=train))
-    return trainer
+    trainer = make(config)
+    if trainer.accumulation == 1:
+        return trainer
+    # --train.batch-size auto found that less than the global batch fits.
+    return make(replace(trainer.config, train=replace(trainer.config.train, global_batch_size=trainer.batch_size)))
 
 
 def _print(found: dict[str, Any], console: Console) -> None:
-    console.print(f"\n{'':<16}{'images/s':>10}   lowest to highest of {len(found['loader']['rounds'])} rounds")
+    loader, model, both, step = (found[name] for name in ("loader", "model", "both", "step"))
+    console.print(f"\n{'':<16}{'images/s':>10}   lowest to highest of {len(loader['rounds'])} rounds")
+    cost = f"{loader['cpu_seconds_per_image'] * 1e3:.2f} ms of CPU time per image"
+    notes = {"loader": f"   ({loader['kind']}, {loader['threads']} threads, {cost})"}
     for phase in PHASES:
-        rounds = found[phase]["rounds"]
+        rate, rounds = found[phase]["images_per_second"], found[phase]["rounds"]
         name = "both together" if phase == "both" else f"{phase} alone"
-        line = f"{name:<16}{found[phase]['images_per_second']:>10,.1f}   {min(rounds):,.1f} to {max(rounds):,.1f}"
-        if phase == "loader":
-            loader = found["loader"]
-            cost = f"{loader['cpu_seconds_per_image'] * 1e3:.2f} ms of CPU time per image"
-            line += f"   ({loader['kind']}, {loader['threads']} threads, {cost})"
-        console.print(line)
-    if found["masks_per_image"] > 1:
-        masks = found["masks_per_image"]
+        console.print(f"{name:<16}{rate:>10,.1f}   {min(rounds):,.1f} to {max(rounds):,.1f}{notes.get(phase, '')}")
+    if (masks := found["masks_per_image"]) > 1:
         console.print(f"The loader's are decoded images, each masked {masks} times; the others are masked images.")
-    model, both, step = found["model"], found["both"], found["step"]
     reached = model["peak_flops_per_second"] > model["matmul_flops_per_second"]
     peak = "the most that these steps reached, more than" if reached else "as measured with"
     console.print(

@@ -1,9 +1,13 @@
-"""Floating-point operations of a training step, by PyTorch's own counter on tensors that have shapes and no values."""
+"""Floating-point operations: those of a training step, by PyTorch's own counter on tensors that have shapes and no
+values, and how many per second a device reaches.
+"""
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -68,3 +72,39 @@ _ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
 }
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, longest: float = 2e-3) -> float:
+    """FLOP/s of a large square matrix product, which is what a device reaches at best; waits for the device.
+
+    The median of three, after two that are not timed. The matrices have 8192 rows on a GPU. On a CPU they grow from 384
+    rows to 1536 until a product takes ``longest``: where the CPU emulates a dtype, a large one would take seconds.
+
+    Args:
+        device: a CUDA device or the CPU, with PyTorch's present settings (TF32, threads).
+        dtype: of both factors and of the product.
+        longest: seconds of a product on a CPU.
+    """
+    on_gpu, generator = device.type == "cuda", torch.Generator(device)  # the run's own draws what it would have drawn
+    synchronize = partial(torch.cuda.synchronize, device) if on_gpu else lambda: None
+    for size in (8192,) if on_gpu else (384, 768, 1536):
+        a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+        out, seconds = torch.empty_like(a), []
+        for _ in range(5):
+            synchronize()
+            begun = time.perf_counter()
+            torch.mm(a, b, out=out)
+            synchronize()
+            seconds.append(time.perf_counter() - begun)
+        if (median := statistics.median(seconds[2:])) > longest:
+            break
+    return 2 * size**3 / median
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """:func:`matmul_flops`, once per process; None where it cannot be measured."""
+    try:
+        return matmul_flops(device, dtype)
+    except RuntimeError:  # out of memory, or no product of this dtype: MFU is left out
+        return None

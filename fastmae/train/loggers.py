@@ -1,4 +1,4 @@
-"""Where metrics go: ``metrics.jsonl``, TensorBoard, the terminal, Weights & Biases. None of them can end a run."""
+"""Where metrics go: ``metrics.jsonl``, TensorBoard, Weights & Biases and the terminal. None of them can end a run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,9 +30,7 @@ _log = logging.getLogger(__name__)
 
 _BAR = 8
 """Columns of the progress bar."""
-_WANDB_FILE = "wandb.json"
-_WANDB_START = 60
-_WANDB_FINISH = 30.0
+_WANDB_START, _WANDB_FINISH = 60, 30.0
 """Seconds that starting and closing a W&B run may take."""
 
 
@@ -46,66 +43,47 @@ class Logger(Protocol):
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Numbers and picture files of an evaluation of the weights after a step, by name."""
 
-    def close(self) -> None: ...
+    def set_total(self, total_steps: int) -> None:
+        """The run has another number of steps from here on."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
 
 
 class Loggers:
-    """All loggers of a run as one. A failure, such as a full disk, costs rows and is reported when it begins and ends.
+    """All loggers of a run. A failure, such as a full disk, costs rows and is reported when it begins."""
 
-    Args:
-        run: the run folder.
-        console: shows the progress.
-        step, total_steps: steps done, and steps of the whole run.
-        deadline: of ``time.monotonic()``, when the run ends at the latest.
-        wandb_project: of Weights & Biases; None disables it.
-    """
+    def __init__(self, *loggers: Logger) -> None:
+        self._failed = dict.fromkeys(loggers, False)
 
-    def __init__(
-        self,
-        run: RunFolder,
-        console: Console,
-        step: int,
-        total_steps: int,
-        deadline: float = math.inf,
-        wandb_project: str | None = None,
-    ) -> None:
-        config = run.read_json("config.json") or {}
-        self._loggers: list[Logger] = [JsonLines(run.metrics, run.evaluations), TensorBoard(run.path, step, config)]
-        if wandb_project:
+    def each(self, call: Callable[[Logger], None]) -> None:
+        for logger, failed in self._failed.items():
             try:
-                self._loggers.append(WeightsAndBiases(wandb_project, run, config))
+                call(logger)
+                self._failed[logger] = False
             except Exception as error:
-                _log.warning("Weights & Biases: %s. Nothing is logged there, training continues", _first_line(error))
-        terminal = Terminal(console, step, total_steps, deadline)  # last: what W&B prints precedes the bar
-        self.set_total = terminal.set_total
-        self._loggers.append(terminal)
-        self._failures = dict.fromkeys(self._loggers, 0)
-
-    def write(self, row: Row) -> None:
-        self._each("write", row)
-
-    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        self._each("evaluation", step, values, pictures)
-
-    def close(self) -> None:
-        self._each("close")
-
-    def _each(self, method: str, *arguments: Any) -> None:
-        for logger, failures in self._failures.items():
-            name = type(logger).__name__
-            try:
-                getattr(logger, method)(*arguments)
-            except Exception as error:
-                if not failures:
-                    _log.warning("%s: METRICS NOT WRITTEN: %s. Training continues", name, _first_line(error))
-                self._failures[logger] += 1
-            else:
-                if failures:
-                    _log.warning("%s: writing again; %d writes failed", name, failures)
-                self._failures[logger] = 0
+                self._failed[logger] = True
+                if not failed:
+                    text = "%s: METRICS NOT WRITTEN: %s. Training continues"
+                    _log.warning(text, type(logger).__name__, _first_line(error))
 
 
-class JsonLines:
+def open_loggers(
+    run: RunFolder, console: Console, step: int, total_steps: int, deadline: float, wandb_project: str | None
+) -> Loggers:
+    """The loggers of a run from ``step`` on, which ends before ``time.monotonic()`` is ``deadline``, or then."""
+    config = run.read_json("config.json") or {}
+    loggers: list[Logger] = [JsonLines(run.metrics, run.evaluations), TensorBoard(run.path, step, config)]
+    if wandb_project:
+        try:
+            loggers.append(WeightsAndBiases(wandb_project, run, config))
+        except Exception as error:
+            _log.warning("Weights & Biases: %s. Nothing is logged there, training continues", _first_line(error))
+    # Last: what W&B prints precedes the bar.
+    return Loggers(*loggers, Terminal(console, step, total_steps, deadline))
+
+
+class JsonLines(Logger):
     """One JSON object per line, appended: rows to one file, evaluations to another."""
 
     def __init__(self, path: Path, evaluations: Path) -> None:
@@ -118,22 +96,15 @@ class JsonLines:
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         _append(self._evaluations, {"step": step, **values, **{name: str(path) for name, path in pictures.items()}})
 
-    def close(self) -> None:
-        pass
-
 
 def _append(path: Path, row: Row) -> None:
     """Append a whole line or nothing: half a line, on a disk that is full for a while, would spoil the next one."""
     line = (json.dumps(without_nan(row)) + "\n").encode()
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
-        try:
-            if file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            with suppress(OSError):
-                file.truncate(end)
-            raise
+        if file.write(line) < len(line):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def without_nan(value: Any) -> Any:
@@ -145,63 +116,112 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def scalars(row: Row) -> dict[str, float]:
-    """A row's numbers by chart: ``train/<name>``, and ``ranks/<name>/<rank>`` for the values of each rank."""
-    found = {f"train/{name}": v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
-    for name, values in row.get("ranks", {}).items():
-        found |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values) if value is not None}
-    return found
+class Charts(Logger):
+    """Charts of every number over the steps: ``train/<name>``, ``ranks/<name>/<rank>`` and ``eval/<name>``."""
+
+    def add(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        """Points and pictures by chart."""
+        raise NotImplementedError
+
+    def write(self, row: Row) -> None:
+        numbers = {f"train/{name}": v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
+        for name, values in row.get("ranks", {}).items():
+            numbers |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values) if value is not None}
+        self.add(row["step"], numbers, {})
+
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        self.add(step, *({f"eval/{name}": v for name, v in found.items()} for found in (values, pictures)))
 
 
-class TensorBoard:
-    """TensorBoard events; a continued run purges the rows after its checkpoint.
-
-    Args:
-        folder: of the event files.
-        step: after which the run begins or continues.
-        config: shown as text.
-    """
+class TensorBoard(Charts):
+    """TensorBoard events, and the configuration as text. A run that continues after a step purges later rows."""
 
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._open = partial(SummaryWriter, str(folder))
+        self._folder = folder
         self._writer = self._open(purge_step=step + 1 if step else None)
         if config:
             lines = json.dumps(config, indent=2).splitlines()
             self._writer.add_text("config", "\n".join("    " + line for line in lines), step)  # Markdown for code
 
-    def write(self, row: Row) -> None:
-        with self._reopening() as writer:
-            for name, value in scalars(row).items():
-                writer.add_scalar(name, value, row["step"])
+    def _open(self, **options: Any) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
 
-    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        with self._reopening() as writer:
-            for name, value in values.items():
-                writer.add_scalar(f"eval/{name}", value, step)
+        return SummaryWriter(str(self._folder), **options)
+
+    def add(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        writer = self._writer = self._writer or self._open()
+        try:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
             for name, path in pictures.items():
                 with Image.open(path) as picture:
-                    writer.add_image(f"eval/{name}", np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+                    writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+        except OSError:  # the writer's thread ends at its first error, with half a record in its file
+            self._writer = None
+            with suppress(OSError):
+                writer.close()
+            raise
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
-    @contextmanager
-    def _reopening(self) -> Iterator[Any]:
-        """The writer's thread ends at its first error, with half a record in its file: continue in a new one."""
-        self._writer = self._writer or self._open()
+
+class WeightsAndBiases(Charts):
+    """One W&B run per run folder, however often that is resumed: ``wandb.json`` holds its id.
+
+    W&B never deletes rows. Its charts are drawn over ``step`` and not over its own count, so that steps that are
+    trained again lie where they were before. Without a connection or a key the run is kept in the run folder's
+    ``wandb/`` for ``wandb sync``.
+    """
+
+    def __init__(self, project: str, run: RunFolder, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        saved = run.read_json("wandb.json") or {}
+        known = saved["id"] if saved.get("project") == project else secrets.token_hex(4)
+        run.write_json("wandb.json", {"project": project, "id": known})
+        options = {"project": project, "id": known, "name": run.path.resolve().name, "dir": str(run.path)}
+        # Its copy of the console would hold every state of the progress bar.
+        settings = wandb.Settings(console="off", init_timeout=_WANDB_START)
+        options |= {"config": dict(config), "resume": "allow", "settings": settings}
+        self._image = wandb.Image
         try:
-            yield self._writer
-        except OSError:
-            with suppress(OSError):
-                self._writer.close()
-            self._writer = None
-            raise
+            self._run = wandb.init(**options)
+        except Exception as error:
+            kept = f"this run is kept for `wandb sync` in {run.path / 'wandb'}"
+            _log.warning("Weights & Biases: %s; %s", _first_line(error), kept)
+            wandb.teardown()  # the failed attempt still holds the id
+            self._run = wandb.init(**options, mode="offline")
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def add(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
+        self._run.log({"step": step, **numbers, **{name: self._image(str(path)) for name, path in pictures.items()}})
+
+    def close(self) -> None:
+        """Wait up to half a minute for what has not been sent. W&B marks the run as failed if an error ends it."""
+        code = int(sys.exc_info()[0] is not None)
+        thread = threading.Thread(target=self._run.finish, kwargs={"exit_code": code}, name="wandb", daemon=True)
+        thread.start()
+        thread.join(_WANDB_FINISH)
+        if thread.is_alive():
+            _log.warning("Weights & Biases: not everything was sent; `wandb sync` sends the rest from the run folder")
 
 
-class Terminal:
+def require_wandb() -> None:
+    """Raise ValueError unless wandb is installed, without importing it."""
+    if "wandb" not in sys.modules and find_spec("wandb") is None:
+        raise ValueError(
+            "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]'), but it is not installed"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")[:200]
+
+
+class Terminal(Logger):
     """A bar on a terminal or in a notebook, plain lines elsewhere. A narrow terminal shows what matters most."""
 
     def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
@@ -221,16 +241,13 @@ class Terminal:
             self._progress.start()
 
     def set_total(self, total_steps: int) -> None:
-        """Change the number of steps of the run."""
         self._total = total_steps
-        if self._progress is not None:
-            self._progress.update(self._task, total=total_steps)
 
     def write(self, row: Row) -> None:
-        text = self._text(row)
+        text, done = self._text(row), {"completed": row["step"], "total": self._total}
         line = f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=row["step"], text=text, refresh=True)
+            self._progress.update(self._task, **done, text=text, refresh=True)
         elif self._cell is not None:
             done = 20 * row["step"] // self._total
             self._cell.update({"text/plain": f"{'█' * done}{'░' * (20 - done)} {line}"}, raw=True)
@@ -240,13 +257,12 @@ class Terminal:
     def _text(self, row: Row) -> str:
         now = time.monotonic()
         left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
+        skipped, rate, loss = row["skipped_steps"], row["images_per_second"], row["loss"]
         parts = {}
         if "epoch" in row:
             parts["epoch"] = f"epoch {row['epoch']:.1f}/{round(row['epoch'] / row['step'] * self._total, 1):g}"
-        parts["loss"] = f"loss {_six_columns(row['loss'])}"
-        skipped = row["skipped_steps"]
+        parts["loss"] = f"loss {'nan' if loss is None else _six_columns(loss)}"
         parts["skipped" if skipped else "lr"] = f"{skipped} skipped" if skipped else f"lr {row['lr']:.2e}"
-        rate = row["images_per_second"]
         parts["rate"] = f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
         if "mfu" in row:
             parts["mfu"] = f"MFU {row['mfu']:.0%}"
@@ -277,70 +293,10 @@ def in_notebook() -> bool:
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
-def _six_columns(loss: float | None) -> str:
-    if loss is None:
-        return "nan"
+def _six_columns(loss: float) -> str:
     return f"{loss:.4f}" if loss < 10 else f"{loss:.5g}" if loss < 1e5 else f"{loss:.0e}"
 
 
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}:{rest:02}"
-
-
-def require_wandb() -> None:
-    """Raise ValueError unless wandb is installed, without importing it."""
-    if "wandb" not in sys.modules and find_spec("wandb") is None:
-        raise ValueError(
-            "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]'), but it is not installed"
-        )
-
-
-class WeightsAndBiases:
-    """One W&B run per run folder, however often that is resumed: ``wandb.json`` holds its id.
-
-    W&B never deletes rows. Its charts are drawn over ``step`` and not over its own count, so that steps that are
-    trained again lie where they were before. Without a connection or a key the run is kept in the run folder's
-    ``wandb/`` for ``wandb sync``.
-    """
-
-    def __init__(self, project: str, run: RunFolder, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        saved = run.read_json(_WANDB_FILE) or {}
-        known = saved["id"] if saved.get("project") == project else secrets.token_hex(4)
-        run.write_json(_WANDB_FILE, {"project": project, "id": known})
-        options = {"project": project, "id": known, "name": run.path.resolve().name, "dir": str(run.path)}
-        # Its copy of the console would hold every state of the progress bar.
-        settings = wandb.Settings(console="off", init_timeout=_WANDB_START)
-        options |= {"config": dict(config), "resume": "allow", "settings": settings}
-        self._image = wandb.Image
-        try:
-            self._run = wandb.init(**options)
-        except Exception as error:
-            kept = f"this run is kept for `wandb sync` in {run.path / 'wandb'}"
-            _log.warning("Weights & Biases: %s; %s", _first_line(error), kept)
-            wandb.teardown()  # the failed attempt still holds the id
-            self._run = wandb.init(**options, mode="offline")
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, row: Row) -> None:
-        self._run.log({"step": row["step"], **scalars(row)})
-
-    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        images = {name: self._image(str(path)) for name, path in pictures.items()}
-        self._run.log({"step": step} | {f"eval/{name}": value for name, value in {**values, **images}.items()})
-
-    def close(self) -> None:
-        """Wait up to half a minute for what has not been sent. W&B marks the run as failed if an error ends it."""
-        code = int(sys.exc_info()[0] is not None)
-        thread = threading.Thread(target=self._run.finish, kwargs={"exit_code": code}, name="wandb", daemon=True)
-        thread.start()
-        thread.join(_WANDB_FINISH)
-        if thread.is_alive():
-            _log.warning("Weights & Biases: not everything was sent; `wandb sync` sends the rest from the run folder")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0].rstrip(".")[:200]

@@ -12,19 +12,18 @@ import socket
 import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastmae.train.loggers import Loggers, Row
+from fastmae.train.flops import peak_flops
+from fastmae.train.loggers import Loggers, Row, open_loggers
 from fastmae.train.parallel import Parallelism
+from fastmae.train.profile import Spans
 from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
 
@@ -42,25 +41,20 @@ Values = dict[str, list[float]]
 
 
 class StepValues:
-    """Values of each step of an interval, (interval, names) float32 on the device.
+    """Loss, gradient norm and whether it was skipped of each step of an interval, on the device.
 
-    Args:
-        average: the mean over all ranks, taken once per interval and not per step.
+    They are averaged over all ranks once per interval and not per step.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        interval: int,
-        device: torch.device,
-        average: Callable[[Tensor], Tensor] = torch.clone,
-    ) -> None:
-        self.names, self.count, self._average = tuple(names), 0, average
-        self.values = torch.zeros(interval, len(self.names), device=device)
+    NAMES = ("loss", "grad_norm", "skipped")
 
-    def add(self, *values: Tensor) -> None:
-        """One step's values: scalars on the device, in the order of the names."""
-        torch.stack(values, out=self.values[self.count])
+    def __init__(self, interval: int, parallelism: Parallelism) -> None:
+        self.count, self._average = 0, parallelism.mean
+        self.values = torch.zeros(interval, len(self.NAMES), device=parallelism.device)
+
+    def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        """A step's values: scalars on the device."""
+        torch.stack((loss, grad_norm, skipped), out=self.values[self.count])
         self.count += 1
 
     def take(self) -> Callable[[], Values]:
@@ -71,21 +65,21 @@ class StepValues:
 
     def copy_of(self, interval: Tensor) -> Callable[[], Values]:
         """Start copying the ``interval`` of :meth:`state_dict` to the host; calling the result waits for it."""
-        host, event = torch.empty(interval.shape, pin_memory=interval.is_cuda), None
+        host, copied = torch.empty(interval.shape, pin_memory=interval.is_cuda), None
         host.copy_(interval, non_blocking=True)
         if interval.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
+            copied = torch.cuda.Event()
+            copied.record()
 
         def wait() -> Values:
-            if event is not None:
-                event.synchronize()
-            return dict(zip(self.names, host.T.tolist(), strict=True))
+            if copied is not None:
+                copied.synchronize()
+            return dict(zip(self.NAMES, host.T.tolist(), strict=True))
 
         return wait
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``interval``: the steps of the unfinished interval, (count, names), the same on all ranks; all call it."""
+        """``interval``: the steps of the unfinished interval, (count, 3), the same on all ranks; all call it."""
         return {"interval": self._average(self.values[: self.count])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -110,9 +104,8 @@ class StepTimer:
     """
 
     def __init__(self, device: torch.device, forwards: bool = False) -> None:
-        self._cuda, self._forwards = device.type == "cuda", forwards
-        self._event = torch.cuda.Event() if self._cuda else None
-        self._timed: deque[tuple[Any, Any]] = deque(maxlen=64)
+        self._event = torch.cuda.Event() if device.type == "cuda" else None
+        self._forwards = Spans(device) if forwards else None
         self.restart()
 
     def restart(self) -> None:
@@ -133,36 +126,22 @@ class StepTimer:
         if self._event is None or self._event.query():
             self._waited += time.monotonic() - begun
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
+    def forward(self) -> AbstractContextManager[None]:
         """Around the forward pass."""
-        begin = self._now() if self._forwards else None
-        yield
-        if self._forwards:
-            self._timed.append((begin, self._now()))
-            self._passes += 1
+        self._passes += 1
+        return self._forwards.measure() if self._forwards else nullcontext()
 
-    def read(self, steps: int, images: int) -> tuple[dict[str, float], float]:
+    def read(self, steps: int, images: int) -> tuple[Row, float]:
         """Times of the interval for a row, and seconds per step in forward passes: by the median of those that the
         device has finished, NaN if there are none."""
         elapsed = max(time.monotonic() - self._begun, 1e-9)
-        seconds = []
-        while self._timed and (not self._cuda or self._timed[0][1].query()):
-            begin, end = self._timed.popleft()
-            seconds.append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
+        seconds = self._forwards.finished() if self._forwards else []
         return {
             "images_per_second": images / elapsed,
             "step_time": elapsed / steps,
             "data_time": self._waited / steps,
             "data_share": self._waited / elapsed,
         }, statistics.median(seconds) * self._passes / steps if seconds else math.nan
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
 
 class Reporter:
@@ -171,14 +150,10 @@ class Reporter:
     Rows are written one interval late on a GPU or with several ranks, so that no step waits.
 
     Args:
-        run: the run folder.
-        console: shows the progress.
         interval: steps per row.
-        parallelism: the ranks whose values are averaged; the first of them writes.
-        ranks: the same ranks, for what the host exchanges.
+        parallelism, ranks: for what the devices average and what the hosts exchange; the first rank writes.
         dtype: of the matrix products that MFU compares with.
         step_flops: FLOPs of a step over all ranks, at present; None leaves them out.
-        wandb_project: of Weights & Biases; None disables it.
 
     Attributes:
         checks: called with each row and its steps' values by name before the row is written; may add to the row.
@@ -199,12 +174,13 @@ class Reporter:
         self._run, self._console, self._ranks, self._is_main = run, console, ranks, parallelism.is_main
         self._device, self._dtype, self._step_flops = parallelism.device, dtype, step_flops
         self._wandb_project = wandb_project
-        self.values = StepValues(("loss", "grad_norm", "skipped"), interval, self._device, parallelism.mean)
+        self.values = StepValues(interval, parallelism)
+        self.add = self.values.add
         self.timer = StepTimer(self._device, forwards=ranks.size > 1 and not parallelism.sharded)
         self._late = int(self._device.type == "cuda" or ranks.size > 1)
         self.checks: Sequence[Callable[[Row, Values], None]] = ()
         self._rows: list[tuple[Row, Callable[[], Values], Callable[[], list[list[float]]]]] = []
-        self._loggers: Loggers | None = None
+        self._loggers = Loggers()
         self._rows_written, self._waiting_told, self._straggling = 0, False, 0
 
     def open(
@@ -212,9 +188,7 @@ class Reporter:
     ) -> None:
         """Begin after ``step`` of ``total_steps``; all ranks together, since each measures its matrix products.
 
-        Args:
-            deadline: of ``time.monotonic()``, when the run ends at the latest.
-            on_row: called with each row.
+        The run ends at a ``deadline`` of ``time.monotonic()`` at the latest. ``on_row`` is called with each row.
         """
         self._opened = total_steps, deadline, on_row
         self._hosts = self._ranks.gather("exchanging host names", socket.gethostname)
@@ -223,13 +197,12 @@ class Reporter:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         if self._is_main:
-            self._loggers = Loggers(self._run, self._console, step, total_steps, deadline, self._wandb_project)
+            self._loggers = open_loggers(self._run, self._console, step, total_steps, deadline, self._wandb_project)
 
     def set_total(self, total_steps: int) -> None:
         """Change the number of steps of the run."""
         self._opened = total_steps, *self._opened[1:]
-        if self._loggers:
-            self._loggers.set_total(total_steps)
+        self._loggers.each(lambda logger: logger.set_total(total_steps))
 
     def start(self, step: int) -> None:
         """Begin the first interval, after ``step`` steps."""
@@ -237,16 +210,10 @@ class Reporter:
         self.values.begin(step)
         self.timer.restart()
 
-    def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """A step's values: scalars on the device."""
-        self.values.add(loss, grad_norm, skipped)
-
     def log(self, row: Row, images: int) -> None:
         """Close an interval: its values begin their way to the host, and the row of the interval before is written.
 
-        Args:
-            row: what the trainer knows; at least ``step``.
-            images: per step, for the rate.
+        ``row`` has what the trainer knows, at least ``step``; ``images`` are those of a step.
         """
         steps = row["step"] - self._last_step
         times, forward_time = self.timer.read(steps, steps * images)
@@ -277,16 +244,14 @@ class Reporter:
             row |= of_ranks
             for check in self.checks:
                 check(row, values)
-            if self._loggers:
-                self._loggers.write(row)
+            self._loggers.each(lambda logger, row=row: logger.write(row))
             if on_row := self._opened[2]:
                 on_row(row)
             self._print_if_slow(row, straggler)
 
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
         """Log an evaluation of the weights after a step: numbers by name, and picture files by name."""
-        if self._loggers:
-            self._loggers.evaluation(step, values, pictures or {})
+        self._loggers.each(lambda logger: logger.evaluation(step, values, pictures or {}))
 
     def go_back(self, step: int) -> None:
         """Begin again after an earlier step, to whose rows the files have been cut."""
@@ -296,8 +261,7 @@ class Reporter:
         self.start(step)
 
     def close(self) -> None:
-        if self._loggers:
-            self._loggers.close()
+        self._loggers.each(lambda logger: logger.close())
 
     def _print_if_slow(self, row: Row, straggler: str) -> None:
         self._rows_written += 1  # in the first interval the loader starts
@@ -347,39 +311,3 @@ def _host_memory_gib() -> float:
     """The most memory that this process has held (resident set size)."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5, size: int | None = None) -> float:
-    """FLOP/s of a large square matrix product, which is what a device reaches at best; waits for the device.
-
-    Args:
-        device: a CUDA device or the CPU, with PyTorch's present settings (TF32, threads).
-        dtype: of both factors and of the product.
-        rounds: timed, after two that are not; the median counts.
-        size: of the matrices; None: 8192 on a GPU, 1536 on a CPU.
-    """
-    size = size or {"cuda": 8192, "cpu": 1536}[device.type]
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out, seconds = torch.empty_like(a), []
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    for _ in range(rounds + 2):
-        synchronize(device)
-        begun = time.perf_counter()
-        torch.mm(a, b, out=out)
-        synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size**3 / statistics.median(seconds[2:])
-
-
-@cache
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """:func:`matmul_flops`, once per process; None where it cannot be measured. Leaves the random state as it is.
-
-    Every run begins with it, so it takes milliseconds: on a CPU the matrices fit the caches, and a large product is
-    some ten per cent faster or slower.
-    """
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            return matmul_flops(device, dtype, rounds=3, size=384 if device.type == "cpu" else None)
-    except RuntimeError:  # out of memory, or no product of this dtype: MFU is left out
-        return None

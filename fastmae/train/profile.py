@@ -7,7 +7,7 @@ no-op until :class:`StageTimes` or :class:`Profile` takes its place.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -30,37 +30,53 @@ def no_stage(name: str) -> AbstractContextManager[None]:
     return _NOTHING
 
 
-class StageTimes:
-    """Seconds of each stage while it stands in a trainer's ``stage``.
+class Spans:
+    """Times of something that happens again and again.
 
-    On a GPU a stage lies between two events on the current stream, and nothing waits for them before :meth:`read`: what
-    the device does for a stage counts, not when the host queues it. Elsewhere the clock counts.
+    On a GPU it lies between two events on the current stream, which nobody waits for: what the device does counts, and
+    not when the host queues it. Elsewhere the clock counts.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+        self._pairs: deque[tuple[Any, Any]] = deque()
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         begun = self._now()
         yield
-        self._spans[name].append((begun, self._now()))
+        self._pairs.append((begun, self._now()))
 
-    def read(self) -> dict[str, float]:
-        """Seconds by stage since the last call; waits for the device."""
-        spans, self._spans = self._spans, defaultdict(list)
-        if self._cuda:
-            torch.cuda.synchronize()
-            return {name: sum(a.elapsed_time(b) for a, b in pairs) / 1e3 for name, pairs in spans.items()}
-        return {name: sum(b - a for a, b in pairs) for name, pairs in spans.items()}
+    def finished(self) -> list[float]:
+        """Seconds of each since the last call, but for what the device has not finished, which the next call has."""
+        seconds = []
+        while self._pairs and (not self._cuda or self._pairs[0][1].query()):
+            begin, end = self._pairs.popleft()
+            seconds.append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
+        return seconds
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class StageTimes:
+    """Seconds of each stage while it stands in a trainer's ``stage``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._spans = device, defaultdict(lambda: Spans(device))
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return self._spans[name].measure()
+
+    def read(self) -> dict[str, float]:
+        """Seconds by stage since the last call; waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return {name: sum(spans.finished()) for name, spans in self._spans.items()}
 
 
 class Profile(Callback):
@@ -75,14 +91,12 @@ class Profile(Callback):
     def __init__(self, at_step: int, steps: int) -> None:
         self._first, self._steps = at_step, steps
         self._profiler: profile | None = None
-        self._last, self._written = 0, False
+        self._last = 0
 
     def begin(self, trainer: Any) -> None:
-        self._trainer = trainer
-        if trainer.step >= self._first:
-            self._say(f"the run is at step {trainer.step} already; nothing is profiled")
-        elif (last := trainer.schedule.total_steps) < self._first:
-            self._say(f"the run ends at step {last}; nothing will be profiled")
+        self._trainer, last = trainer, trainer.schedule.total_steps
+        if not trainer.step < self._first <= last:
+            self._say(f"the run trains steps {trainer.step + 1} to {last}; nothing will be profiled")
         elif trainer.parallelism.local_rank == 0:
             before = self._first - 1 - trainer.step
             warmup = min(_WARMUP, before)
@@ -95,14 +109,14 @@ class Profile(Callback):
             self._profiler.start()
 
     def after_step(self, trainer: Any) -> None:
-        if self._profiler is not None and not self._written:
+        if self._profiler is not None:
             self._last = trainer.step
             if trainer.device.type == "cuda" and trainer.step in (self._first - 1, self._first + self._steps - 1):
                 torch.cuda.synchronize(trainer.device)  # so that the trace has whole steps, and only them
             self._profiler.step()
 
     def end(self) -> None:
-        if self._profiler is not None and not self._written:
+        if self._profiler is not None:
             if self._last < self._first:
                 self._say(f"the run ended at step {self._trainer.step}; nothing was profiled")
                 self._profiler.on_trace_ready = None
@@ -113,7 +127,7 @@ class Profile(Callback):
         self._trainer.console.print(f"--report.profile-at-step {self._first}: {text}")
 
     def _write(self, profiler: profile) -> None:
-        self._written, trainer = True, self._trainer
+        trainer, self._profiler = self._trainer, None
         trainer.stage = no_stage
         name = f"rank-{trainer.parallelism.rank}-steps-{self._first}-{self._last}"
         trace = trainer.run.path / "traces" / f"{name}.json.gz"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastmae import ops
 from fastmae.data import Augment, Batch, LateBad
 from fastmae.train.config import PretrainConfig
+from fastmae.train.flops import count_flops
 from fastmae.train.optim import parameter_groups
 from fastmae.train.ranks import Ranks
 from fastmae.train.rules import progressive_sizes
@@ -60,6 +61,9 @@ class Task(Protocol):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimiser."""
+
+    def flops(self, batch_size: int) -> int:
+        """FLOPs of a forward and backward pass of so many images, as large as they are now."""
 
     def row(self) -> dict[str, Any]:
         """What a row of metrics says of the task."""
@@ -141,6 +145,11 @@ class MaskedAutoencoding:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As :class:`Task`: biases and norms do not decay."""
         return parameter_groups(self.model, self.config.train.weight_decay)
+
+    def flops(self, batch_size: int) -> int:
+        """As :class:`Task`; ``batch_size`` counts masked images."""
+        architecture = self.model.architecture | {"img_size": self.model.input_size}
+        return count_flops(architecture, batch_size, self.config.model.mask_ratio)
 
     def row(self) -> dict[str, Any]:
         """As :class:`Task`: the size of the images where it changes."""

@@ -33,7 +33,6 @@ from fastmae.train.checkpoint import (
 from fastmae.train.checkpoint.format import discard
 from fastmae.train.config import PretrainConfig
 from fastmae.train.fit_steps import StepFit, with_length
-from fastmae.train.flops import count_flops
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
 from fastmae.train.liveness import Agreement, StopRequest, Watchdog, any_signal
 from fastmae.train.loggers import Row
@@ -118,7 +117,7 @@ class Trainer:
             self.parallelism,
             self.ranks,
             dtype=self.dtype,
-            step_flops=self._step_flops,
+            step_flops=lambda: self.ranks.size * self.accumulation * task.flops(self.batch_size),
             wandb_project=config.report.wandb_project,
         )
         self.reporter.checks = (self.guard.observe,)
@@ -146,12 +145,6 @@ class Trainer:
     def _largest(self, value: float) -> float:
         """The largest of a number over all ranks."""
         return max(self.ranks.gather("sizing the batch", lambda: value))
-
-    def _step_flops(self) -> int:
-        """FLOPs of a step on all ranks, of images as large as they are now."""
-        architecture = self.model.architecture | {"img_size": self.model.input_size}
-        flops = count_flops(architecture, self.batch_size, self.config.model.mask_ratio)
-        return self.ranks.size * self.accumulation * flops
 
     @property
     def samples(self) -> int:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from commands import mistake
 from full_disk import files_limited_to
 from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training import FLAGS, make_trainer, write_images
+from training import make_trainer, write_images
 
-from fastmae.cli import main
 from fastmae.train import loggers
-from fastmae.train.loggers import JsonLines, Loggers, TensorBoard, Terminal, WeightsAndBiases, scalars
+from fastmae.train.config import ReportConfig
+from fastmae.train.loggers import JsonLines, Loggers, TensorBoard, Terminal, WeightsAndBiases, open_loggers
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.trainer import Trainer
 
 ROW = {
     "step": 781_250, "loss": 0.4123, "lr": 2.4e-3, "images_per_second": 123_456.0, "mfu": 0.512, "data_share": 0.034,
@@ -49,27 +52,6 @@ def run(tmp_path) -> Iterator[RunFolder]:
 def events(folder: Path) -> EventAccumulator:
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     return found.Reload()
-
-
-def test_all_numbers_of_a_run_are_in_tensorboard(tmp_path):
-    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
-    with trainer.run as run:
-        run.write_json("config.json", {"seed": 5})
-        trainer.fit()
-    found, rows = events(run.path), run.read_metrics()
-    names = {name for name in rows[0] if name != "step"}
-    assert {"loss", "lr", "grad_norm", "images_per_second", "mfu", "data_share", "host_memory_gib", "samples"} <= names
-    assert {f"train/{name}" for name in names} == set(found.Tags()["scalars"])
-    for name in names:
-        values = [(event.step, event.value) for event in found.Scalars(f"train/{name}")]
-        assert values == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-    (text,) = found.Tensors("config/text_summary")
-    assert text.tensor_proto.string_val[0].decode() == '    {\n      "seed": 5\n    }'
-
-
-def test_charts_are_named_by_part_and_rank():
-    numbers = {f"train/{name}" for name in ROW if name != "step"}
-    assert scalars(ROW | SEVERAL).keys() == numbers | {"ranks/forward_time/0", "ranks/forward_time/1"}
 
 
 def test_evaluations_are_in_tensorboard_and_in_a_file(tmp_path, picture):
@@ -115,25 +97,27 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
 
 
-def test_tensorboard_continues_in_a_new_file(run, caplog):
-    """The thread that writes ends by its first error, and raises it again whatever it is given."""
-    several = Loggers(run, Console(file=io.StringIO()), 0, 3)
-    _, board, _ = several._loggers
+def test_a_full_disk_costs_rows_and_tensorboard_continues_in_a_new_file(run, caplog):
+    board = TensorBoard(run.path, 0, {"seed": 5})
+    several = Loggers(board, JsonLines(run.metrics, run.evaluations))
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    several.write(ROW | {"step": 1})
-    board._writer.add_scalar = full
-    several.write(ROW | {"step": 2})
-    several.write(ROW | {"step": 3})
-    several.close()
-    assert [record.getMessage() for record in caplog.records] == [
-        "TensorBoard: METRICS NOT WRITTEN: [Errno 28] No space left on device. Training continues",
-        "TensorBoard: writing again; 1 writes failed",
+    for step in range(1, 5):
+        if step in (2, 3):
+            board._writer = board._writer or board._open()
+            board._writer.add_scalar = full
+        several.each(lambda logger, step=step: logger.write({"step": step, "loss": 1.0}))
+    several.each(lambda logger: logger.close())
+    assert caplog.messages == [
+        "TensorBoard: METRICS NOT WRITTEN: [Errno 28] No space left on device. Training continues"
     ]
-    shown = [[e.step for e in events(path).Scalars("train/loss")] for path in run.path.glob("events.*")]
-    assert sorted(shown) == [[1], [3]]
+    found = [events(path) for path in run.path.glob("events.*")]
+    assert sorted(event.step for one in found if one.Tags()["scalars"] for event in one.Scalars("train/loss")) == [1, 4]
+    assert [row["step"] for row in run.read_metrics()] == [1, 2, 3, 4]
+    (text,) = [tensor for one in found if one.Tags()["tensors"] for tensor in one.Tensors("config/text_summary")]
+    assert text.tensor_proto.string_val[0].decode() == '    {\n      "seed": 5\n    }'
 
 
 def show(*rows: dict, terminal: bool, width: int = 100) -> list[str]:
@@ -264,7 +248,7 @@ def test_wandb_gets_rows_and_evaluations(install, run):
 def test_a_resumed_wandb_run_is_the_same_and_another_project_has_another(install, run):
     fake = install()
     for project in ("maps", "maps", "streets"):
-        WeightsAndBiases(project, run, {}).close()
+        WeightsAndBiases(project, run, {})
     one, same, other = (options["id"] for options in fake.started)
     assert one == same != other
     assert {options["resume"] for options in fake.started} == {"allow"}
@@ -282,11 +266,11 @@ def test_without_a_connection_the_wandb_run_is_kept_on_disk(install, run, caplog
 @pytest.mark.parametrize(("fails", "line"), [("offline", "Nothing is logged there"), ("log", "METRICS NOT WRITTEN")])
 def test_wandb_may_fail(install, run, caplog, fails, line):
     install(fails)
-    several = Loggers(run, Console(file=io.StringIO()), 0, 10, wandb_project="maps")
+    several = open_loggers(run, Console(file=io.StringIO()), 0, 10, math.inf, "maps")
     for step in (5, 10):
-        several.write(ROW | {"step": step})
-        several.evaluation(step, {"knn": 1.0}, {})
-    several.close()
+        several.each(lambda logger, step=step: logger.write(ROW | {"step": step}))
+        several.each(lambda logger, step=step: logger.evaluation(step, {"knn": 1.0}, {}))
+    several.each(lambda logger: logger.close())
     assert sum(line in message for message in caplog.messages) == 1
     assert [row["step"] for row in run.read_metrics()] == [5, 10]
 
@@ -301,38 +285,34 @@ def test_what_wandb_cannot_send_does_not_hold_up_the_end(install, run, monkeypat
     fake.hanging.set()
 
 
-def test_a_run_that_an_error_ends_has_failed_in_wandb(install, tmp_path):
-    fake = install()
-    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"))
-    trainer.reporter._wandb_project = "maps"
-
-    def fail() -> None:
-        raise ZeroDivisionError
-
-    trainer.train_step = fail
-    with pytest.raises(ZeroDivisionError), trainer.run:
-        trainer.fit()
-    assert fake.done == [1]
-
-
 def test_a_missing_wandb_is_named_before_anything_else(capsys, monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    flags = [*FLAGS.split(), "--report.wandb-project", "maps"]
-    assert main(["pretrain", "--out", str(tmp_path / "run"), *flags]) == 2
-    assert (
-        "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]')" in capsys.readouterr().err
+    assert "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]')" in mistake(
+        capsys, "pretrain", "--out", tmp_path / "run", "--report.wandb-project", "maps"
     )
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_sends_its_rows_to_wandb_if_asked_to(install, tmp_path):
-    fake, images, run = install(), write_images(tmp_path / "images"), tmp_path / "run"
-    flags = [*FLAGS.split(), "--train.steps", "2", "--train.warmup-steps", "1", "--train.log-every-steps", "1"]
-    flags += ["--train.num-threads", str(torch.get_num_threads()), "--report.wandb-project", "maps"]
-    assert main(["pretrain", "--out", str(run), "--data.path", str(images), *flags]) == 0
-    (options,) = fake.started
-    assert options["config"]["report"]["wandb_project"] == "maps"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    sent = [values for values in fake.logged if "train/loss" in values]
-    assert [(values["step"], values["train/loss"]) for values in sent] == [(row["step"], row["loss"]) for row in rows]
+@pytest.mark.parametrize("fails", [False, True])
+def test_all_numbers_of_a_run_are_in_tensorboard_and_in_wandb_if_asked_for(install, tmp_path, fails):
+    fake, trainer = install(), make_trainer(tmp_path / "run", write_images(tmp_path / "images"), precision="fp32")
+    config = replace(trainer.config, report=ReportConfig(wandb_project="maps"))
+    trainer = Trainer(config, trainer.task, trainer.run, console=trainer.console)
+    if fails:
+        trainer.train_step = lambda: 1 / 0
+        with pytest.raises(ZeroDivisionError), trainer.run:
+            trainer.fit()
+        assert fake.done == [1]
+        return
+    with trainer.run as run:
+        trainer.fit()
+    found, rows = events(run.path), run.read_metrics()
+    names = {name for name in rows[0] if name != "step"}
+    assert {"loss", "lr", "grad_norm", "images_per_second", "mfu", "data_share", "host_memory_gib", "samples"} <= names
+    assert {f"train/{name}" for name in names} == set(found.Tags()["scalars"])
+    for name in names:
+        values = [(event.step, event.value) for event in found.Scalars(f"train/{name}")]
+        assert values == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    assert fake.logged == [{"step": row["step"], **{f"train/{name}": row[name] for name in names}} for row in rows]
+    assert fake.done == [0]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from training import make_trainer, write_images
 
+from fastmae.train.callbacks import running
 from fastmae.train.profile import Profile, StageTimes, no_stage
 
 STAGES = ("data", "masking", "forward", "backward", "optimizer")
@@ -21,21 +21,25 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
-def train(out, images, profile=None, *, resume_from=None, **options):
+def train(out, images, profile=None, *, before=lambda trainer: None, **options):
     """Run to the end, profiled or not; the trainer, what it printed in ``.said``, its folder unlocked."""
-    trainer = make_trainer(out, images, resume=resume_from is not None, **options)
-    if profile is not None:
-        trainer.callbacks = [Profile(*profile)]
-    if resume_from is not None:
-        trainer.resume(resume_from)
-    trainer.fit()
+    trainer = make_trainer(out, images, **{"precision": "fp32"} | options)
+    trainer.callbacks = [Profile(*profile)] if profile else []
+    before(trainer)
+    assert trainer.fit() == "finished"
     trainer.run.close()
     trainer.said = trainer.console.file.getvalue().replace("\n", "")
     return trainer
 
 
-def weights(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, images):
+    """A run that nobody profiles, with the times of its stages and a checkpoint of step 6."""
+
+    def measure(trainer):
+        trainer.stage = StageTimes(trainer.device)
+
+    return train(tmp_path_factory.mktemp("runs") / "plain", images, before=measure, checkpoint_every_steps=6)
 
 
 def read_trace(path):
@@ -43,11 +47,9 @@ def read_trace(path):
         return json.load(file)["traceEvents"]
 
 
-def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_same(tmp_path, images):
-    plain = train(tmp_path / "plain", images)
+def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_same(tmp_path, images, plain):
     profiled = train(tmp_path / "run", images, (5, 3))
-    for name, value in weights(plain).items():
-        assert torch.equal(value, weights(profiled)[name]), name
+    assert all(map(torch.equal, plain.model.state_dict().values(), profiled.model.state_dict().values()))
     trace = tmp_path / "run" / "traces" / "rank-0-steps-5-7.json.gz"
     events = [event["name"] for event in read_trace(trace) if event.get("cat") == "user_annotation"]
     assert {name: events.count(name) for name in STAGES} == dict.fromkeys(STAGES, 3)
@@ -56,75 +58,53 @@ def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_
     assert profiled.stage is no_stage
 
 
-@pytest.mark.parametrize("first", [1, 2])
-def test_the_first_steps_can_be_had(tmp_path, images, first):
-    train(tmp_path / "run", images, (first, 1), steps=4)
-    trace = tmp_path / "run" / "traces" / f"rank-0-steps-{first}-{first}.json.gz"
-    assert sum(event["name"] == "backward" for event in read_trace(trace)) == 1
+def test_times_of_the_stages_are_those_of_the_steps(plain):
+    times = plain.stage
+    assert len(times._spans["backward"]._pairs) == plain.step == 12
+    found = times.read()
+    assert found.keys() == set(STAGES)
+    assert all(seconds > 0 for seconds in found.values())
+    assert set(times.read().values()) == {0}
 
 
-def test_steps_are_those_of_the_run_after_a_resume_too(tmp_path, images):
-    first = train(tmp_path / "run", images, checkpoint_every_steps=6)
-    resumed = train(tmp_path / "run", images, (9, 2), resume_from=first.run.checkpoints / "step-6")
-    assert [path.name for path in sorted((tmp_path / "run" / "traces").iterdir())] == [
-        "rank-0-steps-9-10.json.gz", "rank-0-steps-9-10.txt",
-    ]  # fmt: skip
-    assert resumed.step == 12
+def test_a_resumed_run_that_ends_in_between_leaves_the_steps_that_it_made(tmp_path, images, plain):
+    checkpoint = plain.run.checkpoints / "step-6"
+    train(tmp_path / "run", images, (11, 5), before=lambda trainer: trainer.resume(checkpoint))
+    names = [path.name for path in sorted((tmp_path / "run" / "traces").iterdir())]
+    assert names == ["rank-0-steps-11-12.json.gz", "rank-0-steps-11-12.txt"]
 
 
-def test_a_step_in_the_past_is_said_to_be_so(tmp_path, images):
-    first = train(tmp_path / "run", images, checkpoint_every_steps=6)
-    resumed = train(tmp_path / "run", images, (6, 2), resume_from=first.run.checkpoints / "step-6")
-    assert "--report.profile-at-step 6: the run is at step 6 already; nothing is profiled" in resumed.said
-    assert not (tmp_path / "run" / "traces").exists()
-
-
-@pytest.mark.parametrize("step", [13, 14, 99])
-def test_a_run_that_is_too_short_says_so_before_it_begins(tmp_path, images, step):
-    trainer = train(tmp_path / "run", images, (step, 2))
-    said = f"--report.profile-at-step {step}: the run ends at step 12; nothing will be profiled"
-    assert trainer.said.count("--report.profile-at-step") == 1
-    assert -1 < trainer.said.index(said) < trainer.said.index("step  4/12")
-    assert not (tmp_path / "run" / "traces").exists()
+@pytest.mark.parametrize("first", [6, 13, 99])
+def test_steps_that_the_run_does_not_make_are_named_before_it_begins(tmp_path, images, first):
+    trainer = make_trainer(tmp_path / "run", images)
+    trainer.step, profile = 6, Profile(first, 2)
+    with running([profile], trainer):
+        assert trainer.stage is no_stage
+        said = trainer.console.file.getvalue().replace("\n", "")
+    assert said == f"--report.profile-at-step {first}: the run trains steps 7 to 12; nothing will be profiled"
 
 
 def test_a_run_that_ends_before_says_that_nothing_was_profiled(tmp_path, images):
     trainer = train(tmp_path / "run", images, (12, 2), max_minutes=1e-9)
     assert f"--report.profile-at-step 12: the run ended at step {trainer.step}; nothing was profiled" in trainer.said
-
-
-def test_a_run_that_ends_in_between_leaves_the_steps_that_it_made(tmp_path, images):
-    train(tmp_path / "run", images, (11, 5))
-    assert (tmp_path / "run" / "traces" / "rank-0-steps-11-12.txt").exists()
+    assert not (tmp_path / "run" / "traces").exists()
 
 
 def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images)
-    (tmp_path / "run" / "traces").write_text("in the way")
-    trainer.callbacks = [Profile(2, 1)]
-    assert trainer.fit() == "finished"
-    assert "the trace could not be written" in trainer.console.file.getvalue()
-
-
-def test_times_of_the_stages_are_those_of_the_steps(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images, batch_size=4)
-    trainer.stage = times = StageTimes(trainer.device)
-    begun = time.perf_counter()
-    trainer.fit()
-    found, elapsed = times.read(), time.perf_counter() - begun
-    assert found.keys() == set(STAGES)
-    assert 0 < sum(found.values()) < elapsed
-    assert times.read() == {}
+    run = tmp_path / "run"
+    trainer = train(run, images, (2, 1), before=lambda trainer: (run / "traces").write_text("in the way"), steps=4)
+    assert "the trace could not be written" in trainer.said
 
 
 @pytest.mark.parametrize(("rank", "local_rank", "written"), [(8, 0, True), (9, 1, False)])
-def test_the_first_process_of_each_node_is_recorded(tmp_path, images, rank, local_rank, written):
-    trainer = make_trainer(tmp_path / "run", images, steps=4)
-    trainer.parallelism = replace(trainer.parallelism, rank=rank, local_rank=local_rank)
-    trainer.callbacks = [Profile(2, 1)]
-    trainer.fit()
-    assert (tmp_path / "run" / "traces" / f"rank-{rank}-steps-2-2.json.gz").exists() == written
-    assert (tmp_path / "run" / "traces").exists() == written
+def test_the_first_process_of_each_node_is_recorded_from_the_first_step_on(tmp_path, images, rank, local_rank, written):
+    def place(trainer):
+        trainer.parallelism = replace(trainer.parallelism, rank=rank, local_rank=local_rank)
+
+    train(tmp_path / "run", images, (1, 1), before=place, steps=4)
+    trace = tmp_path / "run" / "traces" / f"rank-{rank}-steps-1-1.json.gz"
+    assert trace.parent.exists() == written
+    assert not written or sum(event["name"] == "backward" for event in read_trace(trace)) == 1
 
 
 @pytest.mark.gpu
