@@ -20,6 +20,9 @@ help:
 test:
 	$(MAKE) -j2 --output-sync=target test-plain test-interpreter
 
+# Two processes share few cores: threads of PyTorch's own would mostly wait for each other, at full load.
+test-plain test-interpreter: export OMP_NUM_THREADS = 1
+
 test-plain:
 	$(PYTHON) -m pytest tests --ignore tests/ops/test_interpreter.py
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from loading import KINDS, OPTIONS, assert_equal, smooth, take, write_source
+from loading import KINDS, OPTIONS, assert_equal, needs_dali, smooth, take, write_source
 from PIL import Image
 
-from fastmae.data import Augment, DataError, Dataset, create, create_loader, crop_boxes, open_dataset, photographs
+from fastmae.data import Augment, DataError, Dataset, create, create_loader, open_dataset, photographs
 from fastmae.data.augment import jitter_factors, jitter_into
 from fastmae.data.shard import write_shards
-
-needs_dali = pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +25,12 @@ def dataset(tmp_path_factory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Dataset:
-    """The embedded photographs as JPEGs of a usual size."""
+    """Six of the embedded photographs as JPEGs."""
     root = tmp_path_factory.mktemp("real")
-    for path in photographs._present(photographs.TRAINING):
+    for path in photographs._present(photographs.TRAINING)[:6]:
         with Image.open(path) as image:
             image = image.convert("RGB")
-            image.thumbnail((500, 500), Image.Resampling.LANCZOS)
+            image.thumbnail((320, 320), Image.Resampling.LANCZOS)
             image.save(root / f"{path.stem}.jpg", quality=90)
     return open_dataset(root, cache_dir=tmp_path_factory.mktemp("cache"))
 
@@ -45,12 +42,11 @@ def difference(first, second) -> float:
 
 
 @needs_dali
-@pytest.mark.parametrize("img_size", [(224, 224), (96, 128)], ids=str)
-def test_loaders_agree_on_photographs(real, img_size):
-    options = {"batch_size": 14, "img_size": img_size}
+def test_loaders_agree_on_photographs(real):
+    options = {"batch_size": 6, "img_size": (144, 192)}
     torchs, dalis = take(real, "torch", 3, **options), take(real, "dali", 3, **options)
     assert difference(torchs, dalis) < 0.05  # measured: 0, as both decode with libjpeg-turbo; the promise is 2
-    assert difference(torchs, torchs[::-1]) > 20  # other photographs
+    assert difference(torchs, torchs[1:] + torchs[:1]) > 20  # other photographs
 
 
 @needs_dali
@@ -62,13 +58,13 @@ def test_what_a_gpu_would_do(real, color_jitter, limit):
 
     from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
 
-    options = {"batch_size": 14, "img_size": (96, 80), "seed": 3}
+    options = {"batch_size": 6, "img_size": (96, 80), "seed": 3}
     augment = Augment(vflip=0.5, color_jitter=color_jitter)
     with create_loader(real, loader="torch", augment=augment, **options) as loader:
         plan, batch = loader.plan(0), next(loader)
         values = input_values(plan, [loader.read(int(i)) for i in plan.source_ids])
     names = input_names(finished=True, jitter=color_jitter > 0)
-    pipeline = Pipeline(14, 2, None)
+    pipeline = Pipeline(6, 2, None)
     with pipeline:
         feed = fn.external_source(lambda: tuple(values[name] for name in names), num_outputs=len(names), batch=True)
         inputs = dict(zip(names, feed, strict=True))
@@ -87,7 +83,7 @@ def test_what_a_gpu_would_do(real, color_jitter, limit):
 @needs_dali
 @pytest.mark.parametrize("color_jitter", [0.0, 0.4])
 def test_loaders_agree_on_photographs_on_a_gpu(real, color_jitter):
-    options = {"batch_size": 14, "img_size": (224, 224), "augment": Augment(color_jitter=color_jitter)}
+    options = {"batch_size": 6, "img_size": (224, 224), "augment": Augment(color_jitter=color_jitter)}
     on_gpu = [batch._replace(images=batch.images.cpu()) for batch in take(real, "dali", 3, device="cuda", **options)]
     # Contrast turns around the image's mean on the host, around mid-grey in DALI.
     assert difference(take(real, "torch", 3, **options), on_gpu) < (2 if color_jitter == 0 else 20)
@@ -116,26 +112,20 @@ def test_sizes_by_epoch(dataset, kind):
     for step, batch in enumerate(batches):
         assert batch.images.shape[2:] == by_epoch(5 * step // len(dataset))
     assert len({batch.images.shape for batch in batches}) == 3
-    for step in (1, 3, 5):
+    for step in (1, 3):
         assert_equal(take(dataset, kind, 8 - step, img_size=by_epoch, position=5 * step), batches[step:])
-    fixed = take(dataset, kind, 1, img_size=(16, 24))
-    assert_equal(fixed, batches[:1])
+    assert_equal(take(dataset, kind, 1, img_size=(16, 24)), batches[:1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_have_one_size_where_an_epoch_begins(dataset, kind):
-    ranks = [take(dataset, kind, 6, img_size=by_epoch, rank=r, world_size=3, batch_size=2) for r in range(3)]
+    ranks = [take(dataset, kind, 4, img_size=by_epoch, rank=r, world_size=3, batch_size=2) for r in range(3)]
     straddled = 0
     for step, batches in enumerate(zip(*ranks, strict=True)):
         sizes = {batch.images.shape for batch in batches}
         assert sizes == {(2, 3, *by_epoch(6 * step // len(dataset)))}
         straddled += len({int(epoch) for batch in batches for epoch in batch.epochs}) > 1
     assert straddled
-
-
-def test_a_size_below_1_is_refused(dataset):
-    with pytest.raises(ValueError, match="img_size"):
-        create_loader(dataset, **(OPTIONS | {"img_size": lambda epoch: (0, 8)}))
 
 
 # Crops
@@ -159,59 +149,7 @@ def test_crop_modes(dataset, kind, crop):
         assert min(errors) <= 4
 
 
-def test_a_fixed_crop_has_the_training_size_s_aspect_and_lies_anywhere():
-    ids = np.arange(4000)
-    heights, widths = np.full(4000, 300), np.full(4000, 500)
-    options = {"seed": 0, "augment": Augment(crop="fixed")}
-    boxes = crop_boxes(ids, ids * 0, heights, widths, img_size=(224, 224), **options)
-    assert (boxes[:, 2:] == 300).all()
-    assert (boxes[:, 0] == 0).all()
-    left = boxes[:, 1]
-    assert left.min() == 0
-    assert left.max() == 200
-    assert abs(left.mean() - 100) < 4
-    wide = crop_boxes(ids, ids * 0, heights, widths, img_size=(100, 200), **options)
-    assert (wide[:, 2:] == (250, 500)).all()
-    center = crop_boxes(ids, ids * 0, heights, widths, img_size=(100, 200), seed=0, augment=Augment(crop="center"))
-    assert (center == (25, 0, 250, 500)).all()
-    with pytest.raises(ValueError, match="img_size"):
-        crop_boxes(ids, ids * 0, heights, widths, **options)
-
-
 # Colours
-
-
-def test_jitter_is_drawn_evenly_and_by_key():
-    ids = np.arange(20_000)
-    factors = jitter_factors(ids, ids * 0, seed=0, augment=Augment(color_jitter=0.4))
-    low, high = [0.6, 0.6, 0.6, -0.1], [1.4, 1.4, 1.4, 0.1]
-    assert np.allclose(factors.min(0), low, atol=1e-3)
-    assert np.allclose(factors.max(0), high, atol=1e-3)
-    assert np.allclose(factors.mean(0), np.add(low, high) / 2, atol=5e-3)
-    assert np.abs(np.corrcoef(factors.T) - np.eye(4)).max() < 0.03
-    [row] = jitter_factors(ids[7:8], ids[:1], seed=0, augment=Augment(color_jitter=0.4))
-    assert np.array_equal(row, factors[7])
-    assert (jitter_factors(ids, ids * 0 + 1, seed=0, augment=Augment(color_jitter=0.4)) != factors).all(1).mean() > 0.99
-    assert jitter_factors(ids, ids, seed=0, augment=Augment()) is None
-    assert jitter_factors(ids, ids, seed=0, augment=Augment(color_jitter=2))[:, :3].min() >= 0
-
-
-def test_jitter_changes_what_it_says():
-    image = smooth(40, 50, 0)
-
-    def jittered(*factors):
-        out = image.copy()
-        jitter_into(out, np.array(factors, dtype=np.float64))
-        return out.astype(int)
-
-    assert np.array_equal(jittered(1, 1, 1, 0), jittered(1.0, 1.0, 1.0, 0.0))
-    assert np.abs(jittered(1, 1, 1, 0) - image).mean() < 3  # there and back through hue in 8 bits
-    assert np.abs(jittered(0.5, 1, 1, 0) - image * 0.5).mean() < 3
-    grey = jittered(1, 1, 0, 0)
-    assert np.abs(grey - grey.mean(2, keepdims=True)).max() <= 1
-    assert jittered(1, 0, 1, 0).std() < 1
-    turned = jittered(1, 1, 1, 1 / 3)
-    assert np.abs(turned - np.roll(image.astype(int), 1, 2)).mean() < 6  # red to green, green to blue, blue to red
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,17 +166,10 @@ def test_jitter_in_batches(dataset, kind):
             assert np.array_equal(after.images[j].permute(1, 2, 0).numpy(), expected)
 
 
-@pytest.mark.parametrize(("name", "value"), [("crop", "centre"), ("color_jitter", -0.1), ("color_jitter", 2.1)])
-def test_values_out_of_range_are_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        Augment(**{name: value})
-
-
 # Channels
 
 
-@pytest.mark.parametrize("channels", [1, 4, 13])
-@pytest.mark.parametrize("format_", ["tif", "npy"])
+@pytest.mark.parametrize(("channels", "format_"), [(1, "tif"), (1, "npy"), (4, "npy"), (13, "tif")])
 def test_any_number_of_channels(tmp_path, channels, format_):
     values = {}
     for i in range(4):
@@ -263,8 +194,7 @@ def test_any_number_of_channels(tmp_path, channels, format_):
         create_loader(dataset, augment=Augment(color_jitter=0.4), **OPTIONS)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs_are(tmp_path, cached):
+def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs_are(tmp_path):
     """Boxes, flips and replacements are those of the same images in 8 bits; values are exact, not of 256 steps."""
     for name in ("bytes", "bands"):
         (tmp_path / name).mkdir()
@@ -281,9 +211,9 @@ def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs
         open_dataset(tmp_path / "bands", value_range=ranges, **options)
     dataset = open_dataset(tmp_path / "bands", value_range=ranges, channels_first=True, **options)
     assert dataset.shape(3) == (63, 70)
-    loading = {"batch_size": 5, "img_size": (32, 48), "cache_bytes": 256 << 20 if cached else 0}
-    ours = take(dataset, "torch", 3, **loading)
-    for batch, other in zip(ours, take(plain, "torch", 3, **loading), strict=True):
+    ours = take(dataset, "torch", 3)
+    assert_equal(take(dataset, "torch", 3, cache_bytes=0), ours)
+    for batch, other in zip(ours, take(plain, "torch", 3), strict=True):
         assert torch.equal(batch.sample_ids, other.sample_ids)
         assert batch.images.dtype == torch.float32
         assert (batch.images * 255 - other.images).abs().max() < 1.5  # PyTorch rounds after each of two passes
@@ -298,9 +228,13 @@ def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs
         create_loader(dataset, **OPTIONS | {"loader": "dali"})
 
 
-def test_16_bit_png_without_a_range_warns(tmp_path, caplog):
-    Image.fromarray(smooth(40, 50, 0)[..., 0].astype(np.uint16) * 256).save(tmp_path / "a.png")
+def test_grey_photographs_for_one_channel_and_a_warning_of_16_bits(tmp_path, caplog):
     options = {"channels": 1, "cache_dir": tmp_path / ".cache"}
+    for i, suffix in enumerate(("jpg", "png")):
+        Image.fromarray(smooth(40, 50, i)[..., 0]).save(tmp_path / f"{i}.{suffix}")
+    [batch] = take(open_dataset(tmp_path, **options), "torch", 1)
+    assert batch.images.shape == (5, 1, 32, 48)
+    Image.fromarray(smooth(40, 50, 0)[..., 0].astype(np.uint16) * 256).save(tmp_path / "a.png")
     for _ in range(2):  # the second time from the cached index
         caplog.clear()
         open_dataset(tmp_path, **options)
@@ -308,11 +242,3 @@ def test_16_bit_png_without_a_range_warns(tmp_path, caplog):
     caplog.clear()
     open_dataset(tmp_path, value_range=(0, 65535), **options)
     assert caplog.text == ""
-
-
-def test_grey_photographs_for_one_channel(tmp_path):
-    for i, suffix in enumerate(("jpg", "png")):
-        Image.fromarray(smooth(40, 50, i)[..., 0]).save(tmp_path / f"{i}.{suffix}")
-    dataset = open_dataset(Path(tmp_path), channels=1, cache_dir=tmp_path / ".cache")
-    [batch] = take(dataset, "torch", 1)
-    assert batch.images.shape == (5, 1, 32, 48)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -15,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import KINDS, OPTIONS, assert_equal, smooth, take, write_source
+from loading import KINDS, OPTIONS, assert_equal, needs_dali, smooth, take, write_source
 from PIL import Image
 
-from fastmae.data import DataError, Dataset, create, create_loader, open_dataset
+from fastmae.data import DataError, Dataset, create_loader, open_dataset
 from fastmae.data import loader as loader_module
 from fastmae.data import threads as threads_module
 from fastmae.data.options import choose_options
@@ -32,71 +30,23 @@ def dataset(tmp_path_factory) -> Dataset:
     )
 
 
-def hanging(root: Path) -> Dataset:
-    """Twenty images, one of which becomes a pipe that nobody writes to, as a file on a dead server is."""
-    for i in range(20):
-        Image.fromarray(smooth(30, 40, i)).save(root / f"{i:02}.png")
-    dataset = open_dataset(root, cache_dir=root / ".cache")
-    Path(dataset.path(7)).unlink()
-    os.mkfifo(dataset.path(7))
-    return dataset
-
-
-def test_a_file_that_hangs_does_not_keep_the_process(tmp_path):
-    program = f"""
-import sys
-from pathlib import Path
-sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1] / "helpers")!r}]
-from fastmae.data import DataError, create_loader, has_dali
-from test_loader_waiting import hanging
-dataset = hanging(Path({str(tmp_path)!r}))
-options = dict(batch_size=4, img_size=(16, 16), seed=0, timeout=1)
-loaders = [create_loader(dataset, loader=kind, **options) for kind in ("torch", "dali")[: 1 + has_dali()]]
-for loader in loaders:
-    batches = []
-    try:
-        batches.extend(loader)
-    except DataError as error:
-        print(error)
-    assert len(batches) <= 5
-    try:
-        next(loader)
-    except DataError as error:
-        print("again")
-"""
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("no batch came within 1 s") == 1 + create.has_dali()
-    assert result.stdout.count("07.png") == 1 + create.has_dali()
-    assert result.stdout.count("--data.timeout") == 1 + create.has_dali()
-    assert result.stdout.rstrip().endswith("again")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_closing_leaves_behind_what_hangs(tmp_path, kind, monkeypatch, caplog):
+    """A pipe that nobody writes to stands for a file on a dead server."""
     monkeypatch.setattr(threads_module, "PATIENCE", 0.2)
-    dataset = hanging(tmp_path)
+    for i in range(8):
+        Image.fromarray(smooth(30, 40, i)).save(tmp_path / f"{i}.png")
+    dataset = open_dataset(tmp_path, cache_dir=tmp_path / ".cache")
+    Path(dataset.path(7)).unlink()
+    os.mkfifo(dataset.path(7))
     with (
-        create_loader(dataset, loader=kind, batch_size=20, img_size=(8, 8), seed=0, timeout=0.3) as loader,
-        pytest.raises(DataError, match=r"07\.png"),
+        create_loader(dataset, loader=kind, batch_size=8, img_size=(8, 8), seed=0, timeout=1) as loader,
+        pytest.raises(DataError, match=r"7\.png"),
     ):
         next(loader)
     assert "left behind" in caplog.text
     with open(dataset.path(7), "wb"):  # noqa: PTH123 - lets go of the thread
         pass
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_slow_batch_is_no_error(dataset, kind, monkeypatch):
-    read = Dataset.read
-
-    def slow(self, i):
-        time.sleep(0.05)
-        return read(self, i)
-
-    monkeypatch.setattr(Dataset, "read", slow)
-    with create_loader(dataset, loader=kind, timeout=20, **OPTIONS) as loader:
-        assert len(next(loader).images) == 5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,8 +70,7 @@ def interrupted(self, timeout=None):
     return _result(self, timeout)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("prefetch", [1, 3])
+@pytest.mark.parametrize(("kind", "prefetch"), [("torch", 1), ("torch", 3), pytest.param("dali", 3, marks=needs_dali)])
 def test_the_loader_works_ahead_while_the_consumer_does_not_ask(dataset, kind, prefetch, monkeypatch):
     finished = []
     finish = loader_module.Loader.finish
@@ -158,19 +107,19 @@ def test_memory_is_bounded(dataset, kind, monkeypatch):
         return images
 
     monkeypatch.setattr(loader_module.Loader, "empty_images", counted)
-    options = {"batch_size": 4, "img_size": (160, 160), "seed": 0, "prefetch": 2, "cache_bytes": 0}
+    options = {"batch_size": 4, "img_size": (224, 224), "seed": 0, "prefetch": 2, "cache_bytes": 0}
     with create_loader(dataset, loader=kind, **options) as loader:
-        for _ in range(50):
+        for _ in range(20):
             next(loader)
         gc.collect()
         before = resident_bytes()
-        for _ in range(200):
+        for _ in range(80):
             next(loader)
         gc.collect()
         grown = resident_bytes() - before
-    assert number >= 250
+    assert number >= 100
     assert most <= 2 + 1 + loader.num_producers  # waiting, handed out, and being made
-    assert grown < 20e6, "200 batches are 61 MB"
+    assert grown < 15e6, "80 batches are 49 MB"
 
 
 def resident_bytes() -> int:
@@ -180,40 +129,28 @@ def resident_bytes() -> int:
 # The threads
 
 
-def test_stopping_wakes_whoever_waits():
-    hold = threading.Event()
-    pool = Threads(1, "fastmae-test")
+def test_results_and_errors_come_back_and_stopping_wakes_whoever_waits():
+    several = Threads(3, "fastmae-test")
+    assert list(several.map(lambda x: x * x, range(50))) == [x * x for x in range(50)]
+    with pytest.raises(ZeroDivisionError):
+        several.submit(lambda: 1 / 0).result(20)
+    several.shutdown()
+
+    hold, pool, woken = threading.Event(), Threads(1, "fastmae-test"), []
     running, queued = pool.submit(hold.wait), pool.submit(int)
-    waiting = []
-
-    def wait(future):
-        with pytest.raises(Exception, match="stopped") as caught:
-            future.result(20)
-        waiting.append(caught)
-
-    waiters = [threading.Thread(target=wait, args=(future,)) for future in (running,)]
-    for waiter in waiters:
-        waiter.start()
+    waiter = threading.Thread(target=lambda: woken.append(running.exception(20)))
+    waiter.start()
     while not running.running():
         time.sleep(0.001)
     pool.shutdown(wait=False)
-    for waiter in waiters:
-        waiter.join(20)
-    assert len(waiting) == 1
+    waiter.join(20)
+    assert "stopped" in str(woken[0])
     hold.set()
     pool.shutdown(wait=True)
     assert queued.cancelled()
     assert pool.alive == []
     with pytest.raises(Exception, match="stopped"):
         pool.submit(int)
-
-
-def test_results_and_errors_come_back():
-    pool = Threads(3, "fastmae-test")
-    assert list(pool.map(lambda x: x * x, range(50))) == [x * x for x in range(50)]
-    with pytest.raises(ZeroDivisionError):
-        pool.submit(lambda: 1 / 0).result(20)
-    pool.shutdown()
 
 
 # What is taken of the machine
@@ -238,25 +175,18 @@ def test_options_follow_the_machine(monkeypatch):
     assert text == "1 decoding thread on 24 cores, 2 batches ahead of 38.5 MB each"
 
 
-def test_hints_for_the_gpu_decoder_are_the_largest_image(dataset):
-    from fastmae.data.dali_hints import decoder_hints
-
-    hints = decoder_hints(dataset, 0.5)
-    rows = dataset.rows(np.arange(len(dataset)))
-    assert hints["preallocate_height_hint"] == rows["height"].max()
-    assert hints["preallocate_width_hint"] == rows["width"].max()
-    assert hints["hw_decoder_load"] == 0.5
-
-
-@pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
-def test_dali_knows_the_hints(dataset):
+@needs_dali
+def test_hints_for_the_gpu_decoder_are_the_largest_image_and_known_to_dali(dataset):
     from nvidia.dali.backend import GetSchema
 
     from fastmae.data.dali_hints import decoder_hints
 
+    hints, rows = decoder_hints(dataset, 0.5), dataset.rows(np.arange(len(dataset)))
+    assert hints["preallocate_height_hint"] == rows["height"].max()
+    assert hints["preallocate_width_hint"] == rows["width"].max()
+    assert hints["hw_decoder_load"] == 0.5
     schema = GetSchema("decoders__ImageSlice")
-    for name in decoder_hints(dataset, 0.5):
-        assert schema.HasArgument(name), name
+    assert all(schema.HasArgument(name) for name in hints)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,9 +195,3 @@ def test_a_loader_says_what_it_uses(dataset, kind):
         assert loader.num_threads == 3
         assert "3 decoding threads" in loader.describe()
         assert kind in loader.describe().lower()
-
-
-@pytest.mark.parametrize(("name", "value"), [("prefetch", 0), ("timeout", 0), ("hw_decoder_load", 1.5)])
-def test_arguments_out_of_range_are_refused(dataset, name, value):
-    with pytest.raises(ValueError, match=name):
-        create_loader(dataset, **OPTIONS, **{name: value})

@@ -20,13 +20,10 @@ from fastmae.data import (
 )
 
 
-def test_splits_share_no_scene():
+def test_splits():
     assert not set(photographs.TRAINING) & set(photographs.VALIDATION.values())
     scenes = [name.split("_left")[0].split("_right")[0] for name in photographs.TRAINING]
     assert not set(scenes) & {name.split(".")[0] for name in photographs.VALIDATION.values()}
-
-
-def test_training_split():
     dataset = open_dataset(None)
     assert dataset.embedded
     assert dataset.bad == []
@@ -37,21 +34,20 @@ def test_training_split():
         assert pixels.std() > 5
 
 
-def test_a_hundred_batches_are_right_and_various():
+def test_batches_are_whole_epochs_and_various():
     with create_loader(open_dataset(None), loader="torch", batch_size=14, img_size=(32, 32), seed=0) as loader:
-        batches = [next(loader) for _ in range(20)]
+        batches = [next(loader) for _ in range(6)]
     for epoch, batch in enumerate(batches):
         assert sorted(batch.sample_ids.tolist()) == list(range(14))
         assert (batch.epochs == epoch).all()
     first = torch.cat([batch.images[batch.sample_ids == 0] for batch in batches])
-    assert len(torch.unique(first.flatten(1), dim=0)) == 20
+    assert len(torch.unique(first.flatten(1), dim=0)) == 6
 
 
-@pytest.mark.parametrize("img_size", [(64, 64), (32, 96)])
-def test_validation_split(img_size):
-    names, images = validation_photographs(img_size)
+def test_validation_split():
+    names, images = validation_photographs((32, 96))
     assert names == list(photographs.VALIDATION)
-    assert images.shape == (len(names), 3, *img_size)
+    assert images.shape == (len(names), 3, 32, 96)
     assert images.dtype == torch.uint8
     assert (images.float().std((1, 2, 3)) > 20).all()
 
@@ -67,11 +63,11 @@ def test_files_missing_from_another_version(monkeypatch, caplog):
 
 def test_fixed_crops_are_those_of_a_loader():
     dataset, augment = open_dataset(None), Augment(scale=(0.3, 0.6))
-    crops = fixed_crops(dataset, (24, 32), seed=5, epoch=3, count=20, augment=augment)
-    options = {"batch_size": 20, "img_size": (24, 32), "seed": 5, "position": 3 * len(dataset), "augment": augment}
+    crops = fixed_crops(dataset, (24, 32), seed=5, epoch=3, count=16, augment=augment)
+    options = {"batch_size": 16, "img_size": (24, 32), "seed": 5, "position": 3 * len(dataset), "augment": augment}
     with create_loader(dataset, loader="torch", **options) as loader:
         assert torch.equal(next(loader).images, crops)
-    assert not torch.equal(crops, fixed_crops(dataset, (24, 32), seed=6, epoch=3, count=20, augment=augment))
+    assert not torch.equal(crops, fixed_crops(dataset, (24, 32), seed=6, epoch=3, count=16, augment=augment))
 
 
 def test_fixed_crops_replace_what_does_not_decode(tmp_path):
@@ -122,10 +118,10 @@ def test_read_images_of_other_kinds(tmp_path):
         read_images([tmp_path / "bands.npy"], (16, 24), channels=12)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"plain text", b"\xff\xd8\xff\xe0 a broken jpeg"])
-def test_read_images_names_the_file_that_fails(tmp_path, content):
+def test_read_images_names_the_file_that_fails(tmp_path):
     path = tmp_path / "picture.jpg"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=r"picture\.jpg"):
-        read_images([path], (16, 16))
+    for content in (None, b"", b"plain text", b"\xff\xd8\xff\xe0 a broken jpeg"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=r"picture\.jpg"):
+            read_images([path], (16, 16))

@@ -7,12 +7,12 @@ import io
 import json
 import os
 import resource
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
-from loading import smooth
+from distributed import start_process
+from loading import png, smooth
 from PIL import Image
 from sharding import contents, write_source
 
@@ -20,6 +20,8 @@ from fastmae.data import DataError, open_dataset, shard_file
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.shard_folder import ShardFolder
 from fastmae.data.shard_image import StoredImage
+
+OPTIONS = ShardOptions(short_side=50, images_per_shard=5)
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def stop_after(images: int):
     return progress
 
 
-def test_a_stopped_run_goes_on_where_it_was(source, open_, tmp_path):
-    options, out = ShardOptions(short_side=50, images_per_shard=5), tmp_path / "out"
+def test_a_stopped_run_resumes_and_damage_in_the_folder_is_repaired(source, open_, tmp_path):
+    options, out = OPTIONS, tmp_path / "out"
     write_shards(open_(source), tmp_path / "undisturbed", options)
     with pytest.raises(Stop):
         write_shards(open_(source), out, options, progress=stop_after(12))
@@ -60,85 +62,52 @@ def test_a_stopped_run_goes_on_where_it_was(source, open_, tmp_path):
     assert sum(seen) == 20
     assert contents(out) == contents(tmp_path / "undisturbed")
     assert before == {name: (out / name).stat().st_mtime_ns for name in before}
-    (out / "shard-000002.tar").unlink()
+    os.truncate(out / "shard-000001.tar", 5000)
+    (out / "shard-000002.tar.index.npz").unlink()
+    (out / "shard-000003.tar").unlink()
+    for leftover in (".shard-000003.tar.partial", ".shards.json.partial", ".writing-abc.index.npz"):
+        (out / leftover).touch()
     write_shards(open_(source), out, options)
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-def test_what_is_damaged_in_the_folder_is_made_again(source, open_, tmp_path):
-    options, out = ShardOptions(images_per_shard=5), tmp_path / "out"
-    write_shards(open_(source), out, options)
-    before = contents(out)
-    os.truncate(out / "shard-000001.tar", 5000)
-    (out / "shard-000002.tar.index.npz").unlink()
-    for leftover in (".shard-000003.tar.partial", ".shards.json.partial", ".writing-abc.index.npz"):
-        (out / leftover).touch()
-    write_shards(open_(source), out, options)
-    assert contents(out) == before
+def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> None:
+    """Pack, and be killed after a number of images or within a step of the packing."""
 
+    def die(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fastmae.data import open_dataset, shard_file
-from fastmae.data.shard import ShardOptions, write_shards
-from fastmae.data.shard_folder import ShardFolder
-from fastmae.data.shard_image import StoredImage
-
-source, out, cache = map(Path, sys.argv[1:])
-
-def die(*arguments):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def pack(**options):
-    write_shards(open_dataset(source, cache_dir=cache), out, ShardOptions(short_side=50, images_per_shard=5), **options)
-
-class DieAfter:
-    def __init__(self, images):
-        self.left = images
-    def __call__(self, images, size):
-        self.left -= images
-        if self.left < 0:
+    def die_after(images: int, size: int) -> None:
+        nonlocal moment
+        moment -= images
+        if moment < 0:
             die()
 
-def torn(self, record):  # half a line of what is remembered
-    with (self.path / ".progress.jsonl").open("a") as file:
-        file.write('{"name": "shard-0000')
-        file.flush()
-        die()
+    def die_in_a_record(self, record):
+        with (self.path / ".progress.jsonl").open("a") as file:
+            file.write('{"name": "shard-0000')
+            file.flush()
+            die()
 
-def attempts():
-    yield lambda: pack(progress=DieAfter(3))
-    yield lambda: pack(progress=DieAfter(8))
-    shard_file.write_shard_index = die
-    yield pack
-    shard_file.write_shard_index = real_index
-    ShardFolder.add = torn
-    yield pack
-    ShardFolder.add = real_add
-    yield lambda: pack(progress=DieAfter(17))
-    ShardFolder.finish = die
-    yield pack
-
-real_index, real_add = shard_file.write_shard_index, ShardFolder.add
-for attempt in attempts():
-    child = os.fork()
-    if not child:
-        attempt()
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    print(len(list(out.glob("*.tar"))), flush=True)
-"""
+    if moment == "index":
+        shard_file.write_shard_index = die
+    elif moment == "record":
+        ShardFolder.add = die_in_a_record
+    elif moment == "finish":
+        ShardFolder.finish = die
+    progress = die_after if isinstance(moment, int) else None
+    write_shards(open_dataset(source, cache_dir=cache), out, OPTIONS, progress=progress)
 
 
 def test_sigkill_at_any_moment(source, open_, tmp_path):
     out = tmp_path / "out"
-    arguments = [sys.executable, "-c", KILLED, source, out, tmp_path / "cache"]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.stdout.split() == ["0", "1", "2", "2", "3", "4"], done.stderr
-    options = ShardOptions(short_side=50, images_per_shard=5)
-    write_shards(open_(source), out, options)
-    write_shards(open_(source), tmp_path / "undisturbed", options)
+    for moment, shards in [(3, 0), (8, 1), ("index", 2), ("record", 2), (17, 3), ("finish", 4)]:
+        process = start_process(pack_and_die, source, out, tmp_path / "cache", moment)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list(out.glob("*.tar"))) == shards
+    write_shards(open_(source), out, OPTIONS)
+    write_shards(open_(source), tmp_path / "undisturbed", OPTIONS)
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
@@ -161,12 +130,10 @@ def test_other_options_another_source_and_other_files_are_refused(source, open_,
         write_shards(open_(source), out, ShardOptions(images_per_shard=10))
 
 
-def test_one_process_at_a_time(source, open_, tmp_path):
-    with ShardFolder(tmp_path / "out", {}), pytest.raises(DataError, match="another process"):
-        write_shards(open_(source), tmp_path / "out")
+def test_one_process_at_a_time_where_the_file_system_has_locks(source, open_, tmp_path, monkeypatch):
+    with ShardFolder(tmp_path / "locked", {}), pytest.raises(DataError, match="another process"):
+        write_shards(open_(source), tmp_path / "locked")
 
-
-def test_a_file_system_without_locks(source, open_, tmp_path, monkeypatch):
     def flock(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
@@ -174,17 +141,9 @@ def test_a_file_system_without_locks(source, open_, tmp_path, monkeypatch):
     assert write_shards(open_(source), tmp_path / "out").images == 20
 
 
-def write_damaged_png(path: Path) -> None:
-    """Header and end are good, pixels are not."""
-    Image.fromarray(smooth(80, 90, 0)).save(path)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
-
-
 def test_bad_files_are_left_out_listed_and_limited(source, open_, tmp_path):
     (source / "dogs" / "19.jpg").unlink()
-    write_damaged_png(source / "dogs" / "19.png")
+    (source / "dogs" / "19.png").write_bytes(png(damaged=True, size=(80, 90)))
     (source / "cats" / "00.jpg").write_bytes(b"")
     dataset = open_(source, max_bad_fraction=0.1)
     packed = write_shards(dataset, tmp_path / "out", ShardOptions(short_side=50, images_per_shard=6))
@@ -198,14 +157,10 @@ def test_bad_files_are_left_out_listed_and_limited(source, open_, tmp_path):
     assert contents(tmp_path / "out") == before
     with pytest.raises(DataError, match=r"2 of 20 images cannot be used"):
         write_shards(open_(source, max_bad_fraction=0.05), tmp_path / "strict", ShardOptions(short_side=50))
-
-
-def test_a_source_that_changes_meanwhile(source, open_, tmp_path):
-    dataset = open_(source)
     Image.fromarray(smooth(44, 55, 9)).save(source / "cats" / "10.jpg")
     with pytest.raises(DataError, match=r"cats/10.jpg: changed while it was being packed"):
-        write_shards(dataset, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.tar"))
+        write_shards(dataset, tmp_path / "changed")
+    assert not list((tmp_path / "changed").glob("*.tar"))
 
 
 def test_a_full_disk_leaves_no_half_shard(source, open_, tmp_path):
@@ -224,8 +179,8 @@ def test_a_full_disk_leaves_no_half_shard(source, open_, tmp_path):
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("part", ["data", "name"])
-def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("offset", [700, 12], ids=["data", "name"])
+def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypatch, offset):
     real = os.fsync
 
     def flip(descriptor: int) -> None:
@@ -233,7 +188,7 @@ def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypa
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.name == ".shard-000000.tar.partial":
             with path.open("r+b") as file:
-                file.seek(700 if part == "data" else 12)
+                file.seek(offset)
                 file.write(b"!")
 
     monkeypatch.setattr(shard_file.os, "fsync", flip)

@@ -34,13 +34,9 @@ def encode(kind: str, height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [(1, 300), (257, 3), (40, 60)])
-def test_it_is_what_the_file_was_made_with(kind, size):
-    assert stored_size(encode(kind, *size)) == size
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_damage_is_noticed_and_never_raises(kind):
+def test_it_is_what_the_file_was_made_with_and_damage_never_raises(kind):
+    for size in [(1, 300), (257, 3), (40, 60)]:
+        assert stored_size(encode(kind, *size)) == size
     encoded = encode(kind, 40, 60)
     for damaged in (encoded[:0], encoded[:1], encoded[:3], encoded[:13], np.zeros_like(encoded), encoded[1:]):
         assert stored_size(damaged) is None
@@ -48,7 +44,7 @@ def test_damage_is_noticed_and_never_raises(kind):
     erased[2:30] = 0
     assert stored_size(erased) != (40, 60)
     generator = np.random.default_rng(1)
-    for _ in range(200):
+    for _ in range(50):
         stored_size(generator.permutation(encoded[:200]))
         changed = encoded[: int(generator.integers(1, len(encoded)))].copy()
         changed[generator.integers(0, len(changed), 20)] = generator.integers(0, 256, 20)

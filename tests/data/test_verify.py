@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
-
 import numpy as np
 import pytest
-from loading import png, write_mixed
+from loading import png, write_mixed, write_shards
 
 from fastmae.data import DataError, open_dataset, retry
 from fastmae.data.verify import Verdict, verify_images
@@ -28,15 +25,16 @@ def folder(tmp_path):
     return root
 
 
-@pytest.mark.parametrize("num_threads", [1, 4])
-def test_damage_behind_the_header_is_found(folder, open_, num_threads):
+def test_damage_behind_the_header_is_found(folder, open_):
     dataset = open_(folder, max_bad_fraction=1.0)
     assert dataset.bad_ids.tolist() == [6]
-    verdicts = list(verify_images(dataset, num_threads=num_threads))
-    assert [verdict.sample_id for verdict in verdicts] == [0, 1, 2, 3, 4, 5, 7]
-    assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [2, 5]
-    assert all("does not decode" in verdict.reason for verdict in verdicts if verdict.reason)
-    assert [verdict.size for verdict in verdicts] == [len(png(i in (2, 5), i)) for i in (0, 1, 2, 3, 4, 5, 7)]
+    for num_threads in (1, 4):
+        verdicts = list(verify_images(dataset, num_threads=num_threads))
+        assert [verdict.sample_id for verdict in verdicts] == [0, 1, 2, 3, 4, 5, 7]
+        assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [2, 5]
+        assert all("does not decode" in verdict.reason for verdict in verdicts if verdict.reason)
+        assert [verdict.size for verdict in verdicts] == [len(png(i in (2, 5), i)) for i in (0, 1, 2, 3, 4, 5, 7)]
+    assert [verdict.sample_id for verdict in verify_images(dataset, [7, 5, 0])] == [7, 5, 0]  # in the order asked for
 
 
 def test_verdicts_are_remembered(folder, open_):
@@ -50,15 +48,14 @@ def test_verdicts_are_remembered(folder, open_):
         open_(folder)
 
 
-def test_good_images_of_every_kind_pass(open_, tmp_path):
+def test_good_images_of_every_kind_pass_in_a_folder_and_in_shards(open_, tmp_path):
     (tmp_path / "mixed").mkdir()
-    dataset = open_(write_mixed(tmp_path / "mixed"))
-    assert [verdict for verdict in verify_images(dataset) if verdict.reason] == []
-
-
-def test_some_images_in_the_order_asked_for(folder, open_):
-    dataset = open_(folder, max_bad_fraction=1.0)
-    assert [verdict.sample_id for verdict in verify_images(dataset, [7, 5, 0])] == [7, 5, 0]
+    files = sorted(write_mixed(tmp_path / "mixed").iterdir())
+    assert not [verdict for verdict in verify_images(open_(tmp_path / "mixed")) if verdict.reason]
+    (tmp_path / "mixed" / "damaged.png").write_bytes(png(True))
+    shards = write_shards(tmp_path / "shards", [tmp_path / "mixed" / "damaged.png", *files], per_shard=20)
+    verdicts = verify_images(open_(shards, max_bad_fraction=1.0))
+    assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [0]
 
 
 def test_a_shape_other_than_the_headers(folder, open_, monkeypatch):
@@ -67,16 +64,6 @@ def test_a_shape_other_than_the_headers(folder, open_, monkeypatch):
     verdicts = list(verify_images(dataset, [0, 1]))
     assert verdicts[0].reason is None
     assert verdicts[1] == Verdict(1, len(png(False, 1)), "decodes to (40, 51, 3), its header said (40, 50, 3)")
-
-
-def test_members_of_shards(open_, tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for i in range(4):
-            info, data = tarfile.TarInfo(f"{i}.png"), png(i == 1, i)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    dataset = open_(tmp_path / "a.tar", max_bad_fraction=1.0)
-    assert [bool(verdict.reason) for verdict in verify_images(dataset)] == [False, True, False, False]
 
 
 def test_a_file_that_is_gone_is_no_bad_image(folder, open_, monkeypatch):
@@ -88,27 +75,27 @@ def test_a_file_that_is_gone_is_no_bad_image(folder, open_, monkeypatch):
 
 
 def test_warnings_are_put_down_to_their_files(open_, tmp_path):
-    """Whoever decodes some of them says so, at any time while others decode too."""
+    """A decoder warns at any time, while other threads decode too."""
     root = tmp_path / "images"
     root.mkdir()
     for i in range(70):
-        (root / f"{i:02}.png").write_bytes(png(i == 40, i))
+        (root / f"{i:02}.png").write_bytes(png(i == 40, i % 5))
     dataset = open_(root, max_bad_fraction=1.0)
-    real, said = type(dataset).decode, []
+    real, warnings = type(dataset).decode, []
 
-    class Listening(type(dataset)):
+    class Warns(type(dataset)):
         def decode(self, sample_id):
             if sample_id in (3, 39, 40, 68):
-                said.append(f"warning of {sample_id}")
+                warnings.append(f"warning of {sample_id}")
             return real(self, sample_id)
 
     def take():
-        taken, said[:] = list(said), []
+        taken, warnings[:] = list(warnings), []
         return taken
 
-    dataset.__class__ = Listening
+    dataset.__class__ = Warns
     verdicts = list(verify_images(dataset, num_threads=2, take_warnings=take))
     assert [verdict.sample_id for verdict in verdicts] == list(range(70))
-    warnings = {verdict.sample_id: verdict.warning for verdict in verdicts if verdict.warning}
-    assert warnings == {i: f"warning of {i}" for i in (3, 39, 68)}
+    found = {verdict.sample_id: verdict.warning for verdict in verdicts if verdict.warning}
+    assert found == {i: f"warning of {i}" for i in (3, 39, 68)}
     assert [verdict.sample_id for verdict in verdicts if verdict.reason] == [40]

@@ -30,19 +30,13 @@ def test_votes_are_those_of_the_formula(k, temperature):
     torch.testing.assert_close(scores.exp(), torch.tensor(expected), rtol=1e-4, atol=1e-7)
 
 
-def test_lengths_do_not_matter_and_a_cold_temperature_does_not_overflow():
-    bank, labels, queries = torch.randn(30, 8), torch.randint(0, 3, (30,)), torch.randn(9, 8)
-    scores = knn_scores(bank, labels, queries)
-    torch.testing.assert_close(knn_scores(100 * bank, labels, 0.01 * queries), scores)
+def test_neither_lengths_nor_the_number_of_queries_matter_and_a_cold_temperature_does_not_overflow():
+    bank, labels, queries = torch.randn(30, 8), torch.randint(0, 3, (30,)), torch.randn(1030, 8)
+    scores = knn_scores(bank, labels, queries)  # more queries than are compared at once
+    torch.testing.assert_close(knn_scores(100 * bank, labels, 0.01 * queries[1020:]), scores[1020:])
     cold = knn_scores(bank, labels, queries, temperature=1e-4)
     assert cold.max(1).values.isfinite().all()
     assert torch.equal(cold.argmax(1), knn_scores(bank, labels, queries, k=1).argmax(1))
-
-
-def test_more_queries_than_are_compared_at_once():
-    bank, labels, queries = torch.randn(30, 8), torch.randint(0, 3, (30,)), torch.randn(1030, 8)
-    scores = knn_scores(bank, labels, queries)
-    torch.testing.assert_close(scores[1020:], knn_scores(bank, labels, queries[1020:]))
 
 
 def test_separate_classes_are_recognised_and_shuffled_labels_are_not():
@@ -65,9 +59,9 @@ def test_top_k_counts_classes_with_votes_only_and_prefers_earlier_ones():
     assert top_k_accuracy(scores, torch.tensor([-1, 7, -1]), 3) == 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_does_not_fit_is_refused():
+    fine = {"bank": torch.ones(3, 4), "labels": torch.tensor([0, 1, 0]), "queries": torch.ones(2, 4)}
+    for arguments, message in [
         ({"bank": torch.zeros(0, 4)}, r"bank: expected shape \(n, D\) with n at least 1"),
         ({"labels": torch.zeros(3)}, "labels: expected int64"),
         ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels: expected int64 of shape \(3,\)"),
@@ -76,16 +70,9 @@ def test_top_k_counts_classes_with_votes_only_and_prefers_earlier_ones():
         ({"queries": torch.zeros(2, 3)}, r"queries: expected shape \(m, 4\)"),
         ({"k": 0}, "k and temperature"),
         ({"temperature": 0.0}, "k and temperature"),
-    ],
-)
-def test_what_does_not_fit_is_refused(arguments, message):
-    fine = {"bank": torch.ones(3, 4), "labels": torch.tensor([0, 1, 0]), "queries": torch.ones(2, 4)}
-    with pytest.raises(ValueError, match=message):
-        knn_scores(**fine | arguments)
-
-
-def test_accuracy_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="scores and labels"):
-        top_k_accuracy(torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="scores and labels"):
-        top_k_accuracy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64))
+    ]:
+        with pytest.raises(ValueError, match=message):
+            knn_scores(**fine | arguments)
+    for queries, classes in ((0, 0), (2, 3)):
+        with pytest.raises(ValueError, match="scores and labels"):
+            top_k_accuracy(torch.zeros(queries, 3), torch.zeros(classes, dtype=torch.int64))

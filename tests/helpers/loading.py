@@ -14,10 +14,8 @@ from PIL import Image
 from fastmae.data import Dataset, create, create_loader
 from fastmae.data.decode import UndecodableImage, decode
 
-KINDS = [
-    "torch",
-    pytest.param("dali", marks=pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")),
-]
+needs_dali = pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+KINDS = ["torch", pytest.param("dali", marks=needs_dali)]
 OPTIONS = {"batch_size": 5, "img_size": (32, 48), "seed": 3}
 
 
@@ -138,10 +136,10 @@ def write_source(kind: str, root: Path, count: int = 11) -> Path:
     return folder
 
 
-def png(damaged: bool, seed: int = 0) -> bytes:
+def png(damaged: bool, seed: int = 0, size: tuple[int, int] = (40, 50)) -> bytes:
     """A PNG whose header and end are good; its pixels are not if ``damaged``."""
     buffer = io.BytesIO()
-    Image.fromarray(smooth(40, 50, seed)).save(buffer, "PNG")
+    Image.fromarray(smooth(*size, seed)).save(buffer, "PNG")
     data = bytearray(buffer.getvalue())
     if damaged:
         data[len(data) // 2] ^= 0xFF
