@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training import make_trainer
+from training import FLAGS, TRAIN, make_trainer
 
-from fastmae import data
+from fastmae import data, pretraining
 from fastmae.cli import main
 from fastmae.evaluate.callbacks import Pictures, Probe
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
-from fastmae.train.config import ReportConfig
+from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
 from fastmae.train.liveness import StopRequest
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -43,7 +44,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def probed(out: Path, images: Path, report: ReportConfig | None, **options):
-    trainer = make_trainer(out, images, **options)
+    trainer = make_trainer(out, images, **{"precision": "fp32"} | options)
     if report:
         config = replace(trainer.config, report=report)
         trainer.callbacks = [Probe(config, trainer.dataset, Ranks())]
@@ -56,71 +57,61 @@ def said(trainer) -> str:
 
 
 def evaluations(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    path = run / "evaluations.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_the_training_is_the_same_bit_for_bit(tmp_path, images):
+def test_easy_classes_are_told_apart_and_the_training_is_the_same_bit_for_bit(tmp_path, images):
     weights = []
-    for name, report in (("plain", None), ("probed", ReportConfig(probe_every_epochs=1))):
+    for name, report in (("plain", None), ("run", ReportConfig(probe_every_epochs=1.25))):
         trainer = probed(tmp_path / name, images, report, options={"progressive_sizes": (16, 32)})
         trainer.fit()
         weights.append(trainer.model.state_dict())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert [row["step"] for row in evaluations(tmp_path / "probed")] == [4, 8, 12]  # the last one once
-
-
-@pytest.mark.parametrize(
-    ("epochs", "steps"), [(1, [4, 8, 12]), (1.25, [5, 10]), (0.5, [2, 4, 6, 8, 10, 12]), (0.01, range(1, 13)), (9, [])]
-)
-def test_it_is_due_in_the_step_that_ends_an_interval_of_epochs(tmp_path, images, epochs, steps):
-    probe = Probe(
-        replace(make_trainer(tmp_path / "run", images).config, report=ReportConfig(probe_every_epochs=epochs)),
-        data.open_dataset(images),
-        Ranks(),
-    )
-    assert [step for step in range(1, 13) if probe.is_due(step)] == list(steps)  # 30 images, 8 a step
-
-
-def test_easy_classes_are_told_apart_and_shuffled_ones_are_not(tmp_path, images):
-    report = ReportConfig(probe_every_epochs=1.25)
-    trainer = probed(tmp_path / "run", images, report)
-    trainer.fit()
     rows = evaluations(tmp_path / "run")
     assert [row["step"] for row in rows] == [5, 10, 12]  # the last one is that of the end
     assert all(row["knn_top1"] == row["linear_top1"] == row["linear_top1_class_token"] == 1.0 for row in rows)
     assert "Probe every 1.25 epochs: 27 images of 3 classes to learn from, 3 of colors to test on" in said(trainer)
     assert "step 5: knn_top1 1" in said(trainer)
+
+
+def test_it_is_due_in_the_step_that_ends_an_interval_of_epochs(images):
+    dataset, train = data.open_dataset(images), replace(TRAIN, global_batch_size=8)
+    for epochs, steps in {1: [4, 8, 12], 1.25: [5, 10], 0.5: [2, 4, 6, 8, 10, 12], 0.01: range(1, 13), 9: []}.items():
+        report = ReportConfig(probe_every_epochs=epochs)
+        probe = Probe(PretrainConfig(data=DataConfig(path=images), train=train, report=report), dataset, Ranks())
+        assert [step for step in range(1, 13) if probe.is_due(step)] == list(steps), epochs  # 30 images, 8 a step
+
+
+def test_shuffled_classes_are_not_told_apart(tmp_path):
     shuffled = write_classes(tmp_path / "shuffled", 20, shuffled=True)
     tests = write_classes(tmp_path / "tests", 10)
-    probed(tmp_path / "other", shuffled, replace(report, probe_path=tests)).fit()
-    row = evaluations(tmp_path / "other")[-1]
+    report = ReportConfig(probe_every_epochs=100, probe_path=tests)
+    probed(tmp_path / "run", shuffled, report, steps=1, warmup_steps=0).fit()
+    (row,) = evaluations(tmp_path / "run")
     assert max(row["knn_top1"], row["linear_top1"]) < 0.75
 
 
-def test_weights_that_are_not_finite_are_said_and_do_not_end_the_run(tmp_path, images):
-    trainer = probed(tmp_path / "run", images, ReportConfig(probe_every_epochs=1), steps=4)
+def test_features_that_are_not_finite_are_reported_and_do_not_end_the_run(tmp_path, images):
+    trainer = probed(tmp_path / "run", images, ReportConfig(probe_every_epochs=1), steps=1, warmup_steps=0)
     with torch.no_grad():
         trainer.model.norm.bias.fill_(torch.nan)
-    trainer.fit()
-    assert "step 4: no probe: features: expected finite numbers" in said(trainer)
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert trainer.fit() == "finished"
+    assert "step 1: no probe: features: expected finite numbers" in said(trainer)
+    assert evaluations(tmp_path / "run") == []
 
 
-def test_the_end_of_the_time_is_probed_too_but_not_a_signal(tmp_path, images):
-    rows, stop = {}, StopRequest()
-    for name, options in (("time", {"max_minutes": 0.3 / 60}), ("signal", {})):
-        report = ReportConfig(probe_every_epochs=1e9)
-        trainer = probed(tmp_path / name, images, report, steps=10**6, **options)
-        if name == "signal":
-            trainer.callbacks.insert(0, Signal(stop))
-            trainer._stop = stop
-        assert trainer.fit() == ("preempted" if name == "signal" else "finished")
-        path = tmp_path / name / "evaluations.jsonl"
-        rows[name] = evaluations(tmp_path / name) if path.exists() else []
-    assert [row["step"] for row in rows["time"]] == [
-        json.loads((tmp_path / "time" / "status.json").read_text())["step"]
-    ]
-    assert rows["signal"] == []
+def test_a_run_is_probed_at_its_time_limit_but_not_after_a_signal(tmp_path, images):
+    report, stop = ReportConfig(probe_every_epochs=1e9), StopRequest()
+    trainer = probed(tmp_path / "time", images, report, max_minutes=1e-9)
+    assert trainer.fit() == "finished"
+    assert [row["step"] for row in evaluations(tmp_path / "time")] == [trainer.step]
+    assert trainer.step < 12
+    trainer = probed(tmp_path / "signal", images, report)
+    trainer.callbacks.insert(0, Signal(stop))
+    trainer._stop = stop
+    assert trainer.fit() == "preempted"
+    assert evaluations(tmp_path / "signal") == []
 
 
 class Signal(Callback):
@@ -134,26 +125,17 @@ class Signal(Callback):
             self.stop.requested = "SIGTERM"
 
 
-FLAGS = {"model.img-size": 32, "model.patch-size": 8, "model.depth": 1, "train.steps": 4, "train.global-batch-size": 8}
-FLAGS |= {"train.num-threads": 1, "train.precision": "fp32"}
-FLAGS |= {"report.probe-every-epochs": 1, "report.picture-every-steps": 2}
+def pretrain(*more: object) -> int:
+    flags = [*FLAGS.split(), "--train.steps", "4", "--train.warmup-steps", "1", "--report.picture-every-steps", "4"]
+    return main(["pretrain", *flags, "--report.probe-every-epochs", "1", *map(str, more)])
 
 
-def run(**flags) -> int:
-    threads = torch.get_num_threads()
-    try:
-        given = FLAGS | {name.replace("_", "-").replace("--", "."): value for name, value in flags.items()}
-        return main(["pretrain", *(text for key, value in given.items() for text in (f"--{key}", str(value)))])
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_the_command_draws_probes_and_says_so(tmp_path, images, capsys):
-    out = tmp_path / "run"
-    tests = write_classes(tmp_path / "tests", 2)
-    assert run(data__path=images, out=out, report__probe_path=tests, report__probe_images=12) == 0
-    names = {path.name for path in (out / "reconstructions").iterdir()}
-    assert names == {"step-000002.png", "step-000004.png", "final.png"}
+def test_the_command_draws_probes_and_says_so(tmp_path, images, capsys, monkeypatch):
+    monkeypatch.setattr(pretraining, "_CROPS", 12)
+    out, tests = tmp_path / "run", write_classes(tmp_path / "tests", 2)
+    flags = ["--data.path", images, "--report.probe-path", tests, "--report.probe-images", 12]
+    assert pretrain("--out", out, *flags) == 0
+    assert {path.name for path in (out / "reconstructions").iterdir()} == {"step-000004.png", "final.png"}
     printed = capsys.readouterr().out
     assert "12 images of 3 classes to learn from, 6 of tests to test on" in printed
     assert "step 4: crops_mse " in printed
@@ -163,10 +145,16 @@ def test_the_command_draws_probes_and_says_so(tmp_path, images, capsys):
     assert found["crops_mse"] == [row for row in evaluations(out) if "crops_mse" in row][-1]["crops_mse"]
 
 
+def test_what_cannot_be_probed_is_an_error_before_the_training(tmp_path, images, capsys):
+    assert pretrain("--out", tmp_path / "run") == 2  # the photographs
+    error = "--report.probe-every-epochs: the images of photographs have no labels; expected a folder a"
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("photographs", "--report.probe-every-epochs: the images of photographs have no labels; expected a folder a"),
         ("one class", "--report.probe-every-epochs: expected images of at least two classes in one, got one"),
         ("few", "--report.probe-every-epochs: expected at least 10 labelled images to hold some out, got 9"),
         ("other classes", "--report.probe-path: expected classes of colors (blue, green, red) in strange, got cat"),
@@ -175,25 +163,23 @@ def test_the_command_draws_probes_and_says_so(tmp_path, images, capsys):
         ("many classes", "--report.probe-images: expected some images of each class to learn from, got 27 that have"),
     ],
 )
-def test_what_cannot_be_probed_is_an_error_before_the_training(tmp_path, images, capsys, case, message):
-    flags = {"out": tmp_path / "run"}
-    if case != "photographs":
-        flags["data__path"] = images
+def test_images_that_cannot_be_probed_are_refused(tmp_path, images, case, message):
+    path, report = images, ReportConfig(probe_every_epochs=1)
     if case == "one class":
-        flags["data__path"] = write_classes(tmp_path / "one", colors={"red": (200, 40, 40)})
+        path = write_classes(tmp_path / "one", colors={"red": (200, 40, 40)})
     if case == "few":
-        flags["report__probe_images"] = 9
+        report = replace(report, probe_images=9)
     if case == "other classes":
-        flags["report__probe_path"] = write_classes(tmp_path / "strange", 1, {"cat": (0, 0, 0)})
+        report = replace(report, probe_path=write_classes(tmp_path / "strange", 1, {"cat": (0, 0, 0)}))
     if case == "same images":
-        flags["report__probe_path"] = images
+        report = replace(report, probe_path=images)
     if case == "no path":
-        flags["report__probe_path"] = tmp_path / "nowhere"
+        report = replace(report, probe_path=tmp_path / "nowhere")
     if case == "many classes":
-        flags["data__path"] = write_classes(tmp_path / "many", 1, {f"{i:02}": (9, 8, i) for i in range(30)})
-    assert run(**flags) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+        path = write_classes(tmp_path / "many", 1, {f"{i:02}": (9, 8, i) for i in range(30)})
+    config = PretrainConfig(data=DataConfig(path=path), report=report)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Probe(config, data.open_dataset(path), Ranks())
 
 
 @pytest.mark.gpu
