@@ -1,4 +1,8 @@
-"""What fastmae finds on this machine and what it will use: the text of ``fastmae env``, made for a bug report."""
+"""What fastmae finds on this machine and what it will use: the text of ``fastmae env``, made for a bug report.
+
+Finding a broken library is a line of the report, never an exception. Libraries that warn or are slow to import are
+asked in a process of their own, or only for their version.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,24 +20,12 @@ import torch
 
 import fastmae
 
-_PACKAGES = (
-    "torchvision",
-    "triton",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "tyro",
-    "scikit-image",
-    "nvidia-dali-cuda120",
-    "nvidia-dali-cuda130",
-    "nvidia-nvimgcodec-cu12",
-    "nvidia-nvimgcodec-cu13",
-    "xformers",
-    "timm",
-    "transformers",
-    "wandb",
-)
 _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
+_PACKAGES = (
+    *("torchvision", "triton", "numpy", "pillow", "safetensors", "tyro", "scikit-image"),
+    *(*_DALI, "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
+    *("xformers", "timm", "transformers", "wandb"),
+)
 _APEX_HOW = (
     "build NVIDIA's apex from its GitHub source with "
     "`APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation .` (PyPI's package of that name is another)"
@@ -48,33 +39,14 @@ print('forward operators that load: ' + (', '.join(names) or 'none'))
 
 
 def report() -> str:
-    """Versions, devices, the path of the kernels on each device, attention backends, optimizers, loaders, decoders.
-
-    Takes a few seconds: libraries that warn or are slow to import are asked in a process of their own, or only for
-    their version. Finding a broken library is a line of the report, never an exception.
-    """
-    sections = {
-        "Versions": _versions(),
-        "Devices": _devices(),
-        "Kernels": _kernels(),
-        "Attention": _attention(),
-        "Optimizers": _optimizers(),
-        "Data": _data(),
-    }
-    return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections.items())
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> str:
-    rows = list(rows)
-    width = max(len(name) for name, _ in rows) + 2
-    return "\n".join(f"  {name:<{width}}{text}".rstrip() for name, text in rows)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    """Versions, devices, the path of the kernels on each device, attention backends, optimizers, loaders, decoders."""
+    text = []
+    for section in (_versions, _devices, _kernels, _attention, _optimizers, _data):
+        rows = section()
+        width = max(len(name) for name, _ in rows) + 2
+        lines = (f"  {name:<{width}}{value}".rstrip() for name, value in rows)
+        text.append("\n".join([section.__name__.strip("_").capitalize(), *lines]))
+    return "\n\n".join(text)
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -101,20 +73,18 @@ def _devices() -> list[tuple[str, str]]:
         f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}{memory}, {usable} of {os.cpu_count()} logical "
         f"cores usable, torch uses {torch.get_num_threads()} threads"
     )
-    rows = [("cpu", cpu)]
     if not torch.cuda.is_available():
         why = "torch finds no device or driver" if torch.version.cuda or torch.version.hip else "torch has no CUDA"
-        return [*rows, ("cuda", f"none: {why}")]
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        rows.append(
-            (
-                f"cuda:{index}",
-                f"{device.name}, {device.total_memory / 2**30:.1f} GiB, compute capability "
-                f"{device.major}.{device.minor}, {device.multi_processor_count} multiprocessors",
-            )
+        return [("cpu", cpu), ("cuda", f"none: {why}")]
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [("cpu", cpu)] + [
+        (
+            f"cuda:{index}",
+            f"{device.name}, {device.total_memory / 2**30:.1f} GiB, compute capability "
+            f"{device.major}.{device.minor}, {device.multi_processor_count} multiprocessors",
         )
-    return rows
+        for index, device in enumerate(devices)
+    ]
 
 
 def cpu_model() -> str:
@@ -140,19 +110,16 @@ def _kernels() -> list[tuple[str, str]]:
 
 
 def _attention() -> list[tuple[str, str]]:
-    rows = []
     try:
-        rows += import_module("fastmae.ops.attention").describe_backends()
+        rows = [*import_module("fastmae.ops.attention").describe_backends()]
     except Exception as error:
-        rows.append(("fastmae.ops", f"does not import: {_brief(error)}"))
-    if find_spec("xformers") is not None:
-        rows.append(("xformers itself", _ask(_XFORMERS_PROBE)))
-    return rows
+        rows = [("fastmae.ops", f"does not import: {_brief(error)}")]
+    return rows + ([("xformers itself", _ask(_XFORMERS_PROBE))] if find_spec("xformers") else [])
 
 
 def _optimizers() -> list[tuple[str, str]]:
-    apex = _ask(_APEX_PROBE) if find_spec("apex") is not None else "not installed"
     rows = [("torch.optim.AdamW", "fused, the default")]
+    apex = _ask(_APEX_PROBE) if find_spec("apex") else "not installed"
     if apex == "loads":
         return [*rows, ("apex FusedAdam", "found")]
     return [*rows, ("apex FusedAdam", f"{apex}; optional"), ("", _APEX_HOW)]
@@ -162,11 +129,8 @@ def _data() -> list[tuple[str, str]]:
     dali = next((f"{package} {_version(package)}" for package in _DALI if _version(package)), None)
     if dali and not torch.cuda.is_available():
         dali += ", on the CPU"
-    return [
-        ("loader dali", dali or 'not installed: pip install "fastmae[dali-cuda13]" (or dali-cuda12)'),
-        ("loader torch", _torchvision_decoders()),
-        ("Pillow", _pillow_decoders()),
-    ]
+    missing = 'not installed: pip install "fastmae[dali-cuda13]" (or dali-cuda12)'
+    return [("loader dali", dali or missing), ("loader torch", _torchvision_decoders())]
 
 
 def _torchvision_decoders() -> str:
@@ -188,12 +152,11 @@ def _torchvision_decoders() -> str:
     return f"torchvision.io decodes {', '.join([', '.join(formats) or 'nothing', *errors])}"
 
 
-def _pillow_decoders() -> str:
-    from PIL import features
-
-    turbo = "libjpeg-turbo" if features.check_feature("libjpeg_turbo") else "libjpeg"
-    rows = {"jpg": turbo, "zlib": "PNG", "webp": "WebP"}
-    return ", ".join(f"{label}{'' if features.check(key) else ' missing'}" for key, label in rows.items())
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _ask(code: str) -> str:
@@ -203,7 +166,7 @@ def _ask(code: str) -> str:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"cannot be asked: {_brief(error)}"
+        return f"does not answer: {_brief(error)}"
     if done.returncode == 0 and done.stdout.strip():
         return done.stdout.strip().splitlines()[-1]
     last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
@@ -211,5 +174,4 @@ def _ask(code: str) -> str:
 
 
 def _brief(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}"

@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from fastmae.train.batch_size import keeps_batch_size
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.format import step_of
-from fastmae.train.config import SECTIONS, PretrainConfig, read_config, to_json
+from fastmae.train.config import PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.init_from import initialize as initialize_weights
 from fastmae.train.init_from import read_weights
@@ -44,8 +44,8 @@ from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, n
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
 from fastmae.train.profile import Profile
-from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, scaled_warmup
-from fastmae.train.rules import flag, validate
+from fastmae.train.recipes import NEEDS_WEIGHTS, describe
+from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Status, Trainer
@@ -53,15 +53,9 @@ from fastmae.train.weights import export_weights, load_model
 
 _log = logging.getLogger(__name__)
 
-_FLAGS = {
-    "mode": "--train.parallel",
-    "shard_size": "--train.shard-size",
-    "device_type": "--train.device",
-    "global_batch": "--train.global-batch-size",
-    "max_batch": "--train.batch-size",
-    "compile_mode": "--train.compile-mode",
-    "cuda_graph": "--train.cuda-graph",
-}
+_FLAGS = {"mode": "--train.parallel", "shard_size": "--train.shard-size", "device_type": "--train.device",
+          "global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size",
+          "compile_mode": "--train.compile-mode", "cuda_graph": "--train.cuda-graph"}  # fmt: skip
 """Flags behind arguments that functions report by their own names."""
 _CROPS, _ROWS = 256, 12
 """Crops over which the final errors are measured, and rows of the final picture."""
@@ -139,19 +133,20 @@ def _cpu_threads(count: int | None) -> Iterator[None]:
 
 def _open_folder(config: PretrainConfig, ranks: Ranks) -> RunFolder:
     """The run folder, which rank 0 makes and locks."""
-    folder = None
 
-    def lead() -> None:
-        nonlocal folder
+    def lead() -> RunFolder:
         try:
-            folder = RunFolder(config.out, resume=config.resume)
+            return RunFolder(config.out, resume=config.resume)
         except BlockingIOError:
             raise
         except OSError as error:
             raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
 
-    lead() if ranks.size == 1 else ranks.first("opening the run folder", lead)
-    return folder or RunFolder(config.out, resume=config.resume, leader=False)
+    if ranks.size == 1:
+        return lead()
+    led = []
+    ranks.first("opening the run folder", lambda: led.append(lead()))
+    return led[0] if led else RunFolder(config.out, resume=config.resume, leader=False)
 
 
 class _Pretraining:
@@ -238,7 +233,7 @@ class _Pretraining:
             stop=self.stop,
             watchdog=self.watchdog,
         )
-        for line in (*describe_config(config), *_describe_size(trainer, kind), precision.text):
+        for line in (*describe(config), *_describe_size(trainer, kind), precision.text):
             if line:
                 self.console.print(line)
         self.warn(precision.warning)
@@ -256,14 +251,12 @@ class _Pretraining:
     def callbacks(self, dataset: data.Dataset) -> list[Callback]:
         """What ``--report`` asks for; the same on all ranks."""
         config, report = self.config, self.config.report
-        found: list[Callback] = []
-        if report.picture_every_steps:
-            found.append(Pictures(config, dataset))
-        if report.probe_every_epochs:
-            found.append(Probe(config, dataset, self.ranks))
-        if report.profile_at_step:
-            found.append(Profile(report.profile_at_step, report.profile_steps))
-        return found
+        asked = {
+            Pictures: report.picture_every_steps and (config, dataset),
+            Probe: report.probe_every_epochs and (config, dataset, self.ranks),
+            Profile: report.profile_at_step and (report.profile_at_step, report.profile_steps),
+        }
+        return [kind(*arguments) for kind, arguments in asked.items() if arguments]
 
     def resume(self, trainer: Trainer, saved: Checkpoint) -> None:
         """Continue from a checkpoint; report which one, and what makes the continuation inexact."""
@@ -335,79 +328,51 @@ class _Pretraining:
 
     def evaluate(self, trainer: Trainer, model: nn.Module, weights: Path, timing: dict[str, float]) -> None:
         """Reconstruct images that were not trained on; write ``final.png`` and ``summary.json``."""
-        config, folder, bad = trainer.config, self.folder, len(trainer.bad_files)
-        self.console.print("Evaluating: reconstructing images that were not trained on")
+        config, folder, say = trainer.config, self.folder, self.console.print
+        say("Evaluating: reconstructing images that were not trained on")
         sets, names = reconstruction_sets(config, trainer.dataset, _CROPS)
         picture = folder.reconstructions / "final.png"
-        errors = evaluate_sets(
-            model,
-            sets,
-            mask_ratio=config.model.mask_ratio,
-            mask_strategy=config.model.mask_strategy,
-            seed=config.train.seed,
-            path=picture,
-            dtype=DTYPES[config.train.precision],
-            names=names,
-            num_rows=_ROWS,
-            when=f"after {trainer.step:,} steps",
-        )
+        masks = {"mask_ratio": config.model.mask_ratio, "mask_strategy": config.model.mask_strategy}
+        drawing = {"path": picture, "names": names, "num_rows": _ROWS, "when": f"after {trainer.step:,} steps"}
+        dtype = DTYPES[config.train.precision]
+        errors = evaluate_sets(model, sets, **masks, **drawing, seed=config.train.seed, dtype=dtype)
         for values in errors.values():
             values["worse_than"] = [name for name, key in _BASELINES.items() if not values["mse"] < values[key]]
-        rows = folder.read_metrics()
+        losses = [row["loss"] for row in folder.read_metrics()] or [None]
         newest = {name: value for row in folder.read_evaluations() for name, value in row.items()}
         summary = {
             "steps": trainer.step,
             "samples": trainer.samples,
             **timing,
-            "first_loss": rows[0]["loss"] if rows else None,
-            "last_loss": rows[-1]["loss"] if rows else None,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
             "device": str(trainer.device),
             "precision": config.train.precision,
             "num_threads": torch.get_num_threads(),
             "loader": trainer.loader.kind,
-            "bad_files": bad,
+            "bad_files": len(trainer.bad_files),
             "sets": errors,
             "evaluations": {k: v for k, v in newest.items() if k != "step" and isinstance(v, int | float)},
             "picture": str(picture),
             "weights": str(weights),
         }
         folder.write_json("summary.json", without_nan(summary))
-        if bad:
-            self.console.print(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {folder.path}/bad_files.jsonl")
+        if bad := len(trainer.bad_files):
+            say(f"{bad:,} bad file{'s' * (bad > 1)}, replaced by others: {folder.path}/bad_files.jsonl")
         for name, values in errors.items():
-            self.console.print(
+            say(
                 f"{name}, {values['mask_strategy']} masks: error {values['mse']:.3f}  "
                 f"(mean colour {values['mse_mean_color']:.3f}, inverse distance {values['mse_inverse_distance']:.3f})"
             )
             if values["worse_than"]:
-                self.console.print(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, without a model")
-        self.console.print(f"Weights: {weights}\nPicture: {picture}")
+                say(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, without a model")
+        say(f"Weights: {weights}\nPicture: {picture}")
         if not all(math.isfinite(values["mse"]) for values in errors.values()):
             self.warn("THE MODEL'S PREDICTIONS ARE NOT FINITE: its weights are of no use")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run prints at its start
-
-
-def describe_config(config: PretrainConfig) -> Iterator[str]:
-    """The recipe, and as flags what differs from it; ``config.json`` has everything."""
-    recipe = RECIPES[config.recipe]
-    later = f" (today's is {recipe.recipe_version})" if config.recipe_version != recipe.recipe_version else ""
-    yield f"Recipe {config.recipe}, version {config.recipe_version}{later}: {DESCRIPTIONS[config.recipe]}"
-    warmup = scaled_warmup(config.train, recipe.train)
-    for section in SECTIONS:
-        for field in fields(getattr(config, section)):
-            value, usual = (getattr(getattr(c, section), field.name) for c in (config, recipe))
-            if value != usual:
-                why = "" if usual is None else f"  (recipe: {_as_flag(usual)})"
-                if section == "train" and value is not None and warmup.get(field.name) == value:
-                    why += "  the recipe's share of the run"
-                yield f"  {flag(f'{section}.{field.name}')} {_as_flag(value)}{why}"
-
-
-def _as_flag(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _describe_size(trainer: Trainer, loader: str) -> Iterator[str]:

@@ -7,12 +7,11 @@ import shutil
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,7 @@ import fastmae
 from fastmae.data import Dataset
 from fastmae.train.checkpoint import list_checkpoints
 from fastmae.train.checkpoint.format import step_of
-from fastmae.train.config import PretrainConfig, TrainConfig, to_json
+from fastmae.train.config import PretrainConfig, TrainConfig, flatten, to_json
 from fastmae.train.parallel import Parallelism
 from fastmae.train.ranks import Ranks
 
@@ -58,7 +57,7 @@ def preflight(
         timeout: seconds that the collectives may take.
 
     Raises:
-        PreflightError: on every rank with the same words, once all ranks have come.
+        PreflightError: the same on every rank that has come.
         CheckpointError: on the remaining ranks, if one ends meanwhile.
     """
     host, hosts = socket.gethostname(), [socket.gethostname()]
@@ -69,10 +68,12 @@ def preflight(
             reason = " ".join(str(error).split())[:300]
             text = f"preflight: not all ranks came in {patience:g} s (rank {ranks.rank} on {host}: {reason})"
             raise PreflightError(text) from error
+        # Rank 0's run folder counts, and images are compared by hash.
+        settings = {n: v for n, v in flatten(to_json(config)).items() if n not in ("out", "data.path")}
         facts = {"fastmae": fastmae.__version__, "python": platform.python_version(), "torch": torch.__version__}
         facts |= {package: _version(package) for package in _PACKAGES}
         facts["data set"] = f"{len(dataset):,} images, hash {dataset.hash}"
-        facts |= dict(_settings(to_json(config)))
+        facts |= {f"--{name}".replace("_", "-"): str(value) for name, value in settings.items()}
         answers = ranks.gather("comparing the ranks", lambda: (host, facts))
         hosts = [host for host, _ in answers]
         _raise(differences([facts for _, facts in answers], hosts))
@@ -96,7 +97,7 @@ def preflight(
 
 
 def differences(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:
-    """Where ranks differ from the majority, in words; facts and hosts are indexed by rank."""
+    """Where ranks differ from the majority, one text per fact; facts and hosts are indexed by rank."""
     found = []
     for name in sorted(set().union(*facts)):
         seen = [own.get(name, "unknown") for own in facts]
@@ -115,12 +116,11 @@ def required_bytes(model: nn.Module, checkpoints: Path, train: TrainConfig) -> i
     The oldest checkpoint is deleted once the newest is written, so one more exists at a time than is kept. Those that
     are there already need no more room, unless ``keep_every_steps`` keeps them beside the others.
     """
-    forever = train.keep_every_steps
-    steps = map(step_of, list_checkpoints(checkpoints))
-    replaced = [step for step in steps if not (forever and step and step % forever == 0)]
+    saved, forever = [step_of(path) for path in list_checkpoints(checkpoints)], train.keep_every_steps
+    replaced = sum(not (forever and step and step % forever == 0) for step in saved)
     weights = sum(4 * p.numel() for p in model.parameters())
     checkpoint = weights + sum(8 * p.numel() for p in model.parameters() if p.requires_grad)
-    return checkpoint * max(train.keep_checkpoints + 1 - len(replaced), 1) + weights
+    return checkpoint * max(train.keep_checkpoints + 1 - replaced, 1) + weights
 
 
 def check_folder(mark: Path, space: int, rank: int) -> str | None:
@@ -138,15 +138,6 @@ def check_folder(mark: Path, space: int, rank: int) -> str | None:
         needed = f"expected {space / 1e9:.3g} GB for checkpoints and weights"
         return f"{folder}: {free / 1e9:.3g} GB free, {needed}; --train.keep-checkpoints keeps fewer"
     return None
-
-
-def _settings(values: Mapping[str, Any], prefix: str = "--") -> Iterator[tuple[str, str]]:
-    """A configuration by flag, without the paths: rank 0's run folder counts, and images are compared by hash."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{name}.")
-        elif f"{prefix}{name}" not in ("--out", "--data.path"):
-            yield f"{prefix}{name}".replace("_", "-"), str(value)
 
 
 def _add_up(parallelism: Parallelism) -> str | None:

@@ -6,12 +6,13 @@ leans on, gives it the next version; a test holds the values of each version fas
 
 from __future__ import annotations
 
-from collections.abc import Set
-from dataclasses import replace
+from collections.abc import Iterator, Set
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastmae.train.config import (
+    SECTIONS,
     DataConfig,
     ModelConfig,
     PretrainConfig,
@@ -257,3 +258,23 @@ def scaled_warmup(train: TrainConfig, base: TrainConfig) -> dict[str, Any]:
             most = share * train.epochs
             warmup = {"warmup_steps": None, "warmup_epochs": min(width or 0, most) if base.epochs else most}
     return warmup
+
+
+def describe(config: PretrainConfig) -> Iterator[str]:
+    """The recipe of a run, and as flags what differs from it; ``config.json`` has everything."""
+    recipe = RECIPES[config.recipe]
+    later = f" (today's is {recipe.recipe_version})" if config.recipe_version != recipe.recipe_version else ""
+    yield f"Recipe {config.recipe}, version {config.recipe_version}{later}: {DESCRIPTIONS[config.recipe]}"
+    warmup = scaled_warmup(config.train, recipe.train)
+    for section in SECTIONS:
+        for field in fields(getattr(config, section)):
+            value, usual = (getattr(getattr(c, section), field.name) for c in (config, recipe))
+            if value != usual:
+                why = "" if usual is None else f"  (recipe: {_as_flag(usual)})"
+                if section == "train" and value is not None and warmup.get(field.name) == value:
+                    why += "  the recipe's fraction of the run"
+                yield f"  --{section}.{field.name}".replace("_", "-") + f" {_as_flag(value)}{why}"
+
+
+def _as_flag(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +57,7 @@ def test_pretrain_leaves_a_complete_folder(run, images):
         assert min(picture.size) > 100
 
 
-def test_predictions_that_are_not_finite_are_said_and_leave_valid_json(images, tmp_path, capsys):
+def test_predictions_that_are_not_finite_are_reported_in_valid_json(images, tmp_path, capsys):
     out = tmp_path / "run"
     flags = [*FLAGS.split(), "--train.steps", "2", "--train.base-lr", "1e38", "--report.picture-every-steps", "2"]
     flags += ["--model.mask-strategy", "block"]
@@ -73,7 +71,7 @@ def test_predictions_that_are_not_finite_are_said_and_leave_valid_json(images, t
     assert "NaN" not in text
 
 
-def test_a_damaged_checkpoint_is_named_where_the_run_goes_on(run, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_when_the_run_resumes_from_another(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     (shard,) = (copy / "checkpoints/step-6").glob("*.safetensors")
@@ -83,13 +81,13 @@ def test_a_damaged_checkpoint_is_named_where_the_run_goes_on(run, tmp_path, caps
     assert f"\n{line}\n" in capsys.readouterr().out
 
 
-def test_reconstruct_draws_images_from_folder_checkpoint_and_weights(run, images, tmp_path, capsys):
-    for number, source in enumerate((run, run / "checkpoints/step-6", run / "model.safetensors")):
+def test_reconstruct_draws_the_same_from_a_checkpoint_and_from_weights(run, images, tmp_path, capsys):
+    for number, source in enumerate((run / "checkpoints/step-6", run / "model.safetensors")):
         out = tmp_path / "figures" / f"{number}.png"
         assert main(["reconstruct", str(source), str(images / "0.jpg"), str(images / "1.jpg"), "--out", str(out)]) == 0
         assert f"Picture: {out}" in capsys.readouterr().out
     figures = [path.read_bytes() for path in sorted((tmp_path / "figures").iterdir())]
-    assert figures[0] == figures[1] == figures[2]
+    assert figures[0] == figures[1]
 
 
 def test_exported_weights_have_upstreams_keys_and_load_back(run):
@@ -108,7 +106,7 @@ def test_exported_weights_have_upstreams_keys_and_load_back(run):
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_an_encoder_alone_is_identified_and_not_asked_to_reconstruct(run, tmp_path, images, capsys):
+def test_an_encoder_alone_loads_but_does_not_reconstruct(run, tmp_path, images, capsys):
     model, _ = load_model(run)
     export_weights(model, tmp_path / "full.safetensors")
     weights = load_file(tmp_path / "full.safetensors")
@@ -126,30 +124,18 @@ def test_an_encoder_alone_is_identified_and_not_asked_to_reconstruct(run, tmp_pa
     assert not out.exists()
 
 
-def test_env_prints_a_report(capsys):
-    assert main(["env"]) == 0
-    assert torch.__version__ in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("help_flag", ["--help", "--help-all"])
-def test_help_documents_what_most_need_or_every_field_without_importing_torch(help_flag):
-    command = "import sys; from fastmae.cli import main\n"
-    command += f"try: main(['pretrain', '{help_flag}'])\nfinally: print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("False\n")
-    flags = "--out --resume --recipe --data.path --data.loader --data.max-bad-fraction --model.name --model.img-size"
-    flags += " --model.patch-size --model.mask-ratio --model.norm-pix-loss --train.global-batch-size --train.batch-size"
-    flags += (
-        " --train.epochs --train.steps --train.base-lr --train.seed --train.precision --train.compile --train.device"
-    )
-    assert not [flag for flag in flags.split() if flag not in done.stdout]
-    assert "(required)" not in done.stdout
+def test_help_documents_what_most_need_or_every_field(help_flag, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["pretrain", help_flag])
+    text = capsys.readouterr().out
+    flags = "--out --resume --recipe --data.path --data.loader --model.name --model.img-size --model.mask-ratio"
+    flags += " --train.global-batch-size --train.epochs --train.steps --train.base-lr --train.precision --train.device"
+    assert not [flag for flag in flags.split() if flag not in text]
+    assert "(required)" not in text
     rare = ("--train.betas", "--data.prefetch", "--report.stall-seconds", "Steps in the trace")
-    assert [text in done.stdout for text in rare] == [help_flag == "--help-all"] * 4
-    assert ("more flags: fastmae pretrain --help-all" in done.stdout) == (help_flag == "--help")
+    assert [flag in text for flag in rare] == [help_flag == "--help-all"] * 4
+    assert ("more flags: fastmae pretrain --help-all" in text) == (help_flag == "--help")
 
 
 @pytest.mark.parametrize(
@@ -186,16 +172,14 @@ def test_version_and_help_without_a_command(capsys):
     assert "pretrain" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["env", "pretrain --help", "plan"])
-def test_a_reader_that_ends_early_gets_no_traceback(command):
+def test_help_needs_neither_pytorch_nor_a_reader():
     """As with ``| head``; the pipe is closed before anything is written."""
+    code = "import sys; from fastmae.cli import main\n"
+    code += "try: main(['pretrain', '--help'])\nfinally: assert 'torch' not in sys.modules"
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as pipe:
-        done = subprocess.run(
-            [sys.executable, "-c", f"import sys; from fastmae.cli import main; sys.exit(main({command.split()}))"],
-            stdout=pipe, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -218,19 +202,6 @@ def test_an_empty_folder_of_images(tmp_path, capsys):
     error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", tmp_path / "images")
     assert str(tmp_path / "images") in error
     assert not (tmp_path / "run").exists()
-
-
-def test_truncated_images_are_counted_up_to_a_share(tmp_path, capsys):
-    images = write_images(tmp_path / "images", 5)
-    whole = (images / "3.jpg").read_bytes()
-    (images / "3.jpg").write_bytes(whole[: len(whole) // 2])
-    arguments = ["--data.path", str(images), *SHORT]
-    assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments)
-    skip = ["pretrain", "--out", str(tmp_path / "skip"), *arguments, "--data.max-bad-fraction", "0.2"]
-    assert main(skip) == 0
-    assert json.loads((tmp_path / "skip/summary.json").read_text())["bad_files"] == 1
-    (bad,) = (tmp_path / "skip/bad_files.jsonl").read_text().splitlines()
-    assert "3.jpg" in bad
 
 
 def test_a_checkpoint_of_another_architecture(run, capsys):
@@ -262,21 +233,23 @@ def test_resume_where_nothing_is_does_not_train_on_the_photographs(tmp_path, cap
         error = mistake(capsys, "pretrain", "--out", out, "--resume", *flags)
         assert f"--resume: expected a run to continue in {out}, found none" in error
     assert not out.exists()
-    images = write_images(tmp_path / "images")
-    # A job that may be the first of its run: what is named is trained.
-    assert main(["pretrain", "--out", str(out), "--resume", "--data.path", str(images), *SHORT]) == 0
 
 
-def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, images, capsys):
-    flags = [flag for flag in SHORT if flag not in ("--recipe", "photographs")]
-    out = tmp_path / "run"
-    assert main(["pretrain", "--out", str(out), "--data.path", str(images), *flags]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("--data.path without --recipe: taking small-data, ")
+def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, capsys):
+    """Of a job that may be the first of its run, and with an image that is cut short."""
+    images = write_images(tmp_path / "images", 5)
+    whole = (images / "3.jpg").read_bytes()
+    (images / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    arguments = [flag for flag in SHORT if flag not in ("--recipe", "photographs")] + ["--data.path", str(images)]
+    assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments)
+    out, arguments = tmp_path / "run", [*arguments, "--data.max-bad-fraction", "0.2"]
+    assert main(["pretrain", "--out", str(out), "--resume", *arguments]) == 0
+    assert capsys.readouterr().out.startswith("--data.path without --recipe: taking small-data, ")
     config = json.loads((out / "config.json").read_text())
     assert (config["recipe"], config["model"]["norm_pix_loss"], config["data"]["vflip"]) == ("small-data", True, 0)
-    assert main(["pretrain", "--out", str(out), "--resume", "--train.steps", "7"]) == 0
-    assert "without --recipe" not in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["bad_files"] == 1
+    (bad,) = (out / "bad_files.jsonl").read_text().splitlines()
+    assert "3.jpg" in bad
 
 
 def test_dali_that_is_not_installed(tmp_path, images, capsys, monkeypatch):
@@ -291,20 +264,6 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
     error = mistake(capsys, "pretrain", "--out", tmp_path / "file" / "run")
     assert "--out" in error
     assert str(tmp_path / "file") in error
-
-
-def test_a_disk_that_fills_up_during_a_run(tmp_path, images, capsys):
-    """A limit on the size of files stands in for it: weights fit, weights and moments do not."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limit[1]))
-    try:
-        error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, *SHORT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "could not write" in error
-    assert "step-6" in error  # the last one, which ends the run; the one before is only reported
-    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
-    assert load_model(tmp_path / "run")[1]["step"] == 0
 
 
 def test_reconstruct_wants_images_and_a_mask_ratio_that_makes_sense(run, images, tmp_path, capsys):
@@ -377,10 +336,9 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
 
 
-@pytest.mark.parametrize(("outcome", "code"), [("return 2", 2), ("raise RuntimeError('a bug')", 1)])
-def test_a_failed_process_ends_without_its_process_group(outcome, code):
+def test_a_failed_process_ends_without_its_process_group():
     """The group of GPUs may wait for a rank that has gone, and the interpreter's end for the group."""
-    script = f"""
+    script = """
 import atexit, runpy
 import torch.distributed as dist
 import fastmae.cli
@@ -388,11 +346,11 @@ def main():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     atexit.register(print, "waited")
     print("said")
-    {outcome}
+    raise RuntimeError("a bug")
 fastmae.cli.main = main
 runpy.run_module("fastmae", run_name="__main__")
 """
     several = os.environ | {"RANK": "0"}  # one of several processes
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=several)
-    assert (done.returncode, done.stdout) == (code, "said\n")
-    assert ("RuntimeError: a bug" in done.stderr) == (code == 1)
+    assert (done.returncode, done.stdout) == (1, "said\n")
+    assert "RuntimeError: a bug" in done.stderr

@@ -11,10 +11,9 @@ from typing import get_args
 import pytest
 
 from fastmae.model import PRESETS
-from fastmae.pretraining import describe_config
 from fastmae.train.config import PretrainConfig, RecipeName, from_json, to_json
 from fastmae.train.optim import create_schedule
-from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags, starting_config
+from fastmae.train.recipes import DESCRIPTIONS, NEEDS_WEIGHTS, RECIPES, apply_flags, describe, starting_config
 from fastmae.train.rules import validate
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -172,11 +171,11 @@ def test_a_run_prints_what_differs_from_its_recipe():
             [
                 "  --data.scale 0.5 1.0  (recipe: 0.2 1.0)",
                 "  --train.epochs 100  (recipe: 800)",
-                "  --train.warmup-epochs 5.0  (recipe: 40.0)  the recipe's share of the run",
+                "  --train.warmup-epochs 5.0  (recipe: 40.0)  the recipe's fraction of the run",
             ],
         ),
     ):
-        first, *others = describe_config(config)
+        first, *others = describe(config)
         assert first.startswith(f"Recipe imagenet-vit-b, version {recipe.recipe_version}: ViT-B/16")
         assert others == lines
 
