@@ -36,8 +36,6 @@ from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_ch
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
-from fastmae.train.init_from import initialize as initialize_weights
-from fastmae.train.init_from import read_weights
 from fastmae.train.liveness import StoppedEarly, StopRequest, Watchdog, leave_if_asked
 from fastmae.train.loggers import in_notebook, without_nan
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, num_processes, shutdown
@@ -47,9 +45,11 @@ from fastmae.train.profile import Profile
 from fastmae.train.recipes import NEEDS_WEIGHTS, describe
 from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
+from fastmae.train.state import check_manifest
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Status, Trainer
-from fastmae.train.weights import export_weights, load_model
+from fastmae.train.weights import export_weights, load_model, read_weights
+from fastmae.train.weights import initialize as initialize_weights
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class _Pretraining:
         saved = None
         checkpoints = self.folder.checkpoints
         if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(checkpoints))):
-            saved = open_latest(self.folder.path, ranks=ranks)
+            saved = open_latest(self.folder.path, ranks=ranks, check=check_manifest)
         manifest = saved.manifest if saved else None
         precision = settle_precision(config, model.architecture["embed_dim"], device, ranks, manifest)
         # What is measured at the start goes into the checkpoints; config.json keeps "auto", for other machines.

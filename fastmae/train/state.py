@@ -1,5 +1,5 @@
-"""The state of a run in a checkpoint: model and optimiser as tensors, what describes the run, and whether another run
-may continue from it.
+"""A run's state in a checkpoint: model and optimiser as tensors, the run's description, and whether a run may continue
+from it.
 
 Names of tensors are those of the plain model, whatever wraps it: activation checkpointing, compilation, data
 parallelism, FSDP.
@@ -7,21 +7,22 @@ parallelism, FSDP.
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmae.data import Dataset
-from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, open_checkpoint, read_together
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, read_together
 from fastmae.train.config import FIXED, PretrainConfig, to_json
 from fastmae.train.config import compare as compare_fields
-from fastmae.train.ranks import as_ranks
 
+_NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
+"""Constructor arguments that do not change what a checkpoint's weights mean."""
 _WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 
 
@@ -38,27 +39,6 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
                 raise CheckpointError(f"optimizer.{name}.{key}: expected a tensor, got {type(value).__name__}")
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
-
-
-def load(
-    path: Path | Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, *, ranks: Ranks | None = None
-) -> Checkpoint:
-    """Put a checkpoint into a model and optimiser, on any number of ranks; every rank calls it.
-
-    Args:
-        path: a folder ``step-N``, which is verified, or one that is open already.
-        model: bare or wrapped; its parameters may be DTensors.
-        optimizer: of this model's parameters; its state is replaced.
-        ranks: who reads; None makes a group for this call.
-
-    Raises:
-        CheckpointError: on all ranks alike, as :func:`~fastmae.train.checkpoint.open_checkpoint`, or if names, shapes
-            or types are not the model's.
-    """
-    with as_ranks(ranks) as ranks:
-        checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, ranks=ranks)
-        restore(checkpoint, model, optimizer, ranks)
-    return checkpoint
 
 
 def restore(
@@ -82,9 +62,8 @@ def restore(
         CheckpointError: on all ranks alike, if names, shapes or types are not the model's, or a file cannot be read;
             the model may then be half loaded.
     """
-    what = "reading a checkpoint"
     targets: dict[str, Tensor] = {}
-    ranks.gather(what, lambda: targets.update(_targets(checkpoint, model, optimizer)))
+    ranks.gather("reading a checkpoint", lambda: targets.update(_targets(checkpoint, model, optimizer)))
     wanted = {name: entry.whole for name, entry in checkpoint.tensors.items() if name.split(".")[0] in parts}
     plain = {name: torch.empty(whole.shape, dtype=whole.dtype) for name, whole in wanted.items()}
     read_together(checkpoint, targets | plain, ranks)
@@ -97,19 +76,13 @@ def restore(
 
 
 def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What is to be filled of a model and of its optimiser, whose state is made anew for it."""
-    weights = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
+    """The weights, and the optimiser's state, which is replaced by uninitialised tensors as the checkpoint has them."""
+    targets = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
     saved = {name for name in checkpoint.tensors if name.startswith("model.")}
-    if saved != weights.keys():
-        here, there = sorted(weights.keys() - saved)[:3], sorted(saved - weights.keys())[:3]
+    if saved != targets.keys():
+        here, there = sorted(targets.keys() - saved)[:3], sorted(saved - targets.keys())[:3]
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
-    return weights | _allocate(checkpoint, _parameters(model), optimizer)
-
-
-def _allocate(
-    checkpoint: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Replace the optimiser's state by uninitialised tensors for what the checkpoint has; by the checkpoint's names."""
+    parameters = _parameters(model)
     on_device = {
         parameter
         for group in optimizer.param_groups
@@ -117,24 +90,19 @@ def _allocate(
         if group.get("fused") or group.get("capturable")
     }
     optimizer.state.clear()
-    targets = {}
-    for full_name in _optimizer_names(checkpoint.tensors):
+    for full_name in (name for name in checkpoint.tensors if name.startswith("optimizer.")):
         name, key = full_name.removeprefix("optimizer.").rsplit(".", 1)
         if name not in parameters:
             raise CheckpointError(f"{checkpoint.path}: {full_name}: the model has no parameter {name}")
         parameter, whole = parameters[name], checkpoint.tensors[full_name].whole
         if whole.shape == tuple(parameter.shape):
             # Like the parameter: memory format decides the order of a fused kernel's arithmetic.
-            own: Any = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
+            own = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
         else:
             device = parameter.device if parameter in on_device else "cpu"
             own = torch.empty(whole.shape, dtype=whole.dtype, device=device)
         optimizer.state[parameter][key] = targets[full_name] = own
     return targets
-
-
-def _optimizer_names(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith("optimizer.")]
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -170,12 +138,13 @@ def describe_run(
     }
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True) -> None:
-    """``load_state_dict`` whose failure is a :class:`CheckpointError`."""
-    try:
-        model.load_state_dict(weights, strict=strict)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights do not fit the model: {' '.join(str(error).split())[:300]}") from error
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raise if a manifest lacks what resuming reads, or has it in another form."""
+    config = manifest["config"]
+    for values in (manifest["architecture"], manifest["versions"], config["model"], config["data"], config["train"]):
+        if not isinstance(values, dict):
+            raise TypeError(f"expected an object, got {values!r}")
+    _ = config["train"]["global_batch_size"], manifest["dataset"]["hash"], manifest["num_threads"]
 
 
 def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
@@ -184,18 +153,15 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
     Raises:
         CheckpointError: naming the first three fields that differ.
     """
+    here = json.loads(json.dumps(here))  # tuples become lists, as in a manifest
     differ = [
-        f"{key} {_listed(saved.get(key))} there, {_listed(here.get(key))} here"
+        f"{key} {saved.get(key)} there, {here.get(key)} here"
         for key in {**saved, **here}
-        if key not in _NOT_WEIGHTS and _listed(saved.get(key)) != _listed(here.get(key))
+        if key not in _NOT_WEIGHTS and saved.get(key) != here.get(key)
     ]
     if differ:
         more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise CheckpointError(f"the checkpoint is of another architecture: {'; '.join(differ[:3])}{more}")
-
-
-_NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
-"""Constructor arguments that do not change what a checkpoint's weights mean."""
 
 
 def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -232,14 +198,9 @@ def compare(
         "world_size": manifest.get("world_size", 1),
         "num_threads": manifest["num_threads"],
         "dataset.hash": manifest["dataset"]["hash"],
-        **manifest["versions"],
     }
-    here = {
-        "world_size": world_size,
-        "num_threads": torch.get_num_threads(),
-        "dataset.hash": dataset.hash,
-        **versions(),
-    }
+    here = {"world_size": world_size, "num_threads": torch.get_num_threads(), "dataset.hash": dataset.hash}
+    saved, here = saved | manifest["versions"], here | versions()
     return differences + [f"{key} was {saved.get(key)}, is {now}" for key, now in here.items() if saved.get(key) != now]
 
 
@@ -255,11 +216,7 @@ def of_this_version(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what a checkpoint's exact continuation depends on."""
-    packages = {name: version(name) for name in ("torch", "numpy", "safetensors")}
     from fastmae import __version__
 
+    packages = {name: version(name) for name in ("torch", "numpy", "safetensors")}
     return {"fastmae": __version__, "python": platform.python_version(), **packages}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -1,18 +1,25 @@
-"""Weights without a training run: exporting them at its end, and building a model from any of its files."""
+"""Weights without a training run: read from any file, put into a model, exported."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastmae.train.checkpoint import CheckpointError, Ranks, latest_checkpoint, load_checkpoint
-from fastmae.train.checkpoint.format import save_tensors
-from fastmae.train.state import load_weights
+from fastmae.train.checkpoint import CheckpointError, Ranks, open_checkpoint, open_latest
+from fastmae.train.checkpoint.format import Chunk, replace_file
+
+_PICKLES = (".pth", ".pt", ".bin")
 
 
 def export_weights(model: nn.Module, path: Path, **metadata: Any) -> Path:
@@ -26,14 +33,9 @@ def export_weights(model: nn.Module, path: Path, **metadata: Any) -> Path:
     Raises:
         CheckpointError: if the file cannot be written.
     """
-    texts = {key: json.dumps(value) for key, value in {"architecture": model.architecture, **metadata}.items()}
-    partial = path.with_name(f".{path.name}.tmp")
-    try:
-        save_tensors(partial, model.state_dict(), {"format": "pt", **texts})
-        return partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"could not write {path}: {error}") from error
+    weights = model.state_dict()
+    chunks = {name: Chunk.whole(tensor) for name, tensor in weights.items()}
+    return replace_file(path, chunks, weights.__getitem__, {"architecture": model.architecture, **metadata})
 
 
 def load_model(path: Path | str, *, need_decoder: bool = True) -> tuple[nn.Module, dict[str, Any]]:
@@ -53,37 +55,139 @@ def load_model(path: Path | str, *, need_decoder: bool = True) -> tuple[nn.Modul
     from fastmae.model import MaskedAutoencoderViT
 
     path = Path(path)
-    if path.is_dir():
-        is_checkpoint = path.name.startswith("step-")
-        folder = path if is_checkpoint else latest_checkpoint(path, ranks=Ranks())
-        weights, manifest = load_checkpoint(folder, prefix="model.", verify=is_checkpoint)
-    else:
-        weights, manifest = _read_file(path)
+    weights, info = _read(path)
+    if "architecture" not in info:
+        raise CheckpointError(f"{path}: its metadata has no architecture; it was not exported by fastmae")
     has_decoder = any(name.startswith("decoder_pred.") for name in weights)
     if need_decoder and not has_decoder:
         raise CheckpointError(f"{path}: has no decoder (no decoder_pred.* weights); it cannot reconstruct images")
     try:
-        model = MaskedAutoencoderViT(**manifest["architecture"])
+        model = MaskedAutoencoderViT(**info["architecture"])
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its architecture is not one of this version: {error}") from error
     if not has_decoder:
-        decoder = {n: t for n, t in model.state_dict().items() if n.startswith("decoder_") or n == "mask_token"}
-        weights = {**decoder, **weights}
-    load_weights(model, weights)
-    return model.eval(), {**manifest, "has_decoder": has_decoder}
+        weights = {n: t for n, t in model.state_dict().items() if _is_decoder(n)} | weights
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights do not fit the model: {' '.join(str(error).split())[:300]}") from error
+    return model.eval(), {**info, "has_decoder": has_decoder}
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not path.exists():
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights under facebookresearch/mae's names, on the CPU; nothing in the source is executed.
+
+    Args:
+        path: a ``.pth`` file of facebookresearch/mae (weights, or a whole checkpoint with them under ``model``), a
+            ``.safetensors`` file under the same names, a run folder (its newest undamaged checkpoint) or a checkpoint.
+
+    Returns:
+        Weights, and the architecture that they belong to as far as the source gives it.
+
+    Raises:
+        CheckpointError: if there is nothing of the kind, or it is damaged.
+    """
+    weights, info = _read(path)
+    architecture = info.get("architecture")
+    return weights, architecture if isinstance(architecture, dict) else {}
+
+
+def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
+    """Put weights into a model, before its first step; its parameters may be sharded.
+
+    Args:
+        model: a ``MaskedAutoencoderViT``. Where there is no decoder among the weights, it keeps its own.
+        weights: of the encoder, or of both, under the model's names.
+        architecture: what is known of theirs; numbers of heads, which no shape shows, are compared.
+
+    Returns:
+        What was loaded, in words.
+
+    Raises:
+        CheckpointError: naming the tensor that is missing, unknown, of another shape or not finite. Nothing is
+            interpolated, and nothing was changed.
+    """
+    parameters = dict(model.named_parameters())
+    decoder = {name for name in parameters if _is_decoder(name)}
+    has_decoder = not decoder.isdisjoint(weights)
+    expected = parameters.keys() if has_decoder else parameters.keys() - decoder
+    for name in parameters:
+        if name in expected and name not in weights:
+            raise CheckpointError(f"{name}: missing among the weights")
+    unknown = weights.keys() - parameters.keys()
+    if unknown:
+        raise CheckpointError(f"{min(unknown)}: among the weights, but not a tensor of this model")
+    for name in parameters:
+        if name in weights:
+            _check(name, weights[name], parameters[name])
+    for name in ("num_heads", "decoder_num_heads")[: 1 + has_decoder]:
+        there, here = architecture.get(name), model.architecture[name]
+        if there not in (None, here):
+            raise CheckpointError(f"{name}: the weights are of a model with {there}, this one has {here}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameter = parameters[name]
+            if isinstance(parameter, DTensor):
+                tensor = tensor.to(parameter.device)
+                tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(tensor)
+    if not has_decoder:
+        return "encoder only; they have no decoder, which is drawn anew"
+    there, here = architecture.get("norm_pix_loss"), model.architecture["norm_pix_loss"]
+    if there not in (None, here):
+        targets = {True: "normalised pixels", False: "plain pixels"}
+        return f"encoder and decoder; the decoder was trained for {targets[there]} and goes on with {targets[here]}"
+    return "encoder and decoder"
+
+
+def _is_decoder(name: str) -> bool:
+    return name.startswith("decoder_") or name == "mask_token"
+
+
+def _check(name: str, tensor: Tensor, parameter: nn.Parameter) -> None:
+    there, here = tuple(tensor.shape), tuple(parameter.shape)
+    if there != here:
+        hint = "; positions are not interpolated: --model.img-size must be that of the weights"
+        table = name.endswith("pos_embed") and there[-1] == here[-1]
+        raise CheckpointError(f"{name}: the weights' has shape {there}, this model's {here}{hint if table else ''}")
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"{name}: has values that are not finite")
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, and what their source says about them."""
+    if path.is_dir():
+        ranks = Ranks()  # this process alone
+        saved = open_checkpoint(path, ranks=ranks) if path.name.startswith("step-") else open_latest(path, ranks=ranks)
+        return saved.read_all("model."), dict(saved.manifest)
+    if not path.is_file():
         raise CheckpointError(
-            f"{path}: no such file or folder; expected a run folder, a checkpoint or a .safetensors file"
+            f"{path}: no such file or folder; expected a run folder, a checkpoint, or a file .safetensors or "
+            f"{', '.join(_PICKLES)} of weights"
         )
+    if path.suffix in _PICKLES:
+        return _read_pickle(path), {}
+    metadata = {}
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        weights = load_file(path)
+            for key, text in (file.metadata() or {}).items():
+                with suppress(ValueError):  # other libraries store plain text
+                    metadata[key] = json.loads(text)
+        return load_file(path), metadata
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: expected a .safetensors file: {error}") from error
-    if "architecture" not in metadata:
-        raise CheckpointError(f"{path}: its metadata has no architecture; it was not exported by fastmae")
-    return weights, {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        # facebookresearch/mae's training checkpoints hold their command's arguments: a Namespace, which runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged or hostile pickle raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: not read, as it is no file of tensors alone: {reason}") from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
+        loaded = loaded["model"]
+    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError(f"{path}: expected a state dict, or one under the key model")
+    return dict(loaded)

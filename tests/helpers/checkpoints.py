@@ -1,8 +1,12 @@
-"""What the tests of checkpoints share: tensors of all kinds, comparing them, and a plant."""
+"""Shared by the tests of checkpoints: tensors of all kinds, comparing them, loading, and a hostile pickle."""
 
 from __future__ import annotations
 
 import torch
+
+from fastmae.train.checkpoint import open_checkpoint
+from fastmae.train.ranks import as_ranks
+from fastmae.train.state import restore
 
 TENSORS = {
     "model.weight": torch.arange(12.0).reshape(3, 4),
@@ -31,6 +35,12 @@ def read_all(checkpoint):
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
+def load(path, model, optimizer, ranks=None):
+    """Put a checkpoint folder into a model and optimiser; every rank calls it."""
+    with as_ranks(ranks) as ranks:
+        restore(open_checkpoint(path, ranks=ranks), model, optimizer, ranks)
+
+
 class Malicious:
     """Writes a file when unpickled."""
 
@@ -42,5 +52,5 @@ class Malicious:
 
 
 def no_space(path, *arguments):
-    """In the place of ``write_tensors``: the disk is full."""
+    """Replaces ``write_tensors``: the disk is full."""
     raise OSError(28, "No space left on device", str(path))

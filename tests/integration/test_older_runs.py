@@ -19,17 +19,21 @@ import pytest
 import torch
 
 from fastmae.cli import main
+from fastmae.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmae.train.weights import load_model
 
 OLD = Path(__file__).parent / "fixtures/run-0.1.0"
 
 
-def test_an_older_run_resumes_with_the_losses_of_its_undisturbed_steps(tmp_path):
+def test_an_older_run_resumes_with_the_losses_of_its_undisturbed_steps(tmp_path, capsys):
     expected = {row["step"]: row["loss"] for row in rows(OLD)}
     run = tmp_path / "run"
     shutil.copytree(OLD, run)
     (run / "model.safetensors").unlink()
+    # A later checkpoint of a broken program: its checksums fit, but its manifest is not one of a run.
+    newest = save_checkpoint(run / "checkpoints", 5, load_checkpoint(OLD / "checkpoints/step-3")[0], {"config": None})
     assert main(["pretrain", "--out", str(run), "--resume", "--data.path", str(OLD / "images")]) == 0
+    assert f"WARNING: damaged checkpoint passed over: {newest}/manifest.json" in capsys.readouterr().err
     found = {row["step"]: row["loss"] for row in rows(run)}
     assert found.keys() == expected.keys() == {2, 4, 6}
     # Another CPU or PyTorch rounds differently; other images, crops or masks would change the second digit.

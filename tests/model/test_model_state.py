@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import assert_equal
+from checkpoints import assert_equal, load
 
 from fastmae.train.checkpoint import CheckpointError, CheckpointManager, save_checkpoint
-from fastmae.train.state import collect, load
+from fastmae.train.state import collect
 
 
 @pytest.fixture

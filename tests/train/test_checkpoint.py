@@ -1,4 +1,4 @@
-"""Checkpoints: exact, atomic, verified on load with the file named, never pickled, readable by PyTorch's DCP."""
+"""Checkpoints of one process: exact, atomic, verified on load with the file named, never pickled, readable by DCP."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ import os
 import pickle
 import resource
 import shutil
+import struct
+import weakref
 
+import numpy as np
 import pytest
 import torch
-from checkpoints import Malicious, shard_of
+from checkpoints import TENSORS, Malicious, assert_equal, read_all, shard_of
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import load as dcp_load
 
-from fastmae.data import DataError
 from fastmae.train.checkpoint import (
     MANIFEST,
+    Checkpoint,
     CheckpointError,
     LostRankError,
     Ranks,
     clean,
+    consolidate,
+    format,
     latest_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -27,17 +35,10 @@ from fastmae.train.checkpoint import (
     save_checkpoint,
     set_aside_after,
 )
-from fastmae.train.checkpoint.format import write_manifest
+from fastmae.train.checkpoint.format import SHARD, Chunk, read_header, write_manifest, write_tensors
 from fastmae.train.config import PretrainConfig, to_json
+from fastmae.train.run_folder import RunFolder
 from fastmae.train.state import check_architecture, compare_configs
-
-TENSORS = {
-    "model.weight": torch.arange(12.0).reshape(3, 4),
-    "model.half": torch.tensor([1.5, -0.0, float("inf")], dtype=torch.bfloat16),
-    "optimizer.weight.step": torch.tensor(3.0),
-    "rng.0.cpu": torch.arange(256, dtype=torch.uint8),
-    "metrics.interval": torch.zeros(0, 3),
-}
 
 
 @pytest.fixture
@@ -51,27 +52,76 @@ def saved(folder):
     return save_checkpoint(folder, 7, TENSORS, {"samples_consumed": 224})
 
 
-def test_round_trip_is_exact_with_zero_dimensional_and_strided_tensors(folder):
-    strided = {**TENSORS, "model.strided": torch.arange(12.0).reshape(3, 4).T}
-    path = save_checkpoint(folder, 7, strided, {"samples_consumed": 224})
-    tensors, manifest = load_checkpoint(path)
-    assert tensors.keys() == strided.keys()
-    for name, tensor in strided.items():
-        assert tensors[name].dtype == tensor.dtype
-        assert torch.equal(tensors[name], tensor), name
-    assert tensors["optimizer.weight.step"].shape == ()
-    assert (manifest["step"], manifest["samples_consumed"]) == (7, 224)
+# ---- what is written, and reading it --------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_dcp_reads_the_tensor_file(saved):
-    """The joint for resharding: ``torch.distributed.checkpoint`` finds every tensor, scalars included."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-
+def test_round_trip_is_exact_and_dcp_reads_the_file(saved):
+    """Scalars, strided and empty tensors included."""
+    tensors, manifest = load_checkpoint(saved)
+    assert_equal(tensors, TENSORS)
+    assert (manifest["step"], manifest["samples_consumed"]) == (7, 224)
+    assert load_checkpoint(saved, prefix="model.")[0].keys() == {"weight", "strided", "half"}
     target = {name: torch.zeros_like(tensor) for name, tensor in TENSORS.items()}
-    load(target, storage_reader=HuggingFaceStorageReader(str(saved)), no_dist=True)
-    for name, tensor in TENSORS.items():
-        assert torch.equal(target[name], tensor), name
+    dcp_load(target, storage_reader=HuggingFaceStorageReader(str(saved)), no_dist=True)
+    assert_equal(target, TENSORS)
+
+
+def test_tensors_are_aligned_in_the_file(saved):
+    """The widest type first, after a header of a multiple of eight bytes: readers map the file into memory."""
+    raw = shard_of(saved).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header.pop("__metadata__")
+    widths = {"F32": 4, "BF16": 2, "I64": 8, "BOOL": 1}
+    assert length % 8 == 0
+    assert not any(entry["data_offsets"][0] % widths[entry["dtype"]] for entry in header.values())
+
+
+def test_reading_refuses_other_shapes_types_and_names(saved):
+    checkpoint = open_checkpoint(saved)
+    for name, target, message in (
+        ("model.weight", torch.zeros(4, 3), r"model.weight is float32 \(3, 4\), expected float32 \(4, 3\)"),
+        ("model.weight", torch.zeros(3, 4, dtype=torch.bfloat16), r"model.weight .* expected bfloat16 \(3, 4\)"),
+        ("model.other", torch.zeros(4, 3), r"step-7: has no tensor model.other"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.read_into({name: target})
+
+
+def test_writing_refuses_what_was_not_announced_or_has_no_name(tmp_path):
+    piece = Chunk(torch.float32, (2,), (0,))
+    with pytest.raises(ValueError, match=r"x: expected torch.float32 \(2,\), got torch.float64 \(2,\)"):
+        write_tensors(tmp_path / "file", {"x": piece}, lambda name: torch.zeros(2, dtype=torch.float64), {})
+    with pytest.raises(ValueError, match=r"no type for torch.complex64"):
+        save_checkpoint(tmp_path, 1, {"x": torch.zeros((), dtype=torch.complex64)}, {})
+
+
+def test_consolidation_holds_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
+    alive, most = set(), []
+    read = Checkpoint.read
+
+    def counted(self, name):
+        tensor = read(self, name)
+        memory = np.empty(max(tensor.nbytes, 1), np.uint8)
+        alive.add(name)
+        weakref.finalize(memory, alive.discard, name)
+        most.append(len(alive))
+        return torch.from_numpy(memory)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    out = consolidate(saved, tmp_path / "all.safetensors", optimizer=True)
+    assert most == [1] * len(TENSORS)
+    assert_equal(load_file(out), TENSORS)
+    weights = consolidate(saved, tmp_path / "weights.safetensors")
+    assert load_file(weights).keys() == {"weight", "strided", "half"}
+    flip(shard_of(saved))
+    with pytest.raises(CheckpointError, match="contents differ"):
+        consolidate(saved, tmp_path / "damaged.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "all.safetensors", "weights.safetensors"}
+
+
+# ---- damage ----------------------------------------------------------------------------------------------------------
 
 
 def flip(path):
@@ -80,9 +130,9 @@ def flip(path):
     path.write_bytes(data)
 
 
-def plant_pickle(shard):
-    """What DCP's default storage would load and run."""
-    shard.with_name(".metadata").write_bytes(pickle.dumps(Malicious(shard.parent.parent / "executed")))
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 DAMAGES = {
@@ -90,115 +140,122 @@ DAMAGES = {
     "truncated": (lambda shard: shard.write_bytes(shard.read_bytes()[:-4]), "expected .* bytes"),
     "flipped": (flip, "contents differ"),
     "extra": (lambda shard: shutil.copy(shard, shard.with_name("shard-00002.safetensors")), "not listed"),
-    "pickle": (plant_pickle, "not listed"),
+    "pipe": (as_pipe, "expected a regular file"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_refused_with_the_file_named(saved, damage):
-    cause, message = DAMAGES[damage]
-    cause(shard_of(saved))
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(saved)
-    assert str(saved) in str(caught.value)
-    assert (".metadata" if damage == "pickle" else "shard-") in str(caught.value)
-    assert not (saved.parent / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"format": "other"}', '{"format": "fastmae-checkpoint", "format_version": 9}', "[" * 100_000]
-)
-def test_a_strange_manifest_is_refused(saved, text):
-    (saved / MANIFEST).write_text(text)
-    with pytest.raises(CheckpointError, match=MANIFEST):
-        open_checkpoint(saved)
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [('"samples_consumed": 224', '"samples_consumed": 225'), ('"files"', '"filed"')]
-)
-def test_an_altered_manifest_is_refused(saved, old, new):
-    text = (saved / MANIFEST).read_text()
-    assert old in text
-    (saved / MANIFEST).write_text(text.replace(old, new))
-    with pytest.raises(CheckpointError, match=r"manifest.json: contents differ"):
-        load_checkpoint(saved)
-
-
-def resign(saved, change):
-    """Change a manifest and sign it anew, as a broken program would."""
-    manifest = json.loads((saved / MANIFEST).read_text())
-    step = manifest["step"]
-    for key in ("sha256", "format", "format_version", "step"):
-        del manifest[key]
-    change(manifest)
-    write_manifest(saved, step, manifest)
-
-
-CHANGES = {
-    "no files": lambda m: m.pop("files"),
-    "files of another kind": lambda m: m.update(files=3),
-    "a file without a size": lambda m: m["files"][0].pop("size"),
-    "a file elsewhere": lambda m: m["files"][0].update(name="../../secret"),
-    "no table": lambda m: m.pop("tensors"),
-    "a table of another kind": lambda m: m.update(tensors=[1]),
-    "a tensor without a shape": lambda m: m["tensors"]["model.weight"].pop("shape"),
-    "an unknown type": lambda m: m["tensors"]["model.weight"].update(dtype="F4"),
-    "a file that is not listed": lambda m: m["tensors"]["model.weight"].update(file="shard-00009.safetensors"),
-    "another shape": lambda m: m["tensors"]["model.weight"].update(shape=[4, 3]),
-    "a tensor too many": lambda m: m["tensors"].update({"x": m["tensors"]["model.weight"]}),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_wrong_manifest_whose_checksum_fits_is_refused_with_the_file_named(folder, saved, change, capsys):
+def test_damage_is_refused_with_the_file_named_and_the_one_before_is_used(folder, saved, damage, capsys):
     newest = save_checkpoint(folder, 20, TENSORS, {})
-    resign(newest, CHANGES[change])
-    with pytest.raises(CheckpointError, match=str(newest)):
+    assert latest_checkpoint(folder.parent) == newest
+    cause, message = DAMAGES[damage]
+    cause(shard_of(newest))
+    with pytest.raises(CheckpointError, match=rf"{newest}/shard-.*{message}"):
         open_checkpoint(newest)
     assert latest_checkpoint(folder.parent) == saved
     assert "WARNING: damaged checkpoint passed over" in capsys.readouterr().err
+    as_pipe(saved / MANIFEST)
+    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*step-20.*step-7/manifest.json: expected"):
+        latest_checkpoint(folder.parent)
 
 
-def test_a_manifest_that_the_caller_cannot_use_counts_as_damage(folder, saved):
-    save_checkpoint(folder, 20, TENSORS, {"samples_consumed": "many"})
-    assert open_latest(folder.parent, check=lambda manifest: int(manifest["samples_consumed"])).path == saved
+def signed_again(change):
+    """Change a manifest and sign it, as a broken program would."""
+
+    def rewrite(path):
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        values = {name: value for name, value in manifest.items() if name not in ("sha256", "format", "format_version")}
+        write_manifest(path.parent, values.pop("step"), values)
+
+    return rewrite
 
 
-@pytest.mark.parametrize("name", [MANIFEST, "shard"])
-def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(saved, name):
-    path = saved / MANIFEST if name == MANIFEST else shard_of(saved)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(CheckpointError, match=r"expected a regular file"):
+MANIFESTS = {
+    "empty": lambda path: path.write_text(""),
+    "a list": lambda path: path.write_text("[]"),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "of another program": lambda path: path.write_text('{"format": "other"}'),
+    "of the future": lambda path: path.write_text('{"format": "fastmae-checkpoint", "format_version": 9}'),
+    "another value": lambda path: path.write_text(path.read_text().replace(": 224", ": 225")),
+    "no step": signed_again(lambda m: m.update(step="7")),
+    "no files": signed_again(lambda m: m.pop("files")),
+    "files of another kind": signed_again(lambda m: m.update(files=3)),
+    "a file without a size": signed_again(lambda m: m["files"][0].pop("size")),
+    "a file elsewhere": signed_again(lambda m: m["files"][0].update(name="../../secret")),
+    "no table": signed_again(lambda m: m.pop("tensors")),
+    "a table of another kind": signed_again(lambda m: m.update(tensors=[1])),
+    "a tensor without a shape": signed_again(lambda m: m["tensors"]["model.weight"].pop("shape")),
+    "an unknown type": signed_again(lambda m: m["tensors"]["model.weight"].update(dtype="F4")),
+    "a file that is not listed": signed_again(lambda m: m["tensors"]["model.weight"].update(file="shard-00009")),
+    "another shape": signed_again(lambda m: m["tensors"]["model.weight"].update(shape=[4, 3])),
+    "a tensor too many": signed_again(lambda m: m["tensors"].update({"x": m["tensors"]["model.weight"]})),
+    "not usable": signed_again(lambda m: m.update(samples_consumed="many")),
+}
+
+
+def test_every_wrong_manifest_is_passed_over_with_its_folder_named(folder, saved, capsys):
+    for name, change in MANIFESTS.items():
+        newest = save_checkpoint(folder, 20, TENSORS, {"samples_consumed": 224})
+        change(newest / MANIFEST)
+        latest = open_latest(folder.parent, check=lambda manifest: int(manifest["samples_consumed"]))
+        assert latest.path == saved, name
+        assert f"WARNING: damaged checkpoint passed over: {newest}/" in capsys.readouterr().err, name
+
+
+HEADERS = [b"", b"[]", b'{"a": 1}', b'{"a": {"dtype": "X", "shape": []}}', b'{"a": {"dtype": "F32"}}']
+
+
+@pytest.mark.parametrize("raw", [b"", b"\xff" * 16, pickle.dumps(1), *(struct.pack("<Q", len(h)) + h for h in HEADERS)])
+def test_what_is_no_safetensors_file_is_refused(tmp_path, raw):
+    (tmp_path / "file").write_bytes(raw)
+    with pytest.raises(CheckpointError, match="file: unreadable"):
+        read_header(tmp_path / "file")
+
+
+def vouch(path, files):
+    """Write a manifest of version 1 for files, as whoever planted them could."""
+    entries = [{"name": f.name, "size": f.stat().st_size, "sha256": format.hashlib.sha256(f.read_bytes()).hexdigest()}
+               for f in files]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(format, "FORMAT_VERSION", 1)  # which has no table of tensors and reads the files' headers
+        write_manifest(path, 7, {"files": entries})
+
+
+def test_pickles_are_refused_and_never_executed(tmp_path, saved):
+    """Also where someone wrote a manifest that vouches for them."""
+    marker, shard = tmp_path / "executed", shard_of(saved)
+    for name in (".metadata", "model.pt", "__0_0.distcp"):  # .metadata is what DCP's default storage loads and runs
+        (saved / name).write_bytes(pickle.dumps(Malicious(marker)))
+        with pytest.raises(CheckpointError, match=rf"{name}: not listed"):
+            open_checkpoint(saved)
+        vouch(saved, [shard, saved / name])
+        with pytest.raises(CheckpointError, match=rf"lists {name}, which is not a checkpoint's tensor file"):
+            open_checkpoint(saved)
+        planted = (saved / name).rename(tmp_path / name)
+        vouch(saved, [shard])
+    shutil.copy(planted, shard)
+    vouch(saved, [shard])
+    with pytest.raises(CheckpointError, match=f"{shard.name}: unreadable"):
+        open_checkpoint(saved)
+    assert not marker.exists()
+    pickle.loads(planted.read_bytes())
+    assert marker.exists()  # it would have worked
+
+
+def test_version_1_is_read_by_its_headers_and_a_gap_is_refused(saved):
+    shard = shard_of(saved)
+    save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, shard)
+    vouch(saved, [shard])
+    assert_equal(read_all(open_checkpoint(saved)), TENSORS)
+    second_half = {"a": Chunk(torch.float32, (2,), (2,))}
+    write_tensors(shard, second_half, lambda name: torch.zeros(2), format.offsets_metadata(second_half))
+    vouch(saved, [shard])
+    with pytest.raises(CheckpointError, match=rf"{shard.name}: a is .*shape=\(2,\).*but .*shape=\(4,\)"):
         open_checkpoint(saved)
 
 
-def test_latest_falls_back_loudly_from_a_damaged_one(folder, saved, capsys):
-    newest = save_checkpoint(folder, 20, TENSORS, {})
-    assert latest_checkpoint(folder.parent) == newest
-    flip(shard_of(newest))
-    assert latest_checkpoint(folder.parent) == saved
-    assert "WARNING: damaged checkpoint passed over" in capsys.readouterr().err
-    (saved / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match=r"no undamaged checkpoint.*step-20.*step-7"):
-        latest_checkpoint(folder.parent)
-
-
-def test_a_run_without_checkpoints_says_so(folder):
-    with pytest.raises(CheckpointError, match="found none"):
-        latest_checkpoint(folder.parent)
-
-
-def test_unfinished_saves_are_not_found_and_are_cleaned(folder, saved):
-    shutil.copytree(saved, folder / "step-9.tmp")
-    shutil.copytree(saved, folder / ".trash-step-1")
-    assert latest_checkpoint(folder.parent) == saved
-    clean(folder)
-    assert [p.name for p in folder.iterdir()] == ["step-7"]
-
-
-def test_a_loss_of_a_rank_is_no_damage(folder, saved, monkeypatch, capsys):
+def test_a_lost_rank_is_no_damage(folder, saved, monkeypatch, capsys):
     def lost(*arguments):
         raise LostRankError("verifying a checkpoint: a rank has ended or does not answer")
 
@@ -209,23 +266,51 @@ def test_a_loss_of_a_rank_is_no_damage(folder, saved, monkeypatch, capsys):
     assert "damaged" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
-        (DataError("photos: no such folder"), "photos: no such folder"),
-        (OSError("disk full"), "disk full"),
-        (KeyError("a"), "KeyError('a')"),
-        (ValueError(), "ValueError()"),
-    ],
-)
-def test_all_ranks_are_told_what_an_error_says_and_of_a_bug_its_type(error, text):
-    def fail():
-        raise error
+# ---- folders ---------------------------------------------------------------------------------------------------------
 
-    for together in (Ranks().first, Ranks().gather):
-        with pytest.raises(CheckpointError) as told:
-            together("opening the data", fail)
-        assert str(told.value) == text
+
+def test_what_is_not_finished_is_never_found(folder, saved, monkeypatch):
+    """A full disk, a disk that reports nothing, and an end just before the rename leave the checkpoint before."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))  # the write fails half way, as on a full disk
+    try:
+        with pytest.raises(CheckpointError, match=r"could not write .*step-8.*File too large: '.*shard-0.*untouched"):
+            save_checkpoint(folder, 8, {"model.big": torch.zeros(100_000)}, {}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with monkeypatch.context() as patch:
+        patch.setattr(format.os, "fsync", lambda descriptor: format.os.truncate(descriptor, 50))
+        with pytest.raises(CheckpointError, match=r"could not write .*step-8: .*wrote \d+ bytes, the file has 50"):
+            save_checkpoint(folder, 8, TENSORS, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(format, "MANIFEST", "no/such/folder/manifest.json")
+        with pytest.raises(CheckpointError):
+            save_checkpoint(folder, 8, TENSORS, {})
+    assert [path.name for path in folder.iterdir()] == ["step-7"]
+    assert latest_checkpoint(folder.parent) == saved
+
+
+def test_leftovers_are_neither_found_nor_taken_over_and_are_cleaned(folder, saved):
+    stale = folder / "step-8.tmp" / SHARD.format(2)
+    stale.parent.mkdir()
+    stale.write_bytes(b"of another run")
+    assert latest_checkpoint(folder.parent) == saved
+    path = save_checkpoint(folder, 8, TENSORS, {})
+    assert {file.name for file in path.iterdir()} == {MANIFEST, SHARD.format(1)}
+    shutil.copytree(saved, folder / "step-9.tmp")
+    shutil.copytree(saved, folder / ".trash-step-1")
+    clean(folder)
+    assert {path.name for path in folder.iterdir()} == {"step-7", "step-8"}
+
+
+def test_the_newest_the_milestones_and_the_one_just_written_stay(folder):
+    for step in range(0, 80, 10):
+        save_checkpoint(folder, step, {"a": torch.zeros(1)}, {}, keep=2, keep_every=30)
+    assert [path.name for path in list_checkpoints(folder)] == ["step-70", "step-60", "step-30"]
+    save_checkpoint(folder, 20, {"a": torch.ones(1)}, {}, keep=1)
+    again = save_checkpoint(folder, 20, {"a": torch.ones(2)}, {}, keep=1)
+    assert {path.name for path in folder.iterdir()} == {"step-70", "step-20"}
+    assert open_checkpoint(again).read("a").tolist() == [1.0, 1.0]  # the same step again replaces it
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_forgotten_and_not_deleted(folder, saved, tmp_path):
@@ -239,19 +324,6 @@ def test_a_checkpoint_that_was_moved_and_linked_is_forgotten_and_not_deleted(fol
     assert load_checkpoint(archive)[1]["step"] == 7
 
 
-def test_keeps_the_newest(folder):
-    for step in (0, 5, 10, 100):
-        save_checkpoint(folder, step, TENSORS, {}, keep=2)
-    assert [p.name for p in list_checkpoints(folder)] == ["step-100", "step-10"]
-    assert {p.name for p in folder.iterdir()} == {"step-100", "step-10"}
-
-
-def test_a_checkpoint_just_written_survives_ones_of_later_steps(folder):
-    save_checkpoint(folder, 50, TENSORS, {})
-    written = save_checkpoint(folder, 20, TENSORS, {}, keep=1)
-    assert written in list_checkpoints(folder)
-
-
 def test_later_steps_are_set_aside(folder, saved):
     save_checkpoint(folder, 20, TENSORS, {})
     set_aside_after(folder, 7)
@@ -259,35 +331,19 @@ def test_later_steps_are_set_aside(folder, saved):
     assert (folder / "step-20.damaged" / MANIFEST).exists()
 
 
-def test_saving_the_same_step_again_replaces_it(folder, saved):
-    again = save_checkpoint(folder, 7, {"model.weight": torch.ones(2)}, {})
-    assert again == saved
-    assert load_checkpoint(saved)[0].keys() == {"model.weight"}
+def test_a_run_without_checkpoints_is_named(folder):
+    with pytest.raises(CheckpointError, match="found none"):
+        latest_checkpoint(folder.parent)
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(folder, saved):
-    """A limit on the size of files stands in for the full disk: the write fails half way in the same place."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
-    try:
-        with pytest.raises(
-            CheckpointError, match=r"could not write .*step-8.*File too large: '.*shard-00001.*untouched"
-        ):
-            save_checkpoint(folder, 8, {"model.big": torch.zeros(100_000)}, {}, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert [p.name for p in folder.iterdir()] == ["step-7"]
-    assert latest_checkpoint(folder.parent) == saved
+@pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run"])
+def test_object_stores_are_refused(address):
+    for use in (lambda: save_checkpoint(address, 1, {}, {}), lambda: RunFolder(address)):
+        with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
+            use()
 
 
-def test_an_unfinished_manifest_means_no_checkpoint(folder, saved, monkeypatch):
-    """Nothing but the rename makes a checkpoint: fail just before it."""
-    monkeypatch.setattr("fastmae.train.checkpoint.format.MANIFEST", "no/such/folder/manifest.json")
-    with pytest.raises(CheckpointError):
-        save_checkpoint(folder, 8, TENSORS, {})
-    monkeypatch.undo()
-    assert latest_checkpoint(folder.parent) == saved
-    assert not (folder / "step-8").exists()
+# ---- comparing runs --------------------------------------------------------------------------------------------------
 
 
 def test_another_architecture_is_refused_by_field():
@@ -298,17 +354,9 @@ def test_another_architecture_is_refused_by_field():
 
 
 def test_configs_are_compared_by_what_a_difference_does():
-    saved = {"out": "a", "train": {"seed": 0, "global_batch_size": 32, "base_lr": 1.0, "log_every_steps": 1}}
-    here = {"out": "b", "train": {"seed": 0, "global_batch_size": 32, "base_lr": 2.0, "log_every_steps": 2}}
-    assert compare_configs(saved, here) == ["train.base_lr was 1.0, is 2.0"]
-    here["train"]["seed"] = 1
-    with pytest.raises(CheckpointError, match=r"--train.seed: .*started with, 0, got 1"):
-        compare_configs(saved, here)
-
-
-def test_fields_that_an_earlier_version_did_not_save_had_their_default():
-    here = to_json(PretrainConfig())
-    saved = to_json(PretrainConfig())
+    """A field that an earlier version did not save had its default."""
+    saved, here = to_json(PretrainConfig()), to_json(PretrainConfig())
+    here["out"], here["train"]["log_every_steps"] = "b", 2
     del saved["model"]["mask_strategy"], saved["train"]["masks_per_image"]
     assert compare_configs(saved, here) == []
     here["model"]["mask_strategy"] = "block"
@@ -316,9 +364,3 @@ def test_fields_that_an_earlier_version_did_not_save_had_their_default():
     here["train"]["masks_per_image"] = 2
     with pytest.raises(CheckpointError, match=r"--train.masks-per-image: .*started with, 1, got 2"):
         compare_configs(saved, here)
-
-
-def test_manifest_is_plain_json(saved):
-    manifest = json.loads((saved / MANIFEST).read_text())
-    assert manifest["files"][0]["name"] == shard_of(saved).name
-    assert len(manifest["files"][0]["sha256"]) == 64

@@ -1,6 +1,6 @@
 """Checkpoints: tensors in safetensors, everything else in a manifest that is written last, and nothing pickled.
 
-``format`` says what a checkpoint looks like on the disk, ``save`` and ``load`` do the work on any number of ranks.
+``format`` is what a checkpoint looks like on the disk; ``save`` and ``load`` do the work on any number of ranks.
 """
 
 from fastmae.train.checkpoint.format import (
@@ -8,7 +8,6 @@ from fastmae.train.checkpoint.format import (
     as_url,
     clean,
     list_checkpoints,
-    read_manifest,
     refuse_url,
     set_aside_after,
     step_of,
@@ -40,7 +39,6 @@ __all__ = [
     "load_checkpoint",
     "open_checkpoint",
     "open_latest",
-    "read_manifest",
     "read_together",
     "refuse_url",
     "save_checkpoint",

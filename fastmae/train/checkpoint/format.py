@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``checkpoints/step-N``. Each writing rank has one safetensors file in it; ``manifest.json``
 lists the files with sizes and SHA-256, says where each tensor is, and holds everything that is not a tensor. It is
-written last, and the folder gets its name by a rename after that: a folder of that name is whole, and later damage is
-seen before anything is read. Nothing is pickled.
+written last, and the folder gets its name by a rename after that: a folder of that name is complete, and later damage
+is detected before anything is read. Nothing is pickled.
 
 The files are those of ``torch.distributed.checkpoint`` (DCP) with safetensors storage, so its
 ``HuggingFaceStorageReader`` reads and reshards them too.
@@ -20,7 +20,8 @@ import shutil
 import stat
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,39 +39,49 @@ SHARD = "shard-{:05d}-model-00001-of-00001.safetensors"
 """Tensor file of a rank, counted from 1, by DCP's naming."""
 _SHARD_NAME = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _OFFSETS = "DCP_SHARDING_INFO"
-"""Metadata key of the offsets of pieces: a JSON object ``{name: {"saved_offsets": [...]}}``."""
+"""Metadata key of the offsets of chunks: a JSON object ``{name: {"saved_offsets": [...]}}``."""
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+"""Element types by safetensors' names."""
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of a tensor: all of it, or one rank's shard.
-
-    Attributes:
-        dtype: element type.
-        shape: extent of the box; ``()`` for a scalar.
-        offsets: where the box begins in the tensor.
-    """
+class Chunk:
+    """A box of a tensor, all of it or one rank's shard: its element type, its extent, and where it begins."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> Piece:
+    def whole(cls, tensor: Tensor) -> Chunk:
         """All of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape), (0,) * tensor.ndim)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
     @property
     def bytes(self) -> int:
         """Size of the box's elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a missing, damaged or forged file makes its reader raise into a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # KeyError, RecursionError, UnicodeDecodeError, struct.error, SafetensorError, ...
+        text = str(error) if isinstance(error, OSError) else repr(error)
+        raise CheckpointError(f"{path}: unreadable: {text[:400]}") from error
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
@@ -83,11 +94,7 @@ def as_url(path: Path | str) -> str | None:
 
 
 def refuse_url(folder: Path | str) -> None:
-    """Refuse ``s3://bucket/run``, which ``Path`` would turn into a local folder named ``s3:``.
-
-    Raises:
-        ValueError: if it begins with a protocol.
-    """
+    """Raise ``ValueError`` for ``s3://bucket/run``, which ``Path`` would turn into a local folder named ``s3:``."""
     if url := as_url(folder):
         raise ValueError(
             f"{url}: expected a folder of a mounted file system: a checkpoint is published by a rename, which object "
@@ -130,15 +137,13 @@ def prune(folder: Path, written: Path, keep: int | None, keep_every: int | None,
                 print(f"WARNING: could not delete the old checkpoint {old}: {error}", file=sys.stderr, flush=True)
 
 
-def set_aside_after(folder: Path, step: int, suffix: str = "damaged") -> list[Path]:
+def set_aside_after(folder: Path, step: int, suffix: str = "damaged") -> None:
     """Rename checkpoints of later steps to ``step-N.<suffix>``: a run that fell back must not find them again."""
-    renamed = []
     for path in list_checkpoints(folder):
         if step_of(path) > step:
             target = path.with_name(f"{path.name}.{suffix}")
             discard(target)
-            renamed.append(path.rename(target))
-    return renamed
+            path.rename(target)
 
 
 def clean(folder: Path) -> None:
@@ -171,52 +176,39 @@ def sync(path: Path) -> None:
 def write_manifest(path: Path, step: int, values: Mapping[str, Any]) -> None:
     """Write the manifest of a checkpoint folder; on return it and everything in the folder is on the disk."""
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": step, **values}
-    text = json.dumps({**values, "sha256": _manifest_sha256(values)}, indent=1)
     with (path / MANIFEST).open("w") as file:
-        file.write(text)
+        file.write(json.dumps({**values, "sha256": _manifest_sha256(values)}, indent=1))
         file.flush()
         os.fsync(file.fileno())
     sync(path)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, with the folder's files compared by name.
+    """The manifest of a checkpoint folder, which holds the files that the manifest lists and no others.
 
     Raises:
         CheckpointError: naming the file that is missing, unlisted, unreadable or not of this format.
     """
     name = path / MANIFEST
-    try:
+    with reading(name):
         require_file(name)
         manifest = json.loads(name.read_text())
-        if not isinstance(manifest, dict):
-            raise CheckpointError(f"{name}: expected a JSON object, got {type(manifest).__name__}")
         got = manifest.get("format"), manifest.get("format_version")
         if got[0] != FORMAT or got[1] not in READABLE_VERSIONS:
             raise CheckpointError(f"{name}: expected format {FORMAT} version {FORMAT_VERSION}, got {got}")
         if manifest.pop("sha256", None) != _manifest_sha256(manifest):
             raise CheckpointError(f"{name}: contents differ from the SHA-256 that it gives of itself")
-        _check_listing(path, manifest)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{name}: expected a checkpoint manifest: {error!r}"[:500]) from error
-    return manifest
-
-
-def _check_listing(path: Path, manifest: Mapping[str, Any]) -> None:
-    name = path / MANIFEST
-    step, files = manifest["step"], manifest["files"]
-    if not isinstance(step, int) or step < 0 or not isinstance(files, list):
-        raise CheckpointError(f"{name}: expected a step and a list of files, got {step!r} and {type(files).__name__}")
-    for file in files:
-        if not (_SHARD_NAME.fullmatch(file["name"]) and isinstance(file["size"], int)):
-            raise CheckpointError(f"{name}: lists {file['name']}, which is not a checkpoint's tensor file")
-        if len(str(file["sha256"])) != 64:
-            raise CheckpointError(f"{name}: lists {file['name']} without a SHA-256")
-    expected, present = {file["name"] for file in files}, {p.name for p in path.iterdir()} - {MANIFEST}
-    for missing in sorted(expected - present):
+        if not isinstance(manifest["step"], int):
+            raise CheckpointError(f"{name}: expected a step, got {manifest['step']!r}")
+        for file in manifest["files"]:
+            if not _SHARD_NAME.fullmatch(file["name"]):
+                raise CheckpointError(f"{name}: lists {file['name']}, which is not a checkpoint's tensor file")
+        listed, present = {file["name"] for file in manifest["files"]}, {p.name for p in path.iterdir()} - {MANIFEST}
+    for missing in sorted(listed - present):
         raise CheckpointError(f"{path / missing}: missing, but listed in {MANIFEST}")
-    for unlisted in sorted(present - expected):
+    for unlisted in sorted(present - listed):
         raise CheckpointError(f"{path / unlisted}: not listed in {MANIFEST}; left over from another save?")
+    return manifest
 
 
 def _manifest_sha256(values: Mapping[str, Any]) -> str:
@@ -227,36 +219,31 @@ def _manifest_sha256(values: Mapping[str, Any]) -> str:
 
 
 def write_tensors(
-    path: Path, pieces: Mapping[str, Piece], read: Callable[[str], Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, chunks: Mapping[str, Chunk], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Write a safetensors file tensor by tensor; on return it is on the disk, whole.
+    """Write a safetensors file tensor by tensor; on return it is on the disk. Returns its entry in a manifest.
 
-    ``safetensors`` is not used for writing: it wants all tensors in memory at once, and a checksum of the bytes on
-    their way to the disk also catches what reading back would not.
+    ``safetensors`` is not used for writing: it needs all tensors in memory at once, and a checksum of the bytes on
+    their way to the disk also detects what reading back would not.
 
     Args:
-        path: the file; overwritten.
-        pieces: what to write, by name.
-        read: called with one name after the other; gives a tensor of that piece's shape and dtype, on any device.
-        metadata: texts to keep in the header.
-
-    Returns:
-        ``name``, ``size`` and ``sha256``, as a manifest lists the file.
+        chunks: what to write, by name.
+        read: returns the tensor of a name, on any device, with its chunk's shape and dtype.
 
     Raises:
         OSError: if the disk is full or not writable.
         ValueError: if a tensor is not what was announced, or of a type that safetensors has no name for.
     """
     # In safetensors' order: the widest type first, so that every tensor is aligned.
-    names = sorted(pieces, key=lambda name: (-pieces[name].dtype.itemsize, name))
+    names = sorted(chunks, key=lambda name: (-chunks[name].dtype.itemsize, name))
     digest, written = hashlib.sha256(), 0
     try:
         with path.open("wb") as file:
-            header = _header(names, pieces, metadata or {})
+            header = _header({name: chunks[name] for name in names}, metadata)
             digest.update(header)
             written += file.write(header)
             for name in names:
-                block = _bytes(name, read(name), pieces[name])
+                block = _bytes(name, read(name), chunks[name])
                 digest.update(block)
                 written += file.write(block)
                 del block  # before the next one is read
@@ -270,91 +257,81 @@ def write_tensors(
     return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """:func:`write_tensors` of whole tensors on any device. ``safetensors.torch.save_file`` makes files that only their
-    owner can read, whatever the umask."""
-    write_tensors(path, {n: Piece.whole(t) for n, t in tensors.items()}, tensors.__getitem__, metadata)
+def replace_file(
+    path: Path, chunks: Mapping[str, Chunk], read: Callable[[str], Tensor], metadata: Mapping[str, Any]
+) -> Path:
+    """Replace a safetensors file atomically, by :func:`write_tensors` with JSON-able metadata.
+
+    Raises:
+        CheckpointError: if the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.tmp")
+    try:
+        write_tensors(partial, chunks, read, {"format": "pt", **{k: json.dumps(v) for k, v in metadata.items()}})
+        return partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"could not write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def offsets_metadata(pieces: Mapping[str, Piece]) -> dict[str, str]:
-    """Metadata that tells PyTorch's reader where pieces of larger tensors belong."""
-    where = {name: {"saved_offsets": list(piece.offsets)} for name, piece in pieces.items()}
+def offsets_metadata(chunks: Mapping[str, Chunk]) -> dict[str, str]:
+    """Metadata that tells PyTorch's reader where chunks of larger tensors belong."""
+    where = {name: {"saved_offsets": list(chunk.offsets)} for name, chunk in chunks.items()}
     return {_OFFSETS: json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
 
 
-def read_header(path: Path) -> dict[str, Piece]:
-    """Pieces in a safetensors file, from its header alone.
-
-    Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is not a safetensors file.
-    """
-    try:
+def read_header(path: Path) -> dict[str, Chunk]:
+    """Chunks in a safetensors file, from its header alone; raises CheckpointError if it is no such file."""
+    with reading(path):
+        size = require_file(path)
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(min(length, size)))
         offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
-        pieces = {}
+        chunks = {}
         for name, entry in header.items():
             shape = tuple(entry["shape"])
             begin = offsets[name]["saved_offsets"] if name in offsets else (0,) * len(shape)
-            pieces[name] = Piece(_DTYPES[entry["dtype"]], shape, tuple(begin))
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a safetensors file: {error!r}") from error
-    return pieces
+            chunks[name] = Chunk(DTYPES[entry["dtype"]], shape, tuple(begin))
+    return chunks
 
 
-def verify_file(path: Path, listed: Mapping[str, Any], *, checksum: bool = True) -> dict[str, Piece]:
-    """Compare a tensor file with its entry in the manifest; return the pieces in it.
-
-    Raises:
-        CheckpointError: if it is truncated, altered or unreadable.
-    """
-    try:
-        size = require_file(path)
-        if size != listed["size"]:
+def verify_file(path: Path, listed: Mapping[str, Any]) -> dict[str, Chunk]:
+    """Compare a tensor file with its entry in the manifest, else raise CheckpointError; return the chunks in it."""
+    with reading(path):
+        if (size := require_file(path)) != listed["size"]:
             raise CheckpointError(f"{path}: expected {listed['size']} bytes, got {size}")
-        if checksum:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != listed["sha256"]:
-                    raise CheckpointError(f"{path}: contents differ from the SHA-256 in {MANIFEST}")
-        return read_header(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: unreadable: {error}") from error
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != listed["sha256"]:
+                raise CheckpointError(f"{path}: contents differ from the SHA-256 in {MANIFEST}")
+    return read_header(path)
 
 
 def require_file(path: Path) -> int:
-    """Size of a regular file; a pipe or device, which would keep its reader waiting, is refused."""
+    """Size of a regular file; a pipe or device, which would block its reader, is refused."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: expected a regular file")
     return status.st_size
 
 
-def dtype_named(name: str) -> torch.dtype:
-    """The element type of a safetensors name, such as ``"F32"``."""
-    return _DTYPES[name]
-
-
-def _header(names: Iterable[str], pieces: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+def _header(chunks: Mapping[str, Chunk], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
-    for name in names:
-        piece = pieces[name]
-        if piece.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: safetensors has no type for {piece.dtype}")
-        end = begin + piece.bytes
-        header[name] = {"dtype": DTYPE_NAMES[piece.dtype], "shape": list(piece.shape), "data_offsets": [begin, end]}
+    for name, chunk in chunks.items():
+        if chunk.dtype not in DTYPE_NAMES:
+            raise ValueError(f"{name}: safetensors has no type for {chunk.dtype}")
+        end = begin + chunk.bytes
+        header[name] = {"dtype": DTYPE_NAMES[chunk.dtype], "shape": list(chunk.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(name: str, tensor: Tensor, piece: Piece) -> memoryview:
-    if (tensor.dtype, tuple(tensor.shape)) != (piece.dtype, piece.shape):
-        raise ValueError(f"{name}: expected {piece.dtype} {piece.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
+def _bytes(name: str, tensor: Tensor, chunk: Chunk) -> memoryview:
+    if (tensor.dtype, tuple(tensor.shape)) != (chunk.dtype, chunk.shape):
+        raise ValueError(f"{name}: expected {chunk.dtype} {chunk.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())

@@ -1,13 +1,13 @@
 """Loading checkpoints: verified first, by all ranks together, then each rank reads what it holds and nothing else.
 
-Tensors may be wanted in other pieces than they were written in: any number of ranks reads what any other has written.
-What all ranks hold is read by one of them and sent to the others.
+Any number of ranks reads what any other number has written: tensors are cut into other shards on the way. What all
+ranks hold is read by one of them and sent to the others.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import operator
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -16,21 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastmae.train.checkpoint.format import (
+    DTYPES,
     MANIFEST,
-    Piece,
-    dtype_named,
+    Chunk,
     list_checkpoints,
+    read_header,
     read_manifest,
+    reading,
+    replace_file,
     step_of,
     verify_file,
-    write_tensors,
 )
-from fastmae.train.checkpoint.save import local_part
+from fastmae.train.checkpoint.save import local_chunk
 from fastmae.train.ranks import CheckpointError, LostRankError, Ranks, as_ranks
 
 WHAT = "reading a checkpoint"
@@ -38,30 +40,20 @@ WHAT = "reading a checkpoint"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of a checkpoint.
+    """A tensor of a checkpoint, and the file that holds it, or its shards in the order of rows."""
 
-    Attributes:
-        whole: its type and shape.
-        files: the one that holds it, or the shards in the order of rows.
-        pieces: of version 1, which says in its files' headers where each piece belongs; None: equal shares of rows.
-    """
-
-    whole: Piece
+    whole: Chunk
     files: tuple[str, ...]
-    pieces: tuple[Piece, ...] | None = None
 
-    def located(self) -> Iterator[tuple[str, Piece]]:
-        """Files with the pieces that they hold."""
-        if self.pieces is not None:
-            yield from zip(self.files, self.pieces, strict=True)
-        elif len(self.files) == 1:
+    def chunks(self) -> Iterator[tuple[str, Chunk]]:
+        """Files with the rows that they hold, divided as ``torch.chunk`` and FSDP do; the last files may hold none."""
+        if len(self.files) == 1:
             yield self.files[0], self.whole
-        else:
-            rows, *rest = self.whole.shape
-            each = math.ceil(rows / len(self.files))  # as torch.chunk and FSDP cut rows; the last shards may be empty
-            for index, begin in enumerate(range(0, rows, each)):
-                shape = (min(each, rows - begin), *rest)
-                yield self.files[index], Piece(self.whole.dtype, shape, (begin, *(0 for _ in rest)))
+            return
+        rows, *rest = self.whole.shape
+        each = max(math.ceil(rows / len(self.files)), 1)
+        for file, begin in zip(self.files, range(0, rows, each), strict=False):
+            yield file, Chunk(self.whole.dtype, (min(each, rows - begin), *rest), (begin, *(0 for _ in rest)))
 
 
 @dataclass(frozen=True)
@@ -73,15 +65,15 @@ class Checkpoint:
     tensors: Mapping[str, Entry]
 
     def read(self, name: str) -> Tensor:
-        """One whole tensor, on the CPU.
-
-        Raises:
-            CheckpointError: if a file cannot be read.
-        """
+        """One whole tensor, on the CPU; raises CheckpointError if a file cannot be read."""
         whole = self.tensors[name].whole
         target = torch.empty(whole.shape, dtype=whole.dtype)
         self.read_into({name: target})
         return target
+
+    def read_all(self, prefix: str = "") -> dict[str, Tensor]:
+        """Whole tensors, on the CPU, of names that start with a prefix such as ``model.``, which is removed."""
+        return {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
 
     @torch.no_grad()
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
@@ -93,65 +85,52 @@ class Checkpoint:
         self.check(targets)
         wanted: dict[str, list[tuple[str, Tensor, tuple[slice, ...]]]] = defaultdict(list)
         for name, target in targets.items():
-            part = local_part(target)
-            for file, piece in self.tensors[name].located():
-                if (overlap := _overlap(piece, part.piece)) is not None:
+            own, elements = local_chunk(target)
+            for file, chunk in self.tensors[name].chunks():
+                if (overlap := _overlap(chunk, own)) is not None:
                     there, here = overlap
-                    wanted[file].append((name, part.tensor[here], there))
+                    wanted[file].append((name, elements[here], there))
         for file, reads in wanted.items():
-            try:
-                with safe_open(self.path / file, framework="pt") as source:
-                    for name, target, box in reads:
-                        target.copy_(source.get_slice(name)[box] if box else source.get_tensor(name))
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.path / file}: unreadable: {error}") from error
+            with reading(self.path / file), safe_open(self.path / file, framework="pt") as source:
+                for name, target, box in reads:
+                    target.copy_(source.get_slice(name)[box] if box else source.get_tensor(name))
 
     def check(self, targets: Mapping[str, Tensor]) -> None:
-        """Compare tensors with those that it holds under their names.
-
-        Raises:
-            CheckpointError: if one is not there, or has another shape or type.
-        """
+        """Raise CheckpointError if it holds a tensor not at all, or in another shape or type than the target's."""
         for name, target in targets.items():
             if name not in self.tensors:
                 raise CheckpointError(f"{self.path}: has no tensor {name}")
-            whole = self.tensors[name].whole
-            there, here = (whole.dtype, whole.shape), (target.dtype, tuple(target.shape))
+            there, here = self.tensors[name].whole, Chunk.whole(target)
             if there != here:
-                raise CheckpointError(f"{self.path}: {name} is {_text(*there)}, expected {_text(*here)}")
+                raise CheckpointError(f"{self.path}: {name} is {there}, expected {here}")
 
 
-def open_checkpoint(path: Path, *, verify: bool = True, ranks: Ranks | None = None) -> Checkpoint:
-    """Read and verify a checkpoint folder; with ``torch.distributed`` initialised, every rank calls it.
+def open_checkpoint(path: Path, *, ranks: Ranks | None = None) -> Checkpoint:
+    """Read and verify a folder ``step-N``; with ``torch.distributed`` initialised, every rank calls it.
 
-    The files are divided among the ranks: each verifies its own part of them, and all learn what was found.
-
-    Args:
-        path: a folder ``step-N``.
-        verify: compare contents with the manifest's checksums, not only names and sizes.
-        ranks: who reads; None makes a group for this call.
+    The files are divided among the ranks (None makes a group for this call): each verifies some, and all learn what
+    was found.
 
     Raises:
         CheckpointError: on all ranks alike, naming the file that is missing, unknown, truncated or altered.
     """
     with as_ranks(ranks) as ranks:
-        manifest = ranks.first("reading a manifest", lambda: read_manifest(path))
-        tensors = ranks.first("reading a manifest", lambda: _tensors(path, manifest))
+        manifest, tensors = ranks.first("reading a manifest", lambda: _read_tables(path))
         files = manifest["files"]
 
-        def verify_share() -> None:
+        def verify_own() -> None:
             for index, file in enumerate(files):
                 if reader_of(index, len(files), ranks.size) == ranks.rank:
-                    _check_pieces(path / file["name"], verify_file(path / file["name"], file, checksum=verify), tensors)
+                    found = verify_file(path / file["name"], file)
+                    _check_chunks(path / file["name"], found, tensors)
 
-        ranks.gather("verifying a checkpoint", verify_share)
+        ranks.gather("verifying a checkpoint", verify_own)
         return Checkpoint(path, manifest, tensors)
 
 
 def open_latest(
     run_folder: Path,
     *,
-    verify: bool = True,
     ranks: Ranks | None = None,
     check: Callable[[Mapping[str, Any]], object] = bool,
     newest: int | None = None,
@@ -161,17 +140,17 @@ def open_latest(
     Args:
         check: called with the manifest; whatever it raises counts as damage, since a manifest whose checksum fits may
             still have been written by a broken program.
-        newest: step up to which checkpoints are looked at; None for all.
+        newest: step up to which checkpoints are considered; None for all.
 
     Raises:
         CheckpointError: on all ranks alike, if there is none.
     """
 
-    def checked(checkpoint: Checkpoint) -> None:
-        try:
+    def open_and_check(path: Path, ranks: Ranks) -> Checkpoint:
+        checkpoint = open_checkpoint(path, ranks=ranks)
+        with reading(path / MANIFEST):
             check(checkpoint.manifest)
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{checkpoint.path / MANIFEST}: not usable: {error!r}"[:500]) from error
+        return checkpoint
 
     with as_ranks(ranks) as ranks:
         candidates = ranks.first("listing checkpoints", lambda: list_checkpoints(run_folder / "checkpoints"))
@@ -181,9 +160,7 @@ def open_latest(
         reasons = []
         for path in candidates:
             try:
-                checkpoint = open_checkpoint(path, verify=verify, ranks=ranks)
-                ranks.first("reading a manifest", lambda checkpoint=checkpoint: checked(checkpoint))
-                return checkpoint
+                return open_and_check(path, ranks)
             except LostRankError:  # says nothing about the checkpoint
                 raise
             except CheckpointError as error:
@@ -193,23 +170,19 @@ def open_latest(
         raise CheckpointError(f"{run_folder}: no undamaged checkpoint; " + "; ".join(reasons))
 
 
-def latest_checkpoint(run_folder: Path, *, verify: bool = True, ranks: Ranks | None = None) -> Path:
+def latest_checkpoint(run_folder: Path, *, ranks: Ranks | None = None) -> Path:
     """The folder of :func:`open_latest`."""
-    return open_latest(run_folder, verify=verify, ranks=ranks).path
+    return open_latest(run_folder, ranks=ranks).path
 
 
-def load_checkpoint(path: Path, *, prefix: str = "", verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Whole tensors (on the CPU, by name) and manifest of a checkpoint folder, in this process alone.
-
-    Args:
-        prefix: read only tensors whose names start with it, such as ``model.``; it is removed.
+def load_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:meth:`Checkpoint.read_all` of a folder ``step-N``, which is verified, and its manifest; in this process alone.
 
     Raises:
         CheckpointError: if anything is missing or altered.
     """
-    checkpoint = open_checkpoint(path, verify=verify, ranks=Ranks())
-    names = [name for name in checkpoint.tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): checkpoint.read(name) for name in names}, dict(checkpoint.manifest)
+    checkpoint = open_checkpoint(path, ranks=Ranks())
+    return checkpoint.read_all(prefix), dict(checkpoint.manifest)
 
 
 def consolidate(folder: Path, out: Path, *, optimizer: bool = False) -> Path:
@@ -226,19 +199,9 @@ def consolidate(folder: Path, out: Path, *, optimizer: bool = False) -> Path:
     """
     checkpoint = open_checkpoint(folder, ranks=Ranks())
     prefix = "" if optimizer else "model."
-    pieces = {
-        name.removeprefix(prefix): entry.whole for name, entry in checkpoint.tensors.items() if name.startswith(prefix)
-    }
-    kept = {key: checkpoint.manifest[key] for key in ("architecture", "step", "config") if key in checkpoint.manifest}
-    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in kept.items()}}
-    partial = out.with_name(f".{out.name}.tmp")
-    try:
-        write_tensors(partial, pieces, lambda name: checkpoint.read(prefix + name), metadata)
-        return partial.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"could not write {out}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    chunks = {n.removeprefix(prefix): e.whole for n, e in checkpoint.tensors.items() if n.startswith(prefix)}
+    metadata = {k: v for k, v in checkpoint.manifest.items() if k in ("architecture", "step", "config")}
+    return replace_file(out, chunks, lambda name: checkpoint.read(prefix + name), metadata)
 
 
 @torch.no_grad()
@@ -246,8 +209,8 @@ def read_together(checkpoint: Checkpoint, targets: Mapping[str, Tensor], ranks: 
     """Fill tensors with what a checkpoint holds under their names; every rank calls it, with the same names.
 
     Of a tensor that all ranks hold, each file is read by the rank that verified it, tensor by tensor, and sent over the
-    connections of the training: a file system is asked once. Each rank reads its shard of a DTensor, the first one
-    where there are replicas.
+    connections of the training, so that each byte is read from the file system once. Each rank reads its shard of a
+    DTensor, the first one where there are replicas.
 
     Args:
         targets: plain tensors, of the same shapes on all ranks, or DTensors; on any device.
@@ -261,10 +224,10 @@ def read_together(checkpoint: Checkpoint, targets: Mapping[str, Tensor], ranks: 
     ranks.gather(WHAT, lambda: checkpoint.check(targets))  # before anything is sent, so that nobody waits in vain
     failures: list[CheckpointError] = []
 
-    def attempt(function: Callable[[], None]) -> None:
+    def attempt(own: Mapping[str, Tensor]) -> None:
         try:
             if not failures:
-                function()
+                checkpoint.read_into(own)
         except CheckpointError as error:  # a rank that cannot read sends anything, and all of them raise at the end
             failures.append(error)
 
@@ -273,83 +236,80 @@ def read_together(checkpoint: Checkpoint, targets: Mapping[str, Tensor], ranks: 
     sharded = {name: target for name, target in targets.items() if isinstance(target, DTensor)}
     for name in sorted(targets.keys() - sharded.keys()):
         target = targets[name]
-        reader = readers[next(iter(checkpoint.tensors[name].located()))[0]]
+        reader = readers[next(iter(checkpoint.tensors[name].chunks()))[0]]
         block = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
         if ranks.rank == reader:
-            attempt(lambda name=name, block=block: checkpoint.read_into({name: block}))
+            attempt({name: block})
         ranks.broadcast(WHAT, block, reader)
         if block is not target:
             target.copy_(block)
-    attempt(lambda: checkpoint.read_into({name: t for name, t in sharded.items() if _is_first_replica(t)}))
+    replicas = {name: _replicated_dims(tensor) for name, tensor in sharded.items()}
+    is_first = {n: all(t.device_mesh.get_local_rank(dim) == 0 for dim in replicas[n]) for n, t in sharded.items()}
+    attempt({name: tensor for name, tensor in sharded.items() if is_first[name]})
     for name in sorted(sharded):
         local = sharded[name].to_local()
-        for dim in _replicated_dims(sharded[name]):
-            if local.numel():
-                ranks.broadcast(WHAT, local, 0, sharded[name].device_mesh.get_group(dim))
+        for dim in replicas[name] if local.numel() else ():
+            ranks.broadcast(WHAT, local, 0, sharded[name].device_mesh.get_group(dim))
 
-    def tell() -> None:
+    def report() -> None:
         if failures:
             raise failures[0]
 
-    ranks.gather(WHAT, tell)
+    ranks.gather(WHAT, report)
 
 
 def reader_of(file: int, files: int, ranks: int) -> int:
-    """The rank that verifies the file of a number, and reads from it what all want: its own if there are as many files
-    as ranks, else ranks far apart, as they were written."""
+    """The rank that verifies the file of a number, and reads from it what all need: its own if there are as many files
+    as ranks, else evenly spaced ranks, as they were written."""
     return file * ranks // files if files <= ranks else file % ranks
 
 
-def _tensors(path: Path, manifest: Mapping[str, Any]) -> dict[str, Entry]:
-    """Where all tensors are; on rank 0."""
+def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
+    """The manifest, and where all tensors are; on rank 0. No header of a file is sent, only this table."""
+    manifest = read_manifest(path)
     if manifest["format_version"] == 1:
-        return _tensors_of_headers(path, manifest)
-    try:
-        shards, names = tuple(manifest["shards"]), {file["name"] for file in manifest["files"]}
+        return manifest, _table_of_headers(path, manifest["files"])
+    with reading(path / MANIFEST):
+        shards, names = tuple(manifest.pop("shards")), {file["name"] for file in manifest["files"]}
         tensors = {}
-        for name, entry in manifest["tensors"].items():
-            shape = tuple(map(int, entry["shape"]))
-            whole = Piece(dtype_named(entry["dtype"]), shape, (0,) * len(shape))
+        for name, entry in manifest.pop("tensors").items():
+            shape = tuple(map(operator.index, entry["shape"]))
+            whole = Chunk(DTYPES[entry["dtype"]], shape, (0,) * len(shape))
             tensors[name] = Entry(whole, shards if entry["file"] is None else (entry["file"],))
-            if any(file not in names for file, piece in tensors[name].located() if math.prod(piece.shape)):
+            if any(file not in names for file, chunk in tensors[name].chunks() if chunk.bytes):
                 raise CheckpointError(f"{path / MANIFEST}: {name} is in a file that is not listed")
-        return tensors
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: its table of tensors is not usable: {error!r}"[:500]) from error
+    return manifest, tensors
 
 
-def _tensors_of_headers(path: Path, manifest: Mapping[str, Any]) -> dict[str, Entry]:
-    found: dict[str, list[tuple[str, Piece]]] = defaultdict(list)
-    for file in manifest["files"]:
-        for name, piece in verify_file(path / file["name"], file, checksum=False).items():
-            found[name].append((file["name"], piece))
+def _table_of_headers(path: Path, files: list[dict[str, Any]]) -> dict[str, Entry]:
+    """The table that version 1 does not have. Its shards have the same rows as those of version 2."""
+    found: dict[str, list[tuple[tuple[int, ...], str, Chunk]]] = defaultdict(list)
+    for file in files:
+        for name, chunk in read_header(path / file["name"]).items():
+            found[name].append((chunk.offsets, file["name"], chunk))
     tensors = {}
     for name, located in found.items():
-        pieces = [piece for _, piece in located]
-        ends = ([b + n for b, n in zip(piece.offsets, piece.shape, strict=True)] for piece in pieces)
-        shape = tuple(map(max, zip(*ends, strict=True)))
-        if sum(math.prod(p.shape) for p in pieces) != math.prod(shape) or len({p.dtype for p in pieces}) > 1:
-            raise CheckpointError(f"{path}: the pieces of {name} do not make up a tensor of shape {shape}")
-        whole = Piece(pieces[0].dtype, shape, (0,) * len(shape))
-        tensors[name] = Entry(whole, tuple(file for file, _ in located), tuple(pieces))
+        *_, (_, _, last) = located = sorted(located, key=operator.itemgetter(0))
+        shape = tuple(map(operator.add, last.offsets, last.shape))
+        tensors[name] = Entry(Chunk(last.dtype, shape, (0,) * len(shape)), tuple(file for _, file, _ in located))
     return tensors
 
 
-def _check_pieces(file: Path, found: Mapping[str, Piece], tensors: Mapping[str, Entry]) -> None:
-    """That a file holds what the manifest's table says."""
+def _check_chunks(file: Path, found: Mapping[str, Chunk], tensors: Mapping[str, Entry]) -> None:
+    """Compare what a file holds with the table."""
     expected = {
-        name: piece
+        name: chunk
         for name, entry in tensors.items()
         if file.name in entry.files
-        for place, piece in entry.located()
+        for place, chunk in entry.chunks()
         if place == file.name
     }
     for name in expected.keys() | found.keys():
         if expected.get(name) != found.get(name):
-            raise CheckpointError(f"{file}: {name} is {found.get(name)}, but {expected.get(name)} in {MANIFEST}")
+            raise CheckpointError(f"{file}: {name} is {found.get(name)!r}, but {expected.get(name)!r} in {MANIFEST}")
 
 
-def _overlap(there: Piece, here: Piece) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+def _overlap(there: Chunk, here: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where the common part of two boxes lies in each of them; None if they have none. Of scalars: ``((), ())``."""
     first, second = [], []
     for a, length_a, b, length_b in zip(there.offsets, there.shape, here.offsets, here.shape, strict=True):
@@ -364,11 +324,3 @@ def _overlap(there: Piece, here: Piece) -> tuple[tuple[slice, ...], tuple[slice,
 def _replicated_dims(tensor: DTensor) -> list[int]:
     mesh = tensor.device_mesh
     return [dim for dim, kind in enumerate(tensor.placements) if kind.is_replicate() and mesh.size(dim) > 1]
-
-
-def _is_first_replica(tensor: DTensor) -> bool:
-    return all(tensor.device_mesh.get_local_rank(dim) == 0 for dim in _replicated_dims(tensor))
-
-
-def _text(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {shape}"

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from fastmae.train.checkpoint.format import (
     DTYPE_NAMES,
     SHARD,
-    Piece,
+    Chunk,
     discard,
     offsets_metadata,
     prune,
@@ -36,28 +36,22 @@ from fastmae.train.ranks import CheckpointError, LostRankError, Ranks, as_ranks
 SMALL = 1 << 20
 """Bytes below which a tensor that all ranks hold is not worth another rank's writing it."""
 WRITERS = 8
-"""Ranks, at most, that share the writing of tensors that all hold: every reader needs the files of them all."""
+"""Ranks, at most, that divide the writing of tensors that all hold: every reader needs the files of them all."""
 MAX_FAILED = 3
-"""Failed saves in a row that end a run: a disk that stays full will not keep what is trained on."""
+"""Failed saves in a row that end a run: a disk that stays full loses everything trained since."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one rank writes or reads of a tensor: a box, and the elements in it."""
-
-    piece: Piece
-    tensor: Tensor
-
-
-@dataclass(frozen=True)
-class Share:
+class SavePlan:
     """What one rank writes, and where all tensors are."""
 
-    parts: Mapping[str, Part]
-    table: Mapping[str, Any]
-    """For the manifest: type and shape of each tensor, and the file that has it, or None if it is in the shards."""
+    chunks: dict[str, Chunk]
+    tensors: dict[str, Tensor]
+    """The elements of this rank's chunks."""
+    table: dict[str, Any]
+    """For the manifest: type, shape and file of every tensor; None means the shards."""
     shards: list[str]
     """Files of the shards, in the order of rows."""
 
@@ -82,7 +76,7 @@ def save_checkpoint(
         tensors: plain ones, equal on all ranks, or DTensors; any device and number of dimensions.
         manifest: JSON-able values to keep beside the tensors; those of rank 0 count.
         keep: number of newest checkpoints to keep, at least 1; None keeps all.
-        keep_every: checkpoints of steps that are multiples of it are kept for ever.
+        keep_every: checkpoints of steps that are multiples of it are never deleted.
         ranks: who saves; None makes a group for this call.
 
     Raises:
@@ -94,54 +88,61 @@ def save_checkpoint(
     refuse_url(folder)
     text = json.dumps(manifest)
     with as_ranks(ranks) as ranks:
-        path = write(folder, step, share_of(tensors, ranks), text, ranks)
+        path = write(folder, step, plan_save(tensors, ranks), text, ranks)
         if ranks.rank == 0:
             prune(folder, path, keep, keep_every)
     return path
 
 
-def share_of(tensors: Mapping[str, Tensor], ranks: Ranks) -> Share:
+def plan_save(tensors: Mapping[str, Tensor], ranks: Ranks) -> SavePlan:
     """What this rank writes. Every rank computes the same division, so nothing has to be exchanged.
 
     Each rank writes its shard of a DTensor, the first one where there are replicas. Tensors that all ranks hold are
-    written by rank 0; if there are no others, ranks far apart share the large ones.
+    written by rank 0; if there are no others, up to ``WRITERS`` ranks, evenly spaced, divide the large ones.
     """
-    shards: list[str] = []
-    parts, table = {}, {}
-    plain = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    plan = SavePlan({}, {}, {}, [])
+
+    def add(name: str, file: str | None, mine: bool) -> None:
+        tensor = tensors[name]
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ValueError(f"safetensors has no type for {tensor.dtype}")
+        plan.table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "file": file}
+        if mine:
+            plan.chunks[name], plan.tensors[name] = local_chunk(tensor)
+
+    own = SHARD.format(ranks.rank + 1)
     for name, tensor in tensors.items():
-        if name in plain:
-            continue
-        shards = shards or [SHARD.format(rank + 1) for rank in _first_replica(tensor)]
-        table[name] = _entry(tensor, None)
-        part = local_part(tensor)
-        if part.tensor.numel() and SHARD.format(ranks.rank + 1) in shards:
-            parts[name] = part
-    writers = dict.fromkeys(range(0, ranks.size, math.ceil(ranks.size / WRITERS)), 0)
-    for name in sorted(plain, key=lambda name: (-plain[name].numel(), name)):
-        size = plain[name].numel() * plain[name].dtype.itemsize
-        writer = min(writers, key=writers.__getitem__) if not shards and size >= SMALL else 0
-        writers[writer] += size
-        table[name] = _entry(plain[name], SHARD.format(writer + 1))
-        if writer == ranks.rank:
-            parts[name] = local_part(plain[name])
-    return Share(parts, table, shards)
+        if isinstance(tensor, DTensor):
+            plan.shards[:] = plan.shards or [SHARD.format(rank + 1) for rank in _first_replica(tensor)]
+            add(name, None, own in plan.shards and tensor.to_local().numel() > 0)
+    # The largest first, each to the rank that has the least to write.
+    plain = {name: tensor.nbytes for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    load = dict.fromkeys(range(0, ranks.size, math.ceil(ranks.size / WRITERS)), 0)
+    for name in sorted(plain, key=lambda name: (-plain[name], name)):
+        writer = min(load, key=load.__getitem__) if not plan.shards and plain[name] >= SMALL else 0
+        load[writer] += plain[name]
+        add(name, SHARD.format(writer + 1), writer == ranks.rank)
+    return plan
 
 
-def write(folder: Path, step: int, share: Share, manifest: str, ranks: Ranks) -> Path:
-    """The work of :func:`save_checkpoint` except deleting: all ranks write, then rank 0 publishes the folder.
-
-    Args:
-        manifest: the values, as JSON text.
-    """
+def write(folder: Path, step: int, plan: SavePlan, manifest: str, ranks: Ranks) -> Path:
+    """All ranks write their files, then rank 0 writes the manifest, whose values are JSON text, and publishes."""
     final, partial = folder / f"step-{step}", folder / f"step-{step}.tmp"
 
     def begin() -> None:
-        discard(partial)  # of an earlier run, whose files must not be taken for this one's
+        discard(partial)  # an earlier run's files must not be taken for this one's
         partial.mkdir()
 
+    def write_own() -> dict[str, Any] | None:
+        if not plan.chunks:
+            return None
+        partial.mkdir(exist_ok=True)  # on other nodes this makes a network file system look again
+        file = partial / SHARD.format(ranks.rank + 1)
+        written = write_tensors(file, plan.chunks, plan.tensors.__getitem__, offsets_metadata(plan.chunks))
+        sync(partial)
+        return written
+
     def commit() -> None:
-        files = [file for file in written if file]
         for file in files:
             path = partial / file["name"]
             size = path.stat().st_size if path.exists() else "nothing"
@@ -150,13 +151,13 @@ def write(folder: Path, step: int, share: Share, manifest: str, ranks: Ranks) ->
                     f"{path}: a rank wrote {file['size']} bytes, rank 0 sees {size}; "
                     "expected a folder on a file system that all ranks share"
                 )
-        where = {"files": files, "tensors": share.table, "shards": share.shards}
+        where = {"files": files, "tensors": plan.table, "shards": plan.shards}
         write_manifest(partial, step, {**json.loads(manifest), **where})
         publish(partial, final)
 
     try:
         ranks.first("beginning a checkpoint", begin)
-        written = ranks.gather("writing a checkpoint", lambda: _write_share(partial, share, ranks))
+        files = [file for file in ranks.gather("writing a checkpoint", write_own) if file]
         ranks.first("ending a checkpoint", commit)
     except CheckpointError as error:
         if ranks.rank == 0:
@@ -165,18 +166,12 @@ def write(folder: Path, step: int, share: Share, manifest: str, ranks: Ranks) ->
     return final
 
 
-def local_part(tensor: Tensor) -> Part:
-    """The part of a tensor that this rank holds; all of a plain tensor."""
+def local_chunk(tensor: Tensor) -> tuple[Chunk, Tensor]:
+    """The box of a tensor that this rank holds, and its elements; all of a plain tensor."""
     if not isinstance(tensor, DTensor):
-        return Part(Piece.whole(tensor), tensor)
+        return Chunk.whole(tensor), tensor
     (chunk,) = tensor.__create_chunk_list__()  # DTensor's protocol for checkpoints
-    return Part(Piece(tensor.dtype, tuple(chunk.sizes), tuple(chunk.offsets)), tensor.to_local())
-
-
-def _entry(tensor: Tensor, file: str | None) -> dict[str, Any]:
-    if tensor.dtype not in DTYPE_NAMES:
-        raise ValueError(f"safetensors has no type for {tensor.dtype}")
-    return {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "file": file}
+    return Chunk(tensor.dtype, tuple(chunk.sizes), tuple(chunk.offsets)), tensor.to_local()
 
 
 def _first_replica(tensor: DTensor) -> list[int]:
@@ -190,38 +185,24 @@ def _first_replica(tensor: DTensor) -> list[int]:
     return mesh.reshape(-1).tolist()
 
 
-def _write_share(partial: Path, share: Share, ranks: Ranks) -> dict[str, Any] | None:
-    if not share.parts:
-        return None
-    partial.mkdir(exist_ok=True)  # on other nodes this makes a network file system look again
-    pieces = {name: part.piece for name, part in share.parts.items()}
-    file = partial / SHARD.format(ranks.rank + 1)
-    written = write_tensors(file, pieces, lambda name: share.parts[name].tensor, offsets_metadata(pieces))
-    sync(partial)
-    return written
-
-
 class CheckpointManager:
     """A run's checkpoints while it trains; use as a context manager, on every rank.
 
     In the background the step waits for a copy in host memory only, and a thread does the rest, with collectives on a
     group of its own. The copies (page-locked, of CUDA tensors) are kept for the next save.
 
-    Disks fill up and are emptied again, so a failed save is logged and the next one is tried at its time, unless it is
-    the run's first, its last, or the third in a row. A lost rank ends the run at once.
+    Disks fill up and are emptied again, so a failed save is logged and the run saves again at its next time, unless it
+    is the run's first, its last, or the third in a row. A lost rank ends the run at once.
 
     Args:
-        folder: the run's ``checkpoints`` folder.
-        ranks: who saves.
-        keep, keep_every: as in :func:`save_checkpoint`.
-        background: whether training goes on meanwhile.
-        timeout: seconds that one stage of a save may take on the slowest rank.
+        folder, ranks, keep, keep_every: as in :func:`save_checkpoint`.
+        background: whether training continues meanwhile.
 
     Attributes:
         newest: the newest checkpoint; a resumed run sets it.
         failed: failed saves in a row.
         on_saved: called with each checkpoint's folder, between two steps.
-        on_failed: called with what a failed save is reported by.
+        on_failed: called with the values that report a failed save, and with none once a save succeeds again.
     """
 
     def __init__(
@@ -232,21 +213,20 @@ class CheckpointManager:
         keep: int | None = None,
         keep_every: int | None = None,
         background: bool = False,
-        timeout: float = 1800.0,
     ) -> None:
         refuse_url(folder)
         self.folder, self.keep, self.keep_every, self.background = folder, keep, keep_every, background
-        self._asking, self._timeout = ranks or Ranks(), timeout
+        self._run_ranks = ranks or Ranks()
         self.newest: Path | None = None
         self.failed = 0
         self.on_saved: Callable[[Path], None] = lambda path: None
         self.on_failed: Callable[[dict[str, Any]], None] = lambda values: None
-        self._begun = 0
+        self._step = 0
         self._pending: Future[Path] | None = None
         self._buffers: dict[str, Tensor] = {}
 
     def __enter__(self) -> CheckpointManager:
-        self._ranks = self._asking.another(self._timeout)
+        self._ranks = self._run_ranks.another()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         return self
 
@@ -265,6 +245,11 @@ class CheckpointManager:
         """Whether the newest checkpoint is of this step."""
         return self.newest is not None and step_of(self.newest) == step
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save in the background is not done yet on this rank."""
+        return self._pending is not None and not self._pending.done()
+
     def save(
         self,
         step: int,
@@ -279,25 +264,30 @@ class CheckpointManager:
         Args:
             step, tensors, manifest: as in :func:`save_checkpoint`.
             last: of the run: it is waited for, and must not fail.
-            protect: asked in the thread for a step: the newest checkpoint up to it is not deleted.
+            protect: called in the thread, returns a step: the newest checkpoint up to it is not deleted.
 
         Raises:
             CheckpointError: on all ranks alike, if a save failed that must not, this one or the one before.
         """
         self.wait()
-        self._begun, text = step, json.dumps(manifest)
-        share = share_of(tensors, self._ranks)
+        self._step, text = step, json.dumps(manifest)
+        plan = plan_save(tensors, self._ranks)
         if self.background and not last:
-            share = self._copied(share)
+            plan = replace(plan, tensors={name: self._copy(name, tensor) for name, tensor in plan.tensors.items()})
         ready = _events(tensors)
-        self._pending = self._thread.submit(self._save, step, share, ready, text, protect)
+
+        def work() -> Path:
+            for event in ready:
+                with torch.cuda.device(event.device):  # threads start on the first GPU, and would open a context there
+                    event.synchronize()
+            path = write(self.folder, step, plan, text, self._ranks)
+            if self._ranks.rank == 0:
+                prune(self.folder, path, self.keep, self.keep_every, protect() if protect else None)
+            return path
+
+        self._pending = self._thread.submit(work)
         if last or not self.background:
             self.wait(last=last)
-
-    @property
-    def saving(self) -> bool:
-        """Whether a save in the background is not done yet on this rank."""
-        return self._pending is not None and not self._pending.done()
 
     def wait(self, *, last: bool = False) -> None:
         """Wait for the pending save. All ranks call it at the same step, also to notice one that is done.
@@ -330,41 +320,24 @@ class CheckpointManager:
                 f"{self.failed} saves in a row failed; the newest checkpoint is {self.newest}. The last: {error}"
             ) from error
         _log.log(
-            logging.WARNING if self._asking.rank == 0 else logging.INFO,
+            logging.WARNING if self._run_ranks.rank == 0 else logging.INFO,
             "CHECKPOINT OF STEP %d NOT SAVED: %s. The newest is %s; training goes on and saves again at its time. "
             "%d failed in a row, %d end the run",
-            self._begun, error, self.newest.name, self.failed, MAX_FAILED,
+            self._step, error, self.newest.name, self.failed, MAX_FAILED,
         )  # fmt: skip
         self.on_failed({"failed_saves": self.failed, "newest_checkpoint": self.newest.name, "reason": str(error)})
 
-    def _save(
-        self, step: int, share: Share, ready: list[torch.cuda.Event], manifest: str, protect: Callable[[], int] | None
-    ) -> Path:
-        for event in ready:
-            with torch.cuda.device(event.device):  # threads start on the first GPU, and would open a context there
-                event.synchronize()
-        path = write(self.folder, step, share, manifest, self._ranks)
-        if self._ranks.rank == 0:
-            prune(self.folder, path, self.keep, self.keep_every, protect() if protect else None)
-        return path
-
     @torch.no_grad()
-    def _copied(self, share: Share) -> Share:
-        """The share in host memory; copies of CUDA tensors are queued behind what computes them."""
-        parts = {}
-        for name, part in share.parts.items():
-            tensor, buffer = part.tensor, self._buffers.get(name)
-            if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-            parts[name] = Part(part.piece, buffer)
-        return Share(parts, share.table, share.shards)
+    def _copy(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy in host memory; that of a CUDA tensor is queued behind what computes it."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
+            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._buffers[name] = buffer.copy_(tensor, non_blocking=tensor.is_cuda)
+        return buffer
 
 
 def _events(tensors: Mapping[str, Tensor]) -> list[torch.cuda.Event]:
     """Reached when everything queued so far on the tensors' CUDA devices is done."""
-    events = []
-    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-        events.append(torch.cuda.Event())
-        events[-1].record(torch.cuda.current_stream(device))
-    return events
+    devices = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+    return [torch.cuda.current_stream(device).record_event() for device in devices]
