@@ -159,7 +159,7 @@ class _Bench:
         self.trainer.stage = no_stage
         if phase == "both":
             found.rounds["wait"].append(times["data_share"])
-            found.stages = {name: total / batches for name, total in stages.read().items()}
+            found.stages = {name: sum(seconds) / batches for name, seconds in stages.take().items()}
         if phase == "loader":
             found.rounds["busy_cores"].append(busy_cores)
             settle(self.device)

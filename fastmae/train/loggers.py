@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,19 +36,13 @@ _WANDB_START, _WANDB_FINISH = 60, 30.0
 
 
 class Logger(Protocol):
-    """A destination of metrics."""
+    """A destination of metrics: a row per interval of steps, with at least ``step``; numbers and picture files of an
+    evaluation of the weights after a step, by name; the number of steps, if it changes."""
 
-    def write(self, row: Row) -> None:
-        """A row of an interval of steps; it has at least ``step``."""
-
-    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        """Numbers and picture files of an evaluation of the weights after a step, by name."""
-
-    def set_total(self, total_steps: int) -> None:
-        """The run has another number of steps from here on."""
-
-    def close(self) -> None:
-        """Nothing more comes."""
+    def write(self, row: Row) -> None: ...
+    def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None: ...
+    def set_total(self, total_steps: int) -> None: ...
+    def close(self) -> None: ...
 
 
 class Loggers:
@@ -181,18 +176,18 @@ class WeightsAndBiases(Charts):
         saved = run.read_json("wandb.json") or {}
         known = saved["id"] if saved.get("project") == project else secrets.token_hex(4)
         run.write_json("wandb.json", {"project": project, "id": known})
-        options = {"project": project, "id": known, "name": run.path.resolve().name, "dir": str(run.path)}
         # Its copy of the console would hold every state of the progress bar.
         settings = wandb.Settings(console="off", init_timeout=_WANDB_START)
-        options |= {"config": dict(config), "resume": "allow", "settings": settings}
+        options = {"project": project, "id": known, "name": run.path.resolve().name, "dir": str(run.path)}
+        begin = partial(wandb.init, **options, config=dict(config), resume="allow", settings=settings)
         self._image = wandb.Image
         try:
-            self._run = wandb.init(**options)
+            self._run = begin()
         except Exception as error:
-            kept = f"this run is kept for `wandb sync` in {run.path / 'wandb'}"
-            _log.warning("Weights & Biases: %s; %s", _first_line(error), kept)
+            text = "Weights & Biases: %s; this run is kept for `wandb sync` in %s"
+            _log.warning(text, _first_line(error), run.path / "wandb")
             wandb.teardown()  # the failed attempt still holds the id
-            self._run = wandb.init(**options, mode="offline")
+            self._run = begin(mode="offline")
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
@@ -212,9 +207,8 @@ class WeightsAndBiases(Charts):
 def require_wandb() -> None:
     """Raise ValueError unless wandb is installed, without importing it."""
     if "wandb" not in sys.modules and find_spec("wandb") is None:
-        raise ValueError(
-            "--report.wandb-project: expected the package wandb (pip install 'fastmae[wandb]'), but it is not installed"
-        )
+        text = "expected the package wandb (pip install 'fastmae[wandb]'), but it is not installed"
+        raise ValueError(f"--report.wandb-project: {text}")
 
 
 def _first_line(error: Exception) -> str:
@@ -244,12 +238,12 @@ class Terminal(Logger):
         self._total = total_steps
 
     def write(self, row: Row) -> None:
-        text, done = self._text(row), {"completed": row["step"], "total": self._total}
-        line = f"step {row['step']:>{len(str(self._total))}}/{self._total}  {text}"
+        step, total, text = row["step"], self._total, self._text(row)
+        line = f"step {step:>{len(str(total))}}/{total}  {text}"
         if self._progress is not None:
-            self._progress.update(self._task, **done, text=text, refresh=True)
+            self._progress.update(self._task, completed=step, total=total, text=text, refresh=True)
         elif self._cell is not None:
-            done = 20 * row["step"] // self._total
+            done = 20 * step // total
             self._cell.update({"text/plain": f"{'█' * done}{'░' * (20 - done)} {line}"}, raw=True)
         else:
             self._console.print(line, highlight=False)
@@ -257,11 +251,12 @@ class Terminal(Logger):
     def _text(self, row: Row) -> str:
         now = time.monotonic()
         left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
-        skipped, rate, loss = row["skipped_steps"], row["images_per_second"], row["loss"]
+        skipped, rate = row["skipped_steps"], row["images_per_second"]
+        loss = math.nan if row["loss"] is None else row["loss"]
         parts = {}
         if "epoch" in row:
             parts["epoch"] = f"epoch {row['epoch']:.1f}/{round(row['epoch'] / row['step'] * self._total, 1):g}"
-        parts["loss"] = f"loss {'nan' if loss is None else _six_columns(loss)}"
+        parts["loss"] = f"loss {loss:.5g}" if loss >= 10 else f"loss {loss:.4f}"
         parts["skipped" if skipped else "lr"] = f"{skipped} skipped" if skipped else f"lr {row['lr']:.2e}"
         parts["rate"] = f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
         if "mfu" in row:
@@ -291,10 +286,6 @@ def in_notebook() -> bool:
     """Whether this code runs in a Jupyter kernel. Its stdout claims to be a terminal, but cannot move the cursor."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
-
-
-def _six_columns(loss: float) -> str:
-    return f"{loss:.4f}" if loss < 10 else f"{loss:.5g}" if loss < 1e5 else f"{loss:.0e}"
 
 
 def _clock(seconds: float) -> str:

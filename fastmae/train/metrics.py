@@ -23,18 +23,14 @@ from torch import Tensor
 from fastmae.train.flops import peak_flops
 from fastmae.train.loggers import Loggers, Row, open_loggers
 from fastmae.train.parallel import Parallelism
-from fastmae.train.profile import Spans
+from fastmae.train.profile import StageTimes
 from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
 
-WAITING = 0.2
-"""Share of an interval spent waiting for images from which on the terminal says so."""
-STRAGGLES = 0.1
-"""Share of a step that a rank's own work takes longer than the median's, from which on the rank is a straggler."""
-IN_A_ROW, AGAIN = 3, 100
-"""Rows in a row with a straggler until it is named, and until it is named again."""
-SHOWN_RANKS = 16
-"""Ranks up to which a row has the times of each."""
+WAITING = 0.2  # share of an interval spent waiting for images, above which the terminal reports it
+STRAGGLES = 0.1  # share of a step by which a straggler's own work takes longer than the median rank's
+IN_A_ROW, AGAIN = 3, 100  # rows in a row with a straggler until it is named, and until it is named again
+SHOWN_RANKS = 16  # ranks up to which a row has the times of each
 
 Values = dict[str, list[float]]
 """Values of an interval's steps by name."""
@@ -105,7 +101,7 @@ class StepTimer:
 
     def __init__(self, device: torch.device, forwards: bool = False) -> None:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self._forwards = Spans(device) if forwards else None
+        self._stages = StageTimes(device) if forwards else None
         self.restart()
 
     def restart(self) -> None:
@@ -129,13 +125,13 @@ class StepTimer:
     def forward(self) -> AbstractContextManager[None]:
         """Around the forward pass."""
         self._passes += 1
-        return self._forwards.measure() if self._forwards else nullcontext()
+        return self._stages("forward") if self._stages else nullcontext()
 
     def read(self, steps: int, images: int) -> tuple[Row, float]:
         """Times of the interval for a row, and seconds per step in forward passes: by the median of those that the
         device has finished, NaN if there are none."""
         elapsed = max(time.monotonic() - self._begun, 1e-9)
-        seconds = self._forwards.finished() if self._forwards else []
+        seconds = self._stages.take().get("forward") if self._stages else None
         return {
             "images_per_second": images / elapsed,
             "step_time": elapsed / steps,
@@ -286,19 +282,19 @@ def combine_ranks(values: Sequence[Sequence[float]], step_time: float, hosts: Se
         step_time: seconds per step.
         hosts: of each rank.
     """
-    data, forward, device_memory, host_memory = zip(*values, strict=True)
-    row: Row = {"data_time": max(data), "data_share": max(data) / step_time, "host_memory_gib": max(host_memory)}
-    if math.isfinite(device_memory[0]):
-        row["peak_memory_gib"] = max(device_memory)
+    names = ("data_time", "forward_time", "peak_memory_gib", "host_memory_gib")
+    columns = {name: list(column) for name, column in zip(names, zip(*values, strict=True), strict=True)}
+    known = {name: column for name, column in columns.items() if all(map(math.isfinite, column))}
+    row: Row = {name: max(column) for name, column in known.items() if name != "forward_time"}
+    row["data_share"] = row["data_time"] / step_time
     if len(hosts) == 1:
         return row, ""
-    known = all(map(math.isfinite, forward))
-    times = {"data_time": data} | ({"forward_time": forward} if known else {})
-    own = [waited + (3 * passed if known else 0.0) for waited, passed in zip(data, forward, strict=True)]
+    times = {name: known[name] for name in names[:2] if name in known}
+    own = [waited + 3 * sum(passed) for waited, *passed in zip(*times.values(), strict=True)]
     slowest, excess = own.index(max(own)), max(own) - statistics.median_low(own)
     row |= {"slowest_rank": slowest, "slowest_host": hosts[slowest]}
     if len(hosts) <= SHOWN_RANKS:
-        row["ranks"] = {name: list(seconds) for name, seconds in times.items()}
+        row["ranks"] = times
     parts = [
         f"{1e3 * seconds[slowest]:.1f} ms {what} (median {1e3 * statistics.median_low(seconds):.1f})"
         for seconds, what in zip(times.values(), ("waiting for images", "in forward passes"), strict=False)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function, schedule
+from torch.profiler import profile, record_function, schedule
 
 from fastmae.train.callbacks import Callback
 
@@ -30,30 +30,31 @@ def no_stage(name: str) -> AbstractContextManager[None]:
     return _NOTHING
 
 
-class Spans:
-    """Times of something that happens again and again.
+class StageTimes:
+    """Times of each stage while it stands in a trainer's ``stage``.
 
-    On a GPU it lies between two events on the current stream, which nobody waits for: what the device does counts, and
-    not when the host queues it. Elsewhere the clock counts.
+    On a GPU a stage lies between two events on the current stream, which nobody waits for: what the device does for it
+    counts, not when the host queues it. Elsewhere the clock counts.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._pairs: deque[tuple[Any, Any]] = deque()
+        self._spans: dict[str, deque[tuple[Any, Any]]] = defaultdict(deque)
 
     @contextmanager
-    def measure(self) -> Iterator[None]:
+    def __call__(self, name: str) -> Iterator[None]:
         begun = self._now()
         yield
-        self._pairs.append((begun, self._now()))
+        self._spans[name].append((begun, self._now()))
 
-    def finished(self) -> list[float]:
-        """Seconds of each since the last call, but for what the device has not finished, which the next call has."""
-        seconds = []
-        while self._pairs and (not self._cuda or self._pairs[0][1].query()):
-            begin, end = self._pairs.popleft()
-            seconds.append(begin.elapsed_time(end) / 1e3 if self._cuda else end - begin)
-        return seconds
+    def take(self) -> dict[str, list[float]]:
+        """Seconds by stage since the last call; what the device has not finished comes with the next one."""
+        found: dict[str, list[float]] = {name: [] for name in self._spans}
+        for name, spans in self._spans.items():
+            while spans and (not self._cuda or spans[0][1].query()):
+                begun, ended = spans.popleft()
+                found[name].append(begun.elapsed_time(ended) / 1e3 if self._cuda else ended - begun)
+        return found
 
     def _now(self) -> Any:
         if not self._cuda:
@@ -61,22 +62,6 @@ class Spans:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
-
-
-class StageTimes:
-    """Seconds of each stage while it stands in a trainer's ``stage``."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._spans = device, defaultdict(lambda: Spans(device))
-
-    def __call__(self, name: str) -> AbstractContextManager[None]:
-        return self._spans[name].measure()
-
-    def read(self) -> dict[str, float]:
-        """Seconds by stage since the last call; waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return {name: sum(spans.finished()) for name, spans in self._spans.items()}
 
 
 class Profile(Callback):
@@ -91,45 +76,40 @@ class Profile(Callback):
     def __init__(self, at_step: int, steps: int) -> None:
         self._first, self._steps = at_step, steps
         self._profiler: profile | None = None
-        self._last = 0
 
     def begin(self, trainer: Any) -> None:
         self._trainer, last = trainer, trainer.schedule.total_steps
         if not trainer.step < self._first <= last:
-            self._say(f"the run trains steps {trainer.step + 1} to {last}; nothing will be profiled")
+            self._print(f"the run trains steps {trainer.step + 1} to {last}; nothing will be profiled")
         elif trainer.parallelism.local_rank == 0:
             before = self._first - 1 - trainer.step
             warmup = min(_WARMUP, before)
-            activities = [ProfilerActivity.CPU]
-            if trainer.device.type == "cuda":
-                activities.append(ProfilerActivity.CUDA)
             plan = schedule(wait=before - warmup, warmup=warmup, active=self._steps, repeat=1)
-            self._profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write)
+            self._profiler = profile(schedule=plan, on_trace_ready=self._write)
             trainer.stage = record_function
             self._profiler.start()
 
     def after_step(self, trainer: Any) -> None:
         if self._profiler is not None:
-            self._last = trainer.step
             if trainer.device.type == "cuda" and trainer.step in (self._first - 1, self._first + self._steps - 1):
                 torch.cuda.synchronize(trainer.device)  # so that the trace has whole steps, and only them
             self._profiler.step()
 
     def end(self) -> None:
         if self._profiler is not None:
-            if self._last < self._first:
-                self._say(f"the run ended at step {self._trainer.step}; nothing was profiled")
+            if (step := self._trainer.step) < self._first:
+                self._print(f"the run ended at step {step}; nothing was profiled")
                 self._profiler.on_trace_ready = None
             self._profiler.stop()
         self._trainer.stage = no_stage
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._trainer.console.print(f"--report.profile-at-step {self._first}: {text}")
 
     def _write(self, profiler: profile) -> None:
         trainer, self._profiler = self._trainer, None
         trainer.stage = no_stage
-        name = f"rank-{trainer.parallelism.rank}-steps-{self._first}-{self._last}"
+        name = f"rank-{trainer.parallelism.rank}-steps-{self._first}-{trainer.step}"
         trace = trainer.run.path / "traces" / f"{name}.json.gz"
         by = "self_device_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"
         try:
@@ -139,6 +119,6 @@ class Profile(Callback):
                 profiler.key_averages().table(sort_by=by, row_limit=_OPERATORS, max_name_column_width=80) + "\n"
             )
         except OSError as error:  # no reason to end a run
-            self._say(f"the trace could not be written: {error}")
+            self._print(f"the trace could not be written: {error}")
             return
-        trainer.console.print(f"Trace of steps {self._first} to {self._last}: {trace}")
+        trainer.console.print(f"Trace of steps {self._first} to {trainer.step}: {trace}")

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -145,7 +145,7 @@ def test_the_terminals_line_fits_100_columns(terminal, changes):
     share = "data 99%" if "data_share" in changes else "data 3%"
     for words in ("781250/1562500", "123,456 images/s", "MFU 51%", share, "123h59m left"):
         assert words in line
-    loss = {None: "loss nan  20 skipped", 8.2e17: "loss 8e+17  lr", 1234.56: "loss 1234.6  lr"}
+    loss = {None: "loss nan  20 skipped", 8.2e17: "loss 8.2e+17  lr", 1234.56: "loss 1234.6  lr"}
     assert loss.get(changes.get("loss", 0), "loss 0.4123  lr 2.40e-03") in line
 
 
@@ -183,89 +183,54 @@ def test_a_pictures_baselines_are_on_the_terminal_once():
     ]  # fmt: skip
 
 
-class FakeWandb:
-    """The package wandb, as far as it is used, and what came to it."""
-
-    def __init__(self, fails: tuple[str, ...] = ()) -> None:
-        self.fails, self.started, self.logged, self.defined, self.done = fails, [], [], [], []
-        self.hanging = threading.Event()
-
-    def Settings(self, **options) -> dict:
-        return options
-
-    def Image(self, path: str) -> str:
-        return f"image {path}"
-
-    def init(self, **options) -> SimpleNamespace:
-        self.started.append(options)
-        if ("init" in self.fails and "mode" not in options) or "offline" in self.fails:
-            raise RuntimeError("no network.\nlong story")
-        return SimpleNamespace(define_metric=self.define, log=self.log, finish=self.finish)
-
-    def define(self, name: str, **options) -> None:
-        self.defined.append((name, options))
-
-    def log(self, values: dict) -> None:
-        if "log" in self.fails:
-            raise RuntimeError("broken pipe")
-        self.logged.append(values)
-
-    def finish(self, exit_code: int) -> None:
-        if "hang" in self.fails:
-            self.hanging.wait()
-        self.done.append(exit_code)
-
-    def teardown(self) -> None:
-        self.done.append("teardown")
-
-
 @pytest.fixture
-def install(monkeypatch):
-    def install(*fails: str) -> FakeWandb:
-        fake = FakeWandb(fails)
-        monkeypatch.setitem(sys.modules, "wandb", fake)
-        return fake
+def wandb(monkeypatch) -> MagicMock:
+    """Stands in for the package."""
+    wandb = MagicMock()
+    wandb.Image.side_effect = "image {}".format
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
 
-    return install
+
+def logged(wandb: MagicMock) -> list[dict]:
+    return [call.args[0] for call in wandb.init.return_value.log.call_args_list]
 
 
-def test_wandb_gets_rows_and_evaluations(install, run):
-    fake = install()
+def test_wandb_gets_rows_and_evaluations(wandb, run):
     logger = WeightsAndBiases("maps", run, {"seed": 3})
     logger.write({"step": 5, "loss": 0.5, **SEVERAL})
     logger.evaluation(6, {"knn_top1": 0.25}, {"reconstruction": run.path / "a.png"})
-    logger.close()
-    (options,) = fake.started
+    options = wandb.init.call_args.kwargs
     assert (options["project"], options["name"], options["config"]) == ("maps", "run", {"seed": 3})
-    assert ("*", {"step_metric": "step"}) in fake.defined
-    assert fake.logged == [
+    wandb.init.return_value.define_metric.assert_called_with("*", step_metric="step")
+    assert logged(wandb) == [
         {"step": 5, "train/loss": 0.5, "ranks/forward_time/0": 0.01, "ranks/forward_time/1": 0.02},
         {"step": 6, "eval/knn_top1": 0.25, "eval/reconstruction": f"image {run.path / 'a.png'}"},
     ]
-    assert fake.done == [0]
 
 
-def test_a_resumed_wandb_run_is_the_same_and_another_project_has_another(install, run):
-    fake = install()
+def test_a_resumed_wandb_run_is_the_same_and_another_project_has_another(wandb, run):
     for project in ("maps", "maps", "streets"):
         WeightsAndBiases(project, run, {})
-    one, same, other = (options["id"] for options in fake.started)
+    one, same, other = (call.kwargs["id"] for call in wandb.init.call_args_list)
     assert one == same != other
-    assert {options["resume"] for options in fake.started} == {"allow"}
+    assert {call.kwargs["resume"] for call in wandb.init.call_args_list} == {"allow"}
 
 
-def test_without_a_connection_the_wandb_run_is_kept_on_disk(install, run, caplog):
-    fake = install("init")
+def test_without_a_connection_the_wandb_run_is_kept_on_disk(wandb, run, caplog):
+    wandb.init.side_effect = [RuntimeError("no network.\nlong story"), wandb.init.return_value]
     WeightsAndBiases("maps", run, {}).write({"step": 5, "loss": 0.5})
-    assert fake.started[1] == fake.started[0] | {"mode": "offline"}
-    assert fake.done == ["teardown"]
-    assert len(fake.logged) == 1
+    first, second = (call.kwargs for call in wandb.init.call_args_list)
+    assert second == first | {"mode": "offline"}
+    wandb.teardown.assert_called_once()
+    assert len(logged(wandb)) == 1
     assert caplog.messages[0].startswith("Weights & Biases: no network; this run is kept for `wandb sync` in ")
 
 
-@pytest.mark.parametrize(("fails", "line"), [("offline", "Nothing is logged there"), ("log", "METRICS NOT WRITTEN")])
-def test_wandb_may_fail(install, run, caplog, fails, line):
-    install(fails)
+@pytest.mark.parametrize(("fails", "line"), [("init", "Nothing is logged there"), ("log", "METRICS NOT WRITTEN")])
+def test_wandb_may_fail(wandb, run, caplog, fails, line):
+    failing = wandb.init if fails == "init" else wandb.init.return_value.log
+    failing.side_effect = RuntimeError("broken pipe")
     several = open_loggers(run, Console(file=io.StringIO()), 0, 10, math.inf, "maps")
     for step in (5, 10):
         several.each(lambda logger, step=step: logger.write(ROW | {"step": step}))
@@ -275,14 +240,15 @@ def test_wandb_may_fail(install, run, caplog, fails, line):
     assert [row["step"] for row in run.read_metrics()] == [5, 10]
 
 
-def test_what_wandb_cannot_send_does_not_hold_up_the_end(install, run, monkeypatch, caplog):
-    fake = install("hang")
+def test_what_wandb_cannot_send_does_not_hold_up_the_end(wandb, run, monkeypatch, caplog):
+    hanging = threading.Event()
+    wandb.init.return_value.finish.side_effect = lambda exit_code: hanging.wait()
     monkeypatch.setattr(loggers, "_WANDB_FINISH", 0.05)
     WeightsAndBiases("maps", run, {}).close()
     assert caplog.messages == [
         "Weights & Biases: not everything was sent; `wandb sync` sends the rest from the run folder"
     ]
-    fake.hanging.set()
+    hanging.set()
 
 
 def test_a_missing_wandb_is_named_before_anything_else(capsys, monkeypatch, tmp_path):
@@ -295,15 +261,15 @@ def test_a_missing_wandb_is_named_before_anything_else(capsys, monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_all_numbers_of_a_run_are_in_tensorboard_and_in_wandb_if_asked_for(install, tmp_path, fails):
-    fake, trainer = install(), make_trainer(tmp_path / "run", write_images(tmp_path / "images"), precision="fp32")
+def test_all_numbers_of_a_run_are_in_tensorboard_and_in_wandb_if_asked_for(wandb, tmp_path, fails):
+    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), precision="fp32")
     config = replace(trainer.config, report=ReportConfig(wandb_project="maps"))
     trainer = Trainer(config, trainer.task, trainer.run, console=trainer.console)
     if fails:
         trainer.train_step = lambda: 1 / 0
         with pytest.raises(ZeroDivisionError), trainer.run:
             trainer.fit()
-        assert fake.done == [1]
+        wandb.init.return_value.finish.assert_called_once_with(exit_code=1)
         return
     with trainer.run as run:
         trainer.fit()
@@ -314,5 +280,5 @@ def test_all_numbers_of_a_run_are_in_tensorboard_and_in_wandb_if_asked_for(insta
     for name in names:
         values = [(event.step, event.value) for event in found.Scalars(f"train/{name}")]
         assert values == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-    assert fake.logged == [{"step": row["step"], **{f"train/{name}": row[name] for name in names}} for row in rows]
-    assert fake.done == [0]
+    assert logged(wandb) == [{"step": row["step"], **{f"train/{name}": row[name] for name in names}} for row in rows]
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=0)
