@@ -185,7 +185,8 @@ def test_decoder_warnings_give_stderr_back(capfd):
 
 
 HOSTILE = ["/etc/cron.d/evil.jpg", "../../escape.jpg", "a/../../b.jpg", "new\nline.jpg"]
-HOSTILE += ["\x1b]0;title\x07\x1b[31mred.jpg", ":skull:[bold].jpg"]
+HOSTILE += ["\x1b]0;title\x07\x1b[31mred.jpg", ":skull:[bold].jpg", "~/home.jpg", "-rf.jpg", "con\udcffd.jpg"]
+HOSTILE += ["x" * 5000 + ".jpg", "C:\\windows.jpg"]
 DAMAGED = (0, 2, 4, 5)
 
 

@@ -14,7 +14,6 @@ from loading import needs_dali, save_16_bit, smooth
 from PIL import Image
 from sharding import by_source, contents, members, write_source
 
-from fastmae.data import open_dataset
 from fastmae.data.shard import ShardOptions, write_shards
 from fastmae.data.stats import measure
 from fastmae.data.tar_shards import read_shard_index
@@ -23,11 +22,6 @@ from fastmae.data.tar_shards import read_shard_index
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return write_source(tmp_path_factory.mktemp("source"))
-
-
-@pytest.fixture
-def open_(tmp_path):
-    return lambda path, **options: open_dataset(path, cache_dir=tmp_path / "cache", **options)
 
 
 def rotated(orientation: int) -> Image.Exif:

@@ -29,11 +29,6 @@ def source(tmp_path):
     return write_source(tmp_path / "source")
 
 
-@pytest.fixture
-def open_(tmp_path):
-    return lambda path, **options: open_dataset(path, cache_dir=tmp_path / "cache", **options)
-
-
 class Stop(Exception):
     pass
 

@@ -7,13 +7,8 @@ import pytest
 from loading import png, smooth, write_mixed
 from PIL import Image
 
-from fastmae.data import open_dataset, stats
+from fastmae.data import stats
 from fastmae.data.stats import QUANTILES, measure, suggest_range
-
-
-@pytest.fixture
-def open_(tmp_path):
-    return lambda path, **options: open_dataset(path, cache_dir=tmp_path / "cache", **options)
 
 
 @pytest.fixture

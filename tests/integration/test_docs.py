@@ -78,36 +78,25 @@ def test_the_photographs_page_describes_the_recipe():
     assert f"encoder {model.embed_dim} wide, {model.depth} blocks; decoder {model.decoder_embed_dim} wide" in page
 
 
-def test_the_table_of_packing_is_that_of_the_committed_measurement():
-    measured = json.loads((ROOT / "benchmarks/results/counted/shards.json").read_text())
-    page = (ROOT / "docs/data.md").read_text()
-    assert f"on {measured['images']} of ImageNet's images" in page
-    for name, numbers in measured["stored"].items():
+def test_the_figures_of_the_data_page_are_those_of_the_committed_measurements():
+    page, results = (ROOT / "docs/data.md").read_text(), ROOT / "benchmarks/results"
+    shards, index = (json.loads((results / "counted" / name).read_text()) for name in ("shards.json", "index.json"))
+    assert f"on {shards['images']} of ImageNet's images" in page
+    for name, numbers in shards["stored"].items():
         label, share = f"JPEG {name}", f"{numbers['share']:.1%}"
         if name == "uncompressed":
             label, share = "not compressed", ""
         assert f"| {label} | {numbers['difference']:.2f} | {share} |" in page
-
-
-def test_the_cost_of_an_index_is_that_of_the_committed_measurement():
-    measured = json.loads((ROOT / "benchmarks/results/counted/index.json").read_text())
-    page = " ".join((ROOT / "docs/data.md").read_text().split())
-    cache, disk = measured["from_cache"], measured["from_disk"]
-    assert measured["images"] == 10**8
+    page = " ".join(page.split())
+    cache, disk = index["from_cache"], index["from_disk"]
+    assert index["images"] == 10**8
     assert f"costs {cache['sizes_ms']:.1f} ms for sizes and {cache['names_ms']:.1f} ms for names" in page
     assert f"{disk['sizes_ms']:.1f} and {disk['names_ms']:.1f} ms where the disk is read" in page
-
-
-def test_the_speed_of_the_loaders_is_that_of_the_committed_measurement():
-    results = json.loads((ROOT / "benchmarks/results/cpu-amd-epyc/data.json").read_text())["benchmarks"]
-    (pillow,) = [entry for entry in results if entry["competitor"] == report.BASELINE_LOADER]
-    page = " ".join((ROOT / "docs/data.md").read_text().split())
-    for source in ("folder", "tar shards at 256"):
+    speeds = json.loads((results / "cpu-amd-epyc/data.json").read_text())["benchmarks"]
+    (pillow,) = [entry for entry in speeds if entry["competitor"] == report.BASELINE_LOADER]
+    for source, words in (("folder", "and DALI"), ("tar shards at 256", "and")):
         torch_loader, dali = (pillow["ratios"][f"fastmae-{name}, {source}"] for name in ("torch", "dali"))
-        assert (
-            f"{torch_loader:.2f} and DALI {dali:.2f} times" in page
-            or f"{torch_loader:.2f} and {dali:.2f} times" in page
-        )
+        assert f"{torch_loader:.2f} {words} {dali:.2f} times" in page
 
 
 COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env"]
@@ -141,24 +130,15 @@ def first_column(page: Path, heading: str) -> set[str]:
     return {name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory) -> Path:
-    """Of a run that has everything to tell but trouble."""
-    folder = tmp_path_factory.mktemp("docs")
-    told = "--train.steps 4 --train.warmup-steps 1 --report.picture-every-steps 2 --report.profile-at-step 2"
+def test_the_metrics_and_files_of_a_run_are_those_of_the_tables(tmp_path):
+    """Of a run that has everything to log but trouble."""
+    told = "--train.steps 4 --train.warmup-steps 1 --report.picture-every-steps 2 --report.profile-at-step 1"
     flags = f"{FLAGS} --data.progressive-sizes 16 32 --train.log-every-steps 2 {told} --report.profile-steps 1"
-    images = str(write_images(folder / "images"))
-    assert main(["pretrain", "--out", str(folder / "run"), "--data.path", images, *flags.split()]) == 0
-    return folder / "run"
-
-
-def test_the_names_of_the_metrics_are_those_of_the_rows(run_folder):
+    images, run_folder = str(write_images(tmp_path / "images")), tmp_path / "run"
+    assert main(["pretrain", "--out", str(run_folder), "--data.path", images, *flags.split()]) == 0
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     several, _ = combine_ranks([[0.01, 0.02, 1.0, 2.0]] * 2, 0.1, ["node"] * 2)
     assert first_column(TRAINING, "Rows of numbers") == {*rows[-1], *several}
-
-
-def test_the_files_of_a_run_folder_are_those_of_the_table(run_folder):
     stated = {name.rstrip("/") for name in first_column(TRAINING, "The run folder")}
     patterns = {re.sub(r"-N\b", "-*", name) for name in stated}
     assert all(any(run_folder.glob(pattern)) for pattern in patterns), patterns
