@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import rotated
 from PIL import Image
 from test_decode import npy, tiff
 
@@ -78,16 +79,10 @@ def test_names_of_all_kinds(folder, cache):
         assert dataset.decode(sample_id).shape[:2] == dataset.shape(sample_id)
 
 
-def exif(orientation: int) -> Image.Exif:
-    tags = Image.Exif()
-    tags[0x0112] = orientation
-    return tags
-
-
 def test_orientation_turns_the_shape(tmp_path, cache):
     for format_ in ("JPEG", "PNG", "WEBP"):
         for orientation in range(1, 10):  # 9 is none
-            content = encoded(format_, picture(20, 30), exif=exif(orientation))
+            content = encoded(format_, picture(20, 30), exif=rotated(orientation))
             (tmp_path / f"{format_}{orientation}.img").write_bytes(content)
     dataset = open_dataset(tmp_path, cache_dir=cache)
     assert [dataset.shape(i) for i in range(27)] == ([(20, 30)] * 4 + [(30, 20)] * 4 + [(20, 30)]) * 3
@@ -146,11 +141,11 @@ def header_files() -> dict[str, bytes]:
     """A file of each kind that headers are read of."""
     pixels, grey = np.asarray(picture()), np.asarray(picture().convert("L"))
     photographs = {
-        "exif.jpg": encoded("JPEG", exif=exif(6)),
+        "exif.jpg": encoded("JPEG", exif=rotated(6)),
         "cmyk.jpg": encoded("JPEG", picture().convert("CMYK")),
         "progressive.jpg": encoded("JPEG", progressive=True),
-        "exif.png": encoded("PNG", exif=exif(6)),
-        "exif.webp": encoded("WEBP", exif=exif(6)),
+        "exif.png": encoded("PNG", exif=rotated(6)),
+        "exif.webp": encoded("WEBP", exif=rotated(6)),
         "lossless.webp": encoded("WEBP", lossless=True),
         "a.bmp": encoded("BMP"),
         "a.jp2": encoded("JPEG2000"),
@@ -239,8 +234,7 @@ STORED = {
 def stored(kind: str, height: int, width: int) -> np.ndarray:
     options = dict(STORED[kind])
     if options.get("exif"):
-        options["exif"] = Image.Exif()
-        options["exif"][0x0112] = 6
+        options["exif"] = rotated(6)
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, **options)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from loading import rotated
 from PIL import Image, ImageOps
 
 from fastmae.data import (
@@ -87,9 +88,7 @@ def test_read_images_turns_crops_and_resizes(tmp_path):
     gradient = np.zeros((60, 100, 3), np.uint8)
     gradient[..., 0] = np.linspace(0, 255, 100)
     gradient[..., 1] = np.linspace(0, 255, 60)[:, None]
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    Image.fromarray(gradient).save(tmp_path / "turned.png", exif=tags)
+    Image.fromarray(gradient).save(tmp_path / "turned.png", exif=rotated(6))
     Image.fromarray(gradient[..., 0]).save(tmp_path / "grey.jpg", quality=95)
     images = read_images([tmp_path / "turned.png", str(tmp_path / "grey.jpg")], (30, 20))
     assert images.shape == (2, 3, 30, 20)

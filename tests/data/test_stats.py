@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from loading import png, smooth, write_mixed
+from loading import png, rotated, smooth, write_mixed
 from PIL import Image
 
 from fastmae.data import stats
@@ -122,9 +122,7 @@ def test_quantiles_of_upright_sizes(folder, open_):
     found = measure(open_(folder), sample=0).quantiles
     assert found["height"] == pytest.approx(np.quantile(heights, QUANTILES))
     assert found["megapixels"] == pytest.approx(np.quantile(heights * widths / 1e6, QUANTILES))
-    tags = Image.Exif()
-    tags[0x0112] = 6
-    Image.fromarray(smooth(500, 20, 0)).save(folder / "turned.jpg", exif=tags)
+    Image.fromarray(smooth(500, 20, 0)).save(folder / "turned.jpg", exif=rotated(6))
     found = measure(open_(folder), sample=0)
     assert (found.quantiles["height"][-1], found.quantiles["width"][-1]) == (110, 500)
     assert (found.rotated, found.labelled) == (1, 9)

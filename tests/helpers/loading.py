@@ -60,6 +60,13 @@ def refused_by_dali_alone(seed: int) -> bytes:
             return bytes(damaged)
 
 
+def rotated(orientation: int) -> Image.Exif:
+    """EXIF data of an image that is stored turned."""
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
+
+
 def save_16_bit(path: Path, values: np.ndarray) -> None:
     Image.fromarray((values.astype(np.uint16) * 257) ^ 0x55).save(path)
 
@@ -90,10 +97,10 @@ def write_mixed(root: Path) -> Path:
     Image.fromarray(smooth(2, 2, 3)).save(root / "tiny.png")
     Image.fromarray(smooth(3, 200, 4)).save(root / "long.png")
     for orientation in (3, 5, 6, 8):
-        tags = Image.Exif()
-        tags[0x0112] = orientation
         for suffix in ("jpg", "png", "webp"):
-            Image.fromarray(smooth(60, 100, orientation)).save(root / f"turned{orientation}.{suffix}", exif=tags)
+            Image.fromarray(smooth(60, 100, orientation)).save(
+                root / f"turned{orientation}.{suffix}", exif=rotated(orientation)
+            )
     return root
 
 
