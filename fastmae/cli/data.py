@@ -9,9 +9,9 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Self, TextIO
@@ -43,14 +43,11 @@ _QUANTILE_NAMES = ["min", "5 %", "25 %", "median", "75 %", "95 %", "max"]
 def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
     """Run one of the commands; return its exit code."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    with _own_flags():
-        if isinstance(command, ShardConfig):
-            return shard(command, console)
-        if isinstance(command, IndexConfig):
-            return index(command, console)
-        if isinstance(command, VerifyConfig):
-            return verify(command, console)
-        return stats(command, console)
+    commands = {ShardConfig: shard, IndexConfig: index, VerifyConfig: verify, StatsConfig: stats}
+    try:
+        return commands[type(command)](command, console)
+    except DataError as error:  # the data room's errors name flags of ``fastmae pretrain``; here they are shorter
+        raise UsageError(str(error).replace("--data.", "--").replace("--model.in-chans", "--channels")) from error
 
 
 def shard(config: ShardConfig, console: Console) -> int:
@@ -58,14 +55,7 @@ def shard(config: ShardConfig, console: Console) -> int:
     if config.path.is_dir() and config.out.resolve().is_relative_to(config.path.resolve()):
         raise UsageError(f"OUT: expected a folder outside of {config.path}, got {config.out}")
     with usage_errors():
-        options = ShardOptions(
-            short_side=config.short_side,
-            quality=config.quality,
-            reencode=config.reencode,
-            shard_bytes=config.shard_bytes,
-            images_per_shard=config.images_per_shard,
-            shuffle_seed=config.shuffle_seed,
-        )
+        options = ShardOptions(**{field.name: getattr(config, field.name) for field in fields(ShardOptions)})
     dataset = _open(config.path, config.images, config.max_bad_fraction)
     try:
         with _counted_warnings(), _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
@@ -220,15 +210,6 @@ def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Da
 
 
 @contextmanager
-def _own_flags() -> Iterator[None]:
-    """Errors of the data room name flags of ``fastmae pretrain``; here the flags are shorter."""
-    try:
-        yield
-    except DataError as error:
-        raise UsageError(str(error).replace("--data.", "--").replace("--model.in-chans", "--channels")) from error
-
-
-@contextmanager
 def _counted_warnings() -> Iterator[None]:
     """Count decoders' warnings, which name no file, instead of letting them break the progress bar."""
     with DecoderWarnings() as said:
@@ -255,25 +236,18 @@ def _terminable() -> Iterator[None]:
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar on stderr; the yielded function advances it by a number of images and of bytes."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[size]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
+    size, console = TextColumn("{task.fields[size]}"), Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), size, TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task, done, said = bar.add_task(title, total=total, size=""), [0, 0], time.monotonic()
+        task, images_done, bytes_done, said = bar.add_task(title, total=total, size=""), 0, 0, time.monotonic()
 
         def advance(images: int, size: int = 0) -> None:
-            nonlocal said
-            done[0] += images
-            done[1] += size
-            bar.update(task, advance=images, size=f"{done[1] / 1e6:,.0f} MB" if done[1] else "")
+            nonlocal images_done, bytes_done, said
+            images_done, bytes_done = images_done + images, bytes_done + size
+            bar.update(task, advance=images, size=f"{bytes_done / 1e6:,.0f} MB" if bytes_done else "")
             if not console.is_terminal and time.monotonic() >= said + _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                print(f"{title}: {done[0]:,} of {total:,}", file=sys.stderr)
+                print(f"{title}: {images_done:,} of {total:,}", file=sys.stderr)
 
         yield advance
 
@@ -288,9 +262,8 @@ def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
     if statistics.sampled:
         # A constant channel has no deviation to divide by.
         for name, values in (("mean", statistics.mean), ("std", [value or 1.0 for value in statistics.std])):
-            flags.append(
-                f"--model.{name} {' '.join(f'{value:.3f}' if value >= 0.1 else f'{value:.3g}' for value in values)}"
-            )
+            numbers = (f"{value:.3f}" if value >= 0.1 else f"{value:.3g}" for value in values)
+            flags.append(f"--model.{name} {' '.join(numbers)}")
     if dataset.channels != 3:
         flags.append(f"--model.in-chans {dataset.channels}")
     if dataset.value_range is not None:
@@ -314,12 +287,19 @@ def print_statistics(statistics: Statistics, dataset: Dataset, console: Console,
         f"{printable(dataset.name)}: {statistics.images:,} images, {statistics.bytes / 1e6:,.1f} MB, {bad:,} unusable; "
         f"{statistics.labelled:,} labelled; {statistics.rotated:,} turned or mirrored by EXIF\n"
     )
-    console.print(_quantiles(statistics))
+    quantiles = (
+        (name, *(f"{value:,.{2 if name == 'megapixels' else 0}f}" for value in values))
+        for name, values in statistics.quantiles.items()
+    )
+    console.print(_table(["", *_QUANTILE_NAMES], quantiles))
     for title, counts in (("Format", statistics.formats), ("Mode", statistics.modes), ("Unusable", statistics.bad)):
         if counts:
-            console.print(_counted(title, counts))
+            rows = ((printable(name), f"{count:,}") for name, count in counts.items())
+            console.print(_table([title, "images"], rows))
     if statistics.sampled:
-        console.print(_channels(statistics))
+        columns = (statistics.mean, statistics.std, statistics.std_within)
+        rows = ((str(n), *(f"{v:.4f}" for v in values)) for n, values in enumerate(zip(*columns, strict=True)))
+        console.print(_table(["Channel", "mean", "std", "std within"], rows))
         console.print(
             f"In [0, 1], of {statistics.sampled:,} images, each weighing the same. std: over the pixels of all images; "
             "within: the mean of each image's own, which is what ImageNet's usual 0.229 0.224 0.225 are.\n"
@@ -328,28 +308,12 @@ def print_statistics(statistics: Statistics, dataset: Dataset, console: Console,
         console.print(f"For fastmae pretrain:\n{flags}")
 
 
-def _quantiles(statistics: Statistics) -> Table:
-    table = Table("", *_QUANTILE_NAMES)
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(*header)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, values in statistics.quantiles.items():
-        digits = 2 if name == "megapixels" else 0
-        table.add_row(name, *(f"{value:,.{digits}f}" for value in values))
-    return table
-
-
-def _counted(title: str, counts: Mapping[str, int]) -> Table:
-    table = Table(title, "images")
-    table.columns[1].justify = "right"
-    for name, count in counts.items():
-        table.add_row(printable(name), f"{count:,}")
-    return table
-
-
-def _channels(statistics: Statistics) -> Table:
-    table = Table("Channel", "mean", "std", "std within")
-    for number, values in enumerate(zip(statistics.mean, statistics.std, statistics.std_within, strict=True)):
-        table.add_row(str(number), *(f"{value:.4f}" for value in values))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
