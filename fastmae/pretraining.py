@@ -211,10 +211,10 @@ class _Pretraining:
         preflight(config, self.parallelism, ranks, run=self.folder.path, dataset=dataset, model=model)
         leave_if_asked(ranks, self.stop)
         callbacks = self.callbacks(dataset)
-        saved = None
-        checkpoints = self.folder.checkpoints
-        if config.resume and ranks.first("listing checkpoints", lambda: bool(list_checkpoints(checkpoints))):
-            saved = open_latest(self.folder.path, ranks=ranks, check=check_manifest)
+        saved, found = None, []
+        if config.resume:
+            found = ranks.first("listing checkpoints", lambda: list_checkpoints(self.folder.checkpoints))
+            saved = open_latest(self.folder.path, ranks=ranks, check=check_manifest) if found else None
         manifest = saved.manifest if saved else None
         precision = settle_precision(config, model.architecture["embed_dim"], device, ranks, manifest)
         # What is measured at the start goes into the checkpoints; config.json keeps "auto", for other machines.
@@ -239,7 +239,7 @@ class _Pretraining:
         self.warn(precision.warning)
         self.warn(_too_few_images(dataset, config))
         if saved:
-            self.resume(trainer, saved)
+            self.resume(trainer, saved, found)
         else:
             self.warn(config.resume and f"--resume: no checkpoint in {self.folder.path} yet; starting at step 0")
             if config.train.init_from is not None:
@@ -258,14 +258,11 @@ class _Pretraining:
         }
         return [kind(*arguments) for kind, arguments in asked.items() if arguments]
 
-    def resume(self, trainer: Trainer, saved: Checkpoint) -> None:
+    def resume(self, trainer: Trainer, saved: Checkpoint, found: list[Path]) -> None:
         """Continue from a checkpoint; report which one, and what makes the continuation inexact."""
-        newer = self.ranks.first(
-            "listing checkpoints",
-            lambda: [p.name for p in list_checkpoints(self.folder.checkpoints) if step_of(p) > saved.manifest["step"]],
-        )
         differences = trainer.resume(saved)
-        text = f"Continuing from {saved.path}" + (f"; passed over as damaged: {', '.join(newer)}" if newer else "")
+        damaged = [path.name for path in found if step_of(path) > saved.manifest["step"]]
+        text = f"Continuing from {saved.path}" + (f"; skipped as damaged: {', '.join(damaged)}" if damaged else "")
         self.console.print(text)
         _log.info("; ".join([text, *differences]))
         for difference in differences:

@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_named_when_the_run_resumes_from_another(run, tm
     (shard,) = (copy / "checkpoints/step-6").glob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-1])
     assert main(["pretrain", "--out", str(copy), "--resume"]) == 0
-    line = f"Continuing from {copy}/checkpoints/step-4; passed over as damaged: step-6"
+    line = f"Continuing from {copy}/checkpoints/step-4; skipped as damaged: step-6"
     assert f"\n{line}\n" in capsys.readouterr().out
 
 

@@ -141,18 +141,12 @@ def test_a_circle_is_found_whatever_kind_of_import_closes_it():
     ("module", "source"),
     [
         ("fastmae.kernels.masking", "import torch"),
-        ("fastmae.kernels.masking", "def f():\n    import torch"),
-        ("fastmae.kernels.masking", "from fastmae.ops import masking"),
         ("fastmae.reference", "import numpy"),
-        ("fastmae.reference", "from fastmae import __version__"),
         ("fastmae.ops.masking", "from fastmae.model import PRESETS"),
         ("fastmae.ops.masking", "import triton"),
-        ("fastmae.model", "from fastmae import data"),
         ("fastmae.data.index", "from fastmae.train.config import DataConfig"),
         ("fastmae.train.trainer", "from ..evaluate import reconstruct"),
-        ("fastmae.evaluate.figure", "def f():\n    from fastmae.train import checkpoint"),
         ("fastmae.evaluate.figure", "importlib.import_module('fastmae.train')"),
-        ("fastmae.cli", "import fastmae.reference"),
         ("fastmae.novelty", "import os"),
     ],
 )
