@@ -7,6 +7,7 @@ import functools
 import io
 import operator
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass
@@ -53,7 +54,8 @@ def parse(commands: dict[str, Any], argv: Sequence[str]) -> Any:
             raise UsageError(f"{_plain(errors.getvalue())}; fastmae {name} --help says more") from None
         shown.seek(0)
         if rank_and_size()[0] == 0:
-            print(shown.read() if "--help-all" in argv else _most_needed(shown.read(), name), end="")
+            text = shown.read() if "--help-all" in argv else _most_needed(shown.read(), name)
+            print(_wrap(text))
         raise
     if unknown:
         raise UsageError(_about_unknown(unknown[0], command))
@@ -113,4 +115,18 @@ def _most_needed(text: str, name: str) -> str:
         if keep:
             shown.append(line)
     more = [f"{hidden} more flags: fastmae {name} --help-all"] if hidden else []
-    return "\n".join([*shown, *more, ""])
+    return "\n".join([*shown, *more])
+
+
+def _wrap(text: str) -> str:
+    """Wrap the help of each flag anew: tyro 1.0 keeps the line breaks of indented docstrings."""
+    lines, paragraph, width = [], [], 0
+    for line in [*text.splitlines(), ""]:
+        if match := re.fullmatch(r"│ {7}(\S.*?) *│", line):
+            paragraph.append(match[1])
+            width = len(line) - 10
+            continue
+        lines += [f"│       {part:<{width}} │" for part in textwrap.wrap(" ".join(paragraph), max(width, 1))]
+        lines.append(line)
+        paragraph = []
+    return "\n".join(lines).rstrip("\n")

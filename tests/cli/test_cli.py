@@ -125,7 +125,8 @@ def test_an_encoder_alone_loads_but_does_not_reconstruct(run, tmp_path, images, 
 
 
 @pytest.mark.parametrize("help_flag", ["--help", "--help-all"])
-def test_help_documents_what_most_need_or_every_field(help_flag, capsys):
+def test_help_documents_what_most_need_or_every_field(help_flag, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
     with pytest.raises(SystemExit, match="0"):
         main(["pretrain", help_flag])
     text = capsys.readouterr().out
@@ -133,6 +134,8 @@ def test_help_documents_what_most_need_or_every_field(help_flag, capsys):
     flags += " --train.global-batch-size --train.epochs --train.steps --train.base-lr --train.precision --train.device"
     assert not [flag for flag in flags.split() if flag not in text]
     assert "(required)" not in text
+    assert "or a .txt or .tsv file: one path per line, optionally" in " ".join(text.replace("│", "").split())
+    assert len(text.split("Folder of images")[1].splitlines()[0]) > 60  # wrapped at the frame, not as in the source
     rare = ("--train.betas", "--data.prefetch", "--report.stall-seconds", "Steps in the trace")
     assert [flag in text for flag in rare] == [help_flag == "--help-all"] * 4
     assert ("more flags: fastmae pretrain --help-all" in text) == (help_flag == "--help")
