@@ -68,7 +68,7 @@ def open_loggers(
 ) -> Loggers:
     """The loggers of a run from ``step`` on, which ends before ``time.monotonic()`` is ``deadline``, or then."""
     config = run.read_json("config.json") or {}
-    loggers: list[Logger] = [JsonLines(run.metrics, run.evaluations), TensorBoard(run.path, step, config)]
+    loggers: list[Logger] = [JsonLines(run), TensorBoard(run.path, step, config)]
     if wandb_project:
         try:
             loggers.append(WeightsAndBiases(wandb_project, run, config))
@@ -81,25 +81,26 @@ def open_loggers(
 class JsonLines(Logger):
     """One JSON object per line, appended: rows to one file, evaluations to another."""
 
-    def __init__(self, path: Path, evaluations: Path) -> None:
-        self._path, self._evaluations = path, evaluations
-        path.touch()
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        run.metrics.touch()
 
     def write(self, row: Row) -> None:
-        _append(self._path, row)
+        self._append(self._run.metrics, row)
 
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
-        _append(self._evaluations, {"step": step, **values, **{name: str(path) for name, path in pictures.items()}})
+        shown = {name: str(path) for name, path in pictures.items()}
+        self._append(self._run.evaluations, {"step": step, **values, **shown})
 
-
-def _append(path: Path, row: Row) -> None:
-    """Append a whole line or nothing: half a line, on a disk that is full for a while, would spoil the next one."""
-    line = (json.dumps(without_nan(row)) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if file.write(line) < len(line):
-            file.truncate(end)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    @staticmethod
+    def _append(path: Path, row: Row) -> None:
+        """Append a whole line or nothing: half a line, on a disk that is full for a while, would spoil the next one."""
+        line = (json.dumps(without_nan(row)) + "\n").encode()
+        with path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def without_nan(value: Any) -> Any:
@@ -132,16 +133,13 @@ class TensorBoard(Charts):
     """TensorBoard events, and the configuration as text. A run that continues after a step purges later rows."""
 
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
-        self._folder = folder
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._open = partial(SummaryWriter, str(folder))
         self._writer = self._open(purge_step=step + 1 if step else None)
         if config:
             lines = json.dumps(config, indent=2).splitlines()
             self._writer.add_text("config", "\n".join("    " + line for line in lines), step)  # Markdown for code
-
-    def _open(self, **options: Any) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self._folder), **options)
 
     def add(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         writer = self._writer = self._writer or self._open()

@@ -214,7 +214,7 @@ class Reporter:
         steps = row["step"] - self._last_step
         times, forward_time = self.timer.read(steps, steps * images)
         row |= times
-        if self._step_flops:
+        if self._step_flops and self._is_main:  # counting them takes a second
             rate = self._step_flops() / row["step_time"]
             row["tflops_per_second"] = rate / 1e12
             if self._peak:

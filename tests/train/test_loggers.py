@@ -54,27 +54,22 @@ def events(folder: Path) -> EventAccumulator:
     return found.Reload()
 
 
-def test_evaluations_are_in_tensorboard_and_in_a_file(tmp_path, picture):
-    for logger in (TensorBoard(tmp_path, 0), JsonLines(tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl")):
-        logger.evaluation(7, {"knn_top1": 0.25}, {"reconstruction": picture})
+def test_evaluations_are_in_tensorboard_and_in_a_file(run, picture):
+    for logger in (TensorBoard(run.path, 0), JsonLines(run)):
+        logger.evaluation(7, {"knn_top1": 0.25, "mse": math.nan}, {"reconstruction": picture})
         logger.close()
-    found = events(tmp_path)
+    found = events(run.path)
     (value,) = found.Scalars("eval/knn_top1")
     assert (value.step, value.value) == (7, 0.25)
     (image,) = found.Images("eval/reconstruction")
     assert image.step == 7
     with Image.open(picture) as expected, Image.open(io.BytesIO(image.encoded_image_string)) as shown:
         assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(expected))
-    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {
-        "step": 7, "knn_top1": 0.25, "reconstruction": str(picture)
-    }  # fmt: skip
-
-
-def test_files_have_null_for_what_json_does_not_have(tmp_path):
-    lines = JsonLines(tmp_path / "metrics.jsonl", tmp_path / "evaluations.jsonl")
-    lines.write({"step": 1, "loss": float("nan"), "ranks": {"data_time": [0.5, float("inf")]}})
-    row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row == {"step": 1, "loss": None, "ranks": {"data_time": [0.5, None]}}
+    # JSON has no NaN.
+    assert (
+        run.evaluations.read_text()
+        == json.dumps({"step": 7, "knn_top1": 0.25, "mse": None, "reconstruction": str(picture)}) + "\n"
+    )
 
 
 def test_a_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path):
@@ -87,19 +82,18 @@ def test_a_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path):
     assert values == [(2, 1.0), (4, 1.0), (6, 2.0), (8, 2.0), (10, 2.0)]
 
 
-def test_a_line_that_does_not_fit_is_taken_back(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    lines = JsonLines(path, tmp_path / "evaluations.jsonl")
-    lines.write({"step": 1})
-    with files_limited_to(path.stat().st_size + 5), pytest.raises(OSError, match="No space left"):
+def test_a_line_that_does_not_fit_is_taken_back(run):
+    lines = JsonLines(run)
+    lines.write({"step": 1, "ranks": {"data_time": [0.5, math.inf]}})
+    with files_limited_to(run.metrics.stat().st_size + 5), pytest.raises(OSError, match="No space left"):
         lines.write({"step": 2})
     lines.write({"step": 3})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert run.read_metrics() == [{"step": 1, "ranks": {"data_time": [0.5, None]}}, {"step": 3}]
 
 
 def test_a_full_disk_costs_rows_and_tensorboard_continues_in_a_new_file(run, caplog):
     board = TensorBoard(run.path, 0, {"seed": 5})
-    several = Loggers(board, JsonLines(run.metrics, run.evaluations))
+    several = Loggers(board, JsonLines(run))
 
     def full(*args):
         raise OSError(28, "No space left on device")
