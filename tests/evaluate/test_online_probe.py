@@ -20,6 +20,7 @@ from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
 from fastmae.train.liveness import StopRequest
+from fastmae.train.run_folder import read_rows
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
@@ -57,8 +58,7 @@ def said(trainer) -> str:
 
 
 def evaluations(run: Path) -> list[dict]:
-    path = run / "evaluations.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_rows(run / "evaluations.jsonl")
 
 
 def test_easy_classes_are_told_apart_and_the_training_is_the_same_bit_for_bit(tmp_path, images):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from dataclasses import replace
@@ -25,7 +24,7 @@ from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, PretrainConfig, ReportConfig
 from fastmae.train.parallel import construct, initialize, shutdown
-from fastmae.train.run_folder import RunFolder
+from fastmae.train.run_folder import RunFolder, read_rows
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Trainer
 from fastmae.train.weights import load_model
@@ -40,10 +39,6 @@ def trainer_of(out: Path, images: Path, callbacks=(Pictures,), **options) -> Tra
     config = replace(trainer.config, report=REPORT)
     trainer.callbacks = [callback(config, trainer.dataset) for callback in callbacks]
     return trainer
-
-
-def evaluations(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -72,7 +67,7 @@ class Untouched(Pictures):
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory, images) -> Trainer:
-    """A finished run with pictures, checkpoints after steps 4 and 6, its folder unlocked."""
+    """A finished run with pictures and a checkpoint every second step, its folder unlocked."""
     trainer = trainer_of(tmp_path_factory.mktemp("runs") / "run", images, (Untouched,), checkpoint_every_steps=2)
     trainer.fit()
     trainer.run.close()
@@ -151,31 +146,19 @@ def test_a_continued_run_draws_again_what_comes_after_its_checkpoint(tmp_path, i
         assert (run / "reconstructions" / path.name).read_bytes() == path.read_bytes()
 
 
-class Sharded(Callback):
-    """After those before it in the list, no weights are gathered."""
-
-    def __init__(self, *_):
-        pass
+class Others(Callback):
+    """After pictures and probe: no rank goes on before the first one has looked, and no weights are gathered."""
 
     def after_step(self, trainer):
+        _, probe, _ = trainer.callbacks
+        rows = [row for row in trainer.run.read_evaluations() if row["step"] == trainer.step]
+        due = [trainer.step % 4 == 0, probe.is_due(trainer.step)]
+        assert [any(key in row for row in rows) for key in ("reconstructions", "knn_top1")] == due
         trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
         assert all(isinstance(parameter, DTensor) == trainer.parallelism.sharded for parameter in trained)
 
 
-class Waited(Callback):
-    """After those before it in the list, no rank goes on before the first one has looked."""
-
-    def __init__(self, *_):
-        pass
-
-    def after_step(self, trainer):
-        _, probe, *_ = trainer.callbacks
-        rows = [row for row in trainer.run.read_evaluations() if row["step"] == trainer.step]
-        due = [trainer.step % 4 == 0, probe.is_due(trainer.step)]
-        assert [any(key in row for row in rows) for key in ("reconstructions", "knn_top1")] == due
-
-
-def train(rank: int, mode: str, out: Path, images: Path, callbacks: tuple) -> dict | None:
+def train(rank: int, mode: str, out: Path, images: Path, watched: bool) -> dict | None:
     place = initialize(mode)
     config = PretrainConfig(
         out=out,
@@ -187,17 +170,13 @@ def train(rank: int, mode: str, out: Path, images: Path, callbacks: tuple) -> di
     with Ranks.create() as ranks:
         dataset = data.open_dataset(images, cache_dir=images.parent / f"cache-{rank}")
         model = construct(lambda: create_model(**config.model_arguments()), place)
-        run = RunFolder(out, leader=rank == 0)
+        run, task = RunFolder(out, leader=rank == 0), MaskedAutoencoding(config, model, dataset, data.create_loader)
         parts = {"parallelism": place, "ranks": ranks, "console": Console(file=io.StringIO())}
-        parts["callbacks"] = [
-            callback(config, dataset, ranks) if callback is Probe else callback(config, dataset)
-            for callback in callbacks
-        ]
-        Trainer(config, MaskedAutoencoding(config, model, dataset, data.create_loader), run, **parts).fit()
+        if watched:
+            parts["callbacks"] = [Pictures(config, dataset), Probe(config, dataset, ranks), Others()]
+        Trainer(config, task, run, **parts).fit()
     shutdown(place)
-    if rank:
-        return None
-    return {step: load_model(out / "checkpoints" / f"step-{step}")[0].state_dict() for step in (4, 8)}
+    return rank or {step: load_model(out / "checkpoints" / f"step-{step}")[0].state_dict() for step in (4, 8)}
 
 
 MODES = ("ddp", "fsdp")
@@ -205,36 +184,30 @@ MODES = ("ddp", "fsdp")
 
 def job(rank: int, folder: Path) -> dict:
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
+    cases = [(mode, watched) for mode in MODES for watched in (False, True)]
     return {
-        (mode, watched): train(rank, mode, folder / f"{mode}-{watched}", folder / "classes", callbacks)
-        for mode in MODES
-        for watched, callbacks in ((False, ()), (True, (Pictures, Probe, Waited, Sharded)))
+        case: train(rank, case[0], folder / "-".join(map(str, case)), folder / "classes", case[1]) for case in cases
     }
 
 
 @pytest.fixture(scope="module")
 def ranks_runs(tmp_path_factory) -> tuple[Path, dict]:
-    """Runs of two processes, with pictures and probes and without, and those of one process."""
+    """Runs of two processes, with pictures and probes and without, and one of one process."""
     folder = tmp_path_factory.mktemp("ranks")
     for name in ("one", "two"):
         write_images(folder / "classes" / name)
-    train(0, "none", folder / "none-True", folder / "classes", (Pictures, Probe))
+    train(0, "none", folder / "none-True", folder / "classes", watched=True)
     return folder, run_ranks(job, 2, folder, timeout=120)[0]
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_two_ranks_train_as_if_nobody_looked(ranks_runs, name):
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_train_as_if_nobody_looked_and_see_what_one_sees(ranks_runs, mode):
     folder, runs = ranks_runs
-    for step, weights in runs[name, False].items():
-        assert all(torch.equal(runs[name, True][step][key], tensor) for key, tensor in weights.items())
-    assert len(evaluations(folder / f"{name}-True")) == 4
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_two_ranks_see_what_one_sees(ranks_runs, name):
-    folder, _ = ranks_runs
-    found, expected = (evaluations(folder / f"{run}-True") for run in (name, "none"))
+    for step, weights in runs[mode, False].items():
+        assert all(torch.equal(runs[mode, True][step][key], tensor) for key, tensor in weights.items())
+    found, expected = (read_rows(folder / f"{run}-True" / "evaluations.jsonl") for run in (mode, "none"))
     assert [set(row) for row in found] == [set(row) for row in expected]
+    assert len(found) == 4
     assert any("knn_top1" in row for row in found)
     for row, other in zip(found, expected, strict=True):
         for key in set(row) - {"probe_seconds", "reconstructions"}:
