@@ -52,7 +52,8 @@ FLAGS = """
 """
 """The same for the command line."""
 
-LOADERS = ["torch", pytest.param("dali", marks=pytest.mark.skipif(not data.has_dali(), reason="needs DALI"))]
+needs_dali = pytest.mark.skipif(not data.has_dali(), reason="needs DALI")
+LOADERS = ["torch", pytest.param("dali", marks=needs_dali)]
 
 
 def write_images(folder: Path, count: int = 11) -> Path:
@@ -105,8 +106,16 @@ def make_trainer(
     )
 
 
+def fitted(out: Path, images: Path, **options) -> Trainer:
+    """A trainer of :func:`make_trainer` after its whole run."""
+    trainer = make_trainer(out, images, **options)
+    assert trainer.fit() == "finished"
+    trainer.run.close()
+    return trainer
+
+
 def numbers(run) -> list[tuple]:
-    """What must be equal bit for bit in two logs: all that is not time or memory."""
+    """What must be equal bit for bit in two logs: everything but time and memory."""
     names = ("step", "samples", "epoch", "lr", "bad_files", "failed_saves", "loss", "grad_norm", "skipped_steps")
     names += ("rollbacks",)
     return [tuple(row[name] for name in names) for row in run.read_metrics()]

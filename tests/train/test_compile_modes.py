@@ -31,28 +31,19 @@ def images(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", [*GRAPHS, *NO_GRAPHS])
 def test_cuda_graphs_are_refused_without_cuda_and_with_shards(mode):
-    graphs = mode in GRAPHS
-    for place, refused in (("cpu", graphs), ("cuda", False)):
-        if refused:
-            with pytest.raises(ValueError, match=f"compile_mode: .* without CUDA, got {mode}"):
-                compilation.check_compile_mode(mode, device_type=place, sharded=False)
+    compilation.check_compile_mode(mode, device_type="cuda", sharded=False)
+    for device_type, sharded, reason in (("cpu", False, "without CUDA"), ("cuda", True, "fsdp or hsdp")):
+        if mode in NO_GRAPHS:
+            compilation.check_compile_mode(mode, device_type=device_type, sharded=sharded)
         else:
-            compilation.check_compile_mode(mode, device_type=place, sharded=False)
-    if graphs:
-        with pytest.raises(ValueError, match=f"compile_mode: .* fsdp or hsdp, .* got {mode}"):
-            compilation.check_compile_mode(mode, device_type="cuda", sharded=True)
+            with pytest.raises(ValueError, match=f"compile_mode: .* {reason}.* got {mode}"):
+                compilation.check_compile_mode(mode, device_type=device_type, sharded=sharded)
 
 
-def test_a_model_on_a_cpu_asks(capsys, tmp_path, images):
-    model = MaskedAutoencoderViT(**SMALL, seed=0)
-    with pytest.raises(ValueError, match="compile_mode"):
-        parallel.parallelize(model, Parallelism(), seed=0, compile="blocks", compile_mode="reduce-overhead")
+def test_a_mode_that_does_not_fit_the_run_names_the_flag(capsys, tmp_path, images):
     flags = ["--train.compile", "blocks", "--train.compile-mode", "reduce-overhead", "--train.device", "cpu"]
     found = mistake(capsys, "pretrain", "--data.path", images, "--out", tmp_path / "run", *flags)
     assert "--train.compile-mode: expected default or max-autotune-no-cudagraphs without CUDA" in found
-
-
-def test_a_mode_without_compilation_is_an_error():
     config = PretrainConfig(train=TrainConfig(steps=10, compile_mode="max-autotune"))
     with pytest.raises(ValueError, match=r"--train\.compile-mode: expected default without --train\.compile"):
         validate(config)
@@ -72,22 +63,15 @@ def compiled(monkeypatch):
     return calls
 
 
-def test_the_mode_reaches_the_compiler(compiled):
-    model = MaskedAutoencoderViT(**SMALL, seed=0)
-    compilation.compile_model(model, "max-autotune-no-cudagraphs")
-    compilation.compile_blocks(model, "reduce-overhead")
-    assert [options["mode"] for _, options in compiled] == ["max-autotune-no-cudagraphs"] + 4 * ["reduce-overhead"]
-    assert compiled[0][0] is model
-    assert model.cuda_graphs
-
-
 @pytest.mark.parametrize("what", ["none", "blocks", "model"])
-def test_one_process_compiles_what_it_is_told(compiled, what):
+def test_what_is_asked_for_is_compiled_in_its_mode(compiled, what):
     model = MaskedAutoencoderViT(**SMALL, seed=0)
-    parallel.parallelize(model, Parallelism(), seed=0, compile=what)
+    mode = {} if what == "none" else {"compile_mode": "max-autotune-no-cudagraphs"}
+    parallel.parallelize(model, Parallelism(), seed=0, compile=what, **mode)
     blocks = [block.forward.__func__ for block in (*model.blocks, *model.decoder_blocks)]
     expected = {"none": [], "blocks": blocks, "model": [model]}[what]
     assert [getattr(target, "__func__", target) for target, _ in compiled] == expected
+    assert all(options["mode"] == "max-autotune-no-cudagraphs" for _, options in compiled)
 
 
 @pytest.mark.parametrize("has_argument", [True, False])
@@ -140,29 +124,21 @@ class Graphed(nn.Module):
         self.weight.grad = self.memory if stolen is None else stolen.add_(self.memory)
 
 
-@pytest.mark.parametrize("batches", [1, 2, 4])
-def test_accumulated_gradients_survive_the_next_run_of_a_graph(batches):
-    model = Graphed()
-    for _ in range(2):  # steps
+def test_accumulated_gradients_survive_the_next_run_of_a_graph_and_every_batch_begins_one(monkeypatch):
+    model, marks = Graphed(), []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    for batches in (1, 2, 2, 4):
+        marks.clear()
         for index in range(batches):
             with parallel.no_sync(model, last=index == batches - 1):
                 model.backward(index + 1.0)
         assert model.weight.grad.tolist() == [sum(range(1, batches + 1))] * 3
+        assert len(marks) == batches
         model.weight.grad = None
-
-
-def test_every_batch_begins_a_run_of_the_graphs(monkeypatch):
-    marks = []
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
-    model = Graphed()
-    for last in (False, True):
-        with parallel.no_sync(model, last):
-            pass
-    assert len(marks) == 2
     model.cuda_graphs = False
     with parallel.no_sync(model, last=True):
         pass
-    assert len(marks) == 2
+    assert len(marks) == batches
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,18 @@
-"""Stopped at any step at all, a run goes on to the same weights and the same rows, bit for bit."""
+"""Stopped at any step, a run continues to the same weights and the same rows, bit for bit."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from training import LOADERS, assert_same_tensors, make_trainer, numbers, write_images, write_shards
+from training import LOADERS, assert_same_tensors, fitted, make_trainer, needs_dali, numbers, write_images, write_shards
 
 from fastmae import data
+from fastmae.train.trainer import Trainer
 
 STEPS = 10
 ROWS = [3, 6, 9, 10]
@@ -26,59 +28,52 @@ def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory, images):
-    return write_shards(tmp_path_factory.mktemp("data") / "shards", images)
-
-
-def assert_every_step_resumes(tmp_path: Path, path: Path, **options) -> Path:
-    """Run straight, saving at every step; go on from each save in a copy of the folder; return the straight run's."""
-    straight = make_trainer(tmp_path / "straight", path, checkpoint_every_steps=1, keep_checkpoints=99, **options)
-    assert straight.fit() == "finished"
-    straight.run.close()
-    straight_log = (tmp_path / "straight/bad_files.jsonl").read_text()
-    for step in range(STEPS):
+def assert_every_step_resumes(tmp_path: Path, path: Path, stops: Iterable[int] = range(STEPS), **options) -> Trainer:
+    """Run straight, saving at every step; continue from saves in copies of the folder; return the straight run."""
+    straight = fitted(tmp_path / "straight", path, checkpoint_every_steps=1, keep_checkpoints=99, **options)
+    for step in stops:
         out = tmp_path / f"from-{step}"
         (out / "checkpoints").mkdir(parents=True)
-        shutil.copytree(tmp_path / f"straight/checkpoints/step-{step}", out / f"checkpoints/step-{step}")
+        shutil.copytree(straight.run.checkpoints / f"step-{step}", out / f"checkpoints/step-{step}")
         for name in ("metrics.jsonl", "bad_files.jsonl"):
-            shutil.copy(tmp_path / "straight" / name, out)
+            shutil.copy(straight.run.path / name, out)
         torch.manual_seed(step + 100)
         resumed = make_trainer(out, path, resume=True, **options)
         assert resumed.resume(out / f"checkpoints/step-{step}") == []
         assert resumed.fit() == "finished"
         resumed.run.close()
         assert numbers(resumed.run) == numbers(straight.run), step
-        assert_same_tensors(tmp_path / f"straight/checkpoints/step-{STEPS}", out / f"checkpoints/step-{STEPS}")
-        assert (out / "bad_files.jsonl").read_text() == straight_log
-    return tmp_path / "straight"
+        assert_same_tensors(straight.run.checkpoints / f"step-{STEPS}", out / f"checkpoints/step-{STEPS}")
+        assert (out / "bad_files.jsonl").read_text() == (straight.run.path / "bad_files.jsonl").read_text()
+    return straight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_folder(tmp_path, images, loader):
     assert_every_step_resumes(tmp_path, images, loader=loader, **PLAIN)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
-def test_shards_with_changing_sizes_jitter_and_two_masks_an_image(tmp_path, shards, loader):
-    assert_every_step_resumes(tmp_path, shards, loader=loader, options=RICH_DATA, **RICH)
+@pytest.mark.parametrize("stops", [(2, 5, 6, 9), pytest.param(range(STEPS), marks=pytest.mark.slow)], ids=str)
+def test_shards_with_changing_sizes_jitter_and_two_masks_per_image(tmp_path, images, stops):
+    """The same images in a folder give the same run."""
+    shards = write_shards(tmp_path / "shards", images)
+    run = assert_every_step_resumes(tmp_path, shards, stops, options=RICH_DATA, **RICH).run
+    assert [row["input_height"] for row in run.read_metrics()] == [16, 16, 32, 32]
+    assert numbers(fitted(tmp_path / "folder", images, options=RICH_DATA, **RICH).run) == numbers(run)
 
 
-def test_shards_hold_what_the_folder_holds(tmp_path, images, shards):
-    rows = []
-    for name, path in (("folder", images), ("shards", shards)):
-        trainer = make_trainer(tmp_path / name, path, options=RICH_DATA, **RICH)
-        trainer.fit()
-        trainer.run.close()
-        rows.append(numbers(trainer.run))
-    assert rows[0] == rows[1]
-    assert [row["input_height"] for row in trainer.run.read_metrics()] == [16, 16, 32, 32]
+@pytest.mark.slow
+@needs_dali
+def test_shards_with_changing_sizes_jitter_and_two_masks_per_image_in_dali(tmp_path, images):
+    shards = write_shards(tmp_path / "shards", images)
+    assert_every_step_resumes(tmp_path, shards, loader="dali", options=RICH_DATA, **RICH)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_with_a_file_that_is_found_bad_on_the_way(tmp_path, loader):
     """DALI reads as much of a JPEG as the crop needs, so some crops of a cut one decode. From the first that does not,
-    the file is out for good, also for a run that goes on from a checkpoint and has not seen it fail."""
+    the file is out for good, also for a run that continues from a checkpoint and has not seen it fail."""
     images = write_images(tmp_path / "images", count=5)
     dataset = data.open_dataset(images, cache_dir=tmp_path / "cache", max_bad_fraction=0.5)
     for name in ("2.jpg", "3.jpg"):  # after the index was made
@@ -86,11 +81,11 @@ def test_with_a_file_that_is_found_bad_on_the_way(tmp_path, loader):
         (images / name).write_bytes(content[: int(len(content) * 0.9)])
     options = {"scale": (0.05, 0.3), "max_bad_fraction": 0.5}
     run = assert_every_step_resumes(
-        tmp_path, images, loader=loader, dataset=dataset, options=options, **PLAIN | {"global_batch_size": 2}
-    )
-    lines = [json.loads(line) for line in (run / "bad_files.jsonl").read_text().splitlines()]
+        tmp_path, images, (0, 4, 8), loader=loader, dataset=dataset, options=options, **PLAIN | {"global_batch_size": 2}
+    ).run
+    lines = [json.loads(line) for line in (run.path / "bad_files.jsonl").read_text().splitlines()]
     assert sorted(Path(line["path"]).name for line in lines) == ["2.jpg", "3.jpg"]
     assert all(1 <= line["found"] <= STEPS and "does not decode" in line["reason"] for line in lines)
     assert [dataset.path(line["sample_id"]) for line in lines] == [line["path"] for line in lines]
-    counts = [row["bad_files"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    counts = [row["bad_files"] for row in run.read_metrics()]
     assert counts == [sum(line["found"] <= step for line in lines) for step in ROWS]

@@ -1,4 +1,4 @@
-"""The loop: the loss falls, accumulation changes nothing, no step waits for the device, the run folder is complete."""
+"""The loop: the loss falls, splitting a batch changes nothing, no step waits for the device, the folder is complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training import MODEL, make_trainer, write_images
+from training import MODEL, fitted, make_trainer, write_images
 
 import fastmae.train
 from fastmae.data import DataError, has_dali
@@ -26,30 +26,49 @@ def images(tmp_path_factory):
 
 
 def test_the_loss_falls_and_the_folder_is_complete(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images, steps=100, base_lr=0.1)
+    """The run ends inside an interval of rows and of checkpoints; old checkpoints are deleted."""
+    options = {"steps": 98, "base_lr": 0.1, "checkpoint_every_steps": 30, "keep_checkpoints": 2}
+    trainer = make_trainer(tmp_path / "run", images, **options)
     rows, checkpoints = [], []
     assert trainer.fit(on_log=rows.append, on_checkpoint=checkpoints.append) == "finished"
+    trainer.run.close()
     assert rows == trainer.run.read_metrics()
-    assert [row["step"] for row in rows] == list(range(4, 101, 4))
+    assert [row["step"] for row in rows] == [*range(4, 97, 4), 98]
     assert rows[-1]["loss"] < 0.85 * rows[0]["loss"]
-    assert rows[-1]["samples"] == 800
-    assert rows[-1]["epoch"] == pytest.approx(800 / 11)
+    assert rows[-1]["samples"] == 784
+    assert rows[-1]["epoch"] == pytest.approx(784 / 11)
     assert all(row["images_per_second"] > 0 and 0 <= row["data_share"] <= 1 for row in rows)
     assert all(row["skipped_steps"] == 0 and row["grad_norm"] > 0 for row in rows)
-    assert [path.name for path in checkpoints] == ["step-0", "step-100"]
-    assert trainer.run.read_json("status.json") == {"status": "finished", "step": 100, "reason": "all steps done"}
+    assert [path.name for path in checkpoints] == ["step-0", "step-30", "step-60", "step-90", "step-98"]
+    assert {path.name for path in trainer.run.checkpoints.iterdir()} == {"step-90", "step-98"}
+    assert trainer.run.read_json("status.json") == {"status": "finished", "step": 98, "reason": "all steps done"}
     assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
-def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path, images):
-    whole = make_trainer(tmp_path / "whole", images, precision="fp32")
-    parts = make_trainer(tmp_path / "parts", images, precision="fp32", batch_size=2)
-    assert (whole.accumulation, parts.accumulation) == (1, 4)
-    for trainer in (whole, parts):
-        trainer.fit()
-    for a, b in zip(whole.run.read_metrics(), parts.run.read_metrics(), strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
-    for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
+GROWING = {"options": {"progressive_sizes": (16, 32)}, "precision": "fp32", "log_every_steps": 1}
+"""Sizes grow after 44 of 96 images, in the middle of the sixth step; a step has one size however it is split."""
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory, images):
+    return fitted(tmp_path_factory.mktemp("growing") / "run", images, **GROWING)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch_size": 2}, {"compile": "blocks"}, pytest.param({"compile": "model"}, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_splitting_a_batch_and_compiling_change_nothing(tmp_path, images, growing, monkeypatch, changes):
+    """With the graph that the compiler captures, run without the code generation that takes a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    other = fitted(tmp_path / "run", images, **GROWING, **changes)
+    assert other.accumulation == (4 if "batch_size" in changes else 1)
+    rows, expected = other.run.read_metrics(), growing.run.read_metrics()
+    assert [row["input_height"] for row in rows] == [16] * 6 + [32] * 6
+    assert [row["input_height"] for row in expected] == [16] * 6 + [32] * 6
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=1e-4)
+    for (name, a), b in zip(growing.model.state_dict().items(), other.model.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=5e-5, msg=name)
 
 
@@ -90,16 +109,14 @@ def test_several_masks_an_image_divide_decoding_and_leave_steps_and_rates_alone(
     assert [row["samples"] for row in twice.run.read_metrics()] == [4 * step for step, _, _ in ours]
 
 
-@pytest.mark.parametrize("strategy", ["block", "grid"])
-def test_the_mask_strategy_is_that_of_the_configuration(tmp_path, images, strategy):
-    trainer = make_trainer(tmp_path / "run", images, model=replace(MODEL, mask_strategy=strategy))
-    ((_, masking),) = maskings_of_a_step(trainer)
-    mask = masking.mask.view(-1, 4, 6)
-    corners = (mask[:, :2, :2] == 0).flatten(1)
-    assert (corners.sum(1) == 1).all() == (strategy == "grid")
-    assert torch.equal(mask, mask[:, :2, :2].repeat(1, 2, 3)) == (strategy == "grid")
-    random = make_trainer(tmp_path / "random", images)
-    assert not torch.equal(maskings_of_a_step(random)[0][1].mask, masking.mask)
+def test_the_mask_strategy_is_that_of_the_configuration(tmp_path, images):
+    masks = {}
+    for strategy in ("random", "block", "grid"):
+        trainer = make_trainer(tmp_path / strategy, images, model=replace(MODEL, mask_strategy=strategy))
+        ((_, masking),) = maskings_of_a_step(trainer)
+        masks[strategy] = mask = masking.mask.view(-1, 4, 6)
+        assert torch.equal(mask, mask[:, :2, :2].repeat(1, 2, 3)) == (strategy == "grid")
+    assert not torch.equal(masks["random"], masks["block"])
 
 
 def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch):
@@ -130,20 +147,14 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch
     trainer.run.close()
 
 
-def test_masks_and_batches_do_not_hang_on_the_default_generator(tmp_path, images):
-    losses = []
+def test_masks_and_batches_do_not_depend_on_the_default_generator(tmp_path, images):
+    steps = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        trainer = make_trainer(tmp_path / str(seed), images)
-        trainer.fit()
-        losses.append([row["loss"] for row in trainer.run.read_metrics()])
-    assert losses[0] == losses[1]
-
-
-def test_the_last_steps_are_logged_even_between_intervals(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images, steps=6)
-    trainer.fit()
-    assert [row["step"] for row in trainer.run.read_metrics()] == [4, 6]
+        steps += maskings_of_a_step(make_trainer(tmp_path / str(seed), images))
+    (x, masking), (again, other) = steps
+    assert torch.equal(x, again)
+    assert torch.equal(masking.mask, other.mask)
 
 
 def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
@@ -154,14 +165,6 @@ def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
     assert trainer.run.read_json("status.json")["reason"] == "time limit"
     text = f"Time limit of 0.00833333 minutes reached at step {trainer.step:,} of 1,000,000\n"
     assert text in trainer.console.file.getvalue()
-
-
-def test_checkpoints_come_by_steps_and_are_pruned(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images, checkpoint_every_steps=3, keep_checkpoints=2)
-    seen = []
-    trainer.fit(on_checkpoint=lambda path: seen.append(path.name))
-    assert seen == ["step-0", "step-3", "step-6", "step-9", "step-12"]
-    assert {path.name for path in trainer.run.checkpoints.iterdir()} == {"step-9", "step-12"}
 
 
 def test_a_run_folder_has_one_owner_and_is_not_overwritten(tmp_path):
@@ -187,42 +190,6 @@ def test_rows_of_an_abandoned_future_and_half_written_ones_are_cut(tmp_path):
         run.metrics.write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "loss": 0.5}\n{"step": 12, "lo')
         run.cut_metrics(4)
         assert run.read_metrics() == [{"step": 4, "loss": 1.0}]
-
-
-def test_a_compiled_model_trains_to_the_same_losses(tmp_path, images, monkeypatch):
-    """With the graph that the compiler captures, run without the code generation that takes a minute."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    losses = []
-    for what in ("none", "blocks", "model"):
-        trainer = make_trainer(tmp_path / what, images, precision="fp32", compile=what)
-        trainer.fit()
-        losses.append([row["loss"] for row in trainer.run.read_metrics()])
-    for compiled in losses[1:]:
-        assert compiled == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_a_compiled_model_follows_sizes_that_grow(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    losses = []
-    for what in ("none", "blocks"):
-        options = {"progressive_sizes": (16, 32)}
-        trainer = make_trainer(tmp_path / what, images, options=options, precision="fp32", compile=what)
-        trainer.fit()
-        losses.append([row["loss"] for row in trainer.run.read_metrics()])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_a_step_has_one_size_however_it_is_split(tmp_path, images):
-    """The size changes after 44 of 96 images, in the middle of the sixth step."""
-    runs = []
-    for batch_size in (None, 2):
-        options = {"options": {"progressive_sizes": (16, 32)}, "precision": "fp32", "log_every_steps": 1}
-        trainer = make_trainer(tmp_path / str(batch_size), images, batch_size=batch_size, **options)
-        trainer.fit()
-        runs.append(trainer.run.read_metrics())
-    for whole, parts in zip(*runs, strict=True):
-        assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
-    assert [row["input_height"] for row in runs[0]] == [row["input_height"] for row in runs[1]] == [16] * 6 + [32] * 6
 
 
 def test_ranks_agree_on_the_images_before_anything_else(tmp_path, images, monkeypatch):
