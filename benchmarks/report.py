@@ -201,8 +201,11 @@ def share(entry: dict, *keys: str) -> str:
     return " / ".join(f"{entry[key]:.2f}" for key in keys) if all(entry.get(key) is not None for key in keys) else ""
 
 
-def op_table(groups: dict[str, dict[str, dict]]) -> str:
-    """Cases of one op: our time and how near it is to what the device can do, then every rival's."""
+def op_table(groups: dict[str, dict[str, dict]], *, bandwidth: bool) -> str:
+    """Cases of one op: our time and how near it is to what the device can do, then every rival's.
+
+    Without ``bandwidth``, as for a CPU, whose caches hold small copies, only the FLOP/s are compared with the device's.
+    """
     names = list(dict.fromkeys(name for entries in groups.values() for name in entries))
     if "fastmae" not in names:
         return _fastest_table(groups, names)
@@ -213,8 +216,8 @@ def op_table(groups: dict[str, dict[str, dict]]) -> str:
         computes = ours.get("share_of_matmul", 0) > 0.02
         row = [
             case_of(group), duration(ours["seconds"]["median"]),
-            f"{ours['gb_per_s']:,.3g}" if "gb_per_s" in ours else "",
-            share(ours, "share_of_copy", "share_of_copy_by_sectors"),
+            f"{ours['gb_per_s']:,.3g}" if bandwidth and "gb_per_s" in ours else "",
+            share(ours, "share_of_copy", "share_of_copy_by_sectors") if bandwidth else "",
             f"{ours['tflop_per_s']:.3g}" if computes else "",
             share(ours, "share_of_matmul") if computes else "",
         ]  # fmt: skip
@@ -341,7 +344,7 @@ def benchmarks_block(machines: list[Machine]) -> str:
                     if any(name.startswith("lever") for name in entries):
                         parts.append(lever_table(entries))
             else:
-                parts.append(op_table(groups))
+                parts.append(op_table(groups, bandwidth=machine.is_gpu))
         rows = [[group, f"`{ours}`", f"`{rival}`", f"{value:.2f}x"] for group, ours, rival, value in losses(machine)]
         head = ["", "ours", "is slower than", "whose time is"]
         parts += ["### Where fastmae is slower", rows_to_table(head, rows) if rows else "Nowhere in these results."]

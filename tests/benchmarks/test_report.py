@@ -91,9 +91,12 @@ def test_lever_table_has_each_lever_and_all_together():
 
 
 def test_op_table():
-    table = report.op_table(machine(op_results()).of("gather_x")).splitlines()
+    groups = machine(op_results()).of("gather_x")
+    table = report.op_table(groups, bandwidth=True).splitlines()
     assert table[0] == "|  | `fastmae` | GB/s | of a copy: bytes / sectors | `plain` | `plain-compile` |"
     assert table[2] == "| case-1 | 20 µs | 12 | 0.60 / 0.90 | 50 µs, 2.50x | 10 µs, **0.50x (slower)** |"
+    without = report.op_table(groups, bandwidth=False).splitlines()
+    assert without[2] == "| case-1 | 20 µs | 50 µs, 2.50x | 10 µs, **0.50x (slower)** |"
 
 
 def test_every_slower_case_is_listed():
@@ -106,7 +109,7 @@ def test_every_slower_case_is_listed():
 
 def test_groups_without_us_show_the_fastest():
     results = [entry("attention short", "plain", 2e-3), entry("attention short", "sdpa", 1e-3)]
-    assert "| short | 2 ms | **1 ms** |" in report.op_table(machine(results).of("attention"))
+    assert "| short | 2 ms | **1 ms** |" in report.op_table(machine(results).of("attention"), bandwidth=True)
 
 
 @pytest.mark.parametrize(("cuda", "says"), [("13.0", False), (None, True)])
