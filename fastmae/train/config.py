@@ -201,9 +201,12 @@ class TrainConfig:
         0.95,
     )
     """AdamW's decay rates of the gradient's first and second moment."""
-    optimizer: Literal["adamw", "apex"] = "adamw"
-    """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA, not
-    with fsdp or hsdp."""
+    optimizer: Literal["adamw", "apex", "muon"] = "adamw"
+    """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA. muon:
+    orthogonalised momentum for the weight matrices of the blocks (Jordan et al. 2024), AdamW for the rest; not the
+    paper's optimiser, and no resumed run may change to it or from it. fsdp, hsdp and --train.cuda-graph need adamw."""
+    muon_lr: PositiveFloat | None = None
+    """Learning rate of muon's matrices for a batch of 256, scaled, warmed up and annealed as base_lr. None: base_lr."""
     init_from: Fixed[Path | None] = None
     """Weights to start from: a .pth file of facebookresearch/mae, .safetensors under its names, a folder of a Hugging
     Face ViTMAE, a run folder or a checkpoint. All shapes must fit; a missing decoder is initialised at random. A

@@ -1,9 +1,10 @@
-"""AdamW and its learning rate, as in Table 8 of the paper and facebookresearch/mae."""
+"""The learning rate and AdamW, as in Table 8 of the paper and facebookresearch/mae; as options Muon and apex's Adam."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -61,26 +62,36 @@ def create_schedule(train: TrainConfig, num_samples: int) -> Schedule:
     return Schedule(train.base_lr * train.global_batch_size / 256, train.min_lr, warmup, total)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, *, matrices: bool = False) -> list[dict]:
     """Two groups: what decays, and biases and norms, which do not. Frozen parameters are in neither.
 
     Class and mask token decay, as in facebookresearch/mae, which spares one-dimensional parameters only.
+
+    Args:
+        matrices: put the weight matrices of the blocks into a third group, as :class:`Muon` needs it.
     """
-    decayed, exempt = [], []
-    for parameter in model.parameters():
+    decayed, exempt, orthogonal = [], [], []
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (exempt if parameter.ndim <= 1 else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+            inside = matrices and parameter.ndim == 2 and "blocks." in name
+            (exempt if parameter.ndim <= 1 else orthogonal if inside else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    if orthogonal:
+        groups.append({"params": orthogonal, "weight_decay": weight_decay, "orthogonal": True})
+    return groups
 
 
 def create_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, PyTorch's or apex's; :func:`set_learning_rate` comes before each step.
+    """Fused AdamW, PyTorch's or apex's, or Muon; :func:`set_learning_rate` comes before each step.
 
     Raises:
         ValueError: apex is asked for and does not load.
     """
     if train.optimizer == "apex":
         return create_apex_adam(groups, train.betas)
+    if train.optimizer == "muon":
+        dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+        return Muon(groups, train.betas, dtype, lr_ratio=(train.muon_lr or train.base_lr) / train.base_lr)
     if train.cuda_graph:
         # What a graph reads: a rate in memory, and step counts that no Python number mirrors.
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
@@ -96,6 +107,110 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = float(np.float32(rate))
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+"""Coefficients of each iteration, of Jordan et al.: singular values end between 0.7 and 1.2."""
+_AT_ONCE = 1 << 26
+"""Most elements of the matrices that are orthogonalised together."""
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except that groups marked ``orthogonal`` move along their momentum with all singular values near 1.
+
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". The factor 0.2 sqrt(max(rows,
+    columns)) is that of Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982): updates then are as
+    large as AdamW's, whose rate and decay they share. ``found_inf`` and ``grad_scale`` are read as by fused AdamW.
+
+    Args:
+        groups: of :func:`parameter_groups` with ``matrices``; whole parameters.
+        betas: of AdamW.
+        dtype: of the Newton-Schulz iteration, bfloat16 or float32.
+        momentum: of the matrices.
+        lr_ratio: of the matrices' learning rate to that of their group.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        betas: tuple[float, float],
+        dtype: torch.dtype = torch.float32,
+        momentum: float = 0.95,
+        lr_ratio: float = 1.0,
+    ) -> None:
+        super().__init__(groups, lr=0.0, betas=betas, fused=True)
+        self._dtype, self._momentum, self._lr_ratio = dtype, momentum, lr_ratio
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """A step, unless ``found_inf`` is 1."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group.get("orthogonal")]
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group.get("orthogonal"):
+                for parameters in _of_one_shape(group["params"]):
+                    self._step_together(parameters, group["lr"] * self._lr_ratio, group["weight_decay"])
+
+    def _step_together(self, parameters: list[Tensor], lr: float, decay: float) -> None:
+        for parameter in parameters:
+            if "momentum" not in self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        kept = [self.state[parameter]["momentum"] for parameter in parameters]
+        gradient, before, weights = (torch.stack(t) for t in ([p.grad for p in parameters], kept, parameters))
+        if self.grad_scale is not None:
+            gradient /= self.grad_scale
+        momentum = before.lerp(gradient, 1 - self._momentum)
+        direction = orthogonalized(gradient.lerp(momentum, self._momentum).to(self._dtype)).to(weights.dtype)
+        moved = weights * (1 - lr * decay) - direction * (lr * 0.2 * max(weights.shape[1:]) ** 0.5)
+        if self.found_inf is not None:
+            taken = self.found_inf == 0
+            momentum, moved = torch.where(taken, momentum, before), torch.where(taken, moved, weights)
+        torch._foreach_copy_(kept, list(momentum.unbind()))
+        torch._foreach_copy_(parameters, list(moved.unbind()))
+
+
+def _of_one_shape(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Lists of parameters that have gradients, of one shape each and of ``_AT_ONCE`` elements or one matrix."""
+    shapes: dict[torch.Size, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            shapes.setdefault(parameter.shape, []).append(parameter)
+    for same in shapes.values():
+        count = max(1, _AT_ONCE // same[0].numel())
+        yield from (same[start : start + count] for start in range(0, len(same), count))
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """U V^T of the singular value decompositions U S V^T of matrices (N, rows, columns), nearly, by Newton-Schulz.
+
+    In float32 the iteration runs on X X^T and multiplies X once, which saves a third of the products of the blocks'
+    matrices; in bfloat16 that is unstable.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    if x.dtype == torch.float32:
+        gram, factor, product = x @ x.mT, None, None
+        for a, b, c in _NEWTON_SCHULZ:
+            if product is not None:
+                gram = factor @ gram @ factor
+            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            factor.diagonal(dim1=1, dim2=2).add_(a)
+            product = factor if product is None else factor @ product
+        x = product @ x
+    else:
+        for a, b, c in _NEWTON_SCHULZ:
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 # ---- NVIDIA apex: source-only and optional; the package of that name on PyPI is unrelated. It knows no shards. -------

@@ -144,18 +144,20 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
 
     compiled = train.compile != "none" or train.compile_mode == "default"
     yield "train.compile_mode", compiled, "default without --train.compile blocks or model"
+    adamw = train.optimizer == "adamw"
     if train.cuda_graph:
         own_graphs = train.compile_mode in ("reduce-overhead", "max-autotune")
         for conflict, reason in (
             (data.progressive_sizes, "--data.progressive-sizes, since a graph has images of one size"),
             (own_graphs, f"--train.compile-mode {train.compile_mode}, which makes graphs of its own"),
-            (train.optimizer == "apex", "--train.optimizer apex, which reads its learning rate on the host"),
+            (not adamw, f"--train.optimizer {train.optimizer}, which reads its learning rate on the host"),
         ):
             yield "train.cuda_graph", not conflict, f"no CUDA graph with {reason}"
-    if train.optimizer == "apex":
-        expected = f"adamw with --train.parallel {train.parallel}; apex knows no shards"
+    if not adamw:
+        expected = f"adamw with --train.parallel {train.parallel}; {train.optimizer} knows no shards"
         yield "train.optimizer", train.parallel not in ("fsdp", "hsdp"), expected
-        yield "train.optimizer", train.device != "cpu", "adamw on the CPU"
+    yield "train.optimizer", train.optimizer != "apex" or train.device != "cpu", "adamw on the CPU"
+    yield "train.muon_lr", train.muon_lr is None or train.optimizer == "muon", "none without --train.optimizer muon"
     sharded = train.shard_size is None or train.parallel == "hsdp"
     yield "train.shard_size", sharded, "none without --train.parallel hsdp"
     probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None

@@ -175,7 +175,7 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     """
     differences = []
     for name, was, now, policy in compare_fields(dict(saved), dict(here)):
-        if policy == FIXED:
+        if policy == FIXED or (name == "train.optimizer" and "muon" in (was, now)):  # another state of the matrices
             flag = f"--{name}".replace("_", "-")
             raise CheckpointError(f"{flag}: a resumed run needs the value it started with, {was}, got {now}")
         if policy is None:

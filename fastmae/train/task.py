@@ -144,7 +144,8 @@ class MaskedAutoencoding:
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As :class:`Task`: biases and norms do not decay."""
-        return parameter_groups(self.model, self.config.train.weight_decay)
+        train = self.config.train
+        return parameter_groups(self.model, train.weight_decay, matrices=train.optimizer == "muon")
 
     def flops(self, batch_size: int) -> int:
         """As :class:`Task`; ``batch_size`` counts masked images."""

@@ -1,18 +1,24 @@
-"""The schedule is facebookresearch/mae's, weight decay spares what it should, and a non-finite step changes nothing."""
+"""The schedule is facebookresearch/mae's, weight decay spares what it should, and Muon steps, skips and resumes."""
 
 from __future__ import annotations
 
 import math
+import os
+import signal
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from training import assert_same_tensors, make_trainer, write_images
 
-from fastmae.train.config import TrainConfig
-from fastmae.train.guard import step_unless_non_finite
-from fastmae.train.optim import create_optimizer, create_schedule, parameter_groups
+from fastmae.train.checkpoint import CheckpointError, latest_checkpoint
+from fastmae.train.config import PretrainConfig, TrainConfig
+from fastmae.train.guard import LossScale, step_unless_non_finite
+from fastmae.train.optim import create_optimizer, create_schedule, orthogonalized, parameter_groups
+from fastmae.train.recipes import RECIPES
+from fastmae.train.rules import validate
 
 TRAIN = TrainConfig(global_batch_size=64, epochs=10, warmup_epochs=2, base_lr=1e-3, min_lr=1e-5)
 
@@ -96,3 +102,121 @@ def test_step_equals_plain_adamw():
         assert skipped == 0
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-6, atol=1e-7)
+
+
+# Muon
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(4, 6)
+        self.blocks = nn.ModuleList([nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 12)])
+
+    def forward(self, x):
+        first, second, third = self.blocks
+        return third(second(first(self.embed(x)).tanh())).square().mean()
+
+
+MUON = replace(TRAIN, optimizer="muon", muon_lr=2e-3, precision="fp32")
+
+
+def muon_of(model: nn.Module, train: TrainConfig = MUON) -> torch.optim.Optimizer:
+    optimizer = create_optimizer(parameter_groups(model, train.weight_decay, matrices=True), train)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 24, 24)])
+def test_orthogonalized_matrices_keep_their_directions_and_lose_their_scales(shape, dtype):
+    u, _, vt = torch.linalg.svd(torch.randn(shape, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    scales = torch.logspace(0, -1.5, u.shape[-1])
+    found = orthogonalized(((u * scales) @ vt).to(dtype)).float()
+    inside = u.mT @ found @ vt.mT
+    assert inside.diagonal(dim1=1, dim2=2).aminmax() == (pytest.approx(0.9, abs=0.3), pytest.approx(1.1, abs=0.15))
+    off = inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < (1e-3 if dtype == torch.float32 else 0.1)
+
+
+def test_muon_moves_matrices_of_blocks_along_orthogonal_momentum_and_the_rest_as_adamw():
+    torch.manual_seed(1)
+    model, plain = Blocks(), Blocks()
+    plain.load_state_dict(model.state_dict())
+    ours = muon_of(model)
+    inside = [p for name, p in plain.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    others = [group for group in parameter_groups(plain, 0.05, matrices=True) if "orthogonal" not in group]
+    adamw = torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), fused=True)
+    momenta = [torch.zeros_like(p) for p in inside]
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        for module, optimizer in ((model, ours), (plain, adamw)):
+            module.zero_grad()
+            module(x).backward()
+            optimizer.step()
+        with torch.no_grad():
+            for p, momentum in zip(inside, momenta, strict=True):
+                momentum.mul_(0.95).add_(p.grad, alpha=0.05)
+                direction = orthogonalized((0.05 * p.grad + 0.95 * momentum)[None])[0]
+                p.mul_(1 - 0.02 * 0.05).sub_(0.02 * 0.2 * 12**0.5 * direction)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_muon_skips_a_step_without_a_finite_gradient_and_divides_by_the_loss_scale(scaled):
+    torch.manual_seed(2)
+    model, plain = Blocks(), Blocks()
+    plain.load_state_dict(model.state_dict())
+    ours, unscaled = muon_of(model), muon_of(plain)
+    scale = LossScale(torch.device("cpu"), initial=64.0) if scaled else None
+    for step in range(4):
+        x = torch.randn(8, 4)
+        if step == 2:
+            before = {n: t.clone() for p in model.parameters() for n, t in (ours.state[p] | {"weight": p}).items()}
+            (model(x) * float("nan")).backward()
+            assert step_unless_non_finite(ours, 1.0, scale)[1] == 1
+            after = {n: t for p in model.parameters() for n, t in (ours.state[p] | {"weight": p}).items()}
+            assert all(torch.equal(before[name], after[name]) for name in before)
+            model.zero_grad()
+        factor = scale.value if scaled else 1.0
+        (model(x) * factor).backward()
+        plain(x).backward()
+        assert [float(step_unless_non_finite(o, 1.0, s)[1]) for o, s in ((ours, scale), (unscaled, None))] == [0, 0]
+        model.zero_grad()
+        plain.zero_grad()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_muon_resumes_bit_for_bit_and_not_with_another_optimiser(tmp_path):
+    images = write_images(tmp_path / "images")
+    straight = make_trainer(tmp_path / "straight", images, optimizer="muon")
+    straight.fit()
+    straight.run.close()
+    stopped = make_trainer(tmp_path / "stopped", images, optimizer="muon", checkpoint_every_steps=5)
+    stopped.fit(on_checkpoint=lambda path: os.kill(os.getpid(), signal.SIGTERM) if path.name == "step-5" else None)
+    stopped.run.close()
+    resumed = make_trainer(tmp_path / "stopped", images, optimizer="muon", resume=True)
+    assert resumed.resume(latest_checkpoint(tmp_path / "stopped")) == []
+    resumed.fit()
+    resumed.run.close()
+    assert_same_tensors(tmp_path / "straight/checkpoints/step-12", tmp_path / "stopped/checkpoints/step-12")
+    other = make_trainer(tmp_path / "stopped", images, resume=True)
+    with pytest.raises(CheckpointError, match=r"--train.optimizer: a resumed run needs the value .*, muon"):
+        other.resume(latest_checkpoint(tmp_path / "stopped"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "fsdp"}, "--train.optimizer: expected adamw with --train.parallel fsdp; muon knows no shards"),
+        ({"optimizer": "adamw", "muon_lr": 0.1}, "--train.muon-lr: expected none without --train.optimizer muon"),
+        ({"cuda_graph": True}, "--train.cuda-graph: expected no CUDA graph with --train.optimizer muon"),
+    ],
+)
+def test_muon_is_refused_where_it_cannot_work(changes, message):
+    recipe: PretrainConfig = RECIPES["photographs"]
+    with pytest.raises(ValueError, match=message):
+        validate(replace(recipe, train=replace(recipe.train, **({"optimizer": "muon"} | changes))))
