@@ -9,7 +9,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from loading import smooth
+from loading import image_file, smooth
 from PIL import Image
 
 from fastmae.data.decode import UndecodableImage, decode, resize_crop_into
@@ -36,10 +36,8 @@ def npy(values: np.ndarray, version=None) -> np.ndarray:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-def saved(values: np.ndarray, format_: str, **options) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, format_, **options)
-    return np.frombuffer(buffer.getvalue(), np.uint8)
+def saved(values: np.ndarray, format_: str) -> np.ndarray:
+    return np.frombuffer(image_file(format_, values), np.uint8)
 
 
 LAYOUTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loading import rotated
+from loading import image_file, noise, rotated
 from PIL import Image
 from test_decode import npy, tiff
 
@@ -21,16 +21,6 @@ from fastmae.data.sources import find_source
 from fastmae.data.stored_size import stored_size
 
 
-def picture(height=20, width=30, seed=0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(format_: str, image: Image.Image | None = None, **options) -> bytes:
-    buffer = io.BytesIO()
-    (image or picture()).save(buffer, format_, **options)
-    return buffer.getvalue()
-
-
 @pytest.fixture
 def cache(tmp_path) -> Path:
     return tmp_path / "cache"
@@ -40,9 +30,9 @@ def cache(tmp_path) -> Path:
 def folder(tmp_path) -> Path:
     root = tmp_path / "images"
     (root / "b" / "deep").mkdir(parents=True)
-    (root / "a.jpg").write_bytes(encoded("JPEG", picture(20, 30)))
-    (root / "b" / "c.png").write_bytes(encoded("PNG", picture(40, 10)))
-    (root / "b" / "deep" / "d.webp").write_bytes(encoded("WEBP", picture(15, 16)))
+    (root / "a.jpg").write_bytes(image_file("JPEG", noise(20, 30)))
+    (root / "b" / "c.png").write_bytes(image_file("PNG", noise(40, 10)))
+    (root / "b" / "deep" / "d.webp").write_bytes(image_file("WEBP", noise(15, 16)))
     return root
 
 
@@ -64,13 +54,13 @@ def test_nested_folder(folder, cache):
 
 
 def test_names_of_all_kinds(folder, cache):
-    (folder / "wrong suffix.jpg").write_bytes(encoded("PNG"))
-    (folder / "no suffix").write_bytes(encoded("JPEG"))
-    (folder / "ünïcode 图.PNG").write_bytes(encoded("PNG"))
-    Path(os.fsdecode(os.fsencode(folder) + b"/latin\xe9.jpg")).write_bytes(encoded("JPEG"))
-    (folder / ".hidden.jpg").write_bytes(encoded("JPEG"))
+    (folder / "wrong suffix.jpg").write_bytes(image_file("PNG", noise()))
+    (folder / "no suffix").write_bytes(image_file("JPEG", noise()))
+    (folder / "ünïcode 图.PNG").write_bytes(image_file("PNG", noise()))
+    Path(os.fsdecode(os.fsencode(folder) + b"/latin\xe9.jpg")).write_bytes(image_file("JPEG", noise()))
+    (folder / ".hidden.jpg").write_bytes(image_file("JPEG", noise()))
     (folder / ".hidden").mkdir()
-    (folder / ".hidden" / "x.jpg").write_bytes(encoded("JPEG"))
+    (folder / ".hidden" / "x.jpg").write_bytes(image_file("JPEG", noise()))
     (folder / "labels.csv").write_text("not an image, and not named like one")
     dataset = open_dataset(folder, cache_dir=cache)
     assert len(dataset) == 7
@@ -82,7 +72,7 @@ def test_names_of_all_kinds(folder, cache):
 def test_orientation_turns_the_shape(tmp_path, cache):
     for format_ in ("JPEG", "PNG", "WEBP"):
         for orientation in range(1, 10):  # 9 is none
-            content = encoded(format_, picture(20, 30), exif=rotated(orientation))
+            content = image_file(format_, noise(20, 30), exif=rotated(orientation))
             (tmp_path / f"{format_}{orientation}.img").write_bytes(content)
     dataset = open_dataset(tmp_path, cache_dir=cache)
     assert [dataset.shape(i) for i in range(27)] == ([(20, 30)] * 4 + [(30, 20)] * 4 + [(20, 30)]) * 3
@@ -90,14 +80,14 @@ def test_orientation_turns_the_shape(tmp_path, cache):
 
 def thumbnailed(data: bytes) -> bytes:
     """A JPEG with another one, whole, in its header: an end marker that is not the image's."""
-    segment = b"FAKE\0" + encoded("JPEG", picture(8, 8))
+    segment = b"FAKE\0" + image_file("JPEG", noise(8, 8))
     return data[:2] + b"\xff\xe5" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
 
 
 GIF, AVIF = b"GIF89a" + bytes(40), b"\0\0\0\x1cftypavif" + bytes(40)
-JPEG, PNG, WEBP = encoded("JPEG"), encoded("PNG"), encoded("WEBP")
-NPY = npy(np.asarray(picture())).tobytes()
-ANIMATION = encoded("WEBP", save_all=True, append_images=[picture(seed=1)])
+JPEG, PNG, WEBP = image_file("JPEG", noise()), image_file("PNG", noise()), image_file("WEBP", noise())
+NPY = npy(noise()).tobytes()
+ANIMATION = image_file("WEBP", noise(), save_all=True, append_images=[Image.fromarray(noise(seed=1))])
 WHOLE = {
     "film.jpg": thumbnailed(JPEG) + b"a film from a phone" * 1000,
     "padded.png": PNG + bytes(3000),
@@ -139,16 +129,16 @@ def test_bad_files_are_found_before_training(folder, cache):
 
 def header_files() -> dict[str, bytes]:
     """A file of each kind that headers are read of."""
-    pixels, grey = np.asarray(picture()), np.asarray(picture().convert("L"))
+    pixels, grey = noise(), noise()[..., 0]
     photographs = {
-        "exif.jpg": encoded("JPEG", exif=rotated(6)),
-        "cmyk.jpg": encoded("JPEG", picture().convert("CMYK")),
-        "progressive.jpg": encoded("JPEG", progressive=True),
-        "exif.png": encoded("PNG", exif=rotated(6)),
-        "exif.webp": encoded("WEBP", exif=rotated(6)),
-        "lossless.webp": encoded("WEBP", lossless=True),
-        "a.bmp": encoded("BMP"),
-        "a.jp2": encoded("JPEG2000"),
+        "exif.jpg": image_file("JPEG", noise(), exif=rotated(6)),
+        "cmyk.jpg": image_file("JPEG", Image.fromarray(noise()).convert("CMYK")),
+        "progressive.jpg": image_file("JPEG", noise(), progressive=True),
+        "exif.png": image_file("PNG", noise(), exif=rotated(6)),
+        "exif.webp": image_file("WEBP", noise(), exif=rotated(6)),
+        "lossless.webp": image_file("WEBP", noise(), lossless=True),
+        "a.bmp": image_file("BMP", noise()),
+        "a.jp2": image_file("JPEG2000", noise()),
     }
     arrays = {
         "plain.tif": tiff(pixels),
@@ -220,25 +210,19 @@ def test_a_header_is_read_or_refused_whatever_its_bytes(monkeypatch):
 
 
 STORED = {
-    "jpeg": {"format": "JPEG"},
-    "progressive": {"format": "JPEG", "progressive": True},
-    "with-profile": {"format": "JPEG", "icc_profile": bytes(150_000)},
-    "with-exif": {"format": "JPEG", "exif": True},
-    "png": {"format": "PNG"},
-    "lossy-webp": {"format": "WEBP", "quality": 50},
-    "lossless-webp": {"format": "WEBP", "lossless": True},
-    "extended-webp": {"format": "WEBP", "icc_profile": b"profile"},
+    "jpeg": {"format_": "JPEG"},
+    "progressive": {"format_": "JPEG", "progressive": True},
+    "with-profile": {"format_": "JPEG", "icc_profile": bytes(150_000)},
+    "with-exif": {"format_": "JPEG", "exif": rotated(6)},
+    "png": {"format_": "PNG"},
+    "lossy-webp": {"format_": "WEBP", "quality": 50},
+    "lossless-webp": {"format_": "WEBP", "lossless": True},
+    "extended-webp": {"format_": "WEBP", "icc_profile": b"profile"},
 }
 
 
 def stored(kind: str, height: int, width: int) -> np.ndarray:
-    options = dict(STORED[kind])
-    if options.get("exif"):
-        options["exif"] = rotated(6)
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, **options)
-    return np.frombuffer(file.getvalue(), np.uint8)
+    return np.frombuffer(image_file(image=noise(height, width), **STORED[kind]), np.uint8)
 
 
 @pytest.mark.parametrize("kind", STORED)
@@ -290,7 +274,7 @@ def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
     assert names(again) == names(first)
     assert again.hash == first.hash
 
-    (folder / "z.jpg").write_bytes(encoded("JPEG"))
+    (folder / "z.jpg").write_bytes(image_file("JPEG", noise()))
     assert len(open_dataset(folder, cache_dir=cache)) == 4
     os.utime(folder / "z.jpg", (1, 1))
     assert len(open_dataset(folder, cache_dir=cache)) == 4
@@ -301,7 +285,7 @@ def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
     for old in cache.glob("index-*"):
         os.utime(old, (1, 1))
     (folder / "z.jpg").unlink()
-    (folder / "y.jpg").write_bytes(encoded("JPEG"))
+    (folder / "y.jpg").write_bytes(image_file("JPEG", noise()))
     open_dataset(folder, cache_dir=cache)
     assert len(list(cache.glob("index-*"))) == 1
 
@@ -337,7 +321,7 @@ def test_a_damaged_cache_is_rebuilt_and_none_is_no_error(folder, cache, tmp_path
 
 def test_hash_is_of_the_content_not_of_the_place_or_of_threads(folder, cache, tmp_path):
     for i in range(40):
-        (folder / f"{i}.png").write_bytes(encoded("PNG", picture(3 + i, 5)))
+        (folder / f"{i}.png").write_bytes(image_file("PNG", noise(3 + i, 5)))
     source, accepts = find_source(folder), index_module.Accepts()
     one, many = (index_module.build_index(source, accepts, num_threads=n) for n in (1, 8))
     assert one.hash == many.hash

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from loading import image_file, noise
 
 from fastmae.data import DataError, open_dataset, retry
 from fastmae.data.tar_shards import parse_shard, read_shard_index, split_key, write_shard_index
 
 
-def encoded(seed: int = 0, format_: str = "JPEG", size: tuple[int, int] = (20, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, format_)
-    return buffer.getvalue()
+def jpeg(seed: int = 0, size: tuple[int, int] = (20, 30)) -> bytes:
+    return image_file("JPEG", noise(*size, seed))
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -43,7 +41,7 @@ def shards(tmp_path) -> Path:
     for shard in range(2):
         members: dict[str, bytes] = {}
         for i in range(3):
-            members[f"train/{shard}{i}.jpg"] = encoded(10 * shard + i, size=(20 + i, 30 + shard))
+            members[f"train/{shard}{i}.jpg"] = jpeg(10 * shard + i, size=(20 + i, 30 + shard))
             members[f"train/{shard}{i}.cls"] = b"%d\n" % i
             members[f"train/{shard}{i}.json"] = b"{}"
         write_tar(root / f"train-{shard:06}.tar", members)
@@ -64,7 +62,7 @@ def test_shards_are_read_by_position_and_indexed_ones_open_unread(shards, cache,
         assert [dataset.shape(i) for i in (0, 5)] == [(20, 30), (22, 31)]
         for shard in range(2):
             for i in range(3):
-                assert dataset.read(3 * shard + i).tobytes() == encoded(10 * shard + i, size=(20 + i, 30 + shard))
+                assert dataset.read(3 * shard + i).tobytes() == jpeg(10 * shard + i, size=(20 + i, 30 + shard))
         assert dataset.decode(5).shape == (22, 31, 3)
 
 
@@ -73,7 +71,7 @@ def test_an_index_of_another_shard_is_not_used(shards, cache):
     index = write_shard_index(path)
     assert read_shard_index(path) is not None
     content = path.read_bytes()
-    write_tar(path, {"other/00.jpg": encoded(7), "x.txt": b""})
+    write_tar(path, {"other/00.jpg": jpeg(7), "x.txt": b""})
     os.truncate(path, len(content))  # of the same size
     assert read_shard_index(path) is None
     assert open_dataset(shards, cache_dir=cache).path(0).endswith("::other/00.jpg")
@@ -99,8 +97,8 @@ def test_a_single_tar_class_names_and_a_list_of_shards(shards, cache):
 
 
 def test_bad_members_are_flagged(tmp_path, cache):
-    members = {"good.jpg": encoded(0), "cut.jpg": encoded(1)[:-200], "empty.png": b"", "text.png": b"hello",
-               "movie.gif": b"GIF89a" + bytes(40), "seg.mask.png": encoded(2, "PNG"), "notes.txt": b"text"}  # fmt: skip
+    members = {"good.jpg": jpeg(0), "cut.jpg": jpeg(1)[:-200], "empty.png": b"", "text.png": b"hello",
+               "movie.gif": b"GIF89a" + bytes(40), "seg.mask.png": jpeg(2), "notes.txt": b"text"}  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
     write_shard_index(path)
     for cache_dir in (cache / "1", cache / "2"):
@@ -125,7 +123,7 @@ def test_what_is_no_whole_plain_tar_is_refused(shards, cache, tmp_path):
         with pytest.raises(DataError, match=r"train-000001\.tar: expected a whole, plain tar file"):
             open_dataset(shards, cache_dir=cache)
     path.write_bytes(whole)
-    (shards / "preview.jpg").write_bytes(encoded())
+    (shards / "preview.jpg").write_bytes(jpeg())
     with pytest.raises(DataError, match=r"1 images \(preview\.jpg.*2 \.tar files"):
         open_dataset(shards, cache_dir=cache)
     only = tmp_path / "compressed"
@@ -170,7 +168,7 @@ def test_reading_from_many_threads_with_few_shards_open(shards, cache, monkeypat
 def test_keys_and_label_members(tmp_path):
     assert split_key("a/b.c/0001.seg.PNG") == ("a/b.c/0001", ".seg.png")
     assert split_key("noext") == ("noext", "")
-    members = {"a.jpg": encoded(), "a.cls": b"7", "b.jpg": encoded(), "b.cls": b"seven", "c.jpg": encoded()}
+    members = {"a.jpg": jpeg(), "a.cls": b"7", "b.jpg": jpeg(), "b.cls": b"seven", "c.jpg": jpeg()}
     part = parse_shard(write_tar(tmp_path / "a.tar", members))
     assert part.rows["label"].tolist() == [7, -1, -1]
 
@@ -178,8 +176,8 @@ def test_keys_and_label_members(tmp_path):
 def test_a_list_file(tmp_path, cache):
     (tmp_path / "images" / "b").mkdir(parents=True)
     for name in ("a.jpg", "b/c d.jpg"):
-        (tmp_path / "images" / name).write_bytes(encoded())
-    (tmp_path / "elsewhere.jpg").write_bytes(encoded(1))
+        (tmp_path / "images" / name).write_bytes(jpeg())
+    (tmp_path / "elsewhere.jpg").write_bytes(jpeg(1))
     path = tmp_path / "images" / "list.tsv"
     path.write_text(f"# a comment\na.jpg\tdog\n\nb/c d.jpg\tcat\n{tmp_path / 'elsewhere.jpg'}\na.jpg\tdog\n")
     dataset = open_dataset(path, cache_dir=cache)
@@ -191,13 +189,13 @@ def test_a_list_file(tmp_path, cache):
     ]
     assert dataset.classes == ["cat", "dog"]
     assert dataset.labels(np.arange(4)).tolist() == [1, 0, -1, 1]
-    assert dataset.read(2).tobytes() == encoded(1)
+    assert dataset.read(2).tobytes() == jpeg(1)
     path.write_text("a.jpg\t3\nb/c d.jpg\t12\n")
     assert open_dataset(path, cache_dir=cache).labels(np.arange(2)).tolist() == [3, 12]
 
 
 def test_a_list_of_what_is_not_there_or_no_image(tmp_path, cache):
-    (tmp_path / "a.jpg").write_bytes(encoded())
+    (tmp_path / "a.jpg").write_bytes(jpeg())
     (tmp_path / "notes.md").write_text("hello")
     (tmp_path / "list.txt").write_text("a.jpg\ngone.jpg\nnotes.md\n")
     dataset = open_dataset(tmp_path / "list.txt", max_bad_fraction=0.7, cache_dir=cache)

@@ -25,11 +25,20 @@ def smooth(height: int, width: int, seed: int) -> np.ndarray:
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
+def noise(height: int = 20, width: int = 30, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def image_file(format_: str, image: np.ndarray | Image.Image, **options) -> bytes:
+    """An image file, with Pillow's options."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, format_, **options)
+    return file.getvalue()
+
+
 def picture_bytes(seed: int) -> bytes:
     """A JPEG file of 64 x 64 pixels."""
-    file = io.BytesIO()
-    Image.fromarray(smooth(64, 64, seed)).save(file, "JPEG", quality=90)
-    return file.getvalue()
+    return image_file("JPEG", smooth(64, 64, seed), quality=90)
 
 
 def refused_by_dali_alone(seed: int) -> bytes:
@@ -42,9 +51,9 @@ def refused_by_dali_alone(seed: int) -> bytes:
     while True:
         damaged = bytearray(whole)
         damaged[random.integers(*tables)] ^= 1 << random.integers(8)
-        encoded = np.frombuffer(bytes(damaged), np.uint8)
+        content = np.frombuffer(bytes(damaged), np.uint8)
         try:
-            if decode(encoded).shape != (64, 64, 3):
+            if decode(content).shape != (64, 64, 3):
                 continue
         except UndecodableImage:
             continue
@@ -53,7 +62,7 @@ def refused_by_dali_alone(seed: int) -> bytes:
             with pipeline:
                 pipeline.set_outputs(fn.decoders.image(fn.external_source(name="encoded")))
             pipeline.build()
-        pipeline.feed_input("encoded", [encoded])
+        pipeline.feed_input("encoded", [content])
         try:
             pipeline.run()
         except RuntimeError:
@@ -145,9 +154,7 @@ def write_source(kind: str, root: Path, count: int = 11) -> Path:
 
 def png(damaged: bool, seed: int = 0, size: tuple[int, int] = (40, 50)) -> bytes:
     """A PNG whose header and end are good; its pixels are not if ``damaged``."""
-    buffer = io.BytesIO()
-    Image.fromarray(smooth(*size, seed)).save(buffer, "PNG")
-    data = bytearray(buffer.getvalue())
+    data = bytearray(image_file("PNG", smooth(*size, seed)))
     if damaged:
         data[len(data) // 2] ^= 0xFF
     return bytes(data)
