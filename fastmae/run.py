@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from fastmae import pretraining
-from fastmae.train.config import SECTIONS, PretrainConfig, from_json, to_json
+from fastmae.train.config import SECTIONS, PretrainConfig, flatten, from_json, to_json
 from fastmae.train.liveness import StopRequest
 from fastmae.train.recipes import apply_flags, starting_config
 from fastmae.train.rules import check_fields
@@ -131,14 +131,12 @@ def pretrain(
 
 def _find_field(option: str) -> tuple[str, str]:
     """The section and name of an option of :func:`pretrain`."""
-    names = {section: [field.name for field in fields(getattr(PretrainConfig(), section))] for section in SECTIONS}
-    found = [(section, option) for section in SECTIONS if option in names[section]]
-    for section in SECTIONS:
-        if option.startswith(f"{section}_") and option.removeprefix(f"{section}_") in names[section]:
-            found.append((section, option.removeprefix(f"{section}_")))
+    names = [name for name in flatten(to_json(PretrainConfig())) if "." in name]
+    found = [name for name in names if option in (name.partition(".")[2], name.replace(".", "_", 1))]
     if len(found) == 1:
-        return found[0]
+        section, _, name = found[0].partition(".")
+        return section, name
     if found:
-        raise TypeError(f"{option}: expected {' or '.join(f'{section}_{name}' for section, name in found)}")
-    close = difflib.get_close_matches(option, [name for section in names.values() for name in section], n=1)
+        raise TypeError(f"{option}: expected {' or '.join(name.replace('.', '_', 1) for name in found)}")
+    close = difflib.get_close_matches(option, [name.partition(".")[2] for name in names], n=1)
     raise TypeError(f"{option}: no such option" + (f"; did you mean {close[0]}?" if close else ""))

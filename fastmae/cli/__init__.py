@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,40 +86,37 @@ def _commands(defaults: PretrainConfig) -> dict[str, Any]:
         "data": (DataCommands, {}),
         "reconstruct": (ReconstructConfig, {}),
         "consolidate": (ConsolidateConfig, {}),
-        "bench": (BenchConfig, {"default": BenchConfig(**_sections(defaults, "data"))}),
-        "plan": (PlanConfig, {"default": PlanConfig(**_sections(defaults))}),
+        "bench": (BenchConfig, {"default": BenchConfig(**_shared(defaults, BenchConfig))}),
+        "plan": (PlanConfig, {"default": PlanConfig(**_shared(defaults, PlanConfig))}),
         "env": (EnvConfig, {}),
     }
     return {name: Annotated[kind, tyro.conf.subcommand(name, **more)] for name, (kind, more) in classes.items()}
 
 
-def _sections(config: PretrainConfig | BenchConfig | PlanConfig, *more: str) -> dict[str, Any]:
-    """The sections of a run's configuration that another command shares."""
-    return {name: getattr(config, name) for name in ("recipe", "model", "train", *more)}
+def _shared(source: Any, kind: type) -> dict[str, Any]:
+    """The values of the fields that a configuration shares with another kind."""
+    return {field.name: getattr(source, field.name) for field in fields(kind) if hasattr(source, field.name)}
 
 
-def _run(command: object, defaults: PretrainConfig, argv: Sequence[str], stop: StopRequest) -> int:
-    if isinstance(command, PretrainConfig):
+def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: StopRequest) -> int:
+    if isinstance(command, PretrainConfig | BenchConfig | PlanConfig):
+        config = apply_flags(replace(defaults, **_shared(command, PretrainConfig)), defaults, _given(argv))
+        if isinstance(command, PlanConfig):
+            from fastmae.cli.plan import plan
+
+            return plan(config, command)
         _print_recipe(defaults, argv)
+        if isinstance(command, BenchConfig):
+            from fastmae.cli.bench import bench
+
+            return bench(config, command.seconds, command.json)
         from fastmae.pretraining import run
 
         if rank_and_size()[1] > 1:  # torchrun's summary quotes the error of the process that failed first
             from torch.distributed.elastic.multiprocessing.errors import record
 
             run = record(run)
-        _, status = run(apply_flags(command, defaults, _given(argv)), stop)
-        return EXIT_PREEMPTED if status == "preempted" else 0
-    if isinstance(command, BenchConfig):
-        _print_recipe(defaults, argv)
-        from fastmae.cli.bench import bench
-
-        config = replace(defaults, **_sections(command, "data"))
-        return bench(apply_flags(config, defaults, _given(argv)), command.seconds, command.json)
-    if isinstance(command, PlanConfig):
-        from fastmae.cli.plan import plan
-
-        config = replace(defaults, **_sections(command))
-        return plan(apply_flags(config, defaults, _given(argv)), command)
+        return EXIT_PREEMPTED if run(config, stop)[1] == "preempted" else 0
     if isinstance(command, DataCommands):
         from fastmae.cli.data import run as run_data
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastmae.train.config import DataConfig, ModelConfig, RecipeName, TrainConfig
+from fastmae.train.config import MAX_PIXELS, DataConfig, ModelConfig, RecipeName, TrainConfig
 
 _SOURCE = tyro.conf.arg(metavar="PATH")
 
@@ -46,15 +46,15 @@ class ReconstructConfig:
 
 @dataclass(frozen=True)
 class ConsolidateConfig:
-    """Write a checkpoint, of however many processes, into one .safetensors file that every command here reads."""
+    """Write a checkpoint, saved by any number of processes, as one .safetensors file that every command reads."""
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """Checkpoint folder, or run folder: then its newest undamaged checkpoint."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """The file to write; replaced if it is there."""
+    """The file to write; overwritten if it exists."""
     optimizer: bool = False
-    """Also write the optimiser's state and all else, under the names that the checkpoint has for them. Only for other
-    tools: such a file is no longer one of weights."""
+    """Also write the optimiser's state and everything else, under the checkpoint's names. For other tools: fastmae
+    reads files of weights only."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class ImagesConfig:
     """Lowest and highest value of 16-bit and floating-point pixels, or a pair for each channel in turn."""
     channels_first: bool = False
     """.npy files are (channels, height, width)."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Largest height x width; a larger image counts as bad, as a possible decompression bomb."""
     num_workers: int | None = None
     """Threads that read and decode. None: one per core."""

@@ -67,6 +67,7 @@ _FINITE = Rule("finite numbers", lambda v: all(map(math.isfinite, v)))
 PositiveInt, PositiveFloat = Annotated[int, _POSITIVE], Annotated[float, _POSITIVE]
 NonNegativeInt, NonNegativeFloat = Annotated[int, _NON_NEGATIVE], Annotated[float, _NON_NEGATIVE]
 Proportion = Annotated[float, between(0, 1)]
+Decay = Annotated[float, Rule("numbers in [0, 1)", lambda v: 0 <= v < 1)]
 Interval = Annotated[tuple[float, float], Rule("two numbers, 0 < smallest <= largest", lambda v: 0 < v[0] <= v[1])]
 MAX_PIXELS = 178_956_970
 """Pillow's limit against decompression bombs."""
@@ -196,10 +197,7 @@ class TrainConfig:
     """Learning rate at the end of the cosine, not scaled."""
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's weight decay; biases and norms have none."""
-    betas: Annotated[tuple[float, float], Rule("two numbers in [0, 1)", lambda v: all(0 <= b < 1 for b in v))] = (
-        0.9,
-        0.95,
-    )
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's decay rates of the gradient's first and second moment."""
     optimizer: Literal["adamw", "apex", "muon"] = "adamw"
     """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA. muon:
