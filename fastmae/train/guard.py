@@ -20,20 +20,15 @@ from torch.distributed.tensor import DTensor
 from fastmae.data.sampler import permuted_ids
 from fastmae.train.config import TrainConfig
 
-NAMED = 32
-"""Samples that a message names; metrics.jsonl names all."""
+NAMED = 32  # samples in a message; metrics.jsonl has all
 
 
 class LossScale:
     """The factor that keeps small fp16 gradients from rounding to zero: an overflow halves it, good steps double it.
 
-    What ``torch.amp.GradScaler`` does, except that an overflow is read off the global gradient norm, which is computed
-    anyway and equal on all ranks. GradScaler reads all gradients once more and needs a collective for shards.
-
-    Args:
-        device: of the loss.
-        initial: the first scale.
-        growth_interval: steps without an overflow until it doubles; GradScaler's default.
+    What ``torch.amp.GradScaler`` does, with its defaults, except that an overflow is read off the global gradient norm,
+    which is computed anyway and equal on all ranks. GradScaler reads all gradients once more and needs a collective for
+    shards.
     """
 
     def __init__(self, device: torch.device, initial: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -46,7 +41,6 @@ class LossScale:
         torch._amp_update_scale_(self.value, self._good_steps, skipped, 2.0, 0.5, self._growth_interval)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``value_and_good_steps``, float32 (2,)."""
         return {"value_and_good_steps": torch.stack([self.value, self._good_steps.float()])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -60,7 +54,7 @@ class LossScale:
 def global_grad_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The L2 norm of all gradients over all shards: a float32 scalar on the device, the same on every rank.
 
-    One collective of one number if gradients are sharded (then all of them are), none otherwise.
+    A collective of one number if gradients are sharded (then all of them are), none otherwise.
     """
     norm = torch.nn.utils.get_total_norm([_local(g) for g in gradients])
     if not isinstance(gradients[0], DTensor):
@@ -89,12 +83,11 @@ def step_unless_non_finite(
 
     Args:
         optimizer: fused.
-        clip_grad: largest norm; None disables clipping.
         loss_scale: what the loss was multiplied by; it is updated.
 
     Returns:
-        The norm before clipping, of the unscaled loss, and 1.0 if the step was skipped or else 0.0; float32 scalars on
-        the device of the gradients, equal on all ranks.
+        The norm before clipping, of the unscaled loss, and 1.0 if the step was skipped, else 0.0: float32 scalars on
+        the device, equal on all ranks.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = global_grad_norm(gradients)
@@ -120,9 +113,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 class SamplePositions:
     """Which positions of the run's sample order each step takes: consecutive ones, except after a rollback.
 
-    Args:
-        samples_per_step: images that a step decodes, on all ranks together.
-        num_samples, seed: of the order (:func:`fastmae.data.sampler.permuted_ids`).
+    The order is :func:`fastmae.data.sampler.permuted_ids`; ``samples_per_step`` counts decoded images on all ranks.
     """
 
     def __init__(self, samples_per_step: int, num_samples: int, seed: int) -> None:
@@ -139,14 +130,12 @@ class SamplePositions:
         begun, first = next(jump for jump in reversed(self._jumps) if jump[1] <= position)
         return begun + (position - first) // self.samples_per_step + 1
 
-    def sample_ids(self, position: int) -> list[int]:
-        """The samples of the step that begins at a position."""
-        return permuted_ids(position + np.arange(self.samples_per_step), *self._order)[0].tolist()
+    def sample_ids(self, position: int, count: int) -> list[int]:
+        """The samples at as many positions."""
+        return permuted_ids(position + np.arange(count), *self._order)[0].tolist()
 
     def jump(self, step: int, position: int) -> None:
         """Continue from a later position after ``step`` steps; forget jumps of later steps."""
-        if position < self.after(step):
-            raise ValueError(f"position: expected at least {self.after(step)} after step {step}, got {position}")
         self._jumps = [jump for jump in self._jumps if jump[0] < step] + [(step, position)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,37 +146,26 @@ class SamplePositions:
 
 
 class Failure(NamedTuple):
-    """The steps that a run goes back for; taken before a checkpoint's state replaces the present one.
+    """The steps that a run rolls back for; taken before a checkpoint's state replaces the present one."""
 
-    Attributes:
-        first, last: the steps, counted from 1.
-        next_position: of the first image after them.
-        samples: ``{"step": ..., "sample_ids": [...]}`` of each step.
-        earlier: records of the rollbacks before.
-    """
-
-    first: int
+    first: int  # counted from 1
     last: int
-    next_position: int
-    samples: list[dict[str, Any]]
-    earlier: list[dict[str, Any]]
+    next_position: int  # of the first image after them
+    sample_ids: list[int]
+    earlier: list[dict[str, Any]]  # records of the rollbacks before
 
     def __str__(self) -> str:
         steps = f"steps {self.first} to {self.last}, all skipped" if self.last > self.first else f"step {self.first}"
-        ids = [sample_id for step in self.samples for sample_id in step["sample_ids"]]
-        more = f" and {len(ids) - NAMED:,} more in metrics.jsonl" if len(ids) > NAMED else ""
-        return f"no finite gradient in {steps} (sample ids {', '.join(map(str, ids[:NAMED]))}{more})"
+        ids, more = self.sample_ids, len(self.sample_ids) - NAMED
+        text = ", ".join(map(str, ids[:NAMED])) + (f" and {more:,} more in metrics.jsonl" if more > 0 else "")
+        return f"no finite gradient in {steps} (sample ids {text})"
 
 
 class Guard:
-    """Counts skipped steps in a row; decides when the run goes back, and how far.
+    """Counts skipped steps in a row; decides when the run rolls back, and how far.
 
     The values reach it late, with the rows of metrics. Its decision does not depend on how late: the first
     ``rollback_after`` steps of a streak are left out, whatever was trained since.
-
-    Args:
-        rollback_after: skipped steps in a row after which the run goes back.
-        positions: of the steps' images; a rollback adds a jump.
 
     Attributes:
         rollbacks: a record of each rollback: ``first_step`` and ``last_step`` that failed, ``to_step``, and
@@ -200,21 +178,21 @@ class Guard:
 
     @property
     def due(self) -> bool:
-        """Whether the run has to go back."""
+        """Whether the run has to roll back."""
         return self._length >= self._rollback_after
 
     def observe(self, row: dict[str, Any], values: Mapping[str, Sequence[float]]) -> None:
         """Read an interval's values, one per step up to ``row["step"]``, and add to the row what happened in it.
 
-        ``rollbacks`` is their number so far. Only where there is something to tell, ``skipped_samples`` names the
-        samples of skipped steps, and ``rolled_back`` has the records of rollbacks to within the interval.
+        ``rollbacks`` is their number so far. Only if there are any, ``skipped_samples`` names the samples of skipped
+        steps, and ``rolled_back`` has the records of rollbacks to within the interval.
         """
-        begun = row["step"] - len(values["skipped"])
+        begun, size = row["step"] - len(values["skipped"]), self._positions.samples_per_step
         for step, skipped in enumerate(values["skipped"], begun + 1):
             if skipped:
                 row.setdefault("skipped_samples", []).append(self._samples(step, self._positions.after(step - 1)))
             if self.due:
-                continue  # what the run goes back for is settled
+                continue  # what the run rolls back for is settled
             if skipped:
                 self._first, self._length = self._first if self._length else step, self._length + 1
             else:
@@ -222,23 +200,20 @@ class Guard:
         row["rollbacks"] = len(self.rollbacks)
         for record in self.rollbacks:
             if begun <= record["to_step"] < row["step"]:
+                # Their positions, since the steps' present ones are those after the rollback.
                 first, after, end = record["first_step"], record["last_step"] + 1, record["positions_left_out"][1] + 1
-                size = self._positions.samples_per_step
                 samples = [self._samples(step, end - (after - step) * size) for step in range(first, after)]
                 row.setdefault("rolled_back", []).append(record | {"skipped_samples": samples})
 
     def failure(self) -> Failure:
-        """What the run goes back for."""
+        """What the run rolls back for."""
         first, last = self._first, self._first + self._rollback_after - 1
-        after = self._positions.after
-        samples = [self._samples(step, after(step - 1)) for step in range(first, last + 1)]
-        return Failure(first, last, after(last), samples, self.rollbacks)
+        position, end = self._positions.after(first - 1), self._positions.after(last)
+        return Failure(first, last, end, self._positions.sample_ids(position, end - position), self.rollbacks)
 
     def newest_good(self) -> int:
-        """The newest step whose checkpoint may be gone back to: the one before the failure.
-
-        Or one earlier, if the last rollback went there: then its weights have failed twice, on different images.
-        """
+        """The newest step to roll back to: the one before the failure, or one earlier if the last rollback went there,
+        since its weights have then failed twice, on different images."""
         again = bool(self.rollbacks) and self.rollbacks[-1]["to_step"] == self._first - 1
         return self._first - 1 - again
 
@@ -252,11 +227,8 @@ class Guard:
         return record
 
     def newest_taken(self, step: int, pending: Callable[[], Mapping[str, Sequence[float]]]) -> Callable[[], int]:
-        """A function that returns the newest step up to ``step`` that was not skipped; it may wait for the device.
-
-        Args:
-            pending: returns the values of the steps up to ``step`` that were not observed.
-        """
+        """A function that returns the newest step up to ``step`` that was not skipped; it waits for the device if
+        ``pending``, which returns the values of the steps that were not observed, does."""
         observed = self._last_finite
 
         def newest() -> int:
@@ -266,7 +238,6 @@ class Guard:
         return newest
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able."""
         streak = {"first": self._first, "length": self._length, "last_finite": self._last_finite}
         return streak | {"rollbacks": self.rollbacks}
 
@@ -279,7 +250,7 @@ class Guard:
             self.rollbacks = [{"to_step": -1}] * self.rollbacks
 
     def _samples(self, step: int, position: int) -> dict[str, Any]:
-        return {"step": step, "sample_ids": self._positions.sample_ids(position)}
+        return {"step": step, "sample_ids": self._positions.sample_ids(position, self._positions.samples_per_step)}
 
 
 def remedies(train: TrainConfig) -> str:

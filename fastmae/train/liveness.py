@@ -1,6 +1,6 @@
 """Signals, what the ranks agree on between steps, and a watchdog that names the rank that all others wait for.
 
-Nothing here imports PyTorch before it is needed: signals are handled while PyTorch is imported, which takes seconds.
+PyTorch is imported only where it is needed: signals are handled while its import runs, which takes seconds.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from fastmae.train.ranks import Ranks
 
 EXIT_ERROR, EXIT_PREEMPTED = 2, 75
-"""Exit codes: an error that the user can fix, a lost rank included; and a run that saved and left on a signal, which is
-``EX_TEMPFAIL`` of sysexits.h, "try again later"."""
+"""Exit codes: an error that the user can fix, such as a lost rank; and EX_TEMPFAIL of sysexits.h for a run that saved
+and left on a signal."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +49,12 @@ class StopRequest:
     A second SIGINT or SIGTERM ends the process at once, but not within ``repeats`` seconds of the first: a batch system
     signals every process of a job, launchers included, and launchers pass signals on. SIGUSR1 is a notice: a SIGTERM
     after it counts as the first. Outside the main thread, where Python allows no handlers, ``requested`` stays None.
-    Where the process does not end with this context, such as in a notebook, a second SIGINT raises KeyboardInterrupt.
 
     Args:
         quiet: print nothing, because another process of the job does.
-        process_ends: the process ends after this context. From its exit on the signals are ignored, so that a repeated
-            one does not kill the process while it shuts down. Otherwise the previous handlers come back.
+        process_ends: the process ends after this context, and ignores signals from then on, so that a repeated one does
+            not kill it while it shuts down. Otherwise, as in a notebook, the previous handlers come back, and a second
+            SIGINT raises KeyboardInterrupt.
 
     Attributes:
         requested: name of the first signal, or None.
@@ -67,14 +67,12 @@ class StopRequest:
         self._quiet, self._process_ends = quiet, process_ends
         self.requested: str | None = None
         self._first: tuple[int, float] | None = None  # of SIGINT and SIGTERM: number and time
-        self._raises = False
-        self._previous: dict[int, Any] = {}
-        self._pipe: tuple[int, int] | None = None
+        self._raises, self._previous, self._pipe = False, {}, None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            # Python runs handlers in the main thread once that leaves C++, which a hung collective never does. The
-            # number of the signal is written to this pipe at once, and the watchdog reads it.
+            # Python calls handlers once the main thread leaves C++, which a hung collective never does. It writes the
+            # signal's number to this pipe at once, and the watchdog reads it.
             self._pipe = os.pipe()
             for end in self._pipe:
                 os.set_blocking(end, False)
@@ -99,7 +97,7 @@ class StopRequest:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Inside, a signal raises :class:`StoppedEarly` at once, and so does one that came before."""
+        """Context in which a signal, also one that came before, raises :class:`StoppedEarly` at once."""
         if self.requested:
             raise StoppedEarly(self.requested)
         self._raises = True
@@ -112,7 +110,7 @@ class StopRequest:
         name, now = signal.Signals(number).name, time.monotonic()
         if number == signal.SIGUSR1 and self.requested:
             return
-        if number in self.repeats:
+        if number != signal.SIGUSR1:
             if self._first:
                 first, at = self._first
                 if number == first and now - at < self.repeats[number]:
@@ -140,19 +138,16 @@ class Agreement:
     """When to save by the clock and when to leave, decided by all ranks at the same step and without waiting.
 
     Every k-th step starts an asynchronous all-reduce of the flags on the side group; its result is read k steps later.
-    k is the number of steps in a second, 1 to 20, by the slowest rank's step time in the same all-reduce, so it is the
-    same on all ranks. A process alone looks at its flags at every step.
+    k is the number of steps per second of the slowest rank, 1 to 20, from the same all-reduce, hence equal on all
+    ranks. A single process looks at its flags at every step.
 
     Args:
-        ranks: who has to agree.
-        stop: this process's signals.
         deadline: when to leave, of ``time.monotonic()``.
         save_every: seconds between two checkpoints; None for none by the clock.
         saving: whether this rank's background save is still running.
 
     Attributes:
-        save_due: whether it is time for a checkpoint, according to this step's result.
-        all_saved: whether no rank's background save is running, according to this step's result.
+        save_due, all_saved: by this step's result, it is time for a checkpoint; no rank's background save is running.
     """
 
     max_steps = 20
@@ -188,22 +183,16 @@ class Agreement:
         save = bool(self._save_every and now - self._saved_at >= self._save_every)
         pending = self._ranks.maximum(leave, save, self._saving(), (now - self._looked_at) / self._steps)
         self._looked_at, self._steps = now, 0
-        if self._ranks.size == 1:
-            leave, save, saving, _ = pending()
-        else:
-            leave, save, saving, seconds = self._result()
-            self._result = pending
+        result, self._result = self._result, pending
+        leave, save, saving, seconds = (result if self._ranks.size > 1 else pending)()
+        if self._ranks.size > 1:
             self._interval = min(max(1, int(1 / max(seconds, 1e-9))), self.max_steps)
         self.save_due, self.all_saved = bool(save), not saving
         return bool(leave)
 
 
 def leave_if_asked(ranks: Ranks, stop: StopRequest) -> None:
-    """Between two stages of the set-up; every rank calls it.
-
-    Raises:
-        StoppedEarly: on all ranks, if a signal has come to any.
-    """
+    """Raise :class:`StoppedEarly` on all ranks if a signal has come to any; every rank calls it."""
     if name := any_signal(ranks, stop):
         raise StoppedEarly(name)
 
@@ -217,27 +206,40 @@ def any_signal(ranks: Ranks, stop: StopRequest) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Lost and lagging ranks
 
-_FAILED, _ENDED = "failed", "ended"
-_WAITING = "waiting for other ranks"
+_FAILED, _ENDED, _WAITING = "failed", "ended", "waiting for other ranks"
 _SILENT_BEATS = 6
 """Beats that a rank may miss."""
 _NO_STORE = "the store of the process group does not answer, so lost ranks cannot be named"
+_TRANSPORT = re.compile(
+    r"(?s)(?!.*enforce fail).*(\bgloo/(transport|rendezvous)/|Gloo connectFullMesh failed|Application timeout|"
+    r"NCCL communicator was aborted)"
+)
+"""gloo raises plain RuntimeErrors that begin with the source file in which the connection broke. With "enforce fail"
+ranks sent tensors of different sizes, which is a bug."""
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed because a rank ended, hangs or cannot be reached; the message names it in one line.
+    """A collective failed because a rank ended, hangs or cannot be reached; the message names it in one line."""
 
-    Attributes:
-        speaks: whether this is the rank that prints it.
-    """
+    speaks = True  # whether this rank prints it
 
-    def __init__(self, message: str, speaks: bool = True) -> None:
-        super().__init__(message)
-        self.speaks = speaks
+
+def is_broken(error: BaseException | None) -> bool:
+    """Whether an error, or its cause, says that another rank could not be reached in time."""
+    from torch.distributed import DistError
+
+    from fastmae.train.ranks import CheckpointError, LostRankError
+
+    while isinstance(error, RuntimeError | CheckpointError):
+        transport = isinstance(error, RuntimeError) and _TRANSPORT.match(str(error))
+        if transport or isinstance(error, CollectiveError | LostRankError | DistError):
+            return True
+        error = error.__cause__
+    return False
 
 
 class RankState(NamedTuple):
-    """What a rank publishes once a second: its step and phase, the seconds it has been there, and a counter."""
+    """What a rank publishes once per second: its step and phase, the seconds it has been there, and a counter."""
 
     step: int
     phase: str
@@ -245,14 +247,19 @@ class RankState(NamedTuple):
     seconds: float
     beat: int
 
+    @property
+    def progress(self) -> tuple[int, bool]:
+        """For comparison: at the same step, a rank with work of its own is behind those that wait or compute."""
+        return self.step, self.phase.startswith((_WAITING, "computing"))
+
 
 class Finding(NamedTuple):
     """What the states of all ranks say."""
 
     text: str  # one line about the rank that all wait for
-    named: list[int]  # that rank and others like it
-    lost: list[int]  # ranks that failed or fell silent
-    speaker: int  # the lowest of the other ranks, which prints
+    rank: int  # that rank
+    lost: bool  # whether it failed or fell silent
+    speaker: int  # the lowest rank that is not lost, which prints
 
 
 def find_lost(before: Sequence[RankState | None], after: Sequence[RankState | None]) -> Finding:
@@ -269,74 +276,54 @@ def find_lost(before: Sequence[RankState | None], after: Sequence[RankState | No
         for rank, (old, new) in enumerate(zip(before, after, strict=True))
         if new is None or (old and old.beat == new.beat and not new.phase.startswith((_FAILED, _ENDED)))
     ]
-    lost = sorted({*failed, *silent})
+    lost = {*failed, *silent}
     alive = {rank: state for rank, state in enumerate(after) if rank not in lost and state.phase != _ENDED}
-    behind = min((_progress(state) for state in alive.values()), default=None)
-    named = failed or silent or [rank for rank, state in alive.items() if _progress(state) == behind]
-    if not lost and len(named) == len(alive):
-        texts = {f"at step {state.step}, {state.phase}" for state in alive.values()}
-        text = (f"all {len(alive)} ranks are " if len(after) > 1 else "") + " or ".join(sorted(texts))
-        named = []
-    else:
-        text = _describe(named[0], after[named[0]], lost)
-        text += f", and {len(named) - 1} more ranks like it" if len(named) > 1 else ""
-        if others := [(state.step, state.phase) for rank, state in alive.items() if rank not in named]:
-            (step, phase), _ = Counter(others).most_common(1)[0]
-            text += f"; {'most of ' * (len(set(others)) > 1)}the other {len(others)} at step {step}, {phase}"
-    return Finding(text, named, lost, min(alive, default=-1))
-
-
-def _describe(rank: int, state: RankState | None, lost: Sequence[int]) -> str:
+    behind = min((state.progress for state in alive.values()), default=None)
+    named = failed or silent or [rank for rank, state in alive.items() if state.progress == behind] or [0]
+    text, state = f"rank {named[0]}", after[named[0]]
     if state is None:
-        return f"rank {rank} has never been heard from"
-    place = f"rank {rank} ({state.host})"
-    if state.phase.startswith(_FAILED):
-        return f"{place} at step {state.step} {state.phase}"
-    if rank in lost:
-        return f"{place} is not heard from any more, last at step {state.step}, {state.phase}"
-    return f"{place} is at step {state.step}, {state.phase} for {state.seconds:.0f} s"
-
-
-def _progress(state: RankState) -> tuple[int, bool]:
-    """Of two ranks at the same step, the one with work of its own is behind the one that waits or computes with all."""
-    return state.step, state.phase.startswith((_WAITING, "computing"))
+        text += " has never been heard from"
+    elif failed:
+        text += f" ({state.host}) at step {state.step} {state.phase}"
+    elif silent:
+        text += f" ({state.host}) is not heard from any more, last at step {state.step}, {state.phase}"
+    else:
+        text += f" ({state.host}) is at step {state.step}, {state.phase} for {state.seconds:.0f} s"
+    text += f", and {len(named) - 1} more ranks like it" if len(named) > 1 else ""
+    if others := [(state.step, state.phase) for rank, state in alive.items() if rank not in named]:
+        (step, phase), _ = Counter(others).most_common(1)[0]
+        text += f"; {'most of ' * (len(set(others)) > 1)}the other {len(others)} at step {step}, {phase}"
+    return Finding(text, named[0], bool(lost), min(alive, default=-1))
 
 
 class Watchdog:
     """One thread per rank that publishes what the rank is doing, and names the rank that all wait for.
 
     - After ``stall_seconds`` without progress, then after twice the time and so on, one rank prints who is furthest
-      behind; that one, and the one that prints, show their stacks.
+      behind; it and that one print their stacks.
     - When a collective fails, :meth:`explaining` raises an error that names the lost rank. A process that has not ended
-      ``unwind_seconds`` later is ended.
+      ``2 * unwind_seconds`` later is ended.
     - After a signal, a process that makes no progress because a rank is lost is ended. ``torchrun`` sends SIGTERM to
       the other ranks when one dies, so this covers the set-up, and collectives that no exception can reach.
 
+    The ranks exchange their states through the store of the process group. Only the thread uses it, since a client of a
+    store whose host hangs blocks its caller.
+
     Args:
-        rank, world_size: of this process.
         stall_seconds: less than the time-out of collectives.
         stop: whose signals to watch for.
-        connect: opens the store of the ranks; None for torchrun's, if there is one. Only the thread uses it, since a
-            client of a store whose host hangs blocks its caller.
-        interval: seconds between two beats.
     """
 
-    signal_seconds, unwind_seconds = 8.0, 20.0
+    interval, signal_seconds, unwind_seconds = 1.0, 8.0, 20.0  # interval: between two beats
 
     def __init__(
-        self,
-        rank: int = 0,
-        world_size: int = 1,
-        stall_seconds: float = 300.0,
-        stop: StopRequest | None = None,
-        connect: Callable[[], Any] | None = None,
-        interval: float = 1.0,
+        self, rank: int = 0, world_size: int = 1, stall_seconds: float = 300.0, stop: StopRequest | None = None
     ) -> None:
         self._rank, self._world_size, self._stall, self._stop = rank, world_size, stall_seconds, stop
-        self._connect = connect or (_connect if world_size > 1 and "MASTER_ADDR" in os.environ else None)
-        self._interval, self._host = min(interval, stall_seconds / 4), socket.gethostname()
+        self._interval, self._host = min(self.interval, stall_seconds / 4), socket.gethostname()
         self._point: tuple[int, str] = (0, "starting")  # a new tuple is progress, even if it equals the last
-        self._since, self._beat, self._store = time.monotonic(), 0, None
+        self._since, self._beat = time.monotonic(), 0
+        self._has_store, self._store = world_size > 1 and "MASTER_ADDR" in os.environ, None
         self._broken_at, self._done = math.inf, False
         self._requests: SimpleQueue[tuple[Callable[[], Any], Future]] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -348,39 +335,36 @@ class Watchdog:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Around what waits for other ranks; ignored in other threads than the main one."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
+        main = threading.current_thread() is threading.main_thread()
         before = self._point[1]
-        self.at(f"{_WAITING} ({what})")
+        if main:
+            self.at(f"{_WAITING} ({what})")
         yield
-        self.at(before)
+        if main:
+            self.at(before)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Replace the error of a broken collective by one that names the rank; publish any other error.
-
-        Raises:
-            CollectiveError: instead of errors of which :func:`is_broken` is true.
-        """
+        """Replace errors of broken collectives (:func:`is_broken`) by a :class:`CollectiveError`; publish any other."""
         try:
             yield
         except BaseException as error:
-            explained = isinstance(error, CollectiveError) or self._point[1].startswith(_FAILED)
-            if explained or self._connect is None:
+            if isinstance(error, CollectiveError) or self._point[1].startswith(_FAILED) or not self._has_store:
                 raise
             if not is_broken(error):
-                words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-                self.at(f"{_FAILED} while {self._point[1]}: {words}")
+                self.at(f"{_FAILED} while {self._point[1]}: {_one_line(f'{type(error).__name__}: {error}')}")
                 self._ask(self._publish, 2.0)
                 raise
             _log.info("a collective failed", exc_info=error)
             self._broken_at = time.monotonic()
-            found = self._ask(self._look, self.unwind_seconds)
-            text, speaks = (found.text, found.speaker == self._rank) if found else (_NO_STORE, True)
-            if found and not found.lost and self._store:
-                text = f"all ranks answer, so it may be the network; {text}"
-            raise CollectiveError(f"a collective failed: {text} ({reason_of(error)})", speaks) from error
+            found = self._ask(self._look, self.unwind_seconds) or Finding(_NO_STORE, -1, True, self._rank)
+            network = "" if found.lost else "all ranks answer, so it may be the network; "
+            cause = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            explained = CollectiveError(f"a collective failed: {network}{found.text} ({_one_line(str(cause))})")
+            explained.speaks = found.speaker == self._rank
+            raise explained from error
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -400,77 +384,78 @@ class Watchdog:
             return future.result(seconds)
 
     def _run(self) -> None:
-        if self._connect:
+        if self._has_store:
             self._guarded(self._open)
         seen, reports, signalled = self._point, 0, False
         while not self._done or not self._requests.empty():
             now, point = time.monotonic(), self._point
             signalled = signalled or bool(self._stop and self._stop.arrived())
             if point is not seen:
-                if reports:
-                    self._say(f"goes on after {now - self._since:.0f} s, at step {point[0]}", self._rank == 0)
                 seen, reports, self._since = point, 0, now
             self._publish()
             still = now - self._since
             if now - self._broken_at > 2 * self.unwind_seconds:
                 self._end("the process does not end by itself")
-            elif still >= self._stall * 2**reports:
+            stalled = still >= self._stall * 2**reports
+            if stalled or (signalled and still >= self.signal_seconds and self._broken_at == math.inf):
                 found = self._look()
+                speaks = found.speaker == self._rank
                 if self._point is not point:
                     continue
-                reports += 1
-                speaks = found.speaker == self._rank
-                self._say(f"no progress for {still:.0f} s: {found.text}", speaks)
-                if speaks or self._rank in found.named:
-                    faulthandler.dump_traceback(2)
-            elif signalled and still >= self.signal_seconds and self._broken_at == math.inf:
-                found = self._look()
-                if found.lost and self._point is point and self._broken_at == math.inf:
-                    self._end(found.text if found.speaker == self._rank else None)
+                if stalled:
+                    reports += 1
+                    text = f"no progress for {still:.0f} s: {found.text}"
+                    _log.info(text)
+                    if speaks:
+                        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+                    if self._rank in (found.speaker, found.rank):
+                        faulthandler.dump_traceback(2)
+                elif found.lost and self._broken_at == math.inf:
+                    self._end(found.text if speaks else None)
             with suppress(Empty):
                 function, future = self._requests.get(timeout=self._interval)
                 future.set_result(function())
 
     def _look(self) -> Finding:
         """Read the states twice; the second time once all have beaten, one has failed, or six beats are over."""
-        before = after = self._read()
+        before = after = self._guarded(self._read)
         for _ in range(_SILENT_BEATS):
             time.sleep(self._interval)
             self._publish()
-            after = self._read()
+            after = self._guarded(self._read)
             failed = any(state and state.phase.startswith(_FAILED) for state in after or ())
             if after is None or failed or not find_lost(before, after).lost:
                 break
         if before and after:
             return find_lost(before, after)
-        return Finding(f"at step {self._point[0]}, {self._point[1]}; {_NO_STORE}", [], [], self._rank)
+        return Finding(f"at step {self._point[0]}, {self._point[1]}; {_NO_STORE}", -1, False, self._rank)
 
     def _read(self) -> list[RankState | None] | None:
-        def read() -> list[RankState | None]:
-            keys = [str(rank) for rank in range(self._world_size)]
-            if not self._store.check(keys):
-                keys = [key for key in keys if self._store.check([key])]
-            states = {int(k): RankState(*json.loads(v)) for k, v in zip(keys, self._store.multi_get(keys), strict=True)}
-            return [states.get(rank) for rank in range(self._world_size)]
-
-        if self._world_size == 1:
-            return [self._state()]
-        return self._guarded(read) if self._store else None
+        if self._store is None:
+            return [self._state()] if self._world_size == 1 else None
+        keys = [str(rank) for rank in range(self._world_size)]
+        if not self._store.check(keys):
+            keys = [key for key in keys if self._store.check([key])]
+        states = {int(k): RankState(*json.loads(v)) for k, v in zip(keys, self._store.multi_get(keys), strict=True)}
+        return [states.get(rank) for rank in range(self._world_size)]
 
     def _state(self) -> RankState:
         return RankState(*self._point, self._host, time.monotonic() - self._since, self._beat)
 
     def _publish(self) -> None:
         self._beat += 1
-        if self._store:
+        if self._store is not None:
             self._guarded(lambda: self._store.set(str(self._rank), json.dumps(self._state())))
 
     def _open(self) -> None:
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore, TCPStore
 
-        store = self._connect()
+        # A client of its own, since one that waits keeps others from using it. The limit: of hundreds of ranks that
+        # connect at once most are kept waiting.
+        address, port, limit = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=30)
+        store = TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
         store.set_timeout(timedelta(seconds=5))
-        # The store outlives the process group that torchrun restarts, and in tests also a run.
+        # The store outlives the processes, which torchrun restarts, and a process may train more than once.
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         run = store.add(f"fastmae/{restart}/{self._rank}", 1)
         self._store = PrefixStore(f"fastmae/{restart}/run-{run}", store)
@@ -483,11 +468,6 @@ class Watchdog:
             _log.info("%s: %s", _NO_STORE, error)
             return None
 
-    def _say(self, text: str, speaks: bool = True) -> None:
-        _log.info(text)
-        if speaks:
-            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
     def _end(self, text: str | None) -> None:
         """End the process at once: other threads or NCCL would hold it."""
         if text is None:
@@ -499,40 +479,6 @@ class Watchdog:
         os._exit(EXIT_ERROR)
 
 
-def _connect() -> Any:
-    """A client of torchrun's store of this thread's own, since one that waits keeps others from using it."""
-    from torch.distributed import TCPStore
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    limit = timedelta(seconds=30)  # of hundreds of ranks that connect at once most are kept waiting
-    return TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
-
-
-_TRANSPORT = re.compile(
-    r"\bgloo/(transport|rendezvous)/|Gloo connectFullMesh failed|Application timeout|NCCL communicator was aborted"
-)
-"""gloo raises plain RuntimeErrors that begin with the source file in which the connection broke."""
-
-
-def is_broken(error: BaseException | None) -> bool:
-    """Whether an error, or its cause, says that another rank could not be reached in time."""
-    from torch.distributed import DistError
-
-    from fastmae.train.ranks import CheckpointError, LostRankError
-
-    while isinstance(error, RuntimeError | CheckpointError):
-        if isinstance(error, CollectiveError | LostRankError | DistError):
-            return True
-        # "enforce fail" in the same files: ranks sent tensors of different sizes, which is a bug.
-        if isinstance(error, RuntimeError) and _TRANSPORT.search(str(error)) and "enforce fail" not in str(error):
-            return True
-        error = error.__cause__
-    return False
-
-
-def reason_of(error: BaseException) -> str:
-    """The transport's message in one line of at most 200 characters, without the place in its source."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split())
-    return re.sub(r"^\[\S*\] ", "", text).partition(" This is typically caused")[0][:200]
+def _one_line(text: str) -> str:
+    """At most 200 characters of an error, without the place in gloo's source."""
+    return re.sub(r"^\[\S*\] ", "", " ".join(text.split())).partition(" This is typically caused")[0][:200]

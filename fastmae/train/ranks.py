@@ -27,7 +27,9 @@ class LostRankError(CheckpointError):
 
 
 class Ranks:
-    """All ranks of the job on a gloo group, or this process alone.
+    """All ranks of the job on a gloo group, or this process alone. Every rank makes each call.
+
+    Every method raises :class:`LostRankError` if a rank has gone.
 
     Args:
         group: communicates through host memory; None for a single process.
@@ -44,7 +46,7 @@ class Ranks:
 
     @classmethod
     def create(cls, timeout: float = 1800.0) -> Ranks:
-        """A new group of all ranks where ``torch.distributed`` is initialised; every rank calls it.
+        """A new group of all ranks, if ``torch.distributed`` is initialised.
 
         Args:
             timeout: seconds to wait for the slowest rank in one step, such as writing its file.
@@ -54,7 +56,7 @@ class Ranks:
         return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
 
     def another(self, timeout: float = 1800.0) -> Ranks:
-        """The same ranks on another group, for another thread or time limit; every rank calls it."""
+        """The same ranks on another group, for another thread or time limit."""
         if self.group is None:
             return Ranks()
         members = dist.get_process_group_ranks(self.group)
@@ -83,28 +85,23 @@ class Ranks:
 
         Args:
             what: for the message, such as "saving step 100".
-            function: called once on each rank.
 
         Raises:
             CheckpointError: on every rank with the same words, if the function raises on any.
-            LostRankError: if a rank has gone.
         """
         result, error = _attempt(function)
         outcomes: list[Any] = [(result, error and _words(error))]
         if self.group is not None:
             own, outcomes = outcomes[0], [None] * self.size
             self._guard(what, lambda: dist.all_gather_object(outcomes, own, self.group))
-        failed = [(rank, text) for rank, (_, text) in enumerate(outcomes) if text]
+        failed = [f"rank {rank}: {text}" if self.size > 1 else text for rank, (_, text) in enumerate(outcomes) if text]
         if failed:
-            raise CheckpointError(self._message(failed)) from error
+            more = [f"and {len(failed) - 3} more ranks"] if len(failed) > 3 else []
+            raise CheckpointError("; ".join(failed[:3] + more)) from error
         return [result for result, _ in outcomes]
 
     def first(self, what: str, function: Callable[[], T]) -> T:
-        """Call a function on rank 0; every rank gets its result.
-
-        Raises:
-            CheckpointError: on every rank with the same words, if it raises, or if a rank has gone.
-        """
+        """Call a function on rank 0; every rank gets its result, or a CheckpointError if it raises."""
         result, error = _attempt(function) if self.rank == 0 else (None, None)
         outcome: list[Any] = [(result, error and _words(error))]
         if self.group is not None:
@@ -120,42 +117,26 @@ class Ranks:
             return patient.first(what, function)
 
     def broadcast(self, what: str, tensor: Tensor, source: int, group: dist.ProcessGroup | None = None) -> None:
-        """Give every rank the elements that a tensor has on one of them.
+        """Give every rank of a group (None: all) the elements that a tensor has on ``source``, a rank of the group.
 
         Tensors on a GPU go over the default process group, if that is of these ranks: it is the fast one.
-
-        Args:
-            source: a rank of the group.
-            group: some of the ranks, who then call it; None for all.
-
-        Raises:
-            LostRankError: if a rank has gone.
         """
         if group is None:
-            group = self.group
-            if tensor.is_cuda and dist.get_world_size() == self.size:
-                group = dist.group.WORLD
+            fast = tensor.is_cuda and dist.get_world_size() == self.size
+            group = dist.group.WORLD if fast else self.group
         self._guard(what, lambda: dist.broadcast(tensor, group=group, group_src=source))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all have to ask."""
+        """Whether the flag is set on any rank."""
         return bool(self.maximum(flag)()[0])
 
     def maximum(self, *values: float) -> Callable[[], list[float]]:
-        """Start an all-reduce of the largest of each value over all ranks; calling the result waits for it."""
-        if self.group is None:
-            return lambda: list(values)
-        reduced = torch.tensor(values, dtype=torch.float64)
-        work = dist.all_reduce(reduced, dist.ReduceOp.MAX, self.group, async_op=True)
-
-        def result() -> list[float]:
-            self._guard("asking all ranks", work.wait)
-            return reduced.tolist()
-
-        return result
+        """:meth:`collect`, of which the result is the largest of each value."""
+        collected = self.collect("asking all ranks", values)
+        return lambda: [max(column) for column in zip(*collected(), strict=True)]
 
     def collect(self, what: str, values: Sequence[float]) -> Callable[[], list[list[float]]]:
-        """Exchange a few numbers of each rank; all call it. Returns at once: calling the result waits for all ranks."""
+        """Exchange a few numbers of each rank. Returns at once: calling the result waits for all ranks."""
         if self.group is None:
             return lambda: [list(values)]
         own = torch.tensor(values, dtype=torch.float64)
@@ -175,11 +156,6 @@ class Ranks:
         except RuntimeError as error:  # gloo: a connection was closed, or the time is over
             reason = str(error).strip().splitlines()[-1][:300]
             raise LostRankError(f"{what}: a rank has ended or does not answer ({reason})") from error
-
-    def _message(self, failed: list[tuple[int, str]]) -> str:
-        shown = [f"rank {rank}: {text}" if self.size > 1 else text for rank, text in failed[:3]]
-        more = [f"and {len(failed) - 3} more ranks"] if len(failed) > 3 else []
-        return "; ".join(shown + more)
 
 
 def as_ranks(ranks: Ranks | None) -> AbstractContextManager[Ranks]:

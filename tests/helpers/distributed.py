@@ -108,7 +108,9 @@ def start_ranks(
             process.join()
 
 
-def start_process(function: Callable[..., Any], *args: Any, name: str | None = None) -> BaseProcess:
+def start_process(
+    function: Callable[..., Any], *args: Any, name: str | None = None, daemon: bool = True
+) -> BaseProcess:
     """Call a function of a module in a process of its own, a fork of one that has imported what takes long.
 
     That one has one thread and has used neither a GPU nor PyTorch's thread pools, so that it may be forked.
@@ -116,7 +118,7 @@ def start_process(function: Callable[..., Any], *args: Any, name: str | None = N
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.fsdp", "fastmae.pretraining"])
     with patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        process = context.Process(target=function, args=args, name=name, daemon=True)
+        process = context.Process(target=function, args=args, name=name, daemon=daemon)
         process.start()
     return process
 

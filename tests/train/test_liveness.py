@@ -9,19 +9,17 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch.distributed as dist
-from distributed import run_ranks, start_ranks
+from distributed import run_ranks, start_process, start_ranks
 from pretrain_flags import FLAGS
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from training import make_trainer, write_images
 
 from fastmae.cli import main
@@ -122,8 +120,7 @@ def test_the_rank_that_all_wait_for_is_named():
     assert text == "rank 1 (node0) is at step 41, waiting for images for 300 s; the other 2 at step 42, computing"
     assert found(state(0, 42, "waiting for images"), *computing[1:]).startswith("rank 0 (node0) is at step 42, waiting")
     assert found(state(0, 42, "evaluating"), *waiting).startswith("rank 0 (node0) is at step 42, evaluating for 300 s")
-    assert found(*computing) == "all 3 ranks are at step 42, computing"
-    assert found(state(0, 3, "saving")) == "at step 3, saving"
+    assert found(*computing) == "rank 0 (node0) is at step 42, computing for 300 s, and 2 more ranks like it"
     behind = [state(rank, 40 + (rank == 3)) for rank in range(4)]
     assert found(*behind).endswith("for 300 s, and 2 more ranks like it; the other 1 at step 41, computing")
 
@@ -133,7 +130,7 @@ def test_silent_ranks_come_before_those_behind_and_failed_ones_first():
     assert found(behind, silent, silent=(1,)).startswith("rank 1 (node0) is not heard from any more, last at step 42")
     assert found(behind, None) == "rank 1 has never been heard from; the other 1 at step 40, computing"
     assert found(behind, silent, failed, silent=(1,)).startswith("rank 2 (node1) at step 41 failed while saving: OSErr")
-    assert find_lost([behind, silent], [behind._replace(beat=8), state(1, 42, "ended")]).lost == []
+    assert not find_lost([behind, silent], [behind._replace(beat=8), state(1, 42, "ended")]).lost
 
 
 def test_broken_collectives_are_told_from_bugs():
@@ -146,14 +143,14 @@ def test_broken_collectives_are_told_from_bugs():
 
 
 @pytest.fixture
-def watchdog():
+def watchdog(monkeypatch):
     """Makes watchdogs of ranks that share a store."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-
-    def connect() -> dist.Store:
-        return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=5))
-
-    return lambda rank, size=2, stall=100.0: Watchdog(rank, size, stall, connect=connect, interval=0.05)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    monkeypatch.setattr(Watchdog, "interval", 0.05)
+    yield lambda rank: Watchdog(rank, 2, 100.0)
+    del server
 
 
 def failure(watchdog: Watchdog, error: Exception) -> str:
@@ -189,9 +186,8 @@ def test_a_failed_collective_names_a_silent_rank_or_the_network(watchdog):
 
 
 def test_a_store_that_does_not_answer_is_no_error(watchdog):
-    first = watchdog(0)
-    first._connect = lambda: (_ for _ in ()).throw(dist.DistNetworkError("Broken pipe"))
-    with first:
+    refuse = Mock(side_effect=dist.DistNetworkError("Broken pipe"))
+    with patch.object(dist, "TCPStore", refuse), watchdog(0) as first:
         assert "does not answer, so lost ranks cannot be named" in failure(first, RuntimeError(CLOSED))
 
 
@@ -208,8 +204,6 @@ def test_a_stalled_process_says_in_what_and_shows_its_stacks(capfd):
             time.sleep(0.01)
         assert printed() == ""
         until(lambda: printed().count("no progress for") >= 2)
-        watchdog.at("computing")
-        until(lambda: "goes on after" in printed())
     assert "at step 3, waiting for images" in printed()
     assert "test_a_stalled_process_says_in_what" in printed()  # its stack
 
@@ -253,7 +247,6 @@ def test_a_rank_that_hangs_and_one_that_is_killed_are_named(tmp_path):
         assert [process.exitcode for process in processes] == [2, -signal.SIGKILL, 2]
     line = r"a collective failed: rank 1 \(\S+\) is not heard from any more, last at step 5, waiting for images"
     assert re.search(f"fastmae: error: {line}; the other 2 at step 5", logs[0].read_text())
-    assert "goes on after" in logs[0].read_text()
     assert "Traceback" not in logs[0].read_text()
     assert "fastmae: error" not in logs[2].read_text()
     status = json.loads((tmp_path / "run/status.json").read_text())
@@ -279,27 +272,35 @@ def test_a_rank_that_dies_before_the_first_step_is_named_and_the_others_end(tmp_
     assert "fastmae: error: rank 1 has never been heard from; the other 1 at step 0, joining the process group" in text
 
 
+def die_once(folder: Path) -> None:
+    """Training, in which rank 1 is killed after ten steps of the first start."""
+    plain = Trainer.train_step
+
+    def train_step(self):
+        plain(self)
+        if self.step == 10 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer.train_step = train_step
+    if code := train(int(os.environ["RANK"]), folder):
+        os._exit(code)
+
+
+def torchrun(folder: Path) -> None:
+    """What ``torchrun --max-restarts 1`` does, in forks of a process that has imported PyTorch."""
+    os.dup2(os.open(folder / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0", "run_id": "test", "start_method": "fork"}
+    elastic_launch(LaunchConfig(1, 1, 2, max_restarts=1, monitor_interval=0.1, **options), die_once)(folder)
+
+
 def test_torchrun_restarts_a_run_which_resumes_by_itself(tmp_path):
-    images, run = write_images(tmp_path / "images"), tmp_path / "run"
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import os, signal, sys\n"
-        "from fastmae.cli import main\n"
-        "from fastmae.train.trainer import Trainer\n"
-        "plain = Trainer.train_step\n"
-        "def train_step(self):\n"
-        "    plain(self)\n"
-        "    if self.step == 10 and os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Trainer.train_step = train_step\n"
-        "code = main()\n"
-        "os._exit(code)\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command = [*torchrun, str(script), *FLAGS, "--data.path", str(images), "--out", str(run)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr
-    assert f"Continuing from {run}/checkpoints/step-8" in ended.stdout
-    assert json.loads((run / "status.json").read_text())["status"] == "finished"
-    assert "is not heard from any more, last at step" in ended.stderr
+    write_images(tmp_path / "images")
+    launcher = start_process(torchrun, tmp_path, daemon=False)  # it has children
+    launcher.join(2 * WAIT)
+    launcher.kill()
+    printed = (tmp_path / "log").read_text()
+    assert launcher.exitcode == 0, printed
+    assert f"Continuing from {tmp_path}/run/checkpoints/step-8" in printed
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "finished"
+    assert "is not heard from any more, last at step" in printed
