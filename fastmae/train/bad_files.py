@@ -1,4 +1,4 @@
-"""``bad_files.jsonl``: the files that a run leaves out, why, and since when."""
+"""``bad_files.jsonl``: the files that a run skips, why, and since when."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ _log = logging.getLogger(__name__)
 class BadFiles:
     """The bad files of a run: those that the index knows, and those that are found while training.
 
-    The file has a line each, ``{"path", "reason", "sample_id", "found"}``; ``found`` is ``"index"`` or the step of
-    training. It is written anew when a run begins or goes on, from what the index and the checkpoint know, so that
-    nothing is in it twice. A loader works ahead: what it found in batches that no step has used yet is not told, so
-    that a run that is stopped and continued tells the same at the same steps.
+    Each is one line, ``{"path", "reason", "sample_id", "found"}``; ``found`` is ``"index"`` or the training step. The
+    file is rewritten when a run starts or resumes, from index and checkpoint, so that no line comes twice. A loader
+    works ahead; what it finds in batches that no step has used yet waits, so that a resumed run reports the same files
+    at the same steps.
 
     Args:
-        path: of the file.
-        dataset: with ``bad`` and ``bad_ids``.
         step_of: the step, counted from 1, that a position in the order of images belongs to.
-        writes: False on all ranks but one, which know the same and write nothing.
+        writes: whether this rank writes the file; all ranks know the same.
     """
 
     def __init__(self, path: Path, dataset: Dataset, step_of: Callable[[int], int], *, writes: bool = True) -> None:
@@ -46,11 +44,10 @@ class BadFiles:
         return {"late": [list(bad) for bad in self.late]}
 
     def load_state_dict(self, state: Mapping[str, Iterable[Sequence[Any]]]) -> None:
-        """Know what a run knew when it was saved."""
         self._late = {bad.sample_id: bad for bad in (LateBad(*values) for values in state["late"])}
 
     def begin(self) -> None:
-        """Write all that is known."""
+        """Write all known bad files."""
         if not self._writes:
             return
         known = zip(self._dataset.bad, self._dataset.bad_ids.tolist(), strict=True)
@@ -60,11 +57,10 @@ class BadFiles:
         partial.replace(self._path)
 
     def unknown(self, found: Iterable[LateBad], samples: int) -> list[LateBad]:
-        """What is new among a loader's ``late_bad``, in the order of positions, each file once.
+        """The new ones among ``late_bad`` of one or several loaders, in the order of positions, each file once.
 
         Args:
-            found: of one rank or of several, which may have found the same file.
-            samples: images consumed so far; what lies beyond is left for later.
+            samples: images consumed so far; later positions wait.
         """
         new: dict[int, LateBad] = {}
         unknown = [bad for bad in found if bad.sample_id not in self._late and bad.position < samples]
@@ -73,7 +69,7 @@ class BadFiles:
         return list(new.values())
 
     def update(self, found: Iterable[LateBad], samples: int) -> None:
-        """Append what is new in the finds of all ranks; arguments as of :meth:`unknown`."""
+        """Append the new ones among those of all ranks; arguments as for :meth:`unknown`."""
         new = self.unknown(found, samples)
         if not new:
             return

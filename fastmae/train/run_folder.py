@@ -1,4 +1,4 @@
-"""The run folder, made and locked before anything else, so that a long run does not end in a folder it cannot write to.
+"""The run folder: created and locked first, so that a long run does not end in a folder that it cannot write.
 
 It holds ``config.json``, ``status.json``, ``metrics.jsonl``, ``evaluations.jsonl``, TensorBoard events,
 ``checkpoints/``, ``reconstructions/``, ``bad_files.jsonl`` if there are any, and at the end ``model.safetensors`` (the
@@ -73,8 +73,7 @@ class RunFolder:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            text = "%s: THE FILE SYSTEM HAS NO LOCKS (%s): a second run in it would not be refused"
-            _log.warning(text, self.path, error)
+            _log.warning("%s: THE FILE SYSTEM HAS NO LOCKS (%s): a second run is not refused", self.path, error)
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed import start_process
 from pretrain_flags import FLAGS
 from rich.console import Console
 from training import write_images
@@ -24,21 +25,24 @@ from fastmae.pretraining import WordWrapConsole
 from fastmae.train.checkpoint import list_checkpoints
 
 
+def piped(pipe: Path, argv: list[str]) -> None:
+    os.dup2(os.open(pipe, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    sys.argv = ["fastmae", *argv]
+    os._exit(main())
+
+
 def test_ctrl_c_of_a_run_that_is_piped_saves_and_leaves(tmp_path):
     """As with ``| tee``, which gets the signal as well and is gone before the run says anything."""
-    run = tmp_path / "run"
-    flags = [*FLAGS, "--data.path", str(write_images(tmp_path / "images")), "--train.steps", "100000"]
-    command = [sys.executable, "-m", "fastmae", *flags, "--out", str(run)]
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, **output) as process:
-        try:
-            assert any(line.startswith("step") for line in process.stdout)
-            process.stdout.close()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 75
-        finally:
-            process.kill()
+    run, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    images = str(write_images(tmp_path / "images"))
+    process = start_process(piped, pipe, [*FLAGS, "--data.path", images, "--train.steps", "100000", "--out", str(run)])
+    with pipe.open() as printed:
+        assert any(line.startswith("step") for line in printed)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 75
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "SIGINT")
     assert list_checkpoints(run / "checkpoints")[0].name == f"step-{status['step']}"

@@ -7,13 +7,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from distributed import start_process
 from pretrain_flags import FLAGS
+from torch.distributed.run import get_args_parser
 from training import write_images
 
 from fastmae.cli import main
@@ -128,10 +128,6 @@ def job(tmp_path) -> Job:
     return Job(tmp_path)
 
 
-def test_it_is_bash():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
-
-
 def test_a_finished_run_ends_the_job(job):
     code, output = job.finish("--recipe", "imagenet-vit-b", status=job.status("finished", 9), code=0)
     assert (code, job.requeued) == (0, False), output
@@ -140,11 +136,6 @@ def test_a_finished_run_ends_the_job(job):
     assert "--resume" not in job.calls
     assert "--rdzv-endpoint node1:32345 --rdzv-id 12345-0" in job.calls
     assert "--nodes=2 --ntasks-per-node=1 --cpus-per-task=4" in job.calls
-
-
-def test_a_preempted_run_goes_back_into_the_queue_whatever_torchrun_exits_with(job):
-    code, output = job.finish(status=job.status("preempted", 9), code=1)
-    assert (code, job.requeued) == (0, True), output
 
 
 def test_a_run_that_never_trained_is_not_requeued(job):
@@ -163,8 +154,10 @@ def crash(job: Job, restarts: int, status: Path | None, **options) -> bool:
 
 def test_crashes_without_a_new_checkpoint_are_requeued_three_times(job):
     """Preemptions are requeued without limit; SLURM_RESTART_COUNT counts them too."""
-    for restarts in range(9):
+    for restarts in range(4):
         job.finish(restarts=restarts, status=job.status("preempted", restarts))
+        assert job.requeued
+        job.forget()
     failed, killed = job.status("failed", 9), job.status("running", 9)
     assert [crash(job, 9, failed), crash(job, 10, None), crash(job, 11, killed)] == [True] * 3
     crashes = [crash(job, 12, failed, checkpoint=None if number else 16) for number in range(4)]
@@ -173,8 +166,7 @@ def test_crashes_without_a_new_checkpoint_are_requeued_three_times(job):
 
 
 def test_a_requeued_job_resumes_once(job):
-    job.finish(status=job.status("preempted", 9))
-    code, output = job.finish(restarts=1, status=job.status("preempted", 12))
+    code, output = job.finish(restarts=1, status=job.status("preempted", 12))  # whatever torchrun exits with
     assert (code, job.requeued) == (0, True), output
     assert job.calls.splitlines()[-2].count("--resume") == 1
     job.finish("--resume", restarts=2, status=job.status("finished", 15))
@@ -183,25 +175,20 @@ def test_a_requeued_job_resumes_once(job):
 
 def test_the_status_of_an_earlier_start_does_not_count(job):
     job.finish(status=job.status("finished", 9))
-    job.forget()
     code, output = job.finish(restarts=1, status=None)  # fails before it trains
     assert (code, job.requeued) == (0, True)
     assert "did not start training; crash 1 without a new checkpoint, of at most 3; back into the queue" in output
 
 
-def test_a_run_that_gets_nowhere_in_its_time_is_not_requeued_for_ever(job):
-    job.finish(status=job.status("preempted", 9))
+def test_only_its_own_time_limit_ends_a_run_that_gets_no_further(job):
+    preempted = job.status("preempted", 9)
+    job.finish(status=preempted)
     job.forget()
-    code, output = job.notice(restarts=1, status=job.status("preempted", 9))
+    code, output = job.notice(restarts=1, status=preempted)
     assert (code, job.requeued) == (1, False)
     assert "its time was over at step 9, where it began" in output
-
-
-def test_a_run_that_another_job_preempted_while_it_started_goes_back_into_the_queue(job):
-    job.finish(status=job.status("preempted", 9))
-    job.forget()
-    code, output = job.finish(restarts=1, status=job.status("preempted", 9))
-    assert (code, job.requeued) == (0, True), output
+    job.finish(restarts=2, status=preempted)  # another job's turn came while it started
+    assert job.requeued
 
 
 def test_notice_is_passed_on_and_the_end_is_waited_for(job):
@@ -265,53 +252,35 @@ def test_tasks_of_srun_train_one_model(tmp_path):
     assert read_json(tmp_path / "run/status.json")["status"] == "finished"
 
 
-def commands(path: Path) -> list[tuple[str, str]]:
-    """Of every torchrun in a file, its own options and fastmae's."""
-    text = path.read_text().replace("\\\n", " ")
-    return re.findall(r"\btorchrun (--.*?) -m fastmae (.*)$", text, re.MULTILINE)
-
-
 def test_torchrun_knows_the_options_of_script_and_page():
-    usage = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    known = set(re.findall(r"--[a-z-]+", usage))
-    ((script, _),) = commands(SCRIPT)
-    page = [options for options, _ in commands(PAGE)]
-    assert len(page) == 4
-    assert "SIGUSR1" in re.search(r"--signals-to-handle (\S+)", script).group(1)
-    for options in (script, *page):
-        named = set(re.findall(r"--[a-z-]+", options))
+    known = set(re.findall(r"--[a-z-]+", (usage := get_args_parser().format_help())))
+    for page in (SCRIPT, PAGE):
+        commands = re.findall(r"\btorchrun (--.*?) -m fastmae ", page.read_text().replace("\\\n", " "))
+        named = set(re.findall(r"--[a-z-]+", " ".join(commands)))
         assert named
         assert named <= known
-    # Older versions have neither the option nor the variable, and an option that is not known ends torchrun.
+    # Older versions have neither the option nor the variable, and an unknown option ends torchrun.
     if "--shutdown-timeout" in known:
         waits = set(re.findall(r"export (TORCH_\w+)=", SCRIPT.read_text() + PAGE.read_text()))
         assert {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT"} == waits & set(re.findall(r"\w+", usage))
 
 
-def test_fastmae_knows_the_flags_of_the_page(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["pretrain", "--help-all"])
-    known = set(re.findall(r"--[a-z][a-z.-]*[a-z]", capsys.readouterr().out))
-    page = PAGE.read_text()
-    named = set(re.findall(r"--(?:train|data|model|report)\.[a-z-]*[a-z]", page))
-    for _, flags in commands(PAGE):
-        named |= set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", flags))
-    assert {"--out", "--resume", "--train.parallel"} <= named
-    assert named <= known
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_that_slurm_and_torchrun_both_deliver_is_one_request(number):
-    with StopRequest() as stop:
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        assert stop.requested == signal.Signals(number).name
-
-
-def ends(*signals: tuple[int, float]) -> int:
-    """The exit code of a process that gets signals at times; 0 if none of them ends it at once."""
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([(TERM, 0), (TERM, 8)], 0),  # Slurm and torchrun both deliver it, and a launcher may take seconds
+        ([(TERM, 0), (TERM, 20)], 143),
+        ([(INT, 0), (INT, 0.5)], 0),
+        ([(INT, 0), (INT, 2)], 130),  # a person, who presses Ctrl-C again
+        ([(TERM, 0), (INT, 1)], 130),
+        ([(USR1, 0), (USR1, 20), (TERM, 180), (USR1, 190)], 0),  # the end of the time after notice
+        ([(USR1, 0), (TERM, 180), (TERM, 200)], 143),
+    ],
+)
+def test_repeated_signals_are_one_request_unless_they_come_late(signals, code):
     child = os.fork()
     if child == 0:
         with StopRequest(process_ends=True):
@@ -319,22 +288,4 @@ def ends(*signals: tuple[int, float]) -> int:
                 time.monotonic = lambda seconds=seconds: seconds
                 os.kill(os.getpid(), number)
             os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_the_same_signal_later_is_another_request_unless_it_is_notice(number):
-    assert ends((number, 0), (number, 20)) == (0 if number == signal.SIGUSR1 else 128 + number)
-
-
-def test_a_launcher_may_take_seconds_to_pass_on_what_it_got():
-    assert ends((signal.SIGTERM, 0), (signal.SIGTERM, 8)) == 0
-    assert ends((signal.SIGINT, 0), (signal.SIGINT, 2)) == 130  # a person, who presses Ctrl-C again
-
-
-def test_the_end_of_the_time_after_notice_does_not_end_a_save():
-    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180)) == 0
-    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180), (signal.SIGUSR1, 190)) == 0
-    assert ends((signal.SIGUSR1, 0), (signal.SIGTERM, 180), (signal.SIGTERM, 200)) == 143
-    assert ends((signal.SIGTERM, 0), (signal.SIGINT, 1)) == 130
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code

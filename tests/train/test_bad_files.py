@@ -84,29 +84,6 @@ def test_finds_are_sent_once_and_judged_together(tmp_path):
     assert [line["sample_id"] for line in lines] == [600, 20, 21, 30, 31, 40, 41]  # by where the first rank met them
 
 
-@pytest.mark.parametrize(("bad", "ends"), [(6, None), (7, 8), (220, 8)])
-def test_64_ranks_judge_alike_whether_stopped_or_not(tmp_path, bad, ends):
-    """Ranks one after the other, each of which finds its share: the seventh file in the eighth step, all in ten."""
-    finds = [LateBad(2 * i, "cut", min(10 * i, 79)) for i in range(bad)]
-
-    def run(steps, known=()):
-        own = [finds[rank::64] for rank in range(64)]
-        ranks = SimpleNamespace(rank=0, any=lambda flag: True, gather=lambda what, function: [function(), *own[1:]])
-        trainer = trainer_of(ranks, tmp_path / "bad.jsonl", own[0], known)
-        for step in steps:
-            trainer.samples = step * PER_STEP
-            try:
-                Trainer._note_bad_files(trainer)
-            except DataError as error:
-                return step, str(error), trainer.bad_files.state_dict()["late"]
-        return None, "", trainer.bad_files.state_dict()["late"]
-
-    straight = run(range(1, 11))
-    assert straight[0] == ends
-    *_, known = run(range(1, 6))
-    assert run(range(6, 11), known) == straight
-
-
 def test_a_resumed_run_ends_at_the_step_at_which_the_undisturbed_one_does(tmp_path):
     """Three of eleven files lose their ends after the index was made, and two are allowed."""
     images = write_images(tmp_path / "images")
@@ -124,7 +101,7 @@ def test_a_resumed_run_ends_at_the_step_at_which_the_undisturbed_one_does(tmp_pa
 
     straight = ends(make_trainer(tmp_path / "straight", images, **options))
     assert straight[0] > 1
-    for step in range(straight[0]):
+    for step in (1, straight[0] - 1):
         out = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / f"straight/checkpoints/step-{step}", out / f"checkpoints/step-{step}")
         resumed = make_trainer(out, images, resume=True, **options)
