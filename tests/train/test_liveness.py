@@ -265,7 +265,8 @@ def die_before_the_first_step(rank: int, folder: Path) -> int:
 
 
 def test_a_rank_that_dies_before_the_first_step_is_named_and_the_others_end(tmp_path):
-    with start_ranks(die_before_the_first_step, 2, tmp_path, folder=tmp_path, timeout=WAIT, init_group=False) as processes:
+    options = {"folder": tmp_path, "timeout": WAIT, "init_group": False}
+    with start_ranks(die_before_the_first_step, 2, tmp_path, **options) as processes:
         processes[0].join(WAIT)
         assert processes[0].exitcode == 2
     text = (tmp_path / "0.log").read_text()
