@@ -1,15 +1,15 @@
-"""``torch.compile`` of a model or of its blocks, and what its CUDA graphs ask of a training step.
+"""``torch.compile`` of a model or of its blocks, and what its CUDA graphs require of a training step.
 
-Modes "reduce-overhead" and "max-autotune" replay CUDA graphs, one of the forward and one of the backward. They write
-where they wrote when they were recorded, so what a run leaves is gone with the next one:
+Modes "reduce-overhead" and "max-autotune" replay CUDA graphs, one of the forward and one of the backward. A replay
+writes to the addresses of the recording, so it overwrites the results of the replay before:
 
-- the loss is divided outside of the graph, which makes it a tensor of its own;
-- gradients that a later micro-batch is to be added to are copied (once a step, with accumulation only): autograd would
-  hand over the graph's own memory as ``.grad``, and the next backward would overwrite it, silently;
-- every micro-batch says that a new run begins, since nothing else tells PyTorch that the results are used up.
+- the loss is divided outside of the graph, which makes it a separate tensor;
+- gradients that a later micro-batch is added to are copied (once per step, with accumulation only): autograd would
+  return the graph's own memory as ``.grad``, and the next backward would overwrite it silently;
+- every micro-batch marks the beginning of a run, since nothing else tells PyTorch that the results are used up.
 
-What a graph reads has to lie where it lay: images, masks and low-precision copies of weights are copied to where it
-reads them, at ViT-L and a batch of 256 about 1.3 GB forward and 1.2 GB backward, a millisecond an H100.
+A graph also reads from fixed addresses: images, masks and low-precision copies of weights are copied there, at ViT-L
+and a batch of 256 about 1.3 GB forward and 1.2 GB backward, a millisecond on an H100.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 _BLOCK_GRAPHS = 64
-"""Graphs of a block that the compiler may keep: six a model (first, middle and last block of encoder and decoder
+"""Graphs of a block that the compiler may keep: six per model (first, middle and last block of encoder and decoder
 differ) for each image size."""
 
 
@@ -36,7 +36,7 @@ def check_compile_mode(mode: str, *, device_type: str, sharded: bool) -> None:
     """Refuse CUDA graphs where there can be none.
 
     Raises:
-        ValueError: without CUDA; with shards, since gathered weights lie elsewhere each time.
+        ValueError: without CUDA; with shards, since gathered weights have another address each time.
     """
     if not uses_cuda_graphs(mode):
         return
@@ -56,8 +56,7 @@ def compile_model(model: nn.Module, mode: str) -> nn.Module:
 
 
 def compile_blocks(model: nn.Module, mode: str) -> None:
-    """Each block's forward, in place: of the instance, and not by wrapping it, so that no name changes and hooks stay
-    outside the graph."""
+    """Compile each block's forward on the instance. A wrapper would change names and take hooks into the graph."""
     model.cuda_graphs = uses_cuda_graphs(mode)
     for block in (*model.blocks, *model.decoder_blocks):
         plain = block.forward
@@ -66,8 +65,8 @@ def compile_blocks(model: nn.Module, mode: str) -> None:
 
 
 class _Training:
-    """The compiled forward while gradients are wanted: pictures and probes in between leave the graphs alone, in whose
-    memory the results of one block would be gone when the next one has run."""
+    """The compiled forward while gradients are enabled. Pictures and probes in between do not use the graphs, in whose
+    memory the next block would overwrite the results of the one before."""
 
     def __init__(self, compiled: Any, plain: Any):
         self._compiled, self._plain = compiled, plain
@@ -78,12 +77,12 @@ class _Training:
 
 @contextmanager
 def graphed_batch(model: nn.Module, last: bool, inside: AbstractContextManager[None]) -> Iterator[None]:
-    """Around forward and backward of one of several batches that accumulate into a step, in CUDA graphs.
+    """Context of forward and backward of one of several batches that accumulate into a step, in CUDA graphs.
 
     Args:
         model: compiled.
-        last: whether the optimiser takes the gradients next, and not another batch.
-        inside: what else is around it.
+        last: whether the optimiser step comes next, and not another batch.
+        inside: another context, entered within this one.
     """
     first = all(p.grad is None for p in model.parameters())
     torch.compiler.cudagraph_mark_step_begin()
@@ -95,7 +94,7 @@ def graphed_batch(model: nn.Module, last: bool, inside: AbstractContextManager[N
 
 @torch.no_grad()
 def keep_gradients(model: nn.Module) -> None:
-    """Give every gradient memory of its own: what a CUDA graph wrote, its next run overwrites."""
+    """Copy every gradient out of the CUDA graph's memory, which its next run overwrites."""
     parameters = [p for p in model.parameters() if p.grad is not None]
     copies = [torch.empty_like(p.grad) for p in parameters]
     if copies:

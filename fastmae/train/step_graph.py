@@ -1,12 +1,12 @@
 """The whole optimiser step as one CUDA graph: forward, backward, clipping and update are a single launch.
 
 A replay repeats the captured kernels on the memory that they were captured with, so whatever changes from step to step
-has to be written to a fixed place: images and masks are copied to buffers, the learning rate is a tensor that is filled
-before the step, the loss scale is updated in place. Gradients, copies of weights and activations live inside the graph.
-What a step returns is copied out, since the next replay overwrites it.
+has to be written to a fixed address: images and masks are copied to buffers, the learning rate is a tensor that is
+filled before the step, the loss scale is updated in place. Gradients, copies of weights and activations live inside the
+graph. What a step returns is copied out, since the next replay overwrites it.
 
-Kernels have to be compiled, workspaces allocated and the optimiser's state created before the capture. So the first
-steps run as ever, on the stream of the capture. A capture computes nothing: no step is taken twice or left out.
+Kernels have to be compiled, workspaces allocated and the optimiser's state created before the capture, so the first
+steps run eagerly, on the stream of the capture. A capture computes nothing: no step is taken twice or skipped.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Inputs = tuple[Tensor, Masking]
 """Images and masks of one forward pass."""
 
 WARM_UP = 3
-"""Ordinary steps before the capture, as many as PyTorch's documentation of whole-network capture takes."""
+"""Eager steps before the capture, as many as PyTorch's documentation of whole-network capture takes."""
 
 
 class CudaRecorder:
-    """Runs work beside the current stream, or captures it.
+    """Runs a function on a side stream, or captures it there.
 
     Raises:
         ValueError: without a GPU, or with several processes.
@@ -58,7 +58,7 @@ class CudaRecorder:
         return results
 
     def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Capture ``work()``: a function that runs it on the current stream, and where each run leaves its results."""
+        """Capture ``work()``: a function that runs it on the current stream, and the tensors that each run writes."""
         graph = torch.cuda.CUDAGraph()
         # The loader's threads go on allocating pinned memory and querying events, which "global" would forbid them.
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -76,7 +76,6 @@ class StepGraph:
     Args:
         update: from the inputs of each forward pass to scalars: loss, gradient norm, whether the step was skipped. It
             must not read the device, leave gradients, or use Python values that change.
-        recorder: what captures.
     """
 
     def __init__(self, update: Callable[[Iterable[Inputs]], tuple[Tensor, ...]], recorder: CudaRecorder) -> None:
@@ -100,7 +99,7 @@ class StepGraph:
         return self._results.clone().unbind()
 
     def reset(self) -> None:
-        """Forget the graph: the optimiser's state is about to be replaced, and a graph knows tensors by their place."""
+        """Forget the graph: the optimiser's state is about to be replaced, and a graph knows tensors by address."""
         if self._replay is not None:
             self._recorder.wait()
         self._replay, self._results, self._steps = None, torch.empty(0), 0

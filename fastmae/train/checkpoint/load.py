@@ -105,17 +105,30 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: {name} is {there}, expected {here}")
 
 
-def open_checkpoint(path: Path, *, ranks: Ranks | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, *, ranks: Ranks | None = None, check: Callable[[Mapping[str, Any]], object] = bool
+) -> Checkpoint:
     """Read and verify a folder ``step-N``; with ``torch.distributed`` initialised, every rank calls it.
 
-    The files are divided among the ranks (None makes a group for this call): each verifies some, and all learn what
-    was found.
+    The files are divided among the ranks: each verifies some, and all learn what was found.
+
+    Args:
+        ranks: who reads; None makes a group for this call.
+        check: called with the manifest on rank 0; whatever it raises counts as damage, since a manifest whose checksum
+            fits may still have been written by a broken program.
 
     Raises:
         CheckpointError: on all ranks alike, naming the file that is missing, unknown, truncated or altered.
     """
+
+    def read_manifest_and_table() -> tuple[dict[str, Any], dict[str, Entry]]:
+        manifest = read_manifest(path)
+        with reading(path / MANIFEST):
+            check(manifest)
+            return manifest, _read_table(path, manifest)
+
     with as_ranks(ranks) as ranks:
-        manifest, tensors = ranks.first("reading a manifest", lambda: _read_tables(path))
+        manifest, tensors = ranks.first("reading a manifest", read_manifest_and_table)
         files = manifest["files"]
 
         def verify_own() -> None:
@@ -135,23 +148,14 @@ def open_latest(
     check: Callable[[Mapping[str, Any]], object] = bool,
     newest: int | None = None,
 ) -> Checkpoint:
-    """The newest usable checkpoint of a run. A damaged one is reported on stderr and passed over.
+    """:func:`open_checkpoint` of a run's newest usable one. A damaged one is reported on stderr and passed over.
 
     Args:
-        check: called with the manifest; whatever it raises counts as damage, since a manifest whose checksum fits may
-            still have been written by a broken program.
         newest: step up to which checkpoints are considered; None for all.
 
     Raises:
         CheckpointError: on all ranks alike, if there is none.
     """
-
-    def open_and_check(path: Path, ranks: Ranks) -> Checkpoint:
-        checkpoint = open_checkpoint(path, ranks=ranks)
-        with reading(path / MANIFEST):
-            check(checkpoint.manifest)
-        return checkpoint
-
     with as_ranks(ranks) as ranks:
         candidates = ranks.first("listing checkpoints", lambda: list_checkpoints(run_folder / "checkpoints"))
         candidates = [path for path in candidates if newest is None or step_of(path) <= newest]
@@ -160,7 +164,7 @@ def open_latest(
         reasons = []
         for path in candidates:
             try:
-                return open_and_check(path, ranks)
+                return open_checkpoint(path, ranks=ranks, check=check)
             except LostRankError:  # says nothing about the checkpoint
                 raise
             except CheckpointError as error:
@@ -186,11 +190,9 @@ def load_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor],
 
 
 def consolidate(folder: Path, out: Path, *, optimizer: bool = False) -> Path:
-    """Write the tensors of a checkpoint into one file, holding one tensor in memory at a time.
+    """Write the tensors of a verified checkpoint into one ``.safetensors`` file, one tensor in memory at a time.
 
     Args:
-        folder: a checkpoint, ``step-N``; it is verified first.
-        out: a ``.safetensors`` file; replaced atomically.
         optimizer: False writes the weights, under facebookresearch/mae's keys and with the architecture in the
             metadata, as an export does; True writes every tensor, under the names that it has in the checkpoint.
 
@@ -208,12 +210,9 @@ def consolidate(folder: Path, out: Path, *, optimizer: bool = False) -> Path:
 def read_together(checkpoint: Checkpoint, targets: Mapping[str, Tensor], ranks: Ranks) -> None:
     """Fill tensors with what a checkpoint holds under their names; every rank calls it, with the same names.
 
-    Of a tensor that all ranks hold, each file is read by the rank that verified it, tensor by tensor, and sent over the
+    A plain tensor, whose shape is the same on all ranks, is read by the rank that verified its file and sent over the
     connections of the training, so that each byte is read from the file system once. Each rank reads its shard of a
     DTensor, the first one where there are replicas.
-
-    Args:
-        targets: plain tensors, of the same shapes on all ranks, or DTensors; on any device.
 
     Raises:
         CheckpointError: on all ranks alike, as :meth:`Checkpoint.read_into`, or if a rank has gone.
@@ -264,21 +263,19 @@ def reader_of(file: int, files: int, ranks: int) -> int:
     return file * ranks // files if files <= ranks else file % ranks
 
 
-def _read_tables(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """The manifest, and where all tensors are; on rank 0. No header of a file is sent, only this table."""
-    manifest = read_manifest(path)
+def _read_table(path: Path, manifest: dict[str, Any]) -> dict[str, Entry]:
+    """Where all tensors are. Rank 0 sends this table to the others, and no header of a file."""
     if manifest["format_version"] == 1:
-        return manifest, _table_of_headers(path, manifest["files"])
-    with reading(path / MANIFEST):
-        shards, names = tuple(manifest.pop("shards")), {file["name"] for file in manifest["files"]}
-        tensors = {}
-        for name, entry in manifest.pop("tensors").items():
-            shape = tuple(map(operator.index, entry["shape"]))
-            whole = Chunk(DTYPES[entry["dtype"]], shape, (0,) * len(shape))
-            tensors[name] = Entry(whole, shards if entry["file"] is None else (entry["file"],))
-            if any(file not in names for file, chunk in tensors[name].chunks() if chunk.bytes):
-                raise CheckpointError(f"{path / MANIFEST}: {name} is in a file that is not listed")
-    return manifest, tensors
+        return _table_of_headers(path, manifest["files"])
+    shards, names = tuple(manifest.pop("shards")), {file["name"] for file in manifest["files"]}
+    tensors = {}
+    for name, entry in manifest.pop("tensors").items():
+        shape = tuple(map(operator.index, entry["shape"]))
+        whole = Chunk(DTYPES[entry["dtype"]], shape, (0,) * len(shape))
+        tensors[name] = Entry(whole, shards if entry["file"] is None else (entry["file"],))
+        if any(file not in names for file, chunk in tensors[name].chunks() if chunk.bytes):
+            raise CheckpointError(f"{path / MANIFEST}: {name} is in a file that is not listed")
+    return tensors
 
 
 def _table_of_headers(path: Path, files: list[dict[str, Any]]) -> dict[str, Entry]:
@@ -297,13 +294,7 @@ def _table_of_headers(path: Path, files: list[dict[str, Any]]) -> dict[str, Entr
 
 def _check_chunks(file: Path, found: Mapping[str, Chunk], tensors: Mapping[str, Entry]) -> None:
     """Compare what a file holds with the table."""
-    expected = {
-        name: chunk
-        for name, entry in tensors.items()
-        if file.name in entry.files
-        for place, chunk in entry.chunks()
-        if place == file.name
-    }
+    expected = {name: chunk for name, entry in tensors.items() for place, chunk in entry.chunks() if place == file.name}
     for name in expected.keys() | found.keys():
         if expected.get(name) != found.get(name):
             raise CheckpointError(f"{file}: {name} is {found.get(name)!r}, but {expected.get(name)!r} in {MANIFEST}")
@@ -311,14 +302,15 @@ def _check_chunks(file: Path, found: Mapping[str, Chunk], tensors: Mapping[str, 
 
 def _overlap(there: Chunk, here: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
     """Where the common part of two boxes lies in each of them; None if they have none. Of scalars: ``((), ())``."""
-    first, second = [], []
-    for a, length_a, b, length_b in zip(there.offsets, there.shape, here.offsets, here.shape, strict=True):
-        begin, end = max(a, b), min(a + length_a, b + length_b)
-        if begin >= end:
-            return None
-        first.append(slice(begin - a, end - a))
-        second.append(slice(begin - b, end - b))
-    return tuple(first), tuple(second)
+    begins = list(map(max, there.offsets, here.offsets))
+    ends = list(map(min, *(map(operator.add, box.offsets, box.shape) for box in (there, here))))
+    if not all(map(operator.lt, begins, ends)):
+        return None
+    first, second = (
+        tuple(slice(begin - o, end - o) for begin, end, o in zip(begins, ends, box.offsets, strict=True))
+        for box in (there, here)
+    )
+    return first, second
 
 
 def _replicated_dims(tensor: DTensor) -> list[int]:

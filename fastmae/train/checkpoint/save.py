@@ -72,7 +72,6 @@ def save_checkpoint(
 
     Args:
         folder: the run's ``checkpoints`` folder; must exist, on a file system that all ranks share.
-        step: optimiser steps done.
         tensors: plain ones, equal on all ranks, or DTensors; any device and number of dimensions.
         manifest: JSON-able values to keep beside the tensors; those of rank 0 count.
         keep: number of newest checkpoints to keep, at least 1; None keeps all.
@@ -80,15 +79,13 @@ def save_checkpoint(
         ranks: who saves; None makes a group for this call.
 
     Raises:
-        CheckpointError: on all ranks alike, if the disk is full or not writable on any; earlier checkpoints are
-            untouched.
+        CheckpointError: on all ranks alike, if any cannot write; earlier checkpoints are untouched.
         TypeError: if the manifest's values are not JSON-able.
         ValueError: if the folder is in an object store.
     """
     refuse_url(folder)
-    text = json.dumps(manifest)
     with as_ranks(ranks) as ranks:
-        path = write(folder, step, plan_save(tensors, ranks), text, ranks)
+        path = write(folder, step, plan_save(tensors, ranks), json.dumps(manifest), ranks)
         if ranks.rank == 0:
             prune(folder, path, keep, keep_every)
     return path
