@@ -42,6 +42,7 @@ other's way."""
 _IDLE_CORES = 0.75
 """With less than this fraction of the cores at work, the loader waits for something else than processors."""
 _SAMPLED = 4096
+"""Images whose sizes are looked at."""
 
 
 def config_to_measure(config: PretrainConfig) -> PretrainConfig:
@@ -266,19 +267,13 @@ def data_advice(config: PretrainConfig, dataset: Dataset, loader: Any, found: Me
         install = "" if data.has_dali() else "pip install 'fastmae[dali-cuda13]', "
         advice.append(f"{install}--data.loader dali: images are decoded on the CPU now, DALI decodes them on the GPU.")
     short_side = round(max(config.img_size) * 8 / 7)  # 256 for 224, as ImageNet is usually stored
-    pixels, shrunk = _mean_pixels(dataset, short_side)
+    sample = dataset.rows(np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED).astype(np.int64)))
+    height, width = (sample[sample["bad"] == 0][side].astype(float) for side in ("height", "width"))
+    scale = np.minimum(1.0, short_side / np.minimum(height, width))
+    pixels, shrunk = np.mean(height * width), np.mean(height * width * scale**2)
     if pixels > 1.5 * shrunk:
         advice.append(
             f"fastmae data shard {config.data.path} OUT --short-side {short_side}: images have {pixels / 1e6:.2f} "
             f"megapixels on average and would have {shrunk / 1e6:.2f}, {pixels / shrunk:.1f} times fewer to decode."
         )
     return advice
-
-
-def _mean_pixels(dataset: Dataset, short_side: int) -> tuple[float, float]:
-    """Of an evenly spread sample: mean pixels as they are, and at a short side."""
-    rows = dataset.rows(np.unique(np.linspace(0, len(dataset) - 1, _SAMPLED).astype(np.int64)))
-    rows = rows[rows["bad"] == 0]
-    pixels = rows["height"].astype(float) * rows["width"]
-    scale = np.minimum(1.0, short_side / np.minimum(rows["height"], rows["width"]))
-    return float(pixels.mean()), float((pixels * scale**2).mean())
