@@ -14,7 +14,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,22 +149,20 @@ def _open_folder(config: PretrainConfig, ranks: Ranks) -> RunFolder:
     return led[0] if led else RunFolder(config.out, resume=config.resume, leader=False)
 
 
+@dataclass
 class _Pretraining:
     """One run in an open folder: set up, train, evaluate."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        folder: RunFolder,
-        parallelism: Parallelism,
-        ranks: Ranks,
-        stop: StopRequest,
-        watchdog: Watchdog,
-    ) -> None:
-        self.config, self.folder, self.parallelism, self.ranks = config, folder, parallelism, ranks
-        self.stop, self.watchdog = stop, watchdog
-        self.console = WordWrapConsole(quiet=not parallelism.is_main)
-        self.resume_command = f"fastmae pretrain --out {folder.path} --resume"
+    config: PretrainConfig
+    folder: RunFolder
+    parallelism: Parallelism
+    ranks: Ranks
+    stop: StopRequest
+    watchdog: Watchdog
+
+    def __post_init__(self) -> None:
+        self.console = WordWrapConsole(quiet=not self.parallelism.is_main)
+        self.resume_command = f"fastmae pretrain --out {self.folder.path} --resume"
 
     def run(self) -> Status:
         """Returns how the run ended, the same on all ranks."""
@@ -414,11 +412,9 @@ class WordWrapConsole(Console):
         super().__init__(highlight=False, markup=False, soft_wrap=True, force_jupyter=False, **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
+        wrap = partial(
+            textwrap.fill, width=self.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
         if self.is_terminal:
-            objects = tuple(self._wrap(text) if isinstance(text, str) else text for text in objects)
+            objects = tuple("\n".join(map(wrap, o.split("\n"))) if isinstance(o, str) else o for o in objects)
         super().print(*objects, **options)
-
-    def _wrap(self, text: str) -> str:
-        keep_words = {"break_long_words": False, "break_on_hyphens": False}
-        lines = (textwrap.wrap(line, self.width, subsequent_indent="  ", **keep_words) for line in text.split("\n"))
-        return "\n".join("\n".join(line) for line in lines)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import socket
-import threading
 import time
 from collections import namedtuple
 from dataclasses import replace
@@ -165,16 +164,11 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     assert list(tmp_path.iterdir()) == [mark]
 
 
-def test_adding_up_that_hangs_or_raises_is_an_answer():
-    hangs = threading.Event()
-    assert module._limited(lambda: hangs.wait(20) and None, 0.05) == "all-reduce: not done after 0.05 s"
-    hangs.set()
-
+def test_a_collective_that_fails_is_an_answer():
     def fail() -> None:
         raise RuntimeError("NCCL error:\nno route")
 
     assert module._limited(fail, 5) == "all-reduce: NCCL error: no route"
-    assert module._limited(lambda: None, 5) is None
 
 
 def test_a_full_disk_ends_the_command_with_one_line_and_no_folder(tmp_path, capsys, monkeypatch):
