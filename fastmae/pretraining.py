@@ -30,7 +30,7 @@ from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.batch_size import keeps_batch_size
+from fastmae.train.batch_size import describe_uneven_shares, keeps_batch_size
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
 from fastmae.train.checkpoint.format import step_of
@@ -55,7 +55,8 @@ _log = logging.getLogger(__name__)
 
 _FLAGS = {"mode": "--train.parallel", "shard_size": "--train.shard-size", "device_type": "--train.device",
           "global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size",
-          "compile_mode": "--train.compile-mode", "cuda_graph": "--train.cuda-graph"}  # fmt: skip
+          "compile_mode": "--train.compile-mode", "reduce_dtype": "--train.reduce-dtype",
+          "cuda_graph": "--train.cuda-graph"}  # fmt: skip
 """Flags behind arguments that functions report by their own names."""
 _CROPS, _ROWS = 256, 12
 """Crops over which the final errors are measured, and rows of the final picture."""
@@ -236,6 +237,8 @@ class _Pretraining:
                 self.console.print(line)
         self.warn(precision.warning)
         self.warn(_too_few_images(dataset, config))
+        train = config.train
+        self.warn(describe_uneven_shares(train.global_batch_size, ranks.size, train.masks_per_image))
         if saved:
             self.resume(trainer, saved, found)
         else:

@@ -21,6 +21,7 @@ from fastmae.data.loader import Loader
 from fastmae.data.options import choose_options
 from fastmae.data.photographs import open_photographs
 from fastmae.data.plan import ImgSize, Planner
+from fastmae.data.sampler import micro_batches
 from fastmae.data.sources import EXPECTED, find_source
 from fastmae.ops.philox import split_seed
 
@@ -176,13 +177,13 @@ def create_loader(
     Args:
         dataset: from ``open_dataset``.
         loader: ``"dali"``, ``"torch"``, or ``"auto"`` (see ``choose_loader``).
-        batch_size: samples a batch, on this rank.
+        batch_size: samples per batch, on this rank; with ``samples_per_step``, at most.
         img_size: height and width of the crops, or a function that gives them for an epoch; a global batch that
             straddles epochs has the size of the one that it begins in.
         seed: of order, crops and flips; in [0, 2**63).
-        position: samples that all ranks together have consumed; a run continued from here gets the very batches that it
-            would have got.
-        rank, world_size: which slice of each global batch of ``batch_size * world_size`` is this one's.
+        position: samples that all ranks together have consumed, whole steps; a run continued from here gets the very
+            batches that it would have got.
+        rank, world_size: which slice of each global batch is this one's.
         device: where batches are handed out.
         augment: crop and flip; None for ``Augment()``.
         num_threads: decoding threads; None for one a core, at most 16 (half the cores where ``device`` is the CPU,
@@ -192,8 +193,9 @@ def create_loader(
         known_bad: ``Loader.late_bad`` of the run that is continued.
         limit_bad: raise once more files are bad than ``max_bad_fraction`` allows, ``known_bad`` included. False where
             the caller judges what several ranks have found.
-        samples_per_step: of the steps that several global batches make up, if any: all of a step have the size of the
-            epoch in which it begins, so that sizes do not hang on how a step is split.
+        samples_per_step: samples of an optimiser step on all ranks, which divide them into batches that differ by at
+            most one sample (:func:`fastmae.data.sampler.micro_batches`). All of a step have the size of the epoch in
+            which it begins. None: ``batch_size * world_size``.
         hw_decoder_load: with DALI on a GPU that has a hardware JPEG decoder, its share of the files.
         cache_bytes: the torch loader decodes each image once and keeps it, if all of them together take no more.
 
@@ -201,7 +203,8 @@ def create_loader(
         ValueError: an argument out of range.
         DataError: DALI is asked for by name and is not installed.
     """
-    counts = {"batch_size": batch_size, "world_size": world_size, "samples_per_step": samples_per_step or 1}
+    samples_per_step = batch_size * world_size if samples_per_step is None else samples_per_step
+    counts = {"batch_size": batch_size, "world_size": world_size, "samples_per_step": samples_per_step}
     if not callable(img_size):
         counts["img_size"] = min(img_size)
     for name, value in counts.items():
@@ -211,6 +214,11 @@ def create_loader(
         raise ValueError(f"position: expected at least 0, got {position}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
+    if not micro_batches(samples_per_step, batch_size, rank=world_size - 1, world_size=world_size)[-1]:
+        raise ValueError(
+            f"samples_per_step: expected at least one for each batch of {world_size} ranks, got {samples_per_step} "
+            f"with batches of {batch_size}"
+        )
     if not timeout > 0:
         raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
     if not 0 <= hw_decoder_load <= 1:

@@ -105,7 +105,11 @@ class DaliLoader(Loader):
                     raise self._fed[0].plan.error
                 batch = self._deliver(*self._fed[0], crops)
             except RuntimeError as error:
-                fed = self._fed[0] if self._fed else _Fed(self.plan(step), np.ones(self.batch_size, bool))
+                if self._fed:
+                    fed = self._fed[0]
+                else:
+                    plan = self.plan(step)
+                    fed = _Fed(plan, np.ones(len(plan.positions), bool))
                 self._pipeline = None
                 if fed.plan.error is not None:
                     raise fed.plan.error from error
@@ -138,7 +142,7 @@ class DaliLoader(Loader):
             # Not DALI's own memory through DLPack: DALI would fill it again as soon as the last reference is gone,
             # while kernels may still read it. The copy takes what a 38 MB batch takes at the memory's speed.
             with torch.cuda.stream(self._stream):
-                shape = self.batch_size, *plan.img_size, 3
+                shape = len(plan.positions), *plan.img_size, 3
                 images = torch.empty(shape, dtype=torch.uint8, device=self.device)
                 feed_ndarray(crops.as_tensor(), images, cuda_stream=self._stream)
                 for j in np.flatnonzero(on_host):
@@ -147,7 +151,7 @@ class DaliLoader(Loader):
                     images[j] = torch.from_numpy(image)
                 self._stream.synchronize()
             return self.finish(plan, images)
-        images = self.empty_images(plan.img_size)
+        images = self.empty_images(plan)
         out = images.numpy()
 
         def finish(j: int) -> None:
@@ -157,7 +161,7 @@ class DaliLoader(Loader):
             crop = np.asarray(crops[j])  # DALI's own memory; at(j) would be a copy
             self.finish_image(plan, j, crop, np.array([0, 0, *crop.shape[:2]]), out[j])
 
-        self.for_each(finish, self.batch_size)
+        self.for_each(finish, len(out))
         return self.finish(plan, images)
 
     def read_batch(self, plan: Plan) -> tuple[list[np.ndarray], np.ndarray]:
@@ -231,9 +235,9 @@ class DaliLoader(Loader):
         if self._failures > _MAX_FAILURES:
             raise DataError(f"DALI failed at {self._failures} steps in a row: {error}") from error
         logger.warning("DALI cannot make step %d, so it is decoded on the host: %s", plan.step, error)
-        images = self.empty_images(plan.img_size)
+        images = self.empty_images(plan)
         out = images.numpy()
-        self.for_each(lambda j: self.render(plan, j, out[j]), self.batch_size)
+        self.for_each(lambda j: self.render(plan, j, out[j]), len(out))
         return self.finish(plan, images)
 
 

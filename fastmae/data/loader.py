@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 class Loader(ABC):
     """An endless iterator of batches, made ahead in background threads.
 
-    Batch ``k`` holds the global positions ``position + k * batch_size * world_size + rank * batch_size + j``. Batches
-    are equal bit for bit whatever the number of threads, and wherever in the run the loader was started.
+    Which positions a batch holds is a pure function (:func:`fastmae.data.sampler.batch_positions`). Batches are equal
+    bit for bit whatever the number of threads, and wherever in the run the loader was started.
 
     Attributes:
         kind: ``"torch"`` or ``"dali"``.
@@ -235,9 +235,9 @@ class Loader(ABC):
         if self._limit_bad:
             self.dataset.check_bad_fraction({late.sample_id: late.reason for late in self.late_bad})
 
-    def empty_images(self, img_size: tuple[int, int]) -> torch.Tensor:
+    def empty_images(self, plan: Plan) -> torch.Tensor:
         """Memory for a batch's images: (N, H, W, C) of the data set's dtype, pinned if it goes to a GPU."""
-        shape = self.batch_size, *img_size, self.dataset.channels
+        shape = len(plan.positions), *plan.img_size, self.dataset.channels
         return torch.empty(shape, dtype=getattr(torch, self.dataset.dtype.name), pin_memory=self._on_gpu)
 
     def finish(self, plan: Plan, images: torch.Tensor) -> Batch:

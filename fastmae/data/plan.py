@@ -10,7 +10,7 @@ import numpy as np
 from fastmae.data.augment import Augment, crop_boxes, flips, jitter_factors
 from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
-from fastmae.data.sampler import batch_positions, permuted_ids, replacements
+from fastmae.data.sampler import batch_positions, micro_batches, permuted_ids, replacements
 
 ImgSize = tuple[int, int] | Callable[[int], tuple[int, int]]
 """Height and width, or a function that gives them for an epoch."""
@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Planner:
-    """Makes plans. Batch ``k`` holds the global positions ``position + (k * world_size + rank) * batch_size + j``."""
+    """Makes plans: of the batches that :func:`fastmae.data.sampler.batch_positions` numbers."""
 
     dataset: Dataset
     batch_size: int
@@ -56,15 +56,15 @@ class Planner:
     rank: int
     world_size: int
     augment: Augment
-    samples_per_step: int | None = None
+    samples_per_step: int
 
     def size(self, step: int) -> tuple[int, int]:
-        """Height and width of a batch's images: those of the epoch in which the global batch begins, on every rank, or
-        of the one in which the optimiser's step begins that the batch is a part of."""
+        """Height and width of a batch's images: on every rank those of the epoch in which the optimiser's step begins
+        that the batch is a part of."""
         if not callable(self.img_size):
             return self.img_size
-        first = self.position + step * self.batch_size * self.world_size
-        first -= first % (self.samples_per_step or 1)
+        per_step = len(micro_batches(self.samples_per_step, self.batch_size, world_size=self.world_size))
+        first = self.position + step // per_step * self.samples_per_step
         height, width = self.img_size(first // len(self.dataset))
         if min(height, width) < 1:
             raise ValueError(f"img_size: expected at least 1, got {(height, width)} at global position {first}")
@@ -72,9 +72,8 @@ class Planner:
 
     def plan(self, step: int) -> Plan:
         """The plan of a step. Images that the index knows to be bad are replaced."""
-        positions = batch_positions(
-            step, batch_size=self.batch_size, position=self.position, rank=self.rank, world_size=self.world_size
-        )
+        ranks = {"rank": self.rank, "world_size": self.world_size, "total": self.samples_per_step}
+        positions = batch_positions(step, batch_size=self.batch_size, position=self.position, **ranks)
         sample_ids, epochs = permuted_ids(positions, len(self.dataset), self.seed)
         source_ids = sample_ids.copy()
         for j in np.flatnonzero(self.dataset.is_bad(sample_ids)):

@@ -2,7 +2,7 @@
 
 Global position ``g`` counts the samples that all ranks together have seen. ``epoch = g // N``, and the sample is a
 pseudorandom permutation of ``0..N-1``, keyed by ``(seed, epoch)``, at ``g % N``. Ranks take slices of each global
-batch, batches straddle epochs, and nothing is dropped or padded.
+batch, equal or one sample longer, batches straddle epochs, and nothing is dropped or padded.
 
 The permutation is an alternating Feistel network on ``ceil(log2 N)`` bits, walked along its cycle until it lands below
 ``N`` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3 and 5). It costs the same for
@@ -68,13 +68,34 @@ def _mask(bits: int) -> np.uint64:
     return np.uint64((1 << bits) - 1)
 
 
-def batch_positions(step: int, *, batch_size: int, position: int = 0, rank: int = 0, world_size: int = 1) -> np.ndarray:
-    """Global positions, int64 (batch_size,), of a rank's ``step``-th batch after ``position`` samples were consumed.
+def micro_batches(total: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[range]:
+    """A rank's parts of the ``total`` samples of an optimiser step.
 
-    ``position + step * batch_size * world_size + rank * batch_size + j`` for ``j`` in ``0..batch_size-1``.
+    Every rank has equally many micro-batches, the fewest whose largest has ``batch_size`` samples. Number ``m`` of rank
+    ``r`` is part ``m * world_size + r`` of all. Parts follow each other without gaps. Their lengths differ by at most
+    one, longer ones first, so the shares of two ranks differ by at most one sample too.
     """
-    start = position + (step * world_size + rank) * batch_size
-    return np.arange(start, start + batch_size, dtype=np.int64)
+    count = -(-total // (batch_size * world_size))
+    length, longer = divmod(total, count * world_size)
+    numbers = range(rank, count * world_size, world_size)
+    starts = (number * length + min(number, longer) for number in numbers)
+    return [range(start, start + length + (n < longer)) for n, start in zip(numbers, starts, strict=True)]
+
+
+def batch_positions(
+    batch: int, *, batch_size: int, position: int = 0, rank: int = 0, world_size: int = 1, total: int | None = None
+) -> np.ndarray:
+    """Global positions, int64 (n,), of a rank's ``batch``-th batch after ``position`` samples were consumed.
+
+    Args:
+        batch_size: n at most.
+        position: where an optimiser step begins.
+        total: samples of a step on all ranks, as :func:`micro_batches` divides them; None: ``batch_size * world_size``.
+    """
+    total = total or batch_size * world_size
+    parts = micro_batches(total, batch_size, rank=rank, world_size=world_size)
+    step, number = divmod(batch, len(parts))
+    return position + step * total + np.array(parts[number], dtype=np.int64)
 
 
 def replacements(sample_id: int, epoch: int, num_samples: int, seed: int) -> Iterator[int]:

@@ -31,7 +31,7 @@ class TorchLoader(Loader):
 
     def produce(self, step: int) -> Batch:
         plan = self.plan(step)
-        images = self.empty_images(plan.img_size)
+        images = self.empty_images(plan)
         out = images.numpy()
         self.for_each(lambda j: self.render(plan, j, out[j]), len(out))
         return self.finish(plan, images)

@@ -19,12 +19,13 @@ USED_FRACTION = 0.9
 
 
 def divide_batch(
-    global_batch: int, world_size: int, max_batch: int | None = None, *, multiple_of: int = 1
+    global_batch: int, world_size: int, max_batch: int | None = None, multiple_of: int = 1
 ) -> tuple[int, int]:
     """The batch of one process in one forward pass, and the passes whose gradients accumulate into a step.
 
     The global batch stays what it is on any number of processes, and with it the learning rate, the schedule and the
-    samples of a step; batch and accumulation follow.
+    samples of a step; batch and accumulation follow. Where it does not divide evenly, some batches are one image
+    smaller (:func:`fastmae.data.sampler.micro_batches`), and the trainer weights their losses.
 
     Args:
         global_batch: masked images of an optimiser step.
@@ -33,30 +34,53 @@ def divide_batch(
         multiple_of: masks per image; a batch holds whole images.
 
     Returns:
-        ``(batch, accumulation)`` with ``batch * accumulation * world_size == global_batch``, batch as large as it may.
+        ``(batch, accumulation)``: the largest batch of any process, and its number of passes.
 
     Raises:
-        ValueError: if the global batch does not divide among the processes, or no batch of at most ``max_batch`` is a
-            multiple of ``multiple_of``.
+        ValueError: if there is not an image for each process and pass, or ``max_batch`` holds no whole image.
     """
     for name, value in (("global_batch", global_batch), ("world_size", world_size), ("multiple_of", multiple_of)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    unit = world_size * multiple_of
-    if global_batch % unit:
-        below, above = global_batch // unit * unit, (global_batch // unit + 1) * unit
-        near = f"{below} or {above}" if below else str(above)
-        each = f" with {multiple_of} masks per image" if multiple_of > 1 else ""
-        raise ValueError(
-            f"global_batch: expected a multiple of {unit} for {world_size} processes{each}, such as {near}, "
-            f"got {global_batch}"
-        )
+    each = f" with {multiple_of} masks per image" if multiple_of > 1 else ""
+    if global_batch % multiple_of:
+        raise ValueError(f"global_batch: expected a multiple of {multiple_of}{each}, got {global_batch}")
     if max_batch is not None and max_batch < multiple_of:
-        raise ValueError(f"max_batch: expected at least {multiple_of}, got {max_batch}")
-    share = global_batch // world_size
-    most = share if max_batch is None else min(max_batch, share)
-    batch = next(b for b in range(most, 0, -1) if share % b == 0 and b % multiple_of == 0)
-    return batch, share // batch
+        raise ValueError(f"max_batch: expected at least {multiple_of}{each}, got {max_batch}")
+    images = global_batch // multiple_of
+    if images < world_size:
+        least = world_size * multiple_of
+        raise ValueError(
+            f"global_batch: expected at least {least} for {world_size} processes{each}, got {global_batch}"
+        )
+    accumulation = 1 if max_batch is None else _num_passes(images, world_size, max_batch // multiple_of)
+    if images < world_size * accumulation:  # only for single images at a time
+        raise ValueError(
+            f"max_batch: expected at least {2 * multiple_of}{each}, since {global_batch} do not divide evenly among "
+            f"{world_size} processes, got {max_batch}"
+        )
+    return -(-images // (world_size * accumulation)) * multiple_of, accumulation
+
+
+def _num_passes(images: int, world_size: int, most: int) -> int:
+    """The fewest passes of at most so many images, or of equal ones if there are not twice as many: a second size is a
+    second graph to compile and capture."""
+    fewest = -(-images // (world_size * most))
+    equal = (n for n in range(fewest, 2 * fewest) if images % (world_size * n) == 0)
+    return next(equal, fewest)
+
+
+def describe_uneven_shares(global_batch: int, world_size: int, masks_per_image: int = 1) -> str | None:
+    """A warning that names the shares of the processes if they differ."""
+    share, longer = divmod(global_batch // masks_per_image, world_size)
+    if not longer:
+        return None
+    more, fewer = (share + 1) * masks_per_image, share * masks_per_image
+    return (
+        f"--train.global-batch-size: {global_batch:,} images do not divide evenly among {world_size:,} processes. In a "
+        f"step {longer:,} of them take {more:,} and {world_size - longer:,} take {fewer:,}; the result is the same, "
+        "and the latter wait for the former"
+    )
 
 
 def keeps_batch_size(config: PretrainConfig, manifest: Mapping[str, Any], world_size: int) -> bool:
@@ -72,12 +96,12 @@ def keeps_batch_size(config: PretrainConfig, manifest: Mapping[str, Any], world_
 def find_batch_size(share: int, masks_per_image: int, peak: Callable[[int], float], budget: float) -> int:
     """The largest micro-batch whose measured peak fits.
 
-    Two small batches give the memory per image; the largest divisor of the share that should fit by that is measured
-    too, and smaller ones after it until one does fit. So a device is not driven out of memory on purpose, which a rank
-    of several would do alone.
+    Two small batches give the memory per image; the largest part of the share that should fit by that is measured too,
+    and smaller ones after it until one does fit. So a device is not driven out of memory on purpose, which a rank of
+    several would do alone.
 
     Args:
-        share: masked images of this process in a step; the result divides it.
+        share: masked images of a process in a step, the largest; the result is what a whole number of passes takes.
         masks_per_image: the result is a multiple.
         peak: bytes in use at the worst moment of forward and backward of so many masked images; infinite if it ran out.
         budget: bytes there are.
@@ -96,7 +120,9 @@ def find_batch_size(share: int, masks_per_image: int, peak: Callable[[int], floa
     if larger == small:
         return small
     per_image = max((peak(larger) - first) / (larger - small), 0)
-    sizes = [b for b in range(share, 0, -1) if share % b == 0 and b % masks_per_image == 0]
+    images = share // masks_per_image
+    passes = {_num_passes(images, 1, most) for most in range(1, images + 1)}
+    sizes = [-(-images // n) * masks_per_image for n in sorted(passes)]
     expected = (b for b in sizes if first + (b - small) * per_image <= budget)
     return next((b for b in expected if b == small or peak(b) <= budget), small)
 
@@ -117,7 +143,7 @@ def measured_batch_size(
         config: precision and mask ratio.
         model: the bare model, which ``forward`` calls.
         forward: what a step calls.
-        share: masked images of this process in a step.
+        share: masked images of a process in a step, the largest.
         agree: the largest of a number over all ranks.
 
     Returns:

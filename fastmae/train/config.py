@@ -26,6 +26,8 @@ ParallelMode = Literal["none", "ddp", "fsdp", "hsdp"]
 Precision = Literal["bf16", "fp16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Compile = Literal["none", "blocks", "model"]
+ReduceDtype = Literal["fp32", "bf16"]
+ReduceEvery = Literal["step", "micro-batch"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 RecipeName = Literal[
     "photographs",
@@ -175,9 +177,8 @@ class TrainConfig:
     """Masked images per optimiser step; an image masked several times counts as many times. The learning rate follows
     it: base_lr * global_batch_size / 256."""
     batch_size: PositiveInt | Literal["auto"] | None = None
-    """Most masked images per forward pass on one device; gradients accumulate up to the global batch, which must be a
-    multiple. Several processes take the largest divisor of their share of the global batch up to this. auto: the
-    largest that fits the GPU, by a short trial. None: no accumulation."""
+    """Most masked images per forward pass on one device; gradients accumulate up to the global batch. auto: the largest
+    that fits the GPU, by a short trial. None: no accumulation."""
     masks_per_image: Fixed[Annotated[int, between(1, 256)]] = 1
     """Masks of each decoded image (repeated sampling, Feichtenhofer et al. 2022; there each with a crop of its own,
     here all of one crop). Batches and epochs count masked images: steps and learning rate stay as they are, and
@@ -246,6 +247,12 @@ class TrainConfig:
     reshard_after_forward: Free[bool] = True
     """With fsdp and hsdp, free a block's gathered weights after its forward and gather them again for its backward.
     Off: faster for small models, but each GPU holds all weights."""
+    reduce_dtype: ReduceDtype = "fp32"
+    """Precision in which several processes sum gradients. bf16: half the bytes, and not the same sum. With fsdp and
+    hsdp the gradients of micro-batches then accumulate in bf16 as well, unless each is reduced."""
+    reduce_every: ReduceEvery = "step"
+    """When fsdp and hsdp reduce gradients that accumulate. step: once; until then each process keeps whole gradients.
+    micro-batch: each time, so that it keeps only its shard and sends as many times more."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device. auto: CUDA where there is a GPU."""
     num_threads: PositiveInt | None = None

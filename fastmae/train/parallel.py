@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -28,7 +29,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.model.initialization import draw_parameter, sincos_positions
 from fastmae.train.compilation import check_compile_mode, compile_blocks, compile_model, graphed_batch
-from fastmae.train.config import ActivationCheckpointing, Compile, CompileMode, ParallelMode, Precision
+from fastmae.train.config import (
+    ActivationCheckpointing,
+    Compile,
+    CompileMode,
+    ParallelMode,
+    Precision,
+    ReduceDtype,
+    ReduceEvery,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What matrix products compute in."""
@@ -157,11 +166,12 @@ def parallelize(
     compile: Compile = "none",
     compile_mode: CompileMode = "default",
     reshard_after_forward: bool = True,
+    reduce_dtype: ReduceDtype = "fp32",
 ) -> nn.Module:
     """Put a model on this process's device, as one of several that train it.
 
     The computation is to run under ``torch.autocast`` of the precision in every mode. Sharded parameters are cast once,
-    where they are gathered (bf16 or fp16, gradients reduced in float32), and autocast then finds them cast. What goes
+    where they are gathered (bf16 or fp16), and autocast then finds them cast. What goes
     into a module is not cast: masks, images and the residual stream are what they are in a single process. Position
     tables are neither sharded nor cast.
 
@@ -177,13 +187,17 @@ def parallelize(
         compile_mode: of ``torch.compile``, as :mod:`fastmae.train.compilation` has it.
         reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
             backward; False keeps them, which takes the memory of the whole model in the precision.
+        reduce_dtype: in which gradients are summed over the processes.
 
     Returns:
         The module to call: the model itself, compiled, or in ``DistributedDataParallel``.
 
     Raises:
-        ValueError: a mode of compilation that is not for this device or parallelism.
+        ValueError: a mode of compilation that is not for this device or parallelism, or a ``reduce_dtype`` in a single
+            process.
     """
+    if reduce_dtype != "fp32" and parallelism.mode == "none":
+        raise ValueError(f"reduce_dtype: expected fp32 in a single process, which reduces nothing, got {reduce_dtype}")
     if compile != "none":
         check_compile_mode(compile_mode, device_type=parallelism.device.type, sharded=parallelism.sharded)
     model.set_activation_checkpointing(activation_checkpointing)
@@ -191,7 +205,7 @@ def parallelize(
     if compile != "none" and not whole:
         compile_blocks(model, compile_mode)
     if parallelism.sharded:
-        _shard(model, parallelism, DTYPES[precision], reshard_after_forward)
+        _shard(model, parallelism, DTYPES[precision], DTYPES[reduce_dtype], reshard_after_forward)
     if next(model.parameters()).is_meta:
         materialize(model, parallelism.device, seed)
     else:
@@ -202,7 +216,10 @@ def parallelize(
         known = inspect.signature(DistributedDataParallel).parameters
         syncing = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options = {syncing: False, "gradient_as_bucket_view": True}
-        return DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
+        replicated = DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
+        if reduce_dtype == "bf16":
+            replicated.register_comm_hook(None, bf16_compress_hook)
+        return replicated
     return compile_model(model, compile_mode) if whole else model
 
 
@@ -224,14 +241,17 @@ def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
         parameter.copy_(value)
 
 
-def no_sync(model: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """A context for forward and backward of one of several batches that accumulate into a step.
+def no_sync(model: nn.Module, last: bool, reduce_every: ReduceEvery = "step") -> AbstractContextManager[None]:
+    """A context for forward and backward of one of several micro-batches that accumulate into a step.
 
     Gradients are reduced over the processes with the last one only; until then a process keeps its own, whole ones.
+    With ``reduce_every="micro-batch"`` FSDP scatters each batch's and keeps a shard of the sum; what HSDP reduces
+    across nodes still waits for the last.
     """
     context = model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or reduce_every == "micro-batch")
+        model.set_requires_all_reduce(last)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     return graphed_batch(bare, last, context) if getattr(bare, "cuda_graphs", False) else context
 
@@ -273,9 +293,11 @@ def _init_process_group(device: torch.device, rank: int, world_size: int, timeou
     dist.init_process_group("nccl" if cuda else "gloo", **options)
 
 
-def _shard(model: nn.Module, parallelism: Parallelism, dtype: torch.dtype, reshard: bool) -> None:
+def _shard(
+    model: nn.Module, parallelism: Parallelism, dtype: torch.dtype, reduce_dtype: torch.dtype, reshard: bool
+) -> None:
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
     )
     options = {"mesh": parallelism.mesh, "mp_policy": policy}
     blocks = [*model.blocks, *model.decoder_blocks]

@@ -131,8 +131,6 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     expected = f"a multiple of --train.masks-per-image {masks}"
     yield "train.batch_size", not counted or train.batch_size % masks == 0, expected
     yield "train.global_batch_size", train.global_batch_size % masks == 0, expected
-    divides = not counted or train.global_batch_size % train.batch_size == 0
-    yield "train.global_batch_size", divides, f"a multiple of --train.batch-size {train.batch_size}"
     found = train.precision != "fp16" or train.rollback_after >= LEAST_FP16
     yield "train.rollback_after", found, f"at least {LEAST_FP16} with fp16, whose loss scale has to be found first"
     timed = not train.fit_steps or train.max_minutes is not None
@@ -160,6 +158,8 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.muon_lr", train.muon_lr is None or train.optimizer == "muon", "none without --train.optimizer muon"
     sharded = train.shard_size is None or train.parallel == "hsdp"
     yield "train.shard_size", sharded, "none without --train.parallel hsdp"
+    shards = train.reduce_every == "step" or train.parallel in ("fsdp", "hsdp")
+    yield "train.reduce_every", shards, "step without --train.parallel fsdp or hsdp, where it saves no memory"
     probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None
     yield "report.probe_path", probes, "none without --report.probe-every-epochs"
 

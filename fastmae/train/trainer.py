@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmae.data.agree import check_agreement
+from fastmae.data.sampler import micro_batches
 from fastmae.train import state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, measured_batch_size
@@ -88,6 +89,7 @@ class Trainer:
         self.console = console or Console()
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
         names = ("seed", "precision", "activation_checkpointing", "compile", "compile_mode", "reshard_after_forward")
+        names += ("reduce_dtype",)
         # Compiled, sharded or replicated before anything holds on to a parameter: sharding replaces parameters.
         self.forward = parallelize(model, self.parallelism, **{name: getattr(train, name) for name in names})
         division = {"world_size": self.ranks.size, "multiple_of": train.masks_per_image}
@@ -100,6 +102,7 @@ class Trainer:
         self.batch_size, self.accumulation = divide_batch(
             train.global_batch_size, max_batch=train.batch_size, **division
         )
+        self.loss_weights = self._loss_weights()
         self.loss_scale = LossScale(self.device) if train.precision == "fp16" else None
         self.schedule = create_schedule(train, len(dataset))
         task.begin(self.schedule.total_steps)
@@ -117,7 +120,7 @@ class Trainer:
             self.parallelism,
             self.ranks,
             dtype=self.dtype,
-            step_flops=lambda: self.ranks.size * self.accumulation * task.flops(self.batch_size),
+            step_flops=lambda: task.flops(self.batch_size) * train.global_batch_size // self.batch_size,
             wandb_project=config.report.wandb_project,
         )
         self.reporter.checks = (self.guard.observe,)
@@ -145,6 +148,13 @@ class Trainer:
     def _largest(self, value: float) -> float:
         """The largest of a number over all ranks."""
         return max(self.ranks.gather("sizing the batch", lambda: value))
+
+    def _loss_weights(self) -> list[float]:
+        """What each micro-batch's mean loss counts for, so that gradients and losses averaged over the ranks are means
+        over the global batch, whatever the sizes of the batches."""
+        total, size, masks = self.task.samples_per_step, self.ranks.size, self.config.train.masks_per_image
+        parts = micro_batches(total, self.batch_size // masks, rank=self.ranks.rank, world_size=size)
+        return [len(part) * size / total for part in parts]
 
     @property
     def samples(self) -> int:
@@ -247,11 +257,11 @@ class Trainer:
         train, losses = self.config.train, []
         low_precision, caches = self.dtype != torch.float32, self.step_graph is None
         with self.model.cast_weights(self.dtype) if low_precision else nullcontext():
-            for number, one in enumerate(inputs, 1):
+            for number, (weight, one) in enumerate(zip(self.loss_weights, inputs, strict=True), 1):
                 autocast = torch.autocast(self.device.type, self.dtype, low_precision, cache_enabled=caches)
-                with no_sync(self.forward, last=number == self.accumulation):
+                with no_sync(self.forward, number == self.accumulation, train.reduce_every):
                     with self.stage("forward"), self.reporter.timer.forward(), autocast:
-                        loss = self.task.loss(self.forward, *one) / self.accumulation
+                        loss = self.task.loss(self.forward, *one) * weight
                     with self.stage("backward"):
                         (loss * self.loss_scale.value if self.loss_scale else loss).backward()
                 losses.append(loss.detach())

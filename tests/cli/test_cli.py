@@ -190,6 +190,7 @@ def test_help_needs_neither_pytorch_nor_a_reader():
     ("arguments", "message"),
     [
         ("--model.img-size 60", "--model.img-size: size 60x60 does not divide into patches of 8x8"),
+        ("--train.reduce-dtype bf16", "--train.reduce-dtype: expected fp32 in a single process"),
         ("--data.path /no/such/folder", "/no/such/folder"),
         ("--model.attention xformers --train.device cpu", "'xformers'"),
         ("--train.steps 5 --train.warmup-steps 9", "--train.warmup-steps: expected a warm-up shorter than the run"),

@@ -1,62 +1,72 @@
-"""A small training run in any mode of parallelism, step by step as the trainer does it, and all that is known of it."""
+"""A few steps of the trainer in any mode of parallelism, and all that is known of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import io
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from loading import smooth
 from PIL import Image
-from torch import Tensor, nn
+from rich.console import Console
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastmae import data, ops
+from fastmae import data
 from fastmae.model import create_model
 from fastmae.train import parallel
-from fastmae.train.batch_size import divide_batch
-from fastmae.train.guard import LossScale, step_unless_non_finite
-from fastmae.train.optim import parameter_groups
+from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from fastmae.train.ranks import Ranks
+from fastmae.train.run_folder import RunFolder
+from fastmae.train.task import MaskedAutoencoding
+from fastmae.train.trainer import Trainer
 
 SEED, GLOBAL_BATCH, STEPS, IMG_SIZE = 5, 8, 20, (32, 48)
 
-create = partial(
-    create_model, "mae_vit_tiny_patch16", img_size=IMG_SIZE, patch_size=8, embed_dim=36, depth=3, num_heads=3,
-    decoder_embed_dim=20, decoder_depth=3, decoder_num_heads=1, norm_pix_loss=True, seed=SEED,
+# Widths that two and four do not divide evenly into, so that shards are of several sizes, empty ones among them.
+MODEL = ModelConfig(
+    "mae_vit_tiny_patch16", IMG_SIZE, patch_size=8, embed_dim=36, depth=2, num_heads=3, decoder_embed_dim=20,
+    decoder_depth=2, decoder_num_heads=1, norm_pix_loss=True,
 )  # fmt: skip
-"""Widths that two and four do not divide evenly into, so that shards are of several sizes, empty ones among them."""
+CONFIG = PretrainConfig(model=MODEL, train=TrainConfig(seed=SEED))
+create = partial(create_model, **CONFIG.model_arguments())
 
 
 @dataclass(frozen=True)
 class Case:
-    """One way to train; the defaults are a single process."""
+    """One way to train; the defaults are a single process. ``train`` are fields of ``TrainConfig``."""
 
-    mode: str = "none"
-    shard_size: int | None = None
-    max_batch: int | None = None
-    precision: str = "fp32"
-    activation_checkpointing: str = "none"
-    compile: str = "none"
-    reshard_after_forward: bool = True
-    clip_grad: float | None = None
+    parallel: str = "none"
+    steps: int = STEPS
     poison: int | None = None
     """Rank whose loss is NaN in step 3."""
-    steps: int = STEPS
-    device_type: str = "cpu"
+    train: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        poison = () if self.poison is None else (("poison", self.poison),)
+        return "-".join([self.parallel, *(f"{name}={value}" for name, value in (*self.train, *poison))])
+
+
+def case(parallel: str = "none", *, steps: int = STEPS, poison: int | None = None, **train: Any) -> Case:
+    """A case from keywords."""
+    return Case(parallel, steps, poison, tuple(sorted(train.items())))
 
 
 @dataclass
 class Run:
-    """What a rank saw: a list entry a step."""
+    """What a rank saw: a list entry per step."""
 
     losses: list[float] = field(default_factory=list)
+    """Of this rank; over the ranks their mean is the global batch's."""
     norms: list[float] = field(default_factory=list)
     skipped: list[float] = field(default_factory=list)
     sample_ids: list[list[list[int]]] = field(default_factory=list)
-    """A list a forward pass."""
+    """A list per forward pass."""
     masks: list[list[list[list[float]]]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     """Whole; rank 0 only."""
@@ -71,66 +81,51 @@ def write_images(folder: Path, count: int = 21) -> Path:
     return folder
 
 
-def run_cases(rank: int, images: Path, cases: list[Case]) -> list[Run]:
-    return [run_case(images, case) for case in cases]
+class Recorded(MaskedAutoencoding):
+    """Notes samples and masks, and spoils a loss if the case says so."""
+
+    poisoned = False
+
+    def __init__(self, run: Run, *args: Any) -> None:
+        super().__init__(*args)
+        self.run = run
+
+    def prepare(self, batch: data.Batch) -> tuple[Any, ...]:
+        inputs = super().prepare(batch)
+        self.run.sample_ids[-1].append(batch.sample_ids.tolist())
+        self.run.masks[-1].append(inputs[1].mask.tolist())
+        return inputs
+
+    def loss(self, *args: Any) -> Tensor:
+        return super().loss(*args) * (float("nan") if self.poisoned else 1.0)
 
 
-def run_case(images: Path, case: Case) -> Run:
-    place = parallel.initialize(case.mode, case.device_type, shard_size=case.shard_size)
-    model = parallel.construct(create, place)
-    forward = parallel.parallelize(
-        model,
-        place,
-        seed=SEED,
-        precision=case.precision,
-        activation_checkpointing=case.activation_checkpointing,
-        compile=case.compile,
-        reshard_after_forward=case.reshard_after_forward,
-    )
+def run_case(images: Path, case: Case, device: str = "cpu") -> Run:
+    """Train for ``case.steps`` steps of the schedule of a run of ``STEPS``."""
+    options = {"global_batch_size": GLOBAL_BATCH, "precision": "fp32", "base_lr": 0.064, "warmup_steps": 3}
+    options |= {"parallel": case.parallel, "steps": STEPS, "device": device, **dict(case.train)}
+    config = replace(CONFIG, data=DataConfig(images, "torch", num_threads=1), train=replace(CONFIG.train, **options))
+    place = parallel.initialize(case.parallel, device, shard_size=config.train.shard_size)
+    model, run = parallel.construct(create, place), Run()
     dataset = data.open_dataset(images, cache_dir=images.parent / "cache")
-    batch_size, accumulation = divide_batch(GLOBAL_BATCH, place.world_size, case.max_batch)
-    run, options = Run(), {"rank": place.rank, "world_size": place.world_size, "num_threads": 1, "device": place.device}
-    with data.create_loader(
-        dataset, loader="torch", batch_size=batch_size, img_size=IMG_SIZE, seed=SEED, **options
-    ) as loader:
-        train(case, place, model, forward, loader, accumulation, run)
+    task = Recorded(run, config, model, dataset, data.create_loader)
+    folder = RunFolder(images.parent / "run", resume=True, leader=False)
+    with Ranks.create() as ranks:
+        quiet = Console(file=io.StringIO())
+        trainer = Trainer(config, task, folder, console=quiet, parallelism=place, ranks=ranks)
+        trainer.reporter.add = lambda *values: [
+            seen.append(float(value)) for seen, value in zip((run.losses, run.norms, run.skipped), values, strict=True)
+        ]
+        with trainer.loader_at(0) as trainer.loader:
+            for step in range(case.steps):
+                run.sample_ids.append([])
+                run.masks.append([])
+                task.poisoned = case.poison == place.rank and step == 3
+                trainer.train_step()
+    run.counts = {float(values["step"]) for values in trainer.optimizer.state.values()}
     weights = {name: whole(tensor).cpu().clone() for name, tensor in model.state_dict().items()}
     run.weights = weights if place.is_main else {}
     return run
-
-
-def train(case: Case, place: parallel.Parallelism, model: nn.Module, forward: nn.Module, loader, accumulation, run):
-    """As ``Trainer.train_step`` does it, ``case.steps`` times."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), lr=0.0, betas=(0.9, 0.95), fused=True)
-    scale = LossScale(place.device) if case.precision == "fp16" else None
-    dtype = parallel.DTYPES[case.precision]
-    for step in range(case.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(step / 3, 1.0)
-        losses, ids, masks = [], [], []
-        for index in range(accumulation):
-            batch = next(loader)
-            masking = ops.random_masking(
-                len(batch.images), model.num_patches, 0.75, seed=SEED, epoch=batch.epochs, sample_ids=batch.sample_ids
-            )
-            with parallel.no_sync(forward, last=index == accumulation - 1):
-                with torch.autocast(case.device_type, dtype, enabled=dtype != torch.float32):
-                    out = forward(batch.images, masking=masking, full_pred=False)
-                loss = out.loss / accumulation
-                if case.poison == place.rank and step == 3:
-                    loss = loss * float("nan")
-                (loss if scale is None else loss * scale.value).backward()
-            losses.append(loss.detach())
-            ids.append(batch.sample_ids.tolist())
-            masks.append(out.mask.tolist())
-        norm, skipped = step_unless_non_finite(optimizer, case.clip_grad, scale)
-        optimizer.zero_grad(set_to_none=True)
-        run.losses.append(float(sum(losses)))
-        run.norms.append(float(norm))
-        run.skipped.append(float(skipped))
-        run.sample_ids.append(ids)
-        run.masks.append(masks)
-    run.counts = {float(values["step"]) for values in optimizer.state.values()}
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -144,8 +139,7 @@ def whole(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def by_position(runs: list[Run], name: str) -> np.ndarray:
-    """What each rank saw in each forward pass (steps, passes, batch, ...), in the order of the global batch."""
-    values = np.array([getattr(run, name) for run in runs])  # rank, step, pass, batch, ...
-    values = values.swapaxes(0, 1).swapaxes(1, 2)  # step, pass, rank, batch, ...
-    return values.reshape(len(values), -1, *values.shape[4:])
+def by_position(runs: list[Run], name: str) -> list[np.ndarray]:
+    """What all ranks saw in each step, in the order of the global batch: by forward pass, then by rank."""
+    steps = zip(*(getattr(run, name) for run in runs), strict=True)
+    return [np.concatenate([seen for passes in zip(*ranks, strict=True) for seen in passes]) for ranks in steps]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -23,38 +25,35 @@ from fastmae.cli import main
 from fastmae.train.checkpoint import Ranks, open_checkpoint
 from fastmae.train.weights import load_model
 
+FLAGS = [*FLAGS, "--train.global-batch-size", "7"]
+"""Of two processes one takes four images and one three."""
 RUNS = {
-    "ddp": ["--train.parallel", "auto"],
-    "fsdp": ["--train.parallel", "fsdp", "--train.batch-size", "2", "--train.activation-checkpointing", "full"],
-    "fsdp-fp16": [
-        "--train.parallel",
-        "fsdp",
-        "--train.precision",
-        "fp16",
-        "--train.steps",
-        "5",
-        "--train.background-save",
-        "True",
-    ],
+    "ddp": "--train.parallel auto",
+    "fsdp": "--train.parallel fsdp --train.batch-size 2 --train.reduce-every micro-batch "
+    "--train.activation-checkpointing full",
+    "fsdp-fp16": "--train.parallel fsdp --train.precision fp16 --train.steps 5 --train.background-save True",
 }
 
 
-def job(rank: int, folder: Path) -> dict:
-    """Every run that the tests ask about, and what came of it: exit codes, and what was printed is in the log."""
+def job(rank: int, folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Every run that the tests ask about, and what came of it: exit codes and errors."""
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
     flags = [*FLAGS, "--data.path", str(folder / "images")]
-    codes = {}
+    codes, errors = {}, {}
+
+    def start(name: str, options: str) -> None:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            codes[name] = main([*flags, "--out", str(folder / name), *options.split()])
+        errors[name] = stderr.getvalue()
+
     for name, options in RUNS.items():
-        codes[name] = main([*flags, "--out", str(folder / name), *options])
+        start(name, options)
         assert dist.is_initialized()  # by the helper, and so not to be ended here
     if rank == 1:
         threading.Thread(target=end_once_training, args=(folder / "stopped",), daemon=True).start()
-    endless = ["--train.steps", "100000", "--train.warmup-steps", "3", "--train.parallel", "fsdp"]
-    codes["stopped"] = main([*flags, "--out", str(folder / "stopped"), *endless])
-    codes["odd"] = main(
-        [*flags, "--out", str(folder / "odd"), "--train.global-batch-size", "9", "--train.batch-size", "9"]
-    )
-    return codes
+    start("stopped", "--train.steps 100000 --train.warmup-steps 3 --train.parallel fsdp")
+    start("too-small", "--train.global-batch-size 1")
+    return codes, errors
 
 
 def end_once_training(run: Path) -> None:
@@ -65,15 +64,22 @@ def end_once_training(run: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Runs of two processes, and those of one that they are compared with."""
+def errors() -> list[dict[str, str]]:
+    """What each rank printed as errors; the fixture ``folder`` fills it."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, errors) -> Path:
+    """Runs of two processes, and one of a single process that they are compared with."""
     folder = tmp_path_factory.mktemp("runs")
     write_images(folder / "images")
     threads = torch.get_num_threads()
     try:
         assert main([*FLAGS, "--data.path", str(folder / "images"), "--out", str(folder / "single")]) == 0
-        for codes in run_ranks(job, 2, folder, timeout=100):
-            assert codes == dict.fromkeys(RUNS, 0) | {"stopped": 75, "odd": 2}
+        for codes, printed in run_ranks(job, 2, folder, timeout=100):
+            assert codes == dict.fromkeys(RUNS, 0) | {"stopped": 75, "too-small": 2}
+            errors.append(printed)
     finally:
         torch.set_num_threads(threads)
     return folder
@@ -120,20 +126,27 @@ def test_float16_scales_the_loss_and_saves_the_scale(folder):
     assert row["loss"] == pytest.approx(rows(folder / "single")[0]["loss"], rel=0.2)
 
 
+def test_uneven_shares_are_told_once_and_too_few_images_are_an_error(folder, errors):
+    shares = "7 images do not divide evenly among 2 processes. In a step 1 of them take 4 and 1 take 3"
+    assert [printed["ddp"].count(shares) for printed in errors] == [1, 0]
+    assert "--train.global-batch-size: expected at least 2 for 2 processes, got 1" in errors[0]["too-small"]
+    assert not (folder / "too-small").exists()
+
+
 def test_one_process_continues_a_run_of_two_and_says_what_differs(folder, capsys):
-    run = folder / "fsdp"
+    run, options = folder / "fsdp", "--train.parallel none --train.reduce-every step --train.steps 14"
     threads = torch.get_num_threads()
     try:
-        assert main(["pretrain", "--out", str(run), "--resume", "--train.parallel", "none", "--train.steps", "14"]) == 0
+        assert main(["pretrain", "--out", str(run), "--resume", *options.split()]) == 0
     finally:
         torch.set_num_threads(threads)
     errors = capsys.readouterr().err
     assert "world_size was 2, is 1" in errors
     assert "train.parallel was fsdp, is none" in errors
-    assert [row["step"] for row in rows(run)] == [5, 10, 12, 14]
+    assert [(row["step"], row["samples"]) for row in rows(run)] == [(step, 7 * step) for step in (5, 10, 12, 14)]
 
 
-def test_mistakes_name_the_flag_and_leave_no_folder(folder, tmp_path, monkeypatch, capsys):
+def test_mistakes_name_the_flag_and_leave_no_folder(tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
     assert main([*FLAGS, "--out", str(tmp_path / "none"), "--train.parallel", "none"]) == 2
@@ -141,7 +154,6 @@ def test_mistakes_name_the_flag_and_leave_no_folder(folder, tmp_path, monkeypatc
     assert main([*FLAGS, "--out", str(tmp_path / "none"), "--train.parallel", "hsdp", "--train.shard-size", "3"]) == 2
     assert "--train.shard-size: expected a divisor of the 2 processes, got 3" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-    assert not (folder / "odd").exists()
 
 
 def test_signal_to_one_process_stops_both_at_one_step(folder):

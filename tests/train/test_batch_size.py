@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastmae.cli import main
+from fastmae.data.sampler import batch_positions
 from fastmae.model import create_model
 from fastmae.ops import random_masking
-from fastmae.train.batch_size import divide_batch, find_batch_size, measured_batch_size
+from fastmae.train.batch_size import describe_uneven_shares, divide_batch, find_batch_size, measured_batch_size
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, parallelize
 from fastmae.train.recipes import RECIPES
@@ -24,47 +26,77 @@ from fastmae.train.recipes import RECIPES
     [
         ((4096, 64, 64), (64, 1)),
         ((4096, 32, 64), (64, 2)),  # half the nodes: the same batch, twice the passes
-        ((4096, 16, 256), (256, 1)),
+        ((4096, 56, 256), (74, 1)),  # a node fewer: 8 take 74 and 48 take 73
+        ((4096, 56, 64), (37, 2)),
         ((4096, 1, None), (4096, 1)),
-        ((96, 4, 10), (8, 3)),  # the largest divisor of 24 up to 10
+        ((96, 4, 10), (8, 3)),
+        ((107, 1, 10), (10, 11)),
+        ((15, 1, 4), (3, 5)),  # five equal passes rather than four
+        ((8, 3), (3, 1)),
+        ((8, 3, 2), (2, 2)),
         ((4096, 4096, 64), (1, 1)),
+        ((96, 2, 20, 4), (16, 3)),
+        ((28, 2, 8, 4), (8, 2)),  # seven images with four masks each: four for one, three for the other
     ],
 )
-def test_batch_is_the_largest_that_fits(arguments, expected):
+def test_passes_are_few_and_equal(arguments, expected):
     assert divide_batch(*arguments) == expected
 
 
-def test_batch_holds_all_masks_of_an_image():
-    assert divide_batch(96, 2, 20, multiple_of=4) == (16, 3)
-
-
-@given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 4), st.integers(1, 64))
-def test_product_is_the_global_batch(share, world_size, multiple_of, max_batch):
-    global_batch = share * world_size * multiple_of
-    most = max(max_batch, multiple_of)
-    batch, accumulation = divide_batch(global_batch, world_size, most, multiple_of=multiple_of)
-    assert batch * accumulation * world_size == global_batch
-    assert batch <= most
-    assert batch % multiple_of == 0
-    larger = range(batch + 1, min(most, global_batch // world_size) + 1)
-    assert not [b for b in larger if (global_batch // world_size) % b == 0 and b % multiple_of == 0]
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 64), st.integers(0, 3), st.integers(0, 500))
+def test_ranks_and_passes_divide_every_step_into_consecutive_parts(images, world_size, max_batch, step, position):
+    images = max(images, world_size)
+    max_batch = max(max_batch, 1 + (images % world_size > 0))
+    batch, accumulation = divide_batch(images, world_size, max_batch)
+    parts = [
+        [
+            batch_positions(
+                step * accumulation + number,
+                batch_size=batch,
+                position=position,
+                rank=rank,
+                world_size=world_size,
+                total=images,
+            )
+            for rank in range(world_size)
+        ]
+        for number in range(accumulation)
+    ]
+    first = position + step * images
+    assert np.array_equal(np.concatenate([part for ranks in parts for part in ranks]), np.arange(first, first + images))
+    sizes = np.array([[len(part) for part in ranks] for ranks in parts])
+    assert sizes.max() == batch <= max_batch
+    assert sizes.min() >= max(1, batch - 1)
+    assert np.ptp(sizes.sum(0)) <= 1
+    fewest = -(-images // (world_size * max_batch))
+    assert accumulation == fewest or (accumulation < 2 * fewest and np.ptp(sizes) == 0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "message"),
+    ("arguments", "message"),
     [
-        ((100, 8), {}, "multiple of 8 for 8 processes, such as 96 or 104, got 100"),
-        ((4, 8), {}, "such as 8, got 4"),
-        ((96, 8, 4), {"multiple_of": 5}, "multiple of 40 for 8 processes with 5 masks per image, such as 80 or 120"),
-        ((96, 8, 2), {"multiple_of": 3}, "max_batch: expected at least 3, got 2"),
-        ((96, 8, 0), {}, "max_batch: expected at least 1, got 0"),
-        ((0, 8), {}, "global_batch: expected at least 1, got 0"),
-        ((8, 0), {}, "world_size: expected at least 1, got 0"),
+        ((4, 8), "global_batch: expected at least 8 for 8 processes, got 4"),
+        ((12, 8, None, 2), "global_batch: expected at least 16 for 8 processes with 2 masks per image, got 12"),
+        ((96, 8, 4, 5), "global_batch: expected a multiple of 5 with 5 masks per image, got 96"),
+        ((96, 8, 2, 3), "max_batch: expected at least 3 with 3 masks per image, got 2"),
+        ((8, 3, 1), "max_batch: expected at least 2, since 8 do not divide evenly among 3 processes, got 1"),
+        ((96, 8, 0), "max_batch: expected at least 1, got 0"),
+        ((0, 8), "global_batch: expected at least 1, got 0"),
+        ((8, 0), "world_size: expected at least 1, got 0"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_what_would(arguments, options, message):
+def test_fewer_images_than_processes_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        divide_batch(*arguments, **options)
+        divide_batch(*arguments)
+
+
+def test_uneven_shares_are_described():
+    assert describe_uneven_shares(4096, 64) is None
+    assert describe_uneven_shares(4096, 56) == (
+        "--train.global-batch-size: 4,096 images do not divide evenly among 56 processes. In a step 8 of them take 74 "
+        "and 48 take 73; the result is the same, and the latter wait for the former"
+    )
+    assert "take 16 and 1 take 12" in describe_uneven_shares(28, 2, masks_per_image=4)
 
 
 @given(st.integers(1, 600), st.integers(1, 3), st.floats(0.1, 5), st.floats(0, 50), st.floats(1, 900))
@@ -75,7 +107,8 @@ def test_the_trial_finds_the_largest_batch_that_fits_and_never_tries_one_far_bey
         tried.append(batch)
         return fixed + slope * batch
 
-    fitting = [b for b in range(masks, share * masks + 1, masks) if (share * masks) % b == 0 and peak(b) <= budget]
+    sizes = {divide_batch(share, 1, most)[0] * masks for most in range(1, share + 1)}
+    fitting = [size for size in sorted(sizes) if peak(size) <= budget]
     tried.clear()
     if not fitting:
         with pytest.raises(ValueError, match=r"--train.batch-size: auto found no room for one image: .*fsdp"):
@@ -91,7 +124,7 @@ def test_a_batch_that_takes_more_than_two_small_ones_suggest_gives_way_to_a_smal
     assert find_batch_size(256, 1, jumps, 200) == 64
     assert find_batch_size(256, 1, jumps, 150) == 32
     assert find_batch_size(256, 1, lambda batch: batch if batch < 100 else float("inf"), 1000) == 64
-    assert find_batch_size(107, 1, lambda batch: batch, 10) == 1  # a prime share has no divisor in between
+    assert find_batch_size(107, 1, lambda batch: batch, 10) == 10  # eleven passes, of ten or nine images
 
 
 @pytest.mark.gpu

@@ -104,7 +104,7 @@ train.shard_size=4                   | --train.shard-size: expected none without
 train.timeout=600.0                  | --train.timeout: expected more than --data.timeout 600, .*got 600
 train.optimizer='apex', train.parallel='fsdp'        | --train.optimizer: .*no shards
 train.optimizer='apex', train.device='cpu'           | --train.optimizer: expected adamw on the CPU, got 'apex'
-train.batch_size=5                   | --train.global-batch-size: .*multiple of --train.batch-size 5, got 32
+train.reduce_every='micro-batch'     | --train.reduce-every: expected step without --train.parallel fsdp or hsdp, .*got
 train.masks_per_image=512            | --train.masks-per-image: expected a number from 1 to 256, got 512
 train.masks_per_image=3              | --train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32
 train.masks_per_image=4, train.batch_size=2          | --train.batch-size: .*--train.masks-per-image 4, got 2

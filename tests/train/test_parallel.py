@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import run_ranks
-from parallel_training import GLOBAL_BATCH, IMG_SIZE, SEED, Case, Run, by_position, create, run_case, write_images
+from parallel_training import IMG_SIZE, SEED, Case, Run, by_position, case, create, run_case, write_images
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -25,27 +24,38 @@ LOSS, WEIGHTS = 1e-6, 2e-6
 """How far float32 may be from a single process after twenty steps. See :func:`assert_same_weights` for what is left
 out, which a tolerance of 5e-5 would have to make room for."""
 
+UNEVEN = {"global_batch_size": 7}
+"""Of two processes one takes four images and one three; of four, three take two and one takes one."""
+SMALL = UNEVEN | {"batch_size": 2, "clip_grad": 0.2}
+"""Two passes per process, one of which holds one image."""
 TWO = [
-    Case("ddp"),
-    Case("fsdp"),
-    Case("ddp", max_batch=2, clip_grad=0.2, activation_checkpointing="selective", steps=6),
-    Case("fsdp", max_batch=2, clip_grad=0.2),
-    Case("fsdp", activation_checkpointing="full", reshard_after_forward=False),
-    Case("fsdp", activation_checkpointing="selective", steps=6),
-    Case("hsdp", shard_size=1, steps=6),
-    Case("ddp", activation_checkpointing="selective", steps=6),
+    case("ddp"),
+    case("fsdp"),
+    case("ddp", **UNEVEN),
+    case("fsdp", **SMALL),
+    case("fsdp", **SMALL, reduce_every="micro-batch"),
+    case("ddp", **SMALL, activation_checkpointing="selective", steps=6),
+    case("hsdp", shard_size=1, steps=6),
 ]
-FOUR = [Case("hsdp", shard_size=2), Case("hsdp", max_batch=1, clip_grad=0.2, steps=6)]
-POISONED = [Case("ddp", poison=1, steps=6), Case("fsdp", poison=1, steps=6)]
-LOW_PRECISION = [Case("fsdp", precision="bf16", steps=6), Case("fsdp", precision="fp16", max_batch=2, steps=6)]
-
-
-def name_of(value) -> str:
-    """The fields of a case that are not the defaults."""
-    if not isinstance(value, Case):
-        return str(value)
-    set_fields = {f.name: getattr(value, f.name) for f in fields(Case) if getattr(value, f.name) != f.default}
-    return "-".join([set_fields.pop("mode"), *(f"{k}={v}" for k, v in set_fields.items())])
+FOUR = [
+    case("hsdp", shard_size=2, **UNEVEN),
+    case("hsdp", shard_size=2, batch_size=1, clip_grad=0.2, reduce_every="micro-batch"),
+]
+CHECKPOINTED = [
+    case("ddp", activation_checkpointing="selective", steps=6),
+    case("fsdp", activation_checkpointing="selective", steps=6),
+    case("fsdp", activation_checkpointing="full", reshard_after_forward=False, steps=6),
+]
+POISONED = [case("ddp", poison=1, steps=6), case("fsdp", poison=1, steps=6)]
+LOW_PRECISION = [
+    case("fsdp", precision="bf16", steps=6),
+    case("fsdp", precision="fp16", batch_size=2, steps=6),
+]
+REDUCED = [
+    case("ddp", **SMALL, reduce_dtype="bf16"),
+    case("fsdp", **SMALL, reduce_dtype="bf16"),
+    case("fsdp", **SMALL, reduce_dtype="bf16", reduce_every="micro-batch"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +65,8 @@ def images(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(images) -> list[dict]:
-    return run_ranks(job, 2, images, [*TWO, *POISONED, *LOW_PRECISION], init_group=False)
+    cases = [*TWO, *CHECKPOINTED, *POISONED, *LOW_PRECISION, *REDUCED]
+    return run_ranks(job, 2, images, cases, init_group=False, timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +78,22 @@ def four(images) -> list[dict]:
 def single(images):
     """What a single process does, without accumulation and without checkpointing."""
     runs: dict[Case, Run] = {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def run(case: Case) -> Run:
+        shared = ("global_batch_size", "clip_grad", "precision")
         alone = Case(
-            clip_grad=case.clip_grad,
-            poison=None if case.poison is None else 0,
-            precision=case.precision,
             steps=case.steps,
-            device_type=case.device_type,
+            poison=None if case.poison is None else 0,
+            train=tuple((name, value) for name, value in case.train if name in shared),
         )
         if alone not in runs:
             runs[alone] = run_case(images, alone)
         return runs[alone]
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 def job(rank: int, images: Path, cases: list[Case]) -> dict:
@@ -88,7 +101,11 @@ def job(rank: int, images: Path, cases: list[Case]) -> dict:
     return {
         "runs": {case: run_case(images, case) for case in cases},
         "initial": {mode: initial_weights(mode) for mode in ("fsdp", "hsdp")},
-        "collectives": {mode: collectives(mode) for mode in ("ddp", "fsdp")},
+        "collectives": {
+            "ddp": collectives("ddp"),
+            "fsdp": collectives("fsdp"),
+            "each": collectives("fsdp", "micro-batch"),
+        },
         "dtypes": dtypes_in_bf16(),
         "gathered": gathered_ahead(),
         "initialised": (dist.get_rank(), dist.get_world_size(), dist.get_backend()),
@@ -112,23 +129,32 @@ def initial_weights(mode: str) -> dict[str, Tensor]:
     return parts
 
 
-def collectives(mode: str) -> list[dict[str, int]]:
-    """Collectives of each of three batches that accumulate."""
+PIXELS = torch.zeros(2, 3, *IMG_SIZE, dtype=torch.uint8)
+
+
+def parallelized(mode: str, **options) -> torch.nn.Module:
     place = parallel.initialize(mode)
-    model = parallel.parallelize(parallel.construct(create, place), place, seed=SEED)
-    pixels = torch.zeros(2, 3, *IMG_SIZE, dtype=torch.uint8)
-    masking, counts = ops.random_masking(2, 24, 0.75, seed=0), []
+    return parallel.parallelize(parallel.construct(create, place), place, seed=SEED, **options)
+
+
+def loss_of(model: torch.nn.Module) -> Tensor:
+    return model(PIXELS, masking=ops.random_masking(2, 24, 0.75, seed=0), full_pred=False).loss
+
+
+def collectives(mode: str, every: str = "step") -> list[dict[str, int]]:
+    """Collectives of each of three batches that accumulate, and whether parameters then have shards of gradients."""
+    model, counts = parallelized(mode), []
     for last in (False, False, True):
-        with CommDebugMode() as counter, parallel.no_sync(model, last):
-            model(pixels, masking=masking, full_pred=False).loss.backward()
+        with CommDebugMode() as counter, parallel.no_sync(model, last, every):
+            loss_of(model).backward()
         counts.append({str(op).split(".")[-1]: count for op, count in counter.get_comm_counts().items()})
+        counts[-1]["shards"] = all(isinstance(p.grad, DTensor) for p in model.parameters() if p.requires_grad)
     return counts
 
 
 def gathered_ahead() -> dict[str, list[bool]]:
     """Of each block when its forward begins and when its backward ends: whether the next one's weights are gathered."""
-    place = parallel.initialize("fsdp")
-    model = parallel.parallelize(parallel.construct(create, place), place, seed=SEED)
+    model = parallelized("fsdp")
     blocks, seen = [*model.blocks, *model.decoder_blocks], {"forward": [], "backward": []}
 
     def look(direction: str, following: torch.nn.Module) -> None:
@@ -146,22 +172,19 @@ def gathered_ahead() -> dict[str, list[bool]]:
         following.register_forward_pre_hook(
             lambda _, args, kwargs, block=block: watch_input(block, tree_leaves((args, kwargs))), with_kwargs=True
         )
-    pixels = torch.zeros(2, 3, *IMG_SIZE, dtype=torch.uint8)
-    model(pixels, masking=ops.random_masking(2, 24, 0.75, seed=0), full_pred=False).loss.backward()
+    loss_of(model).backward()
     return seen
 
 
 def dtypes_in_bf16() -> list[tuple[torch.dtype, ...]]:
     """Dtypes of the stream and of a weight in each block, and of what the model returns, under bf16."""
-    place = parallel.initialize("fsdp")
-    model = parallel.parallelize(parallel.construct(create, place), place, seed=SEED, precision="bf16")
+    model = parallelized("fsdp", precision="bf16")
     seen = []
     for block in [*model.blocks, *model.decoder_blocks]:
         block.attn.register_forward_pre_hook(lambda m, args: seen.append((args[0].x.dtype, m.qkv.weight.dtype)))
-    pixels = torch.zeros(2, 3, *IMG_SIZE, dtype=torch.uint8)
     with torch.autocast("cpu", torch.bfloat16), model.cast_weights(torch.bfloat16):
         assert not any(m.weight_cast is not None for m in model.modules() if isinstance(m, Linear))
-        out = model(pixels, masking=ops.random_masking(2, 24, 0.75, seed=0), full_pred=False)
+        out = model(PIXELS, masking=ops.random_masking(2, 24, 0.75, seed=0), full_pred=False)
     out.loss.backward()
     gradients = {p.grad.dtype for p in model.parameters() if p.requires_grad}
     return [*seen, (out.loss.dtype, out.mask.dtype, model.pos_embed.dtype), tuple(gradients)]
@@ -181,26 +204,49 @@ def assert_same_weights(weights: dict[str, Tensor], expected: dict[str, Tensor])
 
 def assert_same_samples(runs: list[Run], expected: Run) -> None:
     for name in ("sample_ids", "masks"):
-        assert np.array_equal(by_position(runs, name), by_position([expected], name)), name
+        pairs = zip(by_position(runs, name), by_position([expected], name), strict=True)
+        assert all(np.array_equal(*pair) for pair in pairs), name
 
 
-@pytest.mark.parametrize(("group", "case"), [("two", c) for c in TWO] + [("four", c) for c in FOUR], ids=name_of)
+def mean_losses(runs: list[Run]) -> np.ndarray:
+    return np.mean([run.losses for run in runs], axis=0)
+
+
+@pytest.mark.parametrize(("group", "case"), [("two", c) for c in TWO] + [("four", c) for c in FOUR], ids=str)
 def test_same_losses_norms_weights_samples_and_masks_as_a_single_process(request, single, group, case):
     runs, expected = [rank["runs"][case] for rank in request.getfixturevalue(group)], single(case)
     assert_same_samples(runs, expected)
-    losses = np.mean([run.losses for run in runs], axis=0)
+    losses = mean_losses(runs)
     np.testing.assert_allclose(losses, expected.losses, rtol=0, atol=LOSS)
     for run in runs:
         np.testing.assert_allclose(run.norms, expected.norms, rtol=2e-6)
         assert run.norms == runs[0].norms
         assert run.counts == {case.steps}
     assert losses[-1] < losses[0] - 0.05
-    if case.clip_grad:
-        assert max(expected.norms) > case.clip_grad  # or nothing was clipped
+    clip = dict(case.train).get("clip_grad", 0)
+    assert max(expected.norms) > clip  # or nothing was clipped
     assert_same_weights(runs[0].weights, expected.weights)
 
 
-@pytest.mark.parametrize("case", POISONED, ids=name_of)
+def test_shares_and_micro_batches_differ_by_at_most_one_image(two, four):
+    passes = [[len(ids) for ids in rank["runs"][case("fsdp", **SMALL)].sample_ids[0]] for rank in two]
+    assert passes == [[2, 2], [2, 1]]
+    shares = [[len(ids) for ids in rank["runs"][FOUR[0]].sample_ids[0]] for rank in four]
+    assert shares == [[2], [2], [2], [1]]
+
+
+@pytest.mark.parametrize("case", REDUCED, ids=str)
+def test_gradients_reduced_in_bf16_stay_near_those_in_fp32(two, single, case):
+    """By the tolerances of docs/scaling.md."""
+    runs, expected = [rank["runs"][case] for rank in two], single(case)
+    losses = mean_losses(runs)
+    np.testing.assert_allclose(losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(runs[0].norms, expected.norms, rtol=1e-3)
+    assert runs[0].norms == runs[1].norms
+    assert not np.allclose(runs[0].norms, expected.norms, rtol=2e-5)  # or they were not in bf16
+
+
+@pytest.mark.parametrize("case", POISONED, ids=str)
 def test_nan_on_one_rank_skips_the_step_on_all(two, single, case):
     runs, expected = [rank["runs"][case] for rank in two], single(case)
     for run in (*runs, expected):
@@ -209,11 +255,11 @@ def test_nan_on_one_rank_skips_the_step_on_all(two, single, case):
     assert_same_weights(runs[0].weights, expected.weights)
 
 
-@pytest.mark.parametrize("case", LOW_PRECISION, ids=name_of)
+@pytest.mark.parametrize("case", LOW_PRECISION, ids=str)
 def test_low_precision_keeps_samples_and_masks(two, single, case):
     runs, expected = [rank["runs"][case] for rank in two], single(case)
     assert_same_samples(runs, expected)
-    np.testing.assert_allclose(np.mean([run.losses for run in runs], axis=0), expected.losses, rtol=5e-3)
+    np.testing.assert_allclose(mean_losses(runs), expected.losses, rtol=5e-3)
     assert not any(runs[0].skipped)
 
 
@@ -221,7 +267,7 @@ def test_bf16_casts_parameters_and_nothing_else(two):
     *blocks, outside, gradients = two[0]["dtypes"]
     # The last block of the decoder goes through a method of its own; it is no call of its attention.
     assert set(blocks) == {(torch.float32, torch.bfloat16)}
-    assert len(blocks) >= 4
+    assert len(blocks) >= 2
     assert outside == (torch.float32,) * 3
     assert gradients == (torch.float32,)
 
@@ -243,17 +289,18 @@ def test_meta_construction_gives_the_weights_of_a_single_process(request, group,
 
 def test_weights_of_the_next_block_are_gathered_ahead(two):
     for rank in two:
-        assert len(rank["gathered"]["forward"]) == len(rank["gathered"]["backward"]) == 5
+        assert len(rank["gathered"]["forward"]) == len(rank["gathered"]["backward"]) == 3
         assert all(rank["gathered"]["forward"]), rank["gathered"]
         assert all(rank["gathered"]["backward"]), rank["gathered"]
 
 
-def test_accumulation_reduces_gradients_once(two):
-    *earlier, last = two[0]["collectives"]["fsdp"]
-    groups = 7  # three blocks, three decoder blocks, the rest
-    assert [counts.get("_reduce_scatter_base_", 0) for counts in earlier] == [0, 0]
-    assert last["_reduce_scatter_base_"] == groups
-    *earlier, last = two[0]["collectives"]["ddp"]
+def test_accumulation_reduces_gradients_once_or_with_each_micro_batch(two):
+    groups = 5  # two blocks, two decoder blocks, the rest
+    for name, expected in (("fsdp", [0, 0, groups]), ("each", [groups] * 3)):
+        counts = two[0]["collectives"][name]
+        assert [count.get("_reduce_scatter_base_", 0) for count in counts] == expected
+        assert [count["shards"] for count in counts] == [bool(count) for count in expected]  # else FSDP has whole ones
+    *earlier, last = ({k: v for k, v in c.items() if k != "shards"} for c in two[0]["collectives"]["ddp"])
     assert [sum(counts.values()) for counts in earlier] == [0, 0]
     assert sum(last.values()) == last["allreduce_"] >= 1
 
@@ -307,17 +354,17 @@ def test_impossible_arrangements_are_refused(monkeypatch, mode, shard_size, envi
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("number", [4, 5, 7])
-def test_checkpointing_changes_no_bit_among_several_processes(two, number):
-    case = TWO[number]
-    (without,) = (c for c in TWO if c == Case(case.mode))
+@pytest.mark.parametrize("case", CHECKPOINTED, ids=str)
+def test_checkpointing_changes_no_bit_among_several_processes(two, case):
     for rank in two:
-        found, expected = rank["runs"][case], rank["runs"][without]
-        assert found.losses == expected.losses[: case.steps]
-        assert found.norms == expected.norms[: case.steps]
-    if case.steps == without.steps:
-        found, expected = (two[0]["runs"][c].weights for c in (case, without))
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        found, without = rank["runs"][case], rank["runs"][Case(case.parallel)]
+        assert found.losses == without.losses[: case.steps]
+        assert found.norms == without.norms[: case.steps]
+
+
+def test_a_single_process_reduces_nothing():
+    with pytest.raises(ValueError, match="reduce_dtype: expected fp32 in a single process, which reduces nothing, got"):
+        parallel.parallelize(create(), parallel.Parallelism(), seed=SEED, reduce_dtype="bf16")
 
 
 @pytest.mark.parametrize("amount", ["selective", "full"])
@@ -372,37 +419,39 @@ def test_checkpointing_belongs_to_the_model_and_not_to_the_class():
         create().set_activation_checkpointing("block")
 
 
+COMPILED = [
+    case("fsdp", **SMALL, compile="blocks"),
+    case("fsdp", activation_checkpointing="full", reshard_after_forward=False, compile="blocks"),
+    case("ddp", compile="blocks"),
+]
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_alike(images, single):
-    cases = [replace(TWO[3], compile="blocks"), replace(TWO[4], compile="blocks"), Case("ddp", compile="blocks")]
-    ranks = run_ranks(job_compiled, 2, images, cases, init_group=False, timeout=500)
-    for index, case in enumerate(cases):
-        runs, expected = [rank[index] for rank in ranks], single(case)
+    """Also with two sizes of micro-batches, which are a graph each."""
+    ranks = run_ranks(job_compiled, 2, images, COMPILED, init_group=False, timeout=500)
+    for index, one in enumerate(COMPILED):
+        runs, expected = [rank[index] for rank in ranks], single(one)
         assert_same_samples(runs, expected)
-        np.testing.assert_allclose(np.mean([r.losses for r in runs], axis=0), expected.losses, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(mean_losses(runs), expected.losses, rtol=0, atol=2e-6)
         assert_same_weights(runs[0].weights, expected.weights)
 
 
-def job_compiled(rank: int, images: Path, cases: list[Case]) -> list[Run]:
-    runs = [run_case(images, case) for case in cases]
+def job_compiled(rank: int, images: Path, cases: list[Case], device: str = "cpu") -> list[Run]:
+    runs = [run_case(images, case, device) for case in cases]
     assert not torch._dynamo.utils.counters["graph_break"]
     return runs
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_modes_train_alike_on_gpus(images, single, mode):
-    cases = [Case(mode, precision=precision, device_type="cuda") for precision in ("fp32", "bf16")]
+def test_modes_train_alike_on_gpus(images, mode):
+    cases = [case(mode, **UNEVEN, precision=precision) for precision in ("fp32", "bf16")]
     world_size = 2 if torch.cuda.device_count() > 1 else 1
-    ranks = run_ranks(job_compiled, world_size, images, cases, init_group=False, timeout=200)
-    for index, case in enumerate(cases):
-        runs, expected = [rank[index] for rank in ranks], single(case)
+    ranks = run_ranks(job_compiled, world_size, images, cases, "cuda", init_group=False, timeout=200)
+    for index, one in enumerate(cases):
+        expected = run_case(images, case(**dict(one.train)), "cuda")
+        runs = [rank[index] for rank in ranks]
         assert_same_samples(runs, expected)
-        tolerance = 1e-4 if case.precision == "fp32" else 1e-2
-        np.testing.assert_allclose(np.mean([r.losses for r in runs], axis=0), expected.losses, rtol=tolerance)
-
-
-def test_global_batch_is_what_all_ranks_and_passes_together_see(two):
-    for rank in two:
-        ids = rank["runs"][TWO[3]].sample_ids
-        assert len(ids[0]) * len(ids[0][0]) * len(two) == GLOBAL_BATCH
+        tolerance = 1e-4 if dict(one.train)["precision"] == "fp32" else 1e-2
+        np.testing.assert_allclose(mean_losses(runs), expected.losses, rtol=tolerance)

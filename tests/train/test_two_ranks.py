@@ -15,7 +15,8 @@ from fastmae.data import Augment, DataError, create_loader, open_dataset
 from fastmae.data.agree import check_agreement
 from fastmae.ops import random_masking
 
-SEED, GLOBAL = 3, 8
+SEED, GLOBAL, SMALL = 3, 7, 2
+"""Seven images are two micro-batches of two images on the first rank, and on the second one of two and one of one."""
 AUGMENT = Augment(vflip=0.3, color_jitter=0.2)
 
 
@@ -24,11 +25,12 @@ def sizes(epoch: int) -> tuple[int, int]:
 
 
 def take(dataset, kind: str, count: int, *, position: int = 0, rank: int = 0, world_size: int = 1) -> list[tuple]:
-    """Batches of a global batch of 8 from a position on, with their masks."""
+    """Batches from a position on, with their masks: whole steps in a single process, else micro-batches."""
     options = {"img_size": sizes, "seed": SEED, "augment": AUGMENT, "num_threads": 1}
+    options |= {"batch_size": GLOBAL if world_size == 1 else SMALL, "samples_per_step": GLOBAL}
     ranks = {"rank": rank, "world_size": world_size, "position": position}
     taken = []
-    with create_loader(dataset, loader=kind, batch_size=GLOBAL // world_size, **options, **ranks) as loader:
+    with create_loader(dataset, loader=kind, **options, **ranks) as loader:
         for _ in range(count):
             batch = next(loader)
             grid = tuple(side // 8 for side in batch.images.shape[-2:])
@@ -57,8 +59,8 @@ def load(rank: int, folder: Path) -> dict:
         dataset = open_dataset(folder / name, cache_dir=cache)
         check_agreement(dataset)
         for kind in kinds():
-            results[name, kind] = take(dataset, kind, 6, rank=rank, world_size=2)
-            results[name, kind, "half-way"] = take(dataset, kind, 4, position=16, rank=rank, world_size=2)
+            results[name, kind] = take(dataset, kind, 14, rank=rank, world_size=2)
+            results[name, kind, "half-way"] = take(dataset, kind, 10, position=14, rank=rank, world_size=2)
     begun = time.monotonic()
     try:
         check_agreement(open_dataset(folder / ("folder", "fewer")[rank], cache_dir=cache))
@@ -85,8 +87,13 @@ def ranks(folder) -> list[dict]:
 
 
 def joined(ranks: list[dict], *key: str) -> list[tuple]:
-    """Global batches: rank 0's half, then rank 1's."""
-    return [tuple(map(torch.cat, zip(*halves, strict=True))) for halves in zip(*(r[key] for r in ranks), strict=True)]
+    """Global batches: of each micro-batch rank 0's images, then rank 1's."""
+    first, second = (rank[key] for rank in ranks)
+    assert [len(batch[0]) for batch in first[:2]] == [2, 2]
+    assert [len(batch[0]) for batch in second[:2]] == [2, 1]
+    ordered = [batch for pair in zip(first, second, strict=True) for batch in pair]
+    steps = [ordered[start : start + 4] for start in range(0, len(ordered), 4)]
+    return [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in steps]
 
 
 def assert_equal(ours: list[tuple], theirs: list[tuple]) -> None:
@@ -98,9 +105,9 @@ def assert_equal(ours: list[tuple], theirs: list[tuple]) -> None:
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("name", ["folder", "shards", "small"])
 def test_two_ranks_load_what_one_process_loads(folder, ranks, name, kind):
-    """Images, ids, epochs and masks, where three images serve a batch of eight too; sizes change on both at once."""
+    """Images, ids, epochs and masks, also where three images serve a batch of seven; sizes change on both at once."""
     dataset = open_dataset(folder / name, cache_dir=folder / "cache")
-    alone = take(dataset, kind, 6)
+    alone = take(dataset, kind, 7)
     assert_equal(joined(ranks, name, kind), alone)
     assert {batch[0].shape[2] for batch in alone} == {16, 32}
 
@@ -108,11 +115,11 @@ def test_two_ranks_load_what_one_process_loads(folder, ranks, name, kind):
 @pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.parametrize("name", ["folder", "shards"])
 def test_another_number_of_ranks_goes_on_half_way_through_an_epoch(folder, ranks, name, kind):
-    """From 2 ranks to 1 and from 1 to 2 after 16 of 11 + 11 samples: each remaining one once, with the same crop, flip,
+    """From 2 ranks to 1 and from 1 to 2 after 14 of 11 + 11 samples: each remaining one once, with the same crop, flip,
     jitter and mask."""
     dataset = open_dataset(folder / name, cache_dir=folder / "cache")
-    undisturbed = take(dataset, kind, 6)
-    to_one = joined(ranks, name, kind)[:2] + take(dataset, kind, 4, position=16)
+    undisturbed = take(dataset, kind, 7)
+    to_one = joined(ranks, name, kind)[:2] + take(dataset, kind, 5, position=14)
     to_two = take(dataset, kind, 2) + joined(ranks, name, kind, "half-way")
     for run in (to_one, to_two):
         assert_equal(run, undisturbed)
