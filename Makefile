@@ -24,7 +24,7 @@ test:
 test-plain test-interpreter: export OMP_NUM_THREADS = 1
 
 test-plain:
-	$(PYTHON) -m pytest tests --ignore tests/ops/test_interpreter.py
+	$(PYTHON) -m pytest tests
 
 test-interpreter:
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m ops

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import pytest
 import torch
+
+if find_spec("triton"):
+    from triton import knobs
+
+    INTERPRETED = knobs.runtime.interpret
+else:
+    INTERPRETED = False
+FUSING = ("model.blocks", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
 
 
 def pytest_collection_modifyitems(items):
@@ -23,6 +34,42 @@ def _poisoned_and_seeded():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(was)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _language_is_patched_once_per_launch():
+    """A quarter of the time of Triton's interpreter goes into patching ``triton.language`` at every call of a device
+    function. Each launch has patched it already, but for what the modules of the functions see of it, which lasts."""
+    seen = set()
+
+    def call(self, *args, **keywords):
+        if self.fn.__module__ not in seen:
+            seen.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if INTERPRETED:
+            interpreter = import_module("triton.runtime.interpreter")
+            patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        yield
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Linear layers as the ops that GPUs use, wherever the test runs."""
+    for name in FUSING:
+        monkeypatch.setattr(import_module(f"fastmae.{name}"), "fuses", lambda *_: True)
+
+
+@pytest.fixture(params=["ops"] if INTERPRETED else ["composition", "ops"])
+def route(request):
+    """Linear layers composed of PyTorch's operators, as on a CPU, and as the ops that GPUs use.
+
+    Where kernels are interpreted, a CPU takes the ops too.
+    """
+    if request.param == "ops":
+        request.getfixturevalue("fused")
 
 
 @pytest.fixture

@@ -19,11 +19,8 @@ import bench_masked_patch_mse  # noqa: E402
 import bench_masking  # noqa: E402
 import bench_quick  # noqa: E402
 import bench_restore_tokens  # noqa: E402
-import step_recipes  # noqa: E402
-from comparison import Comparison, Prepared, Replay, compare, gradient, table  # noqa: E402
+from comparison import Comparison, Replay, compare, gradient, table  # noqa: E402
 from measure import Meter, image_sector_bytes  # noqa: E402
-
-from fastmae.train.precision import Speeds  # noqa: E402
 
 CPU = torch.device("cpu")
 # Small enough to build at once, large enough that what is read once a launch (tables, partial sums) hardly counts.
@@ -69,14 +66,6 @@ def test_one_that_fails_takes_no_other_with_it():
     assert results.errors["b"].endswith("RuntimeError: out of memory\n")
 
 
-def test_what_is_prepared_is_not_timed():
-    meter, events = FakeMeter(), []
-    meter.time = lambda call, *_: events.append("clock") or call()
-    prepared = Prepared(lambda: events.append("prepare"), lambda made: events.append("call") or 1.0)
-    compare(Comparison("x", {"a": prepared}), ["a"], meter, rounds=2)
-    assert events == ["prepare", "call"] + 3 * ["prepare", "clock", "call"]
-
-
 def test_shares_are_those_of_a_copy_and_of_a_product_on_this_device():
     calls = {"a": lambda: torch.ones(1000).sum()}
     comparison = Comparison("x", calls, useful_bytes=1 << 16, flops=1000, dtype=torch.float32)
@@ -101,8 +90,7 @@ def test_replay_gives_pytest_benchmark_the_measured_times():
     assert [readings[1] - readings[0], readings[3] - readings[2]] == [0.5, 0.25]
 
 
-@pytest.mark.parametrize("layout", ["channels last", "channels first"])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize(("layout", "dtype"), [("channels last", torch.uint8), ("channels first", torch.float32)])
 def test_sectors_are_those_that_the_addresses_of_chosen_pixels_fall_into(layout, dtype):
     n, c, h, w, p = 2, 3, 12, 20, 4
     shape = (n, h, w, c) if layout == "channels last" else (n, c, h, w)
@@ -122,26 +110,21 @@ def test_sectors_are_those_that_the_addresses_of_chosen_pixels_fall_into(layout,
     assert image_sector_bytes(images, ids, p) == 32 * len(sectors)
 
 
-def cases():
+def test_useful_bytes_are_the_budget():
     s = SIZES
-    return {
-        "random_masking": lambda: bench_masking.build(s.N, s.L, CPU),
-        "gather_patches": lambda: bench_gather_patches.build(("x", s.N, s.side, s.patch), "uint8 NHWC", CPU),
-        "gather_tokens": lambda: bench_gather_tokens.build(("x", s.N, s.L, s.K, s.D), False, CPU),
-        "gather_tokens backward": lambda: bench_gather_tokens.build(("x", s.N, s.L, s.K, s.D), True, CPU),
-        "restore_tokens": lambda: bench_restore_tokens.build(("x", s.N, s.L, s.K, s.E), False, CPU),
-        "restore_tokens backward": lambda: bench_restore_tokens.build(("x", s.N, s.L, s.K, s.E), True, CPU),
-        "masked_patch_mse": lambda: bench_masked_patch_mse.build(("x", s.N, s.side, s.patch), False, CPU),
-        "masked_patch_mse backward": lambda: bench_masked_patch_mse.build(("x", s.N, s.side, s.patch), True, CPU),
-    }
-
-
-@pytest.mark.parametrize("name", list(cases()))
-def test_useful_bytes_are_the_budget(name):
-    # The gradients of restore_tokens are two launches, each with a budget of its own.
-    parts = [op for key, op in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
-    budget = sum(sum(op.reads(SIZES).values()) + sum(op.writes(SIZES).values()) for op in parts)
-    assert cases()[name]().useful_bytes == pytest.approx(budget, rel=0.03)
+    image, encoder, decoder = ("x", s.N, s.side, s.patch), ("x", s.N, s.L, s.K, s.D), ("x", s.N, s.L, s.K, s.E)
+    found = {"random_masking": bench_masking.build(s.N, s.L, CPU)}
+    found["gather_patches"] = bench_gather_patches.build(image, "uint8 NHWC", CPU)
+    for backward in (False, True):
+        suffix = " backward" * backward
+        found["gather_tokens" + suffix] = bench_gather_tokens.build(encoder, backward, CPU)
+        found["restore_tokens" + suffix] = bench_restore_tokens.build(decoder, backward, CPU)
+        found["masked_patch_mse" + suffix] = bench_masked_patch_mse.build(image, backward, CPU)
+    for name, comparison in found.items():
+        # The gradients of restore_tokens are two launches, each with a budget of its own.
+        parts = [op for key, op in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
+        budget = sum(sum(op.reads(s).values()) + sum(op.writes(s).values()) for op in parts)
+        assert comparison.useful_bytes == pytest.approx(budget, rel=0.03), name
 
 
 def test_competitors_of_the_quick_comparison_train_to_the_same_loss(monkeypatch):
@@ -155,21 +138,6 @@ def test_competitors_of_the_quick_comparison_train_to_the_same_loss(monkeypatch)
     title, _, *rows = table(comparison, results)
     assert title.endswith("2 blocks, 32 px, batch 16, float32")
     assert all(f"loss {losses[-1, 0]:.4f}, after 4 steps {losses[-1, 1]:.4f}" in row for row in rows)
-
-
-def test_benchmarks_take_the_precision_that_is_faster_here(monkeypatch):
-    speeds = [Speeds(fp32=50.0, bf16=1.0), Speeds(fp32=50.0, bf16=100.0)]
-    monkeypatch.setattr(step_recipes, "measure_products", lambda width: speeds.pop())
-    assert step_recipes.usual_precision(CPU)[0] == "bf16"
-    found = step_recipes.usual_precision(CPU)
-    assert found == ("fp32", "matrix products run at 1 GFLOP/s in bf16, 50 in fp32")
-    in_fp32 = step_recipes.in_precision(step_recipes.RECIPES, torch.float32)
-    assert in_fp32["fastmae"].dtype == torch.float32
-    assert in_fp32["facebookresearch-plain-fp16"].dtype == torch.float16
-    of_bf16 = {
-        name for name, recipe in in_fp32.items() if "bf16 training" in str(step_recipes.missing(name, recipe, CPU))
-    }
-    assert of_bf16 == {name for name in in_fp32 if name.endswith("bf16-residual")}
 
 
 def test_pytest_benchmark_at_the_root_prints_each_table_as_it_comes(tmp_path):

@@ -14,8 +14,8 @@ SMALL = {
     "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2, "norm_pix_loss": True,
 }  # fmt: skip
 ALL = [
-    Levers("plain"), Levers(), Levers("fastmae"), Levers(ops=True), Levers(masked_only=True), Levers(blocks=True),
-    Levers(blocks=True, cast_once=True), Levers("fastmae", ops=True, blocks=True),
+    Levers("plain"), Levers(masked_only=True), Levers(blocks=True, cast_once=True),
+    Levers("fastmae", ops=True, blocks=True),
 ]  # fmt: skip
 
 
@@ -42,23 +42,6 @@ def test_a_lever_changes_neither_loss_nor_gradients(track, levers):
     theirs = gradients(fast, expected)
     for name, gradient in gradients(model, loss).items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-5, msg=name)
-
-
-def test_the_baseline_draws_its_own_masks_of_the_right_size(track):
-    fast, images, pixels, _ = track
-    model = LeverModel(fast, Levers("plain"))
-    ids_keep, ids_restore, mask = model._shuffle(torch.empty(3, 16, 1), 0.75)
-    assert ids_keep.shape == (3, 4)
-    assert mask.sum(1).tolist() == [12.0] * 3
-    assert not mask.gather(1, ids_keep).any()
-    assert torch.equal(ids_restore.sort(1).values, torch.arange(16).expand(3, -1))
-    assert model(images, pixels).isfinite()
-
-
-def test_models_share_parameters_and_keep_their_number(track):
-    fast = track[0]
-    for other in (LeverModel(fast, Levers(blocks=True)), share_parameters(fast, residual_dtype="bfloat16")):
-        assert {id(p) for p in other.parameters()} == {id(p) for p in fast.parameters()}
 
 
 def test_a_bfloat16_residual_stream_is_near_but_not_the_same(track):

@@ -16,54 +16,39 @@ from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import _dispatch, random_masking
 from fastmae.ops.attention import choose_backend
 
-pytestmark = pytest.mark.ops
-fused = pytest.mark.skipif(
-    not _dispatch.is_interpreted(), reason="only where kernels run, if interpreted, is the step that of a GPU"
+RESULTS = json.loads(count_step.RESULT.read_text())
+ON_CUDA = f"fastmae, {choose_backend('cuda', torch.bfloat16, 197)[0]}"
+
+
+@pytest.mark.parametrize(
+    ("model", "saved", "moved", "limit"), [("ViT-B/16", 49.7, 447, 40), ("ViT-L/16", 77.7, 697, 60)]
 )
-once = pytest.mark.skipif(_dispatch.is_interpreted(), reason="the same in both processes")
-
-BASE, LARGE = count_step.MODELS.values()
-# Megabytes an image.
-LIMIT = {BASE: 40, LARGE: 60}
-ON_CUDA = choose_backend("cuda", torch.bfloat16, 197)[0]
-FUSED_BACKENDS = ["sdpa", "triton"]
-
-
-@once
-@pytest.mark.parametrize(("name", "saved", "moved"), [(BASE, 49.7, 447), (LARGE, 77.7, 697)])
-def test_the_count_of_facebookresearch_is_the_known_one(name, saved, moved):
-    found = count_step.per_image(name, "facebookresearch, sdpa")
-    assert found["saved"] == pytest.approx(saved, abs=0.06)
-    assert found["forward"] + found["backward"] == pytest.approx(moved, abs=1)
+def test_less_is_kept_and_moved_than_by_facebookresearch(model, saved, moved, limit):
+    """Megabytes per image, as published."""
+    found = RESULTS["models"][model]
+    theirs = found["facebookresearch, sdpa"]
+    assert theirs["saved"] == pytest.approx(saved, abs=0.06)
+    assert theirs["forward"] + theirs["backward"] == pytest.approx(moved, abs=1)
+    for who in {"fastmae, sdpa", "fastmae, triton", ON_CUDA}:
+        assert found[who]["saved"] < limit
+        assert all(found[who][direction] < 0.8 * theirs[direction] for direction in ("forward", "backward"))
 
 
-@fused
-@pytest.mark.parametrize("name", LIMIT)
-@pytest.mark.parametrize("backend", FUSED_BACKENDS)
-def test_saved_activations_stay_within_the_limit(name, backend):
-    batch = 2
-    saved = count_step.count(name, f"fastmae, {backend}", batch).saved / batch / 1e6
-    assert saved < LIMIT[name]
+@pytest.mark.ops
+@pytest.mark.skipif(
+    not _dispatch.is_interpreted(), reason="only where kernels run, if interpreted, is the step a GPU's"
+)
+@pytest.mark.parametrize("who", ["facebookresearch, sdpa", "fastmae, triton"])
+def test_the_published_counts_are_those_of_the_code(who):
+    if torch.__version__.split("+")[0] != RESULTS["torch"]:
+        pytest.skip(f"counted with torch {RESULTS['torch']}")
+    assert count_step.per_image("mae_vit_base_patch16", who) == RESULTS["models"]["ViT-B/16"][who]
 
 
-def test_what_is_automatic_on_cuda_is_among_the_counted():
-    assert ON_CUDA in FUSED_BACKENDS
-
-
-@fused
-@pytest.mark.parametrize("name", LIMIT)
-def test_less_is_moved_than_by_facebookresearch(name):
-    ours, theirs = (count_step.per_image(name, f"{who}, sdpa") for who in ("fastmae", "facebookresearch"))
-    for direction in ("forward", "backward"):
-        assert ours[direction] < 0.8 * theirs[direction]
-
-
-@pytest.mark.parametrize("backend", ["plain", *FUSED_BACKENDS])
-def test_no_matrix_product_is_computed_twice(backend):
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+def test_no_matrix_product_is_computed_twice(backend, route):
     """Two products in the backward for each of the forward, but one for the pixels' projection: pixels need no
     gradient. Scores that fused attention makes again are its own affair and not seen here."""
-    if backend == "triton" and not _dispatch.is_interpreted():
-        pytest.skip("a kernel")
     size, patch, dim, n = 32, 8, 64, 2
     model = MaskedAutoencoderViT(
         size, patch, embed_dim=dim, depth=3, num_heads=2, decoder_embed_dim=32, decoder_depth=3, decoder_num_heads=2,
@@ -78,14 +63,3 @@ def test_no_matrix_product_is_computed_twice(backend):
     pixels = 2 * n * masking.ids_keep.shape[1] * (3 * patch**2) * dim
     assert pixels < forward
     assert traffic.flops - forward == 2 * forward - pixels
-
-
-RESULTS = json.loads(count_step.RESULT.read_text())
-
-
-@fused
-@pytest.mark.parametrize("who", count_step.COMPETITORS)
-def test_counts_are_the_published_ones(who):
-    if torch.__version__.split("+")[0] != RESULTS["torch"]:
-        pytest.skip(f"counted with torch {RESULTS['torch']}")
-    assert count_step.per_image(BASE, who) == RESULTS["models"]["ViT-B/16"][who]

@@ -38,10 +38,8 @@ class Moved:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: what it read and wrote, by the names of the kernel's pointer arguments without ``_ptr``."""
+    """What one kernel launch read and wrote, by the names of the kernel's pointer arguments without ``_ptr``."""
 
-    kernel: str
-    tensors: dict[str, Tensor]
     reads: dict[str, Moved]
     writes: dict[str, Moved]
 
@@ -52,10 +50,6 @@ class Traffic:
     def __init__(self) -> None:
         self.launches: list[Launch] = []
 
-    @property
-    def kernels(self) -> list[str]:
-        return [launch.kernel for launch in self.launches]
-
     def reads(self) -> dict[str, Moved]:
         """By argument name, summed over the launches."""
         return self._by_name("reads")
@@ -63,31 +57,12 @@ class Traffic:
     def writes(self) -> dict[str, Moved]:
         return self._by_name("writes")
 
-    def read(self, tensor: Tensor) -> Moved:
-        """What was read of the storage of this tensor."""
-        return self._of("reads", tensor)
-
-    def written(self, tensor: Tensor) -> Moved:
-        return self._of("writes", tensor)
-
     def _by_name(self, direction: str) -> dict[str, Moved]:
         total: dict[str, Moved] = {}
         for launch in self.launches:
             for name, moved in getattr(launch, direction).items():
                 total[name] = total.get(name, Moved()) + moved
         return total
-
-    def _of(self, direction: str, tensor: Tensor) -> Moved:
-        start = tensor.untyped_storage().data_ptr()
-        return sum(
-            (
-                moved
-                for launch in self.launches
-                for name, moved in getattr(launch, direction).items()
-                if launch.tensors[name].untyped_storage().data_ptr() == start
-            ),
-            Moved(),
-        )
 
 
 @contextmanager
@@ -143,7 +118,7 @@ class _Recorder:
     """The accesses of one launch, each assigned to the argument in whose storage it lies."""
 
     def __init__(self, kernel: str, tensors: dict[str, Tensor]):
-        self.kernel, self.tensors = kernel, tensors
+        self.kernel = kernel
         self.starts = {name: tensor.untyped_storage().data_ptr() for name, tensor in tensors.items()}
         self.ends = {name: self.starts[name] + tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
         self.found: dict[str, dict[tuple[str, int], list[np.ndarray]]] = {"reads": {}, "writes": {}}
@@ -160,7 +135,7 @@ class _Recorder:
         raise AssertionError(f"{self.kernel} touched memory outside of its arguments")
 
     def launch(self) -> Launch:
-        return Launch(self.kernel, self.tensors, self._sum("reads"), self._sum("writes"))
+        return Launch(self._sum("reads"), self._sum("writes"))
 
     def _sum(self, direction: str) -> dict[str, Moved]:
         total: dict[str, Moved] = {}

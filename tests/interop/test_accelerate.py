@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -74,12 +73,17 @@ def pair() -> tuple[nn.Module, nn.Module]:
     return theirs, fastmae.accelerate(copy.deepcopy(theirs))
 
 
-IN_INTERPRETER = ("odd", "uneven")  # the first by fused layers, the second, of another activation, not
-
-
-@pytest.mark.parametrize("full_logits", [True, False])
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=[pytest.mark.ops] if c in IN_INTERPRETER else []) for c in CASES]
+    ("case", "full_logits"),
+    [
+        ("default", True),
+        ("norm_pix", False),
+        # The first by fused layers where kernels run, the second, of another activation, not.
+        pytest.param("odd", True, marks=pytest.mark.ops),
+        pytest.param("uneven", False, marks=pytest.mark.ops),
+        ("no qkv bias", True),
+        ("eager", False),
+    ],
 )
 def test_outputs_and_gradients_are_the_same(case, full_logits):
     theirs = build(**CASES[case])
@@ -100,7 +104,7 @@ def test_outputs_and_gradients_are_the_same(case, full_logits):
     same_gradients(ours, got, theirs, expected)
 
 
-@pytest.mark.parametrize("case", ["default", "no qkv bias", "odd"])
+@pytest.mark.parametrize("case", ["no qkv bias", "odd"])
 def test_fused_layers_are_the_same(case, monkeypatch):
     """What a layer does where kernels run, here on the ops' plain path."""
     theirs = build(**CASES[case])
@@ -148,25 +152,8 @@ def test_the_ops_run(pair, monkeypatch):
     theirs(pixels, noise=noise)
     assert not called
     ours(pixels, noise=noise)
-    assert called == [
-        "gather_patches",
-        "attention",
-        "attention",
-        "restore_tokens",
-        *2 * ["attention"],
-        "masked_patch_mse",
-    ]
-
-
-def test_without_noise_the_generator_is_used_alike(pair):
-    theirs, ours = pair
-    pixels, _ = inputs(theirs)
-    results = []
-    for model in pair:
-        torch.manual_seed(5)
-        results.append(model(pixels))
-    same(*results)
-    assert not torch.equal(ours(pixels).mask, ours(pixels).mask)
+    attentions = 2 * ["attention"]
+    assert called == ["gather_patches", *attentions, "restore_tokens", *attentions, "masked_patch_mse"]
 
 
 def test_same_parameters_and_state_dict_and_back_again():
@@ -213,10 +200,9 @@ def test_saved_and_loaded_by_transformers(pair, tmp_path):
     )
 
 
-@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_accelerated_too(clone):
+def test_copies_are_accelerated_too():
     model = fastmae.accelerate(build(), full_logits=False)
-    copied = clone(model)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     pixels, noise = inputs(model)
     assert torch.equal(copied(pixels, noise=noise).logits, model(pixels, noise=noise).logits)
     decelerate(copied)
@@ -326,15 +312,6 @@ def within_bf16(theirs: nn.Module, ours: nn.Module, pixels: torch.Tensor, noise:
     assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)
 
 
-def test_a_bf16_model(pair):
-    theirs, ours = (model.bfloat16() for model in pair)
-    pixels, noise = (x.bfloat16() for x in inputs(theirs))
-    expected, got = theirs(pixels, noise=noise), ours(pixels, noise=noise)
-    assert got.loss.dtype == torch.float32
-    torch.testing.assert_close(got.loss, expected.loss.float(), rtol=2e-2, atol=0)
-    torch.testing.assert_close(got.logits, expected.logits, rtol=0.05, atol=0.1)
-
-
 def test_compiles_as_one_graph(pair):
     theirs, ours = pair
     pixels, noise = inputs(theirs)
@@ -410,12 +387,7 @@ def test_init_draws_the_weights_of_create_model():
 def test_refusals(pair):
     theirs, ours = pair
     expected = r"model: expected a transformers.ViTMAEForPreTraining"
-    for wrong in (
-        nn.Linear(2, 2),
-        theirs.vit,
-        nn.DataParallel(theirs),
-        type("Mine", (type(theirs),), {})(theirs.config),
-    ):
+    for wrong in (nn.Linear(2, 2), theirs.vit, type("Mine", (type(theirs),), {})(theirs.config)):
         with pytest.raises(ValueError, match=expected):
             fastmae.accelerate(wrong)
     with pytest.raises(ValueError, match=r"model: expected one that fastmae.accelerate returned"):
@@ -429,11 +401,7 @@ def test_refusals(pair):
         fastmae.accelerate(transformers.ViTMAEForPreTraining(config()), init=True)
     with pytest.raises(ValueError, match="pixel_values"):
         ours(None)
-    for pixels in (
-        torch.zeros(1, 3, 32, 40),
-        torch.zeros(1, 4, 32, 32),
-        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
-    ):
+    for pixels in (torch.zeros(1, 4, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8)):
         with pytest.raises(
             ValueError, match=r"pixel_values: expected a floating-point tensor of shape \(N, 3, 32, 32\)"
         ):
@@ -445,20 +413,6 @@ def test_another_version_of_transformers_is_refused(monkeypatch):
     monkeypatch.setattr("transformers.__version__", "4.57.1")
     with pytest.raises(ValueError, match=r"expected transformers 5.0 or newer, got version 4.57.1"):
         fastmae.accelerate(model)
-
-
-def test_an_unknown_arrangement_is_refused(monkeypatch):
-    model = build()
-    monkeypatch.delitem(sys.modules, "fastmae.interop.vit_mae")
-    monkeypatch.delattr("transformers.models.vit_mae.modeling_vit_mae.ViTMAEDecoder")
-    with pytest.raises(ValueError, match="arranges ViTMAE in a way that this version of fastmae does not know"):
-        fastmae.accelerate(model)
-
-
-def test_transformers_is_imported_when_a_model_comes():
-    code = "import sys, fastmae; fastmae.accelerate; import fastmae.interop; print('transformers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 @pytest.mark.gpu

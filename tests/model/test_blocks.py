@@ -15,26 +15,21 @@ from fastmae.ops import random_masking, restore_tokens
 from fastmae.ops._dispatch import is_interpreted
 from fastmae.reference import Block as ReferenceBlock
 
-pytestmark = pytest.mark.ops
-
 BF16 = torch.bfloat16
-
-
-PARTS = ("model.blocks", "ops._linear", "ops.norm_linear", "ops.gelu_linear")
-MODULES = [import_module(f"fastmae.{name}") for name in PARTS]
+SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "decoder_embed_dim": 24}
+SIZES |= {"decoder_depth": 2, "decoder_num_heads": 2}
 
 
 @pytest.fixture
-def fused(monkeypatch):
-    """Blocks made of the ops that GPUs use, wherever the test runs."""
-    for module in MODULES:
-        monkeypatch.setattr(module, "fuses", lambda *_: True)
+def model(device) -> MaskedAutoencoderViT:
+    return MaskedAutoencoderViT(**SIZES, seed=0).to(device)
 
 
-@pytest.fixture(params=["composition", "ops"])
-def route(request):
-    """Blocks as the CPU runs them, and as GPUs do."""
-    return request.getfixturevalue("fused") if request.param == "ops" else None
+@pytest.fixture
+def inputs(device):
+    """Images and a mask, as keyword arguments of the model."""
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
+    return {"images": images, "masking": random_masking(2, 16, 0.75, seed=0, device=device)}
 
 
 def pair(device, depth=2, dim=32, heads=2):
@@ -54,6 +49,7 @@ def assert_same_gradients(fast, slow):
         assert error <= 1e-4 * size + 1e-5, name
 
 
+@pytest.mark.ops
 def test_blocks_are_the_references(device, route):
     fast, slow = pair(device)
     x = torch.randn(3, 7, 32, device=device)
@@ -65,6 +61,7 @@ def test_blocks_are_the_references(device, route):
     assert_same_gradients(fast, slow)
 
 
+@pytest.mark.ops
 def test_rows_that_come_out_are_rows_of_the_whole(device, route):
     fast, _ = pair(device, depth=1)
     x, ids = torch.randn(3, 9, 32, device=device), torch.tensor([[1, 4, 8], [0, 2, 3], [5, 6, 7]], device=device)
@@ -72,6 +69,7 @@ def test_rows_that_come_out_are_rows_of_the_whole(device, route):
     torch.testing.assert_close(rows, whole.gather(1, ids[..., None].expand(-1, -1, 32)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.ops
 def test_masked_tokens_projected_once_a_batch(device, route):
     fast, slow = pair(device, depth=1)
     m = random_masking(3, 12, 0.75, seed=0, device=device)
@@ -84,9 +82,8 @@ def test_masked_tokens_projected_once_a_batch(device, route):
     assert_same_gradients(fast, slow)
 
 
-def test_the_decoder_projects_no_mask_token_twice(device, monkeypatch):
+def test_the_decoder_projects_no_mask_token_twice(model, inputs, monkeypatch):
     """Rows of the decoder's first product of queries, keys and values: visible ones of each image, then one table."""
-    model = MaskedAutoencoderViT(32, 8, 3, 16, 1, 2, 24, 2, 2, seed=0).to(device)
     rows = []
     inner = type(model.decoder_blocks[0].attn).forward_shared
 
@@ -95,40 +92,35 @@ def test_the_decoder_projects_no_mask_token_twice(device, monkeypatch):
         return inner(self, shared, norm, num_prefix_tokens)
 
     monkeypatch.setattr(type(model.decoder_blocks[0].attn), "forward_shared", seen)
-    model(torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, device=device))
-    assert rows == [((5, 1 + 4), 16)]
+    model(**inputs)
+    assert rows == [((2, 1 + 4), 16)]
 
 
-def test_bfloat16_stream_is_an_option(device, route):
-    arguments = (32, 8, 3, 32, 2, 2, 32, 2, 2)
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, device=device)
-    masking = random_masking(4, 16, 0.75, seed=1, device=device)
+@pytest.mark.ops
+def test_bfloat16_stream_is_an_option(device, inputs, route):
     losses, streams = {}, set()
     for dtype in ("float32", "bfloat16"):
-        model = MaskedAutoencoderViT(*arguments, seed=0, residual_dtype=dtype).to(device)
+        model = MaskedAutoencoderViT(**SIZES, seed=0, residual_dtype=dtype).to(device)
         for block in [*model.blocks, *model.decoder_blocks]:
             block.register_forward_hook(lambda _m, _i, stream, name=dtype: streams.add((name, stream.x.dtype)))
         with torch.autocast(device.type, BF16):
-            losses[dtype] = model(images, masking=masking).loss
+            losses[dtype] = model(**inputs).loss
         losses[dtype].backward()
     assert streams == {("float32", torch.float32), ("bfloat16", BF16)}
     assert losses["float32"] != losses["bfloat16"]
     torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=2e-2, atol=0)
     with pytest.raises(ValueError, match=r"residual_dtype.*float16"):
-        MaskedAutoencoderViT(*arguments, residual_dtype="float16")
+        MaskedAutoencoderViT(**SIZES, residual_dtype="float16")
 
 
-def test_weights_are_cast_once_for_several_forwards(device, fused, monkeypatch):
-    model = MaskedAutoencoderViT(32, 8, 3, 16, 2, 2, 24, 2, 2, seed=0).to(device)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
+def test_weights_are_cast_once_for_several_forwards(device, model, inputs, fused, monkeypatch):
     casts = []
     copy = torch._foreach_copy_
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, of: (casts.append(len(to)), copy(to, of)))
     linears = [m for m in model.modules() if isinstance(m, Linear)]
-    masking = random_masking(2, 16, 0.75, seed=0, device=device)
     with torch.autocast(device.type, BF16), model.cast_weights(BF16):
-        first = model(images, masking=masking).loss
-        second = model(images, masking=masking).loss
+        first = model(**inputs).loss
+        second = model(**inputs).loss
         assert all(m.weight_cast.dtype == m.bias_cast.dtype == BF16 for m in linears)
     assert casts == [2 * len(linears)] == [2 * (4 * 4 + 2)]
     assert torch.equal(first, second)
@@ -139,23 +131,21 @@ def test_weights_are_cast_once_for_several_forwards(device, fused, monkeypatch):
         for m in linears:
             m.weight.mul_(2)
     with torch.autocast(device.type, BF16):  # on its own, a forward sees the weights as they are now
-        assert not torch.equal(model(images, masking=masking).loss, first)
+        assert not torch.equal(model(**inputs).loss, first)
     assert len(casts) == 2
 
 
-def test_copies_change_nothing_but_the_casting(device, fused):
-    model = MaskedAutoencoderViT(32, 8, 3, 16, 2, 2, 24, 2, 2, seed=0).to(device)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
-    masking = random_masking(2, 16, 0.75, seed=0, device=device)
+def test_copies_change_nothing_but_the_casting(device, model, inputs, fused):
     gradients = []
     for patch in (False, True):
         model.zero_grad()
         with torch.autocast(device.type, BF16), pytest.MonkeyPatch.context() as context:
             if patch:
-                for module in MODULES[2:]:
+                for name in ("norm_linear", "gelu_linear"):
+                    module = import_module(f"fastmae.ops.{name}")
                     context.setattr(module, "operand", lambda weight, _, dtype: weight.to(dtype))
                 context.setattr(MaskedAutoencoderViT, "_autocast_weights", lambda self: nullcontext())
-            model(images, masking=masking).loss.backward()
+            model(**inputs).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -173,12 +163,10 @@ class VectorCopies(EagerTraffic):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def test_no_bias_is_cast_or_cloned_on_its_own(device, fused):
-    model = MaskedAutoencoderViT(32, 8, 3, 16, 2, 2, 24, 2, 2, seed=0).to(device)
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, device=device)
-    masking = random_masking(2, 16, 0.75, seed=0, device=device)
+@pytest.mark.ops
+def test_no_bias_is_cast_or_cloned_on_its_own(device, model, inputs, fused):
     with torch.autocast(device.type, BF16), VectorCopies(model) as copies:
-        model(images, masking=masking, full_pred=False)
+        model(**inputs, full_pred=False)
     # Without the kernel, gelu_linear's composition casts the bias that the kernel reads in float32.
     by_composition = () if is_interpreted() or device.type == "cuda" else ("mlp.fc1.bias",)
     assert [name for name in copies.found if name and not name.endswith(by_composition)] == ["patch_embed.proj.bias"]
@@ -193,7 +181,7 @@ def test_a_bias_leaves_its_block_as_a_copy_unless_it_is_known_not_to_be_sharded(
         assert block(Stream(x)).bias is own
 
 
-def test_no_copies_where_no_kernel_runs_or_the_dtype_fits():
-    model = MaskedAutoencoderViT(32, 8, 3, 16, 1, 2, 24, 1, 2, seed=0).double()
+def test_no_copies_where_no_kernel_runs_or_the_dtype_fits(model):
+    model = model.double()
     with cast_weights(model, BF16):
         assert all(m.weight_cast is None for m in model.modules() if isinstance(m, Linear))

@@ -9,9 +9,7 @@ import torch
 
 from fastmae.model import PRESETS, MAEOutput, MaskedAutoencoderViT, create_model
 from fastmae.ops import Masking, masking_from_noise, random_masking
-from fastmae.reference import MaskedAutoencoder, sincos_positions
-
-pytestmark = pytest.mark.ops
+from fastmae.reference import MaskedAutoencoder
 
 SMALL = {
     "img_size": (32, 48), "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4,
@@ -34,6 +32,7 @@ def gradients(model, loss):
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
+@pytest.mark.ops
 @pytest.mark.parametrize("order", ["ascending", "shuffled"])
 def test_training_path_has_the_same_loss_and_gradients(model, images, order):
     noise = torch.rand(3, model.num_patches, device=images.device)
@@ -51,6 +50,7 @@ def test_training_path_has_the_same_loss_and_gradients(model, images, order):
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm() + 1e-8, name
 
 
+@pytest.mark.ops
 def test_raw_and_normalised_images_agree(model, images):
     noise = torch.rand(3, model.num_patches, device=images.device)
     mean, std = model.mean.view(1, 3, 1, 1), model.std.view(1, 3, 1, 1)
@@ -113,12 +113,6 @@ def test_presets_have_the_reference_state_dict(name):
     assert shapes == {k: v.shape for k, v in slow.state_dict().items()}
 
 
-def test_positions_match_the_reference():
-    model = MaskedAutoencoderViT(**SMALL)
-    torch.testing.assert_close(model.pos_embed, sincos_positions(64, (4, 6)), rtol=0, atol=1e-7)
-    assert model.pos_embed[0, 0].abs().max() == 0
-
-
 def test_architecture_rebuilds_the_model(model):
     again = MaskedAutoencoderViT(**model.architecture, seed=1)
     for name, value in model.state_dict().items():
@@ -157,11 +151,7 @@ def test_pixel_statistics_stay_in_full_precision(model):
     assert empty.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 
-def test_model_in_bfloat16_runs(model, images):
-    out = model.to(torch.bfloat16)(images, full_pred=False)
-    assert torch.isfinite(out.loss)
-
-
+@pytest.mark.ops
 def test_autocast_is_close_to_full_precision(model, images):
     masking = random_masking(3, 24, 0.75, seed=0, device=images.device)
     full = model(images, masking=masking, full_pred=False)

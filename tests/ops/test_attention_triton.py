@@ -6,8 +6,6 @@ import bench_attention
 import pytest
 import torch
 from comparison import arm
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_attention import added, error, formula
 from torch import Tensor
 
@@ -66,8 +64,10 @@ def formula_kv(q: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 @needs_a_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [*((s, torch.float16) for s in SIZES), (SIZES[1], torch.float32), (SIZES[3], torch.float32)],
+)
 def test_agrees(size, dtype, device):
     q, kv, grad = tensors(*size, dtype, device)
     bias = torch.randn(3 * q[0, 0].numel(), device=device).to(dtype)
@@ -77,30 +77,6 @@ def test_agrees(size, dtype, device):
     *same, bias_gradient = run(with_bias, (q, kv, bias), grad)
     assert all(map(torch.equal, without, same))
     assert not bias_gradient.chunk(3)[1].any()
-
-
-@needs_a_kernel
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(
-    n=st.integers(1, 2),
-    queries=st.integers(1, 40),
-    keys=st.one_of(st.integers(1, 48), st.sampled_from([64, 65, 66])),
-    heads=st.integers(1, 3),
-    dim=st.integers(1, 48),
-    order=st.permutations([0, 1, 2]),
-    seed=st.integers(0, 1000),
-)
-def test_agrees_everywhere(n, queries, keys, heads, dim, order, seed):
-    torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    back = [order.index(i) for i in range(3)]
-
-    def strided(length: int) -> Tensor:
-        shape = [(n, length, heads)[i] for i in order]
-        return torch.randn(*shape, dim, device=device).permute(*back, 3)
-
-    q, k, v, grad = strided(queries), strided(keys), strided(keys), strided(queries)
-    assert_as_exact_as_plain(lambda *x: attention(*x, "triton"), (q, k, v), grad, formula)
 
 
 @pytest.mark.gpu
@@ -142,8 +118,8 @@ def test_three_forms_are_one(device):
 
 
 @needs_a_kernel
-@pytest.mark.parametrize(("queries", "keys"), [(33, 20), (17, 33)])
-def test_any_tile_gives_the_same(queries, keys, device):
+def test_any_tile_gives_the_same(device):
+    queries, keys = 17, 33
     q, kv, grad = tensors(1, queries, keys, 1, 16, torch.float16, device)
     k, v = kv.unbind(2)
     tiles = op.forward_tiles(queries, keys, 2)
@@ -161,46 +137,18 @@ def test_any_tile_gives_the_same(queries, keys, device):
 
 
 @needs_a_kernel
-@pytest.mark.parametrize("queries", [None, 3])
-def test_the_sweep_of_tiles_runs_and_computes_attention(queries, device, monkeypatch):
+def test_the_sweep_of_tiles_runs_and_computes_attention(device, monkeypatch):
     monkeypatch.setattr(bench_attention, "BATCH", 1)
     monkeypatch.setattr(bench_attention, "HEADS", 2)
     for backward in (False, True):
-        comparison = bench_attention.build_tiles("float16", 7, 16, device, queries, backward)
+        comparison = bench_attention.build_tiles("float16", 7, 16, device, 3, backward)
         assert len(comparison.competitors) >= 2
         for competitor in comparison.competitors.values():
             arm(competitor)()
-    inputs = tuple(bench_attention.make_inputs(1, torch.float16, 7, 16, device, queries))
-    function = attention_kvpacked if queries else attention_qkvpacked
-    grad = torch.randn(1, queries or 7, 2, 16, device=device)
+    inputs = tuple(bench_attention.make_inputs(1, torch.float16, 7, 16, device, 3))
+    grad = torch.randn(1, 3, 2, 16, device=device)
     tiled = run(lambda *x: bench_attention.Tiled.apply(None, None, *x), inputs, grad)
-    assert all(map(torch.equal, tiled, run(lambda *x: function(*x, "triton"), inputs, grad)))
-
-
-@needs_a_kernel
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
-        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-        lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-        lambda x: x[:1].expand(2, -1, -1, -1),
-    ],
-    ids=["tokens first", "heads first", "columns first", "expanded"],
-)
-def test_strides(view, device):
-    q, k, v, grad = (view(torch.randn(2, 9, 3, 16, device=device)) for _ in range(4))
-    assert_as_exact_as_plain(lambda *x: attention(*x, "triton"), (q, k, v), grad, formula)
-    strided = attention(q, k, v, "triton")
-    assert torch.equal(strided, attention(*(x.contiguous() for x in (q, k, v)), "triton"))
-
-
-@needs_a_kernel
-def test_gradient_without_strides(device):
-    qkv = torch.randn(2, 6, 3, 2, 16, device=device, requires_grad=True)
-    (got,) = torch.autograd.grad(attention_qkvpacked(qkv, "triton").sum(), qkv)
-    (want,) = torch.autograd.grad(formula(*qkv.unbind(2)).sum(), qkv)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, tiled, run(lambda *x: attention_kvpacked(*x, "triton"), inputs, grad)))
 
 
 @needs_a_kernel

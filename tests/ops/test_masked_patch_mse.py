@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from patch_cases import (
     CASES,
-    LAYOUTS,
     Case,
     assert_as_accurate,
     make_ids,
@@ -19,12 +16,31 @@ from patch_cases import (
     patchify,
     take,
 )
+from property_cases import plain_only
 
-from fastmae.ops import _dispatch, patches
+from fastmae.ops import patches
 from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.masked_patch_mse import masked_patch_mse
 
 pytestmark = pytest.mark.ops
+
+
+# Each case has two layouts and both dtypes; each layout meets both dtypes, with normalised targets and without.
+FIELDS = ("name", "layout", "dtype", "norm_pix")
+COMBINED = [
+    ("p16", "channels_last", torch.uint8, True),
+    ("p16", "nchw", torch.float32, False),
+    ("p14", "nchw", torch.uint8, True),
+    ("p14", "channels_last", torch.float32, True),
+    ("one-channel", "cropped", torch.uint8, False),
+    ("one-channel", "strided", torch.float32, True),
+    ("five-channels", "strided", torch.uint8, True),
+    ("five-channels", "cropped", torch.float32, True),
+    ("wide-patch", "channels_last", torch.uint8, False),
+    ("wide-patch", "strided", torch.float32, False),
+    ("tall-patch-two-channels", "cropped", torch.uint8, True),
+    ("tall-patch-two-channels", "channels_last", torch.float32, False),
+]
 
 
 def plain_losses(pred, images, ids, patch, norm_pix, mean, std, dtype=torch.float64, eps=1e-6):
@@ -39,11 +55,9 @@ def value_and_grad(losses, pred, weight):
     return losses.detach(), torch.autograd.grad(losses, pred, weight.to(losses.dtype))[0]
 
 
-@pytest.mark.parametrize("norm_pix", [True, False])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_losses_and_gradients(case, layout, dtype, norm_pix):
+@pytest.mark.parametrize(FIELDS, COMBINED)
+def test_losses_and_gradients(name, layout, dtype, norm_pix):
+    case = CASES[name]
     images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(case.channels)
     full = torch.randn(case.n, case.num_patches, case.pixels, requires_grad=True)
     weight = torch.rand(ids.shape) + 0.5
@@ -61,22 +75,20 @@ def test_losses_and_gradients(case, layout, dtype, norm_pix):
         assert grad[~chosen].eq(0).all()
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_reductions(full):
-    case, (mean, std) = CASES["p16"], make_mean_std(3)
+def test_reductions():
+    case, (mean, std) = CASES["wide-patch"], make_mean_std(3)
     images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
-    rows = case.num_patches if full else ids.shape[1]
-    pred = torch.randn(case.n, rows, case.pixels, requires_grad=True)
-    losses = masked_patch_mse(pred, images, ids, 16, mean=mean, std=std, reduction="none")
+    pred = torch.randn(*ids.shape, case.pixels, requires_grad=True)
+    losses = masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std, reduction="none")
     assert losses.shape == ids.shape
     for reduction in ("mean", "sum"):
-        loss = masked_patch_mse(pred, images, ids, 16, mean=mean, std=std, reduction=reduction)
+        loss = masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std, reduction=reduction)
         assert loss.shape == ()
         torch.testing.assert_close(loss, getattr(losses, reduction)())
         (grad,) = torch.autograd.grad(loss, pred)
         (expected,) = torch.autograd.grad(getattr(losses, reduction)(), pred, retain_graph=True)
         torch.testing.assert_close(grad, expected)
-    assert torch.equal(masked_patch_mse(pred, images, ids, 16, mean=mean, std=std), losses.mean())
+    assert torch.equal(masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std), losses.mean())
 
 
 def test_equals_facebookresearch_over_all_patches():
@@ -91,9 +103,8 @@ def test_equals_facebookresearch_over_all_patches():
     torch.testing.assert_close(masked_patch_mse(pred, images, ids, 16, mean=mean, std=std), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("full", [True, False])
-def test_half_predictions_under_autocast(full, dtype):
+@pytest.mark.parametrize(("dtype", "full"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_half_predictions_under_autocast(dtype, full):
     case, (mean, std) = CASES["wide-patch"], make_mean_std(3)
     images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
     pred = torch.randn(case.n, case.num_patches, case.pixels).to(dtype)
@@ -112,17 +123,15 @@ def test_half_predictions_under_autocast(full, dtype):
     torch.testing.assert_close(grad.double(), wanted, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
-@pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_constant_and_saturated_patches(value, full):
+def test_constant_and_saturated_patches(value):
     """A grey patch is not constant once its channels are normalised; a patch of one channel is, and its target is 0."""
-    for case in (CASES["p16"], CASES["one-channel"]):
+    for case in (CASES["wide-patch"], CASES["one-channel"]):
         mean, std = make_mean_std(case.channels)
         images, ids = make_images(case, "channels_last", torch.uint8).fill_(value), make_ids(case)
-        pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels, requires_grad=True)
-        chosen = take(pred, ids) if full else pred
-        exact = plain_losses(chosen, images, ids, case.patch, True, mean, std)
-        plain = plain_losses(chosen, images, ids, case.patch, True, mean, std, torch.float32)
+        pred = torch.randn(*ids.shape, case.pixels, requires_grad=True)
+        exact = plain_losses(pred, images, ids, case.patch, True, mean, std)
+        plain = plain_losses(pred, images, ids, case.patch, True, mean, std, torch.float32)
         losses = masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std, reduction="none")
         assert_as_accurate(losses.detach(), plain.detach(), exact.detach(), tiny=1e-6)
         (grad,) = torch.autograd.grad(losses.sum(), pred)
@@ -136,19 +145,6 @@ def test_zero_eps_does_not_leak_into_visible_patches():
     (grad,) = torch.autograd.grad(masked_patch_mse(pred, images, ids, 8, eps=0.0), pred)
     assert grad[0, 0].isfinite().all()
     assert grad[0, 1:].eq(0).all()
-
-
-def test_predictions_without_their_class_token_and_other_strides():
-    case, (mean, std) = CASES["p16"], make_mean_std(3)
-    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
-    tokens = torch.randn(case.n, 1 + case.num_patches, case.pixels)
-    transposed = torch.randn(case.n, case.pixels, case.num_patches).transpose(1, 2)
-    for pred in (tokens[:, 1:], transposed, tokens[:1, :1].expand(case.n, case.num_patches, -1)):
-        pred.requires_grad_()
-        loss, expected = (masked_patch_mse(p, images, ids, 16, mean=mean, std=std) for p in (pred, pred.contiguous()))
-        torch.testing.assert_close(loss, expected)
-        (grad,), (wanted,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, pred)
-        torch.testing.assert_close(grad, wanted)
 
 
 def test_repeated_ids_add_up():
@@ -184,10 +180,9 @@ def test_tiny_and_huge_patches(patch, norm_pix):
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-7)
 
 
+@plain_only
 @pytest.mark.parametrize("full", [True, False])
 def test_more_images_than_one_chunk_of_the_plain_path(full):
-    if _dispatch.is_interpreted():
-        pytest.skip("the plain path alone goes by chunks")
     case = Case(13, 3, (128, 128), (16, 16), 0.5)
     images, ids, (mean, std) = make_images(case, "channels_last", torch.uint8), make_ids(case), make_mean_std(3)
     assert 1 < len(list(patches.chunks(images, ids, case.patch))) < case.n
@@ -200,60 +195,26 @@ def test_more_images_than_one_chunk_of_the_plain_path(full):
     torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_any_geometry(data):
-    n, c = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
-    patch = data.draw(st.tuples(st.integers(2, 14), st.integers(1, 14)))
-    grid = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
-    case = Case(n, c, (grid[0] * patch[0], grid[1] * patch[1]), patch, data.draw(st.floats(0.1, 0.95)))
-    layout, dtype = data.draw(st.sampled_from(LAYOUTS)), data.draw(st.sampled_from([torch.uint8, torch.float32]))
-    norm_pix, full = data.draw(st.booleans()), data.draw(st.booleans())
-    masks = data.draw(st.integers(1, 3))
-    images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case._replace(n=n * masks)), make_mean_std(c)
-    pred = torch.randn(n * masks, case.num_patches if full else ids.shape[1], case.pixels, requires_grad=True)
-    loss = masked_patch_mse(pred, images, ids, patch, norm_pix, mean, std)
-    chosen = take(pred, ids) if full and case.num_patches != ids.shape[1] else pred
-    expected = plain_losses(chosen, images.repeat_interleave(masks, 0), ids, patch, norm_pix, mean, std).mean()
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
-    (grad,), (wanted,) = torch.autograd.grad(loss, pred), torch.autograd.grad(expected, pred)
-    torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
-@pytest.mark.parametrize("full", [True, False])
-def test_gradcheck(full, dtype):
-    case = Case(2, 2, (6, 4), (2, 2), 0.5)
-    images, ids, (mean, std) = make_images(case, "nchw", dtype), make_ids(case), make_mean_std(2)
-    rows = case.num_patches if full else ids.shape[1]
-    pred = torch.randn(2, rows, case.pixels, dtype=torch.float64, requires_grad=True)
-    for reduction in ("mean", "none"):
-        assert torch.autograd.gradcheck(
-            lambda p, r=reduction: masked_patch_mse(p, images, ids, 2, mean=mean, std=std, reduction=r), pred
-        )
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("full", [True, False])
-def test_opcheck(full, dtype):
+@pytest.mark.parametrize(("full", "dtype", "masks"), [(True, torch.uint8, 1), (False, torch.float32, 2)])
+def test_opcheck(full, dtype, masks):
     case = CASES["five-channels"]
-    images, ids = make_images(case, "channels_last", dtype), make_ids(case)
+    images, ids = make_images(case, "channels_last", dtype), make_ids(case._replace(n=masks * case.n))
     mean, std = patches.check_statistics(images, *make_mean_std(5))
-    pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels)
+    pred = torch.randn(len(ids), case.num_patches if full else ids.shape[1], case.pixels)
     rest = (images, ids, mean, std, *case.patch, True, 1e-6)
     torch.library.opcheck(torch.ops.fastmae.masked_patch_mse, (pred.clone().requires_grad_(), *rest))
     torch.library.opcheck(torch.ops.fastmae.masked_patch_mse_backward, (torch.rand(ids.shape), pred, *rest))
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_compiles_into_one_graph(full):
-    case, (mean, std) = CASES["p16"], make_mean_std(3)
+@plain_only
+def test_compiles_into_one_graph():
+    case, (mean, std) = CASES["wide-patch"], make_mean_std(3)
     images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
-    rows = case.num_patches if full else ids.shape[1]
-    hidden, weight = torch.randn(case.n, rows, 8), torch.randn(case.pixels, 8, requires_grad=True)
+    hidden, weight = torch.randn(case.n, case.num_patches, 8), torch.randn(case.pixels, 8, requires_grad=True)
 
     def step(hidden, weight, images, ids, mean, std):
-        return masked_patch_mse(torch.nn.functional.linear(hidden, weight), images, ids, 16, mean=mean, std=std)
+        pred = torch.nn.functional.linear(hidden, weight)
+        return masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std)
 
     arguments = (hidden, weight, images, ids, mean, std)
     got, expected = torch.compile(step, fullgraph=True)(*arguments), step(*arguments)
@@ -261,8 +222,9 @@ def test_compiles_into_one_graph(full):
     torch.testing.assert_close(torch.autograd.grad(got, weight), torch.autograd.grad(expected, weight))
 
 
+@plain_only
 def test_other_batch_sizes_and_mask_ratios_share_a_graph():
-    """One graph for the first sizes, one for all others."""
+    """One graph for the first sizes, one for all others; one more once images have several masks."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     mean, std = make_mean_std(3)
 
@@ -271,14 +233,14 @@ def test_other_batch_sizes_and_mask_ratios_share_a_graph():
         return masked_patch_mse(pred, images, ids, 8, mean=mean, std=std)
 
     compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for n, ratio in ((2, 0.2), (3, 0.4), (4, 0.6), (5, 0.8)):
+    for n, ratio, masks, graphs in ((2, 0.2, 1, 1), (3, 0.4, 1, 2), (5, 0.8, 1, 2), (2, 0.5, 3, 3), (5, 0.6, 3, 3)):
         case = Case(n, 3, (32, 40), (8, 8), ratio)
-        images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case)
-        pred = torch.randn(n, ids.shape[1], case.pixels, requires_grad=True)
+        images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case._replace(n=masks * n))
+        pred = torch.randn(*ids.shape, case.pixels, requires_grad=True)
         got, expected = (function(pred, images, ids) for function in (compiled, step))
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(torch.autograd.grad(got, pred), torch.autograd.grad(expected, pred))
-    assert counter.frame_count == 2
+        assert counter.frame_count == graphs
 
 
 def test_second_derivative_is_refused():
@@ -290,12 +252,10 @@ def test_second_derivative_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm_pix", [True, False])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_cuda_equals_cpu(case, layout, full, dtype, norm_pix):
+@pytest.mark.parametrize(FIELDS, COMBINED)
+def test_cuda_equals_cpu(name, layout, dtype, norm_pix, full):
+    case = CASES[name]
     images, ids, (mean, std) = make_images(case, layout, dtype), make_ids(case), make_mean_std(case.channels)
     pred = torch.randn(case.n, case.num_patches if full else ids.shape[1], case.pixels)
     results = []

@@ -1,85 +1,84 @@
-"""Masks: the definition, its distribution, the same bits on every path."""
+"""Masks: their definitions, what they look like, the same bits on every path."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property_cases import plain_only
 
 from fastmae.ops import masking as op
 from fastmae.ops import masking_plain
-from fastmae.ops._dispatch import is_interpreted, load_kernels
 from fastmae.ops.masking import Masking, masking_from_noise, random_masking
 from fastmae.ops.philox import Stream, random_words
 
 pytestmark = pytest.mark.ops
 
-TRITON = load_kernels("masking") is not None
 
-
-def plain(n, length, kept, seed, epoch, draw=0, masks_per_image=1) -> tuple[torch.Tensor, ...]:
+def plain(n, length, kept, strategy="random", grid=None, seed=0, epoch=0) -> tuple[torch.Tensor, ...]:
     """The plain path, whatever runs elsewhere in this process."""
-    keys = masking_plain.keys_of_rows(n, seed, epoch, None, None, draw, masks_per_image, torch.device("cpu"))
-    return masking_plain.draw_masks(keys, length, kept, "random", 1, length)
+    keys = masking_plain.keys_of_rows(n, seed, epoch, None, None, 0, 1, torch.device("cpu"))
+    return masking_plain.draw_masks(keys, length, kept, strategy, *(grid or (1, length)))
 
 
-EXAMPLES = 8 if TRITON and is_interpreted() else 25
+def random_by_definition(n, length, ratio, seed, epoch) -> Masking:
+    """The patches of the K smallest words stay, in a stable order."""
+    words = random_words(seed, torch.full((n,), epoch), torch.arange(n), Stream.MASK, length, 0)
+    kept = words.argsort(dim=1, stable=True)[:, : int(length * (1 - ratio))]
+    return from_mask(torch.ones(n, length).scatter_(1, kept, 0.0))
 
 
-def by_definition(n, length, ratio, seed, epoch, ids, draw=0) -> Masking:
-    """Stable sort of the keys; the K smallest stay, ids ascending."""
-    kept = int(length * (1 - ratio))
-    words = random_words(seed, epoch, ids, Stream.MASK, length, draw)
-    order = words.argsort(dim=1, stable=True)
-    ids_keep, ids_mask = order[:, :kept].sort(dim=1).values, order[:, kept:].sort(dim=1).values
-    ids_restore = torch.cat([ids_keep, ids_mask], dim=1).argsort(dim=1)
-    mask = torch.zeros(n, length).scatter_(1, ids_mask, 1.0)
-    return Masking(ids_keep, ids_mask, ids_restore, mask)
+def block_by_definition(grid, ratio, seed, epoch, sample_id, draw=0) -> np.ndarray:
+    """bool (rows, columns), True for masked."""
+    (rows, columns), length = grid, grid[0] * grid[1]
+    left_to_mask, smallest = length - int(length * (1 - ratio)), min(16, max(1, length // 12))
+    masked, block = np.zeros(grid, dtype=bool), 0
+    while left_to_mask:
+        key = np.array([epoch]), np.array([sample_id])
+        w = [int(v) for v in random_words(seed, *key, Stream.MASK, 4 * block + 4, draw)[0, 4 * block :]]
+        area = np.float32(smallest + (w[0] * (max(left_to_mask - smallest, 0) + 1) >> 32))
+        aspect, growth = np.float32(0.3), np.float32((1 / 0.09) ** (1 / 255))
+        for bit in range(8):
+            aspect = aspect * growth if w[1] >> (24 + bit) & 1 else aspect
+            growth = growth * growth
+        h = min(max(int(np.sqrt(area * aspect) + np.float32(0.5)), 1), rows)
+        w_ = min(max(int(np.sqrt(area / aspect) + np.float32(0.5)), 1), columns)
+        top, left = w[2] * (rows - h + 1) >> 32, w[3] * (columns - w_ + 1) >> 32
+        for i in range(top, top + h):
+            for j in range(left, left + w_):
+                if not masked[i, j] and left_to_mask:
+                    masked[i, j] = True
+                    left_to_mask -= 1
+        block += 1
+    return masked
+
+
+def from_mask(mask: torch.Tensor) -> Masking:
+    """The index tensors of a mask (N, L) with equally many ones in each row."""
+    order = mask.argsort(dim=1, stable=True)
+    kept = int((mask[0] == 0).sum())
+    return Masking(order[:, :kept], order[:, kept:], order.argsort(dim=1), mask.float())
 
 
 def assert_same(got: Masking, want: Masking):
     for name, a, b in zip(Masking._fields, got, want, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(a.cpu(), b.cpu()), name
         assert a.is_contiguous()
 
 
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
-@pytest.mark.parametrize(("n", "length"), [(1, 196), (3, 50), (2, 257), (1, 21)])
-def test_definition(device, n, length, ratio):
-    ids, epoch = torch.arange(n), torch.full((n,), 5)
-    got = random_masking(n, length, ratio, seed=11, epoch=5, device=device)
-    assert_same(got, by_definition(n, length, ratio, 11, epoch, ids))
-
-
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
-@given(
-    n=st.integers(1, 3),
-    length=st.integers(2, 256),
-    ratio=st.floats(0.1, 0.95),
-    seed=st.integers(0, (1 << 63) - 1),
-    epoch=st.integers(0, (1 << 32) - 1),
-    first=st.integers(0, (1 << 48) - 4),
-    draw=st.integers(0, 255),
+@pytest.mark.parametrize(
+    ("n", "length", "ratio"), [(1, 196, 0.75), (3, 50, 0.1), (2, 257, 0.95), (1, 2 * op._MAX_BLOCK + 77, 0.75)]
 )
-def test_definition_everywhere(n, length, ratio, seed, epoch, first, draw):
-    if not 0 < int(length * (1 - ratio)) < length:
-        return
-    ids, epochs = first + torch.arange(n), (epoch + torch.arange(n)) % (1 << 32)
-    got = random_masking(n, length, ratio, seed=seed, epoch=epochs, sample_ids=ids, draw=draw)
-    assert_same(got, by_definition(n, length, ratio, seed, epochs, ids, draw))
+def test_definition(device, n, length, ratio):
+    got = random_masking(n, length, ratio, seed=11, epoch=5, device=device)
+    assert_same(got, random_by_definition(n, length, ratio, 11, 5))
 
 
-def test_more_patches_than_a_block():
-    length = 2 * op._MAX_BLOCK + 77
-    got = random_masking(1, length, 0.75, seed=3)
-    assert_same(got, by_definition(1, length, 0.75, 3, torch.zeros(1, dtype=torch.int64), torch.arange(1)))
-
-
+@plain_only
 def test_ties_keep_the_lower_index(monkeypatch):
     keys = torch.tensor([[7, 3, 3, 9, 3, 3]])
     monkeypatch.setattr(masking_plain, "random_words", lambda *_: keys)
-    got = plain(1, 6, 2, 0, 0)
+    got = plain(1, 6, 2)
     assert got[0].tolist() == [[1, 2]]
     assert got[1].tolist() == [[0, 3, 4, 5]]
 
@@ -92,26 +91,23 @@ def test_mask_depends_on_the_sample_not_on_the_batch(device):
         assert all(torch.equal(a[row : row + 1], b) for a, b in zip(whole, one, strict=True))
 
 
-def test_epochs_may_differ_within_a_batch(device):
-    both = random_masking(2, 64, 0.75, seed=1, epoch=torch.tensor([3, 4], device=device))
-    for row, epoch in enumerate([3, 4]):
-        alone = random_masking(2, 64, 0.75, seed=1, epoch=epoch, device=device)
-        assert torch.equal(both.mask[row], alone.mask[row])
-
-
-def test_every_argument_changes_the_mask(device):
+@pytest.mark.parametrize("strategy", op.STRATEGIES)
+def test_every_argument_changes_the_mask(device, strategy):
     def mask(seed=0, epoch=0, first=0, draw=0):
-        ids = torch.arange(first, first + 2, device=device)
-        return random_masking(2, 64, 0.5, seed=seed, epoch=epoch, sample_ids=ids, draw=draw).mask
+        ids = torch.arange(first, first + n, device=device)
+        options = {"sample_ids": ids, "draw": draw, "strategy": strategy, "grid_size": 4}
+        return random_masking(n, 16, 0.75, seed=seed, epoch=epoch, **options).mask
 
-    masks = [mask(), mask(seed=1), mask(seed=1 << 32), mask(epoch=1), mask(first=2), mask(draw=1)]
+    n = 12 if strategy == "grid" else 2  # grids have four phases: of a dozen samples some differ
+    masks = [mask(), mask(seed=1), mask(seed=1 << 32), mask(epoch=1), mask(first=n), mask(draw=1)]
     for i, a in enumerate(masks):
         assert not any(torch.equal(a, b) for b in masks[:i])
 
 
+@plain_only
 def test_inclusion_is_uniform():
     n, length, kept = 20_000, 49, 12
-    got = plain(n, length, kept, 0, 0)
+    got = plain(n, length, kept)
     share = kept / length
     deviation = (got[3] == 0).sum(0) - n * share
     # Sampling without replacement: chi-square with L - 1 degrees of freedom after this scaling. 99.9 % point of 48: 84.
@@ -121,25 +117,87 @@ def test_inclusion_is_uniform():
     assert abs(pairs - share * (kept - 1) / (length - 1)) < 4 * (0.056 / n) ** 0.5
 
 
+@plain_only
 def test_large_masks_on_the_plain_path():
-    n, length, kept = 2, 200_000, 50_000
-    got = Masking(*plain(n, length, kept, 9, 1))
-    assert_same(got, by_definition(n, length, 0.75, 9, torch.ones(n, dtype=torch.int64), torch.arange(n)))
+    got = Masking(*plain(2, 200_000, 50_000, seed=9, epoch=1))
+    assert_same(got, random_by_definition(2, 200_000, 0.75, 9, 1))
 
 
-@pytest.mark.parametrize("n", [1, 2])
-def test_masks_per_image_are_consecutive_draws(device, n):
-    ids, epochs = torch.arange(7, 7 + n, device=device), torch.arange(3, 3 + n, device=device)
-    got = random_masking(n, 50, 0.75, seed=5, epoch=epochs, sample_ids=ids, draw=2, masks_per_image=3)
-    for r in range(3):
-        one = random_masking(n, 50, 0.75, seed=5, epoch=epochs, sample_ids=ids, draw=2 + r)
-        assert_same(Masking(*(t[r::3].contiguous() for t in got)), Masking(*(t.cpu() for t in one)))
+def test_blocks_at_the_paper_s_grid(device):
+    got = random_masking(2, 196, 0.75, seed=3, strategy="block", grid_size=14, device=device)
+    masks = [block_by_definition((14, 14), 0.75, 3, 0, i) for i in range(2)]
+    assert_same(got, from_mask(torch.from_numpy(np.stack(masks)).flatten(1)))
 
 
-def test_the_last_draws(device):
-    got = random_masking(1, 50, 0.75, seed=5, draw=254, masks_per_image=2, device=device)
-    one = random_masking(1, 50, 0.75, seed=5, draw=255, device=device)
-    assert torch.equal(got.mask[1:], one.mask)
+def test_more_patches_than_the_kernel_holds(device):
+    """On the kernel's path the mask grows in memory."""
+    grid = (44, 53)
+    assert op._MAX_BLOCK < 44 * 53 < 2 * op._MAX_BLOCK
+    got = random_masking(1, 44 * 53, 0.8, seed=1, strategy="block", grid_size=grid, device=device)
+    assert_same(got, from_mask(torch.from_numpy(block_by_definition(grid, 0.8, 1, 0, 0)).view(1, -1)))
+
+
+@plain_only
+def test_large_grids_on_the_plain_path():
+    got = plain(2, 112 * 196, 15_000, "block", (112, 196))
+    assert got[0].shape == (2, 15_000)
+    assert got[3].sum(1).tolist() == [112 * 196 - 15_000] * 2
+
+
+@plain_only
+def test_where_blocks_run_out_the_first_patches_are_masked(monkeypatch):
+    monkeypatch.setattr(masking_plain, "MAX_BLOCKS", 2)
+    masked = plain(3, 196, 10, "block", (14, 14))[3] == 1
+    monkeypatch.setattr(masking_plain, "MAX_BLOCKS", 0)
+    nothing = plain(3, 196, 10, "block", (14, 14))[3] == 1
+    assert masked.sum(1).tolist() == [186] * 3
+    assert nothing[:, :186].all()
+    assert not nothing[:, 186:].any()
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (2, 30)])
+def test_grid_keeps_one_corner_of_every_cell(device, grid):
+    length = grid[0] * grid[1]
+    ids = torch.arange(12, device=device)
+    got = random_masking(len(ids), length, 0.75, seed=2, epoch=6, sample_ids=ids, strategy="grid", grid_size=grid)
+    words = random_words(2, torch.full_like(ids, 6), ids, Stream.MASK, 1)[:, 0].tolist()
+    want = torch.ones(len(ids), *grid)
+    for mask, word in zip(want, words, strict=True):
+        corner = word >> 30
+        mask[corner // 2 :: 2, corner % 2 :: 2] = 0
+    assert_same(got, from_mask(want.flatten(1)))
+    assert {word >> 30 for word in words} == {0, 1, 2, 3}
+
+
+def test_more_patches_than_a_block_of_the_grid(device):
+    got = random_masking(1, 4 * 1024, 0.75, seed=2, strategy="grid", grid_size=(4, 1024), device=device)
+    corners = got.ids_keep.cpu()
+    assert corners.shape == (1, 1024)
+    assert (corners % 2 == corners[0, 0] % 2).all()
+    assert (corners // 1024 % 2 == corners[0, 0] // 1024).all()
+
+
+def boundary(mask: torch.Tensor) -> float:
+    """Mean number of pairs of neighbours of which one is masked and one is not."""
+    edges = (mask[:, 1:] != mask[:, :-1]).sum((1, 2)) + (mask[:, :, 1:] != mask[:, :, :-1]).sum((1, 2))
+    return float(edges.float().mean())
+
+
+@plain_only
+def test_what_masks_look_like():
+    masks = {name: plain(512, 196, 49, name, (14, 14))[3].view(-1, 14, 14) for name in op.STRATEGIES}
+    # Of 364 pairs: a random one differs with probability 2 * 3/4 * 1/4 * 196/195; a kept grid patch has 3.7 neighbours.
+    assert boundary(masks["random"]) == pytest.approx(137, abs=2)
+    assert boundary(masks["block"]) < 0.5 * boundary(masks["random"])
+    assert boundary(masks["grid"]) == pytest.approx(182, abs=1)
+    # Blocks lie inside the grid, and so cover its middle more often than its corners; no patch is always or never seen.
+    share = masks["block"].mean(0)
+    assert share[6:8, 6:8].min() > 0.9
+    assert share[[0, 0, -1, -1], [0, -1, 0, -1]].max() < 0.3
+    assert share.min() > 0.05
+    assert share.max() < 1
+    torch.testing.assert_close(share, share.t(), rtol=0, atol=0.1)
+    torch.testing.assert_close(masks["grid"].mean(0), torch.full((14, 14), 0.75), rtol=0, atol=0.08)
 
 
 def test_empty_batch(device):
@@ -155,35 +213,17 @@ def test_opcheck(device):
     torch.library.opcheck(op._random_masking, (2, 16, 4, 1, 0, ids, None, 3, device, 1, "grid", 4, 4))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(device, dynamic):
+@pytest.mark.parametrize(("strategy", "dynamic"), [("random", True), ("block", False), ("grid", None)])
+def test_compiles(device, strategy, dynamic):
     def f(ids, seed, epoch):
-        got = random_masking(ids.shape[0], 25, 0.75, seed=seed, epoch=epoch, sample_ids=ids)
+        options = {"sample_ids": ids, "strategy": strategy, "grid_size": (4, 6), "masks_per_image": 2}
+        got = random_masking(ids.shape[0], 24, 0.75, seed=seed, epoch=epoch, **options)
         return got.ids_keep * 2, got.mask
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n, epoch in ((2, 0), (3, 1)):
         ids = torch.arange(n, device=device)
-        for a, b in zip(compiled(ids, 4, epoch), f(ids, 4, epoch), strict=True):
-            assert torch.equal(a, b)
-
-
-def test_from_noise_is_the_order_of_facebookresearch(device):
-    noise = torch.rand(3, 50, device=device)
-    got = masking_from_noise(noise, 0.75)
-    shuffle = noise.argsort(dim=1)
-    assert torch.equal(torch.cat([got.ids_keep, got.ids_mask], dim=1), shuffle)
-    assert torch.equal(got.ids_restore, shuffle.argsort(dim=1))
-    mask = torch.ones(3, 50, device=device)
-    mask[:, :12] = 0
-    assert torch.equal(got.mask, mask.gather(1, got.ids_restore))
-    assert got.mask.dtype == torch.float32
-
-
-def test_from_noise_ties_keep_the_lower_index(device):
-    got = masking_from_noise(torch.zeros(1, 100, device=device, dtype=torch.bfloat16), 0.9)
-    assert got.ids_keep.tolist() == [list(range(9))]
-    assert got.ids_mask.tolist() == [list(range(9, 100))]
+        assert all(map(torch.equal, compiled(ids, 4, epoch), f(ids, 4, epoch)))
 
 
 def test_from_noise_compiles_and_takes_strides(device):
@@ -241,21 +281,21 @@ def test_bad_noise(noise):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [49, 196, 256, 1024, 10_001])
-def test_gpu_equals_cpu(length):
+def test_random_masks_of_a_gpu(length):
     ids = torch.arange(64) * 1_000_003
     want = random_masking(64, length, 0.75, seed=1 << 50, epoch=9, sample_ids=ids)
     got = random_masking(64, length, 0.75, seed=1 << 50, epoch=9, sample_ids=ids.cuda())
     assert_same(got, want)
 
 
-if TRITON:
-    from cross_compile import TARGETS, assert_fits, needs_compiler, record_launches
-
-    @needs_compiler
-    @pytest.mark.parametrize("target", TARGETS)
-    def test_cross_compiles_for_many_patches(monkeypatch, target):
-        launches = record_launches(monkeypatch, op)
-        random_masking(4, 10_000, 0.75, seed=1, sample_ids=torch.arange(4))
-        (launch,) = launches
-        assert launch.grid == (4,)
-        assert_fits(launch.compile(target), target, max_registers=128)
+@pytest.mark.gpu
+@pytest.mark.parametrize("strategy", ["block", "grid"])
+@pytest.mark.parametrize("grid", [(14, 14), (16, 16), (8, 14 * 14), (100, 102), (256, 256)])
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
+def test_blocks_and_grids_of_a_gpu(strategy, grid, ratio):
+    """4,096 blocks at least: the floating point of their sizes must agree bit for bit."""
+    ratio, n = (0.75 if strategy == "grid" else ratio), 512 if grid[0] * grid[1] <= 256 else 8
+    ids = torch.arange(n) * 1_000_003
+    options = {"seed": 1 << 50, "epoch": 9, "strategy": strategy, "grid_size": grid, "masks_per_image": 2}
+    want = random_masking(n, grid[0] * grid[1], ratio, sample_ids=ids, **options)
+    assert_same(random_masking(n, grid[0] * grid[1], ratio, sample_ids=ids.cuda(), **options), want)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastmae.ops import philox
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from fastmae.kernels.philox import philox4x32
+from fastmae.ops import masking, philox
 from fastmae.ops._dispatch import is_interpreted
 from fastmae.ops.philox import Stream, random_words, split_seed, to_unit
 
@@ -20,6 +26,20 @@ KNOWN = [
 ]
 
 
+@triton.jit
+def philox_kernel(out_ptr, in_ptr):
+    """One counter and one key, six 32-bit words, to four words."""
+    i = tl.arange(0, 1)
+    c0, c1 = tl.load(in_ptr + i).to(tl.uint32), tl.load(in_ptr + 1 + i).to(tl.uint32)
+    c2, c3 = tl.load(in_ptr + 2 + i).to(tl.uint32), tl.load(in_ptr + 3 + i).to(tl.uint32)
+    k0, k1 = tl.load(in_ptr + 4).to(tl.uint32), tl.load(in_ptr + 5).to(tl.uint32)
+    w0, w1, w2, w3 = philox4x32(c0, c1, c2, c3, k0, k1)
+    tl.store(out_ptr + i, w0.to(tl.int32))
+    tl.store(out_ptr + 1 + i, w1.to(tl.int32))
+    tl.store(out_ptr + 2 + i, w2.to(tl.int32))
+    tl.store(out_ptr + 3 + i, w3.to(tl.int32))
+
+
 def _words(text):
     return [int(word, 16) for word in text.split()]
 
@@ -31,12 +51,9 @@ def test_published_vectors(counter, key, result, make):
     assert [int(word[0]) for word in words] == _words(result)
 
 
+@pytest.mark.skipif(not (torch.cuda.is_available() or is_interpreted()), reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_published_vectors_on_triton(device, counter, key, result):
-    if device.type != "cuda" and not is_interpreted():
-        pytest.skip("kernels are neither interpreted nor on a GPU")
-    from philox_kernel import philox_kernel
-
     as_int32 = torch.tensor(_words(counter) + _words(key)).to(torch.int32).to(device)
     out = torch.zeros(4, dtype=torch.int32, device=device)
     philox_kernel[(1,)](out, as_int32)
@@ -73,3 +90,14 @@ def test_unit_is_in_the_half_open_interval():
 def test_bad_seed(seed):
     with pytest.raises(ValueError, match="seed"):
         split_seed(seed)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="kernels are compiled in this process")
+def test_ops_on_cpu_tensors_launch_kernels(monkeypatch):
+    """Without which the interpreter's run would prove nothing."""
+    launched = []
+    kernel = masking._kernels.random_masking_kernel
+    run = type(kernel).run
+    monkeypatch.setattr(type(kernel), "run", lambda self, *a, **k: (launched.append(self), run(self, *a, **k))[1])
+    masking.random_masking(1, 16, 0.75, seed=0)
+    assert launched == [kernel]

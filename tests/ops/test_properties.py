@@ -30,7 +30,7 @@ from property_cases import (
     philox,
     ratios,
 )
-from test_masking_strategies import assert_same, block_by_definition, from_mask
+from test_masking import assert_same, block_by_definition, from_mask
 from torch import Tensor
 
 from fastmae import ops

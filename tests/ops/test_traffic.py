@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from traffic import SECTOR, Moved, Traffic, counted_traffic
 from traffic_cases import OPS, Op
-from traffic_compiled import compiled_traffic
 from traffic_eager import EagerTraffic
 from traffic_inputs import VIT_B, Sizes
 
@@ -25,7 +24,8 @@ pytestmark = pytest.mark.ops
 interpreted = pytest.mark.skipif(not _dispatch.is_interpreted(), reason="counts the accesses of Triton's interpreter")
 
 SLACK = 1.1
-SIZES = VIT_B._replace(N=1)
+# An encoder of 16 patches and a decoder of 64, 16 heads each.
+SIZES = Sizes(N=1, side=128, patch=16, D=256, E=256)
 
 
 def count(op: Op, sizes: Sizes) -> Traffic:
@@ -60,7 +60,7 @@ def excess(op: Op, sizes: Sizes, counted: dict[str, Moved], budget: dict[str, in
 def test_moves_what_the_budget_says(name):
     op = OPS[name]
     traffic = count(op, SIZES)
-    assert len(traffic.launches) == op.kernels, traffic.kernels
+    assert len(traffic.launches) == op.kernels
     assert not excess(op, SIZES, traffic.reads(), op.reads(SIZES))
     assert not excess(op, SIZES, traffic.writes(), op.writes(SIZES))
 
@@ -84,10 +84,9 @@ def test_the_counter_counts(stride, times, want):
     with counted_traffic() as traffic:
         copy_kernel[(2,)](out, x, 100, STRIDE=stride, TIMES=times, BLOCK=64)
     assert torch.equal(out, x[::stride])
-    assert traffic.kernels == ["copy_kernel"]
+    assert len(traffic.launches) == 1
     assert traffic.reads() == {"in": want}
-    assert traffic.read(x[stride:]) == want
-    assert traffic.written(out) == Moved(400, 400, 13)
+    assert traffic.writes() == {"out": Moved(400, 400, 13)}
     op = Op(lambda s: None, lambda s: {"in": 400}, lambda s: {}, lambda s: None)
     assert bool(excess(op, SIZES, traffic.reads(), {"in": 400})) == (want != Moved(400, 400, 13))
 
@@ -122,33 +121,27 @@ def test_an_op_is_looked_into():
     assert traffic.by_op == {"fastmae.gather_tokens.default": 17}
 
 
-def test_inductor_fuses_what_it_schedules():
-    x = torch.randn(64, 256, requires_grad=True)
-    forward, backward = compiled_traffic(lambda x: (x.sin() * 2).cos(), x)
-    assert forward == (2 * x.nbytes, 1)
-    assert backward == (3 * x.nbytes, 1)
+RESULTS = json.loads(count_traffic.RESULT.read_text())["models"]["ViT-B/16"]
 
 
-# The published table
-
-RESULTS = json.loads(count_traffic.RESULT.read_text())
-
-
-def test_every_op_is_published():
-    assert set(RESULTS["models"]["ViT-B/16"]) == set(OPS)
+def test_the_published_table_has_every_op_at_its_budget():
+    assert set(RESULTS) == set(OPS)
+    small, large = VIT_B._replace(N=count_traffic.SMALL), VIT_B._replace(N=count_traffic.LARGE)
+    for name, op in OPS.items():
+        budgets = [sum(op.reads(s).values()) + sum(op.writes(s).values()) for s in (small, large)]
+        assert RESULTS[name]["fastmae"]["budget"] == (budgets[1] - budgets[0]) / (large.N - small.N), name
+        assert RESULTS[name]["fastmae"]["bytes"] <= SLACK * RESULTS[name]["fastmae"]["budget"] or op.again(small), name
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["random_masking", "gather_tokens", "gather_patches"])
-def test_our_counts_are_the_published_ones(name):
-    assert count_traffic.count(name, VIT_B, "fastmae") == RESULTS["models"]["ViT-B/16"][name]["fastmae"]
+def test_the_published_table_is_what_is_counted():
+    assert count_traffic.count("random_masking", VIT_B, "fastmae") == RESULTS["random_masking"]["fastmae"]
 
 
 @pytest.mark.skipif(_dispatch.is_interpreted(), reason="the same in both processes")
-@pytest.mark.parametrize("name", ["restore_tokens", "masked_patch_mse backward, full pred"])
-def test_counts_of_others_are_the_published_ones(name):
-    published = RESULTS["models"]["ViT-B/16"][name]
-    if torch.__version__.split("+")[0] != RESULTS["torch"]:
-        pytest.skip(f"counted with torch {RESULTS['torch']}")
+def test_the_published_table_is_what_is_counted_of_others():
+    published = json.loads(count_traffic.RESULT.read_text())
+    if torch.__version__.split("+")[0] != published["torch"]:
+        pytest.skip(f"counted with torch {published['torch']}")
     for who in ("eager", "compiled"):
-        assert count_traffic.count(name, VIT_B, who) == published[who]
+        assert count_traffic.count("restore_tokens", VIT_B, who) == RESULTS["restore_tokens"][who]
