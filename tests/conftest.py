@@ -38,8 +38,8 @@ def _poisoned_and_seeded():
 
 @pytest.fixture(autouse=True, scope="session")
 def _language_is_patched_once_per_launch():
-    """A quarter of the time of Triton's interpreter goes into patching ``triton.language`` at every call of a device
-    function. Each launch has patched it already, but for what the modules of the functions see of it, which lasts."""
+    """Triton's interpreter patches ``triton.language`` at each launch, and again at every call of a device function,
+    which takes a quarter of its time. Of the latter the first one in each module suffices: it lasts."""
     seen = set()
 
     def call(self, *args, **keywords):

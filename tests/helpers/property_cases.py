@@ -27,7 +27,7 @@ WORD = (1 << 32) - 1
 
 # Interpreted, making a failing example smaller takes minutes and gains little.
 PHASES = [phase for phase in Phase if not (INTERPRETED and phase in (Phase.shrink, Phase.explain))]
-examples = settings(max_examples=12 if INTERPRETED else 60, deadline=None, derandomize=True, phases=PHASES)
+examples = settings(max_examples=12 if INTERPRETED else 30, deadline=None, derandomize=True, phases=PHASES)
 many_examples = settings(examples, max_examples=24 if INTERPRETED else 60)
 """For what has many optional arguments and costs little."""
 few = st.integers(1, 3)
@@ -116,22 +116,22 @@ def values_and_gradients(function: Callable, inputs: tuple[Tensor | None, ...], 
 
 
 def assert_as_accurate(
-    draw: Draw,
-    op: Callable,
-    definition: Callable,
-    inputs: tuple[Tensor | None, ...],
-    floor: float = 0.0,
+    draw: Draw, op: Callable, definition: Callable, inputs: tuple[Tensor | None, ...], floor: float = 0.0
 ) -> None:
-    """Results and gradients of the floating inputs at most twice as far from the definition in float64 as the
-    definition in the inputs' precision, plus a tiny share of the largest value (of ``floor`` where that is larger).
-
-    The outputs' gradients are drawn in any layout too.
-    """
-    wide = tuple(None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
+    """Results and gradients by :func:`compare`; the outputs' gradients are drawn in any layout too."""
     with torch.no_grad():
         outputs = as_tuple(op(*inputs))
     tiny = max(TINY[x.dtype] for x in (*inputs, *outputs) if x is not None)
     grads = [draw.laid_out(torch.randn(out.shape).to(out.dtype)) for out in outputs]
+    compare(op, definition, inputs, grads, tiny, floor)
+
+
+def compare(
+    op: Callable, definition: Callable, inputs: tuple[Tensor | None, ...], grads: list[Tensor], tiny: float, floor=0.0
+) -> None:
+    """Results and gradients of the floating inputs at most twice as far from the definition in float64 as the
+    definition in the inputs' precision, plus a tiny share of the largest value (of ``floor`` where that is larger)."""
+    wide = tuple(None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
     ours, plain, exact = (
         values_and_gradients(f, x, grads) for f, x in ((op, inputs), (definition, inputs), (definition, wide))
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import traffic_inputs as inputs
+from patch_cases import take
 from traffic_inputs import Sizes
 
 from fastmae.ops._attention_triton import forward_tile
@@ -144,14 +145,14 @@ OPS: dict[str, Op] = {
         make=inputs.gather_tokens,
         reads=lambda s: {"tokens": BF16 * s.N * s.K * s.D, "ids": I64 * s.N * s.K},
         writes=lambda s: {"out": BF16 * s.N * s.K * s.D},
-        eager=lambda s: (inputs.pick, inputs.token_inputs(s)),
+        eager=lambda s: (take, inputs.token_inputs(s)),
         tables=frozenset({"ids"}),
     ),
     "gather_tokens backward": Op(
         make=inputs.gather_tokens_backward,
         reads=lambda s: {"in": BF16 * s.N * s.K * s.D, "ids": I64 * s.N * s.K},
         writes=lambda s: {"out": BF16 * s.N * s.L * s.D},
-        eager=lambda s: (inputs.pick, inputs.token_inputs(s)),
+        eager=lambda s: (take, inputs.token_inputs(s)),
         backward=True,
         tables=frozenset({"ids"}),
     ),

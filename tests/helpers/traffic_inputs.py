@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from patch_cases import patchify, take
 from torch import Tensor
 
 from fastmae import ops
@@ -106,15 +107,6 @@ def eager_masking(s):
 # Patches
 
 
-def patchify(images: Tensor, p: int) -> Tensor:
-    n, c, h, w = images.shape
-    return torch.einsum("nchpwq->nhwpqc", images.reshape(n, c, h // p, p, w // p, p)).reshape(n, -1, p * p * c)
-
-
-def pick(x: Tensor, ids: Tensor) -> Tensor:
-    return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
-
 def gather_patches(s):
     images, ids = make_images(s), masking_of(s).ids_keep
     affine = known_statistics(images, s)
@@ -125,7 +117,7 @@ def eager_gather_patches(s):
     mean, std = (t.view(3, 1, 1) for t in statistics())
 
     def function(images, ids):
-        return pick(patchify((images.float() / 255 - mean) / std, s.patch), ids).bfloat16()
+        return take(patchify((images.float() / 255 - mean) / std, (s.patch, s.patch)), ids).bfloat16()
 
     return function, (make_images(s), masking_of(s).ids_keep)
 
@@ -137,7 +129,7 @@ def gather_patches_backward(s):
 
 def eager_gather_patches_backward(s):
     images = make_images(s, torch.float32).requires_grad_()
-    return lambda images, ids: pick(patchify(images, s.patch), ids), (images, masking_of(s).ids_keep)
+    return lambda images, ids: take(patchify(images, (s.patch, s.patch)), ids), (images, masking_of(s).ids_keep)
 
 
 # Tokens
@@ -183,7 +175,7 @@ def eager_restore(*differentiable):
     def function(visible, mask_token, positions, ids):
         n, rows = visible.shape[:2]
         missing = mask_token.expand(n, ids.shape[1] + 1 - rows, -1)
-        x = pick(torch.cat([visible[:, 1:].float(), missing], dim=1), ids)
+        x = take(torch.cat([visible[:, 1:].float(), missing], dim=1), ids)
         return torch.cat([visible[:, :1].float(), x], dim=1) + positions
 
     return lambda s: (function, restore_inputs(s, *differentiable))
@@ -220,9 +212,9 @@ def eager_loss(full):
         mean, std = (t.view(3, 1, 1) for t in statistics())
 
         def function(pred, images, ids, mask):
-            target = patchify((images.float() / 255 - mean) / std, s.patch)
+            target = patchify((images.float() / 255 - mean) / std, (s.patch, s.patch))
             if not full:
-                target = pick(target, ids)
+                target = take(target, ids)
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
             loss = (pred.float() - target).square().mean(-1)
             return (loss * mask).sum() / mask.sum() if full else loss.mean()

@@ -100,18 +100,16 @@ def test_a_size_that_was_not_announced_is_refused():
     assert model.input_size == (16, 24)
 
 
-def test_tables_follow_the_model_and_are_computed_once_a_size():
+def test_positions_follow_the_model():
     model = MaskedAutoencoderViT(**SMALL, seed=1)
     model.set_input_size(16)
-    first = model._positions()
-    model.set_input_size()
-    model.set_input_size(16)
-    assert model._positions()[0] is first[0]
-    model.to(torch.bfloat16)
-    assert [t.dtype for t in model._positions()] == [torch.bfloat16] * 2
-    assert torch.isfinite(model(images_of(2, (16, 16), "cpu"), full_pred=False).loss)
-    empty = model.to("meta").to_empty(device="cpu")
-    assert torch.equal(empty._positions()[0], first[0].bfloat16())
+    images = images_of(2, (16, 16), "cpu")
+    expected = model.to(torch.bfloat16).encode(images)
+    assert expected.dtype == torch.bfloat16
+    again = MaskedAutoencoderViT(**SMALL).to("meta").to_empty(device="cpu").to(torch.bfloat16)
+    again.load_state_dict(model.state_dict())
+    again.set_input_size(16)
+    assert torch.equal(again.encode(images), expected)
 
 
 def test_one_graph_a_size():

@@ -19,7 +19,7 @@ from cross_compile import TARGETS, Compiled, assert_fits, needs_compiler
 
 RESULTS = json.loads(count_code.RESULT.read_text())
 
-# One use of each kernel is compiled for every target by default, the others for one GPU; the rest is slow.
+# By default one use of each kernel is compiled for every target, and all of attention for one; the rest is slow.
 USUAL = {
     "random_masking", "random_masking, block", "random_masking, grid", "gather_patches", "gather_patches backward",
     "masked_patch_mse", "masked_patch_mse backward", "gather_tokens", "gather_tokens backward", "restore_tokens",
@@ -32,7 +32,7 @@ USUAL = {
 def cases():
     for name, line in LINES.items():
         for target in TARGETS:
-            usual = name in USUAL or (target == "sm_90" and not line.slow)
+            usual = name in USUAL or (line.op == "attention" and target == "sm_90")
             yield pytest.param(name, target, marks=() if usual else pytest.mark.slow)
 
 

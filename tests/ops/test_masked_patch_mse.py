@@ -91,18 +91,6 @@ def test_reductions():
     assert torch.equal(masked_patch_mse(pred, images, ids, case.patch, mean=mean, std=std), losses.mean())
 
 
-def test_equals_facebookresearch_over_all_patches():
-    """Their loss multiplies by the mask and divides by its sum."""
-    case, (mean, std) = Case(2, 3, (64, 80), (16, 16), 0.75), make_mean_std(3)
-    images, ids = make_images(case, "channels_last", torch.uint8), make_ids(case).sort(1).values
-    mask = torch.zeros(case.n, case.num_patches).scatter_(1, ids, 1.0)
-    pred = torch.randn(case.n, case.num_patches, case.pixels)
-    target = patchify(normalised(images, mean, std, torch.float32), case.patch)
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
-    expected = ((pred - target).square().mean(-1) * mask).sum() / mask.sum()
-    torch.testing.assert_close(masked_patch_mse(pred, images, ids, 16, mean=mean, std=std), expected, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize(("dtype", "full"), [(torch.bfloat16, True), (torch.float16, False)])
 def test_half_predictions_under_autocast(dtype, full):
     case, (mean, std) = CASES["wide-patch"], make_mean_std(3)
