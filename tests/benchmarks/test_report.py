@@ -85,9 +85,8 @@ def test_step_table_compares_like_with_like_and_marks_what_is_slower():
 def test_lever_table_has_each_lever_and_all_together():
     (entries,) = machine(step_results()).of("training step").values()
     table = report.lever_table(entries)
-    assert "| none | 300 ms | 1.00x |" in table
-    assert "| fused AdamW | 260 ms | 1.20x |" in table
-    assert "| all together (`fastmae`) | 200 ms | 1.75x |" in table
+    assert "| fused AdamW | 1.20x |" in table
+    assert "| all together (`fastmae`) | 1.75x |" in table
 
 
 def test_op_table():
