@@ -358,7 +358,8 @@ class Watchdog:
             _log.info("a collective failed", exc_info=error)
             self._broken_at = time.monotonic()
             found = self._ask(self._look, self.unwind_seconds) or Finding(_NO_STORE, -1, True, self._rank)
-            network = "" if found.lost else "all ranks answer, so it may be the network; "
+            answer = self._store is not None and not found.lost
+            network = "all ranks answer, so it may be the network; " if answer else ""
             cause = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__

@@ -18,6 +18,7 @@ import pytest
 import torch
 from consumed import attempts, check, expected, record
 from distributed import start_process, start_ranks
+from pretrain_flags import no_evaluation
 from training import write_images
 
 from fastmae.cli import main
@@ -81,7 +82,7 @@ def pretrain(
     if die is not None:
         die(step, folder / name)
     flags = [*FLAGS.split(), "--data.path", str(folder / "images"), "--train.steps", str(STEPS)]
-    with record(folder / f"{name}-consumed", attempt):
+    with record(folder / f"{name}-consumed", attempt), no_evaluation():
         return main(["pretrain", "--out", str(folder / name), *(flags if attempt == 0 else ["--resume"]), *arguments])
 
 
