@@ -10,9 +10,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fastmae.data.sampler import micro_batches
 from fastmae.ops import random_masking
 from fastmae.train.config import PretrainConfig
 from fastmae.train.parallel import DTYPES
+from fastmae.train.ranks import Ranks
 
 USED_FRACTION = 0.9
 """Of the memory that the trial finds free: the rest is for the loader's batches, fragmentation and communication."""
@@ -83,6 +85,16 @@ def describe_uneven_shares(global_batch: int, world_size: int, masks_per_image: 
     )
 
 
+def loss_weights(global_batch: int, batch: int, ranks: Ranks, masks_per_image: int = 1) -> list[float]:
+    """The factor of each micro-batch's mean loss on this rank: its share of the global batch, times the ranks.
+
+    So losses and gradients that are summed over micro-batches and averaged over ranks are means over the global batch.
+    """
+    images, largest = global_batch // masks_per_image, batch // masks_per_image
+    parts = micro_batches(images, largest, rank=ranks.rank, world_size=ranks.size)
+    return [len(part) * ranks.size / images for part in parts]
+
+
 def keeps_batch_size(config: PretrainConfig, manifest: Mapping[str, Any], world_size: int) -> bool:
     """Whether a resumed run divides its global batch as the saved one did, and so keeps the micro-batch that was found.
 
@@ -131,8 +143,7 @@ def measured_batch_size(
     config: PretrainConfig,
     model: nn.Module,
     forward: Callable[..., Any],
-    share: int,
-    agree: Callable[[float], float],
+    ranks: Ranks,
 ) -> tuple[int, str]:
     """``--train.batch-size auto``, before the first step; every rank calls it.
 
@@ -143,12 +154,16 @@ def measured_batch_size(
         config: precision and mask ratio.
         model: the bare model, which ``forward`` calls.
         forward: what a step calls.
-        share: masked images of a process in a step, the largest.
-        agree: the largest of a number over all ranks.
+        ranks: who share the global batch.
 
     Returns:
         The batch, and how it was found, in words.
     """
+
+    def agree(value: float) -> float:
+        return max(ranks.gather("sizing the batch", lambda: value))
+
+    share, _ = divide_batch(config.train.global_batch_size, ranks.size, None, config.train.masks_per_image)
     parameters = [p for p in model.parameters() if p.requires_grad]
     device, masks = parameters[0].device, config.train.masks_per_image
     if device.type != "cuda":

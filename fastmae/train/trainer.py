@@ -16,10 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmae.data.agree import check_agreement
-from fastmae.data.sampler import micro_batches
 from fastmae.train import state
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.batch_size import divide_batch, measured_batch_size
+from fastmae.train.batch_size import divide_batch, loss_weights, measured_batch_size
 from fastmae.train.callbacks import Callback, running
 from fastmae.train.checkpoint import (
     Checkpoint,
@@ -88,21 +87,26 @@ class Trainer:
         self.config, self.task, self.model, self.dataset, self.run = config, task, model, dataset, run
         self.console = console or Console()
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
-        names = ("seed", "precision", "activation_checkpointing", "compile", "compile_mode", "reshard_after_forward")
-        names += ("reduce_dtype",)
         # Compiled, sharded or replicated before anything holds on to a parameter: sharding replaces parameters.
-        self.forward = parallelize(model, self.parallelism, **{name: getattr(train, name) for name in names})
-        division = {"world_size": self.ranks.size, "multiple_of": train.masks_per_image}
+        self.forward = parallelize(
+            model,
+            self.parallelism,
+            seed=train.seed,
+            precision=train.precision,
+            activation_checkpointing=train.activation_checkpointing,
+            compile=train.compile,
+            compile_mode=train.compile_mode,
+            reshard_after_forward=train.reshard_after_forward,
+            reduce_dtype=train.reduce_dtype,
+        )
         if train.batch_size == "auto":
-            share, _ = divide_batch(train.global_batch_size, **division)
-            batch, text = measured_batch_size(config, model, self.forward, share, self._largest)
+            batch, text = measured_batch_size(config, model, self.forward, self.ranks)
             self.console.print(text)
             train = replace(train, batch_size=batch)  # the checkpoint keeps the number
             self.config = config = replace(config, train=train)
-        self.batch_size, self.accumulation = divide_batch(
-            train.global_batch_size, max_batch=train.batch_size, **division
-        )
-        self.loss_weights = self._loss_weights()
+        total, masks = train.global_batch_size, train.masks_per_image
+        self.batch_size, self.accumulation = divide_batch(total, self.ranks.size, train.batch_size, masks)
+        self.loss_weights = loss_weights(total, self.batch_size, self.ranks, masks)
         self.loss_scale = LossScale(self.device) if train.precision == "fp16" else None
         self.schedule = create_schedule(train, len(dataset))
         task.begin(self.schedule.total_steps)
@@ -144,17 +148,6 @@ class Trainer:
         }
         if self.loss_scale:
             self.stateful["loss_scale"] = self.loss_scale
-
-    def _largest(self, value: float) -> float:
-        """The largest of a number over all ranks."""
-        return max(self.ranks.gather("sizing the batch", lambda: value))
-
-    def _loss_weights(self) -> list[float]:
-        """What each micro-batch's mean loss counts for, so that gradients and losses averaged over the ranks are means
-        over the global batch, whatever the sizes of the batches."""
-        total, size, masks = self.task.samples_per_step, self.ranks.size, self.config.train.masks_per_image
-        parts = micro_batches(total, self.batch_size // masks, rank=self.ranks.rank, world_size=size)
-        return [len(part) * size / total for part in parts]
 
     @property
     def samples(self) -> int:
@@ -245,14 +238,21 @@ class Trainer:
         """
         self.learning_rate = self.schedule(self.step)
         set_learning_rate(self.optimizer, self.learning_rate)
+        # A generator: the loader is asked for a micro-batch once the one before is on its way to the device.
         inputs = (self._next_inputs() for _ in range(self.accumulation))
         self.reporter.add(*(self.step_graph or self._update)(inputs))
         self.step += 1
+
+    def _next_inputs(self) -> tuple[Any, ...]:
+        batch = self._next_batch()
+        with self.stage("masking"):
+            return self.task.prepare(batch)
 
     def _update(self, inputs: Iterable[tuple[Any, ...]]) -> tuple[Tensor, Tensor, Tensor]:
         """Accumulate gradients over the global batch, then update: loss, gradient norm, 1.0 if the step was skipped.
 
         A CUDA graph captures all of it, so no value that changes from step to step may be a Python number here.
+        Weights of losses may: each micro-batch has the same size in every step.
         """
         train, losses = self.config.train, []
         low_precision, caches = self.dtype != torch.float32, self.step_graph is None
@@ -445,11 +445,6 @@ class Trainer:
         loader = self.loader_at(self.samples)
         self.console.print(f"Images: {loader.describe()}")
         return loader
-
-    def _next_inputs(self) -> tuple[Any, ...]:
-        batch = self._next_batch()
-        with self.stage("masking"):
-            return self.task.prepare(batch)
 
     def _next_batch(self) -> Any:
         self.watchdog.at("waiting for images", self.step)
