@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretrain_flags import FLAGS
 
@@ -45,6 +45,7 @@ def test_passes_are_few_and_equal(arguments, expected):
     assert divide_batch(*arguments) == expected
 
 
+@settings(deadline=None)
 @given(st.integers(1, 100), st.integers(1, 12), st.integers(1, 32), st.integers(0, 3), st.integers(0, 500))
 def test_ranks_and_passes_divide_every_step_into_consecutive_parts(images, world_size, max_batch, step, position):
     images = max(images, world_size)
@@ -101,6 +102,7 @@ def test_uneven_shares_are_described():
     assert "take 16 and 1 take 12" in describe_uneven_shares(28, 2, masks_per_image=4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 600), st.integers(1, 3), st.floats(0.1, 5), st.floats(0, 50), st.floats(1, 900))
 def test_the_trial_finds_the_largest_batch_that_fits_and_never_tries_one_far_beyond(share, masks, slope, fixed, budget):
     tried = []
