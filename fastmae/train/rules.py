@@ -155,7 +155,6 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
         expected = f"adamw with --train.parallel {train.parallel}; {train.optimizer} knows no shards"
         yield "train.optimizer", train.parallel not in ("fsdp", "hsdp"), expected
     yield "train.optimizer", train.optimizer != "apex" or train.device != "cpu", "adamw on the CPU"
-    yield "train.muon_lr", train.muon_lr is None or train.optimizer == "muon", "none without --train.optimizer muon"
     sharded = train.shard_size is None or train.parallel == "hsdp"
     yield "train.shard_size", sharded, "none without --train.parallel hsdp"
     shards = train.reduce_every == "step" or train.parallel in ("fsdp", "hsdp")

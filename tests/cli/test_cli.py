@@ -45,7 +45,7 @@ def test_pretrain_leaves_a_complete_folder(run, images):
     assert files | {"checkpoints", "reconstructions"} <= names
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["path"] == str(images)
-    assert (config["train"]["steps"], config["train"]["warmup_steps"]) == (6, 0)
+    assert (config["train"]["steps"], config["train"]["warmup_steps"]) == (6, 1)
     summary = json.loads((run / "summary.json").read_text())
     assert len(summary["sets"]) == 2
     for errors in summary["sets"].values():

@@ -17,6 +17,8 @@ FLAGS = [
     "pretrain",
     "--recipe",
     "photographs",
+    "--train.optimizer",
+    "adamw",
     *(text for s, v in SECTIONS.items() for k, x in v.items() for text in (f"--{s}.{k}", str(x))),
 ]
 

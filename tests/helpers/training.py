@@ -44,7 +44,7 @@ TRAIN = TrainConfig(
 )
 
 FLAGS = """
---recipe photographs
+--recipe photographs --train.optimizer adamw
 --model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
 --model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
 --train.global-batch-size 8 --train.steps 240 --train.log-every-steps 30 --train.checkpoint-every-steps 4

@@ -22,7 +22,7 @@ BATCH, STEPS_BETWEEN_CHECKPOINTS, STALL = 16, 7, 2.0
 PATIENCE = 20.0
 """Seconds that a process has to find out that another one was killed, until it is made to end."""
 FLAGS = f"""
---recipe photographs
+--recipe photographs --train.optimizer adamw
 --model.img-size 32 --model.patch-size 8 --model.embed-dim 48 --model.depth 2 --model.num-heads 2
 --model.decoder-embed-dim 32 --model.decoder-depth 1 --model.decoder-num-heads 2
 --train.global-batch-size {BATCH} --train.log-every-steps 10 --train.checkpoint-every-seconds None
