@@ -1,7 +1,7 @@
 # Every target uses the Python on the PATH: activate a virtual environment with `pip install -c constraints.txt -e ".[dev]"`.
 PYTHON ?= python
 
-.PHONY: help test test-plain test-interpreter lint format bench bench-cpu bench-data report gpu release-check soak
+.PHONY: help test test-train test-rest test-interpreter lint format bench bench-cpu bench-data report gpu release-check soak
 
 help:
 	@echo "make test           all tests; those of the ops in plain PyTorch and in Triton's interpreter"
@@ -15,16 +15,19 @@ help:
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           the slow tests; kill and resume runs KILLS (default 50) times, into SOAK_RESULTS: they must end the same"
 
-# Triton decides when a kernel is defined whether it is interpreted, so the tests of the ops run again in Triton's
-# interpreter in a process of their own, beside the others.
+# Three processes, two at a time: on two cores they take as long together as the slowest takes alone. Triton decides when
+# a kernel is defined whether it is interpreted, so the tests of the ops run again in a process where kernels are.
 test:
-	$(MAKE) -j2 --output-sync=target test-plain test-interpreter
+	$(MAKE) -k -j2 --output-sync=target test-train test-interpreter test-rest
 
-# Two processes share few cores: threads of PyTorch's own would mostly wait for each other, at full load.
-test-plain test-interpreter: export OMP_NUM_THREADS = 1
+# Threads of PyTorch's own would mostly wait for those of the other process, at full load.
+test-train test-rest test-interpreter: export OMP_NUM_THREADS = 1
 
-test-plain:
-	$(PYTHON) -m pytest tests
+test-train:
+	$(PYTHON) -m pytest tests/train tests/integration
+
+test-rest:
+	$(PYTHON) -m pytest tests --ignore tests/train --ignore tests/integration
 
 test-interpreter:
 	TRITON_INTERPRET=1 $(PYTHON) -m pytest tests -m ops
