@@ -54,7 +54,7 @@ def plan(config: PretrainConfig, given: PlanConfig) -> int:
         several = given.gpus > given.gpus_per_node > 1
         modes = ["none"] if given.gpus == 1 else ["ddp", "fsdp", *(["hsdp"] if several else [])]
     size = {"gpus": given.gpus, "gpus_per_node": given.gpus_per_node, "num_images": given.images}
-    with usage_errors():
+    with usage_errors({"global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size"}):
         with torch.device("meta"):
             model = create_model(**config.model_arguments())
         plans = [make_plan(config, model, mode, **size, hardware=given.hardware) for mode in modes]

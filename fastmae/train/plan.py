@@ -86,9 +86,11 @@ def make_plan(
         num_images: in the data set.
 
     Raises:
-        ValueError: GPUs that are not whole nodes, a mode that does not fit them, or a batch that does not divide.
+        ValueError: GPUs that are not whole nodes, a mode that does not fit them, or a batch without an image for each.
     """
-    from fastmae.train.flops import count_flops  # imports PyTorch, for which --help does not wait
+    # These import PyTorch, for which --help does not wait.
+    from fastmae.train.batch_size import divide_batch
+    from fastmae.train.flops import count_flops
 
     train, ratio, hardware = config.train, config.model.mask_ratio, hardware or Hardware()
     masks, checkpointing = train.masks_per_image, train.activation_checkpointing
@@ -97,10 +99,8 @@ def make_plan(
         raise ValueError(f"--gpus: expected whole nodes of {gpus_per_node} or part of one, got {gpus}")
     if mode == "none" and gpus > 1:
         raise ValueError(f"--train.parallel: expected ddp, fsdp or hsdp for {gpus} GPUs, got none")
-    share, rest = divmod(train.global_batch_size, gpus)
-    if rest or share % masks:
-        expected = f"a multiple of {gpus * masks}"
-        raise ValueError(f"--train.global-batch-size: expected {expected}, got {train.global_batch_size}")
+    share, _ = divide_batch(train.global_batch_size, gpus, multiple_of=masks)  # the largest; other GPUs wait for it
+    g, each_time = (2 if train.reduce_dtype == "bf16" else 4), train.reduce_every == "micro-batch"
     c, r = (4 if train.precision == "fp32" else 2), (2 if config.model.residual_dtype == "bfloat16" else 4)
     shards = {"none": 1, "ddp": 1, "fsdp": gpus, "hsdp": per_node}[mode]
     blocks = [sum(p.numel() for p in block.parameters()) for block in (*model.blocks, *model.decoder_blocks)]
@@ -112,7 +112,7 @@ def make_plan(
         gathered = trained - sum(blocks) + own
     state = {
         "weights, fp32": 4 * trained / shards,
-        "gradients, fp32": 4 * trained / shards,
+        "gradients": 4 * trained / shards,
         "AdamW": 8 * trained / shards,
         "low-precision weights": c * gathered if c < 4 else 0,
     }
@@ -124,15 +124,10 @@ def make_plan(
         return max(0, int(free / (activations + pixels) / masks) * masks)
 
     largest, batch = fitting(), train.batch_size if isinstance(train.batch_size, int) else None
-    if shards > 1 and min(batch or largest, largest) < share:
-        state["gradients, fp32"] = 4 * trained  # FSDP keeps whole gradients while micro-batches accumulate
+    if shards > 1 and not each_time and min(batch or largest, largest) < share:
+        state["gradients"] = g * trained  # FSDP keeps whole gradients while micro-batches accumulate
         largest = fitting()
-    if batch is None:
-        divisors = (b for b in range(min(largest, share), 0, -1) if share % b == 0 and b % masks == 0)
-        batch = next(divisors, masks)
-    if share % batch:
-        raise ValueError(f"--train.batch-size: expected a divisor of a GPU's {share} images, got {batch}")
-    accumulation = share // batch
+    batch, accumulation = divide_batch(train.global_batch_size, gpus, batch or max(largest, masks), masks)
 
     def per_image(checkpointing: ActivationCheckpointing) -> int:
         one, two = (count_flops(model.architecture, n, ratio, checkpointing) for n in (1, 2))
@@ -142,7 +137,10 @@ def make_plan(
     bandwidth = hardware.memory_tb_per_s * 1e12 * hardware.memory_bandwidth_fraction
     products = share * executed / (hardware.tflops * 1e12 * hardware.tflops_fraction)
     passes = share * passes_per_image(model, ratio, c, r) * executed / needed / bandwidth
-    sent = sent_per_step(trained, blocks, mode, gpus, per_node, c, accumulation, train.reshard_after_forward)
+    reductions = accumulation if each_time else 1
+    sent = sent_per_step(
+        trained, blocks, mode, gpus, per_node, c, accumulation, train.reshard_after_forward, g, reductions
+    )
     seconds = {
         "matrix products": products,
         "passes over activations": passes,
@@ -164,7 +162,7 @@ def make_plan(
         seconds=seconds,
         run={
             "images per second": round(rate),
-            "MFU": share * needed / step / (hardware.tflops * 1e12),
+            "MFU": rate * needed / gpus / (hardware.tflops * 1e12),
             "CPU cores per node to decode": round(rate / masks / nodes / IMAGES_PER_CORE),
             "GB/s read from storage": rate / masks * IMAGE_BYTES / 1e9,
             "GB of a checkpoint": 12 * trained / 1e9,
@@ -182,27 +180,29 @@ def sent_per_step(
     c: int,
     accumulation: int = 1,
     reshard_after_forward: bool = True,
+    g: int = 4,
+    reductions: int = 1,
 ) -> dict[str, float]:
     """Bytes that each GPU sends, and receives, in a step, by ring algorithms.
 
-    DDP all-reduces fp32 gradients once: 2 (n - 1) / n of them. FSDP all-gathers weights in the compute precision before
-    each forward and again before each backward, and reduce-scatters fp32 gradients once: (n - 1) / n each. HSDP does
-    so inside a node and all-reduces the shards of gradients across nodes.
+    DDP all-reduces gradients of g bytes per value once: 2 (n - 1) / n of them. FSDP all-gathers weights in the compute
+    precision before each forward and again before each backward, and reduce-scatters gradients once or with each
+    micro-batch: (n - 1) / n each. HSDP does so inside a node and all-reduces the shards of gradients across nodes.
     """
     if gpus == 1 or mode == "none":
         return {}
     if mode == "ddp":
-        return {"all-reduce": 2 * (gpus - 1) / gpus * 4 * trained}
+        return {"all-reduce": 2 * (gpus - 1) / gpus * g * trained}
     ranks = per_node if mode == "hsdp" else gpus
     outside, inside = trained - sum(blocks), sum(blocks)
     times = 2 if reshard_after_forward else 1
     sent = {
         "all-gather": accumulation * (ranks - 1) / ranks * c * (outside + times * inside),
-        "reduce-scatter": (ranks - 1) / ranks * 4 * trained,
+        "reduce-scatter": reductions * (ranks - 1) / ranks * g * trained,
     }
     nodes = gpus // per_node
     if mode == "hsdp" and nodes > 1:
-        sent["all-reduce across nodes"] = 2 * (nodes - 1) / nodes * 4 * trained / ranks
+        sent["all-reduce across nodes"] = 2 * (nodes - 1) / nodes * g * trained / ranks
     return sent
 
 

@@ -203,8 +203,8 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
     """Settle what flags imply for the defaults that they did not name.
 
     A length in steps replaces a recipe's length in epochs, and the other way round, and turns fit_steps off; a
-    warm-up that was not given keeps at most its share of the run; a micro-batch that was not given becomes a divisor of
-    the global batch, if possible one of whole images.
+    warm-up that was not given keeps at most its share of the run; a micro-batch that was not given becomes a multiple
+    of the masks per image.
 
     Args:
         config: the defaults with the flags applied.
@@ -224,15 +224,9 @@ def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str
         train = replace(train, fit_steps=False)
     if given & {"epochs", "steps"} and not given & {"warmup_epochs", "warmup_steps"}:
         train = replace(train, **scaled_warmup(train, base))
-    if (
-        given & {"global_batch_size", "masks_per_image"}
-        and "batch_size" not in given
-        and isinstance(train.batch_size, int)
-    ):
+    if "masks_per_image" in given and "batch_size" not in given and isinstance(train.batch_size, int):
         masks = max(train.masks_per_image, 1)
-        multiples = range(masks, min(train.batch_size, train.global_batch_size) + 1, masks)
-        divisors = [size for size in multiples if train.global_batch_size % size == 0]
-        train = replace(train, batch_size=divisors[-1] if divisors else train.batch_size)
+        train = replace(train, batch_size=max(train.batch_size // masks, 1) * masks)
     return replace(config, train=train)
 
 

@@ -21,6 +21,7 @@ from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, loss_weights, measured_batch_size
 from fastmae.train.callbacks import Callback, running
 from fastmae.train.checkpoint import (
+    MANIFEST,
     Checkpoint,
     CheckpointError,
     CheckpointManager,
@@ -30,7 +31,7 @@ from fastmae.train.checkpoint import (
     open_latest,
     set_aside_after,
 )
-from fastmae.train.checkpoint.format import discard
+from fastmae.train.checkpoint.format import discard, reading
 from fastmae.train.config import PretrainConfig
 from fastmae.train.fit_steps import StepFit, with_length
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
@@ -427,10 +428,11 @@ class Trainer:
         renamed to ``step-N.<suffix>``."""
         manifest = state.of_this_version(saved.manifest)
         self.step, self.saves.newest = manifest["step"], saved.path
-        for name, part in self.stateful.items():
-            same_files = manifest["dataset"]["hash"] == self.dataset.hash  # else its sample ids mean other files
-            if name in manifest and (same_files or name != "bad_files"):
-                part.load_state_dict(manifest[name])
+        with reading(saved.path / MANIFEST):
+            for name, part in self.stateful.items():
+                same_files = manifest["dataset"]["hash"] == self.dataset.hash  # else its sample ids mean other files
+                if name in manifest and (same_files or name != "bad_files"):
+                    part.load_state_dict(manifest[name])
         if self.parallelism.is_main:
             set_aside_after(self.run.checkpoints, self.step, suffix)
         self.run.cut_metrics(self.step)

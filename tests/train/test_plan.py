@@ -107,14 +107,27 @@ def test_more_memory_fits_more_and_shards_need_less(base):
     assert fsdp.memory["AdamW"] == ddp.memory["AdamW"] / 8
     accumulating = plan(base, "fsdp", hardware=Hardware(memory_gb=8))
     assert accumulating.batch["micro-batches per step"] > 1
-    assert accumulating.memory["gradients, fp32"] == ddp.memory["gradients, fp32"]
+    assert accumulating.memory["gradients"] == ddp.memory["gradients"]
+    scattered = plan(base, "fsdp", hardware=Hardware(memory_gb=8), reduce_every="micro-batch")
+    assert scattered.memory["gradients"] == fsdp.memory["gradients"]
+    assert scattered.sent["reduce-scatter"] == scattered.batch["micro-batches per step"] * fsdp.sent["reduce-scatter"]
+    assert plan(base, reduce_dtype="bf16").sent["all-reduce"] == ddp.sent["all-reduce"] / 2
+
+
+def test_the_gpu_with_the_largest_share_sets_the_pace(base):
+    even, uneven = plan(base, gpus=8, global_batch_size=64), plan(base, gpus=7, global_batch_size=64)
+    assert uneven.batch["images at a time"] == 10
+    assert uneven.seconds["matrix products"] == 10 / 8 * even.seconds["matrix products"]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--gpus", "12"], "--gpus: expected whole nodes of 8 or part of one, got 12"),
-        (["--gpus", "6"], "--train.global-batch-size: expected a multiple of 6, got 4096"),
+        (
+            ["--gpus", "6", "--train.global-batch-size", "4", "--train.batch-size", "4"],
+            "--train.global-batch-size: expected at least 6 for 6 processes, got 4",
+        ),
         (["--train.parallel", "none"], "--train.parallel: expected ddp, fsdp or hsdp for 8 GPUs, got none"),
     ],
 )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from training import LOADERS, MODEL, assert_same_tensors, fitted, make_trainer, numbers, write_images
 
 from fastmae.cli import main
-from fastmae.train.checkpoint import CheckpointError, latest_checkpoint
+from fastmae.train.checkpoint import CheckpointError, latest_checkpoint, open_latest
 from fastmae.train.weights import load_model
 
 
@@ -100,6 +100,16 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since_the_one_before(t
     assert numbers(resumed.run) == numbers(finished.run)
     assert_same_tensors(run / "checkpoints/step-12", finished.run.checkpoints / "step-12")
     assert (run / "checkpoints/step-12.damaged").is_dir()
+
+
+def test_a_manifest_whose_state_makes_no_sense_is_one_error(tmp_path, images, finished):
+    run = shutil.copytree(finished.run.path, tmp_path / "run")
+    saved = open_latest(run)
+    saved = replace(saved, manifest={**saved.manifest, "guard": ["nothing"]})
+    resumed = make_trainer(run, images, checkpoint_every_steps=5, resume=True)
+    with pytest.raises(CheckpointError, match=r"step-12/manifest.json: unreadable: "):
+        resumed.resume(saved)
+    resumed.run.close()
 
 
 def test_what_differs_is_named_or_refused(tmp_path, images, finished):
