@@ -208,15 +208,12 @@ def test_both_lengths_given_are_left_for_validation_to_refuse():
     assert (both.steps, both.epochs) == (10, 2)
 
 
-def test_the_micro_batch_follows_a_smaller_global_batch():
+def test_the_micro_batch_holds_all_masks_of_an_image():
     base = replace(LARGE, train=replace(LARGE.train, batch_size=256))
-    assert flags(base, global_batch_size=96).batch_size == 96
-    assert flags(base, global_batch_size=1000).batch_size == 250
-    assert flags(base, global_batch_size=1000, batch_size=8).batch_size == 8
-    assert flags(base, global_batch_size=1000, masks_per_image=4).batch_size == 200
-    assert flags(base, global_batch_size=96, masks_per_image=5).batch_size == 256  # validation refuses it
-    assert flags(base, masks_per_image=4).batch_size == 256
-    assert flags(LARGE, global_batch_size=96, masks_per_image=4).batch_size == "auto"
+    assert flags(base, global_batch_size=96).batch_size == 256  # the most, of which 96 are less
+    assert flags(base, masks_per_image=5).batch_size == 255
+    assert flags(base, masks_per_image=5, batch_size=8).batch_size == 8  # validation refuses it
+    assert flags(LARGE, masks_per_image=4).batch_size == "auto"
 
 
 def test_warmup_longer_than_the_run_is_refused():
