@@ -406,8 +406,8 @@ def step_bytes_table(counted: dict) -> str:
     return rows_to_table(["", "saved for backward", "forward", "backward", "forward + backward"], rows)
 
 
-def photographs_block(summary: dict) -> str:
-    """Errors of the first command's run, its length, and which baselines it did not beat."""
+def photographs_block(summary: dict, avx2: dict) -> str:
+    """Errors of the first command's run, its length, which baselines it did not beat, and where it ended on AVX2."""
     rows, worse = [], []
     for name, numbers in summary["sets"].items():
         errors = [f"{numbers[key]:.3f}" for key in ("mse", "mse_mean_color", "mse_inverse_distance")]
@@ -415,6 +415,11 @@ def photographs_block(summary: dict) -> str:
         worse += [f"On {name} it is worse than {' and '.join(numbers['worse_than'])}."] * bool(numbers["worse_than"])
     length = f"{summary['steps']:,} steps of {summary['samples'] // summary['steps']} crops in {summary['precision']}"
     text = " ".join([f"{length} took {summary['seconds']:.0f} s on two cores, one thread each.", *worse])
+    errors = " and ".join(f"{numbers['mse']:.3f}" for numbers in avx2["sets"].values())
+    text += (
+        f" On the same machine held to AVX2, which has no bf16, {avx2['steps']:,} steps in {avx2['precision']} took "
+        f"{avx2['seconds']:.0f} s and ended at {errors}."
+    )
     head = ["masked patches of", "model", "mean visible colour", "inverse distance", "model, PSNR"]
     return f"{rows_to_table(head, rows)}\n\n{text}"
 
@@ -456,7 +461,9 @@ def pages(machines: list[Machine]) -> dict[str, str]:
             "traffic": traffic_table(read("counted/traffic.json"), "ViT-B/16"),
             "step": step_bytes_table(read("counted/step.json")),
         },
-        PHOTOGRAPHS: {"results": photographs_block(read("photographs/summary.json"))},
+        PHOTOGRAPHS: {
+            "results": photographs_block(read("photographs/summary.json"), read("photographs/summary-avx2.json"))
+        },
         RUNNING: {"soak": soak_block(read("cpu-amd-epyc/soak.json"))},
     }
     texts = {}

@@ -199,7 +199,7 @@ class TrainConfig:
     weight_decay: NonNegativeFloat = 0.05
     """AdamW's weight decay; biases and norms have none."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    """AdamW's decay rates of the gradient's first and second moment."""
+    """AdamW's decay rates of the gradient's first and second moment; the first is also muon's momentum."""
     optimizer: Literal["adamw", "apex", "muon"] = "adamw"
     """adamw: PyTorch's fused AdamW. apex: FusedAdam of NVIDIA's apex, if installed; the same computation on CUDA. muon:
     orthogonalised momentum for the weight matrices of the blocks (Jordan et al. 2024), AdamW for the rest; not the

@@ -126,9 +126,8 @@ class Muon(torch.optim.AdamW):
 
     Args:
         groups: of :func:`parameter_groups` with ``matrices``; whole parameters.
-        betas: of AdamW.
+        betas: of AdamW; the first is also the momentum of the matrices.
         dtype: of the Newton-Schulz iteration, bfloat16 or float32.
-        momentum: of the matrices.
         lr_ratio: of the matrices' learning rate to that of their group.
     """
 
@@ -137,11 +136,10 @@ class Muon(torch.optim.AdamW):
         groups: list[dict[str, Any]],
         betas: tuple[float, float],
         dtype: torch.dtype = torch.float32,
-        momentum: float = 0.95,
         lr_ratio: float = 1.0,
     ) -> None:
         super().__init__(groups, lr=0.0, betas=betas, fused=True)
-        self._dtype, self._momentum, self._lr_ratio = dtype, momentum, lr_ratio
+        self._dtype, self._momentum, self._lr_ratio = dtype, betas[0], lr_ratio
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
 

@@ -47,6 +47,7 @@ PHOTOGRAPHS = PretrainConfig(
         # A step takes a third longer than AdamW's, and half as many steps reach the same error (docs/photographs.md).
         optimizer="muon",
         muon_lr=6e-2,
+        weight_decay=0.15,
         # Two threads wait for each other at every operation, spinning: beside a busy neighbour a step then takes tens
         # of times as long (docs/photographs.md).
         num_threads=1,

@@ -157,8 +157,8 @@ def test_muon_moves_matrices_of_blocks_along_orthogonal_momentum_and_the_rest_as
             optimizer.step()
         with torch.no_grad():
             for p, momentum in zip(inside, momenta, strict=True):
-                momentum.mul_(0.95).add_(p.grad, alpha=0.05)
-                direction = orthogonalized((0.05 * p.grad + 0.95 * momentum)[None])[0]
+                momentum.mul_(0.9).add_(p.grad, alpha=0.1)
+                direction = orthogonalized((0.1 * p.grad + 0.9 * momentum)[None])[0]
                 p.mul_(1 - 0.02 * 0.05).sub_(0.02 * 0.2 * 12**0.5 * direction)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, plain.get_parameter(name), rtol=1e-4, atol=1e-5)
