@@ -74,7 +74,7 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
 
     Raises:
         UsageError: for what the user can fix before the first step.
-        DataError, CheckpointError, CollectiveError, FloatingPointError: as ``Trainer.fit``.
+        DataError, CheckpointError, FloatingPointError: as ``Trainer.fit``.
     """
     with usage_errors(_FLAGS):
         validate(config)

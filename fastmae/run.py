@@ -93,7 +93,7 @@ def pretrain(
 
     An interrupt (Ctrl-C, or a notebook's stop button) saves a checkpoint after the current step and returns;
     ``resume=True`` continues from it. A second one raises KeyboardInterrupt at once. Signals are only handled in the
-    main thread. Under torchrun or srun every process calls this function.
+    main thread. Under torchrun or srun every process calls this function; if one dies, the others end with exit code 2.
 
     Args:
         recipe: gives the defaults of everything else. None: "small-data" with ``data``, otherwise "photographs".
@@ -106,7 +106,7 @@ def pretrain(
     Raises:
         TypeError: for an option that does not exist.
         ValueError: for a value that cannot be used; the message names the flag of the same name.
-        DataError, CheckpointError, CollectiveError, FloatingPointError: as ``Trainer.fit``.
+        DataError, CheckpointError, FloatingPointError: as ``Trainer.fit``.
     """
     named = None if out is None else Path(out)
     defaults = starting_config(recipe, out=named, resume=resume, own_images=data is not None)

@@ -25,7 +25,7 @@ from fastmae.cli.output import flush_output, forgiving_output, print_error, rank
 from fastmae.cli.plan import PlanConfig
 from fastmae.errors import UsageError, usage_errors
 from fastmae.train.config import PretrainConfig
-from fastmae.train.liveness import EXIT_PREEMPTED, CollectiveError, StopRequest
+from fastmae.train.liveness import EXIT_PREEMPTED, StopRequest
 from fastmae.train.recipes import DESCRIPTIONS, OWN_IMAGES_RECIPE, RECIPES, apply_flags, starting_config
 from fastmae.train.slurm import read_slurm
 
@@ -63,10 +63,7 @@ def _main(argv: list[str], stop: StopRequest) -> int:
     except Exception as error:
         if not is_expected(error):
             raise
-        if not isinstance(error, CollectiveError):
-            print_error(str(error))
-        elif error.speaks:
-            print(f"fastmae: error: {error}", file=sys.stderr, flush=True)
+        print_error(str(error))
         return EXIT_USAGE
 
 
@@ -76,8 +73,7 @@ def is_expected(error: Exception) -> bool:
     from fastmae.train.checkpoint import CheckpointError
 
     full_disk = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    kinds = UsageError | DataError | CheckpointError | CollectiveError | FloatingPointError
-    return full_disk or isinstance(error, kinds)
+    return full_disk or isinstance(error, UsageError | DataError | CheckpointError | FloatingPointError)
 
 
 def _commands(defaults: PretrainConfig) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-import select
 import signal
 import socket
 import sys
@@ -19,10 +18,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -91,9 +88,9 @@ class StopRequest:
 
     def arrived(self) -> bool:
         """Whether a signal has arrived since the last call, even if the main thread could not handle it yet."""
-        if self._pipe is None or not select.select([self._pipe[0]], [], [], 0)[0]:
-            return False
-        return any(number in self.signals for number in os.read(self._pipe[0], 64))
+        with suppress(BlockingIOError):  # the pipe is empty
+            return self._pipe is not None and any(number in self.signals for number in os.read(self._pipe[0], 64))
+        return False
 
     @contextmanager
     def raising(self) -> Iterator[None]:
@@ -218,12 +215,6 @@ _TRANSPORT = re.compile(
 ranks sent tensors of different sizes, which is a bug."""
 
 
-class CollectiveError(RuntimeError):
-    """A collective failed because a rank ended, hangs or cannot be reached; the message names it in one line."""
-
-    speaks = True  # whether this rank prints it
-
-
 def is_broken(error: BaseException | None) -> bool:
     """Whether an error, or its cause, says that another rank could not be reached in time."""
     from torch.distributed import DistError
@@ -232,7 +223,7 @@ def is_broken(error: BaseException | None) -> bool:
 
     while isinstance(error, RuntimeError | CheckpointError):
         transport = isinstance(error, RuntimeError) and _TRANSPORT.match(str(error))
-        if transport or isinstance(error, CollectiveError | LostRankError | DistError):
+        if transport or isinstance(error, LostRankError | DistError):
             return True
         error = error.__cause__
     return False
@@ -301,10 +292,9 @@ class Watchdog:
 
     - After ``stall_seconds`` without progress, then after twice the time and so on, one rank prints who is furthest
       behind; it and that one print their stacks.
-    - When a collective fails, :meth:`explaining` raises an error that names the lost rank. A process that has not ended
-      ``2 * unwind_seconds`` later is ended.
-    - After a signal, a process that makes no progress because a rank is lost is ended. ``torchrun`` sends SIGTERM to
-      the other ranks when one dies, so this covers the set-up, and collectives that no exception can reach.
+    - When a collective fails (:meth:`explaining`), one rank prints which rank is lost, and the process is ended.
+    - So is, after a signal, one that makes no progress because a rank is lost. ``torchrun`` sends SIGTERM to the other
+      ranks when one dies, so this covers collectives that hang instead of failing.
 
     The ranks exchange their states through the store of the process group. Only the thread uses it, since a client of a
     store whose host hangs blocks its caller.
@@ -314,7 +304,7 @@ class Watchdog:
         stop: whose signals to watch for.
     """
 
-    interval, signal_seconds, unwind_seconds = 1.0, 8.0, 20.0  # interval: between two beats
+    interval, signal_seconds = 1.0, 8.0  # interval: between two beats
 
     def __init__(
         self, rank: int = 0, world_size: int = 1, stall_seconds: float = 300.0, stop: StopRequest | None = None
@@ -324,8 +314,9 @@ class Watchdog:
         self._point: tuple[int, str] = (0, "starting")  # a new tuple is progress, even if it equals the last
         self._since, self._beat = time.monotonic(), 0
         self._has_store, self._store = world_size > 1 and "MASTER_ADDR" in os.environ, None
-        self._broken_at, self._done = math.inf, False
-        self._requests: SimpleQueue[tuple[Callable[[], Any], Future]] = SimpleQueue()
+        self._broken, self._left = "", False  # the error of a collective that failed; whether the context was left
+        self._wake = threading.Event()
+        self._on_lost: Callable[[str], object] = lambda text: None
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -344,28 +335,28 @@ class Watchdog:
             self.at(before)
 
     @contextmanager
-    def explaining(self) -> Iterator[None]:
-        """Replace errors of broken collectives (:func:`is_broken`) by a :class:`CollectiveError`; publish any other."""
+    def explaining(self, on_lost: Callable[[str], object] | None = None) -> Iterator[None]:
+        """Context whose errors are published, and in which a broken collective (:func:`is_broken`) ends the process.
+
+        Args:
+            on_lost: called before the watchdog ends the process, in another thread, with what it prints.
+        """
+        before, self._on_lost = self._on_lost, on_lost or self._on_lost
         try:
             yield
         except BaseException as error:
-            if isinstance(error, CollectiveError) or self._point[1].startswith(_FAILED) or not self._has_store:
-                raise
-            if not is_broken(error):
-                self.at(f"{_FAILED} while {self._point[1]}: {_one_line(f'{type(error).__name__}: {error}')}")
-                self._ask(self._publish, 2.0)
-                raise
-            _log.info("a collective failed", exc_info=error)
-            self._broken_at = time.monotonic()
-            found = self._ask(self._look, self.unwind_seconds) or Finding(_NO_STORE, -1, True, self._rank)
-            answer = self._store is not None and not found.lost
-            network = "all ranks answer, so it may be the network; " if answer else ""
-            cause = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            explained = CollectiveError(f"a collective failed: {network}{found.text} ({_one_line(str(cause))})")
-            explained.speaks = found.speaker == self._rank
-            raise explained from error
+            if self._has_store and not self._broken and not self._point[1].startswith(_FAILED):
+                if is_broken(error):
+                    _log.info("a collective failed", exc_info=error)
+                    self._broken = _one_line(str(_root(error)))
+                else:
+                    self.at(f"{_FAILED} while {self._point[1]}: {_one_line(f'{type(error).__name__}: {error}')}")
+                self._wake.set()
+                if self._broken:
+                    self._thread.join(20.0)  # which ends the process, unless the store's host hangs
+            raise
+        finally:
+            self._on_lost = before
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -374,48 +365,56 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         if not self._point[1].startswith(_FAILED):
             self.at(_ENDED)  # so that the others do not take the silence that follows for a death
-        self._done = True
-        self._ask(self._publish, 2.0)
-
-    def _ask(self, function: Callable[[], Any], seconds: float) -> Any:
-        """What a function returns that the thread calls; None if it does not in time."""
-        future: Future = Future()
-        self._requests.put((function, future))
-        with suppress(TimeoutError):
-            return future.result(seconds)
+        self._left = True
+        self._wake.set()
+        self._thread.join(2.0)
 
     def _run(self) -> None:
         if self._has_store:
             self._guarded(self._open)
-        seen, reports, signalled = self._point, 0, False
-        while not self._done or not self._requests.empty():
-            now, point = time.monotonic(), self._point
-            signalled = signalled or bool(self._stop and self._stop.arrived())
+        seen, due, signalled = None, self._stall, False
+        while not self._left:
+            point, broken = self._point, self._broken
             if point is not seen:
-                seen, reports, self._since = point, 0, now
+                seen, due, self._since = point, self._stall, time.monotonic()
             self._publish()
-            still = now - self._since
-            if now - self._broken_at > 2 * self.unwind_seconds:
-                self._end("the process does not end by itself")
-            stalled = still >= self._stall * 2**reports
-            if stalled or (signalled and still >= self.signal_seconds and self._broken_at == math.inf):
+            signalled = signalled or bool(self._stop and self._stop.arrived())
+            still = time.monotonic() - self._since
+            hangs = signalled and still >= self.signal_seconds
+            if broken or hangs or still >= due:
                 found = self._look()
-                speaks = found.speaker == self._rank
-                if self._point is not point:
-                    continue
-                if stalled:
-                    reports += 1
-                    text = f"no progress for {still:.0f} s: {found.text}"
-                    _log.info(text)
-                    if speaks:
-                        print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-                    if self._rank in (found.speaker, found.rank):
-                        faulthandler.dump_traceback(2)
-                elif found.lost and self._broken_at == math.inf:
-                    self._end(found.text if speaks else None)
-            with suppress(Empty):
-                function, future = self._requests.get(timeout=self._interval)
-                future.set_result(function())
+                if broken:
+                    answer = self._store is not None and not found.lost
+                    network = "all ranks answer, so it may be the network; " if answer else ""
+                    self._end(found, f"a collective failed: {network}{found.text} ({broken})")
+                elif self._point is point and hangs and found.lost:
+                    self._end(found, found.text)
+                elif self._point is point and still >= due:
+                    due *= 2
+                    self._report(found, f"no progress for {still:.0f} s: {found.text}")
+            self._wake.wait(self._interval)
+            self._wake.clear()
+        self._publish()
+
+    def _report(self, found: Finding, text: str) -> None:
+        _log.info(text)
+        if found.speaker == self._rank:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+        if self._rank in (found.speaker, found.rank):
+            faulthandler.dump_traceback(2)
+
+    def _end(self, found: Finding, text: str) -> None:
+        """End the process at once: the main thread may hang in a collective, other threads or NCCL would hold it."""
+        with suppress(OSError, ValueError):  # nobody reads what is printed
+            if found.speaker == self._rank:
+                print(f"fastmae: error: {text}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(self._interval)  # for the rank that prints
+            sys.stdout.flush()
+        noting = threading.Thread(target=self._on_lost, args=(text,), daemon=True)
+        noting.start()
+        noting.join(5.0)  # its disk may hang
+        os._exit(EXIT_ERROR)
 
     def _look(self) -> Finding:
         """Read the states twice; the second time once all have beaten, one has failed, or six beats are over."""
@@ -469,15 +468,9 @@ class Watchdog:
             _log.info("%s: %s", _NO_STORE, error)
             return None
 
-    def _end(self, text: str | None) -> None:
-        """End the process at once: other threads or NCCL would hold it."""
-        if text is None:
-            time.sleep(self._interval)  # for the rank that prints
-        else:
-            print(f"fastmae: error: {text}", file=sys.stderr, flush=True)
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-        os._exit(EXIT_ERROR)
+
+def _root(error: BaseException) -> BaseException:
+    return _root(error.__cause__) if error.__cause__ else error
 
 
 def _one_line(text: str) -> str:

@@ -119,9 +119,13 @@ class RunFolder:
         try:
             yield
         except BaseException as error:
-            with suppress(OSError):  # a full disk must not hide the error
-                self.write_json("status.json", {"status": "failed", "step": step(), "reason": repr(error)})
+            self.note_failure(step(), repr(error))
             raise
+
+    def note_failure(self, step: int, reason: str) -> None:
+        """Record in ``status.json`` that the run failed, if the disk is not full."""
+        with suppress(OSError):
+            self.write_json("status.json", {"status": "failed", "step": step, "reason": reason})
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of ``metrics.jsonl``."""

@@ -186,7 +186,7 @@ class Trainer:
             self.loader = self._open_loader()
             stack.callback(lambda: self.loader.close())
             stack.enter_context(self.saves)
-            stack.enter_context(self.watchdog.explaining())
+            stack.enter_context(self.watchdog.explaining(lambda reason: self.run.note_failure(self.step, reason)))
             self.run.write_json("status.json", {"status": "running", "step": self.step})
             self.bad_files.begin()
             clock = train.checkpoint_every_seconds

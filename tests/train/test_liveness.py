@@ -9,9 +9,11 @@ import os
 import re
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -25,7 +27,7 @@ from training import make_trainer, write_images
 from fastmae.cli import main
 from fastmae.train import liveness
 from fastmae.train.checkpoint import CheckpointError, LostRankError, Ranks
-from fastmae.train.liveness import Agreement, CollectiveError, RankState, StopRequest, Watchdog, find_lost, is_broken
+from fastmae.train.liveness import Agreement, RankState, StopRequest, Watchdog, find_lost, is_broken
 from fastmae.train.parallel import initialize, shutdown
 from fastmae.train.trainer import Trainer
 
@@ -144,45 +146,76 @@ def test_broken_collectives_are_told_from_bugs():
 
 @pytest.fixture
 def watchdog(monkeypatch):
-    """Makes watchdogs of ranks that share a store."""
+    """Makes watchdogs of ranks that share a store. One that would end the process ends its thread."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
     monkeypatch.setattr(Watchdog, "interval", 0.05)
-    yield lambda rank: Watchdog(rank, 2, 100.0)
+    monkeypatch.setattr(Watchdog, "signal_seconds", 0.2)
+    monkeypatch.setattr(liveness.os, "_exit", sys.exit)
+    run = Watchdog._run
+
+    def run_until_exit(self: Watchdog) -> None:
+        with suppress(SystemExit):
+            run(self)
+
+    monkeypatch.setattr(Watchdog, "_run", run_until_exit)
+    yield lambda rank, stop=None: Watchdog(rank, 2, 100.0, stop)
     del server
 
 
+def fall_silent(watchdog: Watchdog) -> None:
+    """What a rank looks like to the others once it has been killed."""
+    beat = watchdog._beat
+    until(lambda: watchdog._beat > beat + 1)
+    watchdog._publish = lambda: None
+
+
 def failure(watchdog: Watchdog, error: Exception) -> str:
-    with pytest.raises(CollectiveError) as caught, watchdog.explaining():
+    """What a watchdog says before it ends a process in which a collective fails."""
+    texts: list[str] = []
+    with pytest.raises(type(error)), watchdog.explaining(texts.append):
         raise error
-    assert caught.value.__cause__ is error
-    return str(caught.value)
+    return texts[0]
 
 
-def test_a_failed_collective_names_the_rank_that_failed_and_why(watchdog):
+def test_a_failed_collective_names_the_rank_that_failed_and_why(watchdog, capfd):
     with watchdog(0) as first, watchdog(1) as second:
         first.at("computing", 5)
         second.at("waiting for images", 4)
         with pytest.raises(ValueError, match="bad"), second.explaining():
-            raise ValueError("bad\ncrop")  # keeps its type and its traceback
+            raise ValueError("bad\ncrop")
         text = failure(first, RuntimeError(CLOSED))
-        assert re.search(
-            r"rank 1 \(\S+\) at step 4 failed while waiting for images: ValueError: bad crop; the other", text
-        )
+    failed = r"a collective failed: rank 1 \(\S+\) at step 4 failed while waiting for images: ValueError: bad crop"
+    assert re.match(failed + r"; the other 1 at step 5, computing \(Connection closed by peer \S+\)$", text)
+    assert capfd.readouterr().err == f"fastmae: error: {text}\n"
 
 
-def test_a_failed_collective_names_a_silent_rank_or_the_network(watchdog):
-    with watchdog(0) as first:
-        with watchdog(1) as second:
-            second.at("saving", 4)
-            assert "all ranks answer, so it may be the network" in failure(first, RuntimeError(CLOSED))
-            second._point = (4, "failed while saving: never")  # keeps it from saying that it has ended
+def test_a_failed_collective_among_ranks_that_answer_may_be_the_network(watchdog):
+    with watchdog(0) as first, watchdog(1):
+        assert "all ranks answer, so it may be the network; rank 0" in failure(first, RuntimeError(CLOSED))
+
+
+SILENT = r"rank 1 \(\S+\) is not heard from any more, last at step 4, saving"
+
+
+def test_a_failed_collective_names_a_silent_rank(watchdog):
+    with watchdog(0) as first, watchdog(1) as second:
         second.at("saving", 4)
-        second._store.set("1", json.dumps(second._state()))
-        assert re.search(
-            r"rank 1 \(\S+\) is not heard from any more, last at step 4, saving", failure(first, LostRankError("x"))
-        )
+        fall_silent(second)
+        assert re.match(f"a collective failed: {SILENT}", failure(first, LostRankError("x")))
+
+
+def test_a_hanging_collective_names_a_silent_rank_after_a_signal(watchdog):
+    with watchdog(0, Mock()) as first, watchdog(1) as second:  # the mock has got a signal
+        second.at("saving", 4)
+        texts: list[str] = []
+        with first.explaining(texts.append):
+            until(lambda: first._beat > 20)
+            assert texts == []  # a signal alone ends nothing
+            fall_silent(second)
+            until(lambda: texts)
+    assert re.match(SILENT, texts[0])
 
 
 def test_a_store_that_does_not_answer_is_no_error(watchdog):
