@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
-from traffic_eager import EagerTraffic, is_ours, nbytes  # noqa: E402
+from traffic import EagerTraffic, is_ours, nbytes  # noqa: E402
 
 from fastmae import reference  # noqa: E402
 from fastmae.model import PRESETS, create_model  # noqa: E402

@@ -19,11 +19,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers")]
 
-from traffic import SECTOR, Moved, counted_traffic  # noqa: E402
-from traffic_cases import OPS, Op  # noqa: E402
-from traffic_compiled import compiled_traffic  # noqa: E402
-from traffic_eager import EagerTraffic  # noqa: E402
-from traffic_inputs import VIT_B, VIT_H, VIT_L, Sizes, gradient_of  # noqa: E402
+from traffic import SECTOR, EagerTraffic, Moved, compiled_traffic, counted_traffic  # noqa: E402
+from traffic_cases import OPS, VIT_B, VIT_H, VIT_L, Op, Sizes  # noqa: E402
 
 RESULT = ROOT / "benchmarks/results/counted/traffic.json"
 MODELS = {"ViT-B/16": VIT_B, "ViT-L/16": VIT_L, "ViT-H/14": VIT_H}
@@ -35,34 +32,31 @@ SMALL, LARGE = 2, 4
 
 def count_ours(op: Op, sizes: Sizes) -> dict[str, int]:
     """Totals of a batch, counted in Triton's interpreter, and the small PyTorch operators around the kernels."""
-    call = op.make(sizes)
+    call = op.call(sizes)
     with counted_traffic() as traffic, EagerTraffic() as around:
         call()
-    moved = [*traffic.reads().items(), *traffic.writes().items()]
+    moved = [*traffic.reads.items(), *traffic.writes.items()]
     total = sum((m for _, m in moved), Moved())
     return {
         "budget": sum(op.reads(sizes).values()) + sum(op.writes(sizes).values()),
         "bytes": sum(m.unique if name in op.tables else m.accessed for name, m in moved),
         "from cache": sum(m.accessed - m.unique for name, m in moved if name in op.tables),
         "sector bytes": SECTOR * total.sectors,
-        "kernels": len(traffic.launches),
+        "kernels": traffic.launches,
         "operators around": around.launches - sum(around.launches_by_op[name] for name in PRODUCTS),
     }
 
 
 def count_eager(op: Op, sizes: Sizes) -> dict[str, int]:
-    function, arguments = op.eager(sizes)
-    call = lambda: function(*arguments)  # noqa: E731
-    if op.backward:
-        call = gradient_of(call(), *(a for a in arguments if a.requires_grad))
+    call = op.call(sizes, plain=True)
     with EagerTraffic() as traffic:
         call()
     return {"bytes": traffic.bytes, "launches": traffic.launches}
 
 
 def count_compiled(op: Op, sizes: Sizes) -> dict[str, int]:
-    function, arguments = op.eager(sizes)
-    scheduled = compiled_traffic(function, *arguments)[op.backward]
+    _, plain, inputs = op.pair(sizes)
+    scheduled = compiled_traffic(plain, *inputs)[op.backward]
     return {"bytes": scheduled.bytes, "launches": scheduled.launches}
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 import count_step
 import torch
-from traffic_eager import EagerTraffic
+from traffic import EagerTraffic
 
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import _dispatch, random_masking

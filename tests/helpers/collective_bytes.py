@@ -24,30 +24,20 @@ _NAMES = {
 
 
 class CollectiveBytes(TorchDispatchMode):
-    """Counts the collectives inside: calls, and bytes of the whole tensor that is reduced, gathered or scattered.
-
-    Attributes:
-        calls, bytes: by name and number of ranks.
-    """
+    """Bytes of the whole tensor that each collective inside reduces, gathers or scatters, by name and ranks."""
 
     def __init__(self):
         super().__init__()
-        self.calls: Counter[tuple[str, int]] = Counter()
         self.bytes: Counter[tuple[str, int]] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d" and func.overloadpacket.__name__ in _NAMES:
-            name = _NAMES[func.overloadpacket.__name__]
+        name = _NAMES.get(func.overloadpacket.__name__) if func.namespace == "c10d" else None
+        if name:
             group = next(arg for arg in args if isinstance(arg, torch.ScriptObject))
-            key = name, dist.ProcessGroup.unbox(group).size()
-            self.calls[key] += 1
             # The whole tensor is the longest argument: the output that is gathered, the input that is scattered.
-            self.bytes[key] += max(_total(arg) for arg in args)
+            whole = max(sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, Tensor)) for arg in args)
+            self.bytes[name, dist.ProcessGroup.unbox(group).size()] += whole
         return func(*args, **(kwargs or {}))
-
-
-def _total(argument: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(argument) if isinstance(t, Tensor))
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import pytest
@@ -57,49 +56,6 @@ class Compiled:
     loads: Counter
     stores: Counter
     text: str = field(repr=False)
-
-    @property
-    def spilled(self) -> bool:
-        return self.stack > 0 or self.spills > 0
-
-
-def compile_for(
-    target: str,
-    kernel: JITFunction,
-    args: Sequence,
-    constexprs: Mapping[str, object] | None = None,
-    *,
-    num_warps: int = 4,
-    **options: object,
-) -> Compiled:
-    """Compile as a launch ``kernel[grid](*args, **constexprs, num_warps=num_warps)`` on the target would.
-
-    Args:
-        target: a key of ``TARGETS``.
-        args: the launch's positional arguments; CPU or meta tensors stand in for device memory (Triton looks at
-            nothing but dtype and address).
-        constexprs: the launch's keyword arguments.
-        num_warps, options: compile options such as ``num_stages``.
-    """
-    gpu = TARGETS[target]
-    backend = make_backend(gpu)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*args, **(constexprs or {}))
-    types = [kind for kind, _ in specialization]
-    keys = ["" if kind == "constexpr" else key for kind, key in specialization]
-    paths = find_paths_if(types, lambda _, kind: kind == "constexpr")
-    source = ASTSource(
-        kernel,
-        dict(zip(kernel.arg_names, types, strict=True)),
-        {path: get_iterable_path(list(bound.values()), path) for path in paths},
-        {
-            path: backend.parse_attr(get_iterable_path(keys, path))
-            for path in find_paths_if(keys, lambda _, k: isinstance(k, str))
-        },
-    )
-    result = triton.compile(source, target=gpu, options={"num_warps": num_warps, **options})
-    read = _read_nvidia if gpu.backend == "cuda" else _read_amd
-    return read(result)
 
 
 def assert_fits(compiled: Compiled, target: str, *, max_registers: int = 255) -> None:
@@ -159,14 +115,29 @@ class Launch:
     """A kernel launch as an op makes it."""
 
     kernel: JITFunction
-    grid: tuple[int, ...]
     args: tuple
     keywords: dict
 
     def compile(self, target: str) -> Compiled:
-        options = {key: value for key, value in self.keywords.items() if key not in self.kernel.arg_names}
-        constexprs = {key: value for key, value in self.keywords.items() if key in self.kernel.arg_names}
-        return compile_for(target, self.kernel, self.args, constexprs, **options)
+        """As this launch on the target would; Triton looks at nothing but dtype and address of tensors."""
+        kernel, gpu = self.kernel, TARGETS[target]
+        backend = make_backend(gpu)
+        options = {key: value for key, value in self.keywords.items() if key not in kernel.arg_names}
+        constexprs = {key: value for key, value in self.keywords.items() if key in kernel.arg_names}
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        bound, specialization, _ = bind(*self.args, **constexprs)
+        types, values = [kind for kind, _ in specialization], list(bound.values())
+        keys = ["" if kind == "constexpr" else key for kind, key in specialization]
+        constants = find_paths_if(types, lambda _, kind: kind == "constexpr")
+        attributes = find_paths_if(keys, lambda _, key: isinstance(key, str))
+        source = ASTSource(
+            kernel,
+            dict(zip(kernel.arg_names, types, strict=True)),
+            {path: get_iterable_path(values, path) for path in constants},
+            {path: backend.parse_attr(get_iterable_path(keys, path)) for path in attributes},
+        )
+        result = triton.compile(source, target=gpu, options={"num_warps": 4, **options})
+        return _read_nvidia(result) if gpu.backend == "cuda" else _read_amd(result)
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch, *op_modules) -> list[Launch]:
@@ -182,12 +153,8 @@ def record_launches(monkeypatch: pytest.MonkeyPatch, *op_modules) -> list[Launch
 
         def __getattr__(self, name):
             kernel = getattr(self.kernels, name)
-
-            class Grid:
-                def __getitem__(self, grid):
-                    return lambda *args, **keywords: launches.append(Launch(kernel, grid, args, keywords))
-
-            return Grid()
+            launch = lambda *args, **keywords: launches.append(Launch(kernel, args, keywords))  # noqa: E731
+            return defaultdict(lambda: launch)  # by grid
 
     for module in op_modules:
         monkeypatch.setattr(module, "_kernels", Recorder(module._kernels))

@@ -16,8 +16,8 @@ from fastmae.ops._dispatch import is_interpreted, load_kernels
 
 INTERPRETED = load_kernels("masking") is not None and is_interpreted()
 plain_only = pytest.mark.skipif(INTERPRETED, reason="reaches no kernel, or no other than in another test")
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TINY = {F32: 5e-6, F16: 2e-3, BF16: 1.6e-2}
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+TINY = {F64: 1e-13, F32: 5e-6, F16: 2e-3, BF16: 1.6e-2}
 """Share of the largest value that any implementation may be off: a few units in the last place of each dtype.
 
 One of them is the interpreter's, which truncates to bfloat16 where hardware rounds.
@@ -116,21 +116,24 @@ def values_and_gradients(function: Callable, inputs: tuple[Tensor | None, ...], 
 
 
 def assert_as_accurate(
-    draw: Draw, op: Callable, definition: Callable, inputs: tuple[Tensor | None, ...], floor: float = 0.0
-) -> None:
-    """Results and gradients by :func:`compare`; the outputs' gradients are drawn in any layout too."""
-    with torch.no_grad():
-        outputs = as_tuple(op(*inputs))
-    tiny = max(TINY[x.dtype] for x in (*inputs, *outputs) if x is not None)
-    grads = [draw.laid_out(torch.randn(out.shape).to(out.dtype)) for out in outputs]
-    compare(op, definition, inputs, grads, tiny, floor)
-
-
-def compare(
-    op: Callable, definition: Callable, inputs: tuple[Tensor | None, ...], grads: list[Tensor], tiny: float, floor=0.0
+    op: Callable,
+    definition: Callable,
+    inputs: tuple[Tensor | None, ...],
+    *,
+    draw: Draw | None = None,
+    tiny: float | None = None,
+    floor: float = 0.0,
 ) -> None:
     """Results and gradients of the floating inputs at most twice as far from the definition in float64 as the
-    definition in the inputs' precision, plus a tiny share of the largest value (of ``floor`` where that is larger)."""
+    definition in the inputs' precision, plus a tiny share of the largest value (of ``floor`` where that is larger).
+
+    The outputs' gradients are drawn in any layout if there is a ``draw``.
+    """
+    with torch.no_grad():
+        outputs = as_tuple(op(*inputs))
+    tiny = tiny or max(TINY[x.dtype] for x in (*inputs, *outputs) if x is not None)
+    grads = [torch.randn_like(out, memory_format=torch.contiguous_format) for out in outputs]
+    grads = grads if draw is None else [draw.laid_out(grad) for grad in grads]
     wide = tuple(None if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in inputs)
     ours, plain, exact = (
         values_and_gradients(f, x, grads) for f, x in ((op, inputs), (definition, inputs), (definition, wide))

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from property_cases import plain_only
 
 from fastmae.model import PRESETS, MAEOutput, MaskedAutoencoderViT, create_model
 from fastmae.ops import Masking, masking_from_noise, random_masking
@@ -51,12 +52,18 @@ def test_training_path_has_the_same_loss_and_gradients(model, images, order):
 
 
 @pytest.mark.ops
-def test_raw_and_normalised_images_agree(model, images):
-    noise = torch.rand(3, model.num_patches, device=images.device)
-    mean, std = model.mean.view(1, 3, 1, 1), model.std.view(1, 3, 1, 1)
-    raw, normalised = model(images, noise=noise), model((images / 255 - mean) / std, noise=noise)
-    torch.testing.assert_close(raw.loss, normalised.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(raw.pred, normalised.pred, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize(("full_pred", "compiled"), [(True, False), pytest.param(False, True, marks=plain_only)])
+def test_several_masks_per_image_are_those_of_repeated_images(model, images, full_pred, compiled):
+    masking = masking_from_noise(torch.rand(3 * len(images), model.num_patches, device=images.device), 0.75)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    out = forward(images, masking=masking, full_pred=full_pred)
+    expected = model(images.repeat_interleave(3, 0), masking=masking, full_pred=full_pred)
+    for got, want in zip(out, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    if full_pred:
+        torch.testing.assert_close(model.forward_loss(images, out.pred, out.mask), expected.loss, rtol=1e-5, atol=0)
+    got, want = (torch.autograd.grad(loss, model.patch_embed.proj.weight)[0] for loss in (out.loss, expected.loss))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 def test_output_unpacks_like_facebookresearch(model, images):
@@ -229,6 +236,9 @@ def test_unknown_preset_lists_the_names():
         create_model("vit_b")
 
 
+MASKING = random_masking(3, 24, 0.5, seed=0)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -238,21 +248,10 @@ def test_unknown_preset_lists_the_names():
         (lambda m: m(torch.zeros(1, 3, 32, 48), 0.99), "mask_ratio: 0.99 of 24 patches keeps 0"),
         (lambda m: m(torch.zeros(1, 3, 32, 48), noise=torch.rand(1, 23)), r"noise: expected shape \(1, 24\)"),
         (
-            lambda m: m(torch.zeros(2, 3, 32, 48), masking=random_masking(3, 24, 0.5, seed=0)),
+            lambda m: m(torch.zeros(2, 3, 32, 48), masking=MASKING),
             r"masking: expected ids_restore of shape \(2, 24\), or a multiple of its rows, got int64 \(3, 24\)",
         ),
-        (
-            lambda m: m(torch.zeros(1, 3, 32, 48), masking=random_masking(1, 23, 0.5, seed=0)),
-            r"masking: expected ids_restore of shape \(1, 24\)",
-        ),
-        (
-            lambda m: m(
-                torch.zeros(1, 3, 32, 48),
-                noise=torch.rand(1, 24),
-                masking=Masking(*random_masking(1, 24, 0.5, seed=0)),
-            ),
-            "noise: expected None when a masking is given",
-        ),
+        (lambda m: m(torch.zeros(3, 3, 32, 48), noise=torch.rand(3, 24), masking=MASKING), "noise: expected None when"),
         (lambda m: m.unpatchify(torch.zeros(1, 23, 192)), r"patches: expected shape \(N, 24, 192\)"),
     ],
 )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import random
-import subprocess
-import sys
 from pathlib import Path
 
+import choose_attention
 import pytest
 import torch
 
@@ -15,7 +13,6 @@ from fastmae.ops import _attention_choice as choice
 from fastmae.ops.attention import attention, attention_qkvpacked, choose_backend, describe_backends
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "fastmae" / "ops" / "attention_choices.json"
 
 
 def row(dtype: str, tokens: int, head_dim: int, **ratios: float) -> choice.Row:
@@ -32,21 +29,15 @@ def table(monkeypatch):
     return use
 
 
-def test_shipped_table_comes_from_the_committed_results(tmp_path):
-    results = sorted((ROOT / "benchmarks" / "results").glob("*/attention.json"))
-    write(tmp_path / "choices.json", *results)
-    assert (tmp_path / "choices.json").read_text() == SHIPPED.read_text()
+def test_shipped_table_comes_from_the_committed_results():
+    results = (ROOT / "benchmarks" / "results").glob("*/attention.json")
+    tables = choose_attention.choices(json.loads(path.read_text()) for path in sorted(results))
+    assert choose_attention.write(tables) == choose_attention.TABLE.read_text()
 
 
 @pytest.mark.parametrize(
     ("tokens", "head_dim", "expected"),
-    [
-        (1, 1, (50, 32)),
-        (50, 33, (50, 64)),
-        (51, 64, (197, 32)),
-        (400, 32, (257, 64)),
-        (50, 128, (50, 64)),
-    ],
+    [(1, 1, (50, 32)), (50, 33, (50, 64)), (51, 64, (197, 32)), (400, 32, (257, 64)), (50, 128, (50, 64))],
 )
 def test_next_larger_shape_decides(tokens, head_dim, expected):
     shapes = [(50, 32), (50, 64), (197, 32), (257, 64)]
@@ -109,34 +100,17 @@ def test_picks_are_reported_with_their_ratios(table):
     assert rows["auto, cpu, float32, 50 tokens"] == "heads of 32: plain (0.90), heads of 64: sdpa (1.00)"
 
 
-def write(out: Path, *results: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "choose_attention.py"), *map(str, results), "--out", str(out)]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
+def test_results_of_one_kind_of_device_are_joined_by_the_geometric_mean():
+    shape = {"dtype": "bfloat16", "tokens": 50, "head_dim": 64, "device_key": "cuda 9.0", "torch": "2.14"}
 
+    def result(device: str, **sdpa_over: float) -> dict:
+        ratios = {"sdpa": {}} | {name: {"sdpa": ratio} for name, ratio in sdpa_over.items()}
+        entries = [shape | {"competitor": name, "ratios": found} for name, found in ratios.items()]
+        return {"machine": {"device": device}, "benchmarks": entries}
 
-def result(device: str, key: str, sdpa_over: dict[str, float], shuffle: int) -> dict:
-    """A slim result of bench_attention.py."""
-    shape = {"dtype": "bfloat16", "tokens": 50, "head_dim": 64, "device_key": key, "torch": "2.14"}
-    entries = [shape | {"competitor": name, "ratios": {"sdpa": ratio}} for name, ratio in sdpa_over.items()]
-    entries.append(shape | {"competitor": "sdpa", "ratios": {}})
-    entries += [one | {"tokens": 197} for one in entries]
-    random.Random(shuffle).shuffle(entries)
-    return {"machine": {"device": device}, "benchmarks": entries}
-
-
-def test_generator_is_deterministic_and_joins_results(tmp_path):
-    written = []
-    for turn in range(2):
-        paths = [tmp_path / f"{turn}-{i}.json" for i in range(3)]
-        one = result("H100", "cuda 9.0", {"triton": 0.4, "plain": 2.0, "sdpa-cudnn": 0.3}, turn)
-        two = result("H200", "cuda 9.0", {"triton": 0.9, "plain": 2.0}, turn + 5)
-        cpu = result("EPYC", "cpu", {"plain": 0.5}, turn + 9)
-        for path, content in zip(paths, (one, two, cpu), strict=True):
-            path.write_text(json.dumps(content))
-        write(tmp_path / "choices.json", *(paths if turn else reversed(paths)))
-        written.append((tmp_path / "choices.json").read_text())
+    results = [result("H200", triton=0.9, plain=2.0), result("H100", triton=0.4, plain=2.0, cudnn=0.3)]
+    written = [choose_attention.write(choose_attention.choices(order)) for order in (results, results[::-1])]
     assert written[0] == written[1]
-    tables = choice.read_choices(written[0])
-    assert tables["cuda 9.0"].device == "H100, H200"
-    assert tables["cuda 9.0"].rows[0] == row("bfloat16", 50, 64, triton=0.6, sdpa=1.0, plain=2.0)
-    assert [r.tokens for r in tables["cpu"].rows] == [50, 197]
+    table = choice.read_choices(written[0])["cuda 9.0"]
+    assert table.device == "H100, H200"
+    assert table.rows == (row("bfloat16", 50, 64, triton=0.6, sdpa=1.0, plain=2.0),)

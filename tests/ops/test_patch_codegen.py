@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -27,59 +28,48 @@ LARGEST = Case(1, 4, (128, 128), (64, 64), 0.5)
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """Runs an op as if on a GPU of the target, and compiles for it what the op would have launched."""
+    """Runs an op as if on a GPU of the target, and compiles for it what the op would have launched last."""
 
     def run(target, module, call):
         with monkeypatch.context() as patch:
             patch.setattr(torch.version, "hip", "6.4" if target.startswith("gfx") else None)
             launches = record_launches(patch, module)
             call()
-        (launch,) = launches
-        return launch.compile(target)
+        return launches[-1].compile(target)
 
     return run
 
 
-def gather(case, layout, images_dtype=torch.uint8, dtype=torch.bfloat16, tables=True):
+def gather(case, layout, images_dtype=torch.uint8, tables=True):
     images, ids = make_images(case, layout, images_dtype), make_ids(case)
     affine = make_mean_std(case.channels) if tables else (None, None)
-    return lambda: GATHER.gather_patches(images, ids, case.patch, *affine, dtype)
+    return lambda: GATHER.gather_patches(images, ids, case.patch, *affine, torch.bfloat16)
 
 
-def gather_backward(case, layout, dtype=torch.bfloat16):
-    ids = make_ids(case)
-    grad = torch.zeros(*ids.shape, case.pixels, dtype=dtype)
-    shape = (case.n, case.channels, *case.image)
-    return lambda: GATHER._gather_patches_backward(
-        grad, ids, shape, layout == "channels_last", *case.patch, torch.float32
-    )
+def gather_backward(case, layout):
+    images, ids = make_images(case, layout, torch.float32).requires_grad_(), make_ids(case)
+    return lambda: GATHER.gather_patches(images, ids, case.patch, dtype=torch.bfloat16).sum().backward()
 
 
-def mse(case, layout, images_dtype=torch.uint8, dtype=torch.bfloat16, full=False):
-    images, ids = make_images(case, layout, images_dtype), make_ids(case)
-    pred = torch.zeros(case.n, case.num_patches if full else ids.shape[1], case.pixels, dtype=dtype)
-    return lambda: MSE.masked_patch_mse(pred, images, ids, case.patch, True, *make_mean_std(case.channels))
+def mse(case, layout, full=False, backward=False):
+    images, ids = make_images(case, layout, torch.uint8), make_ids(case)
+    shape = case.n, case.num_patches if full else ids.shape[1], case.pixels
+    pred = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=backward)
 
+    def call():
+        loss = MSE.masked_patch_mse(pred, images, ids, case.patch, True, *make_mean_std(case.channels))
+        return loss.backward() if backward else loss
 
-def mse_backward(case, layout, images_dtype=torch.uint8, dtype=torch.bfloat16, full=False):
-    images, ids = make_images(case, layout, images_dtype), make_ids(case)
-    mean, std = MSE.patches.check_statistics(images, *make_mean_std(case.channels))
-    pred = torch.zeros(case.n, case.num_patches if full else ids.shape[1], case.pixels, dtype=dtype)
-    grad = torch.ones(()).expand(ids.shape)
-    return lambda: MSE._masked_patch_mse_backward(grad, pred, images, ids, mean, std, *case.patch, True, 1e-6)
-
-
-def full(make):
-    return lambda case, layout: make(case, layout, full=True)
+    return call
 
 
 OPS = {
     "gather": (GATHER, gather),
     "gather_backward": (GATHER, gather_backward),
     "mse": (MSE, mse),
-    "mse_full": (MSE, full(mse)),
-    "mse_backward": (MSE, mse_backward),
-    "mse_backward_full": (MSE, full(mse_backward)),
+    "mse_full": (MSE, partial(mse, full=True)),
+    "mse_backward": (MSE, partial(mse, backward=True)),
+    "mse_backward_full": (MSE, partial(mse, full=True, backward=True)),
 }
 
 

@@ -120,7 +120,7 @@ def test_gather_patches(data):
 
     # Bytes have no gradient: the zero in their place carries the precision of the definition and of the result.
     x = torch.zeros((), dtype=dtype) if is_raw else images.requires_grad_()
-    assert_as_accurate(draw, op, definition, (x,))
+    assert_as_accurate(op, definition, (x,), draw=draw)
 
 
 @examples
@@ -135,7 +135,7 @@ def test_gather_tokens(data):
         return F.one_hot(ids, length).to(x.dtype) @ x
 
     assert torch.equal(ops.gather_tokens(tokens, ids), definition(tokens))
-    assert_as_accurate(draw, lambda x: ops.gather_tokens(x, ids), definition, (tokens,))
+    assert_as_accurate(lambda x: ops.gather_tokens(x, ids), definition, (tokens,), draw=draw)
 
 
 @examples
@@ -161,7 +161,7 @@ def test_restore_tokens(data, form):
     def op(visible, token, positions):
         return ops.restore_tokens(visible, token, ids, positions, prefix)
 
-    assert_as_accurate(draw, op, definition, (visible, token, positions))
+    assert_as_accurate(op, definition, (visible, token, positions), draw=draw)
 
 
 @examples
@@ -191,7 +191,7 @@ def test_masked_patch_mse(data, reduction):
     def op(pred):
         return ops.masked_patch_mse(pred, images, ids, case.patch, norm_pix, *mean_std, eps, reduction)
 
-    assert_as_accurate(draw, op, definition, (pred,))
+    assert_as_accurate(op, definition, (pred,), draw=draw)
 
 
 @many_examples
@@ -220,7 +220,9 @@ def test_norm_linear(data):
     with pytest.MonkeyPatch.context() as patch:
         by_op = INTERPRETED or draw.flag()
         patch.setattr(import_module("fastmae.ops.norm_linear"), "fuses", lambda *_: by_op)
-        assert_as_accurate(draw, ops.norm_linear, definition, (x, branch, branch_bias, *norm, weight, bias), floor=1.0)
+        assert_as_accurate(
+            ops.norm_linear, definition, (x, branch, branch_bias, *norm, weight, bias), floor=1.0, draw=draw
+        )
 
 
 @many_examples
@@ -240,7 +242,7 @@ def test_gelu_linear(data):
     with pytest.MonkeyPatch.context() as patch:
         by_op = INTERPRETED or draw.flag()
         patch.setattr(import_module("fastmae.ops.gelu_linear"), "fuses", lambda *_: by_op)
-        assert_as_accurate(draw, ops.gelu_linear, definition, (h, bias, weight, out_bias), floor=1.0)
+        assert_as_accurate(ops.gelu_linear, definition, (h, bias, weight, out_bias), floor=1.0, draw=draw)
 
 
 @examples
@@ -267,4 +269,4 @@ def test_attention(data, form):
 
     # With one key, or equal ones, some gradients are 0 in truth, and rounding in any arithmetic: hence the floor.
     inputs = tuple(draw.normal(*shape, dtype=dtype) for shape in shapes)
-    assert_as_accurate(draw, lambda *x: op(*x, backend), definition, inputs, floor=1.0)
+    assert_as_accurate(lambda *x: op(*x, backend), definition, inputs, floor=1.0, draw=draw)
