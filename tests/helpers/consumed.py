@@ -69,14 +69,16 @@ def attempts(folder: Path, samples_per_step: int) -> list[Attempt]:
     """
     found: dict[int, Attempt] = {}
     for path in sorted(folder.glob("*.jsonl")):
-        for start, batches in _starts(path):
-            first, rest = divmod(start["position"], samples_per_step)
-            attempt = found.setdefault(start["attempt"], Attempt(first))
-            assert (attempt.first_step, rest) == (first, 0), f"{path}: begins at {start}"
-            samples = [tuple(sample) for batch in batches for sample in batch]
-            own = samples_per_step // start["world_size"]
-            for index in range(0, len(samples), own):
-                attempt.steps[first + index // own] += samples[index : index + own]
+        for entry in map(json.loads, path.read_text().splitlines()):
+            if isinstance(entry, dict):
+                first, rest = divmod(entry["position"], samples_per_step)
+                attempt, count = found.setdefault(entry["attempt"], Attempt(first)), 0
+                assert (attempt.first_step, rest) == (first, 0), f"{path}: begins at {entry}"
+                own = samples_per_step // entry["world_size"]
+                continue
+            for sample in entry:
+                attempt.steps[first + count // own].append(tuple(sample))
+                count += 1
     return [found[number] for number in sorted(found)]
 
 
@@ -112,17 +114,6 @@ def expected(steps: int, samples_per_step: int, num_samples: int, seed: int = 0)
     ids, epochs = permuted_ids(np.arange(steps * samples_per_step), num_samples, seed)
     samples = list(zip(epochs.tolist(), ids.tolist(), strict=True))
     return {step: set(samples[step * samples_per_step : (step + 1) * samples_per_step]) for step in range(steps)}
-
-
-def _starts(path: Path) -> list[tuple[dict[str, int], list[list[list[int]]]]]:
-    starts: list[tuple[dict[str, int], list[list[list[int]]]]] = []
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if isinstance(entry, dict):
-            starts.append((entry, []))
-        else:
-            starts[-1][1].append(entry)
-    return starts
 
 
 def _write(file: int, entry: Any) -> None:

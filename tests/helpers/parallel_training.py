@@ -9,10 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from loading import smooth
-from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -74,13 +70,6 @@ class Run:
     """Steps that the optimiser has taken, of all parameters."""
 
 
-def write_images(folder: Path, count: int = 21) -> Path:
-    folder.mkdir()
-    for index in range(count):
-        Image.fromarray(smooth(50 + index, 90 - index, index)).save(folder / f"{index}.png")
-    return folder
-
-
 class Recorded(MaskedAutoencoding):
     """Notes samples and masks, and spoils a loss if the case says so."""
 
@@ -130,13 +119,7 @@ def run_case(images: Path, case: Case, device: str = "cpu") -> Run:
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on every rank."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    (dim,) = (d for d, placement in enumerate(tensor.placements) if placement.is_shard())
-    group = tensor.device_mesh.get_group(dim)
-    parts = [None] * dist.get_world_size(group)
-    dist.all_gather_object(parts, tensor.to_local().detach().cpu(), group=group)
-    return torch.cat(parts)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def by_position(runs: list[Run], name: str) -> list[np.ndarray]:

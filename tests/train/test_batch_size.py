@@ -26,18 +26,10 @@ from fastmae.train.recipes import RECIPES
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((4096, 64, 64), (64, 1)),
-        ((4096, 32, 64), (64, 2)),  # half the nodes: the same batch, twice the passes
         ((4096, 56, 256), (74, 1)),  # a node fewer: 8 take 74 and 48 take 73
-        ((4096, 56, 64), (37, 2)),
         ((4096, 1, None), (4096, 1)),
-        ((96, 4, 10), (8, 3)),
-        ((107, 1, 10), (10, 11)),
         ((15, 1, 4), (3, 5)),  # five equal passes rather than four
         ((8, 3), (3, 1)),
-        ((8, 3, 2), (2, 2)),
-        ((4096, 4096, 64), (1, 1)),
-        ((96, 2, 20, 4), (16, 3)),
         ((28, 2, 8, 4), (8, 2)),  # seven images with four masks each: four for one, three for the other
     ],
 )
@@ -51,18 +43,9 @@ def test_ranks_and_passes_divide_every_step_into_consecutive_parts(images, world
     images = max(images, world_size)
     max_batch = max(max_batch, 1 + (images % world_size > 0))
     batch, accumulation = divide_batch(images, world_size, max_batch)
+    own = {"batch_size": batch, "position": position, "world_size": world_size, "total": images}
     parts = [
-        [
-            batch_positions(
-                step * accumulation + number,
-                batch_size=batch,
-                position=position,
-                rank=rank,
-                world_size=world_size,
-                total=images,
-            )
-            for rank in range(world_size)
-        ]
+        [batch_positions(step * accumulation + number, rank=rank, **own) for rank in range(world_size)]
         for number in range(accumulation)
     ]
     first = position + step * images
@@ -95,10 +78,7 @@ def test_fewer_images_than_processes_are_refused(arguments, message):
 
 def test_uneven_shares_are_described():
     assert describe_uneven_shares(4096, 64) is None
-    assert describe_uneven_shares(4096, 56) == (
-        "--train.global-batch-size: 4,096 images do not divide evenly among 56 processes. In a step 8 of them take 74 "
-        "and 48 take 73; the result is the same, and the latter wait for the former"
-    )
+    assert "8 of them take 74 and 48 take 73" in describe_uneven_shares(4096, 56)
     assert "take 16 and 1 take 12" in describe_uneven_shares(28, 2, masks_per_image=4)
 
 
