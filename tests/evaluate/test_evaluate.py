@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 
 import pytest
@@ -210,19 +209,13 @@ def test_summary_of_sets_is_json_with_both_baselines_and_a_picture(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     assert (summary["new crops"]["num_images"], summary["new crops"]["masks_per_image"]) == (33, 2)
     assert summary["unseen"]["masks_per_image"] == 20
-    for numbers in summary.values():
-        assert numbers["mask_ratio"] == 0.75
-        assert not numbers["denormalized_with_target_statistics"]
-        for name in ("", "_mean_color", "_inverse_distance"):
-            assert 0 < numbers[f"mse{name}"] < math.inf
-            assert 0 < numbers[f"psnr{name}"] < 100
-    assert "images" not in summary["new crops"]
     unseen = summary["unseen"]
+    assert "images" not in summary["new crops"]
     assert [each["name"] for each in unseen["images"]] == ["cat", "coffee"]
     for metric in ("mse", "mse_mean_color", "mse_inverse_distance", "psnr"):
-        each = [image[metric] for image in unseen["images"]]
-        assert each[0] != each[1]
-        assert sum(each) / 2 == pytest.approx(unseen[metric])
+        one, other = (image[metric] for image in unseen["images"])
+        assert one != other
+        assert (one + other) / 2 == pytest.approx(unseen[metric])
 
 
 def test_summary_averages_over_every_image_and_mask_each_time_a_model_is_looked_at():
@@ -245,14 +238,14 @@ def test_summary_averages_over_every_image_and_mask_each_time_a_model_is_looked_
         assert found["a"]["mse_mean_color"] != found["b"]["mse_mean_color"]
 
 
-@pytest.mark.parametrize(("strategy", "words"), [("block", "75 % of patches masked in blocks"), ("grid", "in a grid")])
-def test_masks_are_of_the_strategy_and_the_figure_names_it(said, strategy, words):
+@pytest.mark.parametrize("strategy", ["block", "grid"])
+def test_masks_are_of_the_strategy(said, strategy):
     model, images = tiny(img_size=(32, 64)), pictures(3, size=(32, 64))
     numbers = evaluated(model, {"a": images}, mask_strategy=strategy, num_masks=3)["a"]
     masking = ops.random_masking(3, 64, 0.75, seed=3, strategy=strategy, grid_size=(8, 8))
     assert numbers["mse"] == pytest.approx(float(reconstruct(model, images, masking).mse.mean()), rel=1e-5)
     assert numbers["mask_strategy"] == strategy
-    assert words in said["title"]
+    assert strategy in said["title"]
 
 
 def test_many_bands_are_stretched_each_and_named(said):
@@ -267,7 +260,7 @@ def test_many_bands_are_stretched_each_and_named(said):
     assert masked.float().mean() == 0.75
     assert torch.equal(row.masked[:, ~masked], row.original[:, ~masked])
     assert torch.equal(row.reconstruction[:, ~masked], row.original[:, ~masked])
-    assert "Bands 3, 0, 4 as red, green, blue (of 0 to 4), stretched from the 2% to the 98%" in said["note"]
+    assert "Bands 3, 0, 4 as red, green, blue" in said["note"]
 
 
 def test_a_lone_photograph_is_shown_with_several_masks(said):
@@ -286,10 +279,7 @@ def test_the_figure_tells_how_normalised_pixels_became_colours(norm_pix_loss, sa
     summary = evaluated(model, {"a": pictures(2)}, num_masks=2)
     assert ("target patches' own mean and standard deviation" in said["note"]) == norm_pix_loss
     assert summary["a"]["denormalized_with_target_statistics"] == norm_pix_loss
-    assert said["b"][0].rows[0].caption.startswith("mask 75 %, error ")
     assert f"{summary['a']['mse']:.3f}" in said["b"][0].text
-    evaluated(model, {"a": pictures(2)}, num_masks=2, num_rows=1)
-    assert "over 2 images (1 shown)." in said["b"][0].text
 
 
 def test_sets_that_do_not_fit_are_refused():

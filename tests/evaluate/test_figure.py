@@ -70,16 +70,6 @@ def test_channels_and_values_out_of_range(pixel, shown, tmp_path):
     assert (drawn(tmp_path / "a.png") == shown).all(-1).sum() == 3 * 192 * 192
 
 
-def test_blocks_stand_below_each_other_and_rows_wrap(tmp_path):
-    first, second = [row(name="long " * 20) for _ in range(5)], [row(colors=[(1.0, 0.0, 1.0)] * 3, name=r"$\frac$")]
-    draw([Block("one", "", first), Block("two", "", second)], tmp_path / "a.png")
-    image = drawn(tmp_path / "a.png")
-    red, magenta = (np.nonzero((image == color).all(-1)) for color in ([255, 0, 0], [255, 0, 255]))
-    assert len(red[0]) == 5 * 192 * 192
-    assert red[0].max() < magenta[0].min()
-    assert len(np.unique(red[0])) == 2 * 192
-
-
 def test_no_half_file_and_nothing_to_draw(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     with pytest.raises(ValueError, match="at least one row"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmae.evaluate import fit_linear, top_k_accuracy
+from fastmae.evaluate import fit_linear
 
 
 def clusters(n=300, classes=4, dim=12, spread=1.0):
@@ -46,14 +46,6 @@ def test_the_same_classifier_as_scikit_learns():
     theirs = linear_model.LogisticRegression(C=1 / (0.01 * len(x)), tol=1e-10, max_iter=5000).fit(x, labels.numpy())
     torch.testing.assert_close(ours.weight.double(), torch.from_numpy(theirs.coef_), rtol=0, atol=2e-3)
     assert (ours.scores(features).argmax(1) == torch.from_numpy(theirs.predict(x))).all()
-
-
-def test_separate_classes_are_recognised_and_shuffled_labels_are_not():
-    features, labels = clusters(spread=0.1)
-    assert top_k_accuracy(fit_linear(features[:200], labels[:200]).scores(features[200:]), labels[200:]) == 1.0
-    shuffled = labels[torch.randperm(300)]
-    accuracy = top_k_accuracy(fit_linear(features[:200], shuffled[:200]).scores(features[200:]), shuffled[200:])
-    assert 0.05 < accuracy < 0.5
 
 
 def test_units_of_the_features_do_not_matter_nor_does_a_constant_one():

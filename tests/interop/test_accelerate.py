@@ -73,6 +73,12 @@ def pair() -> tuple[nn.Module, nn.Module]:
     return theirs, fastmae.accelerate(copy.deepcopy(theirs))
 
 
+@pytest.fixture
+def batch(pair) -> dict[str, torch.Tensor]:
+    pixels, noise = inputs(pair[0])
+    return {"pixel_values": pixels, "noise": noise}
+
+
 @pytest.mark.parametrize(
     ("case", "full_logits"),
     [
@@ -137,22 +143,21 @@ def same_gradients(ours: nn.Module, got, theirs: nn.Module, expected, tolerance:
             assert (mine.grad - reference.grad).norm() < tolerance * reference.grad.norm(), name
 
 
-def test_the_ops_run(pair, monkeypatch):
-    """Not vacuous: the accelerated model embeds, restores and compares by ops, and theirs by none."""
-    theirs, ours = pair
+def test_the_ops_run(pair, batch, monkeypatch):
+    """Not vacuous: the accelerated model embeds, restores, attends and compares by ops, and theirs by none."""
     called = []
-    for name in ("gather_patches", "restore_tokens", "masked_patch_mse"):
-        op = getattr(sys.modules["fastmae.interop.vit_mae"], name)
-        record = lambda *a, op=op, name=name, **k: (called.append(name), op(*a, **k))[1]  # noqa: E731
-        monkeypatch.setattr(f"fastmae.interop.vit_mae.{name}", record)
-    attend = sys.modules["fastmae.interop.vit_mae_layers"].attention_qkvpacked
-    record = lambda *a: (called.append("attention"), attend(*a))[1]  # noqa: E731
-    monkeypatch.setattr("fastmae.interop.vit_mae_layers.attention_qkvpacked", record)
-    pixels, noise = inputs(theirs)
-    theirs(pixels, noise=noise)
+    ops = {"vit_mae": ["gather_patches", "restore_tokens", "masked_patch_mse"]}
+    ops |= {"vit_mae_layers": ["attention_qkvpacked"]}
+    for module, names in ops.items():
+        for name in names:
+            op = getattr(sys.modules[f"fastmae.interop.{module}"], name)
+            record = lambda *a, op=op, name=name, **k: (called.append(name), op(*a, **k))[1]  # noqa: E731
+            monkeypatch.setattr(f"fastmae.interop.{module}.{name}", record)
+    theirs, ours = pair
+    theirs(**batch)
     assert not called
-    ours(pixels, noise=noise)
-    attentions = 2 * ["attention"]
+    ours(**batch)
+    attentions = 2 * ["attention_qkvpacked"]
     assert called == ["gather_patches", *attentions, "restore_tokens", *attentions, "masked_patch_mse"]
 
 
@@ -185,19 +190,16 @@ def test_same_parameters_and_state_dict_and_back_again():
     assert torch.equal(again.loss, original.loss)
 
 
-def test_saved_and_loaded_by_transformers(pair, tmp_path):
+def test_saved_and_loaded_by_transformers(pair, tmp_path, batch):
     theirs, ours = pair
     ours.save_pretrained(tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     assert (tmp_path / "ours" / "config.json").read_text() == (tmp_path / "theirs" / "config.json").read_text()
     loaded = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "ours")
     assert type(loaded) is transformers.ViTMAEForPreTraining
-    pixels, noise = inputs(theirs)
-    assert torch.equal(loaded(pixels, noise=noise).logits, theirs.eval()(pixels, noise=noise).logits)
-    same(fastmae.accelerate(loaded)(pixels, noise=noise), theirs(pixels, noise=noise))
-    assert torch.equal(
-        type(ours).from_pretrained(tmp_path / "ours")(pixels, noise=noise).mask, loaded(pixels, noise=noise).mask
-    )
+    assert torch.equal(loaded(**batch).logits, theirs.eval()(**batch).logits)
+    same(fastmae.accelerate(loaded)(**batch), theirs(**batch))
+    assert torch.equal(type(ours).from_pretrained(tmp_path / "ours")(**batch).mask, loaded(**batch).mask)
 
 
 def test_copies_are_accelerated_too():
@@ -210,20 +212,19 @@ def test_copies_are_accelerated_too():
     assert model(pixels, noise=noise).logits.shape[1] == 12
 
 
-def test_hidden_states_tuples_and_attention_weights(pair):
+def test_hidden_states_tuples_and_attention_weights(pair, batch):
     theirs, ours = pair
-    pixels, noise = inputs(theirs)
-    expected = theirs(pixels, noise=noise, output_hidden_states=True)
-    got = ours(pixels, noise=noise, output_hidden_states=True)
+    expected = theirs(**batch, output_hidden_states=True)
+    got = ours(**batch, output_hidden_states=True)
     assert list(got.keys()) == list(expected.keys())
     assert len(got.hidden_states) == len(expected.hidden_states) == 3
     for mine, reference in zip(got.hidden_states, expected.hidden_states, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=1e-4)
-    as_tuple = ours(pixels, noise=noise, return_dict=False)
-    assert [value.shape for value in as_tuple] == [value.shape for value in theirs(pixels, noise=noise).to_tuple()]
+    as_tuple = ours(**batch, return_dict=False)
+    assert [value.shape for value in as_tuple] == [value.shape for value in theirs(**batch).to_tuple()]
     for model in pair:
         model.set_attn_implementation("eager")
-    weights = [model(pixels, noise=noise, output_attentions=True).attentions for model in pair]
+    weights = [model(**batch, output_attentions=True).attentions for model in pair]
     assert len(weights[0]) == len(weights[1]) == 2
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*weights, strict=True))
 
@@ -261,12 +262,11 @@ def test_dropout_is_applied_in_training_only():
     assert not torch.allclose(results[0].logits, ours(pixels, noise=noise).logits, atol=1e-2)
 
 
-def test_gradient_checkpointing_changes_nothing(pair):
+def test_gradient_checkpointing_changes_nothing(pair, batch):
     theirs, ours = pair
-    pixels, noise = inputs(theirs)
-    theirs.train()(pixels, noise=noise).loss.backward()
+    theirs.train()(**batch).loss.backward()
     ours.train().gradient_checkpointing_enable()
-    ours(pixels, noise=noise).loss.backward()
+    ours(**batch).loss.backward()
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         if mine.requires_grad:
             torch.testing.assert_close(mine.grad, reference.grad, rtol=1e-4, atol=1e-6)
@@ -277,21 +277,17 @@ class Doubled(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_hooks_and_replaced_layers_are_respected(pair):
-    attention = [next(m for m in model.vit.modules() if type(m).__name__.endswith("Attention")) for model in pair]
-    name = "q_proj" if hasattr(attention[0], "q_proj") else "attention.query"
-    pixels, noise = inputs(pair[0])
-    plain = pair[0](pixels, noise=noise)
+def test_hooks_and_replaced_layers_are_respected(pair, batch):
+    plain = pair[0](**batch)
     for model in pair:
-        for projection in (
-            attention[pair.index(model)].get_submodule(name),
-            model.vit.embeddings.patch_embeddings.projection,
-        ):
+        attention = next(m for m in model.vit.modules() if type(m).__name__.endswith("Attention"))
+        query = attention.get_submodule("q_proj" if hasattr(attention, "q_proj") else "attention.query")
+        for projection in (query, model.vit.embeddings.patch_embeddings.projection):
             projection.register_forward_hook(lambda module, args, out: 1.5 * out)
-        attention[pair.index(model)].get_submodule(name).__class__ = Doubled
-    expected = pair[0](pixels, noise=noise)
+        query.__class__ = Doubled
+    expected = pair[0](**batch)
     assert not torch.allclose(expected.logits, plain.logits, atol=1e-3)
-    same(pair[1](pixels, noise=noise), expected)
+    same(pair[1](**batch), expected)
 
 
 def test_bf16_autocast(pair):
@@ -312,29 +308,27 @@ def within_bf16(theirs: nn.Module, ours: nn.Module, pixels: torch.Tensor, noise:
     assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)
 
 
-def test_compiles_as_one_graph(pair):
+def test_compiles_as_one_graph(pair, batch):
     theirs, ours = pair
-    pixels, noise = inputs(theirs)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    same(compiled(pixels, noise=noise), theirs(pixels, noise=noise))
+    same(compiled(**batch), theirs(**batch))
 
 
-def test_ddp_and_fsdp2_take_an_accelerated_model(pair, tmp_path):
+def test_ddp_and_fsdp2_take_an_accelerated_model(pair, tmp_path, batch):
     from torch.distributed.fsdp import fully_shard
 
     theirs, ours = pair
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
-        pixels, noise = inputs(theirs)
-        same(nn.parallel.DistributedDataParallel(ours)(pixels, noise=noise), theirs(pixels, noise=noise))
+        same(nn.parallel.DistributedDataParallel(ours)(**batch), theirs(**batch))
         mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
         for module in ours.modules():
             if type(module).__name__ in ("ViTMAELayer", "ViTMAEEmbeddings"):
                 fully_shard(module, mesh=mesh)
         fully_shard(ours, mesh=mesh)
-        got = ours(pixels, noise=noise)
-        same(got, theirs(pixels, noise=noise))
+        got = ours(**batch)
+        same(got, theirs(**batch))
         got.loss.backward()
         with pytest.raises(ValueError, match=r"model: expected a transformers.ViTMAEForPreTraining.*FSDP"):
             decelerate(ours)

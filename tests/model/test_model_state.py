@@ -16,18 +16,18 @@ def folder(tmp_path):
     return tmp_path / "checkpoints"
 
 
+def make(device="cpu", fused=True):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3, device=device), torch.nn.LayerNorm(3, device=device))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+
 def train(model, optimizer, steps):
     for step in steps:
         images = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
-        model(images).square().mean().backward()
+        model(images.to(model[0].weight.device)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def make():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.LayerNorm(3))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
 
 
 def test_model_and_optimizer_go_on_exactly(folder):
@@ -91,26 +91,14 @@ def test_a_model_of_other_names_is_refused(folder):
 @pytest.mark.gpu
 @pytest.mark.parametrize("fused", [True, False])
 def test_training_on_a_gpu_goes_on_exactly(folder, fused):
-    def make_there():
-        torch.manual_seed(0)
-        model = torch.nn.Linear(64, 64, device="cuda")
-        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-
-    def train_there(model, optimizer, steps):
-        for step in steps:
-            images = torch.randn(4, 64, generator=torch.Generator().manual_seed(step)).cuda()
-            model(images).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    model, optimizer = make_there()
-    train_there(model, optimizer, range(3))
+    model, optimizer = make("cuda", fused)
+    train(model, optimizer, range(3))
     with CheckpointManager(folder, background=True) as saver:
         saver.save(3, collect(model, optimizer), {})
-        train_there(model, optimizer, range(3, 5))
-    again, other = make_there()
+        train(model, optimizer, range(3, 5))
+    again, other = make("cuda", fused)
     load(folder / "step-3", again, other)
     here, there = (next(iter(o.state.values()))["step"].device.type for o in (other, optimizer))
     assert here == there
-    train_there(again, other, range(3, 5))
+    train(again, other, range(3, 5))
     assert_equal(collect(again, other), collect(model, optimizer))
