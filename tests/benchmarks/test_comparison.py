@@ -104,14 +104,9 @@ def test_pytest_benchmark_at_the_root_prints_each_table_as_it_comes(tmp_path):
     command = [sys.executable, "-m", "pytest", "--benchmark", *others, *selected, f"--benchmark-json={out}"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    begins, expected, header, ours, theirs, progress = done.stdout[done.stdout.index("[1 of 1, about ") :].splitlines()[
-        :6
-    ]
-    assert begins.endswith("random_masking, N=256 L=64: warming up fastmae, plain")
-    assert expected.startswith("2 rounds, about ")
-    assert header.split() == ["time,", "and", "time", "/", "time", "of", "median", "fastmae", "plain"]
-    assert (ours.split()[0], theirs.split()[0], progress) == ("fastmae", "plain", ".")
-    assert {one["extra_info"]["competitor"] for one in json.loads(out.read_text())["benchmarks"]} == {
-        "fastmae",
-        "plain",
-    }
+    table = done.stdout[done.stdout.index("random_masking, N=256 L=64") :]
+    assert "2 rounds, about " in table
+    assert "\nfastmae " in table
+    assert "\nplain " in table
+    found = json.loads(out.read_text())["benchmarks"]
+    assert {one["extra_info"]["competitor"] for one in found} == {"fastmae", "plain"}
