@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_evaluate import TINY
 
 from fastmae import data
 from fastmae.data import retry
@@ -24,9 +25,6 @@ from fastmae.evaluate import (
 )
 from fastmae.model import MaskedAutoencoderViT
 
-TINY = {
-    "embed_dim": 16, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
-}  # fmt: skip
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 
