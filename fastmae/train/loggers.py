@@ -135,7 +135,7 @@ class TensorBoard(Charts):
     def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._open = partial(SummaryWriter, str(folder))
+        self._open = partial(SummaryWriter, str(folder), flush_secs=10)  # a killed process loses what is not flushed
         self._writer = self._open(purge_step=step + 1 if step else None)
         if config:
             lines = json.dumps(config, indent=2).splitlines()
