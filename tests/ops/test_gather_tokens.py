@@ -38,14 +38,6 @@ def test_repeated_ids_are_summed_in_float32(device):
     assert grad[0, :, 0].tolist() == [0, 1.125, 0]
 
 
-def test_empty_batch(device):
-    tokens = torch.randn(0, 5, 3, device=device, requires_grad=True)
-    out = gather_tokens(tokens, torch.zeros(0, 2, dtype=torch.int64, device=device))
-    assert out.shape == (0, 2, 3)
-    out.sum().backward()
-    assert tokens.grad.shape == (0, 5, 3)
-
-
 @pytest.mark.parametrize(
     ("name", "tokens", "ids"),
     [

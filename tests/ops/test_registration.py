@@ -36,12 +36,12 @@ DIFFERENTIABLE = [name for name, op in OPS.items() if op.backward and "attention
 NAMES = [*DIFFERENTIABLE, "gather_patches"]
 
 
-def make(name):
+def make(name, sizes=SIZES):
     """A function of ops, and its inputs."""
     if name in ATTENTION:
         function, shapes = ATTENTION[name]
         return function, tuple(torch.randn(shape, requires_grad=True) for shape in shapes)
-    ours, _, inputs = OPS[name].pair(SIZES)
+    ours, _, inputs = OPS[name].pair(sizes)
     return ours, inputs
 
 
@@ -98,3 +98,13 @@ def test_second_derivatives_are_refused(name, fused):
     gradients = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         sum(x.float().sum() for x in gradients if x is not None).backward()
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if "tokens" in name])
+def test_an_empty_batch_has_gradients(name):
+    ours, inputs = make(name, SIZES._replace(N=0))
+    leaves = [x for x in inputs if x.requires_grad]
+    out, *gradients = outputs_and_gradients(ours, inputs)
+    assert len(out) == 0
+    assert [x.shape for x in gradients] == [x.shape for x in leaves]
+    assert not any(x.any() for x in gradients)

@@ -61,15 +61,6 @@ def test_one_gradient_alone(device, wanted):
     assert_agrees(*inputs[:2], ids_restore, inputs[2], p)
 
 
-def test_empty_batch(device):
-    visible, mask_token, ids_restore, pos_embed, p = make(0, 5, 2, 3, 1, device=device)
-    out = restore_tokens(visible, mask_token, ids_restore, pos_embed, p)
-    assert out.shape == (0, 6, 3)
-    out.sum().backward()
-    assert not mask_token.grad.any()
-    assert not pos_embed.grad.any()
-
-
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
