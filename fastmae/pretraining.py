@@ -53,7 +53,7 @@ from fastmae.train.weights import initialize as initialize_weights
 
 _log = logging.getLogger(__name__)
 
-_FLAGS = {"mode": "--train.parallel", "shard_size": "--train.shard-size", "device_type": "--train.device",
+FLAGS = {"mode": "--train.parallel", "shard_size": "--train.shard-size", "device_type": "--train.device",
           "global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size",
           "compile_mode": "--train.compile-mode", "reduce_dtype": "--train.reduce-dtype",
           "cuda_graph": "--train.cuda-graph"}  # fmt: skip
@@ -76,7 +76,7 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
         UsageError: for what the user can fix before the first step.
         DataError, CheckpointError, FloatingPointError: as ``Trainer.fit``.
     """
-    with usage_errors(_FLAGS):
+    with usage_errors(FLAGS):
         validate(config)
         if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
             raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
@@ -87,9 +87,9 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
         watchdog.explaining(),
     ):
         watchdog.at("joining the process group")
-        with usage_errors(_FLAGS):
-            device, train = _device_type(config.train.device), config.train
-            parallelism = initialize(train.parallel, device, shard_size=train.shard_size, timeout=train.timeout)
+        with usage_errors(FLAGS):
+            train = config.train
+            parallelism = initialize(train.parallel, train.device, shard_size=train.shard_size, timeout=train.timeout)
         try:
             with watchdog.explaining(), Ranks.create() as ranks:
                 ranks.waiting = watchdog.waiting
@@ -112,14 +112,6 @@ def _is_restarted(config: PretrainConfig) -> bool:
     """Whether torchrun has restarted this very run (``--max-restarts``), which then resumes by itself."""
     saved = read_config(config.out) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
     return saved is not None and replace(saved, out=config.out, resume=False) == config
-
-
-def _device_type(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--train.device: expected a CUDA device for cuda, but PyTorch finds none")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return name
 
 
 @contextmanager
@@ -168,7 +160,7 @@ class _Pretraining:
     def run(self) -> Status:
         """Returns how the run ended, the same on all ranks."""
         try:
-            with usage_errors(_FLAGS):
+            with usage_errors(FLAGS):
                 trainer = self.set_up()
         except StoppedEarly as stopped:
             self.leave_early(str(stopped))

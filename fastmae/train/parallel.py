@@ -90,7 +90,7 @@ class Parallelism:
 
 def initialize(
     mode: Literal["auto", ParallelMode] = "auto",
-    device_type: str = "cpu",
+    device_type: Literal["auto", "cpu", "cuda"] = "cpu",
     *,
     shard_size: int | None = None,
     timeout: float = 600.0,
@@ -102,7 +102,7 @@ def initialize(
 
     Args:
         mode: as :class:`Parallelism` has it; "auto" is "none" for one process and "ddp" for several.
-        device_type: "cpu" (gloo) or "cuda" (NCCL; the device of the local rank).
+        device_type: "cpu" (gloo), "cuda" (NCCL; the device of the local rank), or "auto", CUDA where there is a GPU.
         shard_size: processes that share one copy of the model under "hsdp"; None for those of a node. If that is all of
             them, "hsdp" shards over all as "fsdp" does.
         timeout: seconds until a collective that not all ranks reach is an error.
@@ -130,7 +130,7 @@ def initialize(
     shape, names = (world_size,), ("replicate" if mode == "ddp" else "shard",)
     if mode == "hsdp" and shard_size < world_size:
         shape, names = (world_size // shard_size, shard_size), ("replicate", "shard")
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return Parallelism(mode, rank, world_size, local_rank, device, mesh, owns_group)
 
 
@@ -266,8 +266,8 @@ def _environment() -> tuple[int, int, int, int]:
 
 
 def _device(device_type: str, local_rank: int) -> torch.device:
-    if device_type != "cuda":
-        return torch.device(device_type)
+    if device_type == "cpu" or (device_type == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ValueError(f"device_type: expected a GPU for each process of a node, got {count} for rank {local_rank}")
