@@ -10,8 +10,6 @@ import tyro
 
 from fastmae.train.config import MAX_PIXELS, DataConfig, ModelConfig, RecipeName, TrainConfig
 
-_SOURCE = tyro.conf.arg(metavar="PATH")
-
 
 @dataclass(frozen=True)
 class ReconstructConfig:
@@ -79,6 +77,16 @@ class ImagesConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """Images of a data set."""
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
+    """Folder of images, list file, .tar file or folder of .tar shards."""
+    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig, kw_only=True)
+    """How the images are read."""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Measure the loader alone, the model alone and both together; report where a step's time goes, what the bottleneck
     is and what would help. Takes the flags of fastmae pretrain; one process, one micro-batch per optimiser step."""
@@ -95,14 +103,12 @@ class BenchConfig:
 
 
 @dataclass(frozen=True)
-class ShardConfig:
+class ShardConfig(SourceConfig):
     """Pack images into verified WebDataset tar shards, each with an index. If interrupted, the same command continues
     and ends with the same bytes."""
 
-    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """Folder of images, list file, .tar file or folder of .tar shards. Only read."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder for the shards: new, empty, or left by this command when interrupted. Not inside FOLDER."""
+    """Folder for the shards: new, empty, or left by this command when interrupted. Not inside PATH."""
     short_side: int | None = None
     """Shrink photographs to this short side in pixels and store them as JPEG, upright; smaller ones keep their bytes,
     and so do 16-bit, TIFF and NumPy files. 256 is usual for training at 224. None: every file's bytes as they are."""
@@ -118,31 +124,22 @@ class ShardConfig:
     shuffle_seed: int | None = 0
     """Seed of the packing order, so that a sequential reader does not see classes one after the other. None: by
     name."""
-    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
-    """How the images are read."""
     max_bad_fraction: float = 0.01
     """Stop if more than this share of the images is bad. Otherwise bad images are skipped and listed in
     OUT/bad_files.jsonl."""
 
 
 @dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(SourceConfig):
     """Read every image's header once and store the result: beside tar shards for all their readers, for folders in the
     cache."""
 
-    path: Annotated[tyro.conf.Positional[Path], _SOURCE]
-    """Folder of images, list file, .tar file or folder of .tar shards."""
-    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
-    """How the images are read."""
-
 
 @dataclass(frozen=True)
-class VerifyConfig:
+class VerifyConfig(SourceConfig):
     """Decode every image in full and store the bad ones in the index, so that training replaces them from the start.
     Ctrl-C keeps what was found so far. Exit code 1 if more than --max-bad-fraction are bad."""
 
-    path: Annotated[tyro.conf.Positional[Path], _SOURCE]
-    """Folder of images, list file, .tar file or folder of .tar shards."""
     out: Path | None = None
     """Also write the bad files here as they are found, one JSON object per line."""
     max_bad_fraction: float = 0.01
@@ -152,25 +149,19 @@ class VerifyConfig:
     strict: bool = False
     """Also count JPEGs as bad that decode with a warning, because data in the middle is missing or wrong and part of
     the image is grey or shifted. By default they are only listed."""
-    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
-    """How the images are read."""
 
 
 @dataclass(frozen=True)
-class StatsConfig:
+class StatsConfig(SourceConfig):
     """Report count, sizes, formats and modes of the images, the bad ones, and each channel's mean and standard
     deviation as flags of fastmae pretrain."""
 
-    path: Annotated[tyro.conf.Positional[Path], _SOURCE]
-    """Folder of images, list file, .tar file or folder of .tar shards."""
     sample: int = 2000
     """Images to decode for mean and standard deviation, drawn at random. 0: none."""
     seed: int = 0
     """Seed of the sample."""
     json: bool = False
     """Print JSON instead of tables."""
-    images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig)
-    """How the images are read."""
 
 
 DataCommand = (

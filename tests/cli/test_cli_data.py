@@ -55,7 +55,7 @@ def mistake(capsys, *arguments: object) -> str:
 def test_help_names_the_flags_without_importing_torch():
     flags = {
         "data": "shard index verify stats",
-        "data shard": "FOLDER OUT --short-side --shuffle-seed",
+        "data shard": "PATH OUT --short-side --shuffle-seed",
         "data index": "PATH --channels",
         "data verify": "PATH --out --max-bad-fraction",
         "data stats": "PATH --sample --json",
