@@ -36,9 +36,10 @@ from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_ch
 from fastmae.train.checkpoint.format import step_of
 from fastmae.train.config import PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
+from fastmae.train.launcher import place
 from fastmae.train.liveness import StoppedEarly, StopRequest, Watchdog, leave_if_asked
 from fastmae.train.loggers import in_notebook, without_nan
-from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, num_processes, shutdown
+from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
 from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
 from fastmae.train.profile import Profile
@@ -80,7 +81,7 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
         validate(config)
         if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
             raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
-        world_size, rank = num_processes(), int(os.environ.get("RANK", 0))
+        rank, world_size, *_ = place()
     with (
         _cpu_threads(config.train.num_threads),
         Watchdog(rank, world_size, config.report.stall_seconds, stop) as watchdog,

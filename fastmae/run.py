@@ -13,11 +13,11 @@ from torch import nn
 
 from fastmae import pretraining
 from fastmae.train.config import SECTIONS, PretrainConfig, flatten, from_json, to_json
+from fastmae.train.launcher import rank_and_size, read_slurm
 from fastmae.train.liveness import StopRequest
 from fastmae.train.recipes import apply_flags, starting_config
 from fastmae.train.rules import check_fields
 from fastmae.train.run_folder import read_json, read_rows
-from fastmae.train.slurm import read_slurm
 from fastmae.train.weights import load_model
 
 
@@ -124,7 +124,7 @@ def pretrain(
         check_fields(getattr(config, section), section)
     config = apply_flags(config, defaults, given)
     read_slurm(os.environ)
-    with StopRequest(quiet=os.environ.get("RANK", "0") != "0") as stop:
+    with StopRequest(quiet=rank_and_size()[0] != 0) as stop:
         path, _ = pretraining.run(config, stop)
     return Run(path)
 

@@ -21,13 +21,13 @@ import tyro
 import fastmae
 from fastmae.cli.arguments import parse
 from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
-from fastmae.cli.output import flush_output, forgiving_output, print_error, rank_and_size
+from fastmae.cli.output import flush_output, forgiving_output, print_error
 from fastmae.cli.plan import PlanConfig
 from fastmae.errors import UsageError, usage_errors
 from fastmae.train.config import PretrainConfig
+from fastmae.train.launcher import rank_and_size, read_slurm
 from fastmae.train.liveness import EXIT_PREEMPTED, StopRequest
 from fastmae.train.recipes import DESCRIPTIONS, OWN_IMAGES_RECIPE, RECIPES, apply_flags, starting_config
-from fastmae.train.slurm import read_slurm
 
 PLAN_RECIPE = "imagenet-vit-l"
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130

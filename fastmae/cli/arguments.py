@@ -16,8 +16,8 @@ from typing import Any
 
 import tyro
 
-from fastmae.cli.output import rank_and_size
 from fastmae.errors import UsageError
+from fastmae.train.launcher import rank_and_size
 from fastmae.train.recipes import RECIPES
 
 _COMMON = """

@@ -33,7 +33,8 @@ from fastmae.ops import _xformers
 from fastmae.pretraining import FLAGS
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flops import matmul_flops
-from fastmae.train.parallel import initialize, num_processes
+from fastmae.train.launcher import place
+from fastmae.train.parallel import initialize
 from fastmae.train.precision import settle_precision
 from fastmae.train.profile import StageTimes, no_stage
 from fastmae.train.ranks import Ranks
@@ -65,9 +66,9 @@ def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int
         with usage_errors(FLAGS):
             if not (seconds > 0 and math.isfinite(seconds)):
                 raise ValueError(f"--seconds: expected a positive number, got {seconds}")
-            if num_processes() > 1:
+            if (processes := place()[1]) > 1:
                 raise ValueError(
-                    f"fastmae bench: expected to be started alone, got {num_processes()} processes of torchrun; it "
+                    f"fastmae bench: expected to be started alone, got {processes} processes of torchrun; it "
                     "measures one, and fastmae pretrain reports the images/s and MFU of several"
                 )
             validate(config)

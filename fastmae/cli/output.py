@@ -12,15 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
+from fastmae.train.launcher import rank_and_size
+
 _log = logging.getLogger("fastmae")
-
-
-def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of processes, from torchrun; (0, 1) without it."""
-    try:
-        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except (KeyError, ValueError):
-        return 0, 1
 
 
 def print_error(text: str, patience: float = 2.0) -> None:

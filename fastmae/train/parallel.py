@@ -38,13 +38,13 @@ from fastmae.train.config import (
     ReduceDtype,
     ReduceEvery,
 )
+from fastmae.train.launcher import place
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """What matrix products compute in."""
 
 MAX_FILES = 65_536
 """Open files that are enough for any number of processes."""
-_ENVIRONMENT = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def initialize(
         ValueError: several processes and mode "none", a shard size that does not divide them, too few GPUs, or an
             environment that is torchrun's in part only.
     """
-    rank, world_size, local_rank, local_world_size = _environment()
+    rank, world_size, local_rank, local_world_size = place()
     if mode == "auto":
         mode = "ddp" if world_size > 1 else "none"
     if mode == "none" and world_size > 1:
@@ -132,11 +132,6 @@ def initialize(
         shape, names = (world_size // shard_size, shard_size), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     return Parallelism(mode, rank, world_size, local_rank, device, mesh, owns_group)
-
-
-def num_processes() -> int:
-    """Processes that torchrun started, this one among them; 1 without torchrun."""
-    return _environment()[1]
 
 
 def shutdown(parallelism: Parallelism, *, failed: bool = False) -> None:
@@ -254,15 +249,6 @@ def no_sync(model: nn.Module, last: bool, reduce_every: ReduceEvery = "step") ->
         model.set_requires_all_reduce(last)
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     return graphed_batch(bare, last, context) if getattr(bare, "cuda_graphs", False) else context
-
-
-def _environment() -> tuple[int, int, int, int]:
-    missing = [name for name in _ENVIRONMENT if name not in os.environ]
-    if len(missing) == len(_ENVIRONMENT):
-        return 0, 1, 0, 1
-    if missing:
-        raise ValueError(f"environment: expected torchrun's {', '.join(_ENVIRONMENT)}, got no {', '.join(missing)}")
-    return tuple(int(os.environ[name]) for name in _ENVIRONMENT)
 
 
 def _device(device_type: str, local_rank: int) -> torch.device:

@@ -17,9 +17,9 @@ from torch.distributed.run import get_args_parser
 from training import write_images
 
 from fastmae.cli import main
+from fastmae.train.launcher import read_slurm
 from fastmae.train.liveness import StopRequest
 from fastmae.train.run_folder import RunFolder, read_json
-from fastmae.train.slurm import read_slurm
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, PAGE = ROOT / "examples" / "slurm" / "pretrain.sbatch", ROOT / "docs" / "running.md"

@@ -1,9 +1,34 @@
-"""``srun`` without ``torchrun``: Slurm's variables as those that PyTorch reads."""
+"""Which of a run's processes this is, by the variables of torchrun, or of ``srun`` without it. Imports no PyTorch."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import MutableMapping
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def place() -> tuple[int, int, int, int]:
+    """Rank and number of processes, of all and on this node; (0, 1, 0, 1) without torchrun.
+
+    Raises:
+        ValueError: if some of torchrun's variables are set and others are not.
+    """
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if len(missing) == len(_VARIABLES):
+        return 0, 1, 0, 1
+    if missing:
+        raise ValueError(f"environment: expected torchrun's {', '.join(_VARIABLES)}, got no {', '.join(missing)}")
+    return tuple(int(os.environ[name]) for name in _VARIABLES)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """The first two of :func:`place`, for output: (0, 1) where they make no sense."""
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return 0, 1
 
 
 def read_slurm(environment: MutableMapping[str, str]) -> None:
