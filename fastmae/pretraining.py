@@ -32,8 +32,7 @@ from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.batch_size import describe_uneven_shares, keeps_batch_size
 from fastmae.train.callbacks import Callback
-from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest
-from fastmae.train.checkpoint.format import step_of
+from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest, step_of
 from fastmae.train.config import PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.launcher import place

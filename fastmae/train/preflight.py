@@ -19,8 +19,7 @@ from torch import nn
 
 import fastmae
 from fastmae.data import Dataset
-from fastmae.train.checkpoint import list_checkpoints
-from fastmae.train.checkpoint.format import step_of
+from fastmae.train.checkpoint import list_checkpoints, step_of
 from fastmae.train.config import PretrainConfig, TrainConfig, flatten, to_json
 from fastmae.train.parallel import Parallelism
 from fastmae.train.ranks import Ranks

@@ -29,7 +29,12 @@ def validate(config: PretrainConfig) -> None:
     Raises:
         ValueError: names the flag, what was expected and the value that came.
     """
-    _refuse_object_stores(config)
+    from fastmae.train.checkpoint import refuse_url
+
+    paths = {"--out": config.out, "--data.path": config.data.path, "--train.init-from": config.train.init_from}
+    for name, path in (paths | {"--report.probe-path": config.report.probe_path}).items():
+        if path is not None:
+            refuse_url(path, name)
     for section in SECTIONS:
         check_fields(getattr(config, section), section)
     for name, holds, expected in _joint_rules(config):
@@ -161,18 +166,6 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.reduce_every", shards, "step without --train.parallel fsdp or hsdp, where it saves no memory"
     probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None
     yield "report.probe_path", probes, "none without --report.probe-every-epochs"
-
-
-def _refuse_object_stores(config: PretrainConfig) -> None:
-    from fastmae.train.checkpoint import as_url
-
-    paths = {"--out": config.out, "--data.path": config.data.path, "--train.init-from": config.train.init_from}
-    for name, path in (paths | {"--report.probe-path": config.report.probe_path}).items():
-        if path is not None and (url := as_url(path)):
-            raise ValueError(
-                f"{name}: expected a path of a mounted file system, got {url}: object stores are neither read nor "
-                "written. Mount the bucket, or copy what is in it"
-            )
 
 
 def _patch_size(config: PretrainConfig) -> tuple[int, int]:

@@ -89,11 +89,8 @@ def test_reading_refuses_other_shapes_types_and_names(saved):
             checkpoint.read_into({name: target})
 
 
-def test_writing_refuses_what_was_not_announced_or_has_no_name(tmp_path):
-    piece = Chunk(torch.float32, (2,), (0,))
-    with pytest.raises(ValueError, match=r"x: expected torch.float32 \(2,\), got torch.float64 \(2,\)"):
-        write_tensors(tmp_path / "file", {"x": piece}, lambda name: torch.zeros(2, dtype=torch.float64), {})
-    with pytest.raises(ValueError, match=r"no type for torch.complex64"):
+def test_types_that_safetensors_does_not_know_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x: safetensors has no type for torch.complex64"):
         save_checkpoint(tmp_path, 1, {"x": torch.zeros((), dtype=torch.complex64)}, {})
 
 
@@ -280,7 +277,9 @@ def test_what_is_not_finished_is_never_found(folder, saved, monkeypatch):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     with monkeypatch.context() as patch:
         patch.setattr(format.os, "fsync", lambda descriptor: format.os.truncate(descriptor, 50))
-        with pytest.raises(CheckpointError, match=r"could not write .*step-8: .*wrote \d+ bytes, the file has 50"):
+        with pytest.raises(
+            CheckpointError, match=r"could not write .*step-8: .* bytes were written, and rank 0 sees 50"
+        ):
             save_checkpoint(folder, 8, TENSORS, {})
     with monkeypatch.context() as patch:
         patch.setattr(format, "MANIFEST", "no/such/folder/manifest.json")
@@ -338,9 +337,8 @@ def test_a_run_without_checkpoints_is_named(folder):
 
 @pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run"])
 def test_object_stores_are_refused(address):
-    for use in (lambda: save_checkpoint(address, 1, {}, {}), lambda: RunFolder(address)):
-        with pytest.raises(ValueError, match=r"expected a folder of a mounted file system"):
-            use()
+    with pytest.raises(ValueError, match=r"expected a path of a mounted file system, got .*://bucket/run"):
+        RunFolder(address)
 
 
 # ---- comparing runs --------------------------------------------------------------------------------------------------

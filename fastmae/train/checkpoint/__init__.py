@@ -5,7 +5,6 @@
 
 from fastmae.train.checkpoint.format import (
     MANIFEST,
-    as_url,
     clean,
     list_checkpoints,
     refuse_url,
@@ -31,7 +30,6 @@ __all__ = [
     "CheckpointManager",
     "LostRankError",
     "Ranks",
-    "as_url",
     "clean",
     "consolidate",
     "latest_checkpoint",

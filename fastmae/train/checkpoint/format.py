@@ -87,18 +87,15 @@ def reading(path: Path) -> Iterator[None]:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def as_url(path: Path | str) -> str | None:
-    """The object-store address given where a path is expected; None for a path."""
-    protocol = re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+", str(path))
-    return f"{protocol[1]}//{str(path)[protocol.end() :]}" if protocol else None
+def refuse_url(path: Path | str, name: str = "--out") -> None:
+    """Raise ``ValueError`` for an address such as ``s3://bucket/run``, of which ``Path`` would make a folder ``s3:``.
 
-
-def refuse_url(folder: Path | str) -> None:
-    """Raise ``ValueError`` for ``s3://bucket/run``, which ``Path`` would turn into a local folder named ``s3:``."""
-    if url := as_url(folder):
+    A checkpoint is published by a rename, which object stores do not have.
+    """
+    if protocol := re.match(r"([A-Za-z][A-Za-z0-9+.-]+:)/+", str(path)):
         raise ValueError(
-            f"{url}: expected a folder of a mounted file system: a checkpoint is published by a rename, which object "
-            "stores do not have. Train into a local or shared folder and copy finished checkpoints"
+            f"{name}: expected a path of a mounted file system, got {protocol[1]}//{str(path)[protocol.end() :]}: "
+            "object stores are neither read nor written. Mount the bucket, or copy what is in it"
         )
 
 
@@ -232,29 +229,26 @@ def write_tensors(
 
     Raises:
         OSError: if the disk is full or not writable.
-        ValueError: if a tensor is not what was announced, or of a type that safetensors has no name for.
     """
     # In safetensors' order: the widest type first, so that every tensor is aligned.
-    names = sorted(chunks, key=lambda name: (-chunks[name].dtype.itemsize, name))
-    digest, written = hashlib.sha256(), 0
+    names, digest = sorted(chunks, key=lambda name: (-chunks[name].dtype.itemsize, name)), hashlib.sha256()
+
+    def blocks() -> Iterator[bytes | memoryview]:
+        yield _header({name: chunks[name] for name in names}, metadata)
+        for name in names:
+            yield memoryview(read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
     try:
         with path.open("wb") as file:
-            header = _header({name: chunks[name] for name in names}, metadata)
-            digest.update(header)
-            written += file.write(header)
-            for name in names:
-                block = _bytes(name, read(name), chunks[name])
+            for block in blocks():
                 digest.update(block)
-                written += file.write(block)
+                file.write(block)
                 del block  # before the next one is read
             file.flush()
             os.fsync(file.fileno())
-        size = path.stat().st_size
+            return {"name": path.name, "size": file.tell(), "sha256": digest.hexdigest()}
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name its file
-    if size != written:
-        raise OSError(f"{path}: wrote {written} bytes, the file has {size}")
-    return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 
 def replace_file(
@@ -320,18 +314,9 @@ def _header(chunks: Mapping[str, Chunk], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     begin = 0
     for name, chunk in chunks.items():
-        if chunk.dtype not in DTYPE_NAMES:
-            raise ValueError(f"{name}: safetensors has no type for {chunk.dtype}")
         end = begin + chunk.bytes
         header[name] = {"dtype": DTYPE_NAMES[chunk.dtype], "shape": list(chunk.shape), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def _bytes(name: str, tensor: Tensor, chunk: Chunk) -> memoryview:
-    if (tensor.dtype, tuple(tensor.shape)) != (chunk.dtype, chunk.shape):
-        raise ValueError(f"{name}: expected {chunk.dtype} {chunk.shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())

@@ -25,7 +25,6 @@ from fastmae.train.checkpoint.format import (
     offsets_metadata,
     prune,
     publish,
-    refuse_url,
     step_of,
     sync,
     write_manifest,
@@ -81,9 +80,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: on all ranks alike, if any cannot write; earlier checkpoints are untouched.
         TypeError: if the manifest's values are not JSON-able.
-        ValueError: if the folder is in an object store.
     """
-    refuse_url(folder)
     with as_ranks(ranks) as ranks:
         path = write(folder, step, plan_save(tensors, ranks), json.dumps(manifest), ranks)
         if ranks.rank == 0:
@@ -102,7 +99,7 @@ def plan_save(tensors: Mapping[str, Tensor], ranks: Ranks) -> SavePlan:
     def add(name: str, file: str | None, mine: bool) -> None:
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_NAMES:
-            raise ValueError(f"safetensors has no type for {tensor.dtype}")
+            raise ValueError(f"{name}: safetensors has no type for {tensor.dtype}")
         plan.table[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "file": file}
         if mine:
             plan.chunks[name], plan.tensors[name] = local_chunk(tensor)
@@ -145,7 +142,7 @@ def write(folder: Path, step: int, plan: SavePlan, manifest: str, ranks: Ranks) 
             size = path.stat().st_size if path.exists() else "nothing"
             if size != file["size"]:
                 raise CheckpointError(
-                    f"{path}: a rank wrote {file['size']} bytes, rank 0 sees {size}; "
+                    f"{path}: {file['size']} bytes were written, and rank 0 sees {size}; "
                     "expected a folder on a file system that all ranks share"
                 )
         where = {"files": files, "tensors": plan.table, "shards": plan.shards}
@@ -211,7 +208,6 @@ class CheckpointManager:
         keep_every: int | None = None,
         background: bool = False,
     ) -> None:
-        refuse_url(folder)
         self.folder, self.keep, self.keep_every, self.background = folder, keep, keep_every, background
         self._run_ranks = ranks or Ranks()
         self.newest: Path | None = None
