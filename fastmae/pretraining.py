@@ -33,6 +33,7 @@ from fastmae.ops import _xformers
 from fastmae.train.batch_size import describe_uneven_shares, keeps_batch_size
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest, step_of
+from fastmae.train.checkpoint.state import check_manifest
 from fastmae.train.config import PretrainConfig, read_config, to_json
 from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.launcher import place
@@ -45,7 +46,6 @@ from fastmae.train.profile import Profile
 from fastmae.train.recipes import NEEDS_WEIGHTS, describe
 from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.state import check_manifest
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Status, Trainer
 from fastmae.train.weights import export_weights, load_model, read_weights

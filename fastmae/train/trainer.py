@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmae.data.agree import check_agreement
-from fastmae.train import state
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, loss_weights, measured_batch_size
 from fastmae.train.callbacks import Callback, running
@@ -30,6 +29,7 @@ from fastmae.train.checkpoint import (
     open_checkpoint,
     open_latest,
     set_aside_after,
+    state,
 )
 from fastmae.train.checkpoint.format import discard, reading
 from fastmae.train.config import PretrainConfig

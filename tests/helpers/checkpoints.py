@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastmae.train.checkpoint import open_checkpoint
+from fastmae.train.checkpoint.state import restore
 from fastmae.train.ranks import as_ranks
-from fastmae.train.state import restore
 
 TENSORS = {
     "model.weight": torch.arange(12.0).reshape(3, 4),

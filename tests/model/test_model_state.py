@@ -7,7 +7,7 @@ import torch
 from checkpoints import assert_equal, load
 
 from fastmae.train.checkpoint import CheckpointError, CheckpointManager, save_checkpoint
-from fastmae.train.state import collect
+from fastmae.train.checkpoint.state import collect
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from soak_run import BATCH, MODES, STEPS_BETWEEN_CHECKPOINTS, Processes, Run, SoakError
 
 from fastmae import data
-from fastmae.train.state import versions
+from fastmae.train.checkpoint.state import versions
 
 SAME = "the same weights, losses and samples"
 """The verdict that there has to be."""

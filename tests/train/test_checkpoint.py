@@ -36,9 +36,9 @@ from fastmae.train.checkpoint import (
     set_aside_after,
 )
 from fastmae.train.checkpoint.format import SHARD, Chunk, read_header, write_manifest, write_tensors
+from fastmae.train.checkpoint.state import check_architecture, compare_configs
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.state import check_architecture, compare_configs
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from fastmae.train.checkpoint import (
 )
 from fastmae.train.checkpoint import load as loading
 from fastmae.train.checkpoint.format import SHARD
-from fastmae.train.state import collect
+from fastmae.train.checkpoint.state import collect
 
 LIMIT = 1.0
 """Seconds that ranks wait for each other, where a test makes them wait longer."""

@@ -16,11 +16,11 @@ import pytest
 
 from fastmae.model import ACTIVATION_CHECKPOINTING, RESIDUAL_DTYPES
 from fastmae.ops.attention import BACKENDS
+from fastmae.train.checkpoint.state import compare_configs
 from fastmae.train.config import ActivationCheckpointing, ModelConfig, PretrainConfig, from_json, read_config, to_json
 from fastmae.train.optim import create_schedule
 from fastmae.train.recipes import RECIPES, apply_flags
 from fastmae.train.rules import progressive_sizes, validate
-from fastmae.train.state import compare_configs
 from fastmae.train.task import create_resolution
 
 PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]

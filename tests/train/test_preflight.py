@@ -21,11 +21,11 @@ from fastmae.cli import main
 from fastmae.model import create_model
 from fastmae.train import preflight as module
 from fastmae.train.checkpoint import Ranks, save_checkpoint
+from fastmae.train.checkpoint.state import collect
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, initialize, shutdown
 from fastmae.train.preflight import PreflightError, check_folder, differences, preflight, required_bytes
-from fastmae.train.state import collect
 
 CONFIG = PretrainConfig(model=MODEL, train=TRAIN, data=DataConfig(path=Path("images")))
 Usage = namedtuple("Usage", "total used free")

@@ -1,6 +1,7 @@
 """Checkpoints: tensors in safetensors, everything else in a manifest that is written last, and nothing pickled.
 
-``format`` is what a checkpoint looks like on the disk; ``save`` and ``load`` do the work on any number of ranks.
+``state`` collects what goes into a checkpoint, ``save`` and ``load`` do the work on any number of ranks, and ``format``
+is what is on the disk.
 """
 
 from fastmae.train.checkpoint.format import (

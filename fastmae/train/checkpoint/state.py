@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmae.data import Dataset
-from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, read_together
+from fastmae.train.checkpoint.load import Checkpoint, read_together
 from fastmae.train.config import FIXED, PretrainConfig, to_json
 from fastmae.train.config import compare as compare_fields
+from fastmae.train.ranks import CheckpointError, Ranks
 
 _NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
 """Constructor arguments that do not change what a checkpoint's weights mean."""
