@@ -11,8 +11,8 @@ import torch
 from levers import Levers
 
 from fastmae.ops import attention
+from fastmae.train.autotune import measure_products
 from fastmae.train.compilation import uses_cuda_graphs
-from fastmae.train.precision import measure_products
 
 
 @dataclass(frozen=True)

@@ -30,17 +30,16 @@ from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.batch_size import describe_uneven_shares, keeps_batch_size
+from fastmae.train.autotune import settle_precision, with_saved
+from fastmae.train.batch_size import describe_uneven_shares
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest, step_of
 from fastmae.train.checkpoint.state import check_manifest
 from fastmae.train.config import PretrainConfig, read_config, to_json
-from fastmae.train.fit_steps import with_saved_length
 from fastmae.train.launcher import place
 from fastmae.train.liveness import StoppedEarly, StopRequest, Watchdog, leave_if_asked
 from fastmae.train.loggers import in_notebook, without_nan
 from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, shutdown
-from fastmae.train.precision import settle_precision
 from fastmae.train.preflight import preflight
 from fastmae.train.profile import Profile
 from fastmae.train.recipes import NEEDS_WEIGHTS, describe
@@ -206,13 +205,8 @@ class _Pretraining:
         if config.resume:
             found = ranks.first("listing checkpoints", lambda: list_checkpoints(self.folder.checkpoints))
             saved = open_latest(self.folder.path, ranks=ranks, check=check_manifest) if found else None
-        manifest = saved.manifest if saved else None
-        precision = settle_precision(config, model.architecture["embed_dim"], device, ranks, manifest)
-        # What is measured at the start goes into the checkpoints; config.json keeps "auto", for other machines.
-        settled = with_saved_length(precision.config, manifest)
-        if config.train.batch_size == "auto" and saved and keeps_batch_size(config, saved.manifest, ranks.size):
-            batch_size = saved.manifest["config"]["train"]["batch_size"]
-            settled = replace(settled, train=replace(settled.train, batch_size=batch_size))
+        settled = with_saved(config, saved and saved.manifest, ranks.size)
+        settled, *texts = settle_precision(settled, model.architecture["embed_dim"], device, ranks)
         trainer = Trainer(
             settled,
             MaskedAutoencoding(settled, model, dataset, data.create_loader),
@@ -224,10 +218,10 @@ class _Pretraining:
             stop=self.stop,
             watchdog=self.watchdog,
         )
-        for line in (*describe(config), *_describe_size(trainer, kind), precision.text):
+        for line in (*describe(config), *_describe_size(trainer, kind), texts[0]):
             if line:
                 self.console.print(line)
-        self.warn(precision.warning)
+        self.warn(texts[1])
         self.warn(_too_few_images(dataset, config))
         train = config.train
         self.warn(describe_uneven_shares(train.global_batch_size, ranks.size, train.masks_per_image))

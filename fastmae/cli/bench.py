@@ -31,11 +31,11 @@ from fastmae.errors import usage_errors
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.pretraining import FLAGS
+from fastmae.train.autotune import settle_precision
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flops import matmul_flops
 from fastmae.train.launcher import place
 from fastmae.train.parallel import initialize
-from fastmae.train.precision import settle_precision
 from fastmae.train.profile import StageTimes, no_stage
 from fastmae.train.ranks import Ranks
 from fastmae.train.rules import validate

@@ -16,8 +16,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmae.data.agree import check_agreement
+from fastmae.train.autotune import StepFit, measured_batch_size, with_length
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.batch_size import divide_batch, loss_weights, measured_batch_size
+from fastmae.train.batch_size import divide_batch, loss_weights
 from fastmae.train.callbacks import Callback, running
 from fastmae.train.checkpoint import (
     MANIFEST,
@@ -33,7 +34,6 @@ from fastmae.train.checkpoint import (
 )
 from fastmae.train.checkpoint.format import discard, reading
 from fastmae.train.config import PretrainConfig
-from fastmae.train.fit_steps import StepFit, with_length
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
 from fastmae.train.liveness import Agreement, StopRequest, Watchdog, any_signal
 from fastmae.train.loggers import Row

@@ -16,8 +16,8 @@ from training import FLAGS, MODEL, TRAIN, make_trainer, write_images
 from fastmae import data
 from fastmae.cli import bench, main
 from fastmae.cli.bench import PHASES, Measured, config_to_measure, diagnose, measure
+from fastmae.train.autotune import Speeds
 from fastmae.train.config import DataConfig, PretrainConfig
-from fastmae.train.precision import Speeds
 
 
 @pytest.fixture(autouse=True)
@@ -117,7 +117,7 @@ def test_one_optimiser_step_per_batch_is_measured():
 def test_the_command_prints_a_sentence_and_writes_everything(tmp_path, images, capsys, monkeypatch):
     """Where bf16 is emulated: its products are slow, which is reported, and no utilisation exceeds 1."""
     monkeypatch.setattr(bench, "matmul_flops", lambda device, dtype, **options: 1e6)
-    monkeypatch.setattr("fastmae.train.precision.measure_products", lambda width: Speeds(fp32=100.0, bf16=1.0))
+    monkeypatch.setattr("fastmae.train.autotune.measure_products", lambda width: Speeds(fp32=100.0, bf16=1.0))
     out = tmp_path / "deep" / "found.json"
     flags = [*FLAGS.split(), "--data.path", str(images), "--data.loader", "torch", "--seconds", "0.3"]
     flags += ["--train.masks-per-image", "2", "--train.precision", "bf16", "--json", str(out)]

@@ -1,0 +1,270 @@
+"""What a run measures on its machine: precision and batch size left at "auto", and the steps that fit into its time.
+
+Checkpoints hold what was found, and a resumed run keeps it: another answer would end an exact continuation.
+``config.json`` holds "auto", for other machines.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fastmae.ops import random_masking
+from fastmae.train.batch_size import divide_batch, num_passes
+from fastmae.train.config import PretrainConfig
+from fastmae.train.parallel import DTYPES
+from fastmae.train.ranks import Ranks
+
+_FLOPS, _MOST_ROWS, _LEAST_ROWS = 1 << 26, 2048, 32
+"""Size of one product: a CPU that emulates bfloat16 at 1 GFLOP/s takes 0.07 s for it."""
+_SECONDS, _MOST_ROUNDS = 0.3, 15
+_SLOW = 0.9
+"""bf16 below this share of fp32's rate is worth a warning; above it, the two may just as well be equal."""
+USED_FRACTION = 0.9
+"""Of the memory that the batch's trial finds free: the rest is for the loader's batches, fragmentation and
+communication."""
+FIRST, LAST = 10, 40
+"""Steps of this process whose time is measured; before them, threads start and memory is allocated."""
+_SHARE = 0.92
+"""Of the time left that the steps are planned for; the rest is for pictures, checkpoints and noise."""
+_MOST_WARMUP = 0.2
+"""A shortened run's largest share of warm-up."""
+_LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "fit_steps")
+
+
+def with_saved(config: PretrainConfig, manifest: Mapping[str, Any] | None, world_size: int) -> PretrainConfig:
+    """The configuration with what a resumed run had measured, as far as it had.
+
+    The batch is kept where the global batch divides as it did: sums over other batches round differently.
+
+    Args:
+        manifest: of the checkpoint to resume from, if any.
+    """
+    if manifest is None:
+        return config
+    then, train, found = manifest["config"]["train"], config.train, {}
+    if train.precision == "auto":
+        found["precision"] = then["precision"]
+    if train.fit_steps and not then.get("fit_steps", False):
+        found |= {name: then.get(name) for name in _LENGTH} | {"fit_steps": False}
+    before = then["global_batch_size"], then.get("masks_per_image", 1), manifest.get("world_size", 1)
+    if train.batch_size == "auto" and before == (train.global_batch_size, train.masks_per_image, world_size):
+        found["batch_size"] = then.get("batch_size")
+    return replace(config, train=replace(train, **found))
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+class Speeds(NamedTuple):
+    """GFLOP/s of matrix products."""
+
+    fp32: float
+    bf16: float
+
+    def __str__(self) -> str:
+        return f"{self.bf16:.3g} GFLOP/s in bf16, {self.fp32:.3g} in fp32"
+
+
+class Settled(NamedTuple):
+    """A configuration with a precision in place of "auto"."""
+
+    config: PretrainConfig
+    text: str = ""
+    """Why it is this precision; empty where the user named it."""
+    warning: str = ""
+    """That bf16 is slow here, if it is."""
+
+
+def measure_products(width: int) -> Speeds:
+    """Time the first product of a model's MLP, (rows, width) x (width, 4 * width), in both precisions.
+
+    The fastest of interleaved runs on the CPU with PyTorch's present number of threads, because others may be running
+    too, and a median is then of their making; under a second.
+    """
+    rows = max(_LEAST_ROWS, min(_MOST_ROWS, _FLOPS // (8 * width * width)))
+    shapes = (rows, width), (4 * width, width)
+    operands = {dtype: [torch.full(s, 0.5, dtype=dtype) for s in shapes] for dtype in (torch.float32, torch.bfloat16)}
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in operands}
+    begun = time.perf_counter()
+    for _ in range(_MOST_ROUNDS):
+        for dtype, (x, weight) in operands.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            seconds[dtype].append(time.perf_counter() - start)
+        if time.perf_counter() - begun > _SECONDS:
+            break
+    return Speeds(*(8e-9 * rows * width**2 / min(times) for times in seconds.values()))
+
+
+def settle_precision(config: PretrainConfig, width: int, device: torch.device, ranks: Ranks) -> Settled:
+    """Put a precision in the place of "auto"; every rank calls it, and the first one measures.
+
+    bf16 on CUDA. On the CPU the faster of fp32 and bf16: many have no bfloat16 instructions, and emulate them at a
+    hundredth to a fifth of fp32's rate.
+
+    Args:
+        config: validated.
+        width: of the model's encoder.
+        device: of the training.
+        ranks: who has to agree.
+    """
+    precision, text, warning = config.train.precision, "", ""
+    if device.type != "cpu":
+        precision = "bf16" if precision == "auto" else precision
+    elif precision in ("auto", "bf16"):
+        speeds = ranks.first("measuring matrix products", lambda: measure_products(width))
+        if precision == "auto":
+            precision = "bf16" if speeds.bf16 > speeds.fp32 else "fp32"
+            text = f"Precision auto: {precision}; matrix products of the model's width run at {speeds} here"
+        elif (ratio := speeds.bf16 / speeds.fp32) < _SLOW:
+            warning = (
+                f"--train.precision bf16: matrix products run at {ratio:.2g} of fp32's rate on this CPU ({speeds}); "
+                "fp32 is faster"
+            )
+    return Settled(replace(config, train=replace(config.train, precision=precision)), text, warning)
+
+
+# ---- batch size ------------------------------------------------------------------------------------------------------
+
+
+def find_batch_size(share: int, masks_per_image: int, peak: Callable[[int], float], budget: float) -> int:
+    """The largest micro-batch whose measured peak fits.
+
+    Two small batches give the memory per image; the largest part of the share that should fit by that is measured too,
+    and smaller ones after it until one does fit. So a device is not driven out of memory on purpose, which a rank of
+    several would do alone.
+
+    Args:
+        share: masked images of a process in a step, the largest; the result is what a whole number of passes takes.
+        masks_per_image: the result is a multiple.
+        peak: bytes in use at the worst moment of forward and backward of so many masked images; infinite if it ran out.
+        budget: bytes there are.
+
+    Raises:
+        ValueError: if not even one image fits.
+    """
+    small, larger = masks_per_image, min(8 * masks_per_image, share)
+    first = peak(small)
+    if first > budget:
+        raise ValueError(
+            f"--train.batch-size: auto found no room for one image: it takes {first / 1e9:.1f} GB of "
+            f"{budget / 1e9:.1f} GB; try --train.activation-checkpointing selective or full, --train.parallel fsdp on "
+            "several GPUs, or a smaller model"
+        )
+    if larger == small:
+        return small
+    per_image = max((peak(larger) - first) / (larger - small), 0)
+    images = share // masks_per_image
+    passes = {num_passes(images, 1, most) for most in range(1, images + 1)}
+    sizes = [-(-images // n) * masks_per_image for n in sorted(passes)]
+    expected = (b for b in sizes if first + (b - small) * per_image <= budget)
+    return next((b for b in expected if b == small or peak(b) <= budget), small)
+
+
+def measured_batch_size(
+    config: PretrainConfig,
+    model: nn.Module,
+    forward: Callable[..., Any],
+    ranks: Ranks,
+) -> tuple[int, str]:
+    """``--train.batch-size auto``, before the first step; every rank calls it.
+
+    On a GPU forward and backward run on blank images, eagerly; no weight changes. On the CPU the whole share is one
+    batch: there accumulation saves nothing that matters.
+
+    Args:
+        config: precision and mask ratio.
+        model: the bare model, which ``forward`` calls.
+        forward: what a step calls.
+        ranks: who share the global batch.
+
+    Returns:
+        The batch, and how it was found, in words.
+    """
+
+    def agree(value: float) -> float:
+        return max(ranks.gather("sizing the batch", lambda: value))
+
+    share, _ = divide_batch(config.train.global_batch_size, ranks.size, None, config.train.masks_per_image)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device, masks = parameters[0].device, config.train.masks_per_image
+    if device.type != "cuda":
+        return share, f"Batch size auto: {share:,} images, all of a process's share"
+    dtype = DTYPES[config.train.precision]
+    low_precision = dtype != torch.float32
+
+    def peak(batch: int) -> float:
+        shape = batch // masks, config.model.in_chans, *config.img_size
+        dtype_loaded = torch.uint8 if config.data.value_range is None else torch.float32
+        loaded = torch.zeros(shape, dtype=dtype_loaded, device=device)
+        images = model.normalized(loaded)
+        masking = random_masking(
+            len(images), model.num_patches, config.model.mask_ratio, seed=0, masks_per_image=masks, device=device
+        )
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            with model.cast_weights(dtype), torch.autocast("cuda", dtype, enabled=low_precision):
+                loss = forward(images, masking=masking, full_pred=False).loss
+            loss.backward()
+            used = float(torch.cuda.max_memory_allocated(device))
+        except torch.OutOfMemoryError:
+            used = math.inf
+        for parameter in parameters:
+            parameter.grad = None
+        torch.cuda.empty_cache()
+        return agree(used)
+
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    moments = 8 * sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
+    budget = -agree(-(USED_FRACTION * free - moments))
+    with torch.compiler.set_stance("force_eager"):
+        batch = find_batch_size(share, masks, peak, budget)
+    return batch, f"Batch size auto: {batch:,} images, measured to fit {budget / 1e9:.1f} GB"
+
+
+# ---- number of steps -------------------------------------------------------------------------------------------------
+
+
+class StepFit:
+    """Measures the first steps of a run and shortens it to what its time holds.
+
+    Args:
+        deadline: of ``time.monotonic()``, when the run has to end.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline, self._ends = deadline, []
+
+    def after_step(self, trainer: Any) -> None:
+        """Take the time; after ``LAST`` steps, set the trainer's number of steps, the same on all ranks."""
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()  # the host runs ahead of the device
+        self._ends.append(time.monotonic())
+        if len(self._ends) < LAST:
+            return
+        ends = self._ends[FIRST - 1 :]
+        seconds = median(later - earlier for earlier, later in pairwise(ends))
+        fitting = trainer.step + max(1, int(_SHARE * (self._deadline - ends[-1]) / seconds))
+        fitting = trainer.ranks.first("setting the number of steps", lambda: fitting)
+        most = trainer.schedule.total_steps
+        trainer.set_length(min(fitting, most))
+        said = f"{fitting:,} steps fit" if fitting < most else f"all {most:,} steps fit"
+        minutes = trainer.config.train.max_minutes
+        trainer.console.print(f"{seconds * 1e3:.3g} ms per step: {said} into {minutes:g} minutes")
+
+
+def with_length(config: PretrainConfig, steps: int, warmup_steps: float) -> PretrainConfig:
+    """The configuration with a number of steps, and a warm-up of at most a fifth of it."""
+    warmup = min(round(warmup_steps), int(_MOST_WARMUP * steps))
+    length = dict(zip(_LENGTH, (steps, None, warmup, None, False), strict=True))
+    return replace(config, train=replace(config.train, **length))
