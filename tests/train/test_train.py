@@ -13,7 +13,6 @@ import pytest
 import torch
 from training import MODEL, fitted, make_trainer, write_images
 
-import fastmae.train
 from fastmae.data import DataError, has_dali
 from fastmae.train import trainer as loop
 from fastmae.train.liveness import StopRequest
@@ -224,12 +223,6 @@ def test_handlers_are_given_back():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
     assert stop.requested is None
-
-
-def test_public_names_resolve():
-    assert all(callable(getattr(fastmae.train, name)) for name in fastmae.train.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
-        _ = fastmae.train.Trainr
 
 
 @pytest.mark.gpu
