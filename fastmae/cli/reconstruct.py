@@ -29,12 +29,12 @@ _FLAGS = {"mask_ratio": "--mask-ratio", "strategy": "--mask-strategy", "grid_siz
 
 def consolidate(config: ConsolidateConfig) -> int:
     """Write a checkpoint of any number of processes as one file; return the exit code."""
-    folder, out = config.checkpoint, config.out
+    out = config.out
     if out.suffix != ".safetensors":
         raise UsageError(f"OUT: expected a .safetensors file, got {out}")
-    path = folder if folder.name.startswith("step-") else checkpoint.latest_checkpoint(folder)
-    checkpoint.consolidate(path, out, optimizer=config.optimizer)
-    print(f"{path} -> {out}  ({out.stat().st_size / 2**20:,.1f} MiB)")
+    saved = checkpoint.open_folder(config.checkpoint)
+    checkpoint.consolidate(saved, out, optimizer=config.optimizer)
+    print(f"{saved.path} -> {out}  ({out.stat().st_size / 2**20:,.1f} MiB)")
     return 0
 
 

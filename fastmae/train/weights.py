@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastmae.train.checkpoint import CheckpointError, Ranks, open_checkpoint, open_latest
+from fastmae.train.checkpoint import CheckpointError, open_folder
 from fastmae.train.checkpoint.format import Chunk, replace_file
 
 _PICKLES = (".pth", ".pt", ".bin")
@@ -157,8 +157,7 @@ def _check(name: str, tensor: Tensor, parameter: nn.Parameter) -> None:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights, and what their source says about them."""
     if path.is_dir():
-        ranks = Ranks()  # this process alone
-        saved = open_checkpoint(path, ranks=ranks) if path.name.startswith("step-") else open_latest(path, ranks=ranks)
+        saved = open_folder(path)
         return saved.read_all("model."), dict(saved.manifest)
     if not path.is_file():
         raise CheckpointError(

@@ -1,12 +1,13 @@
-"""Shared by the tests of checkpoints: tensors of all kinds, comparing them, loading, and a hostile pickle."""
+"""Shared by the tests of checkpoints: tensors of all kinds, comparing them, saving, loading, and a hostile pickle."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
-from fastmae.train.checkpoint import open_checkpoint
+from fastmae.train.checkpoint import CheckpointManager, Ranks, open_checkpoint, open_latest
 from fastmae.train.checkpoint.state import restore
-from fastmae.train.ranks import as_ranks
 
 TENSORS = {
     "model.weight": torch.arange(12.0).reshape(3, 4),
@@ -35,9 +36,31 @@ def read_all(checkpoint):
     return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
+def all_ranks(ranks=None):
+    """The given ranks, or a new group of all that is closed afterwards."""
+    return nullcontext(ranks) if ranks else Ranks.create()
+
+
+def save_checkpoint(folder, step, tensors, manifest, *, ranks=None, **options):
+    """Save ``folder/step-N``; every rank calls it."""
+    with all_ranks(ranks) as ranks, CheckpointManager(folder, ranks, **options) as manager:
+        manager.save(step, tensors, manifest)
+    return manager.newest
+
+
+def load_checkpoint(path, *, prefix=""):
+    """The tensors and the manifest of ``step-N``."""
+    checkpoint = open_checkpoint(path)
+    return checkpoint.read_all(prefix), checkpoint.manifest
+
+
+def latest_checkpoint(run):
+    return open_latest(run).path
+
+
 def load(path, model, optimizer, ranks=None):
     """Put a checkpoint folder into a model and optimiser; every rank calls it."""
-    with as_ranks(ranks) as ranks:
+    with all_ranks(ranks) as ranks:
         restore(open_checkpoint(path, ranks=ranks), model, optimizer, ranks)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_checkpoint
 from PIL import Image
 from rich.console import Console
 
 from fastmae import data
 from fastmae.model import create_model
-from fastmae.train.checkpoint import load_checkpoint
 from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_checkpoint
 from distributed import run_ranks
 from full_disk import files_limited_to
 from pretrain_flags import no_evaluation
@@ -22,7 +23,7 @@ from training import make_trainer, write_images
 from fastmae.cli import main
 from fastmae.data import LateBad
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save
+from fastmae.train.checkpoint import CheckpointError, list_checkpoints, save
 
 OPTIONS = {"steps": 20, "checkpoint_every_steps": 4, "log_every_steps": 4}
 

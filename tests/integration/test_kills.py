@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import load_checkpoint
 from consumed import attempts, check, expected, record
 from distributed import start_process, start_ranks
 from pretrain_flags import no_evaluation
@@ -23,7 +24,7 @@ from training import write_images
 
 from fastmae.cli import main
 from fastmae.train import trainer as loop
-from fastmae.train.checkpoint import list_checkpoints, load_checkpoint, save
+from fastmae.train.checkpoint import list_checkpoints, save
 
 FLAGS = """
 --model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2

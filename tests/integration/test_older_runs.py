@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import load_checkpoint, save_checkpoint
 
 from fastmae.cli import main
-from fastmae.train.checkpoint import load_checkpoint, save_checkpoint
 from fastmae.train.weights import load_model
 
 OLD = Path(__file__).parent / "fixtures/run-0.1.0"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from checkpoints import assert_equal, load
+from checkpoints import assert_equal, load, save_checkpoint
 
-from fastmae.train.checkpoint import CheckpointError, CheckpointManager, save_checkpoint
+from fastmae.train.checkpoint import CheckpointError, CheckpointManager
 from fastmae.train.checkpoint.state import collect
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import load_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -35,7 +36,7 @@ from fastmae.train.autotune import (
     with_saved,
 )
 from fastmae.train.batch_size import divide_batch
-from fastmae.train.checkpoint import Ranks, load_checkpoint
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, parallelize

@@ -13,7 +13,16 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from checkpoints import TENSORS, Malicious, assert_equal, read_all, shard_of
+from checkpoints import (
+    TENSORS,
+    Malicious,
+    assert_equal,
+    latest_checkpoint,
+    load_checkpoint,
+    read_all,
+    save_checkpoint,
+    shard_of,
+)
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as dcp_load
@@ -27,12 +36,9 @@ from fastmae.train.checkpoint import (
     clean,
     consolidate,
     format,
-    latest_checkpoint,
     list_checkpoints,
-    load_checkpoint,
     open_checkpoint,
     open_latest,
-    save_checkpoint,
     set_aside_after,
 )
 from fastmae.train.checkpoint.format import SHARD, Chunk, read_header, write_manifest, write_tensors
@@ -107,14 +113,11 @@ def test_consolidation_holds_one_tensor_at_a_time(saved, tmp_path, monkeypatch):
         return torch.from_numpy(memory)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     monkeypatch.setattr(Checkpoint, "read", counted)
-    out = consolidate(saved, tmp_path / "all.safetensors", optimizer=True)
+    out = consolidate(open_checkpoint(saved), tmp_path / "all.safetensors", optimizer=True)
     assert most == [1] * len(TENSORS)
     assert_equal(load_file(out), TENSORS)
-    weights = consolidate(saved, tmp_path / "weights.safetensors")
+    weights = consolidate(open_checkpoint(saved), tmp_path / "weights.safetensors")
     assert load_file(weights).keys() == {"weight", "strided", "half"}
-    flip(shard_of(saved))
-    with pytest.raises(CheckpointError, match="contents differ"):
-        consolidate(saved, tmp_path / "damaged.safetensors")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "all.safetensors", "weights.safetensors"}
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import latest_checkpoint, load_checkpoint
 from distributed import run_ranks
 from PIL import Image
 from rich.console import Console
@@ -24,7 +25,7 @@ from fastmae.data.sampler import permuted_ids
 from fastmae.model import create_model
 from fastmae.train import parallel
 from fastmae.train.callbacks import Callback
-from fastmae.train.checkpoint import Ranks, latest_checkpoint, list_checkpoints, load_checkpoint
+from fastmae.train.checkpoint import Ranks, list_checkpoints
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.guard import Guard, LossScale, SamplePositions, step_unless_non_finite
 from fastmae.train.optim import create_optimizer, parameter_groups

@@ -10,10 +10,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from checkpoints import latest_checkpoint
 from torch import nn
 from training import assert_same_tensors, make_trainer, write_images
 
-from fastmae.train.checkpoint import CheckpointError, latest_checkpoint
+from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.config import PretrainConfig, TrainConfig
 from fastmae.train.guard import LossScale, step_unless_non_finite
 from fastmae.train.optim import create_optimizer, create_schedule, orthogonalized, parameter_groups

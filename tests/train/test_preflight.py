@@ -14,13 +14,14 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoints import save_checkpoint
 from distributed import run_ranks
 from training import MODEL, TRAIN
 
 from fastmae.cli import main
 from fastmae.model import create_model
 from fastmae.train import preflight as module
-from fastmae.train.checkpoint import Ranks, save_checkpoint
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.checkpoint.state import collect
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.optim import create_optimizer, parameter_groups

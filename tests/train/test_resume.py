@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from checkpoints import latest_checkpoint
 from safetensors.torch import load_file
 from training import LOADERS, MODEL, assert_same_tensors, fitted, make_trainer, numbers, write_images
 
 from fastmae.cli import main
-from fastmae.train.checkpoint import CheckpointError, latest_checkpoint, open_latest
+from fastmae.train.checkpoint import CheckpointError, open_latest
 from fastmae.train.weights import load_model
 
 

@@ -15,13 +15,12 @@ from fastmae.train.checkpoint.format import (
 from fastmae.train.checkpoint.load import (
     Checkpoint,
     consolidate,
-    latest_checkpoint,
-    load_checkpoint,
     open_checkpoint,
+    open_folder,
     open_latest,
     read_together,
 )
-from fastmae.train.checkpoint.save import CheckpointManager, save_checkpoint
+from fastmae.train.checkpoint.save import CheckpointManager
 from fastmae.train.ranks import CheckpointError, LostRankError, Ranks
 
 __all__ = [
@@ -33,14 +32,12 @@ __all__ = [
     "Ranks",
     "clean",
     "consolidate",
-    "latest_checkpoint",
     "list_checkpoints",
-    "load_checkpoint",
     "open_checkpoint",
+    "open_folder",
     "open_latest",
     "read_together",
     "refuse_url",
-    "save_checkpoint",
     "set_aside_after",
     "step_of",
 ]

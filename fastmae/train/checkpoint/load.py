@@ -33,7 +33,7 @@ from fastmae.train.checkpoint.format import (
     verify_file,
 )
 from fastmae.train.checkpoint.save import local_chunk
-from fastmae.train.ranks import CheckpointError, LostRankError, Ranks, as_ranks
+from fastmae.train.ranks import CheckpointError, LostRankError, Ranks
 
 WHAT = "reading a checkpoint"
 
@@ -108,18 +108,19 @@ class Checkpoint:
 def open_checkpoint(
     path: Path, *, ranks: Ranks | None = None, check: Callable[[Mapping[str, Any]], object] = bool
 ) -> Checkpoint:
-    """Read and verify a folder ``step-N``; with ``torch.distributed`` initialised, every rank calls it.
+    """Read and verify a folder ``step-N``; every rank calls it.
 
     The files are divided among the ranks: each verifies some, and all learn what was found.
 
     Args:
-        ranks: who reads; None makes a group for this call.
+        ranks: who reads; None for this process alone.
         check: called with the manifest on rank 0; whatever it raises counts as damage, since a manifest whose checksum
             fits may still have been written by a broken program.
 
     Raises:
         CheckpointError: on all ranks alike, naming the file that is missing, unknown, truncated or altered.
     """
+    ranks = ranks or Ranks()
 
     def read_manifest_and_table() -> tuple[dict[str, Any], dict[str, Entry]]:
         manifest = read_manifest(path)
@@ -127,18 +128,17 @@ def open_checkpoint(
             check(manifest)
             return manifest, _read_table(path, manifest)
 
-    with as_ranks(ranks) as ranks:
-        manifest, tensors = ranks.first("reading a manifest", read_manifest_and_table)
-        files = manifest["files"]
+    manifest, tensors = ranks.first("reading a manifest", read_manifest_and_table)
+    files = manifest["files"]
 
-        def verify_own() -> None:
-            for index, file in enumerate(files):
-                if reader_of(index, len(files), ranks.size) == ranks.rank:
-                    found = verify_file(path / file["name"], file)
-                    _check_chunks(path / file["name"], found, tensors)
+    def verify_own() -> None:
+        for index, file in enumerate(files):
+            if reader_of(index, len(files), ranks.size) == ranks.rank:
+                found = verify_file(path / file["name"], file)
+                _check_chunks(path / file["name"], found, tensors)
 
-        ranks.gather("verifying a checkpoint", verify_own)
-        return Checkpoint(path, manifest, tensors)
+    ranks.gather("verifying a checkpoint", verify_own)
+    return Checkpoint(path, manifest, tensors)
 
 
 def open_latest(
@@ -156,50 +156,38 @@ def open_latest(
     Raises:
         CheckpointError: on all ranks alike, if there is none.
     """
-    with as_ranks(ranks) as ranks:
-        candidates = ranks.first("listing checkpoints", lambda: list_checkpoints(run_folder / "checkpoints"))
-        candidates = [path for path in candidates if newest is None or step_of(path) <= newest]
-        if not candidates:
-            raise CheckpointError(f"{run_folder}: expected a run folder with checkpoints/step-N inside, found none")
-        reasons = []
-        for path in candidates:
-            try:
-                return open_checkpoint(path, ranks=ranks, check=check)
-            except LostRankError:  # says nothing about the checkpoint
-                raise
-            except CheckpointError as error:
-                reasons.append(str(error))
-                if ranks.rank == 0:
-                    print(f"WARNING: damaged checkpoint passed over: {error}", file=sys.stderr, flush=True)
-        raise CheckpointError(f"{run_folder}: no undamaged checkpoint; " + "; ".join(reasons))
+    ranks, reasons = ranks or Ranks(), []
+    candidates = ranks.first("listing checkpoints", lambda: list_checkpoints(run_folder / "checkpoints"))
+    candidates = [path for path in candidates if newest is None or step_of(path) <= newest]
+    if not candidates:
+        raise CheckpointError(f"{run_folder}: expected a run folder with checkpoints/step-N inside, found none")
+    for path in candidates:
+        try:
+            return open_checkpoint(path, ranks=ranks, check=check)
+        except LostRankError:  # says nothing about the checkpoint
+            raise
+        except CheckpointError as error:
+            reasons.append(str(error))
+            if ranks.rank == 0:
+                print(f"WARNING: damaged checkpoint passed over: {error}", file=sys.stderr, flush=True)
+    raise CheckpointError(f"{run_folder}: no undamaged checkpoint; " + "; ".join(reasons))
 
 
-def latest_checkpoint(run_folder: Path, *, ranks: Ranks | None = None) -> Path:
-    """The folder of :func:`open_latest`."""
-    return open_latest(run_folder, ranks=ranks).path
+def open_folder(path: Path) -> Checkpoint:
+    """A checkpoint folder, or the newest usable one of a run folder; in this process alone."""
+    return open_checkpoint(path) if path.name.startswith("step-") else open_latest(path)
 
 
-def load_checkpoint(path: Path, *, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """:meth:`Checkpoint.read_all` of a folder ``step-N``, which is verified, and its manifest; in this process alone.
-
-    Raises:
-        CheckpointError: if anything is missing or altered.
-    """
-    checkpoint = open_checkpoint(path, ranks=Ranks())
-    return checkpoint.read_all(prefix), dict(checkpoint.manifest)
-
-
-def consolidate(folder: Path, out: Path, *, optimizer: bool = False) -> Path:
-    """Write the tensors of a verified checkpoint into one ``.safetensors`` file, one tensor in memory at a time.
+def consolidate(checkpoint: Checkpoint, out: Path, *, optimizer: bool = False) -> Path:
+    """Write the tensors of a checkpoint into one ``.safetensors`` file, one tensor in memory at a time.
 
     Args:
         optimizer: False writes the weights, under facebookresearch/mae's keys and with the architecture in the
             metadata, as an export does; True writes every tensor, under the names that it has in the checkpoint.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged or the file cannot be written.
+        CheckpointError: if the file cannot be written.
     """
-    checkpoint = open_checkpoint(folder, ranks=Ranks())
     prefix = "" if optimizer else "model."
     chunks = {n.removeprefix(prefix): e.whole for n, e in checkpoint.tensors.items() if n.startswith(prefix)}
     metadata = {k: v for k, v in checkpoint.manifest.items() if k in ("architecture", "step", "config")}

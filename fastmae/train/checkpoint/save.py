@@ -30,7 +30,7 @@ from fastmae.train.checkpoint.format import (
     write_manifest,
     write_tensors,
 )
-from fastmae.train.ranks import CheckpointError, LostRankError, Ranks, as_ranks
+from fastmae.train.ranks import CheckpointError, LostRankError, Ranks
 
 SMALL = 1 << 20
 """Bytes below which a tensor that all ranks hold is not worth another rank's writing it."""
@@ -53,39 +53,6 @@ class SavePlan:
     """For the manifest: type, shape and file of every tensor; None means the shards."""
     shards: list[str]
     """Files of the shards, in the order of rows."""
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    manifest: Mapping[str, Any],
-    *,
-    keep: int | None = None,
-    keep_every: int | None = None,
-    ranks: Ranks | None = None,
-) -> Path:
-    """Write ``folder/step-N`` atomically, then delete checkpoints that are not to be kept.
-
-    With ``torch.distributed`` initialised, every rank calls it with tensors of the same names.
-
-    Args:
-        folder: the run's ``checkpoints`` folder; must exist, on a file system that all ranks share.
-        tensors: plain ones, equal on all ranks, or DTensors; any device and number of dimensions.
-        manifest: JSON-able values to keep beside the tensors; those of rank 0 count.
-        keep: number of newest checkpoints to keep, at least 1; None keeps all.
-        keep_every: checkpoints of steps that are multiples of it are never deleted.
-        ranks: who saves; None makes a group for this call.
-
-    Raises:
-        CheckpointError: on all ranks alike, if any cannot write; earlier checkpoints are untouched.
-        TypeError: if the manifest's values are not JSON-able.
-    """
-    with as_ranks(ranks) as ranks:
-        path = write(folder, step, plan_save(tensors, ranks), json.dumps(manifest), ranks)
-        if ranks.rank == 0:
-            prune(folder, path, keep, keep_every)
-    return path
 
 
 def plan_save(tensors: Mapping[str, Tensor], ranks: Ranks) -> SavePlan:
@@ -189,7 +156,10 @@ class CheckpointManager:
     is the run's first, its last, or the third in a row. A lost rank ends the run at once.
 
     Args:
-        folder, ranks, keep, keep_every: as in :func:`save_checkpoint`.
+        folder: the run's ``checkpoints`` folder; must exist, on a file system that all ranks share.
+        ranks: who saves; None for this process alone.
+        keep: number of newest checkpoints to keep, at least 1; None keeps all.
+        keep_every: checkpoints of steps that are multiples of it are never deleted.
         background: whether training continues meanwhile.
 
     Attributes:
@@ -255,12 +225,16 @@ class CheckpointManager:
         """Save, or begin to; the tensors may change as soon as this returns. Waits for the save before.
 
         Args:
-            step, tensors, manifest: as in :func:`save_checkpoint`.
+            step: names the folder, ``step-N``, which is written atomically.
+            tensors: plain ones, equal on all ranks, or DTensors, of the same names on all; any device.
+            manifest: JSON-able values to keep beside the tensors; those of rank 0 count.
             last: of the run: it is waited for, and must not fail.
             protect: called in the thread, returns a step: the newest checkpoint up to it is not deleted.
 
         Raises:
-            CheckpointError: on all ranks alike, if a save failed that must not, this one or the one before.
+            CheckpointError: on all ranks alike, if a save failed that must not, this one or the one before; earlier
+                checkpoints are untouched.
+            TypeError: if the manifest's values are not JSON-able.
         """
         self.wait()
         self._step, text = step, json.dumps(manifest)
