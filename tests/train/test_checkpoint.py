@@ -248,7 +248,7 @@ def test_version_1_is_read_by_its_headers_and_a_gap_is_refused(saved):
     save_file({name: tensor.contiguous() for name, tensor in TENSORS.items()}, shard)
     vouch(saved, [shard])
     assert_equal(read_all(open_checkpoint(saved)), TENSORS)
-    second_half = {"a": Chunk(torch.float32, (2,), (2,))}
+    second_half = {"a": Chunk(torch.float32, (2,), 2)}
     write_tensors(shard, second_half, lambda name: torch.zeros(2), format.offsets_metadata(second_half))
     vouch(saved, [shard])
     with pytest.raises(CheckpointError, match=rf"{shard.name}: a is .*shape=\(2,\).*but .*shape=\(4,\)"):

@@ -52,23 +52,28 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, all of it or one rank's shard: its element type, its extent, and where it begins."""
+    """Rows of a tensor, all of them or one rank's shard, and the number of the first."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    offsets: tuple[int, ...]
+    begin: int = 0
 
     @classmethod
     def whole(cls, tensor: Tensor) -> Chunk:
         """All of a tensor."""
-        return cls(tensor.dtype, tuple(tensor.shape), (0,) * tensor.ndim)
+        return cls(tensor.dtype, tuple(tensor.shape))
+
+    @property
+    def end(self) -> int:
+        """The number behind the last row; a scalar is one row."""
+        return self.begin + (self.shape[0] if self.shape else 1)
 
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
     @property
     def bytes(self) -> int:
-        """Size of the box's elements."""
+        """Size of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -271,7 +276,7 @@ def replace_file(
 
 def offsets_metadata(chunks: Mapping[str, Chunk]) -> dict[str, str]:
     """Metadata that tells PyTorch's reader where chunks of larger tensors belong."""
-    where = {name: {"saved_offsets": list(chunk.offsets)} for name, chunk in chunks.items()}
+    where = {n: {"saved_offsets": [c.begin, *(0 for _ in c.shape[1:])] if c.shape else []} for n, c in chunks.items()}
     return {_OFFSETS: json.dumps(where), "DCP_VERSION": "1.0", "format": "pt"}
 
 
@@ -285,9 +290,8 @@ def read_header(path: Path) -> dict[str, Chunk]:
         offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
         chunks = {}
         for name, entry in header.items():
-            shape = tuple(entry["shape"])
-            begin = offsets[name]["saved_offsets"] if name in offsets else (0,) * len(shape)
-            chunks[name] = Chunk(DTYPES[entry["dtype"]], shape, tuple(begin))
+            begin = offsets[name]["saved_offsets"] if name in offsets else ()
+            chunks[name] = Chunk(DTYPES[entry["dtype"]], tuple(entry["shape"]), next(iter(begin), 0))
     return chunks
 
 

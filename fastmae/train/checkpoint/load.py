@@ -53,7 +53,7 @@ class Entry:
         rows, *rest = self.whole.shape
         each = max(math.ceil(rows / len(self.files)), 1)
         for file, begin in zip(self.files, range(0, rows, each), strict=False):
-            yield file, Chunk(self.whole.dtype, (min(each, rows - begin), *rest), (begin, *(0 for _ in rest)))
+            yield file, Chunk(self.whole.dtype, (min(each, rows - begin), *rest), begin)
 
 
 @dataclass(frozen=True)
@@ -83,17 +83,18 @@ class Checkpoint:
             CheckpointError: if a tensor is not there, has another shape or type, or a file cannot be read.
         """
         self.check(targets)
-        wanted: dict[str, list[tuple[str, Tensor, tuple[slice, ...]]]] = defaultdict(list)
+        wanted: dict[str, list[tuple[str, Tensor, slice]]] = defaultdict(list)
         for name, target in targets.items():
             own, elements = local_chunk(target)
             for file, chunk in self.tensors[name].chunks():
-                if (overlap := _overlap(chunk, own)) is not None:
-                    there, here = overlap
-                    wanted[file].append((name, elements[here], there))
+                begin, end = max(chunk.begin, own.begin), min(chunk.end, own.end)
+                if begin < end:
+                    here, there = (slice(begin - rows.begin, end - rows.begin) for rows in (own, chunk))
+                    wanted[file].append((name, elements[here] if own.shape else elements, there))
         for file, reads in wanted.items():
             with reading(self.path / file), safe_open(self.path / file, framework="pt") as source:
-                for name, target, box in reads:
-                    target.copy_(source.get_slice(name)[box] if box else source.get_tensor(name))
+                for name, target, rows in reads:
+                    target.copy_(source.get_slice(name)[rows] if target.ndim else source.get_tensor(name))
 
     def check(self, targets: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError if it holds a tensor not at all, or in another shape or type than the target's."""
@@ -259,7 +260,7 @@ def _read_table(path: Path, manifest: dict[str, Any]) -> dict[str, Entry]:
     tensors = {}
     for name, entry in manifest.pop("tensors").items():
         shape = tuple(map(operator.index, entry["shape"]))
-        whole = Chunk(DTYPES[entry["dtype"]], shape, (0,) * len(shape))
+        whole = Chunk(DTYPES[entry["dtype"]], shape)
         tensors[name] = Entry(whole, shards if entry["file"] is None else (entry["file"],))
         if any(file not in names for file, chunk in tensors[name].chunks() if chunk.bytes):
             raise CheckpointError(f"{path / MANIFEST}: {name} is in a file that is not listed")
@@ -268,15 +269,15 @@ def _read_table(path: Path, manifest: dict[str, Any]) -> dict[str, Entry]:
 
 def _table_of_headers(path: Path, files: list[dict[str, Any]]) -> dict[str, Entry]:
     """The table that version 1 does not have. Its shards have the same rows as those of version 2."""
-    found: dict[str, list[tuple[tuple[int, ...], str, Chunk]]] = defaultdict(list)
+    found: dict[str, list[tuple[int, str, Chunk]]] = defaultdict(list)
     for file in files:
         for name, chunk in read_header(path / file["name"]).items():
-            found[name].append((chunk.offsets, file["name"], chunk))
+            found[name].append((chunk.begin, file["name"], chunk))
     tensors = {}
     for name, located in found.items():
         *_, (_, _, last) = located = sorted(located, key=operator.itemgetter(0))
-        shape = tuple(map(operator.add, last.offsets, last.shape))
-        tensors[name] = Entry(Chunk(last.dtype, shape, (0,) * len(shape)), tuple(file for _, file, _ in located))
+        shape = (last.end, *last.shape[1:]) if last.shape else ()
+        tensors[name] = Entry(Chunk(last.dtype, shape), tuple(file for _, file, _ in located))
     return tensors
 
 
@@ -286,19 +287,6 @@ def _check_chunks(file: Path, found: Mapping[str, Chunk], tensors: Mapping[str, 
     for name in expected.keys() | found.keys():
         if expected.get(name) != found.get(name):
             raise CheckpointError(f"{file}: {name} is {found.get(name)!r}, but {expected.get(name)!r} in {MANIFEST}")
-
-
-def _overlap(there: Chunk, here: Chunk) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where the common part of two boxes lies in each of them; None if they have none. Of scalars: ``((), ())``."""
-    begins = list(map(max, there.offsets, here.offsets))
-    ends = list(map(min, *(map(operator.add, box.offsets, box.shape) for box in (there, here))))
-    if not all(map(operator.lt, begins, ends)):
-        return None
-    first, second = (
-        tuple(slice(begin - o, end - o) for begin, end, o in zip(begins, ends, box.offsets, strict=True))
-        for box in (there, here)
-    )
-    return first, second
 
 
 def _replicated_dims(tensor: DTensor) -> list[int]:

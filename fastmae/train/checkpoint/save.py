@@ -128,11 +128,11 @@ def write(folder: Path, step: int, plan: SavePlan, manifest: str, ranks: Ranks) 
 
 
 def local_chunk(tensor: Tensor) -> tuple[Chunk, Tensor]:
-    """The box of a tensor that this rank holds, and its elements; all of a plain tensor."""
+    """The rows of a tensor that this rank holds, and their elements; all of a plain tensor."""
     if not isinstance(tensor, DTensor):
         return Chunk.whole(tensor), tensor
     (chunk,) = tensor.__create_chunk_list__()  # DTensor's protocol for checkpoints
-    return Chunk(tensor.dtype, tuple(chunk.sizes), tuple(chunk.offsets)), tensor.to_local()
+    return Chunk(tensor.dtype, tuple(chunk.sizes), next(iter(chunk.offsets), 0)), tensor.to_local()
 
 
 def _first_replica(tensor: DTensor) -> list[int]:
