@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
@@ -391,26 +391,11 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def compare(saved: dict[str, Any], here: dict[str, Any]) -> Iterator[tuple[str, Any, Any, str | None]]:
-    """How a resumed run's configuration differs from the saved one, both as :func:`to_json` returns them.
-
-    A configuration of an earlier version lacks fields, which then had what is their default now.
-
-    Yields:
-        Name, such as "train.seed"; value there; value here; ``FREE``, ``FIXED`` or None.
-    """
-    defaults, policies = flatten(to_json(PretrainConfig())), flatten(_policies(PretrainConfig))
-    saved, here = defaults | flatten(updated(saved)), defaults | flatten(here)
-    for name in sorted(saved.keys() | here.keys()):
-        if saved.get(name) != here.get(name):
-            yield name, saved.get(name), here.get(name), policies.get(name)
-
-
-def _policies(kind: type, inherited: str | None = None) -> dict[str, Any]:
-    """What a resumed run may do with each field, nested as the configuration is."""
-    policies: dict[str, Any] = {}
+def policies(kind: type, inherited: str | None = None) -> dict[str, Any]:
+    """What a resumed run may do with each field, ``FREE``, ``FIXED`` or None, nested as the configuration is."""
+    found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         own = next((m for m in getattr(hint, "__metadata__", ()) if m in (FREE, FIXED)), inherited)
         bare = getattr(hint, "__origin__", hint)
-        policies[name] = _policies(bare, own) if is_dataclass(bare) else own
-    return policies
+        found[name] = policies(bare, own) if is_dataclass(bare) else own
+    return found

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from fastmae.data import Dataset
 from fastmae.train.checkpoint.load import Checkpoint, read_together
-from fastmae.train.config import FIXED, PretrainConfig, to_json
-from fastmae.train.config import compare as compare_fields
+from fastmae.train.config import FIXED, FREE, PretrainConfig, flatten, policies, to_json, updated
 from fastmae.train.ranks import CheckpointError, Ranks
 
 _NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
@@ -168,19 +167,24 @@ def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Non
 def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """How the configuration of a resumed run differs from the saved one, where that changes the results.
 
+    A configuration of an earlier version lacks fields, which then had what is their default now.
+
     Returns:
         One text per field, for a warning.
 
     Raises:
         CheckpointError: if a ``Fixed`` field differs: the order of samples depends on it, or the initial weights.
     """
-    differences = []
-    for name, was, now, policy in compare_fields(dict(saved), dict(here)):
+    defaults, may, differences = flatten(to_json(PretrainConfig())), flatten(policies(PretrainConfig)), []
+    before, after = defaults | flatten(updated(dict(saved))), defaults | flatten(dict(here))
+    for name in sorted(before.keys() | after.keys()):
+        was, now, policy = before.get(name), after.get(name), may.get(name)
+        if was == now or policy == FREE:
+            continue
         if policy == FIXED or (name == "train.optimizer" and "muon" in (was, now)):  # another state of the matrices
             flag = f"--{name}".replace("_", "-")
             raise CheckpointError(f"{flag}: a resumed run needs the value it started with, {was}, got {now}")
-        if policy is None:
-            differences.append(f"{name} was {was}, is {now}")
+        differences.append(f"{name} was {was}, is {now}")
     return differences
 
 
