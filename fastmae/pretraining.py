@@ -81,7 +81,7 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
             raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
         rank, world_size, *_ = place()
     with (
-        _cpu_threads(config.train.num_threads),
+        cpu_threads(config.train.num_threads),
         Watchdog(rank, world_size, config.report.stall_seconds, stop) as watchdog,
         watchdog.explaining(),
     ):
@@ -114,7 +114,8 @@ def _is_restarted(config: PretrainConfig) -> bool:
 
 
 @contextmanager
-def _cpu_threads(count: int | None) -> Iterator[None]:
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Context with another number of PyTorch's CPU threads; None keeps the number."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -206,7 +207,7 @@ class _Pretraining:
             found = ranks.first("listing checkpoints", lambda: list_checkpoints(self.folder.checkpoints))
             saved = open_latest(self.folder.path, ranks=ranks, check=check_manifest) if found else None
         settled = with_saved(config, saved and saved.manifest, ranks.size)
-        settled, *texts = settle_precision(settled, model.architecture["embed_dim"], device, ranks)
+        settled, how, warning = settle_precision(settled, model.architecture["embed_dim"], device, ranks)
         trainer = Trainer(
             settled,
             MaskedAutoencoding(settled, model, dataset, data.create_loader),
@@ -218,10 +219,10 @@ class _Pretraining:
             stop=self.stop,
             watchdog=self.watchdog,
         )
-        for line in (*describe(config), *_describe_size(trainer, kind), texts[0]):
+        for line in (*describe(config), *_describe_size(trainer, kind), how):
             if line:
                 self.console.print(line)
-        self.warn(texts[1])
+        self.warn(warning)
         self.warn(_too_few_images(dataset, config))
         train = config.train
         self.warn(describe_uneven_shares(train.global_batch_size, ranks.size, train.masks_per_image))

@@ -30,7 +30,7 @@ from fastmae.data.header import Format
 from fastmae.errors import usage_errors
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.pretraining import FLAGS
+from fastmae.pretraining import FLAGS, cpu_threads
 from fastmae.train.autotune import settle_precision
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flops import matmul_flops
@@ -61,19 +61,20 @@ _SAMPLED = 4096
 
 def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int:
     """Measure, print, write the file; return the exit code."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    with tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
+    with usage_errors():
+        if not (seconds > 0 and math.isfinite(seconds)):
+            raise ValueError(f"--seconds: expected a positive number, got {seconds}")
+        if (processes := place()[1]) > 1:
+            raise ValueError(
+                f"fastmae bench: expected to be started alone, got {processes} processes of torchrun; it measures one, "
+                "and fastmae pretrain reports the images/s and MFU of several"
+            )
+        validate(config)
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+    console, threads = Console(highlight=False, markup=False, soft_wrap=True), cpu_threads(config.train.num_threads)
+    with threads, tempfile.TemporaryDirectory() as folder, RunFolder(Path(folder) / "run") as run:
         with usage_errors(FLAGS):
-            if not (seconds > 0 and math.isfinite(seconds)):
-                raise ValueError(f"--seconds: expected a positive number, got {seconds}")
-            if (processes := place()[1]) > 1:
-                raise ValueError(
-                    f"fastmae bench: expected to be started alone, got {processes} processes of torchrun; it "
-                    "measures one, and fastmae pretrain reports the images/s and MFU of several"
-                )
-            validate(config)
-            if json_file is not None:
-                json_file.parent.mkdir(parents=True, exist_ok=True)
             trainer = create_trainer(config, run, console)
         train, dataset = trainer.config.train, trainer.dataset
         source = "the embedded photographs" if dataset.embedded else str(dataset.root)
@@ -113,8 +114,6 @@ def config_to_measure(config: PretrainConfig) -> PretrainConfig:
 def create_trainer(config: PretrainConfig, run: RunFolder, console: Console) -> Trainer:
     """A trainer of the configuration, made to be measured."""
     config = config_to_measure(config)
-    if config.train.num_threads:
-        torch.set_num_threads(config.train.num_threads)
     device = initialize("none", config.train.device).device
     dataset = data.open_dataset(config.data.path, **config.dataset_arguments())
     if config.model.attention == "xformers":

@@ -20,13 +20,6 @@ from fastmae.train.autotune import Speeds
 from fastmae.train.config import DataConfig, PretrainConfig
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("data") / "images")
