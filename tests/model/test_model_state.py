@@ -1,4 +1,4 @@
-"""Model and optimiser in a checkpoint of one process: names, exact continuation, what does not fit."""
+"""Model and optimiser in a checkpoint of one process: exact continuation, and what does not fit."""
 
 from __future__ import annotations
 
@@ -56,25 +56,6 @@ def test_steps_that_are_counted_in_groups_go_on(folder):
     load(path, model, optimizer)
     assert optimizer.param_groups[0]["step"] == 3
     assert optimizer.param_groups[0]["lr"] == 0.1
-
-
-def test_names_are_those_of_the_bare_model(folder):
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-    model, _ = make()
-    model[0] = torch.compile(checkpoint_wrapper(model[0]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model[0]._orig_mod  # noqa: B018, the wrapper is there
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    names = {name.removeprefix("model.") for name in collect(model, optimizer) if name.startswith("model.")}
-    assert names == get_model_state_dict(model).keys()
-    flat = torch.distributed.checkpoint.state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
-    theirs = get_optimizer_state_dict(model, optimizer, options=flat)
-    ours = {name.removeprefix("optimizer."): t for name, t in collect(model, optimizer).items() if "optimizer" in name}
-    assert_equal(ours, {name.removeprefix("state."): t for name, t in theirs.items() if name.startswith("state.")})
 
 
 def test_a_model_of_other_names_is_refused(folder):

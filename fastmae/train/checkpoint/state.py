@@ -1,8 +1,7 @@
 """A run's state in a checkpoint: model and optimiser as tensors, the run's description, and whether a run may continue
 from it.
 
-Names of tensors are those of the plain model, whatever wraps it: activation checkpointing, compilation, data
-parallelism, FSDP.
+Names of tensors are those of the bare model, which ``parallelize`` keeps in every mode.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from fastmae.train.ranks import CheckpointError, Ranks
 
 _NOT_WEIGHTS = {"seed", "attention", "residual_dtype"}
 """Constructor arguments that do not change what a checkpoint's weights mean."""
-_WRAPPERS = {"_checkpoint_wrapped_module", "_orig_mod"}
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -32,8 +30,8 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     The optimiser is asked for the state that it has. ``get_optimizer_state_dict`` would make one by a step with zero
     gradients where there is none, and that step counts.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
-    for name, parameter in _parameters(model).items():
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor):
                 raise CheckpointError(f"optimizer.{name}.{key}: expected a tensor, got {type(value).__name__}")
@@ -77,12 +75,12 @@ def restore(
 
 def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The weights, and the optimiser's state, which is replaced by uninitialised tensors as the checkpoint has them."""
-    targets = {f"model.{name}": tensor for name, tensor in _weights(model).items()}
+    targets = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     saved = {name for name in checkpoint.tensors if name.startswith("model.")}
     if saved != targets.keys():
         here, there = sorted(targets.keys() - saved)[:3], sorted(saved - targets.keys())[:3]
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
-    parameters = _parameters(model)
+    parameters = dict(model.named_parameters())
     on_device = {
         parameter
         for group in optimizer.param_groups
@@ -103,23 +101,6 @@ def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Op
             own = torch.empty(whole.shape, dtype=whole.dtype, device=device)
         optimizer.state[parameter][key] = targets[full_name] = own
     return targets
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {_plain(name): tensor for name, tensor in _unwrapped(model).state_dict().items()}
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {_plain(name): parameter for name, parameter in _unwrapped(model).named_parameters()}
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model that ``DistributedDataParallel`` wraps."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def describe_run(
