@@ -53,9 +53,9 @@ from fastmae.train.weights import initialize as initialize_weights
 _log = logging.getLogger(__name__)
 
 FLAGS = {"mode": "--train.parallel", "shard_size": "--train.shard-size", "device_type": "--train.device",
-          "global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size",
-          "compile_mode": "--train.compile-mode", "reduce_dtype": "--train.reduce-dtype",
-          "cuda_graph": "--train.cuda-graph"}  # fmt: skip
+         "global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size",
+         "compile_mode": "--train.compile-mode", "reduce_dtype": "--train.reduce-dtype",
+         "cuda_graph": "--train.cuda-graph"}  # fmt: skip
 """Flags behind arguments that functions report by their own names."""
 _CROPS, _ROWS = 256, 12
 """Crops over which the final errors are measured, and rows of the final picture."""

@@ -32,10 +32,6 @@ def assert_equal(one, other):
         assert torch.equal(one[name], other[name]), name
 
 
-def read_all(checkpoint):
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
-
-
 def all_ranks(ranks=None):
     """The given ranks, or a new group of all that is closed afterwards."""
     return nullcontext(ranks) if ranks else Ranks.create()
