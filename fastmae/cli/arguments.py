@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from fastmae.errors import UsageError
+from fastmae.train.config import SECTIONS
 from fastmae.train.launcher import rank_and_size
 from fastmae.train.recipes import RECIPES
 
@@ -79,7 +80,7 @@ def _flags(command: Any, prefix: str = "") -> Iterator[str]:
         value = getattr(command, field.name)
         if is_dataclass(value):
             # Only the sections of a training configuration have their name in front of their flags.
-            yield from _flags(value, f"{field.name}." if field.name in ("model", "data", "train", "report") else prefix)
+            yield from _flags(value, f"{field.name}." if field.name in SECTIONS else prefix)
         else:
             yield f"--{prefix}{field.name}".replace("_", "-")
 

@@ -125,7 +125,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     for values in (manifest["architecture"], manifest["versions"], config["model"], config["data"], config["train"]):
         if not isinstance(values, dict):
             raise TypeError(f"expected an object, got {values!r}")
-    _ = config["train"]["global_batch_size"], manifest["dataset"]["hash"], manifest["num_threads"]
+    _ = config["train"]["global_batch_size"], config["train"]["precision"], manifest["dataset"]["hash"]
+    _ = manifest["num_threads"]
 
 
 def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
