@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 
 import torch
 
-from fastmae.train.checkpoint import CheckpointManager, Ranks, open_checkpoint, open_latest
+from fastmae.train.checkpoint import Ranks, open_checkpoint, open_latest
+from fastmae.train.checkpoint.format import prune
+from fastmae.train.checkpoint.save import plan_save, write
 from fastmae.train.checkpoint.state import restore
 
 TENSORS = {
@@ -37,11 +40,13 @@ def all_ranks(ranks=None):
     return nullcontext(ranks) if ranks else Ranks.create()
 
 
-def save_checkpoint(folder, step, tensors, manifest, *, ranks=None, **options):
-    """Save ``folder/step-N``; every rank calls it."""
-    with all_ranks(ranks) as ranks, CheckpointManager(folder, ranks, **options) as manager:
-        manager.save(step, tensors, manifest)
-    return manager.newest
+def save_checkpoint(folder, step, tensors, manifest, *, keep=None, keep_every=None, ranks=None):
+    """Save ``folder/step-N`` as the manager does, on a group that may be of some ranks only; each of them calls it."""
+    with all_ranks(ranks) as ranks:
+        path = write(folder, step, plan_save(tensors, ranks), json.dumps(manifest), ranks)
+        if ranks.rank == 0:
+            prune(folder, path, keep, keep_every)
+    return path
 
 
 def load_checkpoint(path, *, prefix=""):
