@@ -158,11 +158,6 @@ class Ranks:
             raise LostRankError(f"{what}: a rank has ended or does not answer ({reason})") from error
 
 
-def as_ranks(ranks: Ranks | None) -> AbstractContextManager[Ranks]:
-    """The given ranks, or a new group of all that is closed afterwards."""
-    return nullcontext(ranks) if ranks else Ranks.create()
-
-
 def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
