@@ -7,22 +7,24 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
-import gpu
-import gpu_numerics
-import gpu_results
-import gpu_stages
 import pytest
-import report
-import stand_in
 import torch
-from comparison import Comparison
-from measure import Meter
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 
+import end_to_end  # noqa: E402
+import gpu  # noqa: E402
+import gpu_numerics  # noqa: E402
+import gpu_results  # noqa: E402
+import gpu_stages  # noqa: E402
+import report  # noqa: E402
+import stand_in  # noqa: E402
+from comparison import Comparison  # noqa: E402
+from measure import Meter  # noqa: E402
 
 # What no CPU does; whatever else fails in a dry run would fail on a GPU too.
 ONLY_ON_GPUS = ("weight gradient, fp32", "a scale per row, fast accumulation", "a scale per row, exact accumulation")
@@ -149,6 +151,13 @@ def test_without_a_device_it_says_so_and_ends(plan):
         plan(gpu.Stage("no-device", 600), gpu.Stage("fine", 600))
 
 
+def test_wheels_and_caches_that_cannot_be_used_are_recorded(plan, tmp_path):
+    (tmp_path / "x-1-py3-none-any.whl").write_text("not a wheel")
+    lines = plan(gpu.Stage("fine", 600), wheels=tmp_path, caches=tmp_path / "nowhere")
+    assert [line["name"] for line in of_kind(lines, "stage")] == ["caches", "wheels", "fine"]
+    assert lines[0]["end"].startswith("FileNotFoundError")
+
+
 def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
     lines = gpu_results.JsonLines(tmp_path / "results.jsonl", "x")
     lines.write("machine", machine={"device": "x"}, date="2026-01-02", commit="y")
@@ -159,6 +168,18 @@ def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
     files = gpu_results.as_files(gpu_results.read_lines(lines.path))
     (one,) = json.loads(files["measured.json"])["benchmarks"]
     assert (one["competitor"], one["seconds"]["median"], one["rounds"], one["cut_off"]) == ("ours", 2.0, 3, True)
+
+
+def test_caches_are_packed_up_to_the_limit_and_found_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_results, "LIMIT_BYTES", 300_000)
+    caches = tmp_path / "caches"
+    (caches / "triton").mkdir(parents=True)
+    (caches / "triton" / "kernel.cubin").write_bytes(b"machine code")
+    (caches / "triton" / "large").write_bytes(bytes(200_000))
+    gpu_results.pack_caches(tmp_path, caches)
+    gpu_results.unpack_caches(tmp_path / "caches.tar.gz", tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").rglob("*") if path.is_file()] == ["kernel.cubin"]
+    assert (tmp_path / "again" / "triton" / "kernel.cubin").read_bytes() == b"machine code"
 
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
@@ -177,3 +198,70 @@ def test_wrong_numerics_are_recorded_and_mark_only_what_they_touch(factor, tmp_p
         gpu_results.read_lines(run.results.path), "benchmark"
     )}  # fmt: skip
     assert marks == {("x", "fastmae"): ["norm_linear"], ("x", "plain"): None, ("y", "fastmae"): None}
+
+
+def test_an_op_that_raises_is_a_failed_case_with_its_message():
+    case = gpu_numerics.Case("linear", "x", None, None, lambda: {"x": torch.zeros(1)})
+    assert "TypeError" in gpu_numerics.check(case)["error"]
+
+
+class Device:
+    """A GPU as a host sees it: work is queued, and begins when all before it is done; cycles are microseconds."""
+
+    def __init__(self):
+        self.now, self.free = 0.0, 0.0
+
+    def queue(self, host: float, device: float) -> None:
+        self.now += host
+        self.free = max(self.free, self.now) + device
+
+    def __getattr__(self, name):
+        return getattr(stand_in, name)
+
+    def synchronize(self):
+        self.now = max(self.now, self.free)
+
+    def _sleep(self, cycles):
+        self.queue(0.0, cycles * 1e-6)
+
+    def Event(self, enable_timing=False):
+        device = self
+
+        class Event(stand_in.Event):
+            def record(self, stream=None):
+                self.at = max(device.free, device.now)
+
+            def query(self):
+                return device.now >= self.at
+
+            def synchronize(self):
+                device.now = max(device.now, self.at)
+
+        return Event()
+
+
+def test_a_meter_hides_what_the_host_takes_to_queue_a_call(monkeypatch):
+    cuda = Device()
+    monkeypatch.setattr(time, "perf_counter", lambda: cuda.now)
+    meter = Meter(torch.device("cpu"), cuda)
+
+    def call():  # three launches of 100 us on the host and 10 us on the device
+        for _ in range(3):
+            cuda.queue(100e-6, 10e-6)
+
+    assert meter.time(call) > 200e-6  # the host's
+    assert not meter.covered
+    queued = meter.queue_seconds(call)
+    assert queued == pytest.approx(300e-6)
+    for calls in (1, 5):
+        assert meter.time(call, calls, queue_seconds=queued) == pytest.approx(30e-6, abs=1e-8)
+        assert meter.covered
+    assert meter.median(call) == pytest.approx(30e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize(("both", "mfu", "reached"), [(96, 0.6, [True, True]), (94, 0.49, [False, False])])
+def test_targets_are_those_of_the_model(both, mfu, reached):
+    found = {"both": {"images_per_second": both}, "model": {"images_per_second": 100, "mfu": mfu}}
+    assert [one["reached"] for one in end_to_end.targets(found, "imagenet-vit-l")] == reached
+    assert [one["target"] for one in end_to_end.targets(found, "imagenet-vit-h")] == [0.95, 0.55]
+    assert len(end_to_end.targets(found, "imagenet-vit-b")) == 1

@@ -7,10 +7,12 @@ from importlib import import_module
 
 import pytest
 import torch
+from traffic import EagerTraffic
 
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.model.blocks import Block, Linear, SharedTokens, Stream, cast_weights, run_blocks
 from fastmae.ops import random_masking, restore_tokens
+from fastmae.ops._dispatch import is_interpreted
 from fastmae.reference import Block as ReferenceBlock
 
 BF16 = torch.bfloat16
@@ -80,6 +82,20 @@ def test_masked_tokens_projected_once_a_batch(device, route):
     assert_same_gradients(fast, slow)
 
 
+def test_the_decoder_projects_no_mask_token_twice(model, inputs, monkeypatch):
+    """Rows of the decoder's first product of queries, keys and values: visible ones of each image, then one table."""
+    rows = []
+    inner = type(model.decoder_blocks[0].attn).forward_shared
+
+    def seen(self, shared, norm, num_prefix_tokens):
+        rows.append((shared.visible.shape[:2], shared.table.shape[1]))
+        return inner(self, shared, norm, num_prefix_tokens)
+
+    monkeypatch.setattr(type(model.decoder_blocks[0].attn), "forward_shared", seen)
+    model(**inputs)
+    assert rows == [((2, 1 + 4), 16)]
+
+
 @pytest.mark.ops
 def test_bfloat16_stream_is_an_option(device, inputs, route):
     losses, streams = {}, set()
@@ -132,6 +148,28 @@ def test_copies_change_nothing_but_the_casting(device, model, inputs, fused):
             model(**inputs).loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class VectorCopies(EagerTraffic):
+    """The parameters' names whose vectors are cast or cloned one by one: a launch each."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names, self.found = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default) and args[0].ndim == 1:
+            self.found.append(self.names.get(args[0].untyped_storage().data_ptr()))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@pytest.mark.ops
+def test_no_bias_is_cast_or_cloned_on_its_own(device, model, inputs, fused):
+    with torch.autocast(device.type, BF16), VectorCopies(model) as copies:
+        model(**inputs, full_pred=False)
+    # Without the kernel, gelu_linear's composition casts the bias that the kernel reads in float32.
+    by_composition = () if is_interpreted() or device.type == "cuda" else ("mlp.fc1.bias",)
+    assert [name for name in copies.found if name and not name.endswith(by_composition)] == ["patch_embed.proj.bias"]
 
 
 def test_a_bias_leaves_its_block_as_a_copy_unless_it_is_known_not_to_be_sharded(device, fused):

@@ -66,6 +66,14 @@ def test_several_masks_per_image_are_those_of_repeated_images(model, images, ful
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+def test_raw_and_normalised_images_agree(model, images):
+    noise = torch.rand(3, model.num_patches, device=images.device)
+    mean, std = model.mean.view(1, 3, 1, 1), model.std.view(1, 3, 1, 1)
+    raw, normalised = model(images, noise=noise), model((images / 255 - mean) / std, noise=noise)
+    torch.testing.assert_close(raw.loss, normalised.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(raw.pred, normalised.pred, rtol=1e-3, atol=1e-4)
+
+
 def test_output_unpacks_like_facebookresearch(model, images):
     loss, pred, mask = model(images, 0.5)
     assert isinstance(model(images), MAEOutput)
