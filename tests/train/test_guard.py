@@ -193,9 +193,9 @@ MOMENTS = [
     (die, 8, 1),  # when they would have been noticed
     (die, 6, 2),  # gone back, and not saved since
 ]
-SLOW = [
-    (how, step, visit) for how in (leave, die) for step in range(5, 12) for visit in (1, 2) if step < 8 or visit == 1
-]
+AGAIN = range(6, 9)  # the steps that the run goes back over
+SLOW = [(how, step, 1) for how in (leave, die) for step in range(5, 12)]
+SLOW += [(how, step, 2) for how in (leave, die) for step in AGAIN]
 MOMENTS += [pytest.param(*moment, marks=pytest.mark.slow) for moment in SLOW if moment not in MOMENTS]
 
 
