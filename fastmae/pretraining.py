@@ -188,11 +188,13 @@ class _Pretraining:
             StoppedEarly: on all ranks, if a signal has come to any.
         """
         config, ranks, device = self.config, self.ranks, self.parallelism.device
-        open_dataset = partial(data.open_dataset, config.data.path, **config.dataset_arguments())
+        options = {"index": config.data.index, **config.dataset_arguments()}
+        open_dataset = partial(data.open_dataset, config.data.path, **options)
         self.watchdog.at("opening the data")
-        if ranks.size > 1:  # rank 0 writes the index, the others then read it
-            ranks.first_in_hours("opening the data", lambda: open_dataset() and None)
-        dataset = open_dataset()
+        if ranks.size > 1:  # rank 0 lists the data and publishes the index, the others then open it
+            dataset = data.open_once(open_dataset, partial(ranks.first_in_hours, "opening the data"))
+        else:
+            dataset = open_dataset()
         leave_if_asked(ranks, self.stop)
         if config.model.attention == "xformers":
             _xformers.require(device)
@@ -372,6 +374,8 @@ def _describe_size(trainer: Trainer, loader: str) -> Iterator[str]:
         f"{len(trainer.dataset):,} images ({loader} loader), {'at most ' * train.fit_steps}{schedule.total_steps:,} "
         f"steps of {processes}{trainer.accumulation} x {trainer.batch_size} images"
     )
+    if not trainer.dataset.embedded:
+        yield f"index: {trainer.dataset.index.folder or 'in a temporary file, since it cannot be kept'}"
     yield (
         f"learning rate {train.base_lr:g} x {train.global_batch_size} / 256 = {schedule.peak_lr:.3g} after "
         f"{schedule.warmup_steps:,.0f} steps of warm-up, then a cosine to {train.min_lr:g}"

@@ -72,8 +72,10 @@ class ImagesConfig:
     """.npy files are (channels, height, width)."""
     max_pixels: int = MAX_PIXELS
     """Largest height x width; a larger image counts as bad, as a possible decompression bomb."""
-    num_workers: int | None = None
+    num_workers: Annotated[int | None, tyro.conf.arg(aliases=("--workers",))] = None
     """Threads that read and decode. None: one per core."""
+    index: Path | None = None
+    """Where the index lies, as for fastmae pretrain."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ class ShardConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class IndexConfig(SourceConfig):
-    """Read every image's header once and store the result: beside tar shards for all their readers, for folders in the
-    cache."""
+    """Build the index, or bring it up to date: read the header of every image that is new or has changed. Runs whose
+    --data.index is this --index then open it and list no images. If interrupted, the same command continues. Tar shards
+    also get an index each, beside them."""
 
 
 @dataclass(frozen=True)

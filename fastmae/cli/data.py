@@ -22,8 +22,9 @@ from rich.table import Table
 
 from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsConfig, VerifyConfig
 from fastmae.data import DataError, Dataset, open_dataset
+from fastmae.data.create import check_accepts
 from fastmae.data.dataset import printable
-from fastmae.data.index import Accepts
+from fastmae.data.index import Accepts, publish_index
 from fastmae.data.options import available_cores
 from fastmae.data.parts import in_order
 from fastmae.data.shard import ShardOptions, write_shards
@@ -44,6 +45,9 @@ def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
     """Run one of the commands; return its exit code."""
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     commands = {ShardConfig: shard, IndexConfig: index, VerifyConfig: verify, StatsConfig: stats}
+    workers = command.images.num_workers
+    if workers is not None and workers < 1:
+        raise UsageError(f"--num-workers: expected at least 1, got {workers}")
     try:
         return commands[type(command)](command, console)
     except DataError as error:  # the data room's errors name flags of ``fastmae pretrain``; here they are shorter
@@ -75,8 +79,10 @@ def shard(config: ShardConfig, console: Console) -> int:
 
 def index(config: IndexConfig, console: Console) -> int:
     """``fastmae data index``."""
+    images, path = config.images, config.path.expanduser()
     with usage_errors():
-        source = find_source(config.path.expanduser())
+        accepts = check_accepts(images.channels, images.value_range, images.channels_first, images.max_pixels)
+        source = find_source(path, images.num_workers)
     if source.kind == "shards":
         paths = [source.root / file.path for file in source.files]
 
@@ -86,11 +92,20 @@ def index(config: IndexConfig, console: Console) -> int:
 
         with _progress("Indexing shards", len(paths)) as advance:
             written = 0
-            for new in in_order(write, paths, config.images.num_workers or available_cores()):
+            for new in in_order(write, paths, images.num_workers or available_cores()):
                 written += new
                 advance(1)
         console.print(f"{written:,} indexes written beside {len(paths):,} shards, {len(paths) - written:,} were there")
-    dataset = _open(config.path, config.images)
+    home = images.index and images.index.expanduser()
+    bar = _progress("Reading headers", len(source.files)) if source.kind == "images" else nullcontext()
+    try:
+        with usage_errors(), _terminable(), bar as advance:
+            options = {"home": home, "num_threads": images.num_workers, "progress": advance}
+            published = publish_index(source, path, accepts, **options)
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command continues from there", style="bold")
+        raise
+    dataset = _open(path, replace(images, index=published.folder))
     console.print(
         f"{len(dataset):,} images, {len(dataset.bad_ids):,} of them unusable, {len(dataset.classes):,} named classes\n"
         f"Hash:  {dataset.hash}\nIndex: {dataset.index.folder or 'not cached'}"
@@ -131,7 +146,7 @@ def verify(config: VerifyConfig, console: Console) -> int:
             interrupted = True
         finally:
             # Whatever ended the verification, the index keeps what it found.
-            stored = dataset.index.folder is not None
+            stored = dataset.index.keeps_verdicts
             if found:
                 dataset.mark_bad(found)
     _list(found, dataset, console)
@@ -143,7 +158,7 @@ def verify(config: VerifyConfig, console: Console) -> int:
         f"{checked:,} of {total:,} images decoded, {len(found):,} of them bad; "
         f"{known:,} were known to be bad. Bad together: {bad / len(dataset):.3%}"
         + (f"\nRemembered in {dataset.index.folder}" if found and stored else "")
-        + ("\nNot remembered, since the index is not cached" if found and not stored else "")
+        + ("\nNot remembered, since the index cannot be written" if found and not stored else "")
     )
     if interrupted:
         console.print(f"Interrupted before the end; continue with --start {next_id}", style="bold")
@@ -196,8 +211,6 @@ def _with_range(config: StatsConfig) -> ImagesConfig:
 
 
 def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Dataset:
-    if images.num_workers is not None and images.num_workers < 1:
-        raise UsageError(f"--num-workers: expected at least 1, got {images.num_workers}")
     with usage_errors():
         return open_dataset(
             path,
@@ -206,6 +219,7 @@ def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Da
             channels_first=images.channels_first,
             max_pixels=images.max_pixels,
             max_bad_fraction=max_bad_fraction,
+            index=images.index,
         )
 
 

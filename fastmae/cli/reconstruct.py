@@ -86,7 +86,7 @@ def _find_images(given: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             paths.append(path)
             continue
-        files = [path / file.path for file in list_files(path) if Path(file.path).suffix.lower() in IMAGE_SUFFIXES]
+        files = [path / name for name in list_files(path) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
         if not files:
             raise UsageError(f"{path}: expected a folder with image files, found none")
         paths += files

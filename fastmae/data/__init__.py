@@ -1,6 +1,6 @@
 """Images for training: an index over files, a sampler that is a pure function, and loaders with one protocol."""
 
-from fastmae.data.agree import check_agreement
+from fastmae.data.agree import check_agreement, open_once
 from fastmae.data.augment import Augment, crop_boxes, flips
 from fastmae.data.batch import BadFile, Batch, DataError, LateBad
 from fastmae.data.create import LoaderKind, choose_loader, create_loader, fixed_crops, has_dali, open_dataset
@@ -26,6 +26,7 @@ __all__ = [
     "flips",
     "has_dali",
     "open_dataset",
+    "open_once",
     "permuted_ids",
     "read_images",
     "validation_photographs",

@@ -1,12 +1,46 @@
-"""Whether all ranks see the same data, asked before the first step."""
+"""All ranks open one index and check, before the first step, that they see the same data."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
+from fastmae.data.index import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+
+def open_once(open_: Callable[..., Dataset], first: Callable[[Callable[[], Any]], Any]) -> Dataset:
+    """Open a data set on rank 0, which lists it and publishes its index; the other ranks open that, and list nothing.
+
+    Args:
+        open_: ``open_dataset`` of a path; takes ``index``.
+        first: calls a function on rank 0 and returns its result on every rank.
+    """
+    led: list[Dataset] = []
+
+    def lead() -> tuple[Any, str]:
+        led.append(open_())
+        return led[0].index.folder, led[0].hash
+
+    folder, digest = first(lead)
+    if led:
+        return led[0]
+    if folder is not None and (folder / MANIFEST).is_file():
+        dataset = open_(index=folder)
+        if dataset.hash == digest:
+            return dataset
+    where = f"{folder}, which rank 0 has published, is not here" if folder else "rank 0 could not keep its index"
+    dataset = open_()
+    if not dataset.embedded:
+        logger.warning("%s: this rank has listed the data itself; give a --data.index that all ranks share", where)
+    return dataset
 
 
 def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) -> None:

@@ -16,7 +16,7 @@ from fastmae.data.augment import Augment
 from fastmae.data.batch import DataError, LateBad
 from fastmae.data.dataset import Dataset, printable
 from fastmae.data.header import COLOR_16, Format
-from fastmae.data.index import Accepts, cached_index
+from fastmae.data.index import Accepts, publish_index, trusted_index
 from fastmae.data.loader import Loader
 from fastmae.data.options import choose_options
 from fastmae.data.photographs import open_photographs
@@ -39,6 +39,7 @@ def open_dataset(
     channels_first: bool = False,
     max_bad_fraction: float = 0.01,
     max_pixels: int = Accepts.max_pixels,
+    index: Path | None = None,
     cache_dir: Path | None = None,
 ) -> Dataset:
     """Images from a folder, from tar shards or by a list, or the embedded photographs' training split.
@@ -61,11 +62,50 @@ def open_dataset(
         channels_first: ``.npy`` files are (C, height, width).
         max_bad_fraction: the share of bad images from which on the data set is refused.
         max_pixels: the largest height x width; more is taken for a decompression bomb.
-        cache_dir: where to keep the index, ``~/.cache/fastmae`` if None.
+        index: where the index is, or is to be kept: an existing one is trusted, and nothing is listed;
+            ``fastmae data index`` refreshes it. None: in ``.fastmae`` beside the data, else in ``~/.cache/fastmae``;
+            the data are then listed, and the index is built again if they have changed.
+        cache_dir: keep the index here instead of those two.
 
     Raises:
         ValueError: an argument out of range.
-        DataError: no such path, nothing usable in it, or too much that is not.
+        DataError: no such path, nothing usable in it, or too much that is not; ``index`` cannot be written or read.
+    """
+    accepts = check_accepts(channels, value_range, channels_first, max_pixels)
+    if path is None:
+        if channels != 3:
+            raise DataError(f"channels: the embedded photographs have 3, got {channels}")
+        return open_photographs()
+    path = Path(path).expanduser()
+    home = index.expanduser() if index else None
+    try:
+        opened = trusted_index(home, path, accepts) if home and path.exists() else None
+        opened = opened or publish_index(find_source(path), path, accepts, home=home, cache_dir=cache_dir)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
+    root, name = (path, path.resolve().name) if path.is_dir() else (path.parent, path.stem)
+    dataset = Dataset(opened, root, name=name, accepts=accepts, max_bad_fraction=max_bad_fraction)
+    good = len(dataset) - len(opened.bad)
+    if not good:
+        reasons = "".join(f"\n  {printable(bad.path)}: {bad.reason}" for bad in dataset.bad[:5])
+        found = f"only {len(opened.bad)} unusable files, among them:{reasons}" if opened.bad else "no image at all"
+        raise DataError(f"{path}: expected {EXPECTED}; found {found}")
+    dataset.check_bad_fraction()
+    dataset.log_bad()
+    if value_range is None and opened.modes & {"I", "I;16", *COLOR_16}:
+        logger.warning(
+            "%s: has 16-bit PNG files, of which only the upper 8 bits are used. Grey ones keep all of them with "
+            "--data.value-range LOW HIGH (fastmae data stats suggests one); convert colour ones to TIFF",
+            path,
+        )
+    return dataset
+
+
+def check_accepts(channels: int, value_range: Sequence[float] | None, channels_first: bool, max_pixels: int) -> Accepts:
+    """Which images are good, from arguments of :func:`open_dataset`.
+
+    Raises:
+        ValueError: an argument out of range.
     """
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
@@ -73,33 +113,7 @@ def open_dataset(
         raise ValueError(f"max_pixels: expected 1 to {Accepts.max_pixels} (Pillow's limit), got {max_pixels}")
     if value_range is not None:
         value_range = check_value_range(value_range, channels)
-    if path is None:
-        if channels != 3:
-            raise DataError(f"channels: the embedded photographs have 3, got {channels}")
-        return open_photographs()
-    path = Path(path).expanduser()
-    accepts = Accepts(channels, value_range, max_pixels, channels_first)
-    try:
-        source = find_source(path)
-        index = cached_index(source, path, accepts, cache_dir)
-    except OSError as error:
-        raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
-    name = path.resolve().name if path.is_dir() else path.stem
-    dataset = Dataset(index, source.root, name=name, accepts=accepts, max_bad_fraction=max_bad_fraction)
-    good = len(dataset) - len(index.bad)
-    if not good:
-        reasons = "".join(f"\n  {printable(bad.path)}: {bad.reason}" for bad in dataset.bad[:5])
-        found = f"only {len(index.bad)} unusable files, among them:{reasons}" if index.bad else "no image at all"
-        raise DataError(f"{path}: expected {EXPECTED}; found {found}")
-    dataset.check_bad_fraction()
-    dataset.log_bad()
-    if value_range is None and index.modes & {"I", "I;16", *COLOR_16}:
-        logger.warning(
-            "%s: has 16-bit PNG files, of which only the upper 8 bits are used. Grey ones keep all of them with "
-            "--data.value-range LOW HIGH (fastmae data stats suggests one); convert colour ones to TIFF",
-            path,
-        )
-    return dataset
+    return Accepts(channels, value_range, max_pixels, channels_first)
 
 
 def check_value_range(value_range: Sequence[float], channels: int) -> tuple[float, ...]:

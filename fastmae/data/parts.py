@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -13,12 +14,23 @@ import numpy as np
 
 from fastmae.data.header import MODES, BadImage, Format, Header, read_header
 from fastmae.data.retry import with_retries
-from fastmae.data.sources import ListedFile
 from fastmae.data.table import ENTRY
 
 _FILES = 64
 _BAD = Header(Format.JPEG, 0, 0, 1, 0, "")
 Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class ListedFile(NamedTuple):
+    """A file: path relative to the root, bytes, time of change in nanoseconds, class (-1: none).
+
+    A file that is not there has size -1.
+    """
+
+    path: str
+    size: int
+    mtime: int
+    label: int = -1
 
 
 class Part(NamedTuple):
@@ -28,11 +40,15 @@ class Part(NamedTuple):
         rows: ``ENTRY`` (n,); ``name`` counts from the beginning of ``names``.
         names: the names, one after the other.
         bad: reason by number of the row.
+        times: times of change of the files, int64 (n,); of members of a shard, empty.
+        fresh: whether a row's header was read just now and not taken from an earlier index: bool (n,), or True for all.
     """
 
     rows: np.ndarray
     names: bytes
     bad: dict[int, str]
+    times: np.ndarray = np.empty(0, np.int64)
+    fresh: np.ndarray | bool = True
 
 
 class PartBuilder:
@@ -43,6 +59,14 @@ class PartBuilder:
         self._names: list[bytes] = []
         self._end = 0
         self._bad: dict[int, str] = {}
+        self._times: list[int] = []
+        self._fresh: list[bool] = []
+
+    def add_file(self, file: ListedFile, header: Header | str, *, fresh: bool) -> None:
+        """A row of an image that is a file of its own."""
+        self.add(os.fsencode(file.path), header, size=max(file.size, 0), label=file.label)
+        self._times.append(file.mtime)
+        self._fresh.append(fresh)
 
     def add(self, name: bytes, header: Header | str, *, size: int, offset: int = 0, label: int = -1) -> None:
         """A row from a header, or from the reason why there is none."""
@@ -57,25 +81,44 @@ class PartBuilder:
         self._end += len(name)
 
     def build(self) -> Part:
-        return Part(np.array(self._rows, ENTRY), b"".join(self._names), self._bad)
+        rows, times = np.array(self._rows, ENTRY), np.array(self._times, np.int64)
+        return Part(rows, b"".join(self._names), self._bad, times, np.array(self._fresh, bool) if self._times else True)
 
 
 def image_parts(
-    root: Path, files: Sequence[ListedFile], labels: Sequence[int], *, listed: bool, num_threads: int | None = None
+    root: Path,
+    files: Iterable[ListedFile],
+    *,
+    listed: bool,
+    known: Callable[[ListedFile], Header | None] = lambda file: None,
+    num_threads: int | None = None,
 ) -> Iterator[Part]:
-    """Reads each file's header, in parallel threads. Files that are no images are left aside, unless ``listed``."""
+    """Reads the header of each file that is not known, in parallel threads.
 
-    def inspect(start: int) -> Part:
+    Files that are no images are left aside, unless ``listed``.
+    """
+
+    def inspect(some: list[tuple[ListedFile, Header | None]]) -> Part:
         builder = PartBuilder()
-        for file, label in zip(files[start : start + _FILES], labels[start : start + _FILES], strict=True):
-            header = _inspect(os.path.join(root, file.path), file)  # noqa: PTH118 - a million times
+        for file, header in some:
+            fresh = header is None
+            if fresh:
+                header = _inspect(os.path.join(root, file.path), file)  # noqa: PTH118 - a million times
             if header is None and listed:
                 header = "not an image"
             if header is not None:
-                builder.add(os.fsencode(file.path), header, size=max(file.size, 0), label=label)
+                builder.add_file(file, header, fresh=fresh)
         return builder.build()
 
-    yield from in_order(inspect, range(0, len(files), _FILES), num_threads)
+    # The hash of an index depends on how many files make a part.
+    yield from in_order(inspect, batched(((file, known(file)) for file in files), _FILES), num_threads)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of ``size`` items, the last of fewer."""
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
 
 
 def in_order(

@@ -22,8 +22,9 @@ from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
 from fastmae.data.header import EXPECTED, BadImage, read_header
 from fastmae.data.index import Accepts, build_index
+from fastmae.data.parts import ListedFile
 from fastmae.data.retry import with_retries
-from fastmae.data.sources import ListedFile, Source
+from fastmae.data.sources import Source
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def open_photographs() -> Dataset:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
     files = [ListedFile(path.name, path.stat().st_size, 0) for path in _present(TRAINING)]
-    source = Source("images", _folder(), files, True, [-1] * len(files), [])
+    source = Source("images", _folder(), files, True, [])
     return Dataset(build_index(source, Accepts()), _folder(), name="photographs", embedded=True)
 
 

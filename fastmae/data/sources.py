@@ -5,23 +5,39 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fastmae.data.batch import DataError
+from fastmae.data.header import IMAGE_SUFFIXES
+from fastmae.data.parts import ListedFile, batched, in_order
 
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 EXPECTED = "a folder of images (JPEG, PNG, WebP, TIFF, .npy), a folder of .tar shards, a .tar, or a list file"
 
 
-class ListedFile(NamedTuple):
-    """A file: path relative to the root, bytes, time of change in nanoseconds. A file that is not there has size -1."""
+_AT_ONCE = 1024
+"""Files of a folder whose sizes and times one thread asks for."""
 
-    path: str
-    size: int
-    mtime: int
+
+class FolderFiles:
+    """The files below a folder, sorted by path: listed anew by each iteration, so that they are never held all at once.
+
+    Attributes:
+        digest: of names, sizes and times of change, when they were counted.
+    """
+
+    def __init__(self, root: Path, count: int, digest: bytes, classes: Sequence[str], num_threads: int | None = None):
+        self._root, self._count, self.digest, self._num_threads = root, count, digest, num_threads
+        self._numbers = {name: i for i, name in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[ListedFile]:
+        return _with_sizes(self._root, self._numbers, self._num_threads)
 
 
 class Source(NamedTuple):
@@ -30,30 +46,37 @@ class Source(NamedTuple):
     Attributes:
         kind: ``"images"`` for one image a file, ``"shards"`` for tar files of them.
         root: what the paths are relative to.
-        files: in the order of the index.
+        files: in the order of the index, with the classes of images; shards hold them.
         listed: whether the user named each file: then a file that is no image is an error and not left aside.
-        labels: the class of each file, -1 for none; of shards, empty, since they hold them.
         classes: the names of the classes, in the order of their numbers; empty if unknown.
     """
 
     kind: Literal["images", "shards"]
     root: Path
-    files: Sequence[ListedFile]
+    files: FolderFiles | Sequence[ListedFile]
     listed: bool
-    labels: Sequence[int]
     classes: list[str]
 
     def fingerprint(self, *more: object) -> str:
         """A digest of names, sizes, times of change and labels: with another one the index is built anew."""
-        digest = hashlib.blake2b(repr((self.kind, self.listed, self.classes, *more)).encode(), digest_size=16)
-        for file in self.files:
-            digest.update(os.fsencode(file.path) + b"\0%d\0%d\0" % (file.size, file.mtime))
-        digest.update(repr(self.labels).encode() if self.listed else b"")
+        files = self.files.digest if isinstance(self.files, FolderFiles) else _digest(self.files)
+        digest = hashlib.blake2b(repr((self.kind, self.listed, self.classes, *more)).encode() + files, digest_size=16)
         return digest.hexdigest()
 
 
-def find_source(path: Path) -> Source:
+def _digest(files: Iterable[ListedFile]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(os.fsencode(file.path) + b"\0%d\0%d\0%d\0" % (file.size, file.mtime, file.label))
+    return digest.digest()
+
+
+def find_source(path: Path, num_threads: int | None = None) -> Source:
     """What lies at a path.
+
+    Args:
+        path: a folder is listed, the size and time of each of its files asked for.
+        num_threads: that ask; None chooses.
 
     Raises:
         DataError: nothing, nothing that is images, or images and shards side by side.
@@ -62,11 +85,11 @@ def find_source(path: Path) -> Source:
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; expected {EXPECTED}")
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, num_threads)
     if path.name.endswith(".tar"):
         status = path.stat()
         files = [ListedFile(path.name, status.st_size, status.st_mtime_ns)]
-        return Source("shards", path.parent, files, True, [], _class_names(path.parent))
+        return Source("shards", path.parent, files, True, _class_names(path.parent))
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path}: is compressed; expected a plain .tar, out of which an image can be read by position")
     if path.suffix in LIST_SUFFIXES:
@@ -74,29 +97,41 @@ def find_source(path: Path) -> Source:
     raise DataError(f"{path}: is a file; expected {EXPECTED}")
 
 
-def _folder(root: Path) -> Source:
-    files = list_files(root)
-    shards = [file for file in files if file.path.endswith(".tar")]
-    if not shards:
-        compressed = next((file.path for file in files if file.path.endswith(_COMPRESSED)), None)
-        if compressed and not any(_is_image(file.path) for file in files):
-            raise DataError(f"{root / compressed}: is compressed; expected plain .tar shards")
-        folders = [file.path.partition("/")[0] if "/" in file.path else None for file in files]
-        classes = sorted({folder for folder in folders if folder})
-        numbers = {folder: i for i, folder in enumerate(classes)}
-        return Source("images", root, files, False, [numbers.get(folder, -1) for folder in folders], classes)
-    images = [file.path for file in files if _is_image(file.path)]
-    if images:
+def _folder(root: Path, num_threads: int | None) -> Source:
+    shards: list[ListedFile] = []
+    classes: set[str] = set()
+    count, images, image, compressed = 0, 0, "", ""
+
+    def counted() -> Iterator[ListedFile]:
+        nonlocal count, images, image, compressed
+        for file in _with_sizes(root, {}, num_threads):
+            count += 1
+            folder, slash, _ = file.path.partition("/")
+            if slash:
+                classes.add(folder)
+            if file.path.endswith(".tar"):
+                shards.append(file)
+            elif _is_image(file.path):
+                images, image = images + 1, image or file.path
+            elif file.path.endswith(_COMPRESSED):
+                compressed = compressed or file.path
+            yield file
+
+    digest = _digest(counted())
+    if shards and images:
         raise DataError(
-            f"{root}: holds {len(images)} images ({images[0]}, ...) and {len(shards)} .tar files ({shards[0].path}, "
-            "...); expected one kind. Move one of them away, or name the files in a list file"
+            f"{root}: holds {images} images ({image}, ...) and {len(shards)} .tar files ({shards[0].path}, ...); "
+            "expected one kind. Move one of them away, or name the files in a list file"
         )
-    return Source("shards", root, shards, False, [], _class_names(root))
+    if shards:
+        return Source("shards", root, shards, False, _class_names(root))
+    if compressed and not images:
+        raise DataError(f"{root / compressed}: is compressed; expected plain .tar shards")
+    names = sorted(classes)
+    return Source("images", root, FolderFiles(root, count, digest, names, num_threads), False, names)
 
 
 def _is_image(path: str) -> bool:
-    from fastmae.data.header import IMAGE_SUFFIXES
-
     return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - a million times
 
 
@@ -124,17 +159,24 @@ def _list_file(path: Path) -> Source:
         for file in files:
             if file.size < 0:
                 raise DataError(f"{path}: names {file.path}, which is not there")
-        return Source("shards", path.parent, files, True, [], _class_names(path.parent))
+        return Source("shards", path.parent, files, True, _class_names(path.parent))
     labels, classes = _number(given)
-    return Source("images", path.parent, files, True, labels, classes)
+    files = [file._replace(label=label) for file, label in zip(files, labels, strict=True)]
+    return Source("images", path.parent, files, True, classes)
 
 
-def _listed(root: Path, name: str) -> ListedFile:
+def _listed(root: Path, name: str, label: int = -1) -> ListedFile:
+    path = os.path.join(root, name)  # noqa: PTH118 - a million times
     try:
-        status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 - of each line
+        status = os.stat(path)  # noqa: PTH116
     except FileNotFoundError:
-        return ListedFile(name, -1, 0)
-    return ListedFile(name, status.st_size if stat.S_ISREG(status.st_mode) else -1, status.st_mtime_ns)
+        return ListedFile(name, -1, 0, label)
+    except OSError:
+        if os.path.islink(path):  # noqa: PTH114 - to itself
+            return ListedFile(name, -1, 0, label)
+        raise
+    size = status.st_size if stat.S_ISREG(status.st_mode) else -1
+    return ListedFile(name, size, status.st_mtime_ns, label)
 
 
 def _number(given: list[str]) -> tuple[list[int], list[str]]:
@@ -146,35 +188,45 @@ def _number(given: list[str]) -> tuple[list[int], list[str]]:
     return [numbers.get(label, -1) for label in given], classes
 
 
-def list_files(root: Path) -> list[ListedFile]:
-    """All files below a folder, sorted by path. Hidden names are skipped, links followed, loops entered once."""
-    found: list[ListedFile] = []
-    pending, entered = [(os.fspath(root), "")], set()
+def list_files(root: Path) -> Iterator[str]:
+    """The paths of all files below a folder, sorted, relative to it.
+
+    Hidden names are skipped, links followed, loops entered once. The names of one folder at a time are held.
+    """
+    pending, entered = [""], set()
     while pending:
-        folder, prefix = pending.pop()
-        status = os.stat(folder)  # noqa: PTH116 - of strings, as scandir gives them
+        path = pending.pop()
+        if path and not path.endswith("/"):
+            yield path
+            continue
+        folder = os.path.join(root, path)  # noqa: PTH118 - of strings, as scandir gives them
+        status = os.stat(folder)  # noqa: PTH116
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as members:
-            for member in members:
-                if member.name.startswith("."):
-                    continue
-                relative, status = prefix + member.name, _status(member)
-                if status is None:
-                    found.append(ListedFile(relative, -1, 0))
-                elif stat.S_ISDIR(status.st_mode):
-                    pending.append((member.path, relative + "/"))
-                elif stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-                    found.append(ListedFile(relative, status.st_size, status.st_mtime_ns))
-    return sorted(found)
+            found = [name for member in members if (name := _file_or_folder(member))]
+        # A folder counts with its slash, so that the paths below it come where they would in a list of all.
+        pending.extend(path + name for name in sorted(found, reverse=True))
 
 
-def _status(member: os.DirEntry) -> os.stat_result | None:
-    """What a name stands for; None for a link that leads nowhere."""
+def _file_or_folder(member: os.DirEntry) -> str | None:
+    """A name, of a folder with a slash; None for what is hidden, and for pipes, which would be waited for for ever."""
+    if member.name.startswith("."):
+        return None
     try:
-        return member.stat()
+        if member.is_dir():
+            return member.name + "/"
+        return member.name if member.is_file() or (member.is_symlink() and not os.path.exists(member)) else None  # noqa: PTH110
     except OSError:
-        if member.is_symlink():
-            return None
+        if member.is_symlink():  # to itself
+            return member.name
         raise
+
+
+def _with_sizes(root: Path, numbers: Mapping[str, int], num_threads: int | None) -> Iterator[ListedFile]:
+    def ask(paths: list[str]) -> list[ListedFile]:
+        return [_listed(root, path, numbers.get(path.partition("/")[0], -1)) for path in paths]
+
+    for files in in_order(ask, batched(list_files(root), _AT_ONCE), num_threads):
+        yield from files

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -174,15 +176,14 @@ def _labelled_images(
     except ValueError as error:
         raise ValueError(f"--report.probe-every-epochs: {error}") from error
 
-    def opened() -> data.Dataset:
+    def opened(**options: Path) -> data.Dataset:
         try:
-            return data.open_dataset(path, **config.dataset_arguments())
+            return data.open_dataset(path, **config.dataset_arguments(), **options)
         except data.DataError as error:
             raise ValueError(f"--report.probe-path: {error}") from error
 
-    if ranks.size > 1:  # rank 0 writes the index, the others then read it
-        ranks.first_in_hours("opening the images to probe on", lambda: opened() and None)
-    tests = opened()
+    first = partial(ranks.first_in_hours, "opening the images to probe on")
+    tests = data.open_once(opened, first) if ranks.size > 1 else opened()
     if tests.hash == dataset.hash:
         raise ValueError(
             f"--report.probe-path: expected other images than those to train on, got the same, {path}; "

@@ -128,6 +128,10 @@ class DataConfig:
     path: Free[Path | None] = None
     """Folder of images (nested or flat), folder of .tar shards, one .tar, or a .txt or .tsv file: one path per line,
     optionally followed by a tab and a label. None: the embedded photographs."""
+    index: Free[Path | None] = None
+    """Where the index of the images lies: an existing one is trusted, and the images are not listed; fastmae data index
+    refreshes it. If there is none yet, rank 0 builds it. None: .fastmae in the images' folder or, where that cannot be
+    written, ~/.cache/fastmae; rank 0 then lists the images at each start and brings the index up to date."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Image loader. auto: DALI where it is installed and decodes the files' format, else torchvision."""
     value_range: tuple[float, ...] | None = None

@@ -67,8 +67,8 @@ def preflight(
             reason = " ".join(str(error).split())[:300]
             text = f"preflight: not all ranks came in {patience:g} s (rank {ranks.rank} on {host}: {reason})"
             raise PreflightError(text) from error
-        # Rank 0's run folder counts, and images are compared by hash.
-        settings = {n: v for n, v in flatten(to_json(config)).items() if n not in ("out", "data.path")}
+        # Rank 0's run folder and index count, and images are compared by hash.
+        settings = {n: v for n, v in flatten(to_json(config)).items() if n not in ("out", "data.path", "data.index")}
         facts = {"fastmae": fastmae.__version__, "python": platform.python_version(), "torch": torch.__version__}
         facts |= {package: _version(package) for package in _PACKAGES}
         facts["data set"] = f"{len(dataset):,} images, hash {dataset.hash}"

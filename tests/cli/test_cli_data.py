@@ -121,7 +121,25 @@ def test_index_beside_shards_and_of_a_folder(images, tmp_path, capsys):
     assert run("index", images) == 0
     out = capsys.readouterr().out
     assert "12 images, 1 of them unusable, 2 named classes" in out
-    assert f"Index: {tmp_path}/home/.cache/fastmae/" in out
+    assert f"Index: {images}/.fastmae/" in out
+
+
+def test_an_index_elsewhere_is_built_refreshed_and_marked(images, tmp_path, capsys):
+    home = tmp_path / "index"
+    assert run("index", images, "--index", home, "--workers", 2) == 0
+    assert f"Index: {home}/index-" in capsys.readouterr().out
+    assert not (images / ".fastmae").exists()
+    (images / "a" / "new.png").write_bytes(png(False))
+    assert run("verify", images, "--index", home, "--max-bad-fraction", 1) == 0
+    assert f"Remembered in {home}" in capsys.readouterr().out
+    assert len(open_dataset(images, index=home, max_bad_fraction=1).bad) == 2
+    assert run("index", images, "--index", home) == 0
+    assert "13 images" in capsys.readouterr().out
+    assert len(open_dataset(images, index=home, max_bad_fraction=1)) == 13
+    (tmp_path / "file").touch()
+    assert "--index" in (error := mistake(capsys, "index", images, "--index", tmp_path / "file"))
+    assert "cannot be written" in error
+    assert "--num-workers: expected at least 1" in mistake(capsys, "index", images, "--workers", 0)
 
 
 def test_stats_for_people_and_as_json(images, capsys):
@@ -222,7 +240,8 @@ def test_hostile_members_are_not_written_and_shown_escaped(tmp_path, capsys, mon
     printed["pretrain"] = "".join(capsys.readouterr())
     assert not any(code in text for text in printed.values() for code in ("\x07", "\x1b]0", "\x1b[31m"))
     for path in files() - before:
-        assert path.relative_to(tmp_path / "deep/er").parts[0] in ("out", "run", "bad.jsonl", "hostile.tar.index.npz")
+        written = ("out", "run", "bad.jsonl", "hostile.tar.index.npz", ".fastmae")
+        assert path.relative_to(tmp_path / "deep/er").parts[0] in written
         assert not any(word in path.name for word in ("evil", "escape", "red", "line"))
     assert not Path("/etc/cron.d/evil.jpg").exists()
     for name in ("/etc/cron.d/evil.jpg", "\\x1b]0;title\\x07\\x1b[31mred.jpg", ":skull:[bold].jpg"):

@@ -13,9 +13,9 @@ from loading import image_file, noise, rotated
 from PIL import Image
 from test_decode import npy, tiff
 
-from fastmae.data import DataError, open_dataset, retry
+from fastmae.data import DataError, open_dataset, parts, retry
 from fastmae.data import index as index_module
-from fastmae.data.header import BadImage, parse_header
+from fastmae.data.header import BadImage, parse_header, read_header
 from fastmae.data.parts import PartBuilder
 from fastmae.data.sources import find_source
 from fastmae.data.stored_size import stored_size
@@ -279,15 +279,146 @@ def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
     os.utime(folder / "z.jpg", (1, 1))
     assert len(open_dataset(folder, cache_dir=cache)) == 4
     assert len(built) == 2
-    assert not list(cache.glob("writing-*"))
+    open_dataset(folder, cache_dir=cache)
+    assert len(built) == 2
+    assert not [path for path in cache.glob("writing-*") if path.is_dir()]
 
-    assert len(list(cache.glob("index-*"))) == 3  # other runs may have the old ones mapped
+    assert len(list(cache.glob("index-*"))) == 2  # other runs may be reading the old one
     for old in cache.glob("index-*"):
         os.utime(old, (1, 1))
     (folder / "z.jpg").unlink()
     (folder / "y.jpg").write_bytes(image_file("JPEG", noise()))
-    open_dataset(folder, cache_dir=cache)
-    assert len(list(cache.glob("index-*"))) == 1
+    replaced = open_dataset(folder, cache_dir=cache)
+    assert len(list(cache.glob("index-*"))) == 2  # the one before counts from today
+    assert replaced.index.folder.name.endswith(replaced.hash)
+
+
+@pytest.fixture
+def headers(monkeypatch) -> list[str]:
+    """The names of the files whose headers are read."""
+    read: list[str] = []
+    monkeypatch.setattr(parts, "read_header", lambda path: read.append(Path(path).name) or read_header(path))
+    return read
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_only_new_and_changed_files_are_read_again(tmp_path, cache, headers, listed):
+    root = tmp_path / "bands"
+    for i in range(5):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(root / "ab"[i % 2] / f"{i}.npy", np.zeros((4, 20 + i, 30), np.uint8))
+    (root / "bad.npy").write_bytes(b"")
+
+    def opened(cache_dir):
+        (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(root.rglob("*.npy"), reverse=True)))
+        options = {"channels": 4, "channels_first": True, "max_bad_fraction": 0.5, "cache_dir": cache_dir}
+        return open_dataset(tmp_path / "list.txt" if listed else root, **options)
+
+    opened(cache)
+    assert len(headers) == 6
+    headers.clear()
+    np.save(root / "a" / "4.npy", np.zeros((4, 50, 60), np.uint8))
+    (root / "0").mkdir()  # another class, and so other labels
+    np.save(root / "0" / "new.npy", np.zeros((4, 70, 80), np.uint8))
+    again = opened(cache)
+    assert sorted(headers) == ["4.npy", "bad.npy", "new.npy"]
+    anew = opened(tmp_path / "anew")
+    assert again.hash == anew.hash
+    ids = np.arange(7)
+    assert np.array_equal(again.rows(ids), anew.rows(ids))
+    assert again.bad == anew.bad != []
+
+
+def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypatch):
+    root = tmp_path / "many"
+    root.mkdir()
+    content = image_file("JPEG", noise())
+    for i in range(700):
+        (root / f"{i:03}.jpg").write_bytes(content)
+    source, accepts = find_source(root, num_threads=1), index_module.Accepts()
+    expected, read = index_module.build_index(source, accepts), parts.read_header
+
+    def publish(progress=None):
+        options = {"cache_dir": cache, "num_threads": 1, "progress": progress}
+        return index_module.publish_index(source, root, accepts, **options)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    def assert_killed(progress=None):
+        with pytest.raises(KeyboardInterrupt):
+            publish(progress)
+        assert not list(cache.glob("index-*"))
+        [names] = cache.glob("writing-*/names.bin")
+        os.truncate(names, names.stat().st_size - 3)  # a kill leaves any part of what was being written
+
+    headers.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "read_header", lambda path: read(path) if len(headers) < 500 else kill())
+        assert_killed()
+    assert_killed(kill)  # while the rows of the first build are copied
+    headers.clear()
+    index = publish()
+    assert 0 < len(headers) < 400
+    assert index.hash == expected.hash
+    assert not list(cache.glob("writing-*/*"))
+
+
+def test_the_order_is_that_of_whole_paths(tmp_path, cache):
+    paths = ["a.jpg", "a/x.jpg", "a!/x.jpg", "a-/x.jpg", "ab/x.jpg", "a/b/c.jpg", "a/b.jpg", "é/x.jpg", "Z.jpg"]
+    for path in paths:
+        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / path).write_bytes(JPEG)
+    dataset = open_dataset(tmp_path / "images", cache_dir=cache)
+    assert names(dataset) == sorted(paths)
+    assert dataset.classes == ["a", "a!", "a-", "ab", "é"]
+    labels = [path.partition("/")[0] for path in sorted(paths)]
+    found = dataset.labels(np.arange(9)).tolist()
+    assert [dataset.classes[n] if n >= 0 else path for n, path in zip(found, labels, strict=True)] == labels
+
+
+def test_the_index_lies_beside_the_data_or_else_in_the_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    dataset = open_dataset(folder)
+    assert dataset.index.folder.parent == folder / ".fastmae"
+    assert not (tmp_path / "home").exists()
+    assert open_dataset(folder).index.folder == dataset.index.folder
+    (folder / "list.txt").write_text("a.jpg\n")
+    assert len(open_dataset(folder / "list.txt")) == 1
+    (folder / "list.txt").unlink()
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    monkeypatch.setattr(index_module, "build_index", lambda *_, **__: pytest.fail("built"))
+    assert open_dataset(moved).hash == dataset.hash
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".fastmae").touch()  # no folder can be made here
+    (tmp_path / "other" / "a.jpg").write_bytes(JPEG)
+    assert open_dataset(tmp_path / "other").index.folder.parent == tmp_path / "home/.cache/fastmae"
+
+
+def test_an_index_that_is_named_is_trusted_and_refused_where_it_cannot_be(folder, tmp_path, monkeypatch, caplog):
+    home = tmp_path / "index"
+    first = open_dataset(folder, index=home)
+    (folder / "z.jpg").write_bytes(JPEG)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", lambda path: pytest.fail(f"{path} was listed"))
+        for place in (home, first.index.folder):
+            assert open_dataset(folder, index=place).hash == first.hash
+    assert not caplog.records
+    assert len(open_dataset(folder, index=home, max_pixels=10**6)) == 4  # of other options: none yet
+    with pytest.raises(DataError, match=r"--data\.index .*built with other channels"):
+        open_dataset(folder, index=first.index.folder, channels=1)
+    with pytest.raises(DataError, match="no such folder"):
+        open_dataset(tmp_path / "missing", index=home)
+    staged = tmp_path / "staged"
+    folder.rename(staged)
+    assert open_dataset(staged, index=home).path(0) == str(staged / "a.jpg")
+    assert f"built from {folder}" in caplog.text
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"--data\.index .*file/index: cannot be written"):
+        open_dataset(staged, index=tmp_path / "file" / "index")
 
 
 def test_verdicts_of_a_full_decode_are_remembered(folder, cache):

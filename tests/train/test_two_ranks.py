@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from distributed import run_ranks
-from training import LOADERS, write_images
+from training import LOADERS, write_images, write_shards
 
-from fastmae.data import Augment, DataError, create_loader, open_dataset
+from fastmae import data
+from fastmae.data import Augment, DataError, create_loader, open_dataset, open_once
 from fastmae.data.agree import check_agreement
+from fastmae.train.ranks import Ranks
 
 GLOBAL, SMALL = 7, 2
 """Seven images are two micro-batches of two images on the first rank, and on the second one of two and one of one."""
@@ -46,17 +51,58 @@ def test_two_ranks_load_what_one_process_loads(tmp_path, kind, images):
             assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(parts, expected, strict=True)), step
 
 
-def disagree(rank: int, folder: Path) -> str:
-    check_agreement(open_dataset(folder / "images", cache_dir=folder / f"cache-{rank}"))
-    other = open_dataset(folder / ("images", "fewer")[rank], cache_dir=folder / f"cache-{rank}")
+def looked_at(path: Path, first) -> tuple[set[str], data.Dataset]:
+    """What is listed or asked for below a folder while a data set is opened on all ranks, but for the index itself."""
+    seen: set[str] = set()
+
+    def noted(function):
+        def call(name=".", *arguments, **options):
+            seen.add(os.fspath(name) if isinstance(name, str | os.PathLike) else "")
+            return function(name, *arguments, **options)
+
+        return call
+
+    with patch.object(os, "scandir", noted(os.scandir)), patch.object(os, "stat", noted(os.stat)):
+        dataset = open_once(partial(open_dataset, path), first)
+    inside = {name for name in seen if name.startswith(f"{path}/") and ".fastmae" not in name}
+    return inside, dataset
+
+
+def open_together(rank: int, folder: Path) -> dict:
+    """What a rank looks at and loads, and how it refuses data that are not the other's."""
+    results, cache = {}, folder / f"cache-{rank}"
+    with Ranks.create() as ranks:
+        first = partial(ranks.first, "opening the data")
+        for name in ("images", "shards"):
+            results["looked at", name], dataset = looked_at(folder / name, first)
+            check_agreement(dataset)
+            results["taken", name] = take(dataset, "torch", 2)
+        # A rank that does not see what rank 0 has kept, as on a node with a home of its own.
+        own = partial(open_dataset, folder / "images", cache_dir=cache)
+        with patch("fastmae.data.agree.MANIFEST", "missing"):
+            check_agreement(open_once(own, first))
     with pytest.raises(DataError) as error:
-        check_agreement(other)
-    return str(error.value)
+        check_agreement(open_dataset(folder / ("images", "fewer")[rank], cache_dir=cache))
+    return results | {"error": str(error.value)}
 
 
-def test_ranks_that_see_different_data_say_which(tmp_path):
-    write_images(tmp_path / "images", 11)
-    write_images(tmp_path / "fewer", 10)
-    for error in run_ranks(disagree, 2, tmp_path):
-        assert "the ranks see different data" in error
-        assert "rank 1 has 10 images" in error
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_shards(folder / "shards", write_images(folder / "images", 11))
+    write_images(folder / "fewer", 10)
+    return run_ranks(open_together, 2, folder)
+
+
+def test_ranks_that_see_different_data_say_which(ranks):
+    for rank in ranks:
+        assert "the ranks see different data" in rank["error"]
+        assert "rank 1 has 10 images" in rank["error"]
+
+
+def test_the_second_rank_opens_the_index_that_the_first_has_published_and_lists_nothing(ranks):
+    for name in ("images", "shards"):
+        assert ranks[0]["looked at", name] != set()
+        assert ranks[1]["looked at", name] == set()
+        for ours, theirs in zip(ranks[0]["taken", name], ranks[1]["taken", name], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
