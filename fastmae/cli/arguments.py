@@ -120,9 +120,13 @@ def _most_needed(text: str, name: str) -> str:
 
 
 def _wrap(text: str) -> str:
-    """Wrap the help of each flag anew: tyro 1.0 keeps the line breaks of indented docstrings."""
-    lines, paragraph, width = [], [], 0
-    for line in [*text.splitlines(), ""]:
+    """Wrap the description and the help of each flag anew: tyro 1.0 keeps the line breaks of indented docstrings."""
+    head, corner, boxes = text.partition("╭")
+    width = len(boxes.partition("\n")[0]) + 1
+    usage, *description = head.split("\n\n")
+    head = "\n\n".join([usage, *(textwrap.fill(part, width) for part in description)])
+    lines, paragraph = [], []
+    for line in [*f"{head}{corner}{boxes}".splitlines(), ""]:
         if match := re.fullmatch(r"│ {7}(\S.*?) *│", line):
             paragraph.append(match[1])
             width = len(line) - 10
