@@ -248,7 +248,9 @@ def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, capsys):
     assert "3.jpg" in mistake(capsys, "pretrain", "--out", tmp_path / "stop", *arguments)
     out, arguments = tmp_path / "run", [*arguments, "--data.max-bad-fraction", "0.2"]
     assert main(["pretrain", "--out", str(out), "--resume", *arguments]) == 0
-    assert capsys.readouterr().out.startswith("--data.path without --recipe: taking small-data, ")
+    printed = capsys.readouterr().out
+    assert printed.startswith("--data.path without --recipe: taking small-data, ")
+    assert "a photograph never trained on: WORSE THAN the mean visible colour and inverse-distance filling" in printed
     config = json.loads((out / "config.json").read_text())
     assert (config["recipe"], config["model"]["norm_pix_loss"], config["data"]["vflip"]) == ("small-data", True, 0)
     assert json.loads((out / "summary.json").read_text())["bad_files"] == 1
