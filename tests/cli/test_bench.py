@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import repeat
 from types import SimpleNamespace
 
 import pytest
@@ -143,19 +142,3 @@ def test_several_processes_are_refused(capsys, monkeypatch):
     for name, value in {"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     assert "expected to be started alone, got 4 processes of torchrun" in mistake(capsys, "bench")
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_never_waited_for_inside_a_turn(tmp_path, images):
-    trainer = make_trainer(tmp_path / "run", images, device="cuda", model=MODEL)
-    with trainer._open_loader() as loader:
-        trainer.loader = repeat(next(loader))
-        trainer.model.train()
-        trainer.train_step()
-        trainer.train_step()
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            trainer.train_step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
