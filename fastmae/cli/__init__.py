@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,11 +23,11 @@ import fastmae
 from fastmae.cli.arguments import parse
 from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
 from fastmae.cli.output import flush_output, forgiving_output, print_error
-from fastmae.cli.plan import PlanConfig
 from fastmae.errors import UsageError, usage_errors
 from fastmae.train.config import PretrainConfig
 from fastmae.train.launcher import rank_and_size, read_slurm
 from fastmae.train.liveness import EXIT_PREEMPTED, StopRequest
+from fastmae.train.plan import PlanConfig, make_plans, show_plans
 from fastmae.train.recipes import DESCRIPTIONS, OWN_IMAGES_RECIPE, RECIPES, apply_flags, starting_config
 
 PLAN_RECIPE = "imagenet-vit-l"
@@ -98,9 +99,13 @@ def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: Stop
     if isinstance(command, PretrainConfig | BenchConfig | PlanConfig):
         config = apply_flags(replace(defaults, **_shared(command, PretrainConfig)), defaults, _given(argv))
         if isinstance(command, PlanConfig):
-            from fastmae.cli.plan import plan
-
-            return plan(config, command)
+            with usage_errors({"global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size"}):
+                plans = make_plans(config, command)
+            if command.json:
+                print(json.dumps(plans, indent=1))
+            else:
+                show_plans(plans, config)
+            return 0
         _print_recipe(defaults, argv)
         if isinstance(command, BenchConfig):
             from fastmae.cli.bench import bench

@@ -16,8 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastmae.cli import main
 from fastmae.model import MaskedAutoencoderViT, create_model
 from fastmae.ops import random_masking
+from fastmae.train.config import TrainConfig
 from fastmae.train.flops import count_flops
-from fastmae.train.plan import Hardware, activation_bytes, make_plan, passes_per_image, sent_per_step
+from fastmae.train.plan import Hardware, PlanConfig, activation_bytes, make_plan, passes_per_image, sent_per_step
 from fastmae.train.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
@@ -57,13 +58,13 @@ def test_flops_of_vit_b_are_the_formula_s(base):
     # What the decoder skips: queries and MLP of 50 visible rows in the last block, mask tokens in the first.
     skipped = 50 * (2 * 10 * 512**2 + 4 * 197 * 512) + 147 * 2 * 3 * 512**2
     pixels = 2 * 49 * 768 * 768  # they need no gradient
-    assert plan(base).flops_per_image == 3 * (products - skipped) + 2 * pixels
+    assert plan(base)["flops_per_image"] == 3 * (products - skipped) + 2 * pixels
 
 
 def test_activation_checkpointing_costs_flops_and_saves_activations(base):
     kinds = ("none", "selective", "full")
     plans = [plan(base, activation_checkpointing=kind) for kind in kinds]
-    products = [one.seconds["matrix products"] for one in plans]
+    products = [one["seconds"]["matrix products"] for one in plans]
     assert [round(seconds / products[0] - 1, 2) for seconds in products] == [0, 0.09, 0.22]
     kept = [activation_bytes(base, 0.75, 2, 4, kind)[0] for kind in kinds]
     assert kept == sorted(kept, reverse=True)
@@ -86,38 +87,39 @@ def test_bytes_of_an_image_are_close_to_the_committed_count(name):
 def test_bytes_sent_are_those_of_real_collectives(monkeypatch, mode, gpus, accumulation, reshard):
     with pretended(gpus, 8, monkeypatch):
         measured = sent_in_a_step(mode, SIZES, accumulation, reshard)
-    model = MaskedAutoencoderViT(**SIZES, seed=0)
-    blocks = [sum(p.numel() for p in block.parameters()) for block in (*model.blocks, *model.decoder_blocks)]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    planned = sent_per_step(trained, blocks, mode, gpus, min(gpus, 8), 2, accumulation, reshard)
+    train = TrainConfig(precision="bf16", reshard_after_forward=reshard)
+    planned = sent_per_step(MaskedAutoencoderViT(**SIZES, seed=0), train, mode, gpus, min(gpus, 8), accumulation)
     # FSDP cuts whole rows, so that small tensors are padded up to the number of processes.
     assert measured == pytest.approx(planned, rel=0.03 if gpus <= 8 else 0.1)
 
 
-def plan(model, mode="ddp", gpus=8, hardware=None, **train):
+def plan(model, mode="ddp", gpus=8, memory_gb=80, **train):
     recipe = RECIPES["imagenet-vit-b"]
     config = replace(recipe, train=replace(recipe.train, **train))
-    return make_plan(config, model, mode, gpus=gpus, hardware=hardware)
+    return make_plan(config, model, mode, PlanConfig(gpus=gpus, hardware=Hardware(memory_gb=memory_gb)))
 
 
 def test_more_memory_fits_more_and_shards_need_less(base):
-    fit = [plan(base, hardware=Hardware(memory_gb=gb)).batch["images at a time that fit"] for gb in (2, 16, 24, 80)]
+    fit = [plan(base, memory_gb=gb)["batch"]["images at a time that fit"] for gb in (2, 16, 24, 80)]
     assert fit[0] == 0 < fit[1] < fit[2] < fit[3]
     ddp, fsdp = plan(base), plan(base, "fsdp")
-    assert fsdp.memory["AdamW"] == ddp.memory["AdamW"] / 8
-    accumulating = plan(base, "fsdp", hardware=Hardware(memory_gb=8))
-    assert accumulating.batch["micro-batches per step"] > 1
-    assert accumulating.memory["gradients"] == ddp.memory["gradients"]
-    scattered = plan(base, "fsdp", hardware=Hardware(memory_gb=8), reduce_every="micro-batch")
-    assert scattered.memory["gradients"] == fsdp.memory["gradients"]
-    assert scattered.sent["reduce-scatter"] == scattered.batch["micro-batches per step"] * fsdp.sent["reduce-scatter"]
-    assert plan(base, reduce_dtype="bf16").sent["all-reduce"] == ddp.sent["all-reduce"] / 2
+    assert fsdp["memory"]["AdamW"] == ddp["memory"]["AdamW"] / 8
+    accumulating = plan(base, "fsdp", memory_gb=8)
+    assert accumulating["batch"]["micro-batches per step"] > 1
+    assert accumulating["memory"]["gradients"] == ddp["memory"]["gradients"]
+    scattered = plan(base, "fsdp", memory_gb=8, reduce_every="micro-batch")
+    assert scattered["memory"]["gradients"] == fsdp["memory"]["gradients"]
+    assert (
+        scattered["sent"]["reduce-scatter"]
+        == scattered["batch"]["micro-batches per step"] * fsdp["sent"]["reduce-scatter"]
+    )
+    assert plan(base, reduce_dtype="bf16")["sent"]["all-reduce"] == ddp["sent"]["all-reduce"] / 2
 
 
 def test_the_gpu_with_the_largest_share_sets_the_pace(base):
     even, uneven = plan(base, gpus=8, global_batch_size=64), plan(base, gpus=7, global_batch_size=64)
-    assert uneven.batch["images at a time"] == 10
-    assert uneven.seconds["matrix products"] == 10 / 8 * even.seconds["matrix products"]
+    assert uneven["batch"]["images at a time"] == 10
+    assert uneven["seconds"]["matrix products"] == 10 / 8 * even["seconds"]["matrix products"]
 
 
 @pytest.mark.parametrize(
