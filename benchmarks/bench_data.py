@@ -33,7 +33,7 @@ from stages import STAGED, Stages
 from turns import Course
 
 from fastmae.data import Dataset, create_loader, fixed_crops, has_dali, open_dataset
-from fastmae.data.shard import ShardOptions, write_shards
+from fastmae.data.shards import ShardOptions, write_shards
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

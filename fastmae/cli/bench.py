@@ -26,7 +26,7 @@ from rich.console import Console
 
 from fastmae import data
 from fastmae.data import Dataset
-from fastmae.data.header import Format
+from fastmae.data.formats import Format
 from fastmae.errors import usage_errors
 from fastmae.model import create_model
 from fastmae.ops import _xformers

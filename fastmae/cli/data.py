@@ -22,16 +22,15 @@ from rich.table import Table
 
 from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsConfig, VerifyConfig
 from fastmae.data import DataError, Dataset, open_dataset
-from fastmae.data.create import check_accepts
 from fastmae.data.dataset import printable
 from fastmae.data.index import Accepts, publish_index
-from fastmae.data.options import available_cores
-from fastmae.data.parts import in_order
-from fastmae.data.shard import ShardOptions, write_shards
+from fastmae.data.inspect import QUANTILES, Statistics, good_ids, measure, suggest_range, verify_images
+from fastmae.data.loader import available_cores
+from fastmae.data.open import check_accepts
+from fastmae.data.shards import ShardOptions, write_shards
 from fastmae.data.sources import find_source
-from fastmae.data.stats import QUANTILES, Statistics, measure, suggest_range
-from fastmae.data.tar_shards import read_shard_index, write_shard_index
-from fastmae.data.verify import good_ids, verify_images
+from fastmae.data.tar import read_shard_index, write_shard_index
+from fastmae.data.threads import in_order
 from fastmae.errors import UsageError, usage_errors
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130

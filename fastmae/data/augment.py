@@ -10,8 +10,6 @@ import numpy as np
 from fastmae.ops.philox import Stream, random_words, to_unit
 
 _TRIES = 10
-
-
 Crop = Literal["random", "center", "fixed"]
 
 

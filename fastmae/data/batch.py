@@ -1,10 +1,121 @@
-"""What a loader hands out, and what it says when it cannot."""
+"""What a batch is made of, as a pure function of its step: samples, boxes, flips, colours, size."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
+
+from fastmae.data.augment import Augment, crop_boxes, flips, jitter_factors
+from fastmae.data.dataset import Dataset
+from fastmae.data.errors import DataError
+from fastmae.data.sampler import batch_positions, micro_batches, permuted_ids, replacements
+
+ImgSize = tuple[int, int] | Callable[[int], tuple[int, int]]
+"""Height and width, or a function that gives them for an epoch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one batch that is known before a file is opened. All arrays have one row a sample.
+
+    Attributes:
+        step: the batch's number, from where the loader started.
+        img_size: height and width of the images.
+        positions: int64, global positions.
+        sample_ids, epochs: int64, the keys of the samples' random draws.
+        source_ids: int64, whose pixels to take: ``sample_ids``, but for replacements.
+        boxes: int64 (n, 4), top, left, height, width in the upright source image.
+        flips: bool (n, 2), left and right, top and bottom.
+        jitter: float64 (n, 4), factors of brightness, contrast and saturation, and the shift of hue; or None.
+        error: what went wrong in planning.
+    """
+
+    step: int
+    img_size: tuple[int, int]
+    positions: np.ndarray
+    sample_ids: np.ndarray
+    epochs: np.ndarray
+    source_ids: np.ndarray
+    boxes: np.ndarray
+    flips: np.ndarray
+    jitter: np.ndarray | None = None
+    error: BaseException | None = field(default=None)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Makes plans: of the batches that :func:`fastmae.data.sampler.batch_positions` numbers."""
+
+    dataset: Dataset
+    batch_size: int
+    img_size: ImgSize
+    seed: int
+    position: int
+    rank: int
+    world_size: int
+    augment: Augment
+    samples_per_step: int
+
+    def size(self, step: int) -> tuple[int, int]:
+        """Height and width of a batch's images: on every rank those of the epoch in which the optimiser's step begins
+        that the batch is a part of."""
+        if not callable(self.img_size):
+            return self.img_size
+        per_step = len(micro_batches(self.samples_per_step, self.batch_size, world_size=self.world_size))
+        first = self.position + step // per_step * self.samples_per_step
+        height, width = self.img_size(first // len(self.dataset))
+        if min(height, width) < 1:
+            raise ValueError(f"img_size: expected at least 1, got {(height, width)} at global position {first}")
+        return height, width
+
+    def plan(self, step: int) -> Plan:
+        """The plan of a step. Images that the index knows to be bad are replaced."""
+        ranks = {"rank": self.rank, "world_size": self.world_size, "total": self.samples_per_step}
+        positions = batch_positions(step, batch_size=self.batch_size, position=self.position, **ranks)
+        sample_ids, epochs = permuted_ids(positions, len(self.dataset), self.seed)
+        source_ids = sample_ids.copy()
+        for j in np.flatnonzero(self.dataset.is_bad(sample_ids)):
+            source_ids[j] = self.replacement(int(sample_ids[j]), int(epochs[j]), ())
+        size = self.size(step)
+        return Plan(
+            step,
+            size,
+            positions,
+            sample_ids,
+            epochs,
+            source_ids,
+            self._boxes(sample_ids, epochs, source_ids, size),
+            flips(sample_ids, epochs, seed=self.seed, augment=self.augment),
+            jitter_factors(sample_ids, epochs, seed=self.seed, augment=self.augment),
+        )
+
+    def replacement(self, sample_id: int, epoch: int, excluded: Container[int]) -> int:
+        """The sample that takes the place of a bad one: a function of the latter's keys and of what is bad.
+
+        Raises:
+            DataError: nothing good is found.
+        """
+        for candidate in replacements(sample_id, epoch, len(self.dataset), self.seed):
+            if candidate not in excluded and not self.dataset.is_bad(np.array([candidate]))[0]:
+                return candidate
+        path = self.dataset.path(sample_id)
+        raise DataError(f"{path} does not decode, and neither does anything that could take its place")
+
+    def with_source(self, plan: Plan, j: int, source_id: int) -> Plan:
+        """A plan with other pixels for sample ``j``, and the box that its keys draw in them."""
+        source_ids, boxes = plan.source_ids.copy(), plan.boxes.copy()
+        source_ids[j] = source_id
+        row = slice(j, j + 1)
+        boxes[j] = self._boxes(plan.sample_ids[row], plan.epochs[row], source_ids[row], plan.img_size)[0]
+        return replace(plan, source_ids=source_ids, boxes=boxes)
+
+    def _boxes(self, sample_ids, epochs, source_ids, img_size) -> np.ndarray:
+        shapes = self.dataset.shapes(source_ids)
+        return crop_boxes(sample_ids, epochs, *shapes, seed=self.seed, augment=self.augment, img_size=img_size)
 
 
 class Batch(NamedTuple):
@@ -23,13 +134,6 @@ class Batch(NamedTuple):
     epochs: Tensor
 
 
-class BadFile(NamedTuple):
-    """A file that training leaves out, and why."""
-
-    path: str
-    reason: str
-
-
 class LateBad(NamedTuple):
     """A file that was found not to decode when training came to it.
 
@@ -42,7 +146,3 @@ class LateBad(NamedTuple):
     sample_id: int
     reason: str
     position: int
-
-
-class DataError(Exception):
-    """A problem with the data that its owner can solve; the message says what came and what was expected."""

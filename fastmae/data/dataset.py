@@ -6,21 +6,27 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fastmae.data.batch import BadFile, DataError
 from fastmae.data.decode import decode
-from fastmae.data.header import Format
+from fastmae.data.errors import DataError, with_retries
+from fastmae.data.formats import Format
 from fastmae.data.index import Accepts, Index
-from fastmae.data.retry import with_retries
 from fastmae.data.table import ENTRY
-from fastmae.data.tar_shards import OpenShards
+from fastmae.data.tar import OpenShards
 
 logger = logging.getLogger(__name__)
-
 _LISTED = 10
 _SHARD, _OFFSET, _SIZE, _ORIENTATION = (ENTRY.names.index(name) for name in ("shard", "offset", "size", "orientation"))
+
+
+class BadFile(NamedTuple):
+    """A file that training leaves out, and why."""
+
+    path: str
+    reason: str
 
 
 class Dataset:

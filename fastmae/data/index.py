@@ -32,15 +32,14 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastmae.data.batch import DataError
-from fastmae.data.header import COLOR_16, MODES, READY_MODES, Format, Header
-from fastmae.data.parts import ListedFile, Part, batched, image_parts, in_order
-from fastmae.data.sources import Source
-from fastmae.data.table import ENTRY, Bytes, Table
-from fastmae.data.tar_shards import shard_part
+from fastmae.data.errors import DataError, with_retries
+from fastmae.data.formats import COLOR_16, MODES, READY_MODES, BadImage, Format, Header, read_header
+from fastmae.data.sources import ListedFile, Source
+from fastmae.data.table import ENTRY, Bytes, Part, PartBuilder, Table
+from fastmae.data.tar import shard_part
+from fastmae.data.threads import batched, in_order
 
 logger = logging.getLogger(__name__)
-
 VERSION = 2
 _MOST_CHANNELS = np.iinfo(ENTRY["channels"]).max
 _FEW = 64
@@ -52,6 +51,7 @@ _EARLIER = "earlier"
 MANIFEST = "manifest.json"
 BESIDE = ".fastmae"
 """The home beside the data, a hidden folder in theirs."""
+_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -535,3 +535,44 @@ def _write_reasons(path: Path, reasons: Mapping[int, str]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text("".join(json.dumps([i, reason]) + "\n" for i, reason in sorted(reasons.items())))
     temporary.replace(path)
+
+
+def image_parts(
+    root: Path,
+    files: Iterable[ListedFile],
+    *,
+    listed: bool,
+    known: Callable[[ListedFile], Header | None] = lambda file: None,
+    num_threads: int | None = None,
+) -> Iterator[Part]:
+    """Reads the header of each file that is not known, in parallel threads.
+
+    Files that are no images are left aside, unless ``listed``.
+    """
+
+    def inspect(some: list[tuple[ListedFile, Header | None]]) -> Part:
+        builder = PartBuilder()
+        for file, header in some:
+            fresh = header is None
+            if fresh:
+                header = _inspect(os.path.join(root, file.path), file)  # noqa: PTH118 - a million times
+            if header is None and listed:
+                header = "not an image"
+            if header is not None:
+                builder.add_file(file, header, fresh=fresh)
+        return builder.build()
+
+    # The hash of an index depends on how many files make a part.
+    yield from in_order(inspect, batched(((file, known(file)) for file in files), _FILES), num_threads)
+
+
+def _inspect(path: str, file: ListedFile) -> Header | str | None:
+    """A header, None for a file of another kind, or the reason why the file is bad."""
+    if file.size < 0:
+        return "dangling link" if os.path.islink(path) else "no such file"  # noqa: PTH114
+    try:
+        return with_retries(lambda: read_header(path), path, give_up_on=(BadImage, PermissionError))
+    except BadImage as error:
+        return str(error)
+    except PermissionError:
+        return "no permission to read it"

@@ -17,17 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmae.data.batch import DataError
 from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage, center_box, decode, resize_crop_into
-from fastmae.data.header import EXPECTED, BadImage, read_header
+from fastmae.data.errors import DataError, with_retries
+from fastmae.data.formats import EXPECTED, BadImage, read_header
 from fastmae.data.index import Accepts, build_index
-from fastmae.data.parts import ListedFile
-from fastmae.data.retry import with_retries
-from fastmae.data.sources import Source
+from fastmae.data.sources import ListedFile, Source
 
 logger = logging.getLogger(__name__)
-
 TRAINING = (
     "astronaut.png",
     "brick.png",

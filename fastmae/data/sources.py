@@ -9,17 +9,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from fastmae.data.batch import DataError
-from fastmae.data.header import IMAGE_SUFFIXES
-from fastmae.data.parts import ListedFile, batched, in_order
+from fastmae.data.errors import DataError
+from fastmae.data.formats import IMAGE_SUFFIXES
+from fastmae.data.threads import batched, in_order
 
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 EXPECTED = "a folder of images (JPEG, PNG, WebP, TIFF, .npy), a folder of .tar shards, a .tar, or a list file"
-
-
 _AT_ONCE = 1024
 """Files of a folder whose sizes and times one thread asks for."""
+
+
+class ListedFile(NamedTuple):
+    """A file: path relative to the root, bytes, time of change in nanoseconds, class (-1: none).
+
+    A file that is not there has size -1.
+    """
+
+    path: str
+    size: int
+    mtime: int
+    label: int = -1
 
 
 class FolderFiles:

@@ -11,11 +11,15 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from fastmae.data.retry import with_retries
+from fastmae.data.errors import with_retries
+from fastmae.data.formats import MODES, Format, Header
+from fastmae.data.sources import ListedFile
 
+_BAD_HEADER = Header(Format.JPEG, 0, 0, 1, 0, "")
 ENTRY = np.dtype(
     [
         ("name", "<u8"),  # where its name begins among the names
@@ -34,11 +38,61 @@ ENTRY = np.dtype(
     ]
 )
 """One image."""
-
 _PLAIN = struct.Struct("<QQQIIIiHHBBBB")
 _NAME, _NAME_SIZE = (ENTRY.names.index(field) for field in ("name", "name_size"))
-
 _SCANNED = 1 << 16
+
+
+class PartBuilder:
+    """Collects rows."""
+
+    def __init__(self):
+        self._rows: list[tuple] = []
+        self._names: list[bytes] = []
+        self._end = 0
+        self._bad: dict[int, str] = {}
+        self._times: list[int] = []
+        self._fresh: list[bool] = []
+
+    def add_file(self, file: ListedFile, header: Header | str, *, fresh: bool) -> None:
+        """A row of an image that is a file of its own."""
+        self.add(os.fsencode(file.path), header, size=max(file.size, 0), label=file.label)
+        self._times.append(file.mtime)
+        self._fresh.append(fresh)
+
+    def add(self, name: bytes, header: Header | str, *, size: int, offset: int = 0, label: int = -1) -> None:
+        """A row from a header, or from the reason why there is none."""
+        if isinstance(header, str):
+            self._bad[len(self._rows)] = header
+        found = _BAD_HEADER if isinstance(header, str) else header
+        mode = MODES.index(found.mode) if found.mode in MODES else 0
+        place = self._end, offset, size, found.height, found.width, 0, label, len(name)
+        kind = found.format if found is not _BAD_HEADER else 0
+        self._rows.append((*place, min(found.channels, 65535), kind, found.orientation, mode, found is _BAD_HEADER))
+        self._names.append(name)
+        self._end += len(name)
+
+    def build(self) -> Part:
+        rows, times = np.array(self._rows, ENTRY), np.array(self._times, np.int64)
+        return Part(rows, b"".join(self._names), self._bad, times, np.array(self._fresh, bool) if self._times else True)
+
+
+class Part(NamedTuple):
+    """Some rows, their names, and the reasons of those that are bad.
+
+    Attributes:
+        rows: ``ENTRY`` (n,); ``name`` counts from the beginning of ``names``.
+        names: the names, one after the other.
+        bad: reason by number of the row.
+        times: times of change of the files, int64 (n,); of members of a shard, empty.
+        fresh: whether a row's header was read just now and not taken from an earlier index: bool (n,), or True for all.
+    """
+
+    rows: np.ndarray
+    names: bytes
+    bad: dict[int, str]
+    times: np.ndarray = np.empty(0, np.int64)
+    fresh: np.ndarray | bool = True
 
 
 class Bytes:

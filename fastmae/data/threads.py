@@ -9,16 +9,48 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import CancelledError, Executor, Future, InvalidStateError
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Executor, Future, InvalidStateError, ThreadPoolExecutor
 from functools import cache
+from itertools import islice
 from queue import SimpleQueue
+from typing import TypeVar
 
+Item, Result = TypeVar("Item"), TypeVar("Result")
 PATIENCE = 3.0
 """Seconds that ending waits for a thread in the middle of something."""
+_all: weakref.WeakSet[Threads] = weakref.WeakSet()
+
+
+def in_order(
+    action: Callable[[Item], Result], items: Iterable[Item], num_threads: int | None = None
+) -> Iterator[Result]:
+    """Results in the order of the items, computed in threads that run ahead by a bounded number of items."""
+    num_threads = num_threads or min(32, 4 * (os.cpu_count() or 1))
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(action, item))
+                if len(pending) > 2 * num_threads:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of ``size`` items, the last of fewer."""
+    items = iter(items)
+    while some := list(islice(items, size)):
+        yield some
 
 
 class Threads(Executor):
@@ -78,9 +110,6 @@ class _State:
         self.lock = threading.Lock()
         self.stopped = False
         self.running: set[Future] = set()
-
-
-_all: weakref.WeakSet[Threads] = weakref.WeakSet()
 
 
 def join(pools: list[Threads]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastmae.data import DataError, Dataset
 from fastmae.data.decode import UndecodableImage, center_box, resize_crop_into
-from fastmae.data.options import choose_options
+from fastmae.data.loader import choose_options
 from fastmae.data.threads import Threads
 
 _AHEAD = 2

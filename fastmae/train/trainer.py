@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastmae.data.agree import check_agreement
+from fastmae.data.open import check_agreement
 from fastmae.train.autotune import StepFit, measured_batch_size, with_length
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.batch_size import divide_batch, loss_weights

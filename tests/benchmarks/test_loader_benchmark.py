@@ -9,7 +9,7 @@ import pytest
 from training import write_images
 
 from fastmae.data import create_loader, open_dataset
-from fastmae.data.shard import ShardOptions, write_shards
+from fastmae.data.shards import ShardOptions, write_shards
 
 
 @pytest.fixture(scope="module")

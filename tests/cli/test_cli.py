@@ -259,7 +259,7 @@ def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, capsys):
 
 
 def test_dali_that_is_not_installed(tmp_path, images, capsys, monkeypatch):
-    monkeypatch.setattr("fastmae.data.create.has_dali", lambda: False)
+    monkeypatch.setattr("fastmae.data.open.has_dali", lambda: False)
     error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, "--data.loader", "dali")
     assert "DALI is not installed" in error
     assert not (tmp_path / "run").exists()

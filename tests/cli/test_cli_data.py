@@ -20,8 +20,8 @@ from PIL import Image
 from fastmae.cli import data as data_module
 from fastmae.cli import main
 from fastmae.cli.data import DecoderWarnings
-from fastmae.data import open_dataset, retry
-from fastmae.data.tar_shards import read_shard_index
+from fastmae.data import errors, open_dataset
+from fastmae.data.tar import read_shard_index
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +280,7 @@ def test_an_interrupted_verification_keeps_what_it_found(images, tmp_path, capsy
 
 
 def test_mistakes(images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(retry, "PAUSES", ())
+    monkeypatch.setattr(errors, "PAUSES", ())
     missing = tmp_path / "missing"
     for command in (["shard", missing, tmp_path / "out"], ["index", missing], ["verify", missing], ["stats", missing]):
         assert f"{missing}: no such folder or file" in mistake(capsys, *command)

@@ -14,9 +14,9 @@ import pytest
 import tifffile
 from PIL import Image
 
-from fastmae.data import DataError, choose_loader, has_dali, open_dataset, retry
+from fastmae.data import DataError, choose_loader, errors, has_dali, open_dataset
 from fastmae.data.dataset import Dataset
-from fastmae.data.header import Format
+from fastmae.data.formats import Format
 from fastmae.data.index import Index
 from fastmae.data.sampler import permuted_ids
 from fastmae.data.table import ENTRY, Bytes, Table
@@ -219,7 +219,7 @@ def test_an_index_of_a_hundred_million_is_neither_held_nor_walked(tmp_path):
 
 
 def test_rows_are_the_same_whether_the_system_holds_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    monkeypatch.setattr(errors, "PAUSES", (0.0,))
     rows = np.zeros(5000, ENTRY)
     rows["size"] = np.arange(5000)
     (tmp_path / "rows").write_bytes(rows.tobytes())

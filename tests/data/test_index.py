@@ -13,12 +13,11 @@ from loading import image_file, noise, rotated
 from PIL import Image
 from test_decode import npy, tiff
 
-from fastmae.data import DataError, open_dataset, parts, retry
+from fastmae.data import DataError, errors, open_dataset
 from fastmae.data import index as index_module
-from fastmae.data.header import BadImage, parse_header, read_header
-from fastmae.data.parts import PartBuilder
+from fastmae.data.formats import BadImage, parse_header, read_header, stored_size
 from fastmae.data.sources import find_source
-from fastmae.data.stored_size import stored_size
+from fastmae.data.table import PartBuilder
 
 
 @pytest.fixture
@@ -297,7 +296,7 @@ def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
 def headers(monkeypatch) -> list[str]:
     """The names of the files whose headers are read."""
     read: list[str] = []
-    monkeypatch.setattr(parts, "read_header", lambda path: read.append(Path(path).name) or read_header(path))
+    monkeypatch.setattr(index_module, "read_header", lambda path: read.append(Path(path).name) or read_header(path))
     return read
 
 
@@ -336,7 +335,7 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
     for i in range(700):
         (root / f"{i:03}.jpg").write_bytes(content)
     source, accepts = find_source(root, num_threads=1), index_module.Accepts()
-    expected, read = index_module.build_index(source, accepts), parts.read_header
+    expected, read = index_module.build_index(source, accepts), index_module.read_header
 
     def publish(progress=None):
         options = {"cache_dir": cache, "num_threads": 1, "progress": progress}
@@ -354,7 +353,7 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
 
     headers.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "read_header", lambda path: read(path) if len(headers) < 500 else kill())
+        patch.setattr(index_module, "read_header", lambda path: read(path) if len(headers) < 500 else kill())
         assert_killed()
     assert_killed(kill)  # while the rows of the first build are copied
     headers.clear()
@@ -497,7 +496,7 @@ def test_options_out_of_range(folder, cache):
 
 
 def test_a_file_system_that_fails_for_a_moment(folder, cache, monkeypatch):
-    monkeypatch.setattr(retry, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0))
     dataset = open_dataset(folder, cache_dir=cache)
     failures = [OSError(5, "Input/output error")] * 2
 

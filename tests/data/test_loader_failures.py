@@ -22,7 +22,7 @@ from loading import (
 )
 from PIL import Image
 
-from fastmae.data import Augment, DataError, Dataset, create, create_loader, open_dataset
+from fastmae.data import Augment, DataError, Dataset, choose_loader, create_loader, open_dataset
 from fastmae.data import loader as loader_module
 
 
@@ -59,7 +59,7 @@ def test_a_file_found_bad_late_is_replaced(spoilt, kind):
 @needs_dali
 def test_what_only_dali_refuses_is_decoded_on_the_host(tmp_path, monkeypatch, caplog):
     """Nearly every batch holds such a file, and a third file is one that nothing decodes."""
-    from fastmae.data.dali_loader import DaliLoader
+    from fastmae.data.dali import DaliLoader
 
     for i in range(8):
         encoded = refused_by_dali_alone(seed=i) if i in (2, 5) else picture_bytes(i)
@@ -100,9 +100,9 @@ def test_too_many_files_found_bad_late_stop(spoilt, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_files_that_disappear_and_data_that_does_not_decode_at_all_stop(spoilt, tmp_path, kind, monkeypatch):
-    from fastmae.data import retry
+    from fastmae.data import errors
 
-    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    monkeypatch.setattr(errors, "PAUSES", (0.0,))
     Path(spoilt.path(3)).unlink()
     with create_loader(spoilt, loader=kind, **OPTIONS) as loader, pytest.raises(DataError, match=r"3\.png: cannot be"):
         [next(loader) for _ in range(4)]
@@ -117,7 +117,7 @@ def test_files_that_disappear_and_data_that_does_not_decode_at_all_stop(spoilt, 
 def test_what_dali_cannot_do_is_done_on_the_host_and_an_error_in_planning_is_raised_at_its_step(
     dataset, monkeypatch, caplog
 ):
-    from fastmae.data.dali_loader import DaliLoader
+    from fastmae.data.dali import DaliLoader
 
     failing = {2}
 
@@ -181,12 +181,12 @@ def test_closing_or_forgetting_a_loader_ends_its_threads(dataset, kind):
 
 def test_which_loader(dataset, monkeypatch):
     photographs = open_dataset(None)
-    assert create.choose_loader(photographs) == "torch"
-    monkeypatch.setattr(create, "has_dali", lambda: True)
-    assert create.choose_loader(dataset) == "dali"
-    assert create.choose_loader(photographs, "dali") == "dali"
-    monkeypatch.setattr(create, "has_dali", lambda: False)
-    assert create.choose_loader(dataset) == "torch"
+    assert choose_loader(photographs) == "torch"
+    monkeypatch.setattr("fastmae.data.open.has_dali", lambda: True)
+    assert choose_loader(dataset) == "dali"
+    assert choose_loader(photographs, "dali") == "dali"
+    monkeypatch.setattr("fastmae.data.open.has_dali", lambda: False)
+    assert choose_loader(dataset) == "torch"
     with pytest.raises(DataError, match=r"dali-cuda13.*dali-cuda12"):
         create_loader(dataset, loader="dali", **OPTIONS)
 

@@ -11,7 +11,7 @@ from loading import smooth
 from PIL import Image
 from training import write_images
 
-from fastmae.data import create
+from fastmae.data import has_dali
 
 PROGRAM = """
 import io, os, signal, sys
@@ -107,7 +107,7 @@ def test_damage_hanging_files_and_early_ends_neither_crash_nor_keep_the_process(
     write_images(tmp_path / "images", 8)
     command, root = [sys.executable, "-c", PROGRAM, tmp_path], Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
-    loaders = 1 + create.has_dali()
+    loaders = 1 + has_dali()
     lines = done.stdout.splitlines()
     expected = ["decoders imported by the package: []", "refused many: True", "closed"]
     expected += ["replaced: ['3.jpg', '5.jpg']"] * loaders

@@ -11,7 +11,7 @@ import torch
 from loading import KINDS, OPTIONS, assert_equal, needs_dali, smooth, take, write_source
 from PIL import Image
 
-from fastmae.data import Augment, Dataset, create, create_loader, open_dataset
+from fastmae.data import Augment, Dataset, create_loader, has_dali, open_dataset
 
 RICH = Augment(vflip=0.5, color_jitter=0.4)
 
@@ -90,7 +90,7 @@ def test_two_ranks_see_what_one_would_with_fewer_images_than_a_global_batch(sour
 def test_known_bad_images_are_replaced_alike_everywhere(sources):
     source = sources["shards"]
     torchs = take(source, "torch", 6)
-    if create.has_dali():
+    if has_dali():
         for ours, theirs in zip(torchs, take(source, "dali", 6), strict=True):
             assert torch.equal(ours.sample_ids, theirs.sample_ids)
             assert (ours.images.int() - theirs.images.int()).abs().max() <= 2
@@ -116,7 +116,7 @@ def damaged(tmp_path_factory) -> tuple[Dataset, list]:
     for i in range(6):
         Image.fromarray(smooth(400, 64, i)).save(root / f"{i}.jpg", quality=90)
     dataset = open_dataset(root, max_bad_fraction=0.5, cache_dir=root / ".cache")
-    before = take(dataset, "dali" if create.has_dali() else "torch", 14, **LOW)
+    before = take(dataset, "dali" if has_dali() else "torch", 14, **LOW)
     path = Path(dataset.path(2))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
     return dataset, before

@@ -19,7 +19,7 @@ from PIL import Image
 from fastmae.data import DataError, create_loader, open_dataset
 from fastmae.data import loader as loader_module
 from fastmae.data import threads as threads_module
-from fastmae.data.options import choose_options
+from fastmae.data.loader import choose_options
 from fastmae.data.threads import Threads
 
 
@@ -148,7 +148,7 @@ def test_results_and_errors_come_back_and_stopping_wakes_whoever_waits():
 
 
 def test_options_follow_the_machine(monkeypatch):
-    from fastmae.data import options as options_module
+    from fastmae.data import loader as options_module
 
     monkeypatch.setattr(options_module, "available_cores", lambda: 24)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
@@ -170,7 +170,7 @@ def test_options_follow_the_machine(monkeypatch):
 def test_hints_for_the_gpu_decoder_are_the_largest_image_and_known_to_dali(dataset):
     from nvidia.dali.backend import GetSchema
 
-    from fastmae.data.dali_hints import decoder_hints
+    from fastmae.data.dali import decoder_hints
 
     hints, rows = decoder_hints(dataset, 0.5), dataset.rows(np.arange(len(dataset)))
     assert hints["preallocate_height_hint"] == rows["height"].max()

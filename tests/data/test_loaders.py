@@ -10,18 +10,9 @@ import torch
 from loading import KINDS, OPTIONS, assert_equal, needs_dali, smooth, take
 from PIL import Image, ImageOps
 
-from fastmae.data import (
-    Augment,
-    DataError,
-    Dataset,
-    create,
-    create_loader,
-    crop_boxes,
-    flips,
-    open_dataset,
-)
+from fastmae.data import Augment, DataError, Dataset, choose_loader, create_loader, crop_boxes, flips, open_dataset
 from fastmae.data.augment import jitter_factors, jitter_into
-from fastmae.data.shard import write_shards
+from fastmae.data.shards import write_shards
 
 
 def upright(path: str) -> Image.Image:
@@ -118,7 +109,7 @@ def test_what_a_gpu_would_do(dataset, color_jitter, limit):
     import nvidia.dali.fn as fn
     from nvidia.dali import Pipeline
 
-    from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
+    from fastmae.data.dali import decoded_crops, finished_images, input_names, input_values
 
     options = {"batch_size": 11, "img_size": (96, 80), "seed": 3}
     augment = Augment(vflip=0.5, color_jitter=color_jitter)
@@ -227,7 +218,7 @@ def test_channels_first_bands_in_a_range_of_their_own_are_cropped_as_photographs
         open_dataset(tmp_path / "bands", value_range=ranges, **options)
     dataset = open_dataset(tmp_path / "bands", value_range=ranges, channels_first=True, **options)
     assert dataset.shape(3) == (63, 70)
-    assert create.choose_loader(dataset) == "torch"
+    assert choose_loader(dataset) == "torch"
     ours = take(dataset, "torch", 3)
     assert_equal(take(dataset, "torch", 3, cache_bytes=0), ours)
     for batch, other in zip(ours, take(plain, "torch", 3), strict=True):

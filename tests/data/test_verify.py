@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from loading import png, write_mixed, write_shards
 
-from fastmae.data import DataError, retry
-from fastmae.data.verify import Verdict, verify_images
+from fastmae.data import DataError, errors
+from fastmae.data.inspect import Verdict, verify_images
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_a_shape_other_than_the_headers(folder, open_, monkeypatch):
 
 
 def test_a_file_that_is_gone_is_no_bad_image(folder, open_, monkeypatch):
-    monkeypatch.setattr(retry, "PAUSES", (0.01,))
+    monkeypatch.setattr(errors, "PAUSES", (0.01,))
     dataset = open_(folder, max_bad_fraction=1.0)
     (folder / "3.png").unlink()
     with pytest.raises(DataError, match=r"3.png: cannot be read"):

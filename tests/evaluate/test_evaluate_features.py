@@ -9,7 +9,7 @@ from PIL import Image
 from test_evaluate import TINY
 
 from fastmae import data
-from fastmae.data import retry
+from fastmae.data import errors
 from fastmae.data.decode import center_box, resize_crop_into
 from fastmae.evaluate import (
     Features,
@@ -95,7 +95,7 @@ def test_floats_in_a_range_and_bfloat16_give_nearly_the_features_of_bytes(datase
 
 
 def test_images_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(retry, "PAUSES", ())
+    monkeypatch.setattr(errors, "PAUSES", ())
     dataset = opened(write_classes(tmp_path / "images"), tmp_path)
     path = tmp_path / "images" / "green" / "3.png"
     path.write_bytes(path.read_bytes()[:60] + bytes(40))

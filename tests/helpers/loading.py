@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmae.data import Dataset, create, create_loader
+from fastmae.data import Dataset, create_loader, has_dali
 from fastmae.data.decode import UndecodableImage, decode
 
-needs_dali = pytest.mark.skipif(not create.has_dali(), reason="needs NVIDIA DALI")
+needs_dali = pytest.mark.skipif(not has_dali(), reason="needs NVIDIA DALI")
 KINDS = ["torch", pytest.param("dali", marks=needs_dali)]
 OPTIONS = {"batch_size": 5, "img_size": (32, 48), "seed": 3}
 

@@ -14,7 +14,7 @@ from training import LOADERS, write_images, write_shards
 
 from fastmae import data
 from fastmae.data import Augment, DataError, create_loader, open_dataset, open_once
-from fastmae.data.agree import check_agreement
+from fastmae.data.open import check_agreement
 from fastmae.train.ranks import Ranks
 
 GLOBAL, SMALL = 7, 2
@@ -79,7 +79,7 @@ def open_together(rank: int, folder: Path) -> dict:
             results["taken", name] = take(dataset, "torch", 2)
         # A rank that does not see what rank 0 has kept, as on a node with a home of its own.
         own = partial(open_dataset, folder / "images", cache_dir=cache)
-        with patch("fastmae.data.agree.MANIFEST", "missing"):
+        with patch("fastmae.data.open.MANIFEST", "missing"):
             check_agreement(open_once(own, first))
     with pytest.raises(DataError) as error:
         check_agreement(open_dataset(folder / ("images", "fewer")[rank], cache_dir=cache))

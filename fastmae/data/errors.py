@@ -1,4 +1,4 @@
-"""Patience with file systems that fail for a moment."""
+"""Errors that the owner of the data can solve, and patience with file systems that fail for a moment."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fastmae.data.batch import DataError
-
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
 PAUSES = (0.1, 0.5, 2.0, 8.0, 20.0)
 """Seconds to wait before the second try, the third, and so on: half a minute in all."""
+
+
+class DataError(Exception):
+    """A problem with the data that its owner can solve; the message says what came and what was expected."""
 
 
 def with_retries(action: Callable[[], Result], path: str, give_up_on: tuple[type[BaseException], ...] = ()) -> Result:

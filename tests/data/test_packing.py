@@ -19,12 +19,11 @@ from loading import needs_dali, png, rotated, save_16_bit, smooth
 from PIL import Image
 from sharding import by_source, contents, members, write_source
 
-from fastmae.data import DataError, open_dataset, shard_file
-from fastmae.data.shard import ShardOptions, write_shards
-from fastmae.data.shard_folder import ShardFolder
-from fastmae.data.shard_image import StoredImage
-from fastmae.data.stats import measure
-from fastmae.data.tar_shards import read_shard_index
+from fastmae.data import DataError, open_dataset
+from fastmae.data import shards as shards_module
+from fastmae.data.inspect import measure
+from fastmae.data.shards import ShardFolder, ShardOptions, StoredImage, write_shards
+from fastmae.data.tar import read_shard_index
 
 OPTIONS = ShardOptions(short_side=50, images_per_shard=5)
 
@@ -245,7 +244,7 @@ def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> Non
             die()
 
     if moment == "index":
-        shard_file.write_shard_index = die
+        shards_module.write_shard_index = die
     elif moment == "record":
         ShardFolder.add = die_in_a_record
     elif moment == "finish":
@@ -292,7 +291,7 @@ def test_one_process_at_a_time_where_the_file_system_has_locks(source, open_, tm
     def flock(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("fastmae.data.shard_folder.fcntl.flock", flock)
+    monkeypatch.setattr("fastmae.data.shards.fcntl.flock", flock)
     assert write_shards(open_(source), tmp_path / "out").images == 20
 
 
@@ -346,7 +345,7 @@ def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypa
                 file.seek(offset)
                 file.write(b"!")
 
-    monkeypatch.setattr(shard_file.os, "fsync", flip)
+    monkeypatch.setattr(shards_module.os, "fsync", flip)
     with pytest.raises(DataError, match="reads back otherwise than it was written"):
         write_shards(open_(source), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar*"))
@@ -356,8 +355,8 @@ def test_what_does_not_read_as_it_was_meant(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(smooth(20, 30, 0)).save(buffer, "JPEG")
     image = StoredImage("0.jpg", buffer.getvalue(), 3, 20, 30, False)
-    shard_file.write_shard(tmp_path / "good.tar", [image])
+    shards_module.write_shard(tmp_path / "good.tar", [image])
     for number, change in enumerate(({"height": 21}, {"data": b"no image"}, {"label": 10**40})):
         with pytest.raises(DataError, match="1 images were written, 1 read back; first other one: Written"):
-            shard_file.write_shard(tmp_path / f"{number}.tar", [image._replace(**change)])
+            shards_module.write_shard(tmp_path / f"{number}.tar", [image._replace(**change)])
     assert sorted(contents(tmp_path)) == ["good.tar", "good.tar.index.npz"]

@@ -27,6 +27,34 @@ class Format(IntEnum):
     NPY = 5
 
 
+_SUFFIXES = "jpg jpeg jpe jfif png webp gif avif heic heif bmp tif tiff npy jp2 jxl ppm pgm"
+IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
+"""A file with one of these suffixes is meant to be an image: if it cannot be read as one, it is reported."""
+EXPECTED = "JPEG, PNG, WebP, TIFF or NumPy (.npy)"
+_VALUES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
+MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "RGB;16", "RGBA;16",
+         *_VALUES)  # fmt: skip
+"""Modes by the numbers that the index stores."""
+READY_MODES = ("bool", "uint8")
+"""Of the values of TIFF and NumPy files, those that need no range to become uint8."""
+_GREY = {"1", "L", "LA", "I", "I;16"}
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",), Format.TIFF: _TIFF_STARTS,
+           Format.NPY: (b"\x93NUMPY",)}  # fmt: skip
+_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
+_END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
+_ORIENTATION_TAG = 0x0112
+_MOST_SIDE = 1 << 32  # what a row of the index holds
+_NPY_HEADER = 65536  # bytes, more than NumPy accepts, whatever length a damaged file claims
+_CHUNK = 1 << 20
+_PNG_DEPTH = 24
+"""Where a PNG states its bits a sample."""
+COLOR_16 = ("RGB;16", "RGBA;16")
+"""Photographs that only come with the upper 8 of their bits: no decoder here gives all of them."""
+_NO_FRAME = (0xC4, 0xC8, 0xCC)
+"""Markers among those of JPEG frames, 0xC0 to 0xCF, that are not frames: tables and extensions."""
+
+
 class Header(NamedTuple):
     """An image file.
 
@@ -48,34 +76,6 @@ class Header(NamedTuple):
 
 class BadImage(Exception):
     """Why a file cannot be trained on."""
-
-
-_SUFFIXES = "jpg jpeg jpe jfif png webp gif avif heic heif bmp tif tiff npy jp2 jxl ppm pgm"
-IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""A file with one of these suffixes is meant to be an image: if it cannot be read as one, it is reported."""
-
-EXPECTED = "JPEG, PNG, WebP, TIFF or NumPy (.npy)"
-_VALUES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
-MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "RGB;16", "RGBA;16",
-         *_VALUES)  # fmt: skip
-"""Modes by the numbers that the index stores."""
-READY_MODES = ("bool", "uint8")
-"""Of the values of TIFF and NumPy files, those that need no range to become uint8."""
-_GREY = {"1", "L", "LA", "I", "I;16"}
-
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",), Format.TIFF: _TIFF_STARTS,
-           Format.NPY: (b"\x93NUMPY",)}  # fmt: skip
-_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
-_END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
-_ORIENTATION_TAG = 0x0112
-_MOST_SIDE = 1 << 32  # what a row of the index holds
-_NPY_HEADER = 65536  # bytes, more than NumPy accepts, whatever length a damaged file claims
-_CHUNK = 1 << 20
-_PNG_DEPTH = 24
-"""Where a PNG states its bits a sample."""
-COLOR_16 = ("RGB;16", "RGBA;16")
-"""Photographs that only come with the upper 8 of their bits: no decoder here gives all of them."""
 
 
 def detect_format(start: bytes) -> Format | None:
@@ -251,3 +251,54 @@ def _check_end(file: BufferedIOBase, marker: bytes, data_start: int, size: int) 
             return
         before = chunk[-len(marker) :]
     raise BadImage(f"truncated: no end of image in {size} bytes")
+
+
+def stored_size(encoded: np.ndarray) -> tuple[int, int] | None:
+    """Height and width that the header of a JPEG, PNG or WebP file names, before any EXIF orientation.
+
+    Args:
+        encoded: uint8 (bytes,), the file.
+
+    Returns:
+        None if there is no such header.
+    """
+    start = encoded[:32].tobytes()
+    if start.startswith(b"\xff\xd8"):
+        return _jpeg(memoryview(encoded))
+    if start.startswith(b"\x89PNG\r\n\x1a\n") and start[12:16] == b"IHDR":
+        return int.from_bytes(start[20:24], "big"), int.from_bytes(start[16:20], "big")
+    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
+        return _webp(start)
+    return None
+
+
+def _jpeg(data: memoryview) -> tuple[int, int] | None:
+    """ITU-T T.81, annex B: segments one after the other, each with its length, up to the frame's header."""
+    at, end = 2, len(data) - 9
+    while at <= end:
+        if data[at] != 0xFF:
+            return None
+        marker = data[at + 1]
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
+            return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+        length = data[at + 2] << 8 | data[at + 3]
+        if marker in (0x00, 0xD9, 0xDA) or length < 2:
+            return None
+        at += 2 + length
+    return None
+
+
+def _webp(start: bytes) -> tuple[int, int] | None:
+    """The WebP container specification: extended, lossless and lossy files."""
+    kind, data = start[12:16], start[20:]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[7:10], "little"), 1 + int.from_bytes(data[4:7], "little")
+    if kind == b"VP8L" and data[0] == 0x2F:
+        bits = int.from_bytes(data[1:5], "little")
+        return 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
+    if kind == b"VP8 " and data[3:6] == b"\x9d\x01\x2a":
+        return int.from_bytes(data[8:10], "little") & 0x3FFF, int.from_bytes(data[6:8], "little") & 0x3FFF
+    return None

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from io import BytesIO
@@ -28,25 +29,111 @@ from typing import NamedTuple
 
 import numpy as np
 import nvidia.dali.fn as fn
+import nvidia.dali.types as types
 import torch
 from nvidia.dali import Pipeline
 from PIL import Image
 
-from fastmae.data.batch import Batch, DataError
-from fastmae.data.dali_graph import decoded_crops, finished_images, input_names, input_values
-from fastmae.data.dali_hints import decoder_hints
+from fastmae.data.batch import Batch, Plan, Planner
+from fastmae.data.dataset import Dataset
 from fastmae.data.decode import UndecodableImage
-from fastmae.data.header import MODES
+from fastmae.data.errors import DataError
+from fastmae.data.formats import MODES, stored_size
 from fastmae.data.loader import Loader
-from fastmae.data.plan import Plan, Planner
-from fastmae.data.stored_size import stored_size
 
+_COLORS = ("brightness", "contrast", "saturation", "hue")
+_NO_JITTER = (1.0, 1.0, 1.0, 0.0)
+_LOOKED_AT = 4096
+_MOST_SIDE = 4096
+_DEVICE_PADDING, _HOST_PADDING = 16 << 20, 8 << 20
 logger = logging.getLogger(__name__)
-
 _MAX_FAILURES = 10
 _DEPTH = 2
 """Batches inside the pipeline: one being decoded while the one before is taken out."""
 _BLANK_BOX = np.array([0, 0, 1, 1])
+
+
+def input_names(finished: bool, jitter: bool) -> list[str]:
+    """The inputs of a pipeline that gives crops, or finished images with or without colour jitter."""
+    names = ["encoded", "anchors", "shapes"]
+    if finished:
+        names += ["sizes", "left_right", "top_bottom", *(_COLORS if jitter else ())]
+    return names
+
+
+def input_values(plan: Plan, encoded: list[np.ndarray]) -> dict[str, list[np.ndarray] | np.ndarray]:
+    """All inputs for a batch: its files' bytes, and its plan as DALI wants it."""
+    jitter = np.tile(_NO_JITTER, (len(encoded), 1)) if plan.jitter is None else plan.jitter
+    brightness, contrast, saturation, turn = np.ascontiguousarray(jitter.T, np.float32)
+    return {
+        "encoded": encoded,
+        "anchors": plan.boxes[:, :2].astype(np.int32),
+        "shapes": plan.boxes[:, 2:].astype(np.int32),
+        "sizes": np.tile(np.float32(plan.img_size), (len(encoded), 1)),
+        "left_right": plan.flips[:, 0].astype(np.int32),
+        "top_bottom": plan.flips[:, 1].astype(np.int32),
+        "brightness": brightness,
+        "contrast": contrast,
+        "saturation": saturation,
+        "hue": 360 * turn,
+    }
+
+
+def decoded_crops(inputs: Mapping, device: str, hints: Mapping):
+    """Decode the plan's boxes: uint8 (height, width, 3) each.
+
+    Args:
+        inputs: data nodes by name.
+        device: ``"cpu"``, or ``"mixed"`` for decoding on the GPU.
+        hints: further arguments for the decoder.
+    """
+    return fn.decoders.image_slice(
+        inputs["encoded"],
+        inputs["anchors"],
+        inputs["shapes"],
+        axis_names="HW",
+        normalized_anchor=False,
+        normalized_shape=False,
+        output_type=types.RGB,
+        # The boxes are those of upright images, and so must be DALI's idea of the image.
+        adjust_orientation=True,
+        device=device,
+        **hints,
+    )
+
+
+def finished_images(crops, inputs: Mapping):
+    """Resize crops (bicubic, antialiased), mirror them and change their colours, wherever the crops are.
+
+    Colours differ a little from those of ``augment.jitter_into``: DALI applies all four factors at once, turns contrast
+    around mid-grey instead of the image's mean, and hue in a linear space instead of HSV.
+    """
+    images = fn.resize(crops, size=inputs["sizes"], interp_type=types.INTERP_CUBIC, antialias=True)
+    images = fn.flip(images, horizontal=inputs["left_right"], vertical=inputs["top_bottom"])
+    if "hue" in inputs:
+        images = fn.color_twist(images, **{name: inputs[name] for name in _COLORS})
+    return images
+
+
+def decoder_hints(dataset: Dataset, hw_decoder_load: float) -> dict[str, float | int]:
+    """Arguments for DALI's ``mixed`` decoder.
+
+    The largest height, width and file among 4,096 images, evenly spread over the index; sides count up to 4,096 pixels,
+    for the decoder keeps such a buffer for each thread. Whatever is larger costs an allocation when it comes.
+
+    Args:
+        dataset: the images.
+        hw_decoder_load: the share of the JPEG files for the hardware decoder, if there is one.
+    """
+    rows = dataset.rows(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
+    height, width = (min(int(rows[side].max()), _MOST_SIDE) for side in ("height", "width"))
+    return {
+        "hw_decoder_load": hw_decoder_load,
+        "preallocate_height_hint": height,
+        "preallocate_width_hint": width,
+        "device_memory_padding": max(_DEVICE_PADDING, 3 * height * width),
+        "host_memory_padding": max(_HOST_PADDING, min(int(rows["size"].max()), 3 * height * width)),
+    }
 
 
 class _Fed(NamedTuple):

@@ -7,8 +7,8 @@ import pytest
 from loading import png, rotated, smooth, write_mixed
 from PIL import Image
 
-from fastmae.data import stats
-from fastmae.data.stats import QUANTILES, measure, suggest_range
+from fastmae.data import inspect
+from fastmae.data.inspect import QUANTILES, measure, suggest_range
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_mean_and_standard_deviation(folder, open_, tmp_path, monkeypatch):
             np.save(tmp_path / str(channels) / f"{i}.npy", pixels)
     for dataset in (open_(folder), *(open_(tmp_path / str(channels), channels=channels) for channels in (1, 5))):
         for pixels_at_once in (1 << 20, 700):
-            monkeypatch.setattr(stats, "_PIXELS_AT_ONCE", pixels_at_once)
+            monkeypatch.setattr(inspect, "_PIXELS_AT_ONCE", pixels_at_once)
             found = measure(dataset)
             for value, truth in zip((found.mean, found.std, found.std_within), expected(dataset), strict=True):
                 np.testing.assert_allclose(value, truth, rtol=0, atol=1e-12)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from loading import image_file, noise
 
-from fastmae.data import DataError, open_dataset, retry
-from fastmae.data.tar_shards import parse_shard, read_shard_index, split_key, write_shard_index
+from fastmae.data import DataError, errors, open_dataset
+from fastmae.data.tar import parse_shard, read_shard_index, split_key, write_shard_index
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (20, 30)) -> bytes:
@@ -52,7 +52,7 @@ def test_shards_are_read_by_position_and_indexed_ones_open_unread(shards, cache,
     plain = open_dataset(shards, cache_dir=cache / "plain")
     for path in sorted(shards.glob("*.tar")):
         assert write_shard_index(path) == path.with_name(path.name + ".index.npz")
-    monkeypatch.setattr("fastmae.data.tar_shards.parse_shard", lambda path: pytest.fail(f"{path} was parsed"))
+    monkeypatch.setattr("fastmae.data.tar.parse_shard", lambda path: pytest.fail(f"{path} was parsed"))
     indexed = open_dataset(shards, cache_dir=cache / "indexed")
     assert indexed.hash == plain.hash
     for dataset in (plain, indexed):
@@ -136,7 +136,7 @@ def test_what_is_no_whole_plain_tar_is_refused(shards, cache, tmp_path):
 
 
 def test_a_shard_that_shrinks_is_a_clear_error(shards, cache, monkeypatch):
-    monkeypatch.setattr(retry, "PAUSES", (0.0,))
+    monkeypatch.setattr(errors, "PAUSES", (0.0,))
     dataset = open_dataset(shards, cache_dir=cache)
     path = shards / "train-000001.tar"
     os.truncate(path, 1000)
@@ -148,7 +148,7 @@ def test_a_shard_that_shrinks_is_a_clear_error(shards, cache, monkeypatch):
 
 
 def test_reading_from_many_threads_with_few_shards_open(shards, cache, monkeypatch):
-    monkeypatch.setattr("fastmae.data.tar_shards._OPEN_SHARDS", 1)
+    monkeypatch.setattr("fastmae.data.tar._OPEN_SHARDS", 1)
     dataset = open_dataset(shards, cache_dir=cache)
     expected, wrong = [dataset.read(i).tobytes() for i in range(6)], []
 

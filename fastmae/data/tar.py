@@ -21,11 +21,9 @@ from tempfile import NamedTemporaryFile
 
 import numpy as np
 
-from fastmae.data.batch import DataError
-from fastmae.data.header import IMAGE_SUFFIXES, BadImage, Header, parse_header
-from fastmae.data.parts import Part, PartBuilder
-from fastmae.data.retry import with_retries
-from fastmae.data.table import ENTRY
+from fastmae.data.errors import DataError, with_retries
+from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header
+from fastmae.data.table import ENTRY, Part, PartBuilder
 
 VERSION = 1
 INDEX_SUFFIX = ".index.npz"
