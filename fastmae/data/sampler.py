@@ -1,17 +1,24 @@
-"""Which sample stands at which position of the training run: a pure function, so that resuming is one number.
+"""Which sample each position of the training run takes: a pure function, so that resuming needs one number.
 
-Global position ``g`` counts the samples that all ranks together have seen. ``epoch = g // N``, and the sample is a
-pseudorandom permutation of ``0..N-1``, keyed by ``(seed, epoch)``, at ``g % N``. Ranks take slices of each global
-batch, equal or one sample longer, batches straddle epochs, and nothing is dropped or padded.
+Global position ``g`` counts the samples that all ranks together have seen, and ``epoch = g // N``. Within an epoch the
+order is a keyed permutation of ``0..N-1``, in one of two forms:
+
+- over the whole data set, or
+- in two levels, for data sets of many shards: the shards are permuted, and the samples of each *window* of
+  successive shards are permuted among themselves. A reader then has one window's shards open, not all of them.
+
+Ranks take slices of each global batch, equal or one sample longer, batches straddle epochs, and nothing is dropped or
+padded.
 
 The permutation is an alternating Feistel network on ``ceil(log2 N)`` bits, walked along its cycle until it lands below
 ``N`` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3 and 5). It costs the same for
-10 samples as for 2**40: no table of the permutation exists anywhere.
+10 samples as for 2**40, and no table of the samples exists anywhere; the order in two levels has one of the shards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,10 +26,12 @@ from fastmae.ops.philox import Stream, random_words
 
 _ROUNDS = 16
 MAX_SAMPLES = 1 << 40
+_WHOLE, _SHARDS, _FIRST_WINDOW = 0, 1, 2
+"""Which permutation of an epoch a key is for."""
 
 
 def permuted_ids(positions: np.ndarray, num_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The samples at some global positions.
+    """The samples at some global positions, in an order over the whole data set.
 
     Args:
         positions: int64 (n,), each at least 0.
@@ -34,14 +43,83 @@ def permuted_ids(positions: np.ndarray, num_samples: int, seed: int) -> tuple[np
     """
     if not 1 <= num_samples <= MAX_SAMPLES:
         raise ValueError(f"num_samples: expected an integer from 1 to 2**40, got {num_samples}")
-    epochs, values = np.divmod(positions, num_samples)
-    distinct, which = np.unique(epochs, return_inverse=True)
-    keys = random_words(seed, distinct, np.zeros_like(distinct), Stream.ORDER, _ROUNDS)[which].T.astype(np.uint64)
-    bits = max((num_samples - 1).bit_length(), 2)
-    values = _feistel(values.astype(np.uint64), keys, bits)
-    while (outside := np.flatnonzero(values >= num_samples)).size:
+    epochs, places = np.divmod(positions, num_samples)
+    return _permuted(places, num_samples, seed, epochs, _WHOLE), epochs
+
+
+class Order:
+    """The order of a run's samples.
+
+    Args:
+        num_samples: N, from 1 to 2**40.
+        seed: in [0, 2**63).
+        starts: the first sample of each shard, ascending from 0, int64 (shards,); needed with a ``window``.
+        window: shards whose samples are mixed. An epoch has ``shards / window`` windows, rounded, whose shares of the
+            shards differ by at most one, so that no window is much smaller than the others. 0: one order over the
+            whole data set.
+    """
+
+    def __init__(self, num_samples: int, seed: int, *, starts: np.ndarray | None = None, window: int = 0):
+        if window < 0:
+            raise ValueError(f"window: expected at least 0 shards, got {window}")
+        self.num_samples, self.seed = num_samples, seed
+        # With a single window the order is the whole data set's: nothing is read any more locally.
+        self._starts = starts if window and len(starts) > 1 and round(len(starts) / window) > 1 else None
+        self._window = window
+        self._windows = lru_cache(maxsize=2)(self._windows_of_epoch)  # a batch lies in one epoch or two
+
+    def ids(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The samples at some global positions.
+
+        Args:
+            positions: int64 (n,), each at least 0.
+
+        Returns:
+            ``sample_ids`` and ``epochs``, both int64 (n,).
+        """
+        if self._starts is None:
+            return permuted_ids(positions, self.num_samples, self.seed)
+        epochs, places = np.divmod(positions, self.num_samples)
+        ids = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = np.flatnonzero(epochs == epoch)
+            starts, ends, windows = self._windows(epoch)
+            numbers = np.searchsorted(windows, places[here], "right") - 1
+            for window in np.unique(numbers).tolist():
+                inside = here[numbers == window]
+                first, size = int(windows[window]), int(windows[window + 1] - windows[window])
+                key = np.full(len(inside), epoch)
+                mixed = first + _permuted(places[inside] - first, size, self.seed, key, _FIRST_WINDOW + window)
+                shards = np.searchsorted(ends, mixed, "right")
+                ids[inside] = starts[shards + 1] - (ends[shards] - mixed)
+        return ids, epochs
+
+    def _windows_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The shards of an epoch in their order.
+
+        Returns:
+            For each shard the sample behind its last (from index 1 on), the place behind its last, and the places where
+            the windows begin, with the end of the epoch.
+        """
+        count = len(self._starts)
+        shards = _permuted(np.arange(count), count, self.seed, np.full(count, epoch), _SHARDS)
+        behind = np.append(self._starts[1:], self.num_samples)[shards]
+        ends = np.cumsum(behind - self._starts[shards])
+        num_windows = round(count / self._window)
+        last = np.arange(1, num_windows + 1) * count // num_windows - 1
+        return np.append(0, behind), ends, np.append(0, ends[last])
+
+
+def _permuted(places: np.ndarray, size: int, seed: int, epochs: np.ndarray, which: int) -> np.ndarray:
+    """Where a permutation of [0, size) takes some places; each epoch has its own, and so has each ``which``."""
+    distinct, inverse = np.unique(epochs, return_inverse=True)
+    words = random_words(seed, distinct, np.full_like(distinct, which), Stream.ORDER, _ROUNDS)
+    keys = words[inverse].T.astype(np.uint64)
+    bits = max((size - 1).bit_length(), 2)
+    values = _feistel(places.astype(np.uint64), keys, bits)
+    while (outside := np.flatnonzero(values >= size)).size:
         values[outside] = _feistel(values[outside], keys[:, outside], bits)
-    return values.astype(np.int64), epochs
+    return values.astype(np.int64)
 
 
 def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:

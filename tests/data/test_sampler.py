@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from fastmae.data.sampler import batch_positions, permuted_ids, replacements
+from fastmae.data.sampler import Order, batch_positions, permuted_ids, replacements
 
 
 def epoch_order(num_samples: int, epoch: int, seed: int) -> np.ndarray:
@@ -82,6 +82,61 @@ def test_the_order_is_fixed_for_good():
     # Runs are continued by newer versions: another order here would show a resumed run samples twice.
     assert epoch_order(10, 0, seed=0).tolist() == [4, 9, 3, 7, 2, 8, 5, 1, 0, 6]
     assert permuted_ids(np.array([0, 1, 10**9 + 5]), 10**9, 42)[0].tolist() == [436478568, 780684948, 35814418]
+
+
+def windowed(sizes: list[int], window: int, seed: int = 0) -> tuple[Order, np.ndarray]:
+    starts = np.cumsum([0, *sizes])[:-1]
+    return Order(sum(sizes), seed, starts=starts, window=window), starts
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 50), st.integers(0, 5))
+def test_two_levels_give_each_sample_once_per_epoch_and_windows_of_whole_shards(sizes, window, epoch):
+    order, starts = windowed(sizes, window)
+    total = sum(sizes)
+    positions = np.arange(epoch * total, (epoch + 1) * total)
+    ids, epochs = order.ids(positions)
+    assert np.array_equal(np.sort(ids), np.arange(total))
+    assert (epochs == epoch).all()
+    # However a run cuts its positions into batches, and wherever it resumes, each has its sample.
+    mixed = np.random.default_rng(epoch).permutation(total)
+    assert np.array_equal(order.ids(positions[mixed])[0], ids[mixed])
+    windows = max(1, round(len(sizes) / window))
+    shards = np.searchsorted(starts, ids, "right") - 1
+    seen, place = set(), 0
+    for number in range(windows):
+        in_window = (number + 1) * len(sizes) // windows - number * len(sizes) // windows
+        distinct = list(dict.fromkeys(shards[place:].tolist()))[:in_window]
+        end = place + sum(sizes[shard] for shard in distinct)
+        assert set(shards[place:end].tolist()) == set(distinct)
+        assert not seen & set(distinct)
+        seen, place = seen | set(distinct), end
+    assert place == total
+
+
+def test_two_levels_are_uniform_over_epochs():
+    sizes, epochs = [3, 5, 4, 4, 2, 6], 4_000
+    order, starts = windowed(sizes, 2, seed=9)
+    orders = order.ids(np.arange(sum(sizes) * epochs))[0].reshape(epochs, -1)
+    shards = np.searchsorted(starts, orders, "right") - 1
+    window = np.array([[list(dict.fromkeys(row)).index(s) // 2 for s in range(6)] for row in shards.tolist()])
+    counts = np.stack([np.bincount(window[:, s], minlength=3) for s in range(6)])
+    assert chisquare(counts.ravel()).pvalue > 1e-3  # each shard is as likely in each of the three windows
+    together = orders[(np.sort(shards[:, :8]) == [0, 0, 0, 1, 1, 1, 1, 1]).all(1)][:, :8]
+    counts = np.zeros((8, 8))
+    np.add.at(counts, (np.broadcast_to(np.arange(8), together.shape), together), 1)
+    assert len(together) > 100
+    assert chisquare(counts.ravel()).pvalue > 1e-3  # and each sample of a window in each of its places
+
+
+def test_a_window_of_all_shards_is_the_order_without_windows():
+    order, _ = windowed([5] * 8, 8, seed=3)
+    assert np.array_equal(order.ids(np.arange(200))[0], permuted_ids(np.arange(200), 40, 3)[0])
+
+
+def test_the_order_in_two_levels_is_fixed_for_good():
+    order, _ = windowed([2, 3, 1, 4], 2)
+    assert order.ids(np.arange(10))[0].tolist() == [1, 5, 0, 7, 4, 9, 2, 3, 8, 6]
 
 
 def test_ranks_slice_each_global_batch():
