@@ -30,8 +30,7 @@ from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.model import create_model
 from fastmae.ops import _xformers
-from fastmae.train.autotune import settle_precision, with_saved
-from fastmae.train.batch_size import describe_uneven_shares
+from fastmae.train.autotune import describe_uneven_shares, settle_precision, with_saved
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Checkpoint, CheckpointError, Ranks, list_checkpoints, open_latest, step_of
 from fastmae.train.checkpoint.state import check_manifest
@@ -52,10 +51,7 @@ from fastmae.train.weights import initialize as initialize_weights
 
 _log = logging.getLogger(__name__)
 
-FLAGS = {"mode": "--train.parallel", "shard_size": "--train.shard-size", "device_type": "--train.device",
-         "global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size",
-         "compile_mode": "--train.compile-mode", "reduce_dtype": "--train.reduce-dtype",
-         "cuda_graph": "--train.cuda-graph"}  # fmt: skip
+FLAGS = {"compile_mode": "--train.compile-mode", "cuda_graph": "--train.cuda-graph"}
 """Flags behind arguments that functions report by their own names."""
 _CROPS, _ROWS = 256, 12
 """Crops over which the final errors are measured, and rows of the final picture."""

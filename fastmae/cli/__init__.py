@@ -99,7 +99,7 @@ def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: Stop
     if isinstance(command, PretrainConfig | BenchConfig | PlanConfig):
         config = apply_flags(replace(defaults, **_shared(command, PretrainConfig)), defaults, _given(argv))
         if isinstance(command, PlanConfig):
-            with usage_errors({"global_batch": "--train.global-batch-size", "max_batch": "--train.batch-size"}):
+            with usage_errors():
                 plans = make_plans(config, command)
             if command.json:
                 print(json.dumps(plans, indent=1))

@@ -1,4 +1,5 @@
-"""What a run measures on its machine: precision and batch size left at "auto", and the steps that fit into its time.
+"""Batch size, precision and number of steps: how the global batch divides, and what a run measures on its machine where
+the configuration says "auto".
 
 Checkpoints hold what was found, and a resumed run keeps it: another answer would end an exact continuation.
 ``config.json`` holds "auto", for other machines.
@@ -18,8 +19,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from fastmae.data.sampler import micro_batches
 from fastmae.ops import random_masking
-from fastmae.train.batch_size import divide_batch, num_passes
 from fastmae.train.config import PretrainConfig
 from fastmae.train.parallel import DTYPES
 from fastmae.train.ranks import Ranks
@@ -42,12 +43,9 @@ _LENGTH = ("steps", "epochs", "warmup_steps", "warmup_epochs", "fit_steps")
 
 
 def with_saved(config: PretrainConfig, manifest: Mapping[str, Any] | None, world_size: int) -> PretrainConfig:
-    """The configuration with what a resumed run had measured, as far as it had.
+    """The configuration with what a resumed run had measured, by the manifest of the checkpoint to resume from.
 
     The batch is kept where the global batch divides as it did: sums over other batches round differently.
-
-    Args:
-        manifest: of the checkpoint to resume from, if any.
     """
     if manifest is None:
         return config
@@ -60,6 +58,71 @@ def with_saved(config: PretrainConfig, manifest: Mapping[str, Any] | None, world
     if train.batch_size == "auto" and before == (train.global_batch_size, train.masks_per_image, world_size):
         found["batch_size"] = then.get("batch_size")
     return replace(config, train=replace(train, **found))
+
+
+# ---- dividing the global batch ---------------------------------------------------------------------------------------
+
+
+def divide_batch(
+    global_batch: int, world_size: int, max_batch: int | None = None, masks_per_image: int = 1
+) -> tuple[int, int]:
+    """The largest batch of any process in one forward pass, and the passes whose gradients accumulate into a step.
+
+    The global batch stays what it is on any number of processes, and with it the learning rate, the schedule and the
+    samples of a step; batch and accumulation follow. Where it does not divide evenly, some batches are one image
+    smaller (:func:`fastmae.data.sampler.micro_batches`), and the trainer weights their losses.
+
+    Args:
+        global_batch: masked images of an optimiser step.
+        max_batch: the most that fits on one device; None for no accumulation.
+
+    Raises:
+        ValueError: if there is not an image for each process and pass, or ``global_batch`` has part of an image.
+    """
+    images, rest = divmod(global_batch, masks_per_image)
+    if rest:
+        expected = f"a multiple of --train.masks-per-image {masks_per_image}"
+        raise ValueError(f"--train.global-batch-size: expected {expected}, got {global_batch}")
+    each = f" with {masks_per_image} masks per image" if masks_per_image > 1 else ""
+    if images < world_size:
+        expected = f"at least {world_size * masks_per_image} for {world_size} processes{each}"
+        raise ValueError(f"--train.global-batch-size: expected {expected}, got {global_batch}")
+    passes = 1 if max_batch is None else num_passes(images, world_size, max(1, max_batch // masks_per_image))
+    if images < world_size * passes:  # only for single images at a time
+        raise ValueError(
+            f"--train.batch-size: expected at least {2 * masks_per_image}{each}, since {global_batch} do not divide "
+            f"evenly among {world_size} processes, got {max_batch}"
+        )
+    return -(-images // (world_size * passes)) * masks_per_image, passes
+
+
+def num_passes(images: int, world_size: int, most: int) -> int:
+    """The fewest passes of at most so many images, or of equal ones if there are not twice as many: a second size is a
+    second graph to compile and capture."""
+    fewest = -(-images // (world_size * most))
+    return next((n for n in range(fewest, 2 * fewest) if images % (world_size * n) == 0), fewest)
+
+
+def describe_uneven_shares(global_batch: int, world_size: int, masks_per_image: int = 1) -> str | None:
+    """A warning that names the shares of the processes if they differ."""
+    share, longer = divmod(global_batch // masks_per_image, world_size)
+    if not longer:
+        return None
+    return (
+        f"--train.global-batch-size: {global_batch:,} images do not divide evenly among {world_size:,} processes. In a "
+        f"step {longer:,} of them take {(share + 1) * masks_per_image:,} and {world_size - longer:,} take "
+        f"{share * masks_per_image:,}; the result is the same, and the latter wait for the former"
+    )
+
+
+def loss_weights(global_batch: int, batch: int, ranks: Ranks, masks_per_image: int = 1) -> list[float]:
+    """The factor of each micro-batch's mean loss on this rank: its share of the global batch, times the ranks.
+
+    So losses and gradients that are summed over micro-batches and averaged over ranks are means over the global batch.
+    """
+    images, largest = global_batch // masks_per_image, batch // masks_per_image
+    parts = micro_batches(images, largest, rank=ranks.rank, world_size=ranks.size)
+    return [len(part) * ranks.size / images for part in parts]
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------
@@ -76,13 +139,12 @@ class Speeds(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A configuration with a precision in place of "auto"."""
+    """A configuration with a precision in place of "auto", why it is this one unless the user named it, and a warning
+    if that is slow here."""
 
     config: PretrainConfig
     text: str = ""
-    """Why it is this precision; empty where the user named it."""
     warning: str = ""
-    """That bf16 is slow here, if it is."""
 
 
 def measure_products(width: int) -> Speeds:
@@ -107,16 +169,10 @@ def measure_products(width: int) -> Speeds:
 
 
 def settle_precision(config: PretrainConfig, width: int, device: torch.device, ranks: Ranks) -> Settled:
-    """Put a precision in the place of "auto"; every rank calls it, and the first one measures.
+    """Put a precision in the place of "auto", for an encoder of a width; every rank calls it, the first one measures.
 
     bf16 on CUDA. On the CPU the faster of fp32 and bf16: many have no bfloat16 instructions, and emulate them at a
     hundredth to a fifth of fp32's rate.
-
-    Args:
-        config: validated.
-        width: of the model's encoder.
-        device: of the training.
-        ranks: who has to agree.
     """
     precision, text, warning = config.train.precision, "", ""
     if device.type != "cpu":
@@ -146,7 +202,6 @@ def find_batch_size(share: int, masks_per_image: int, peak: Callable[[int], floa
 
     Args:
         share: masked images of a process in a step, the largest; the result is what a whole number of passes takes.
-        masks_per_image: the result is a multiple.
         peak: bytes in use at the worst moment of forward and backward of so many masked images; infinite if it ran out.
         budget: bytes there are.
 
@@ -172,24 +227,12 @@ def find_batch_size(share: int, masks_per_image: int, peak: Callable[[int], floa
 
 
 def measured_batch_size(
-    config: PretrainConfig,
-    model: nn.Module,
-    forward: Callable[..., Any],
-    ranks: Ranks,
+    config: PretrainConfig, model: nn.Module, forward: Callable[..., Any], ranks: Ranks
 ) -> tuple[int, str]:
-    """``--train.batch-size auto``, before the first step; every rank calls it.
+    """``--train.batch-size auto``, before the first step: the batch, and how it was found. Every rank calls it.
 
     On a GPU forward and backward run on blank images, eagerly; no weight changes. On the CPU the whole share is one
-    batch: there accumulation saves nothing that matters.
-
-    Args:
-        config: precision and mask ratio.
-        model: the bare model, which ``forward`` calls.
-        forward: what a step calls.
-        ranks: who share the global batch.
-
-    Returns:
-        The batch, and how it was found, in words.
+    batch: there accumulation saves nothing that matters. ``forward`` calls the bare model, as a step does.
     """
 
     def agree(value: float) -> float:
@@ -236,11 +279,8 @@ def measured_batch_size(
 
 
 class StepFit:
-    """Measures the first steps of a run and shortens it to what its time holds.
-
-    Args:
-        deadline: of ``time.monotonic()``, when the run has to end.
-    """
+    """Measures the first steps of a run and shortens it to what its time holds, until ``deadline`` (of
+    ``time.monotonic()``)."""
 
     def __init__(self, deadline: float) -> None:
         self._deadline, self._ends = deadline, []

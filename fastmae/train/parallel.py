@@ -29,15 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmae.model.initialization import draw_parameter, sincos_positions
 from fastmae.train.compilation import check_compile_mode, compile_blocks, compile_model, graphed_batch
-from fastmae.train.config import (
-    ActivationCheckpointing,
-    Compile,
-    CompileMode,
-    ParallelMode,
-    Precision,
-    ReduceDtype,
-    ReduceEvery,
-)
+from fastmae.train.config import ParallelMode, ReduceEvery, TrainConfig
 from fastmae.train.launcher import place
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,14 +43,8 @@ MAX_FILES = 65_536
 class Parallelism:
     """Where this process stands among those that train a model together, and how they do it.
 
-    Attributes:
-        mode: "none", "ddp" (every process has the whole model), "fsdp" (parameters, gradients and optimiser state are
-            sharded over all processes) or "hsdp" (sharded inside groups, replicated across them).
-        rank, world_size: of all processes.
-        local_rank: of those on this node.
-        device: of this process.
-        owns_group: whether the process group was made for it, and not found.
-        mesh: one-dimensional ("shard" or "replicate") or, for HSDP, ("replicate", "shard"); None for "none".
+    ``mesh`` is one-dimensional ("shard" or "replicate") or, for HSDP, ("replicate", "shard"). ``owns_group``: the
+    process group was made for it, and not found.
     """
 
     mode: ParallelMode = "none"
@@ -97,11 +83,9 @@ def initialize(
 ) -> Parallelism:
     """Join the processes that torchrun started: default process group, this process's device, device mesh.
 
-    Reads what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them
-    this is the only process. A process group that exists is used as it is.
+    Without torchrun's variables this is the only process. A process group that exists is used as it is.
 
     Args:
-        mode: as :class:`Parallelism` has it; "auto" is "none" for one process and "ddp" for several.
         device_type: "cpu" (gloo), "cuda" (NCCL; the device of the local rank), or "auto", CUDA where there is a GPU.
         shard_size: processes that share one copy of the model under "hsdp"; None for those of a node. If that is all of
             them, "hsdp" shards over all as "fsdp" does.
@@ -115,12 +99,12 @@ def initialize(
     if mode == "auto":
         mode = "ddp" if world_size > 1 else "none"
     if mode == "none" and world_size > 1:
-        raise ValueError(f"mode: expected auto, ddp, fsdp or hsdp for {world_size} processes, got none")
+        raise ValueError(f"--train.parallel: expected auto, ddp, fsdp or hsdp for {world_size} processes, got none")
     if shard_size is not None and mode != "hsdp":
-        raise ValueError(f"shard_size: only hsdp takes one, got {shard_size} with {mode}")
+        raise ValueError(f"--train.shard-size: only hsdp takes one, got {shard_size} with {mode}")
     shard_size = shard_size or local_world_size
     if mode == "hsdp" and (shard_size < 1 or world_size % shard_size):
-        raise ValueError(f"shard_size: expected a divisor of the {world_size} processes, got {shard_size}")
+        raise ValueError(f"--train.shard-size: expected a divisor of the {world_size} processes, got {shard_size}")
     device = _device(device_type, local_rank)
     if mode == "none":
         return Parallelism(device=device)
@@ -137,9 +121,8 @@ def initialize(
 def shutdown(parallelism: Parallelism, *, failed: bool = False) -> None:
     """Leave the process group, if :func:`initialize` made it.
 
-    Args:
-        failed: after an error. NCCL's end waits for the collectives that are under way, and one that a failed rank has
-            not joined never ends, so that its group is left to the end of the process.
+    After an error NCCL's group is left to the end of the process: its own end waits for the collectives that are under
+    way, and one that a failed rank has not joined never ends.
     """
     if parallelism.owns_group and dist.is_initialized() and not (failed and parallelism.device.type == "cuda"):
         dist.destroy_process_group()
@@ -151,71 +134,50 @@ def construct(create: Callable[[], nn.Module], parallelism: Parallelism) -> nn.M
         return create()
 
 
-def parallelize(
-    model: nn.Module,
-    parallelism: Parallelism,
-    *,
-    seed: int,
-    precision: Precision = "fp32",
-    activation_checkpointing: ActivationCheckpointing = "none",
-    compile: Compile = "none",
-    compile_mode: CompileMode = "default",
-    reshard_after_forward: bool = True,
-    reduce_dtype: ReduceDtype = "fp32",
-) -> nn.Module:
-    """Put a model on this process's device, as one of several that train it.
+def parallelize(model: nn.Module, parallelism: Parallelism, train: TrainConfig) -> nn.Module:
+    """Put a model on this process's device, as one of several that train it; return the module to call.
 
     The computation is to run under ``torch.autocast`` of the precision in every mode. Sharded parameters are cast once,
-    where they are gathered (bf16 or fp16), and autocast then finds them cast. What goes
-    into a module is not cast: masks, images and the residual stream are what they are in a single process. Position
-    tables are neither sharded nor cast.
+    where they are gathered (bf16 or fp16), and autocast then finds them cast. What goes into a module is not cast:
+    masks, images and the residual stream are what they are in a single process. Position tables are neither sharded nor
+    cast.
 
     Args:
-        model: a ``MaskedAutoencoderViT``, changed in place; its parameters may be on the meta device.
-        parallelism: from :func:`initialize`.
-        seed: draws the weights of a model on the meta device: those that a single process would draw.
-        precision: of the matrix products.
-        activation_checkpointing: what the backward recomputes: "selective", the blocks' attention (of a block's 24
-            bytes per token and unit of width in bf16 it saves 10, for a quarter of its products); "full", all but the
-            blocks' inputs (saves 18, for two thirds of its products).
-        compile: what ``torch.compile`` takes: each block, or the whole model; with several processes always blocks.
-        compile_mode: of ``torch.compile``, as :mod:`fastmae.train.compilation` has it.
-        reshard_after_forward: free a block's gathered weights after its forward, and gather them again for its
-            backward; False keeps them, which takes the memory of the whole model in the precision.
-        reduce_dtype: in which gradients are summed over the processes.
-
-    Returns:
-        The module to call: the model itself, compiled, or in ``DistributedDataParallel``.
+        model: a ``MaskedAutoencoderViT``, changed in place; its parameters may be on the meta device, and then get the
+            weights that a single process would draw.
+        train: its precision is settled.
 
     Raises:
         ValueError: a mode of compilation that is not for this device or parallelism, or a ``reduce_dtype`` in a single
             process.
     """
-    if reduce_dtype != "fp32" and parallelism.mode == "none":
-        raise ValueError(f"reduce_dtype: expected fp32 in a single process, which reduces nothing, got {reduce_dtype}")
+    mode, device, compile = parallelism.mode, parallelism.device, train.compile
+    if train.reduce_dtype != "fp32" and mode == "none":
+        expected = "expected fp32 in a single process, which reduces nothing"
+        raise ValueError(f"--train.reduce-dtype: {expected}, got {train.reduce_dtype}")
     if compile != "none":
-        check_compile_mode(compile_mode, device_type=parallelism.device.type, sharded=parallelism.sharded)
-    model.set_activation_checkpointing(activation_checkpointing)
-    whole = compile == "model" and parallelism.mode == "none"
+        check_compile_mode(train.compile_mode, device_type=device.type, sharded=parallelism.sharded)
+    model.set_activation_checkpointing(train.activation_checkpointing)
+    whole = compile == "model" and mode == "none"
     if compile != "none" and not whole:
-        compile_blocks(model, compile_mode)
+        compile_blocks(model, train.compile_mode)
     if parallelism.sharded:
-        _shard(model, parallelism, DTYPES[precision], DTYPES[reduce_dtype], reshard_after_forward)
+        _shard(model, parallelism, train)
     if next(model.parameters()).is_meta:
-        materialize(model, parallelism.device, seed)
+        materialize(model, device, train.seed)
     else:
-        model.to(parallelism.device)
-    if parallelism.mode == "ddp":
-        ids = [parallelism.device.index] if parallelism.device.type == "cuda" else None
+        model.to(device)
+    if mode == "ddp":
         # PyTorch 2.14 renames it, and warns of the old name on every rank.
         known = inspect.signature(DistributedDataParallel).parameters
         syncing = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options = {syncing: False, "gradient_as_bucket_view": True}
+        ids = [device.index] if device.type == "cuda" else None
         replicated = DistributedDataParallel(model, ids, device_mesh=parallelism.mesh, **options)
-        if reduce_dtype == "bf16":
+        if train.reduce_dtype == "bf16":
             replicated.register_comm_hook(None, bf16_compress_hook)
         return replicated
-    return compile_model(model, compile_mode) if whole else model
+    return compile_model(model, train.compile_mode) if whole else model
 
 
 @torch.no_grad()
@@ -256,7 +218,9 @@ def _device(device_type: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ValueError(f"device_type: expected a GPU for each process of a node, got {count} for rank {local_rank}")
+        raise ValueError(
+            f"--train.device: expected a GPU for each process of a node, got {count} for rank {local_rank}"
+        )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -279,16 +243,16 @@ def _init_process_group(device: torch.device, rank: int, world_size: int, timeou
     dist.init_process_group("nccl" if cuda else "gloo", **options)
 
 
-def _shard(
-    model: nn.Module, parallelism: Parallelism, dtype: torch.dtype, reduce_dtype: torch.dtype, reshard: bool
-) -> None:
+def _shard(model: nn.Module, parallelism: Parallelism, train: TrainConfig) -> None:
     policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+        param_dtype=None if train.precision == "fp32" else DTYPES[train.precision],
+        reduce_dtype=DTYPES[train.reduce_dtype],
+        cast_forward_inputs=False,
     )
     options = {"mesh": parallelism.mesh, "mp_policy": policy}
     blocks = [*model.blocks, *model.decoder_blocks]
     for block in blocks:
-        fully_shard(block, reshard_after_forward=reshard, **options)
+        fully_shard(block, reshard_after_forward=train.reshard_after_forward, **options)
     # The root's own parameters are used at the beginning and at the end, so they stay until the backward is done.
     # What a block returns, nobody changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

@@ -89,7 +89,10 @@ def make_plans(config: PretrainConfig, cluster: PlanConfig) -> list[Plan]:
     import torch
 
     from fastmae.model import create_model
+    from fastmae.train.rules import check_fields
 
+    check_fields(config.model, "model")
+    check_fields(config.train, "train")
     modes: list[ParallelMode] = [config.train.parallel]
     if config.train.parallel == "auto":
         several = cluster.gpus > cluster.gpus_per_node > 1
@@ -105,7 +108,7 @@ def make_plan(config: PretrainConfig, model: Any, mode: ParallelMode, cluster: P
     Raises:
         ValueError: GPUs that are not whole nodes, a mode that does not fit them, or a batch without an image for each.
     """
-    from fastmae.train.batch_size import divide_batch
+    from fastmae.train.autotune import divide_batch
     from fastmae.train.flops import count_flops
 
     train, ratio, hardware, gpus = config.train, config.model.mask_ratio, cluster.hardware, cluster.gpus
@@ -115,7 +118,7 @@ def make_plan(config: PretrainConfig, model: Any, mode: ParallelMode, cluster: P
         raise ValueError(f"--gpus: expected whole nodes of {cluster.gpus_per_node} or part of one, got {gpus}")
     if mode == "none" and gpus > 1:
         raise ValueError(f"--train.parallel: expected ddp, fsdp or hsdp for {gpus} GPUs, got none")
-    share, _ = divide_batch(train.global_batch_size, gpus, multiple_of=masks)  # the largest; other GPUs wait for it
+    share, _ = divide_batch(train.global_batch_size, gpus, masks_per_image=masks)  # the largest; other GPUs wait for it
     c, r = (4 if train.precision == "fp32" else 2), (2 if config.model.residual_dtype == "bfloat16" else 4)
     shards = {"none": 1, "ddp": 1, "fsdp": gpus, "hsdp": per_node}[mode]
     trained, blocks = _weights(model)

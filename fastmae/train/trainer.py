@@ -16,9 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from fastmae.data.open import check_agreement
-from fastmae.train.autotune import StepFit, measured_batch_size, with_length
+from fastmae.train.autotune import StepFit, divide_batch, loss_weights, measured_batch_size, with_length
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.batch_size import divide_batch, loss_weights
 from fastmae.train.callbacks import Callback, running
 from fastmae.train.checkpoint import (
     MANIFEST,
@@ -89,17 +88,7 @@ class Trainer:
         self.console = console or Console()
         self.device, self.dtype = self.parallelism.device, DTYPES[train.precision]
         # Compiled, sharded or replicated before anything holds on to a parameter: sharding replaces parameters.
-        self.forward = parallelize(
-            model,
-            self.parallelism,
-            seed=train.seed,
-            precision=train.precision,
-            activation_checkpointing=train.activation_checkpointing,
-            compile=train.compile,
-            compile_mode=train.compile_mode,
-            reshard_after_forward=train.reshard_after_forward,
-            reduce_dtype=train.reduce_dtype,
-        )
+        self.forward = parallelize(model, self.parallelism, train)
         if train.batch_size == "auto":
             batch, text = measured_batch_size(config, model, self.forward, self.ranks)
             self.console.print(text)
@@ -391,11 +380,10 @@ class Trainer:
                     tensors[f"{name}.{key}"] = value
                 else:
                     values.setdefault(name, {})[key] = value
-        return tensors, values | state.describe_run(self.config, self.model, self.optimizer, self.dataset) | {
-            "samples_consumed": self.samples,
-            "world_size": self.ranks.size,
-            "num_threads": torch.get_num_threads(),
-        }
+        return tensors, values | self._describe() | {"samples_consumed": self.samples}
+
+    def _describe(self) -> dict[str, Any]:
+        return state.describe_run(self.config, self.model, self.dataset, self.ranks.size)
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
         """Continue from a checkpoint folder, which may be of any number of processes.
@@ -407,7 +395,7 @@ class Trainer:
             CheckpointError: if the checkpoint is damaged, of another architecture, or needs another seed or batch.
         """
         saved = open_checkpoint(saved, ranks=self.ranks) if isinstance(saved, Path) else saved
-        differences = state.compare(saved.manifest, self.config, self.model, self.dataset, self.ranks.size)
+        differences = state.compare(saved.manifest, self._describe())
         self._load_tensors(saved)
         self._continue_from(saved)
         return differences

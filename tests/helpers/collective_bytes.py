@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
 from fastmae.train import parallel
+from fastmae.train.config import TrainConfig
 
 _NAMES = {
     "allreduce_": "all-reduce",
@@ -61,7 +62,8 @@ def sent_in_a_step(
     """Bytes that this rank sends in a bf16 step, by collective, as ring algorithms send them."""
     place = parallel.initialize(mode)
     model = parallel.construct(lambda: MaskedAutoencoderViT(**sizes, seed=0), place)
-    forward = parallel.parallelize(model, place, seed=0, precision="bf16", reshard_after_forward=reshard_after_forward)
+    train = TrainConfig(precision="bf16", reshard_after_forward=reshard_after_forward)
+    forward = parallel.parallelize(model, place, train)
     images = torch.randint(0, 256, (2, 3, *sizes["img_size"]), dtype=torch.uint8)
     masking = random_masking(2, model.num_patches, 0.75, seed=0)
     with CollectiveBytes() as counted:

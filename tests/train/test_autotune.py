@@ -29,13 +29,13 @@ from fastmae.train.autotune import (
     LAST,
     Speeds,
     StepFit,
+    divide_batch,
     find_batch_size,
     measure_products,
     measured_batch_size,
     settle_precision,
     with_saved,
 )
-from fastmae.train.batch_size import divide_batch
 from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.optim import create_optimizer, parameter_groups
@@ -149,9 +149,7 @@ def test_what_the_trial_finds_fits_a_step_and_fills_the_memory(activation_checkp
     train = replace(config.train, precision="bf16", global_batch_size=5040)
     train = replace(train, activation_checkpointing=activation_checkpointing)
     model = create_model(**config.model_arguments())
-    forward = parallelize(
-        model, Parallelism(device=device), seed=0, activation_checkpointing=activation_checkpointing, precision="bf16"
-    )
+    forward = parallelize(model, Parallelism(device=device), train)
     batch, _ = measured_batch_size(replace(config, train=train), model, forward, Ranks())
     optimizer = create_optimizer(parameter_groups(model, 0.05), train)
     torch.cuda.reset_peak_memory_stats()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastmae.data.sampler import batch_positions
-from fastmae.train.batch_size import describe_uneven_shares, divide_batch
+from fastmae.train.autotune import describe_uneven_shares, divide_batch
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,10 @@ def test_ranks_and_passes_divide_every_step_into_consecutive_parts(images, world
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((4, 8), "global_batch: expected at least 8 for 8 processes, got 4"),
-        ((12, 8, None, 2), "global_batch: expected at least 16 for 8 processes with 2 masks per image, got 12"),
-        ((96, 8, 4, 5), "global_batch: expected a multiple of 5 with 5 masks per image, got 96"),
-        ((96, 8, 2, 3), "max_batch: expected at least 3 with 3 masks per image, got 2"),
-        ((8, 3, 1), "max_batch: expected at least 2, since 8 do not divide evenly among 3 processes, got 1"),
-        ((96, 8, 0), "max_batch: expected at least 1, got 0"),
-        ((0, 8), "global_batch: expected at least 1, got 0"),
-        ((8, 0), "world_size: expected at least 1, got 0"),
+        ((4, 8), "--train.global-batch-size: expected at least 8 for 8 processes, got 4"),
+        ((12, 8, None, 2), "expected at least 16 for 8 processes with 2 masks per image, got 12"),
+        ((96, 8, 4, 5), "expected a multiple of --train.masks-per-image 5, got 96"),
+        ((8, 3, 1), "--train.batch-size: expected at least 2, since 8 do not divide evenly among 3 processes, got 1"),
     ],
 )
 def test_fewer_images_than_processes_are_refused(arguments, message):

@@ -67,7 +67,7 @@ def compiled(monkeypatch):
 def test_what_is_asked_for_is_compiled_in_its_mode(compiled, what):
     model = MaskedAutoencoderViT(**SMALL, seed=0)
     mode = {} if what == "none" else {"compile_mode": "max-autotune-no-cudagraphs"}
-    parallel.parallelize(model, Parallelism(), seed=0, compile=what, **mode)
+    parallel.parallelize(model, Parallelism(), TrainConfig(compile=what, **mode))
     blocks = [block.forward.__func__ for block in (*model.blocks, *model.decoder_blocks)]
     expected = {"none": [], "blocks": blocks, "model": [model]}[what]
     assert [getattr(target, "__func__", target) for target, _ in compiled] == expected
@@ -187,9 +187,8 @@ def test_graphs_of_blocks_train_as_eager_does_with_ddp(tmp_path, images, eager):
     place = parallel.initialize("ddp", "cuda")
     try:
         trainer = on_gpu(tmp_path / "run", images, 2)
-        trainer.forward = parallel.parallelize(
-            trainer.model, place, seed=0, precision="bf16", compile="blocks", compile_mode="reduce-overhead"
-        )
+        train = TrainConfig(precision="bf16", compile="blocks", compile_mode="reduce-overhead")
+        trainer.forward = parallel.parallelize(trainer.model, place, train)
         rows = []
         trainer.fit(on_log=rows.append)
     finally:

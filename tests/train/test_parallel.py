@@ -20,6 +20,7 @@ from training import write_images
 from fastmae import ops
 from fastmae.model.blocks import Linear
 from fastmae.train import parallel
+from fastmae.train.config import TrainConfig
 
 LOSS, WEIGHTS = 1e-6, 2e-6
 """How far float32 may be from a single process after twenty steps. See :func:`assert_same_weights` for what is left
@@ -113,7 +114,7 @@ def initial_weights(mode: str) -> dict[str, Tensor]:
     place = parallel.initialize(mode)
     model = parallel.construct(create, place)
     assert all(p.is_meta for p in model.parameters())
-    parallel.parallelize(model, place, seed=SEED)
+    parallel.parallelize(model, place, TrainConfig(seed=SEED, precision="fp32"))
     parts = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         is_shard = isinstance(tensor, DTensor)
@@ -130,7 +131,8 @@ PIXELS = torch.zeros(2, 3, *IMG_SIZE, dtype=torch.uint8)
 
 def parallelized(mode: str, **options) -> torch.nn.Module:
     place = parallel.initialize(mode)
-    return parallel.parallelize(parallel.construct(create, place), place, seed=SEED, **options)
+    train = TrainConfig(**{"seed": SEED, "precision": "fp32", **options})
+    return parallel.parallelize(parallel.construct(create, place), place, train)
 
 
 def loss_of(model: torch.nn.Module) -> Tensor:
@@ -333,9 +335,9 @@ def test_one_process_needs_no_group(monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "shard_size", "environment", "message"),
     [
-        ("none", None, ENVIRONMENT, "mode: expected auto, ddp, fsdp or hsdp for 4 processes, got none"),
-        ("hsdp", 3, ENVIRONMENT, "shard_size: expected a divisor of the 4 processes, got 3"),
-        ("fsdp", 2, ENVIRONMENT, "shard_size: only hsdp takes one, got 2 with fsdp"),
+        ("none", None, ENVIRONMENT, "--train.parallel: expected auto, ddp, fsdp or hsdp for 4 processes, got none"),
+        ("hsdp", 3, ENVIRONMENT, "--train.shard-size: expected a divisor of the 4 processes, got 3"),
+        ("fsdp", 2, ENVIRONMENT, "--train.shard-size: only hsdp takes one, got 2 with fsdp"),
         ("ddp", None, {"RANK": "0", "WORLD_SIZE": "2"}, "got no LOCAL_RANK, LOCAL_WORLD_SIZE"),
     ],
 )
@@ -355,15 +357,14 @@ def test_checkpointing_changes_no_bit_among_several_processes(two, case):
 
 
 def test_a_single_process_reduces_nothing():
-    with pytest.raises(ValueError, match="reduce_dtype: expected fp32 in a single process, which reduces nothing, got"):
-        parallel.parallelize(create(), parallel.Parallelism(), seed=SEED, reduce_dtype="bf16")
+    with pytest.raises(ValueError, match=r"--train.reduce-dtype: expected fp32 in a single process, .*, got bf16"):
+        parallelized("none", reduce_dtype="bf16")
 
 
 def test_checkpointing_keeps_less():
     masking, kept = ops.random_masking(2, 24, 0.75, seed=0), []
     for checkpointing in ("none", "selective", "full"):
-        options = {"seed": SEED, "activation_checkpointing": checkpointing}
-        model, sizes = parallel.parallelize(create(), parallel.Parallelism(), **options), {}
+        model, sizes = parallelized("none", activation_checkpointing=checkpointing), {}
 
         def pack(tensor, sizes=sizes):
             sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -383,9 +384,7 @@ def test_parameters_in_bf16_as_shards_are_gathered_train_like_their_masters(chec
     pixels = torch.randint(0, 256, (2, 3, *IMG_SIZE), dtype=torch.uint8)
     masking, found = ops.random_masking(2, 24, 0.75, seed=0), []
     for dtype in (torch.float32, torch.bfloat16):
-        model = parallel.parallelize(
-            create(), parallel.Parallelism(), seed=SEED, activation_checkpointing=checkpointing
-        )
+        model = parallelized("none", activation_checkpointing=checkpointing)
         trained = [p for p in model.parameters() if p.requires_grad]
         for parameter in trained:
             parameter.data = parameter.data.to(dtype)

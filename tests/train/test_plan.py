@@ -130,6 +130,7 @@ def test_the_gpu_with_the_largest_share_sets_the_pace(base):
             ["--gpus", "6", "--train.global-batch-size", "4", "--train.batch-size", "4"],
             "--train.global-batch-size: expected at least 6 for 6 processes, got 4",
         ),
+        (["--train.batch-size", "0"], "--train.batch-size: expected a positive number, got 0"),
         (["--train.parallel", "none"], "--train.parallel: expected ddp, fsdp or hsdp for 8 GPUs, got none"),
     ],
 )

@@ -20,7 +20,7 @@ from fastmae.interop.hugging_face_weights import read_hugging_face
 from fastmae.model import create_model
 from fastmae.train import parallel
 from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.config import PretrainConfig
+from fastmae.train.config import PretrainConfig, TrainConfig
 from fastmae.train.weights import export_weights, initialize, read_weights
 
 ARGUMENTS = PretrainConfig(model=MODEL).model_arguments()
@@ -170,7 +170,7 @@ def shard_and_load(rank: int, path: Path) -> dict[str, torch.Tensor]:
     """The whole weights of a model that was made on the meta device, sharded, drawn and then given a file's encoder."""
     parallelism = parallel.initialize("fsdp")
     model = parallel.construct(lambda: create_model(**ARGUMENTS), parallelism)
-    parallel.parallelize(model, parallelism, seed=2)
+    parallel.parallelize(model, parallelism, TrainConfig(seed=2, precision="fp32"))
     assert "no decoder" in initialize(model, *read_weights(path))
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
 

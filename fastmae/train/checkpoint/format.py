@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fastmae.train.ranks import CheckpointError
@@ -68,13 +69,12 @@ class Chunk:
         """The number behind the last row; a scalar is one row."""
         return self.begin + (self.shape[0] if self.shape else 1)
 
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
-
     @property
     def bytes(self) -> int:
-        """Size of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
 
 @contextmanager
@@ -129,10 +129,11 @@ def publish(partial: Path, final: Path) -> None:
 def prune(folder: Path, written: Path, keep: int | None, keep_every: int | None, protected: int | None = None) -> None:
     """Delete all but the newest ``keep`` checkpoints, those of every ``keep_every`` steps, the one just written, and
     the newest up to step ``protected``."""
-    spared = next((p for p in list_checkpoints(folder) if protected is not None and step_of(p) <= protected), None)
-    for old in list_checkpoints(folder)[max(keep, 1) :] if keep is not None else ():
+    found = list_checkpoints(folder)
+    spared = {written, *[path for path in found if protected is not None and step_of(path) <= protected][:1]}
+    for old in found[max(keep, 1) :] if keep is not None else ():
         milestone = keep_every and step_of(old) and step_of(old) % keep_every == 0
-        if old not in (written, spared) and not milestone:
+        if old not in spared and not milestone:
             try:
                 discard(old)
             except OSError as error:
@@ -202,14 +203,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{name}: contents differ from the SHA-256 that it gives of itself")
         if not isinstance(manifest["step"], int):
             raise CheckpointError(f"{name}: expected a step, got {manifest['step']!r}")
-        for file in manifest["files"]:
-            if not _SHARD_NAME.fullmatch(file["name"]):
-                raise CheckpointError(f"{name}: lists {file['name']}, which is not a checkpoint's tensor file")
         listed, present = {file["name"] for file in manifest["files"]}, {p.name for p in path.iterdir()} - {MANIFEST}
-    for missing in sorted(listed - present):
-        raise CheckpointError(f"{path / missing}: missing, but listed in {MANIFEST}")
-    for unlisted in sorted(present - listed):
-        raise CheckpointError(f"{path / unlisted}: not listed in {MANIFEST}; left over from another save?")
+        for other in listed:
+            if not _SHARD_NAME.fullmatch(other):
+                raise CheckpointError(f"{name}: lists {other}, which is not a checkpoint's tensor file")
+    for file in sorted(listed ^ present):
+        why = f"missing, but listed in {MANIFEST}" if file in listed else f"not listed in {MANIFEST}"
+        raise CheckpointError(f"{path / file}: {why}")
     return manifest
 
 
@@ -226,20 +226,22 @@ def write_tensors(
     """Write a safetensors file tensor by tensor; on return it is on the disk. Returns its entry in a manifest.
 
     ``safetensors`` is not used for writing: it needs all tensors in memory at once, and a checksum of the bytes on
-    their way to the disk also detects what reading back would not.
-
-    Args:
-        chunks: what to write, by name.
-        read: returns the tensor of a name, on any device, with its chunk's shape and dtype.
-
-    Raises:
-        OSError: if the disk is full or not writable.
+    their way to the disk also detects what reading back would not. ``read`` returns a name's tensor, on any device.
     """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
     # In safetensors' order: the widest type first, so that every tensor is aligned.
-    names, digest = sorted(chunks, key=lambda name: (-chunks[name].dtype.itemsize, name)), hashlib.sha256()
+    names = sorted(chunks, key=lambda name: (-chunks[name].dtype.itemsize, name))
+    for name in names:
+        chunk, end = chunks[name], begin + chunks[name].bytes
+        header[name] = {"dtype": DTYPE_NAMES[chunk.dtype], "shape": chunk.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
 
     def blocks() -> Iterator[bytes | memoryview]:
-        yield _header({name: chunks[name] for name in names}, metadata)
+        yield struct.pack("<Q", len(text)) + text
         for name in names:
             yield memoryview(read(name).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -259,11 +261,7 @@ def write_tensors(
 def replace_file(
     path: Path, chunks: Mapping[str, Chunk], read: Callable[[str], Tensor], metadata: Mapping[str, Any]
 ) -> Path:
-    """Replace a safetensors file atomically, by :func:`write_tensors` with JSON-able metadata.
-
-    Raises:
-        CheckpointError: if the file cannot be written.
-    """
+    """Replace a safetensors file atomically, with JSON-able metadata; raises CheckpointError if it cannot."""
     partial = path.with_name(f".{path.name}.tmp")
     try:
         write_tensors(partial, chunks, read, {"format": "pt", **{k: json.dumps(v) for k, v in metadata.items()}})
@@ -282,16 +280,14 @@ def offsets_metadata(chunks: Mapping[str, Chunk]) -> dict[str, str]:
 
 def read_header(path: Path) -> dict[str, Chunk]:
     """Chunks in a safetensors file, from its header alone; raises CheckpointError if it is no such file."""
+    chunks = {}
     with reading(path):
-        size = require_file(path)
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(min(length, size)))
-        offsets = json.loads(header.pop("__metadata__", {}).get(_OFFSETS, "{}"))
-        chunks = {}
-        for name, entry in header.items():
-            begin = offsets[name]["saved_offsets"] if name in offsets else ()
-            chunks[name] = Chunk(DTYPES[entry["dtype"]], tuple(entry["shape"]), next(iter(begin), 0))
+        require_file(path)
+        with safe_open(path, framework="pt") as file:
+            offsets = json.loads((file.metadata() or {}).get(_OFFSETS, "{}"))
+            for name in file.keys():  # noqa: SIM118
+                rows, begin = file.get_slice(name), offsets.get(name, {}).get("saved_offsets", ())
+                chunks[name] = Chunk(DTYPES[rows.get_dtype()], tuple(rows.get_shape()), next(iter(begin), 0))
     return chunks
 
 
@@ -312,15 +308,3 @@ def require_file(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path}: expected a regular file")
     return status.st_size
-
-
-def _header(chunks: Mapping[str, Chunk], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    begin = 0
-    for name, chunk in chunks.items():
-        end = begin + chunk.bytes
-        header[name] = {"dtype": DTYPE_NAMES[chunk.dtype], "shape": list(chunk.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

@@ -35,8 +35,6 @@ from fastmae.train.checkpoint.format import (
 from fastmae.train.checkpoint.save import local_chunk
 from fastmae.train.ranks import CheckpointError, LostRankError, Ranks
 
-WHAT = "reading a checkpoint"
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -109,12 +107,9 @@ class Checkpoint:
 def open_checkpoint(
     path: Path, *, ranks: Ranks | None = None, check: Callable[[Mapping[str, Any]], object] = bool
 ) -> Checkpoint:
-    """Read and verify a folder ``step-N``; every rank calls it.
-
-    The files are divided among the ranks: each verifies some, and all learn what was found.
+    """Read and verify a folder ``step-N``; every rank calls it, verifies some of the files, and learns what was found.
 
     Args:
-        ranks: who reads; None for this process alone.
         check: called with the manifest on rank 0; whatever it raises counts as damage, since a manifest whose checksum
             fits may still have been written by a broken program.
 
@@ -149,10 +144,7 @@ def open_latest(
     check: Callable[[Mapping[str, Any]], object] = bool,
     newest: int | None = None,
 ) -> Checkpoint:
-    """:func:`open_checkpoint` of a run's newest usable one. A damaged one is reported on stderr and passed over.
-
-    Args:
-        newest: step up to which checkpoints are considered; None for all.
+    """:func:`open_checkpoint` of a run's newest usable one up to step ``newest``; a damaged one is reported on stderr.
 
     Raises:
         CheckpointError: on all ranks alike, if there is none.
@@ -180,14 +172,10 @@ def open_folder(path: Path) -> Checkpoint:
 
 
 def consolidate(checkpoint: Checkpoint, out: Path, *, optimizer: bool = False) -> Path:
-    """Write the tensors of a checkpoint into one ``.safetensors`` file, one tensor in memory at a time.
+    """Write a checkpoint's weights into one ``.safetensors`` file as an export does, one tensor in memory at a time.
 
-    Args:
-        optimizer: False writes the weights, under facebookresearch/mae's keys and with the architecture in the
-            metadata, as an export does; True writes every tensor, under the names that it has in the checkpoint.
-
-    Raises:
-        CheckpointError: if the file cannot be written.
+    With ``optimizer`` it holds every tensor, under the names that they have in the checkpoint. Raises CheckpointError
+    if the file cannot be written.
     """
     prefix = "" if optimizer else "model."
     chunks = {n.removeprefix(prefix): e.whole for n, e in checkpoint.tensors.items() if n.startswith(prefix)}
@@ -209,7 +197,8 @@ def read_together(checkpoint: Checkpoint, targets: Mapping[str, Tensor], ranks: 
     if ranks.size == 1:
         checkpoint.read_into(targets)
         return
-    ranks.gather(WHAT, lambda: checkpoint.check(targets))  # before anything is sent, so that nobody waits in vain
+    what = "reading a checkpoint"
+    ranks.gather(what, lambda: checkpoint.check(targets))  # before anything is sent, so that nobody waits in vain
     failures: list[CheckpointError] = []
 
     def attempt(own: Mapping[str, Tensor]) -> None:
@@ -228,22 +217,25 @@ def read_together(checkpoint: Checkpoint, targets: Mapping[str, Tensor], ranks: 
         block = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
         if ranks.rank == reader:
             attempt({name: block})
-        ranks.broadcast(WHAT, block, reader)
+        ranks.broadcast(what, block, reader)
         if block is not target:
             target.copy_(block)
-    replicas = {name: _replicated_dims(tensor) for name, tensor in sharded.items()}
+    replicas = {}  # mesh dimensions
+    for name, tensor in sharded.items():
+        mesh, kinds = tensor.device_mesh, enumerate(tensor.placements)
+        replicas[name] = [dim for dim, kind in kinds if kind.is_replicate() and mesh.size(dim) > 1]
     is_first = {n: all(t.device_mesh.get_local_rank(dim) == 0 for dim in replicas[n]) for n, t in sharded.items()}
     attempt({name: tensor for name, tensor in sharded.items() if is_first[name]})
     for name in sorted(sharded):
         local = sharded[name].to_local()
         for dim in replicas[name] if local.numel() else ():
-            ranks.broadcast(WHAT, local, 0, sharded[name].device_mesh.get_group(dim))
+            ranks.broadcast(what, local, 0, sharded[name].device_mesh.get_group(dim))
 
     def report() -> None:
         if failures:
             raise failures[0]
 
-    ranks.gather(WHAT, report)
+    ranks.gather(what, report)
 
 
 def reader_of(file: int, files: int, ranks: int) -> int:
@@ -287,8 +279,3 @@ def _check_chunks(file: Path, found: Mapping[str, Chunk], tensors: Mapping[str, 
     for name in expected.keys() | found.keys():
         if expected.get(name) != found.get(name):
             raise CheckpointError(f"{file}: {name} is {found.get(name)!r}, but {expected.get(name)!r} in {MANIFEST}")
-
-
-def _replicated_dims(tensor: DTensor) -> list[int]:
-    mesh = tensor.device_mesh
-    return [dim for dim, kind in enumerate(tensor.placements) if kind.is_replicate() and mesh.size(dim) > 1]

@@ -47,12 +47,9 @@ class SavePlan:
     """What one rank writes, and where all tensors are."""
 
     chunks: dict[str, Chunk]
-    tensors: dict[str, Tensor]
-    """The elements of this rank's chunks."""
-    table: dict[str, Any]
-    """For the manifest: type, shape and file of every tensor; None means the shards."""
-    shards: list[str]
-    """Files of the shards, in the order of rows."""
+    tensors: dict[str, Tensor]  # the elements of this rank's chunks
+    table: dict[str, Any]  # for the manifest: type, shape and file of every tensor; None means the shards
+    shards: list[str]  # files of the shards, in the order of rows
 
 
 def plan_save(tensors: Mapping[str, Tensor], ranks: Ranks) -> SavePlan:
@@ -156,8 +153,7 @@ class CheckpointManager:
     is the run's first, its last, or the third in a row. A lost rank ends the run at once.
 
     Args:
-        folder: the run's ``checkpoints`` folder; must exist, on a file system that all ranks share.
-        ranks: who saves; None for this process alone.
+        folder: must exist, on a file system that all ranks share.
         keep: number of newest checkpoints to keep, at least 1; None keeps all.
         keep_every: checkpoints of steps that are multiples of it are never deleted.
         background: whether training continues meanwhile.
@@ -222,10 +218,9 @@ class CheckpointManager:
         last: bool = False,
         protect: Callable[[], int] | None = None,
     ) -> None:
-        """Save, or begin to; the tensors may change as soon as this returns. Waits for the save before.
+        """Save ``step-N``, or begin to; the tensors may change as soon as this returns. Waits for the save before.
 
         Args:
-            step: names the folder, ``step-N``, which is written atomically.
             tensors: plain ones, equal on all ranks, or DTensors, of the same names on all; any device.
             manifest: JSON-able values to keep beside the tensors; those of rank 0 count.
             last: of the run: it is waited for, and must not fail.
@@ -234,7 +229,6 @@ class CheckpointManager:
         Raises:
             CheckpointError: on all ranks alike, if a save failed that must not, this one or the one before; earlier
                 checkpoints are untouched.
-            TypeError: if the manifest's values are not JSON-able.
         """
         self.wait()
         self._step, text = step, json.dumps(manifest)
@@ -257,11 +251,8 @@ class CheckpointManager:
             self.wait(last=last)
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait for the pending save. All ranks call it at the same step, also to notice one that is done.
-
-        Raises:
-            CheckpointError: as :meth:`save`.
-        """
+        """Wait for the pending save; raises as :meth:`save`. All ranks call it at the same step, also to notice one
+        that is done."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

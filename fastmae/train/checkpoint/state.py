@@ -33,8 +33,6 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
-                raise CheckpointError(f"optimizer.{name}.{key}: expected a tensor, got {type(value).__name__}")
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 
@@ -46,15 +44,7 @@ def restore(
     ranks: Ranks,
     parts: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Put weights and optimiser state back; every rank calls it.
-
-    What several ranks hold is read by one of them: see :func:`~fastmae.train.checkpoint.read_together`.
-
-    Args:
-        parts: names of what else has tensors: those named ``<part>.<key>`` are read along.
-
-    Returns:
-        The tensors of the parts, on the CPU.
+    """Put weights and optimiser state back; return the tensors named ``<part>.<key>``, on the CPU. Every rank calls it.
 
     Raises:
         CheckpointError: on all ranks alike, if names, shapes or types are not the model's, or a file cannot be read;
@@ -65,9 +55,6 @@ def restore(
     wanted = {name: entry.whole for name, entry in checkpoint.tensors.items() if name.split(".")[0] in parts}
     plain = {name: torch.empty(whole.shape, dtype=whole.dtype) for name, whole in wanted.items()}
     read_together(checkpoint, targets | plain, ranks)
-    for saved_group, group in zip(checkpoint.manifest.get("param_groups", ()), optimizer.param_groups, strict=False):
-        if "step" in saved_group:  # where apex's FusedAdam counts
-            group["step"] = saved_group["step"]
     if "loss_scale" in plain:  # as version 0.1.0 names it
         plain["loss_scale.value_and_good_steps"] = plain.pop("loss_scale")
     return plain
@@ -81,12 +68,6 @@ def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Op
         here, there = sorted(targets.keys() - saved)[:3], sorted(saved - targets.keys())[:3]
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model: missing {here}, unknown {there}")
     parameters = dict(model.named_parameters())
-    on_device = {
-        parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if group.get("fused") or group.get("capturable")
-    }
     optimizer.state.clear()
     for full_name in (name for name in checkpoint.tensors if name.startswith("optimizer.")):
         name, key = full_name.removeprefix("optimizer.").rsplit(".", 1)
@@ -97,26 +78,29 @@ def _targets(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Op
             # Like the parameter: memory format decides the order of a fused kernel's arithmetic.
             own = torch.empty_like(parameter, dtype=whole.dtype, requires_grad=False)
         else:
-            device = parameter.device if parameter in on_device else "cpu"
-            own = torch.empty(whole.shape, dtype=whole.dtype, device=device)
+            own = torch.empty(whole.shape, dtype=whole.dtype, device=parameter.device)  # where fused optimisers count
         optimizer.state[parameter][key] = targets[full_name] = own
     return targets
 
 
-def describe_run(
-    config: PretrainConfig, model: nn.Module, optimizer: torch.optim.Optimizer, dataset: Dataset
-) -> dict[str, Any]:
+def describe_run(config: PretrainConfig, model: nn.Module, dataset: Dataset, world_size: int) -> dict[str, Any]:
     """What a manifest says beside the tensors of how they came about; JSON-able."""
     return {
         "architecture": model.architecture,
         "config": to_json(config),
         "dataset": {"name": dataset.name, "hash": dataset.hash, "samples": len(dataset)},
-        "param_groups": [
-            {k: v for k, v in group.items() if k != "params" and not isinstance(v, Tensor)}
-            for group in optimizer.param_groups
-        ],
+        "world_size": world_size,
+        "num_threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a checkpoint's exact continuation depends on."""
+    from fastmae import __version__
+
+    packages = {name: version(name) for name in ("torch", "numpy", "safetensors")}
+    return {"fastmae": __version__, "python": platform.python_version(), **packages}
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
@@ -129,30 +113,34 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     _ = manifest["num_threads"]
 
 
-def check_architecture(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint of another architecture.
+def compare(manifest: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """How a run (:func:`describe_run`) differs from the one that a manifest describes, where that makes the
+    continuation inexact: one text each.
 
     Raises:
-        CheckpointError: naming the first three fields that differ.
+        CheckpointError: if it cannot be continued: another architecture, or a ``Fixed`` field that differs.
     """
     here = json.loads(json.dumps(here))  # tuples become lists, as in a manifest
-    differ = [
-        f"{key} {saved.get(key)} there, {here.get(key)} here"
-        for key in {**saved, **here}
-        if key not in _NOT_WEIGHTS and saved.get(key) != here.get(key)
-    ]
-    if differ:
-        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
-        raise CheckpointError(f"the checkpoint is of another architecture: {'; '.join(differ[:3])}{more}")
+    was, now = manifest["architecture"], here["architecture"]
+    names = [name for name in {**was, **now} if name not in _NOT_WEIGHTS and was.get(name) != now.get(name)]
+    if names:
+        differ = "; ".join(f"{name} {was.get(name)} there, {now.get(name)} here" for name in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(f"the checkpoint is of another architecture: {differ}{more}")
+    differences = compare_configs(manifest["config"], here["config"])
+    before, after = (
+        {"world_size": run.get("world_size", 1), "num_threads": run["num_threads"]}
+        | {"dataset.hash": run["dataset"]["hash"]}
+        | run["versions"]
+        for run in (manifest, here)
+    )
+    return differences + [f"{key} was {before.get(key)}, is {v}" for key, v in after.items() if before.get(key) != v]
 
 
 def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """How the configuration of a resumed run differs from the saved one, where that changes the results.
+    """How a resumed run's configuration differs from the saved one, where that changes the results: one text per field.
 
     A configuration of an earlier version lacks fields, which then had what is their default now.
-
-    Returns:
-        One text per field, for a warning.
 
     Raises:
         CheckpointError: if a ``Fixed`` field differs: the order of samples depends on it, or the initial weights.
@@ -170,27 +158,6 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     return differences
 
 
-def compare(
-    manifest: Mapping[str, Any], config: PretrainConfig, model: nn.Module, dataset: Dataset, world_size: int
-) -> list[str]:
-    """What differs from the run that a checkpoint's manifest describes, one text each, where it makes the continuation
-    inexact.
-
-    Raises:
-        CheckpointError: if it cannot be continued: another architecture, or a ``Fixed`` field that differs.
-    """
-    check_architecture(manifest["architecture"], model.architecture)
-    differences = compare_configs(manifest["config"], to_json(config))
-    saved = {
-        "world_size": manifest.get("world_size", 1),
-        "num_threads": manifest["num_threads"],
-        "dataset.hash": manifest["dataset"]["hash"],
-    }
-    here = {"world_size": world_size, "num_threads": torch.get_num_threads(), "dataset.hash": dataset.hash}
-    saved, here = saved | manifest["versions"], here | versions()
-    return differences + [f"{key} was {saved.get(key)}, is {now}" for key, now in here.items() if saved.get(key) != now]
-
-
 def of_this_version(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest with the names of this version: 0.1.0 had other ones for some parts of the state."""
     older = {
@@ -199,11 +166,3 @@ def of_this_version(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "bad_files": {"late": manifest["late_bad"]} if "late_bad" in manifest else None,
     }
     return {name: value for name, value in older.items() if value is not None} | dict(manifest)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a checkpoint's exact continuation depends on."""
-    from fastmae import __version__
-
-    packages = {name: version(name) for name in ("torch", "numpy", "safetensors")}
-    return {"fastmae": __version__, "python": platform.python_version(), **packages}
