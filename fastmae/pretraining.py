@@ -184,7 +184,7 @@ class _Pretraining:
             StoppedEarly: on all ranks, if a signal has come to any.
         """
         config, ranks, device = self.config, self.ranks, self.parallelism.device
-        options = {"index": config.data.index, **config.dataset_arguments()}
+        options = {"index": config.data.index, "window": config.data.window, **config.dataset_arguments()}
         open_dataset = partial(data.open_dataset, config.data.path, **options)
         self.watchdog.at("opening the data")
         if ranks.size > 1:  # rank 0 lists the data and publishes the index, the others then open it

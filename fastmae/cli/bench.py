@@ -115,7 +115,9 @@ def create_trainer(config: PretrainConfig, run: RunFolder, console: Console) -> 
     """A trainer of the configuration, made to be measured."""
     config = config_to_measure(config)
     device = initialize("none", config.train.device).device
-    dataset = data.open_dataset(config.data.path, index=config.data.index, **config.dataset_arguments())
+    dataset = data.open_dataset(
+        config.data.path, index=config.data.index, window=config.data.window, **config.dataset_arguments()
+    )
     if config.model.attention == "xformers":
         _xformers.require(device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from fastmae.data.augment import Augment, crop_boxes, flips, jitter_factors
 from fastmae.data.dataset import Dataset
 from fastmae.data.errors import DataError
-from fastmae.data.sampler import batch_positions, micro_batches, permuted_ids, replacements
+from fastmae.data.sampler import Order, batch_positions, micro_batches, replacements
 
 ImgSize = tuple[int, int] | Callable[[int], tuple[int, int]]
 """Height and width, or a function that gives them for an epoch."""
@@ -60,6 +61,10 @@ class Planner:
     augment: Augment
     samples_per_step: int
 
+    @cached_property
+    def order(self) -> Order:
+        return self.dataset.order(self.seed)
+
     def size(self, step: int) -> tuple[int, int]:
         """Height and width of a batch's images: on every rank those of the epoch in which the optimiser's step begins
         that the batch is a part of."""
@@ -76,7 +81,7 @@ class Planner:
         """The plan of a step. Images that the index knows to be bad are replaced."""
         ranks = {"rank": self.rank, "world_size": self.world_size, "total": self.samples_per_step}
         positions = batch_positions(step, batch_size=self.batch_size, position=self.position, **ranks)
-        sample_ids, epochs = permuted_ids(positions, len(self.dataset), self.seed)
+        sample_ids, epochs = self.order.ids(positions)
         source_ids = sample_ids.copy()
         for j in np.flatnonzero(self.dataset.is_bad(sample_ids)):
             source_ids[j] = self.replacement(int(sample_ids[j]), int(epochs[j]), ())

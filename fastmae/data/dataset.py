@@ -14,11 +14,14 @@ from fastmae.data.decode import decode
 from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import Format
 from fastmae.data.index import Accepts, Index
+from fastmae.data.sampler import Order
 from fastmae.data.table import ENTRY
 from fastmae.data.tar import OpenShards
 
 logger = logging.getLogger(__name__)
 _LISTED = 10
+MOST_WITHOUT_WINDOW, WINDOW = 4096, 1024
+"""Data sets of more shards than the first are shuffled in windows of the second."""
 _SHARD, _OFFSET, _SIZE, _ORIENTATION = (ENTRY.names.index(name) for name in ("shard", "offset", "size", "orientation"))
 
 
@@ -46,6 +49,7 @@ class Dataset:
         formats: the formats that occur.
         max_bad_fraction: the share of bad images from which on a run stops.
         embedded: whether these are the photographs that come with the installation.
+        window: shards whose images are shuffled together; 0: all of them.
     """
 
     def __init__(
@@ -57,11 +61,18 @@ class Dataset:
         accepts: Accepts | None = None,
         max_bad_fraction: float = 0.01,
         embedded: bool = False,
+        window: int | None = None,
     ):
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {max_bad_fraction}")
         self.index, self.root, self.name, self.embedded = index, root, name, embedded
         self.accepts, self.max_bad_fraction = accepts or Accepts(), max_bad_fraction
+        if window is None:
+            window = WINDOW if len(index.shards) > MOST_WITHOUT_WINDOW else 0
+        if window < 0 or (window and not index.shards):
+            expected = "at least 0" if window < 0 else f"0, because {root} holds no shards"
+            raise ValueError(f"window: expected {expected}, got {window}")
+        self.window = window
         self._prefix = os.path.join(root, "")  # noqa: PTH118
         self._shards = OpenShards() if index.shards else None
 
@@ -106,6 +117,21 @@ class Dataset:
         """Which samples are known to be bad: bool (n,)."""
         bad = self.index.bad
         return np.fromiter((i in bad for i in sample_ids.tolist()), bool, len(sample_ids))
+
+    def order(self, seed: int) -> Order:
+        """The order of a run's samples."""
+        return Order(len(self), seed, starts=self._shard_starts() if self.window else None, window=self.window)
+
+    def _shard_starts(self) -> np.ndarray:
+        """The first sample of each shard, int64 (shards,), by bisection: rows are in the order of the shards."""
+        shards = np.arange(len(self.index.shards))
+        low, high = np.zeros_like(shards), np.full_like(shards, len(self))
+        while (open_ := np.flatnonzero(low < high)).size:
+            middle = (low[open_] + high[open_]) // 2
+            before = self.rows(middle)["shard"] < shards[open_]
+            low[open_] = np.where(before, middle + 1, low[open_])
+            high[open_] = np.where(before, high[open_], middle)
+        return low
 
     def rows(self, sample_ids: np.ndarray) -> np.ndarray:
         """The index's rows of samples: ``table.ENTRY`` (n,), a copy."""
@@ -177,7 +203,7 @@ class Dataset:
             DataError: more images are bad then than ``max_bad_fraction`` allows.
         """
         index = self.index.with_verdicts(verdicts)
-        options = {"name": self.name, "accepts": self.accepts, "embedded": self.embedded}
+        options = {"name": self.name, "accepts": self.accepts, "embedded": self.embedded, "window": self.window}
         return Dataset(index, self.root, max_bad_fraction=self.max_bad_fraction, **options)
 
     def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:

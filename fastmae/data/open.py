@@ -99,6 +99,7 @@ def open_dataset(
     channels_first: bool = False,
     max_bad_fraction: float = 0.01,
     max_pixels: int = Accepts.max_pixels,
+    window: int | None = None,
     index: Path | None = None,
     cache_dir: Path | None = None,
 ) -> Dataset:
@@ -122,6 +123,7 @@ def open_dataset(
         channels_first: ``.npy`` files are (C, height, width).
         max_bad_fraction: the share of bad images from which on the data set is refused.
         max_pixels: the largest height x width; more is taken for a decompression bomb.
+        window: shards whose images are shuffled together; 0: all. None: 0 up to 4,096 shards, else 1,024.
         index: where the index is, or is to be kept: an existing one is trusted, and nothing is listed;
             ``fastmae data index`` refreshes it. None: in ``.fastmae`` beside the data, else in ``~/.cache/fastmae``;
             the data are then listed, and the index is built again if they have changed.
@@ -135,6 +137,8 @@ def open_dataset(
     if path is None:
         if channels != 3:
             raise DataError(f"channels: the embedded photographs have 3, got {channels}")
+        if window:
+            raise ValueError(f"window: expected 0, because the embedded photographs are not shards, got {window}")
         return open_photographs()
     path = Path(path).expanduser()
     home = index.expanduser() if index else None
@@ -144,7 +148,7 @@ def open_dataset(
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
     root, name = (path, path.resolve().name) if path.is_dir() else (path.parent, path.stem)
-    dataset = Dataset(opened, root, name=name, accepts=accepts, max_bad_fraction=max_bad_fraction)
+    dataset = Dataset(opened, root, name=name, accepts=accepts, max_bad_fraction=max_bad_fraction, window=window)
     good = len(dataset) - len(opened.bad)
     if not good:
         reasons = "".join(f"\n  {printable(bad.path)}: {bad.reason}" for bad in dataset.bad[:5])

@@ -132,6 +132,9 @@ class DataConfig:
     """Where the index of the images lies: an existing one is trusted, and the images are not listed; fastmae data index
     refreshes it. If there is none yet, rank 0 builds it. None: .fastmae in the images' folder or, where that cannot be
     written, ~/.cache/fastmae; rank 0 then lists the images at each start and brings the index up to date."""
+    window: Fixed[NonNegativeInt | None] = None
+    """Shards whose images are shuffled together, so that reading stays near few shards at a time. 0: all, full
+    randomness. None: 0 up to 4,096 shards, else 1,024."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Image loader. auto: DALI where it is installed and decodes the files' format, else torchvision."""
     value_range: tuple[float, ...] | None = None

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastmae.data.sampler import permuted_ids
+from fastmae.data.sampler import Order
 from fastmae.train.config import TrainConfig
 
 NAMED = 32  # samples in a message; metrics.jsonl has all
@@ -113,11 +113,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 class SamplePositions:
     """Which positions of the run's sample order each step takes: consecutive ones, except after a rollback.
 
-    The order is :func:`fastmae.data.sampler.permuted_ids`; ``samples_per_step`` counts decoded images on all ranks.
+    ``samples_per_step`` counts decoded images on all ranks.
     """
 
-    def __init__(self, samples_per_step: int, num_samples: int, seed: int) -> None:
-        self.samples_per_step, self._order = samples_per_step, (num_samples, seed)
+    def __init__(self, samples_per_step: int, order: Order) -> None:
+        self.samples_per_step, self._order = samples_per_step, order
         self._jumps = [(0, 0)]  # (step, position), ascending in both: after that step, samples follow from there
 
     def after(self, step: int) -> int:
@@ -132,7 +132,7 @@ class SamplePositions:
 
     def sample_ids(self, position: int, count: int) -> list[int]:
         """The samples at as many positions."""
-        return permuted_ids(position + np.arange(count), *self._order)[0].tolist()
+        return self._order.ids(position + np.arange(count))[0].tolist()
 
     def jump(self, step: int, position: int) -> None:
         """Continue from a later position after ``step`` steps; forget jumps of later steps."""

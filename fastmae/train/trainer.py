@@ -103,7 +103,7 @@ class Trainer:
         self.optimizer = create_optimizer(task.parameter_groups(), train)
         self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
         self.step, self.learning_rate = 0, 0.0
-        self.positions = SamplePositions(task.samples_per_step, len(dataset), train.seed)
+        self.positions = SamplePositions(task.samples_per_step, dataset.order(train.seed))
         self.guard = Guard(train.rollback_after, self.positions)
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)

@@ -21,7 +21,7 @@ from training import MODEL, TRAIN, assert_same_tensors, make_trainer
 from training import write_images as write_a_few
 
 from fastmae import data
-from fastmae.data.sampler import permuted_ids
+from fastmae.data.sampler import Order, permuted_ids
 from fastmae.model import create_model
 from fastmae.train import parallel
 from fastmae.train.callbacks import Callback
@@ -376,7 +376,7 @@ def feed(guard: Guard, skipped: list[int], interval: int = 4, begin: int = 0) ->
 
 
 def new_guard() -> Guard:
-    return Guard(5, SamplePositions(8, IMAGES, SEED))
+    return Guard(5, SamplePositions(8, Order(IMAGES, SEED)))
 
 
 @pytest.mark.parametrize("interval", [1, 4, 100])
@@ -411,7 +411,7 @@ def test_the_state_of_version_0_1_0_is_understood():
 
 
 def test_positions_follow_the_steps_with_jumps():
-    positions = SamplePositions(8, 300, SEED)
+    positions = SamplePositions(8, Order(300, SEED))
     assert (positions.after(5), positions.step_of(47)) == (40, 6)
     positions.jump(5, 64)
     assert [positions.after(step) for step in (4, 5, 6)] == [32, 64, 72]
@@ -419,7 +419,7 @@ def test_positions_follow_the_steps_with_jumps():
     positions.jump(9, 120)
     positions.jump(7, 200)  # gone back to before the last jump
     assert [positions.after(step) for step in (4, 5, 6, 7, 8)] == [32, 64, 72, 200, 208]
-    restored = SamplePositions(8, 300, SEED)
+    restored = SamplePositions(8, Order(300, SEED))
     restored.load_state_dict(json.loads(json.dumps(positions.state_dict())))
     assert restored.state_dict() == positions.state_dict()
     assert restored.sample_ids(200, 8) == permuted_ids(np.arange(200, 208), 300, SEED)[0].tolist()
