@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -29,12 +29,8 @@ class Callback:
 @contextmanager
 def running(callbacks: Sequence[Callback], trainer: Any) -> Iterator[None]:
     """Begin all callbacks; end those that were begun, the last one first."""
-    begun: list[Callback] = []
-    try:
+    with ExitStack() as stack:
         for callback in callbacks:
-            begun.append(callback)
+            stack.callback(callback.end)
             callback.begin(trainer)
         yield
-    finally:
-        for callback in reversed(begun):
-            callback.end()
