@@ -36,7 +36,7 @@ from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.flops import matmul_flops
 from fastmae.train.launcher import place
 from fastmae.train.parallel import initialize
-from fastmae.train.profile import StageTimes, no_stage
+from fastmae.train.profile import StageTimes
 from fastmae.train.ranks import Ranks
 from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
@@ -47,7 +47,6 @@ PHASES = ("loader", "model", "both")
 _ROUNDS, _MIN_ROUNDS = 5, 2
 _READY_BEYOND_PREFETCH = 4
 """Batches that a loader may have ready beside its queue: DALI's own, one in the making, one on its way to the GPU."""
-_MAX_STEPS = 4096
 _PRODUCT = 0.05
 """Seconds of a matrix product on a CPU that are enough for a peak."""
 _EVEN, _KEPT = 1.1, 0.9
@@ -104,7 +103,6 @@ def config_to_measure(config: PretrainConfig) -> PretrainConfig:
         steps=1 << 40,
         warmup_epochs=None,
         warmup_steps=(1 << 40) - 1,  # the learning rate stays near zero, so that nothing diverges on repeated batches
-        log_every_steps=_MAX_STEPS,
         max_minutes=None,
         fit_steps=False,
     )
@@ -170,7 +168,15 @@ def measure(trainer: Trainer, seconds: float) -> Measured:
     """
     with trainer._open_loader() as loader:
         trainer.model.train()
-        return _Bench(trainer, loader).run(seconds)
+        bench = _Bench(trainer, loader)
+        one = {phase: bench.warm_up(phase) for phase in PHASES}
+        rounds = int(max(_MIN_ROUNDS, min(_ROUNDS, seconds / max(sum(one.values()), 1e-6))))
+        for number in range(rounds):
+            first = number % len(PHASES)
+            for phase in PHASES[first:] + PHASES[:first]:
+                bench.take_turn(phase, seconds / (rounds * len(PHASES)) / one[phase])
+        trainer.loader = loader
+        return bench.found
 
 
 class _Bench:
@@ -181,66 +187,55 @@ class _Bench:
         self.ready = loader.options.prefetch + _READY_BEYOND_PREFETCH
         self.batch = next(loader)
 
-    def run(self, seconds: float) -> Measured:
-        one = {phase: self._warm_up(phase) for phase in PHASES}
-        rounds = int(max(_MIN_ROUNDS, min(_ROUNDS, seconds / max(sum(one.values()), 1e-6))))
-        for number in range(rounds):
-            first = number % len(PHASES)
-            for phase in PHASES[first:] + PHASES[:first]:
-                self._take_turn(phase, seconds / (rounds * len(PHASES)), one[phase])
-                if phase == "model":
-                    product = matmul_flops(self.device, self.trainer.dtype, longest=_PRODUCT)
-                    self.found.rounds["matmul_flops"].append(product)
-        self.trainer.loader = self.loader
-        return self.found
-
-    def _warm_up(self, phase: str) -> float:
+    def warm_up(self, phase: str) -> float:
         """Run a phase until it is warm; return about how long one batch takes."""
         self._train(phase, 2 if phase == "model" else 1)
-        begun = time.perf_counter()
         # A few of the loader's batches were ready; enough others make up for that.
         count = 3 * self.loader.options.prefetch if phase == "loader" else 1
-        self._train(phase, count)
-        return max((time.perf_counter() - begun) / count, 1e-5)
+        return max(self._train(phase, count) / count, 1e-5)
 
-    def _take_turn(self, phase: str, share: float, one: float) -> None:
-        found, timer = self.found, self.trainer.reporter.timer
+    def take_turn(self, phase: str, share: float) -> None:
+        """Measure a phase for about as long as ``share`` batches take."""
+        found, rounds = self.found, self.found.rounds
         # Slow steps leave the loader all the time it needs to be ahead; what is ready would only cost time.
-        ahead = 0 if phase == "model" else max(1, min(self.ready, int(0.4 * share / one)))
-        batches = max(1, min(_MAX_STEPS // 2, math.ceil(0.8 * share / one) - ahead))
+        ahead = 0 if phase == "model" else max(1, min(self.ready, int(0.4 * share)))
+        batches = max(1, math.ceil(0.8 * share) - ahead)
         settle(self.device)
         cpu_begun = time.process_time()
         self._train(phase, ahead)
-        if phase == "both":
-            self.trainer.stage = stages = StageTimes(self.device)
+        self.trainer.stage = stages = StageTimes(self.device)
         cpu = time.process_time()
-        timer.restart()
-        self._train(phase, batches)
-        times, _ = timer.read(batches, batches * (found.decoded if phase == "loader" else found.masked))
-        busy_cores = (time.process_time() - cpu) / (batches * times["step_time"])
-        found.rounds[phase].append(times["images_per_second"])
-        self.trainer.stage = no_stage
-        if phase == "both":
-            found.rounds["wait"].append(times["data_share"])
-            found.stages = {name: sum(seconds) / batches for name, seconds in stages.take().items()}
+        seconds = self._train(phase, batches)
+        busy_cores = (time.process_time() - cpu) / seconds
+        self.trainer.stage = self.trainer.reporter.stages
+        rounds[phase].append(batches * (found.decoded if phase == "loader" else found.masked) / seconds)
         if phase == "loader":
-            found.rounds["busy_cores"].append(busy_cores)
+            rounds["busy_cores"].append(busy_cores)
             settle(self.device)
             # From a full queue to a full queue as many images are made as are taken.
             cpu_seconds = (time.process_time() - cpu_begun) / ((ahead + batches) * found.decoded)
-            found.rounds["cpu_seconds"].append(cpu_seconds)
+            rounds["cpu_seconds"].append(cpu_seconds)
+        elif phase == "model":
+            rounds["matmul_flops"].append(matmul_flops(self.device, self.trainer.dtype, longest=_PRODUCT))
+        else:
+            found.stages = {name: sum(times) / batches for name, times in stages.take().items()}
+            rounds["wait"].append(min(1.0, found.stages["data"] * batches / seconds))
 
-    def _train(self, phase: str, count: int) -> None:
-        """Take batches from the loader, or train on them, or on one resident batch again and again; then wait."""
+    def _train(self, phase: str, count: int) -> float:
+        """Take batches from the loader, or train on them, or on one resident batch again and again; wait for the
+        device; return the seconds."""
         self.trainer.loader = repeat(self.batch) if phase == "model" else self.loader
+        begun = time.perf_counter()
         for _ in range(count):
             if phase == "loader":
                 next(self.loader)
             else:
                 self.trainer.train_step()
-        self.trainer.reporter.values.take()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - begun
+        self.trainer.reporter.values.take()
+        return seconds
 
 
 def settle(device: torch.device, patience: float = 2.0) -> None:

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.live import Live
+from rich.text import Text
 
 from fastmae.train.run_folder import RunFolder
 
@@ -37,11 +38,10 @@ _WANDB_START, _WANDB_FINISH = 60, 30.0
 
 class Logger(Protocol):
     """A destination of metrics: a row per interval of steps, with at least ``step``; numbers and picture files of an
-    evaluation of the weights after a step, by name; the number of steps, if it changes."""
+    evaluation of the weights after a step, by name."""
 
     def write(self, row: Row) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None: ...
-    def set_total(self, total_steps: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -63,10 +63,8 @@ class Loggers:
                     _log.warning(text, type(logger).__name__, _first_line(error))
 
 
-def open_loggers(
-    run: RunFolder, console: Console, step: int, total_steps: int, deadline: float, wandb_project: str | None
-) -> Loggers:
-    """The loggers of a run from ``step`` on, which ends before ``time.monotonic()`` is ``deadline``, or then."""
+def open_loggers(run: RunFolder, terminal: Callable[[], Logger], step: int, wandb_project: str | None) -> Loggers:
+    """The loggers of a run from ``step`` on."""
     config = run.read_json("config.json") or {}
     loggers: list[Logger] = [JsonLines(run), TensorBoard(run.path, step, config)]
     if wandb_project:
@@ -74,8 +72,7 @@ def open_loggers(
             loggers.append(WeightsAndBiases(wandb_project, run, config))
         except Exception as error:
             _log.warning("Weights & Biases: %s. Nothing is logged there, training continues", _first_line(error))
-    # Last: what W&B prints precedes the bar.
-    return Loggers(*loggers, Terminal(console, step, total_steps, deadline))
+    return Loggers(*loggers, terminal())  # last: what W&B prints precedes the bar
 
 
 class JsonLines(Logger):
@@ -214,59 +211,59 @@ def _first_line(error: Exception) -> str:
 
 
 class Terminal(Logger):
-    """A bar on a terminal or in a notebook, plain lines elsewhere. A narrow terminal shows what matters most."""
+    """A line with a bar, updated in place, on a terminal or in a notebook; a line per row elsewhere.
 
-    def __init__(self, console: Console, step: int, total_steps: int, deadline: float = math.inf) -> None:
+    Args:
+        step: the run begins after it.
+        total_steps: returns their number, which may change.
+        deadline: of ``time.monotonic()``; the run ends before it, or then.
+    """
+
+    def __init__(self, console: Console, step: int, total_steps: Callable[[], int], deadline: float = math.inf) -> None:
         self._console, self._total, self._deadline = console, total_steps, deadline
         self._begun, self._first = time.monotonic(), step
         self._shown: dict[str, float] = {}
-        self._progress: Progress | None = None
         self._cell: Any = None
+        self._live: Live | None = None
         if in_notebook():
             from IPython.display import display
 
-            self._cell = display({"text/plain": "starting"}, raw=True, display_id=True)  # updated in place
+            self._cell = display({"text/plain": "starting"}, raw=True, display_id=True)
         elif console.is_terminal:
-            columns = (BarColumn(_BAR), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-            self._progress = Progress(*columns, console=console, auto_refresh=False)  # no thread beside the training
-            self._task = self._progress.add_task("training", total=total_steps, completed=step, text="")
-            self._progress.start()
-
-    def set_total(self, total_steps: int) -> None:
-        self._total = total_steps
+            self._live = Live(console=console, auto_refresh=False)  # no thread beside the training
+            self._live.start()
 
     def write(self, row: Row) -> None:
-        step, total, text = row["step"], self._total, self._text(row)
-        line = f"step {step:>{len(str(total))}}/{total}  {text}"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, total=total, text=text, refresh=True)
+        step, total = row["step"], self._total()
+        bar, count = f"{'#' * (_BAR * step // total):.<{_BAR}}", f"{step:>{len(str(total))}}/{total}  "
+        if self._live is not None:
+            text = self._text(row, total, self._console.width - len(f"{bar} {count}"))
+            self._live.update(Text(f"{bar} {count}{text}", no_wrap=True), refresh=True)
         elif self._cell is not None:
-            done = 20 * step // total
-            self._cell.update({"text/plain": f"{'█' * done}{'░' * (20 - done)} {line}"}, raw=True)
+            self._cell.update({"text/plain": f"{bar} step {count}{self._text(row, total)}"}, raw=True)
         else:
-            self._console.print(line, highlight=False)
+            self._console.print(f"step {count}{self._text(row, total)}", highlight=False)
 
-    def _text(self, row: Row) -> str:
-        now = time.monotonic()
-        left = (now - self._begun) / max(row["step"] - self._first, 1) * (self._total - row["step"])
-        skipped, rate = row["skipped_steps"], row["images_per_second"]
+    def _text(self, row: Row, total: int, width: float = math.inf) -> str:
+        """The row in at most so many columns: what matters least is left out."""
+        now, skipped, rate = time.monotonic(), row["skipped_steps"], row["images_per_second"]
+        left = (now - self._begun) / max(row["step"] - self._first, 1) * (total - row["step"])
         loss = math.nan if row["loss"] is None else row["loss"]
-        parts = {}
-        if "epoch" in row:
-            parts["epoch"] = f"epoch {row['epoch']:.1f}/{round(row['epoch'] / row['step'] * self._total, 1):g}"
-        parts["loss"] = f"loss {loss:.5g}" if loss >= 10 else f"loss {loss:.4f}"
-        parts["skipped" if skipped else "lr"] = f"{skipped} skipped" if skipped else f"lr {row['lr']:.2e}"
-        parts["rate"] = f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s"
-        if "mfu" in row:
-            parts["mfu"] = f"MFU {row['mfu']:.0%}"
-        parts["data"] = f"data {row['data_share']:.0%}"
-        parts["left"] = f"{_clock(max(0.0, min(left, self._deadline - now)))} left"
-        # Beside the bar and the count of steps. A file has no width.
-        room = self._console.width - _BAR - 2 * len(str(self._total)) - 3 if self._progress else math.inf
+        parts = {
+            "epoch": f"epoch {row['epoch']:.1f}/{round(row['epoch'] / row['step'] * total, 1):g}",
+            "loss": f"loss {loss:.5g}" if loss >= 10 else f"loss {loss:.4f}",
+            "skipped" if skipped else "lr": f"{skipped} skipped" if skipped else f"lr {row['lr']:.2e}",
+            "rate": f"{rate:,.0f} images/s" if rate >= 10 else f"{rate:.2g} images/s",
+            "mfu": f"MFU {row['mfu']:.0%}" if "mfu" in row else "",
+            "data": f"data {row['data_share']:.0%}",
+            "left": f"{_clock(max(0.0, min(left, self._deadline - now)))} left",
+        }
+        line = "  ".join(filter(None, parts.values()))
         for name in ("lr", "mfu", "data", "epoch"):
-            if len("  ".join(parts.values())) > room:
+            if len(line) > width:
                 parts.pop(name, None)
-        return "  ".join(parts.values())
+                line = "  ".join(filter(None, parts.values()))
+        return line
 
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         # The errors of the baselines beside a picture are the same every time: print them once.
@@ -276,8 +273,8 @@ class Terminal(Logger):
         self._console.print(f"step {step}: {', '.join(found)}", highlight=False)
 
     def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def in_notebook() -> bool:

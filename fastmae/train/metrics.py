@@ -12,17 +12,18 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from fastmae.train.config import PretrainConfig
 from fastmae.train.flops import peak_flops
-from fastmae.train.loggers import Loggers, Row, open_loggers
-from fastmae.train.parallel import Parallelism
+from fastmae.train.loggers import Loggers, Row, Terminal, open_loggers
+from fastmae.train.parallel import DTYPES, Parallelism
 from fastmae.train.profile import StageTimes
 from fastmae.train.ranks import Ranks
 from fastmae.train.run_folder import RunFolder
@@ -45,24 +46,22 @@ class StepValues:
     NAMES = ("loss", "grad_norm", "skipped")
 
     def __init__(self, interval: int, parallelism: Parallelism) -> None:
-        self.count, self._average = 0, parallelism.mean
-        self.values = torch.zeros(interval, len(self.NAMES), device=parallelism.device)
+        self._interval, self._average, self._device = interval, parallelism.mean, parallelism.device
+        self.steps: list[Tensor] = []
 
     def add(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
         """A step's values: scalars on the device."""
-        torch.stack((loss, grad_norm, skipped), out=self.values[self.count])
-        self.count += 1
+        self.steps.append(torch.stack((loss, grad_norm, skipped)))
 
     def take(self) -> Callable[[], Values]:
         """Start copying the interval to the host, and begin the next one."""
-        copy = self.copy_of(self.state_dict()["interval"])
-        self.count = 0
-        return copy
+        interval = self.state_dict()["interval"]
+        self.steps = []
+        return self.copy_of(interval)
 
     def copy_of(self, interval: Tensor) -> Callable[[], Values]:
         """Start copying the ``interval`` of :meth:`state_dict` to the host; calling the result waits for it."""
-        host, copied = torch.empty(interval.shape, pin_memory=interval.is_cuda), None
-        host.copy_(interval, non_blocking=True)
+        host, copied = interval.to("cpu", non_blocking=True), None  # to page-locked memory
         if interval.is_cuda:
             copied = torch.cuda.Event()
             copied.record()
@@ -76,68 +75,16 @@ class StepValues:
 
     def state_dict(self) -> dict[str, Tensor]:
         """``interval``: the steps of the unfinished interval, (count, 3), the same on all ranks; all call it."""
-        return {"interval": self._average(self.values[: self.count])}
+        none = torch.empty(0, len(self.NAMES), device=self._device)
+        return {"interval": self._average(torch.stack(self.steps) if self.steps else none)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue an unfinished interval, so that its mean is that of an undisturbed run."""
-        interval = state["interval"][-len(self.values) :]
-        self.count = len(interval)
-        self.values[: self.count] = interval.to(self.values.device)
+        self.steps = list(state["interval"].to(self._device))
 
     def begin(self, step: int) -> None:
         """Keep the values since the last multiple of the interval: the saved run may have had another interval."""
-        count = min(self.count, step % len(self.values))
-        self.values[:count] = self.values[self.count - count : self.count].clone()
-        self.count = count
-
-
-class StepTimer:
-    """Times an interval of steps, and in it the waiting for images and the forward passes.
-
-    Args:
-        forwards: whether to time forward passes. With DDP they are a rank's own work, in which it waits for nobody; a
-            sharded model gathers weights in them, which waits for the slowest rank.
-    """
-
-    def __init__(self, device: torch.device, forwards: bool = False) -> None:
-        self._event = torch.cuda.Event() if device.type == "cuda" else None
-        self._stages = StageTimes(device) if forwards else None
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin an interval."""
-        self._begun, self._waited, self._passes = time.monotonic(), 0.0, 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for images.
-
-        The host queues work for a GPU many steps ahead. While that lasts a wait costs nothing, and is not counted: an
-        event behind the queued work that has not been reached when the images arrive shows that the GPU was busy.
-        """
-        if self._event is not None:
-            self._event.record()
-        begun = time.monotonic()
-        yield
-        if self._event is None or self._event.query():
-            self._waited += time.monotonic() - begun
-
-    def forward(self) -> AbstractContextManager[None]:
-        """Around the forward pass."""
-        self._passes += 1
-        return self._stages("forward") if self._stages else nullcontext()
-
-    def read(self, steps: int, images: int) -> tuple[Row, float]:
-        """Times of the interval for a row, and seconds per step in forward passes: by the median of those that the
-        device has finished, NaN if there are none."""
-        elapsed = max(time.monotonic() - self._begun, 1e-9)
-        seconds = self._stages.take().get("forward") if self._stages else None
-        return {
-            "images_per_second": images / elapsed,
-            "step_time": elapsed / steps,
-            "data_time": self._waited / steps,
-            "data_share": self._waited / elapsed,
-        }, statistics.median(seconds) * self._passes / steps if seconds else math.nan
+        self.steps = self.steps[max(0, len(self.steps) - step % self._interval) :]
 
 
 class Reporter:
@@ -146,33 +93,33 @@ class Reporter:
     Rows are written one interval late on a GPU or with several ranks, so that no step waits.
 
     Args:
-        interval: steps per row.
         parallelism, ranks: for what the devices average and what the hosts exchange; the first rank writes.
-        dtype: of the matrix products that MFU compares with.
-        step_flops: FLOPs of a step over all ranks, at present; None leaves them out.
+        step_flops: FLOPs of a step over all ranks, at present.
+        passes: forward passes of this rank in a step.
 
     Attributes:
+        stages: times the waiting for images, and forward passes with DDP, where they are a rank's own work, in which it
+            waits for nobody; a sharded model gathers weights in them, which waits for the slowest rank.
         checks: called with each row and its steps' values by name before the row is written; may add to the row.
     """
 
     def __init__(
         self,
+        config: PretrainConfig,
         run: RunFolder,
         console: Console,
-        interval: int,
         parallelism: Parallelism,
         ranks: Ranks,
-        *,
-        dtype: torch.dtype = torch.float32,
-        step_flops: Callable[[], int] | None = None,
-        wandb_project: str | None = None,
+        step_flops: Callable[[], int],
+        passes: int = 1,
     ) -> None:
         self._run, self._console, self._ranks, self._is_main = run, console, ranks, parallelism.is_main
-        self._device, self._dtype, self._step_flops = parallelism.device, dtype, step_flops
-        self._wandb_project = wandb_project
-        self.values = StepValues(interval, parallelism)
+        self._device, self._dtype = parallelism.device, DTYPES[config.train.precision]
+        self._step_flops, self._passes, self._wandb_project = step_flops, passes, config.report.wandb_project
+        self.values = StepValues(config.train.log_every_steps, parallelism)
         self.add = self.values.add
-        self.timer = StepTimer(self._device, forwards=ranks.size > 1 and not parallelism.sharded)
+        timed = {"data", "forward"} if ranks.size > 1 and not parallelism.sharded else {"data"}
+        self.stages = StageTimes(self._device, timed)
         self._late = int(self._device.type == "cuda" or ranks.size > 1)
         self.checks: Sequence[Callable[[Row, Values], None]] = ()
         self._rows: list[tuple[Row, Callable[[], Values], Callable[[], list[list[float]]]]] = []
@@ -186,44 +133,44 @@ class Reporter:
 
         The run ends at a ``deadline`` of ``time.monotonic()`` at the latest. ``on_row`` is called with each row.
         """
-        self._opened = total_steps, deadline, on_row
-        self._hosts = self._ranks.gather("exchanging host names", socket.gethostname)
-        peaks = self._ranks.gather("measuring the devices", lambda: peak_flops(self._device, self._dtype))
+        self.total_steps, self._deadline, self._on_row = total_steps, deadline, on_row
+        own = socket.gethostname(), peak_flops(self._device, self._dtype)
+        self._hosts, peaks = zip(*self._ranks.gather("measuring the devices", lambda: own), strict=True)
         self._peak = None if None in peaks else math.fsum(peaks)
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        if self._is_main:
-            self._loggers = open_loggers(self._run, self._console, step, total_steps, deadline, self._wandb_project)
+        self._open_loggers(step)
 
-    def set_total(self, total_steps: int) -> None:
-        """Change the number of steps of the run."""
-        self._opened = total_steps, *self._opened[1:]
-        self._loggers.each(lambda logger: logger.set_total(total_steps))
+    def _open_loggers(self, step: int) -> None:
+        if self._is_main:
+            terminal = partial(Terminal, self._console, step, lambda: self.total_steps, self._deadline)
+            self._loggers = open_loggers(self._run, terminal, step, self._wandb_project)
 
     def start(self, step: int) -> None:
         """Begin the first interval, after ``step`` steps."""
-        self._last_step = step
         self.values.begin(step)
-        self.timer.restart()
+        self.stages.take()
+        self._last_step, self._begun = step, time.monotonic()
 
     def log(self, row: Row, images: int) -> None:
         """Close an interval: its values begin their way to the host, and the row of the interval before is written.
 
         ``row`` has what the trainer knows, at least ``step``; ``images`` are those of a step.
         """
-        steps = row["step"] - self._last_step
-        times, forward_time = self.timer.read(steps, steps * images)
-        row |= times
-        if self._step_flops and self._is_main:  # counting them takes a second
-            rate = self._step_flops() / row["step_time"]
+        now, steps, seconds = time.monotonic(), row["step"] - self._last_step, self.stages.take()
+        row["step_time"] = step_time = max(now - self._begun, 1e-9) / steps
+        row["images_per_second"] = images / step_time
+        if self._is_main:  # counting the FLOPs takes a second
+            rate = self._step_flops() / step_time
             row["tflops_per_second"] = rate / 1e12
             if self._peak:
                 row["mfu"] = min(1.0, rate / self._peak)  # above 1 if the device was busy, or emulates the precision
+        # The median, since any pass may be interrupted. What the device has not finished comes with the next interval.
+        forward_time = statistics.median(seconds.get("forward") or [math.nan]) * self._passes
         memory = torch.cuda.max_memory_allocated(self._device) / 2**30 if self._device.type == "cuda" else math.nan
-        own = [row["data_time"], forward_time, memory, _host_memory_gib()]
+        own = [sum(seconds.get("data", ())) / steps, forward_time, memory, _host_memory_gib()]
         self._rows.append((row, self.values.take(), self._ranks.collect("collecting times", own)))
-        self._last_step = row["step"]
-        self.timer.restart()
+        self._last_step, self._begun = row["step"], now
         self.flush(pending=self._late)
 
     def flush(self, pending: int = 0) -> None:
@@ -241,8 +188,8 @@ class Reporter:
             for check in self.checks:
                 check(row, values)
             self._loggers.each(lambda logger, row=row: logger.write(row))
-            if on_row := self._opened[2]:
-                on_row(row)
+            if self._on_row:
+                self._on_row(row)
             self._print_if_slow(row, straggler)
 
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path] | None = None) -> None:
@@ -253,7 +200,7 @@ class Reporter:
         """Begin again after an earlier step, to whose rows the files have been cut."""
         self.close()
         self._rows.clear()
-        self.open(step, *self._opened)
+        self._open_loggers(step)
         self.start(step)
 
     def close(self) -> None:
@@ -283,10 +230,10 @@ def combine_ranks(values: Sequence[Sequence[float]], step_time: float, hosts: Se
         hosts: of each rank.
     """
     names = ("data_time", "forward_time", "peak_memory_gib", "host_memory_gib")
-    columns = {name: list(column) for name, column in zip(names, zip(*values, strict=True), strict=True)}
-    known = {name: column for name, column in columns.items() if all(map(math.isfinite, column))}
+    columns = dict(zip(names, zip(*values, strict=True), strict=True))
+    known = {name: list(column) for name, column in columns.items() if all(map(math.isfinite, column))}
     row: Row = {name: max(column) for name, column in known.items() if name != "forward_time"}
-    row["data_share"] = row["data_time"] / step_time
+    row["data_share"] = min(1.0, row["data_time"] / step_time)
     if len(hosts) == 1:
         return row, ""
     times = {name: known[name] for name in names[:2] if name in known}

@@ -1,14 +1,13 @@
 """Where the time of a step goes: stage times by events, and traces of a few steps by ``torch.profiler``.
 
-A trainer enters ``trainer.stage(name)`` around "data", "masking", "forward", "backward" and "optimizer". That is a
-no-op until :class:`StageTimes` or :class:`Profile` takes its place.
+A trainer enters ``trainer.stage(name)`` around "data", "masking", "forward", "backward" and "optimizer".
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,30 +18,31 @@ from fastmae.train.callbacks import Callback
 
 Stage = Callable[[str], AbstractContextManager[Any]]
 
-_NOTHING = nullcontext()
 _WARMUP = 2
 """Steps before the wanted ones in which the profiler settles."""
 _OPERATORS = 25
-
-
-def no_stage(name: str) -> AbstractContextManager[None]:
-    """What ``Trainer.stage`` is while nobody measures."""
-    return _NOTHING
 
 
 class StageTimes:
     """Times of each stage while it stands in a trainer's ``stage``.
 
     On a GPU a stage lies between two events on the current stream, which nobody waits for: what the device does for it
-    counts, not when the host queues it. Elsewhere the clock counts.
+    counts, not when the host queues it. So waiting for images counts as far as the device has nothing left to do.
+    Elsewhere the clock counts.
+
+    Args:
+        only: the stages to time; None for all. Events of those within a step cannot be captured in a CUDA graph.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, only: Container[str] | None = None) -> None:
+        self._cuda, self._only = device.type == "cuda", only
         self._spans: dict[str, deque[tuple[Any, Any]]] = defaultdict(deque)
 
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return self._timed(name) if self._only is None or name in self._only else nullcontext()
+
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str) -> Iterator[None]:
         begun = self._now()
         yield
         self._spans[name].append((begun, self._now()))
@@ -86,7 +86,7 @@ class Profile(Callback):
             warmup = min(_WARMUP, before)
             plan = schedule(wait=before - warmup, warmup=warmup, active=self._steps, repeat=1)
             self._profiler = profile(schedule=plan, on_trace_ready=self._write)
-            trainer.stage = record_function
+            trainer.stage = self._stage
             self._profiler.start()
 
     def after_step(self, trainer: Any) -> None:
@@ -101,14 +101,19 @@ class Profile(Callback):
                 self._print(f"the run ended at step {step}; nothing was profiled")
                 self._profiler.on_trace_ready = None
             self._profiler.stop()
-        self._trainer.stage = no_stage
+        self._trainer.stage = self._trainer.reporter.stages
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        with record_function(name), self._trainer.reporter.stages(name):
+            yield
 
     def _print(self, text: str) -> None:
         self._trainer.console.print(f"--report.profile-at-step {self._first}: {text}")
 
     def _write(self, profiler: profile) -> None:
         trainer, self._profiler = self._trainer, None
-        trainer.stage = no_stage
+        trainer.stage = trainer.reporter.stages
         name = f"rank-{trainer.parallelism.rank}-steps-{self._first}-{trainer.step}"
         trace = trainer.run.path / "traces" / f"{name}.json.gz"
         by = "self_device_time_total" if trainer.device.type == "cuda" else "self_cpu_time_total"

@@ -39,7 +39,7 @@ from fastmae.train.loggers import Row
 from fastmae.train.metrics import Reporter
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
-from fastmae.train.profile import Stage, no_stage
+from fastmae.train.profile import Stage
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.step_graph import CudaRecorder, StepGraph
 from fastmae.train.task import Task
@@ -108,18 +108,17 @@ class Trainer:
         main = self.parallelism.is_main
         self.bad_files = BadFiles(run.path / "bad_files.jsonl", dataset, self.positions.step_of, writes=main)
         self.reporter = Reporter(
+            config,
             run,
             self.console,
-            train.log_every_steps,
             self.parallelism,
             self.ranks,
-            dtype=self.dtype,
-            step_flops=lambda: task.flops(self.batch_size) * train.global_batch_size // self.batch_size,
-            wandb_project=config.report.wandb_project,
+            step_flops=lambda: task.flops(self.batch_size) * total // self.batch_size,
+            passes=self.accumulation,
         )
         self.reporter.checks = (self.guard.observe,)
         self.callbacks, self._stop = callbacks, stop
-        self.stage: Stage = no_stage
+        self.stage: Stage = self.reporter.stages
         self.watchdog = watchdog or Watchdog()
         self.saves = CheckpointManager(
             run.checkpoints,
@@ -218,7 +217,7 @@ class Trainer:
         self.config = with_length(self.config, steps, self.schedule.warmup_steps)
         self.schedule = create_schedule(self.config.train, len(self.dataset))
         self.task.begin(steps)
-        self.reporter.set_total(steps)
+        self.reporter.total_steps = steps
 
     def train_step(self) -> None:
         """One optimiser step on the next batches.
@@ -250,7 +249,7 @@ class Trainer:
             for number, (weight, one) in enumerate(zip(self.loss_weights, inputs, strict=True), 1):
                 autocast = torch.autocast(self.device.type, self.dtype, low_precision, cache_enabled=caches)
                 with no_sync(self.forward, number == self.accumulation, train.reduce_every):
-                    with self.stage("forward"), self.reporter.timer.forward(), autocast:
+                    with self.stage("forward"), autocast:
                         loss = self.task.loss(self.forward, *one) * weight
                     with self.stage("backward"):
                         (loss * self.loss_scale.value if self.loss_scale else loss).backward()
@@ -438,7 +437,7 @@ class Trainer:
 
     def _next_batch(self) -> Any:
         self.watchdog.at("waiting for images", self.step)
-        with self.stage("data"), self.reporter.timer.waiting():
+        with self.stage("data"):
             batch = next(self.loader)
         self.watchdog.at("computing")
         return batch

@@ -6,10 +6,11 @@ import io
 import json
 import math
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,9 @@ from fastmae.train import flops, metrics, parallel, profile
 from fastmae.train.checkpoint import LostRankError, Ranks
 from fastmae.train.config import DataConfig, PretrainConfig
 from fastmae.train.flops import count_flops, matmul_flops, peak_flops
-from fastmae.train.metrics import AGAIN, IN_A_ROW, SHOWN_RANKS, Reporter, StepTimer, StepValues, combine_ranks
+from fastmae.train.metrics import AGAIN, IN_A_ROW, SHOWN_RANKS, Reporter, StepValues, combine_ranks
 from fastmae.train.parallel import Parallelism
+from fastmae.train.profile import StageTimes
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Trainer
@@ -36,22 +38,23 @@ NAN = math.nan
 class Clock:
     """Stands in for the host's clock."""
 
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+    def __init__(self) -> None:
+        self.now, self.perf_counter = 100.0, time.perf_counter
 
-    def wait(self, timer: StepTimer, seconds: float) -> None:
-        with timer.waiting():
-            self.now += seconds
+    def monotonic(self) -> float:
+        return self.now
 
-    def forward(self, timer: StepTimer, seconds: float) -> None:
-        with timer.forward():
+    def spend(self, stage: AbstractContextManager[None], seconds: float) -> None:
+        with stage:
             self.now += seconds
 
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
-    return Clock(monkeypatch)
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+    monkeypatch.setattr(profile, "time", clock)
+    return clock
 
 
 def test_values_of_an_interval_survive_a_save_also_with_another_interval():
@@ -68,69 +71,49 @@ def test_values_of_an_interval_survive_a_save_also_with_another_interval():
         assert continued.take()() == {"loss": expected, "grad_norm": [-1.0] * count, "skipped": [0.0] * count}
 
 
-def test_waiting_and_forward_passes_are_parts_of_the_interval(clock):
-    timer = StepTimer(CPU, forwards=True)
-    for seconds in (3.0, 1.0):
-        clock.wait(timer, seconds)
-        clock.now += 1.0
-    for seconds in (0.2, 0.3, 9.0, 0.3):  # two passes per step; one is interrupted by something
-        clock.forward(timer, seconds)
-    clock.now += 0.2
-    times, forward_time = timer.read(steps=2, images=32)
-    assert times == pytest.approx({"images_per_second": 2.0, "step_time": 8.0, "data_time": 2.0, "data_share": 0.25})
-    assert forward_time == pytest.approx(0.6)
-    timer.restart()
-    clock.now += 1.0
-    times, forward_time = timer.read(steps=1, images=16)
-    assert times == {"images_per_second": 16.0, "step_time": 1.0, "data_time": 0.0, "data_share": 0.0}
-    assert math.isnan(forward_time)
-
-
-@pytest.mark.parametrize(("reached", "expected"), [(True, 3.0), (False, 0.0)])
-def test_waiting_while_the_gpu_has_work_does_not_count(clock, reached, expected):
-    timer, recorded = StepTimer(CPU), []
-    timer._event = SimpleNamespace(record=lambda: recorded.append(clock.now), query=lambda: reached)
-    clock.wait(timer, 3.0)
-    assert timer.read(steps=1, images=1)[0]["data_time"] == expected
-    assert recorded == [100.0]
-
-
 @pytest.mark.gpu
 def test_a_gpu_is_timed_by_events_that_nobody_waits_for():
-    timer = StepTimer(torch.device("cuda"), forwards=True)
+    """Waiting for images costs nothing while the GPU has work."""
+    stages = StageTimes(torch.device("cuda"), {"data", "forward"})
     torch.cuda._sleep(10**9)
-    for around in (timer.waiting, timer.forward):
-        with around():
+    for name in ("data", "forward", "backward"):
+        with stages(name):
             time.sleep(0.01)
-            torch.cuda._sleep(10**8)
-    times, forward_time = timer.read(steps=1, images=1)
-    assert times["data_time"] == 0
-    assert math.isnan(forward_time)
+            torch.cuda._sleep(10**8 * (name == "forward"))
+    assert not any(stages.take().values())
     torch.cuda.synchronize()
-    with timer.waiting():
+    found = stages.take()
+    assert found.keys() == {"data", "forward"}
+    assert found["data"][0] < 0.005 < found["forward"][0]
+    with stages("data"):
         time.sleep(0.01)
-    times, forward_time = timer.read(steps=1, images=1)
-    assert times["data_time"] >= 0.01
-    assert forward_time > 0.005
+    torch.cuda.synchronize()
+    assert stages.take()["data"][0] >= 0.01
+
+
+def create_reporter(run: RunFolder) -> Reporter:
+    """Of a row every two steps, each of 1e12 FLOPs."""
+    config = PretrainConfig(train=replace(TRAIN, log_every_steps=2))
+    console = Console(file=io.StringIO(), width=200)
+    return Reporter(config, run, console, Parallelism(), Ranks(), lambda: 10**12)
 
 
 def report(folder: Path, clock: Clock, shares: list[float], **values: list[float]) -> tuple[str, list[dict]]:
-    """What the terminal shows of intervals of 10 s, steps of 1e12 FLOPs and such shares of waiting; and the rows."""
-    console = Console(file=io.StringIO(), width=200)
+    """What the terminal shows of intervals of 10 s and such shares of waiting; and the rows."""
     with RunFolder(folder) as run:
-        reporter = Reporter(run, console, 2, Parallelism(), Ranks(), step_flops=lambda: 10**12)
+        reporter = create_reporter(run)
         reporter.open(0, 2 * len(shares))
         reporter.start(0)
         for number, share in enumerate(shares):
             for step in range(2):
-                clock.wait(reporter.timer, 5 * share)
-                clock.now += 5 * (1 - share)
+                clock.spend(reporter.stages("data"), 5 * share)
+                clock.spend(reporter.stages("backward"), 5 * (1 - share))
                 of_step = {"loss": 1.0, "grad_norm": 2.0, "skipped": 0.0}
                 of_step |= {name: steps[2 * number + step] for name, steps in values.items()}
                 reporter.add(*map(torch.tensor, of_step.values()))
-            reporter.log({"step": 2 * number + 2, "lr": 0.1}, images=8)
+            reporter.log({"step": 2 * number + 2, "epoch": 1.0, "lr": 0.1}, images=8)
         reporter.close()
-        return console.file.getvalue(), run.read_metrics()
+        return reporter._console.file.getvalue(), run.read_metrics()
 
 
 def test_a_slow_loader_is_reported_once_and_not_while_it_starts(tmp_path, clock):
@@ -138,6 +121,7 @@ def test_a_slow_loader_is_reported_once_and_not_while_it_starts(tmp_path, clock)
     assert text.count("waiting for images") == 1
     assert "waiting for images: 50% of the time; `fastmae bench`" in text
     assert [row["data_time"] for row in rows] == pytest.approx([4.5, 0.5, 2.5, 3.0])
+    assert [row["data_share"] for row in rows] == pytest.approx([0.9, 0.1, 0.5, 0.6])
     assert "data 90%" in text
     text, _ = report(tmp_path / "fast", clock, [0.9, 0.2, 0.0])
     assert "waiting for images" not in text
@@ -229,7 +213,7 @@ def test_rows_of_many_ranks_do_not_have_the_times_of_each(size):
 
 def test_a_straggler_is_named_after_some_rows_in_a_row_and_then_rarely(tmp_path):
     with RunFolder(tmp_path / "run") as run:
-        reporter = Reporter(run, Console(file=io.StringIO()), 2, Parallelism(), Ranks())
+        reporter = create_reporter(run)
 
     def named(rows: int, line: str = "rank 3 is slow") -> int:
         before = reporter._console.file.getvalue().count("rank 3")
@@ -248,7 +232,7 @@ def test_a_straggler_is_named_after_some_rows_in_a_row_and_then_rarely(tmp_path)
 class Loader:
     """The loader of a run, which takes some seconds per batch on a clock."""
 
-    def __init__(self, clock: SimpleNamespace, seconds: float, *args, **options) -> None:
+    def __init__(self, clock: Clock, seconds: float, *args, **options) -> None:
         self._clock, self._seconds, self._loader = clock, seconds, data.create_loader(*args, **options)
 
     def __next__(self) -> data.Batch:
@@ -265,7 +249,7 @@ def job(rank: int, folder: Path) -> tuple[dict[str, tuple[str, list[dict]]], str
 
     Only the loader and a block move the ranks' clocks, so that nothing depends on how busy the machine is.
     """
-    found, clock = {}, SimpleNamespace(now=0.0, perf_counter=time.perf_counter, monotonic=lambda: clock.now)
+    found, clock = {}, Clock()
     metrics.time = profile.time = clock
     for mode in ("ddp", "fsdp"):
         place = parallel.initialize(mode, "cpu")
@@ -273,17 +257,17 @@ def job(rank: int, folder: Path) -> tuple[dict[str, tuple[str, list[dict]]], str
             out=folder / mode,
             model=replace(MODEL, img_size=32),
             data=DataConfig(path=folder / "images", loader="torch", num_threads=1),
-            train=replace(TRAIN, precision="fp32", log_every_steps=2, steps=9, warmup_steps=1),
+            train=replace(TRAIN, precision="fp32", batch_size=2, log_every_steps=2, steps=9, warmup_steps=1),
         )
         dataset = data.open_dataset(folder / "images", cache_dir=folder / f"cache-{rank}")
         model = parallel.construct(lambda config=config: create_model(**config.model_arguments()), place)
+        seconds = cycle([0.3, 0.3, 0.3, 9.0] if mode == "ddp" and rank else [0.1])  # something interrupts one pass
+        model.blocks[0].register_forward_hook(lambda *_, s=seconds: setattr(clock, "now", clock.now + next(s)))
         console = Console(file=io.StringIO(), width=200, quiet=rank > 0)
         with Ranks.create() as ranks, RunFolder(config.out, leader=rank == 0) as run:
             create = partial(Loader, clock, 0.2 if mode == "fsdp" and rank else 0.05)
-            options = {"console": console, "parallelism": place, "ranks": ranks}
-            trainer = Trainer(config, MaskedAutoencoding(config, model, dataset, create), run, **options)
-            model.blocks[0].register_forward_hook(partial(advance, clock, 0.3 if mode == "ddp" and rank else 0.1))
-            assert trainer.fit() == "finished"
+            task = MaskedAutoencoding(config, model, dataset, create)
+            assert Trainer(config, task, run, console=console, parallelism=place, ranks=ranks).fit() == "finished"
             found[mode] = console.file.getvalue(), run.read_metrics()
     with Ranks.create(timeout=20) as ranks:
         assert ranks.collect("collecting times", [rank, 0.5])() == [[0.0, 0.5], [1.0, 0.5]]
@@ -294,18 +278,15 @@ def job(rank: int, folder: Path) -> tuple[dict[str, tuple[str, list[dict]]], str
         return found, str(error.value)
 
 
-def advance(clock: SimpleNamespace, seconds: float, *_: object) -> None:
-    clock.now += seconds
-
-
 def test_the_slow_rank_of_a_run_is_named_though_the_steps_of_all_take_equally_long(tmp_path):
+    """Each rank makes two passes per step."""
     write_images(tmp_path / "images")
     (found, error), _ = run_ranks(job, 2, tmp_path, timeout=120)
     architecture = create_model(**PretrainConfig(model=replace(MODEL, img_size=32)).model_arguments()).architecture
     tflops = count_flops(architecture, 8, 0.75) / 1e12  # of a step, on both ranks together
     for mode, times, what in (
-        ("ddp", {"data_time": [0.05, 0.05], "forward_time": [0.1, 0.3]}, "300.0 ms in forward passes (median 100.0)"),
-        ("fsdp", {"data_time": [0.05, 0.2]}, "200.0 ms waiting for images (median 50.0)"),  # forwards wait for others
+        ("ddp", {"data_time": [0.1, 0.1], "forward_time": [0.2, 0.6]}, "600.0 ms in forward passes (median 200.0)"),
+        ("fsdp", {"data_time": [0.1, 0.4]}, "400.0 ms waiting for images (median 100.0)"),  # forwards wait for others
     ):
         text, rows = found[mode]
         (line,) = [line for line in text.splitlines() if line.startswith("rank ")]
@@ -315,10 +296,9 @@ def test_the_slow_rank_of_a_run_is_named_though_the_steps_of_all_take_equally_lo
         for row in rows:
             assert row["slowest_rank"] == 1
             assert {name: pytest.approx(values) for name, values in row["ranks"].items()} == times
-            assert row["step_time"] == pytest.approx(0.15)  # by the clock of rank 0, which writes the row
-            assert row["data_time"] == pytest.approx(max(times["data_time"]))
-            assert row["data_share"] == pytest.approx(row["data_time"] / 0.15)
-            assert row["tflops_per_second"] == pytest.approx(tflops / 0.15, rel=0.01)
+            assert row["step_time"] == pytest.approx(0.3)  # by the clock of rank 0, which writes the row
+            assert row["data_share"] == pytest.approx(min(max(times["data_time"]) / 0.3, 1.0))
+            assert row["tflops_per_second"] == pytest.approx(tflops / 0.3, rel=0.01)
             assert row["host_memory_gib"] > 0.05
             assert row["mfu"] > 0
     assert error.startswith("collecting times: a rank has ended or does not answer (")

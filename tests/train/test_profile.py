@@ -11,7 +11,7 @@ import torch
 from training import make_trainer, write_images
 
 from fastmae.train.callbacks import running
-from fastmae.train.profile import Profile, StageTimes, no_stage
+from fastmae.train.profile import Profile, StageTimes
 
 STAGES = ("data", "masking", "forward", "backward", "optimizer")
 
@@ -55,7 +55,7 @@ def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_
     assert {name: events.count(name) for name in STAGES} == dict.fromkeys(STAGES, 3)
     assert "aten::addmm" in trace.with_name("rank-0-steps-5-7.txt").read_text()
     assert str(trace) in profiled.said
-    assert profiled.stage is no_stage
+    assert profiled.stage is profiled.reporter.stages
 
 
 def test_times_of_the_stages_are_those_of_the_steps(plain):
@@ -78,7 +78,7 @@ def test_steps_that_the_run_does_not_make_are_named_before_it_begins(tmp_path, i
     trainer = make_trainer(tmp_path / "run", images)
     trainer.step, profile = 6, Profile(first, 2)
     with running([profile], trainer):
-        assert trainer.stage is no_stage
+        assert trainer.stage is trainer.reporter.stages
         said = trainer.console.file.getvalue().replace("\n", "")
     assert said == f"--report.profile-at-step {first}: the run trains steps 7 to 12; nothing will be profiled"
 

@@ -142,7 +142,7 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch
     trainer.train_step()
     trainer.train_step()
     monkeypatch.undo()
-    assert trainer.reporter.values.count == 3
+    assert len(trainer.reporter.values.steps) == 3
     trainer.run.close()
 
 
