@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
+import random
 import tarfile
 import threading
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from loading import image_file, noise
 
 from fastmae.data import DataError, errors, open_dataset
-from fastmae.data.tar import parse_shard, read_shard_index, split_key, write_shard_index
+from fastmae.data.tar import DAMAGE, Reader, members, parse_shard, read_shard_index, split_key, write_shard_index
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (20, 30)) -> bytes:
@@ -163,6 +165,167 @@ def test_reading_from_many_threads_with_few_shards_open(shards, cache, monkeypat
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+NAMES = ["a/b.jpg", "x" * 96 + ".jpg", "d" * 120 + "/" + "y" * 90 + ".jpg", "ü/图.png", "folder/", "z" * 300 + ".png",
+         "undecodable\udcff.jpg", "q" * 5000 + ".jpg"]  # fmt: skip
+SPECIAL = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+
+
+def archive(format_: int) -> bytes:
+    """Names and sizes of all kinds, as far as the format has them."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format_, errors="surrogateescape") as tar:
+        for i, name in enumerate(NAMES if format_ != tarfile.USTAR_FORMAT else NAMES[:5]):
+            info = tarfile.TarInfo(name)
+            if name.endswith("/"):
+                info.type = tarfile.DIRTYPE
+            else:
+                info.size = (0, 1, 511, 512, 513)[i % 5]
+            tar.addfile(info, io.BytesIO(bytes(range(256)) * 3))
+        for kind in (*SPECIAL, tarfile.CONTTYPE):
+            info = tarfile.TarInfo("special.jpg")
+            info.type, info.linkname = kind, "l" * 100
+            tar.addfile(info)
+        info = tarfile.TarInfo("last.jpg")
+        info.size, info.pax_headers = 7, {"path": "renamed.jpg", "comment": "two\nlines"}
+        tar.addfile(info, io.BytesIO(b"1234567"))
+    return file.getvalue()
+
+
+def in_memory(content: bytes) -> Reader:
+    return Reader("memory.tar", len(content), lambda offset, size: content[offset : offset + size])
+
+
+def block(name: bytes, size: bytes | int = 0, kind: bytes = b"0") -> bytes:
+    """The header of a member, whatever its size field holds."""
+    size = b"%011o\0" % size if isinstance(size, int) else size
+    header = bytearray(name.ljust(124, b"\0") + size.ljust(32, b"\0") + kind).ljust(512, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def padded(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+@pytest.mark.parametrize("format_", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_members_are_those_that_tarfile_finds(format_):
+    content = archive(format_)
+    with tarfile.open(fileobj=io.BytesIO(content), errors="surrogateescape") as tar:
+        expected = [(os.fsencode(info.name), info.offset_data, info.size) for info in tar if info.isreg()]
+    found = list(members(in_memory(content)))
+    assert [tuple(member[:3]) for member in found if not member.kind] == expected
+    assert [member.kind for member in found if member.name == b"special.jpg"][:4] == [
+        "symbolic link", "hard link", "pipe", "device"
+    ]  # fmt: skip
+
+
+def test_concatenated_archives_and_members_behind_damage_are_found(shards, cache):
+    first, second = (path.read_bytes() for path in sorted(shards.glob("*.tar")))
+    path = shards / "joined.tar"
+    path.write_bytes(first + second)
+    part = parse_shard(path)
+    assert (len(part.rows), part.bad) == (6, {})
+    with tarfile.open(path) as tar:
+        lost, after = tar.getmembers()[3], tar.getmembers()[4]
+    for size, what in itertools.product((512, 700), (b"\0", b"?")):
+        content = bytearray(first + second)
+        content[lost.offset : lost.offset + size] = what * size
+        path.write_bytes(content)
+        stretch = f"{path}::bytes {lost.offset} to {after.offset}"
+        dataset = open_dataset(path, max_bad_fraction=0.2, cache_dir=cache)
+        assert [dataset.path(i).rpartition("/")[2] for i in (0, 2, 5)] == ["00.jpg", "02.jpg", "12.jpg"]
+        ((name, reason),) = dataset.bad
+        assert name == stretch
+        assert reason.startswith(f"damaged tar: {after.offset - lost.offset} bytes are not understood")
+        with pytest.raises(DataError, match=f"1 of 6 images cannot be used:\n  {stretch}"):
+            open_dataset(path, cache_dir=cache)
+
+
+def test_metadata_that_make_no_sense_are_reported_or_refused():
+    image = block(b"b.jpg", 3) + padded(b"abc")
+    end = bytes(1024)
+    for records in (b"14 size=-1536\n", b"9 size=x\n", b"0 a=b\n", b"-9 a=b\n", b"99999999 a=b\n", b"5 a=b\n",
+                    b"x" * 600, b"40 size=%s\n" % (b"9" * 31), b"6 a=b\n7 ab=\n"):  # fmt: skip
+        damaged = block(b"pax", len(records), b"x") + padded(records)
+        found = list(members(in_memory(image + damaged + image + end)))
+        assert [(member.name, member.kind) for member in found] == [
+            (b"b.jpg", ""), (b"bytes 1024 to %d" % (1024 + len(damaged)), DAMAGE), (b"b.jpg", "")
+        ]  # fmt: skip
+    records = b"9 size=3\n14 path=a.png\n"
+    content = block(b"pax", len(records), b"x") + padded(records) + block(b"b.jpg") + padded(b"abc") + end
+    assert [member[::2] for member in members(in_memory(content))] == [(b"a.png", 3)]
+    for kind in (b"L", b"x", b"g"):
+        content = image + block(b"long", 2 << 20, kind) + image + end
+        assert [member.kind for member in members(in_memory(content))] == ["", DAMAGE, ""]
+    for size in (b"77777777777", b"\x80" + b"\xff" * 11, 1 << 20):
+        for kind in (b"0", b"L", b"S"):
+            if kind == b"0" or size == 1 << 20:
+                with pytest.raises(DataError, match=r"memory\.tar: expected a whole, .* ends at byte"):
+                    list(members(in_memory(image + block(b"huge", size, kind) + image + end)))
+    negative = image + block(b"negative", b"\xff" * 12) + image + end
+    assert [member.kind for member in members(in_memory(negative))] == ["", DAMAGE, ""]
+
+
+def test_members_that_are_no_plain_files_are_skipped_by_name(tmp_path, caplog):
+    path = tmp_path / "a.tar"
+    sparse = bytearray(block(b"old.jpg", 3, b"S"))
+    sparse[482], sparse[148:156] = 1, b" " * 8
+    sparse[148:156] = b"%06o\0 " % sum(sparse)
+    map_ = bytes(504) + b"\1" + bytes(7) + bytes(512)
+    records = b"22 GNU.sparse.major=1\n"
+    pax = block(b"pax", len(records), b"x") + padded(records)
+    links = b"".join(block(b"link.jpg", kind=kind) for kind in SPECIAL)
+    image = padded(jpeg())
+    good = block(b"good.jpg", len(jpeg())) + image
+    content = sparse + map_ + padded(b"abc") + pax + block(b"new.jpg", 3) + padded(b"abc") + links + good + bytes(1024)
+    path.write_bytes(content)
+    part = parse_shard(path)
+    assert (part.names, part.bad) == (b"good.jpg", {})
+    assert f"{path}: skipped 6 members that are no plain files: 'old.jpg' (sparse file)" in caplog.text
+
+
+def test_whatever_is_damaged_ends_in_members_or_a_data_error():
+    """Each byte is read a few times at most: the time depends on the size, whatever the headers claim."""
+    draw = random.Random(0)
+    wholes = [archive(format_) for format_ in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
+    fields = [b"-1536", b"7" * 11, b"\x80" + b"\xff" * 11, b"\xff" * 12, *(bytes([kind]) for kind in b"SxLg9\0"), b""]
+    outcomes = set()
+    for _ in range(3000):
+        content = bytearray(draw.choice(wholes))
+        for _ in range(draw.choice([1, 1, 2, 20])):
+            start = 512 * draw.randrange(len(content) // 512)
+            match draw.randrange(6):
+                case 0:
+                    content[draw.randrange(len(content))] = draw.randrange(256)
+                case 1:
+                    content[start : start + 512] = draw.choice([bytes(512), draw.randbytes(512)])
+                case 2 if len(content) > 4096:
+                    del content[draw.randrange(1024, len(content)) :]
+                case 3:
+                    content[start:start] = content[512 * draw.randrange(len(content) // 512) :][:512]
+                case _:  # a valid header, but of something else
+                    field, at = draw.choice(fields), start + draw.choice([0, 124, 156, 345, 482])
+                    content[at : at + len(field)] = field
+                    content[start + 148 : start + 156] = b" " * 8
+                    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+        reads: list[int] = []
+        shard = in_memory(bytes(content))
+
+        def read(offset: int, size: int, shard: Reader = shard, reads: list[int] = reads) -> bytes:
+            reads.append(len(data := shard.read(offset, size)))
+            return data
+
+        try:
+            found = list(members(shard._replace(read=read)))
+            assert all(0 <= member.offset <= member.offset + member.size for member in found)
+            outcomes.add(any(member.kind == DAMAGE for member in found))
+        except DataError as error:
+            outcomes.add(type(error))
+        assert sum(reads) <= 16 * len(content) + 65536
+    assert outcomes == {True, False, DataError}
 
 
 def test_keys_and_label_members(tmp_path):
