@@ -20,7 +20,7 @@ from fastmae.data.tar import OpenShards
 
 logger = logging.getLogger(__name__)
 _LISTED = 10
-MOST_WITHOUT_WINDOW, WINDOW = 4096, 1024
+MOST_WITHOUT_WINDOW, WINDOW = 4096, 256
 """Data sets of more shards than the first are shuffled in windows of the second."""
 _SHARD, _OFFSET, _SIZE, _ORIENTATION = (ENTRY.names.index(name) for name in ("shard", "offset", "size", "orientation"))
 

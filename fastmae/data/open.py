@@ -123,7 +123,7 @@ def open_dataset(
         channels_first: ``.npy`` files are (C, height, width).
         max_bad_fraction: the share of bad images from which on the data set is refused.
         max_pixels: the largest height x width; more is taken for a decompression bomb.
-        window: shards whose images are shuffled together; 0: all. None: 0 up to 4,096 shards, else 1,024.
+        window: shards whose images are shuffled together; 0: all. None: 0 up to 4,096 shards, else 256.
         index: where the index is, or is to be kept: an existing one is trusted, and nothing is listed;
             ``fastmae data index`` refreshes it. None: in ``.fastmae`` beside the data, else in ``~/.cache/fastmae``;
             the data are then listed, and the index is built again if they have changed.

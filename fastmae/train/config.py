@@ -134,7 +134,7 @@ class DataConfig:
     written, ~/.cache/fastmae; rank 0 then lists the images at each start and brings the index up to date."""
     window: Fixed[NonNegativeInt | None] = None
     """Shards whose images are shuffled together, so that reading stays near few shards at a time. 0: all, full
-    randomness. None: 0 up to 4,096 shards, else 1,024."""
+    randomness. None: 0 up to 4,096 shards, else 256."""
     loader: Literal["auto", "dali", "torch"] = "auto"
     """Image loader. auto: DALI where it is installed and decodes the files' format, else torchvision."""
     value_range: tuple[float, ...] | None = None

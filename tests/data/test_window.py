@@ -47,7 +47,7 @@ def test_resumed_and_on_two_ranks_it_is_the_same_order(shards):
 def test_the_default_depends_on_the_number_of_shards(shards, monkeypatch):
     assert open_dataset(shards).window == 0
     monkeypatch.setattr("fastmae.data.dataset.MOST_WITHOUT_WINDOW", 11)
-    assert open_dataset(shards).window == 1024
+    assert open_dataset(shards).window == 256
     assert open_dataset(shards, window=0).window == 0
 
 
