@@ -128,8 +128,8 @@ class MaskedAutoencoderViT(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.in_chans, self.norm_pix_loss, self.residual_dtype = in_chans, norm_pix_loss, residual_dtype
         self._statistics = {
-            "mean": _statistics("mean", mean, IMAGENET_MEAN, in_chans),
-            "std": _statistics("std", std, IMAGENET_STD, in_chans),
+            "mean": as_statistics("mean", mean, IMAGENET_MEAN, in_chans),
+            "std": as_statistics("std", std, IMAGENET_STD, in_chans),
         }
         for name, values in self._statistics.items():
             self.register_buffer(name, torch.tensor(values), persistent=False)
@@ -431,7 +431,7 @@ mae_vit_large_patch16 = partial(create_model, "mae_vit_large_patch16")
 mae_vit_huge_patch14 = partial(create_model, "mae_vit_huge_patch14")
 
 
-def _statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
+def as_statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
     if values is None:
         values = imagenet if channels == 3 else (0.5,) * channels
     values = [float(value) for value in values]
