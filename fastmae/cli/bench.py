@@ -166,7 +166,7 @@ def measure(trainer: Trainer, seconds: float) -> Measured:
 
     The trainer is one of :func:`config_to_measure`; its weights are trained on.
     """
-    with trainer._open_loader() as loader:
+    with trainer.loader_at(trainer.samples) as loader:
         trainer.model.train()
         bench = _Bench(trainer, loader)
         one = {phase: bench.warm_up(phase) for phase in PHASES}

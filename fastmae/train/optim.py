@@ -20,8 +20,7 @@ from fastmae.train.config import TrainConfig
 class Schedule:
     """Linear warm-up from zero, then half a cosine: a pure function of the step, so that resuming needs no state.
 
-    The formula is facebookresearch/mae's ``adjust_learning_rate``, whose fractional epoch is ``step / steps an epoch``:
-    the rate moves every step.
+    facebookresearch/mae's ``adjust_learning_rate``, with ``step / steps an epoch`` as its epoch.
     """
 
     peak_lr: float
@@ -38,11 +37,7 @@ class Schedule:
 
 
 def create_schedule(train: TrainConfig, num_samples: int) -> Schedule:
-    """The schedule of a run over a data set of ``num_samples`` images.
-
-    Raises:
-        ValueError: if the warm-up is not shorter than the run.
-    """
+    """The schedule of a run over ``num_samples`` images; raises ValueError if warm-up is not shorter than the run."""
 
     def steps_in(epochs: float | None) -> Fraction:
         # Batches straddle epochs, so an epoch need not be a whole number of steps. Floating point would round
@@ -50,25 +45,19 @@ def create_schedule(train: TrainConfig, num_samples: int) -> Schedule:
         return Fraction(str(epochs or 0)) * num_samples / train.global_batch_size
 
     total = train.steps if train.steps is not None else math.ceil(steps_in(train.epochs))
-    if train.warmup_steps is not None:
-        warmup, name, given = float(train.warmup_steps), "--train.warmup-steps", train.warmup_steps
-    else:
-        given = train.warmup_epochs or 0
-        warmup, name = float(steps_in(given)), "--train.warmup-epochs"
+    in_steps = train.warmup_steps is not None
+    warmup = float(train.warmup_steps if in_steps else steps_in(train.warmup_epochs))
     if warmup >= total:
-        raise ValueError(
-            f"{name}: expected a warm-up shorter than the run of {total} steps, got {given} ({warmup:g} steps)"
-        )
+        name = "--train.warmup-steps" if in_steps else "--train.warmup-epochs"
+        raise ValueError(f"{name}: expected a warm-up shorter than the run of {total} steps, got {warmup:g} steps")
     return Schedule(train.base_lr * train.global_batch_size / 256, train.min_lr, warmup, total)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, matrices: bool = False) -> list[dict]:
     """Two groups: what decays, and biases and norms, which do not. Frozen parameters are in neither.
 
-    Class and mask token decay, as in facebookresearch/mae, which spares one-dimensional parameters only.
-
-    Args:
-        matrices: put the weight matrices of the blocks into a third group, as :class:`Muon` needs it.
+    Class and mask token decay, as in facebookresearch/mae, which spares one-dimensional parameters only. ``matrices``
+    puts the weight matrices of the blocks into a third group, as :class:`Muon` needs it.
     """
     decayed, exempt, orthogonal = [], [], []
     for name, parameter in model.named_parameters():
@@ -220,13 +209,7 @@ def create_apex_adam(groups: list[dict[str, Any]], betas: tuple[float, float]) -
     """apex's FusedAdam in its capturable form, which reads ``found_inf`` and ``grad_scale`` as PyTorch's AdamW does.
 
     Its state has the names and meanings of ``torch.optim.AdamW``'s, so that checkpoints of one go on with the other.
-
-    Args:
-        groups: parameter groups, whole parameters on a CUDA device.
-        betas: decay rates of the moments.
-
-    Raises:
-        ValueError: if apex cannot be loaded, whatever the reason.
+    Parameters are whole and on a CUDA device. Raises ValueError if apex cannot be loaded, whatever the reason.
     """
     try:
         from apex.optimizers import FusedAdam

@@ -29,12 +29,9 @@ _LOCK = ".lock"
 
 
 class RunFolder:
-    """A run folder and the lock on it; use as a context manager.
+    """A run folder, made if it does not exist, and the lock on it; use as a context manager.
 
-    Args:
-        path: made if it does not exist.
-        resume: whether the folder may hold a run.
-        leader: whether this is rank 0, which holds the lock. The other ranks' writes do nothing.
+    Only rank 0, the ``leader``, holds the lock and writes. With ``resume`` the folder may hold a run.
 
     Raises:
         ValueError: if the folder holds something and ``resume`` is false, or is in an object store.

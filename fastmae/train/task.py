@@ -23,13 +23,8 @@ from fastmae.train.rules import progressive_sizes
 
 
 class Task(Protocol):
-    """What the trainer asks of a task.
-
-    Attributes:
-        model: bare, whatever wraps it for training.
-        dataset: has a length, a ``hash`` and what :class:`~fastmae.train.bad_files.BadFiles` reads.
-        samples_per_step: images that an optimiser step decodes, on all ranks together.
-    """
+    """What the trainer asks of a task: the bare model; a data set that has a length, a ``hash`` and what
+    :class:`~fastmae.train.bad_files.BadFiles` reads; images that a step decodes, on all ranks together."""
 
     model: nn.Module
     dataset: Any
@@ -41,10 +36,9 @@ class Task(Protocol):
     def open_loader(
         self, position: int, batch_size: int, *, ranks: Ranks, device: torch.device, known_bad: Sequence[LateBad]
     ) -> Any:
-        """A loader of this rank's share of the batches, from a global position in the order of images on.
+        """A loader of this rank's share of the batches, from a position in the order of all ranks' images on.
 
         Args:
-            position: images of all ranks that were decoded before.
             batch_size: masked images of this rank in one forward pass.
             known_bad: files found bad while training.
         """
@@ -53,11 +47,8 @@ class Task(Protocol):
         """The inputs of a forward pass, on the device. Runs outside of what is compiled or captured in a CUDA graph."""
 
     def loss(self, forward: Callable[..., Any], *inputs: Any) -> Tensor:
-        """The loss of prepared inputs: a float32 scalar, the mean over the batch.
-
-        Args:
-            forward: the model as it is called for training: compiled, in DistributedDataParallel, or bare.
-        """
+        """The loss of prepared inputs: a float32 scalar, the mean over the batch. ``forward`` is the model as it is
+        called for training: compiled, in DistributedDataParallel, or bare."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of the optimiser."""
@@ -72,11 +63,7 @@ class Task(Protocol):
 class MaskedAutoencoding:
     """Pretraining of a masked autoencoder: crops, masks that depend on nothing but seed, epoch and image, pixel loss.
 
-    Args:
-        config: a validated configuration.
-        model: a ``MaskedAutoencoderViT``.
-        dataset: the images.
-        create_loader: ``fastmae.data.create_loader`` or something of its signature.
+    ``create_loader`` is ``fastmae.data.create_loader`` or something of its signature.
     """
 
     def __init__(
@@ -87,17 +74,12 @@ class MaskedAutoencoding:
         self.resolution = Resolution((config.img_size,))
 
     def begin(self, total_steps: int) -> None:
-        """As :class:`Task`.
-
-        Raises:
-            ValueError: if there are more image sizes than passes over the images.
-        """
+        """As :class:`Task`; raises ValueError if there are more image sizes than passes over the images."""
         self.resolution = create_resolution(self.config, total_steps, len(self.dataset))
 
     def open_loader(
         self, position: int, batch_size: int, *, ranks: Ranks, device: torch.device, known_bad: Sequence[LateBad]
     ) -> Any:
-        """As :class:`Task`."""
         data, train = self.config.data, self.config.train
         augment = ("crop", "scale", "ratio", "hflip", "vflip", "color_jitter")
         return self._create_loader(
@@ -160,14 +142,10 @@ class MaskedAutoencoding:
 
 @dataclass(frozen=True)
 class Resolution:
-    """Image sizes of a run: a pure function of the epoch, so that resuming needs no state.
+    """Image sizes of a run, each with the epoch that it starts with: a pure function, so that resuming needs no state.
 
     DailyMAE (Wu et al., arXiv 2404.00509; public code FastSSL) trains with 160, 192 and 224 pixels in turn, the mask
     ratio unchanged, over a ramp of epochs that is given by hand. Here each size gets an equal share of the run.
-
-    Attributes:
-        sizes: (height, width) of each share.
-        starts: the epoch, from 0, that each share begins with.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -183,11 +161,7 @@ class Resolution:
 
 
 def create_resolution(config: PretrainConfig, total_steps: int, num_samples: int) -> Resolution:
-    """The sizes of a run over a data set of ``num_samples`` images.
-
-    Raises:
-        ValueError: if there are more sizes than passes over the images.
-    """
+    """The sizes of a run over ``num_samples`` images; raises ValueError if there are more of them than passes."""
     sizes = progressive_sizes(config.data.progressive_sizes, config.img_size) or (config.img_size,)
     decoded = total_steps * (config.train.global_batch_size // config.train.masks_per_image)
     share = Fraction(decoded, num_samples * len(sizes))

@@ -48,16 +48,14 @@ Status = Literal["finished", "preempted"]
 
 
 class Trainer:
-    """Trains a task's model, and saves what it takes to continue exactly.
+    """Trains a task's model, and saves what it takes to continue exactly. Every process of a run makes a trainer.
 
     Args:
         config: a validated configuration, its precision settled.
-        task: what is trained; its model is on the device to train on, or where :func:`parallel.construct` made it.
+        task: its model is on the device to train on, or where :func:`parallel.construct` made it.
         run: the run folder, locked.
-        console: where progress is shown.
-        parallelism: the processes that train together, this one alone if None. Every one of them makes a trainer.
-        ranks: the same processes, for what has to be agreed on and is not the device's; None for this one alone.
-        callbacks: what looks at the run between steps; the same on all ranks.
+        ranks: the processes of ``parallelism``, for what has to be agreed on and is not the device's.
+        callbacks: the same on all ranks.
         stop: signals, while something else than :meth:`fit` watches for them; None for the time of :meth:`fit`.
         watchdog: of this rank, started by its owner; None for none.
 
@@ -144,15 +142,12 @@ class Trainer:
         return self.positions.after(self.step)
 
     def fit(
-        self,
-        on_log: Callable[[Row], None] | None = None,
-        on_checkpoint: Callable[[Path], None] | None = None,
+        self, on_log: Callable[[Row], None] | None = None, on_checkpoint: Callable[[Path], None] | None = None
     ) -> Status:
         """Train to the end of the schedule, or until a signal or the time limit; save; return how it ended.
 
-        Args:
-            on_log: called with each row of metrics.
-            on_checkpoint: called with each checkpoint's folder, between two steps, once it is there.
+        ``on_log`` is called with each row of metrics, ``on_checkpoint`` with each checkpoint's folder, between two
+        steps, once it is there.
 
         Raises:
             CheckpointError: if the first checkpoint cannot be written, the last, or three in a row.
@@ -171,7 +166,8 @@ class Trainer:
             stack.enter_context(self.run.failure_noted(lambda: self.step))
             check_agreement(self.dataset)
             stop = self._stop or stack.enter_context(StopRequest())
-            self.loader = self._open_loader()
+            self.loader = self.loader_at(self.samples)
+            self.console.print(f"Images: {self.loader.describe()}")
             stack.callback(lambda: self.loader.close())
             stack.enter_context(self.saves)
             stack.enter_context(self.watchdog.explaining(lambda reason: self.run.note_failure(self.step, reason)))
@@ -195,7 +191,7 @@ class Trainer:
                     stack.callback(gc.unfreeze)
                     frozen = True
                 if self.config.train.fit_steps:
-                    fit.after_step(self)
+                    fit.after_step(self)  # may shorten the run, once, and turns itself off
                 self._between_steps()
             self.reporter.flush()
             self.saves.wait()  # before it is asked what the newest checkpoint holds
@@ -204,8 +200,8 @@ class Trainer:
             signal, total = any_signal(self.ranks, stop), self.schedule.total_steps
             status: Status = "preempted" if signal and self.step < total else "finished"
             if not signal and self.step < total:
-                limit = f"Time limit of {train.max_minutes:g} minutes reached"
-                self.console.print(f"{limit} at step {self.step:,} of {total:,}")
+                reached = f"at step {self.step:,} of {total:,}"
+                self.console.print(f"Time limit of {train.max_minutes:g} minutes reached {reached}")
             for callback in self.callbacks if status == "finished" else ():
                 callback.finish(self)
         reason = signal or ("all steps done" if self.step == total else "time limit")
@@ -233,7 +229,10 @@ class Trainer:
         self.step += 1
 
     def _next_inputs(self) -> tuple[Any, ...]:
-        batch = self._next_batch()
+        self.watchdog.at("waiting for images", self.step)
+        with self.stage("data"):
+            batch = next(self.loader)
+        self.watchdog.at("computing")
         with self.stage("masking"):
             return self.task.prepare(batch)
 
@@ -277,10 +276,7 @@ class Trainer:
             self.save()
 
     def log(self) -> None:
-        """Close an interval of steps: a row of metrics.
-
-        Rates and epochs count masked images, as the configuration does; ``samples`` counts decoded ones.
-        """
+        """A row of metrics. Rates and epochs count masked images, as the flags do; ``samples`` counts decoded ones."""
         self._note_bad_files()
         batch_size = self.config.train.global_batch_size
         row: Row = {
@@ -385,10 +381,7 @@ class Trainer:
         return state.describe_run(self.config, self.model, self.dataset, self.ranks.size)
 
     def resume(self, saved: Path | Checkpoint) -> list[str]:
-        """Continue from a checkpoint folder, which may be of any number of processes.
-
-        Returns:
-            What differs from the run that was saved, in words, where it makes the continuation inexact.
+        """Continue from a checkpoint of any number of processes; return what makes the continuation inexact, in words.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, of another architecture, or needs another seed or batch.
@@ -429,18 +422,6 @@ class Trainer:
         return self.task.open_loader(
             position, self.batch_size, ranks=self.ranks, device=self.device, known_bad=self.bad_files.late
         )
-
-    def _open_loader(self) -> Any:
-        loader = self.loader_at(self.samples)
-        self.console.print(f"Images: {loader.describe()}")
-        return loader
-
-    def _next_batch(self) -> Any:
-        self.watchdog.at("waiting for images", self.step)
-        with self.stage("data"):
-            batch = next(self.loader)
-        self.watchdog.at("computing")
-        return batch
 
     def _note_bad_files(self) -> None:
         """Exchange the files found bad since the last time, and judge all of them, on every rank at the same step."""

@@ -23,31 +23,18 @@ _PICKLES = (".pth", ".pt", ".bin")
 
 
 def export_weights(model: nn.Module, path: Path, **metadata: Any) -> Path:
-    """Write the weights alone, under facebookresearch/mae's keys, with the architecture in the file's metadata.
-
-    Args:
-        model: a ``MaskedAutoencoderViT``.
-        path: a ``.safetensors`` file; replaced atomically.
-        **metadata: JSON-able values to store beside ``architecture``.
-
-    Raises:
-        CheckpointError: if the file cannot be written.
-    """
+    """Write the weights alone, under facebookresearch/mae's keys, as a ``.safetensors`` file, replaced atomically; the
+    architecture and what else is JSON-able is its metadata. Raises CheckpointError if it cannot be written."""
     weights = model.state_dict()
     chunks = {name: Chunk.whole(tensor) for name, tensor in weights.items()}
     return replace_file(path, chunks, weights.__getitem__, {"architecture": model.architecture, **metadata})
 
 
 def load_model(path: Path | str, *, need_decoder: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with the weights of a run folder, a checkpoint folder or an exported ``.safetensors`` file.
+    """A model with the weights of a run folder (its newest undamaged checkpoint), a checkpoint folder or an exported
+    ``.safetensors`` file, on the CPU and in evaluation mode; its manifest or metadata, with ``has_decoder`` added.
 
-    Args:
-        path: a run folder gives its newest undamaged checkpoint.
-        need_decoder: refuse weights of an encoder alone; otherwise the decoder keeps its initial values.
-
-    Returns:
-        The model, on the CPU and in evaluation mode, and the manifest (of a file: its metadata), with
-        ``"has_decoder"`` added.
+    Without ``need_decoder``, weights of an encoder alone load too; the decoder keeps its initial values.
 
     Raises:
         CheckpointError: if nothing usable is there, or it has no decoder though one is needed.
@@ -75,17 +62,11 @@ def load_model(path: Path | str, *, need_decoder: bool = True) -> tuple[nn.Modul
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under facebookresearch/mae's names, on the CPU; nothing in the source is executed.
+    """Weights under facebookresearch/mae's names, on the CPU, and their architecture as far as the source gives it.
 
-    Args:
-        path: a ``.pth`` file of facebookresearch/mae (weights, or a whole checkpoint with them under ``model``), a
-            ``.safetensors`` file under the same names, a run folder (its newest undamaged checkpoint) or a checkpoint.
-
-    Returns:
-        Weights, and the architecture that they belong to as far as the source gives it.
-
-    Raises:
-        CheckpointError: if there is nothing of the kind, or it is damaged.
+    The source is a ``.pth`` file of facebookresearch/mae (weights, or a whole checkpoint with them under ``model``), a
+    ``.safetensors`` file under the same names, a run folder or a checkpoint. Nothing in it is executed. Raises
+    CheckpointError if there is nothing of the kind, or it is damaged.
     """
     weights, info = _read(path)
     architecture = info.get("architecture")
@@ -93,15 +74,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
-    """Put weights into a model, before its first step; its parameters may be sharded.
+    """Put weights into a model, before its first step; return what was loaded, in words.
 
-    Args:
-        model: a ``MaskedAutoencoderViT``. Where there is no decoder among the weights, it keeps its own.
-        weights: of the encoder, or of both, under the model's names.
-        architecture: what is known of theirs; numbers of heads, which no shape shows, are compared.
-
-    Returns:
-        What was loaded, in words.
+    The model's parameters may be sharded. Where there is no decoder among the weights, it keeps its own. Of their
+    architecture the numbers of heads, which no shape shows, are compared.
 
     Raises:
         CheckpointError: naming the tensor that is missing, unknown, of another shape or not finite. Nothing is
@@ -110,16 +86,13 @@ def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Ma
     parameters = dict(model.named_parameters())
     decoder = {name for name in parameters if _is_decoder(name)}
     has_decoder = not decoder.isdisjoint(weights)
-    expected = parameters.keys() if has_decoder else parameters.keys() - decoder
-    for name in parameters:
-        if name in expected and name not in weights:
-            raise CheckpointError(f"{name}: missing among the weights")
-    unknown = weights.keys() - parameters.keys()
-    if unknown:
-        raise CheckpointError(f"{min(unknown)}: among the weights, but not a tensor of this model")
     for name in parameters:
         if name in weights:
             _check(name, weights[name], parameters[name])
+        elif has_decoder or name not in decoder:
+            raise CheckpointError(f"{name}: missing among the weights")
+    if unknown := weights.keys() - parameters.keys():
+        raise CheckpointError(f"{min(unknown)}: among the weights, but not a tensor of this model")
     for name in ("num_heads", "decoder_num_heads")[: 1 + has_decoder]:
         there, here = architecture.get(name), model.architecture[name]
         if there not in (None, here):

@@ -252,9 +252,9 @@ def train(rank: int, folder: Path, *flags: str) -> int:
 
 def hang(rank: int, folder: Path) -> int:
     """Rank 1 hangs before its fourth step until a file appears, and before the sixth it is killed."""
-    plain = Trainer._next_batch
+    plain = Trainer._next_inputs
 
-    def next_batch(self):
+    def next_inputs(self):
         self.watchdog.at("waiting for images", self.step)
         if rank == 1 and self.step == 3:
             until(lambda: (folder / "go on").exists())
@@ -263,7 +263,7 @@ def hang(rank: int, folder: Path) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self)
 
-    Trainer._next_batch = next_batch
+    Trainer._next_inputs = next_inputs
     code = train(rank, folder, "--train.parallel", "fsdp", "--report.stall-seconds", "2")
     os._exit(code)  # what follows in the test's own process group would fail
 
@@ -276,7 +276,7 @@ def test_a_rank_that_hangs_and_one_that_is_killed_are_named(tmp_path):
             r"no progress for \d+ s: rank 1 \(\S+\) is at step 3, waiting for images for \d+ s; the other 2 at step 3"
         )
         until(lambda: logs[0].exists() and re.search(behind, logs[0].read_text()))
-        until(lambda: "next_batch" in logs[1].read_text())  # its stack
+        until(lambda: "next_inputs" in logs[1].read_text())  # its stack
         (tmp_path / "go on").touch()
         for process in processes:
             process.join(WAIT)

@@ -124,7 +124,7 @@ def test_steps_are_those_of_eager_and_continue_from_a_checkpoint(tmp_path, image
 
 def test_a_step_without_a_finite_gradient_is_skipped_in_the_graph(tmp_path, graphed):
     trainer = graphed(tmp_path / "run")
-    with trainer._open_loader() as trainer.loader:
+    with trainer.loader_at(trainer.samples) as trainer.loader:
         for _ in range(WARM_UP + 1):
             trainer.train_step()
         with torch.no_grad():

@@ -80,7 +80,7 @@ def maskings_of_a_step(trainer):
         return forward(images, masking=masking, **options)
 
     trainer.forward = recorded
-    with trainer._open_loader() as trainer.loader:
+    with trainer.loader_at(trainer.samples) as trainer.loader:
         trainer.train_step()
     trainer.forward = forward
     return calls
@@ -121,7 +121,7 @@ def test_the_mask_strategy_is_that_of_the_configuration(tmp_path, images):
 def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch):
     """What would synchronise a GPU must not happen between two logs; the loader works on the host and is exempt."""
     trainer = make_trainer(tmp_path / "run", images, clip_grad=1.0)
-    with trainer._open_loader() as loader:
+    with trainer.loader_at(trainer.samples) as loader:
         batches = iter([next(loader) for _ in range(3)])
     trainer.loader = batches
     trainer.train_step()  # creates the optimiser's state
@@ -249,7 +249,7 @@ def test_sizes_grow_on_a_gpu(tmp_path, images, loader):
 def test_a_step_on_a_gpu_never_waits_for_it(tmp_path):
     """Between two rows of metrics the host only queues work: anything that reads a value back raises here."""
     trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), device="cuda", batch_size=4)
-    with trainer._open_loader() as trainer.loader:
+    with trainer.loader_at(trainer.samples) as trainer.loader:
         batch = next(trainer.loader)
         trainer.loader = iter(lambda: batch, None)
         trainer.train_step()  # compiles kernels and creates the optimiser's state
