@@ -15,7 +15,7 @@ and a batch of 256 about 1.3 GB forward and 1.2 GB backward, a millisecond on an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -57,22 +57,20 @@ def compile_model(model: nn.Module, mode: str) -> nn.Module:
 
 def compile_blocks(model: nn.Module, mode: str) -> None:
     """Compile each block's forward on the instance. A wrapper would change names and take hooks into the graph."""
-    model.cuda_graphs = uses_cuda_graphs(mode)
+    model.cuda_graphs, limit = uses_cuda_graphs(mode), {"recompile_limit": _BLOCK_GRAPHS}
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        # PyTorch 2.11 has one limit for the whole process: eight, which the blocks pass at the second size of images.
+        limit, config = {}, torch.compiler.config
+        config.recompile_limit = max(config.recompile_limit, _BLOCK_GRAPHS)
     for block in (*model.blocks, *model.decoder_blocks):
-        plain = block.forward
-        compiled = torch.compile(plain, dynamic=False, mode=mode, **_graph_limit())
-        block.forward = _Training(compiled, plain) if model.cuda_graphs else compiled
+        compiled = torch.compile(block.forward, dynamic=False, mode=mode, **limit)
+        block.forward = _while_training(compiled, block.forward) if model.cuda_graphs else compiled
 
 
-class _Training:
+def _while_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled forward while gradients are enabled. Pictures and probes in between do not use the graphs, in whose
     memory the next block would overwrite the results of the one before."""
-
-    def __init__(self, compiled: Any, plain: Any):
-        self._compiled, self._plain = compiled, plain
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return (self._compiled if torch.is_grad_enabled() else self._plain)(*args, **options)
+    return lambda *args, **options: (compiled if torch.is_grad_enabled() else plain)(*args, **options)
 
 
 @contextmanager
@@ -88,24 +86,8 @@ def graphed_batch(model: nn.Module, last: bool, inside: AbstractContextManager[N
     torch.compiler.cudagraph_mark_step_begin()
     with inside:
         yield
-    if first and not last:  # the following ones are added to these
-        keep_gradients(model)
-
-
-@torch.no_grad()
-def keep_gradients(model: nn.Module) -> None:
-    """Copy every gradient out of the CUDA graph's memory, which its next run overwrites."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    copies = [torch.empty_like(p.grad) for p in parameters]
-    if copies:
-        torch._foreach_copy_(copies, [p.grad for p in parameters])
-    for parameter, copy in zip(parameters, copies, strict=True):
-        parameter.grad = copy
-
-
-def _graph_limit() -> dict[str, int]:
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return {"recompile_limit": _BLOCK_GRAPHS}
-    # PyTorch 2.11 has one limit for the whole process: eight, which the blocks pass at the second size of images.
-    torch.compiler.config.recompile_limit = max(torch.compiler.config.recompile_limit, _BLOCK_GRAPHS)
-    return {}
+    if first and not last:  # the following ones are added to these, which the graph's next run overwrites
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        copies = torch._foreach_mul([p.grad for p in parameters], 1.0)  # one launch for many
+        for parameter, copy in zip(parameters, copies, strict=True):
+            parameter.grad = copy

@@ -12,7 +12,6 @@ steps run eagerly, on the stream of the capture. A capture computes nothing: no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,54 +19,11 @@ from torch import Tensor
 from fastmae.ops import Masking
 from fastmae.train.parallel import Parallelism
 
-T = TypeVar("T")
 Inputs = tuple[Tensor, Masking]
 """Images and masks of one forward pass."""
 
 WARM_UP = 3
 """Eager steps before the capture, as many as PyTorch's documentation of whole-network capture takes."""
-
-
-class CudaRecorder:
-    """Runs a function on a side stream, or captures it there.
-
-    Raises:
-        ValueError: without a GPU, or with several processes.
-    """
-
-    def __init__(self, parallelism: Parallelism) -> None:
-        device = parallelism.device
-        if device.type != "cuda":
-            raise ValueError(f"cuda_graph: expected none without a GPU, got one on {device.type}")
-        if parallelism.mode != "none":
-            raise ValueError(
-                "cuda_graph: expected none with several processes, whose collectives are not captured, got one with "
-                f"{parallelism.mode}"
-            )
-        self._device, self._stream = device, torch.cuda.Stream(device)
-
-    def aside(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """The results of ``work()``, run on the stream that :meth:`record` captures on."""
-        current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            results = work()
-        current.wait_stream(self._stream)
-        for result in results:
-            result.record_stream(current)
-        return results
-
-    def record(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """Capture ``work()``: a function that runs it on the current stream, and the tensors that each run writes."""
-        graph = torch.cuda.CUDAGraph()
-        # The loader's threads go on allocating pinned memory and querying events, which "global" would forbid them.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            results = work()
-        return graph.replay, results
-
-    def wait(self) -> None:
-        """Wait for the device: a graph must not be freed while it runs."""
-        torch.cuda.synchronize(self._device)
 
 
 class StepGraph:
@@ -76,13 +32,22 @@ class StepGraph:
     Args:
         update: from the inputs of each forward pass to scalars: loss, gradient norm, whether the step was skipped. It
             must not read the device, leave gradients, or use Python values that change.
+
+    Raises:
+        ValueError: without a GPU, or with several processes.
     """
 
-    def __init__(self, update: Callable[[Iterable[Inputs]], tuple[Tensor, ...]], recorder: CudaRecorder) -> None:
-        self._update, self._recorder = update, recorder
-        self._inputs: list[Inputs] = []
-        self._replay: Callable[[], None] | None = None
-        self._results, self._steps = torch.empty(0), 0
+    def __init__(self, update: Callable[[Iterable[Inputs]], tuple[Tensor, ...]], parallelism: Parallelism) -> None:
+        self._update, self._inputs, self._device, self._steps = update, [], parallelism.device, 0
+        if self._device.type != "cuda":
+            raise ValueError(f"cuda_graph: expected none without a GPU, got one on {self._device.type}")
+        if parallelism.mode != "none":
+            raise ValueError(
+                "cuda_graph: expected none with several processes, whose collectives are not captured, got one with "
+                f"{parallelism.mode}"
+            )
+        self._stream = torch.cuda.Stream(self._device)
+        self.reset()
 
     def __call__(self, inputs: Iterable[Inputs]) -> tuple[Tensor, ...]:
         """What ``update(inputs)`` returns; inputs have the shapes of the first time."""
@@ -92,17 +57,35 @@ class StepGraph:
         torch._foreach_copy_(_tensors(self._inputs), _tensors(inputs))
         self._steps += 1
         if self._steps <= WARM_UP:
-            return self._recorder.aside(lambda: self._update(self._inputs))
+            return self._run_eagerly()
         if self._replay is None:
-            self._replay, self._results = self._recorder.record(lambda: torch.stack(self._update(self._inputs)))
+            self._replay, self._results = self._capture()
         self._replay()
         return self._results.clone().unbind()
 
     def reset(self) -> None:
         """Forget the graph: the optimiser's state is about to be replaced, and a graph knows tensors by address."""
-        if self._replay is not None:
-            self._recorder.wait()
+        if self._steps > WARM_UP:
+            torch.cuda.synchronize(self._device)  # a graph must not be freed while it runs
         self._replay, self._results, self._steps = None, torch.empty(0), 0
+
+    def _run_eagerly(self) -> tuple[Tensor, ...]:
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            results = self._update(self._inputs)
+        current.wait_stream(self._stream)
+        for result in results:
+            result.record_stream(current)
+        return results
+
+    def _capture(self) -> tuple[Callable[[], None], Tensor]:
+        """A function that takes the step on the current stream, and the tensor that each run writes."""
+        graph = torch.cuda.CUDAGraph()
+        # The loader's threads go on allocating pinned memory and querying events, which "global" would forbid them.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            results = torch.stack(self._update(self._inputs))
+        return graph.replay, results
 
 
 def _tensors(inputs: list[Inputs]) -> list[Tensor]:

@@ -41,7 +41,7 @@ from fastmae.train.optim import create_optimizer, create_schedule, set_learning_
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
 from fastmae.train.profile import Stage
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.step_graph import CudaRecorder, StepGraph
+from fastmae.train.step_graph import StepGraph
 from fastmae.train.task import Task
 
 Status = Literal["finished", "preempted"]
@@ -99,7 +99,7 @@ class Trainer:
         self.schedule = create_schedule(train, len(dataset))
         task.begin(self.schedule.total_steps)
         self.optimizer = create_optimizer(task.parameter_groups(), train)
-        self.step_graph = StepGraph(self._update, CudaRecorder(self.parallelism)) if train.cuda_graph else None
+        self.step_graph = StepGraph(self._update, self.parallelism) if train.cuda_graph else None
         self.step, self.learning_rate = 0, 0.0
         self.positions = SamplePositions(task.samples_per_step, dataset.order(train.seed))
         self.guard = Guard(train.rollback_after, self.positions)

@@ -16,7 +16,7 @@ from fastmae.train.config import DataConfig, PretrainConfig, TrainConfig
 from fastmae.train.guard import LossScale
 from fastmae.train.parallel import Parallelism
 from fastmae.train.rules import validate
-from fastmae.train.step_graph import WARM_UP, CudaRecorder
+from fastmae.train.step_graph import WARM_UP, StepGraph
 
 STEPS = 16
 OPTIONS = {"steps": STEPS, "checkpoint_every_steps": 8, "log_every_steps": 7}
@@ -50,47 +50,47 @@ class Tape(TorchDispatchMode):
                     to.detach().copy_(of)
 
 
-class TapeRecorder:
-    """Captures to a :class:`Tape`; recording changes nothing, as a capture computes nothing."""
+class TapedStep(StepGraph):
+    """Captures to a :class:`Tape`; capturing changes nothing, as that of a CUDA graph computes nothing."""
 
-    trainer: loop.Trainer
-    warmed, recorded, waited = 0, 0, 0
+    warmed, captured = 0, 0
 
-    def __init__(self, parallelism):
-        pass
+    def __init__(self, update, parallelism):
+        self._update, self._inputs, self._steps, self._device = update, [], 0, parallelism.device
+        self.trainer = update.__self__
+        self.reset()
 
-    def aside(self, work):
+    def _run_eagerly(self):
         self.warmed += 1
-        return work()
+        return self._update(self._inputs)
 
-    def record(self, work):
-        self.recorded += 1
+    def _capture(self):
+        self.captured += 1
         scale, states = self.trainer.loss_scale, self.trainer.optimizer.state.values()
         lasting = [*self.trainer.model.parameters(), *(t for state in states for t in state.values())]
         lasting += [scale.value, scale._good_steps] if scale else []
         before = [t.detach().clone() for t in lasting]
         with Tape() as tape:
-            results = work()
+            results = torch.stack(self._update(self._inputs))
         with torch.no_grad():
             torch._foreach_copy_(lasting, before)
         return tape.replay, results
 
-    def wait(self):
-        self.waited += 1
+
+@pytest.fixture
+def waited(monkeypatch):
+    """How often the device was waited for."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", calls.append)
+    return calls
 
 
 @pytest.fixture
 def graphed(monkeypatch, images):
     """Makes a trainer whose steps are taped; loss scales, eager ones' too, double every three steps."""
-    monkeypatch.setattr(loop, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(loop, "StepGraph", TapedStep)
     monkeypatch.setattr(loop, "LossScale", lambda device: LossScale(device, growth_interval=3))
-
-    def make(out, **options):
-        trainer = make_trainer(out, images, cuda_graph=True, **OPTIONS | options)
-        trainer.step_graph._recorder.trainer = trainer
-        return trainer
-
-    return make
+    return lambda out, **options: make_trainer(out, images, cuda_graph=True, **OPTIONS | options)
 
 
 @pytest.mark.parametrize(
@@ -101,21 +101,20 @@ def graphed(monkeypatch, images):
     ],
     ids=lambda options: options["precision"],
 )
-def test_steps_are_those_of_eager_and_continue_from_a_checkpoint(tmp_path, images, graphed, options):
+def test_steps_are_those_of_eager_and_continue_from_a_checkpoint(tmp_path, images, graphed, waited, options):
     eager = make_trainer(tmp_path / "eager", images, **OPTIONS | options)
     graph = graphed(tmp_path / "graph", **options)
     assert eager.fit() == graph.fit() == "finished"
-    recorder = graph.step_graph._recorder
-    assert (recorder.warmed, recorder.recorded) == (WARM_UP, 1)
+    assert (graph.step_graph.warmed, graph.step_graph.captured, waited) == (WARM_UP, 1, [])
     assert numbers(graph.run) == numbers(eager.run)
     assert graph.loss_scale is None or graph.loss_scale.value > 2**16
     last = f"checkpoints/step-{STEPS}"
     assert_same_tensors(eager.run.path / last, graph.run.path / last)
     # A graph knows tensors by their place, so it is forgotten and recorded again.
     assert graph.resume(tmp_path / f"graph/checkpoints/step-{STEPS // 2}") == []
-    assert recorder.waited == 1
+    assert len(waited) == 1  # a graph must not be freed while it runs
     graph.fit()
-    assert (recorder.warmed, recorder.recorded) == (2 * WARM_UP, 2)
+    assert (graph.step_graph.warmed, graph.step_graph.captured) == (2 * WARM_UP, 2)
     assert numbers(graph.run) == numbers(eager.run)
     assert_same_tensors(eager.run.path / last, graph.run.path / last)
     for trainer in (eager, graph):
@@ -138,7 +137,7 @@ def test_a_step_without_a_finite_gradient_is_skipped_in_the_graph(tmp_path, grap
 
 def test_refused_where_there_can_be_none(capsys, tmp_path, images):
     with pytest.raises(ValueError, match=r"cuda_graph: expected none with several processes, .* got one with ddp"):
-        CudaRecorder(Parallelism("ddp", 0, 2, device=torch.device("cuda", 0)))
+        StepGraph(max, Parallelism("ddp", 0, 2, device=torch.device("cuda", 0)))
     flags = ["--train.cuda-graph", "--train.device", "cpu"]
     found = mistake(capsys, "pretrain", "--data.path", images, "--out", tmp_path / "run", *flags)
     assert "--train.cuda-graph: expected none without a GPU, got one on cpu" in found
