@@ -37,7 +37,7 @@ class BadFiles:
     @property
     def late(self) -> list[LateBad]:
         """Files found while training, in the order of their positions."""
-        return sorted(self._late.values(), key=lambda bad: (bad.position, bad.sample_id))
+        return list(self._late.values())
 
     def state_dict(self) -> dict[str, list[list[Any]]]:
         """``late``, JSON-able."""
@@ -48,13 +48,12 @@ class BadFiles:
 
     def begin(self) -> None:
         """Write all known bad files."""
-        if not self._writes:
-            return
-        known = zip(self._dataset.bad, self._dataset.bad_ids.tolist(), strict=True)
-        lines = [_line(bad.path, bad.reason, sample_id, "index") for bad, sample_id in known]
-        partial = self._path.with_name(f".{self._path.name}.tmp")
-        partial.write_text("".join([*lines, *map(self._line, self.late)]))
-        partial.replace(self._path)
+        if self._writes:
+            known = zip(self._dataset.bad, self._dataset.bad_ids.tolist(), strict=True)
+            lines = [_line(bad.path, bad.reason, sample_id, "index") for bad, sample_id in known]
+            partial = self._path.with_name(f".{self._path.name}.tmp")
+            partial.write_text("".join([*lines, *map(self._line, self.late)]))
+            partial.replace(self._path)
 
     def unknown(self, found: Iterable[LateBad], samples: int) -> list[LateBad]:
         """The new ones among ``late_bad`` of one or several loaders, in the order of positions, each file once.
@@ -63,24 +62,21 @@ class BadFiles:
             samples: images consumed so far; later positions wait.
         """
         new: dict[int, LateBad] = {}
-        unknown = [bad for bad in found if bad.sample_id not in self._late and bad.position < samples]
-        for bad in sorted(unknown, key=lambda bad: (bad.position, bad.sample_id)):
-            new.setdefault(bad.sample_id, bad)
+        for bad in sorted(found, key=lambda bad: (bad.position, bad.sample_id)):
+            if bad.sample_id not in self._late and bad.position < samples:
+                new.setdefault(bad.sample_id, bad)
         return list(new.values())
 
     def update(self, found: Iterable[LateBad], samples: int) -> None:
         """Append the new ones among those of all ranks; arguments as for :meth:`unknown`."""
         new = self.unknown(found, samples)
-        if not new:
-            return
         self._late |= {bad.sample_id: bad for bad in new}
-        if not self._writes:
-            return
-        try:
-            with self._path.open("a") as file:
-                file.writelines(map(self._line, new))
-        except OSError as error:  # a resumed run writes them, since checkpoints have them
-            _log.warning("%s: not written: %s", self._path, error)
+        if new and self._writes:
+            try:
+                with self._path.open("a") as file:
+                    file.writelines(map(self._line, new))
+            except OSError as error:  # a resumed run writes them, since checkpoints have them
+                _log.warning("%s: not written: %s", self._path, error)
 
     def _line(self, bad: LateBad) -> str:
         return _line(self._dataset.path(bad.sample_id), bad.reason, bad.sample_id, self._step_of(bad.position))

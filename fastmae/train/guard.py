@@ -26,9 +26,8 @@ NAMED = 32  # samples in a message; metrics.jsonl has all
 class LossScale:
     """The factor that keeps small fp16 gradients from rounding to zero: an overflow halves it, good steps double it.
 
-    What ``torch.amp.GradScaler`` does, with its defaults, except that an overflow is read off the global gradient norm,
-    which is computed anyway and equal on all ranks. GradScaler reads all gradients once more and needs a collective for
-    shards.
+    As ``torch.amp.GradScaler`` with its defaults, but an overflow is read off the global gradient norm, which is
+    computed anyway and equal on all ranks. GradScaler reads all gradients once more and needs a collective for shards.
     """
 
     def __init__(self, device: torch.device, initial: float = 2.0**16, growth_interval: int = 2000) -> None:
@@ -56,14 +55,14 @@ def global_grad_norm(gradients: Sequence[Tensor]) -> Tensor:
 
     A collective of one number if gradients are sharded (then all of them are), none otherwise.
     """
-    norm = torch.nn.utils.get_total_norm([_local(g) for g in gradients])
-    if not isinstance(gradients[0], DTensor):
+    norm, first = torch.nn.utils.get_total_norm([_local(g) for g in gradients]), gradients[0]
+    if not isinstance(first, DTensor):
         return norm
     # Not DTensor's own reduction: its functional collectives now and then crash with gloo (torch 2.14).
-    square, mesh = norm.square(), gradients[0].device_mesh
-    for dim, placement in enumerate(gradients[0].placements):
+    square = norm.square()
+    for dim, placement in enumerate(first.placements):
         if placement.is_shard():
-            dist.all_reduce(square, group=mesh.get_group(dim))
+            dist.all_reduce(square, group=first.device_mesh.get_group(dim))
     return square.sqrt()
 
 
@@ -121,7 +120,7 @@ class SamplePositions:
         self._jumps = [(0, 0)]  # (step, position), ascending in both: after that step, samples follow from there
 
     def after(self, step: int) -> int:
-        """The position after ``step`` steps: images consumed so far, including those left out."""
+        """Images consumed after ``step`` steps, including those left out: the next one's position."""
         begun, position = next(jump for jump in reversed(self._jumps) if jump[0] <= step)
         return position + (step - begun) * self.samples_per_step
 
@@ -135,7 +134,7 @@ class SamplePositions:
         return self._order.ids(position + np.arange(count))[0].tolist()
 
     def jump(self, step: int, position: int) -> None:
-        """Continue from a later position after ``step`` steps; forget jumps of later steps."""
+        """Continue from a later position after ``step`` steps; forget what followed before."""
         self._jumps = [jump for jump in self._jumps if jump[0] < step] + [(step, position)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,9 +218,8 @@ class Guard:
 
     def roll_back(self, step: int, failure: Failure) -> dict[str, Any]:
         """Continue after ``step``, whose state has been loaded, with the images after a failure; return the record."""
-        left_out = [self._positions.after(step), failure.next_position - 1]
         record = {"first_step": failure.first, "last_step": failure.last, "to_step": step}
-        record |= {"positions_left_out": left_out}
+        record["positions_left_out"] = [self._positions.after(step), failure.next_position - 1]
         self._positions.jump(step, failure.next_position)
         self.rollbacks, self._length = [*failure.earlier, record], 0
         return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import MutableMapping
+from contextlib import suppress
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -25,10 +26,9 @@ def place() -> tuple[int, int, int, int]:
 
 def rank_and_size() -> tuple[int, int]:
     """The first two of :func:`place`, for output: (0, 1) where they make no sense."""
-    try:
+    with suppress(KeyError, ValueError):
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    except (KeyError, ValueError):
-        return 0, 1
+    return 0, 1
 
 
 def read_slurm(environment: MutableMapping[str, str]) -> None:

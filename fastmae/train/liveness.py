@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -57,39 +57,35 @@ class StopRequest:
         requested: name of the first signal, or None.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    repeats: ClassVar[dict[int, float]] = {signal.SIGINT: 1.0, signal.SIGTERM: 15.0}
+    repeats: ClassVar = {signal.SIGINT: 1.0, signal.SIGTERM: 15.0}
 
     def __init__(self, quiet: bool = False, process_ends: bool = False) -> None:
         self._quiet, self._process_ends = quiet, process_ends
         self.requested: str | None = None
         self._first: tuple[int, float] | None = None  # of SIGINT and SIGTERM: number and time
-        self._raises, self._previous, self._pipe = False, {}, None
+        self._raises, self._restore, self._woken = False, ExitStack(), None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             # Python calls handlers once the main thread leaves C++, which a hung collective never does. It writes the
-            # signal's number to this pipe at once, and the watchdog reads it.
-            self._pipe = os.pipe()
-            for end in self._pipe:
-                os.set_blocking(end, False)
-            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
+            # signal's number to this socket at once, and the watchdog reads it.
+            self._woken, wake = (self._restore.enter_context(end) for end in socket.socketpair())
+            self._woken.setblocking(False)
+            wake.setblocking(False)
+            previous = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+            self._restore.callback(signal.set_wakeup_fd, previous)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                previous = signal.signal(number, self._handle)
+                self._restore.callback(signal.signal, number, signal.SIG_IGN if self._process_ends else previous)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_IGN if self._process_ends else handler)
-        if self._pipe:
-            signal.set_wakeup_fd(self._wakeup)
-            for end in self._pipe:
-                os.close(end)
-            self._pipe = None
+        self._restore.close()
 
     def arrived(self) -> bool:
         """Whether a signal has arrived since the last call, even if the main thread could not handle it yet."""
-        with suppress(BlockingIOError):  # the pipe is empty
-            return self._pipe is not None and any(number in self.signals for number in os.read(self._pipe[0], 64))
+        with suppress(OSError):  # there is nothing to read, or the context was left
+            return self._woken is not None and bool(self._woken.recv(64))
         return False
 
     @contextmanager
@@ -104,18 +100,20 @@ class StopRequest:
             self._raises = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name, now = signal.Signals(number).name, time.monotonic()
-        if number == signal.SIGUSR1 and self.requested:
-            return
-        if number != signal.SIGUSR1:
-            if self._first:
-                first, at = self._first
-                if number == first and now - at < self.repeats[number]:
-                    return
-                if number == signal.SIGINT and not self._process_ends:
-                    raise KeyboardInterrupt
-                os._exit(128 + number)
+        now = time.monotonic()
+        if number == signal.SIGUSR1:
+            if self.requested:
+                return
+        elif self._first is None:
             self._first = number, now
+        else:
+            first, at = self._first
+            if number == first and now - at < self.repeats[number]:
+                return
+            if number == signal.SIGINT and not self._process_ends:
+                raise KeyboardInterrupt
+            os._exit(128 + number)
+        name = signal.Signals(number).name
         self.requested = self.requested or name
         if not self._quiet:
             action = "ending the evaluation" if self._raises else "saving and leaving"
@@ -158,16 +156,15 @@ class Agreement:
         saving: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ranks, self._stop, self._deadline = ranks, stop, deadline
-        self._save_every, self._saving = save_every, saving
+        self._save_every, self._saving = save_every or math.inf, saving
         self._interval, self._steps, self._looked_at = 1, 0, -math.inf
-        self._result: Callable[[], list[float]] = lambda: [0.0, 0.0, 1.0, math.inf]
+        self._pending: Callable[[], list[float]] = lambda: [0.0, 0.0, 0.0, math.inf]
         self.saved()
 
     def saved(self) -> None:
         """A checkpoint was saved or begun. All ranks call it at the same step; requests made before it are void."""
-        self._saved_at, self.save_due, self.all_saved = time.monotonic(), False, False
-        result = self._result
-        self._result = lambda: [result()[0], 0.0, 1.0, result()[3]]
+        self._saved_at, self._void = time.monotonic(), True
+        self.save_due = self.all_saved = False
 
     def must_leave(self) -> bool:
         """Called by all ranks before each step: whether a signal has come to one of them, or the time is over."""
@@ -176,14 +173,16 @@ class Agreement:
         if self._steps < self._interval:
             return False
         now = time.monotonic()
-        leave = bool(self._stop.requested) or now >= self._deadline
-        save = bool(self._save_every and now - self._saved_at >= self._save_every)
-        pending = self._ranks.maximum(leave, save, self._saving(), (now - self._looked_at) / self._steps)
+        flags = bool(self._stop.requested) or now >= self._deadline, now - self._saved_at >= self._save_every
+        asked = self._ranks.maximum(*flags, self._saving(), (now - self._looked_at) / self._steps)
         self._looked_at, self._steps = now, 0
-        result, self._result = self._result, pending
-        leave, save, saving, seconds = (result if self._ranks.size > 1 else pending)()
-        if self._ranks.size > 1:
+        if self._ranks.size == 1:
+            leave, save, saving, _ = asked()
+        else:
+            leave, save, saving, seconds = self._pending()
+            save, saving = save and not self._void, saving or self._void
             self._interval = min(max(1, int(1 / max(seconds, 1e-9))), self.max_steps)
+        self._pending, self._void = asked, False
         self.save_due, self.all_saved = bool(save), not saving
         return bool(leave)
 
@@ -221,12 +220,11 @@ def is_broken(error: BaseException | None) -> bool:
 
     from fastmae.train.ranks import CheckpointError, LostRankError
 
-    while isinstance(error, RuntimeError | CheckpointError):
-        transport = isinstance(error, RuntimeError) and _TRANSPORT.match(str(error))
-        if transport or isinstance(error, LostRankError | DistError):
-            return True
-        error = error.__cause__
-    return False
+    if isinstance(error, LostRankError | DistError):
+        return True
+    if isinstance(error, RuntimeError) and _TRANSPORT.match(str(error)):
+        return True
+    return isinstance(error, RuntimeError | CheckpointError) and is_broken(error.__cause__)
 
 
 class RankState(NamedTuple):
@@ -261,14 +259,11 @@ def find_lost(before: Sequence[RankState | None], after: Sequence[RankState | No
     Args:
         before, after: states of all ranks, read several beats apart; None for a rank that has never published.
     """
-    failed = [rank for rank, state in enumerate(after) if state and state.phase.startswith(_FAILED)]
-    silent = [
-        rank
-        for rank, (old, new) in enumerate(zip(before, after, strict=True))
-        if new is None or (old and old.beat == new.beat and not new.phase.startswith((_FAILED, _ENDED)))
-    ]
-    lost = {*failed, *silent}
-    alive = {rank: state for rank, state in enumerate(after) if rank not in lost and state.phase != _ENDED}
+    pairs = list(enumerate(zip(before, after, strict=True)))
+    failed = [rank for rank, (_, new) in pairs if new and new.phase.startswith(_FAILED)]
+    still = [rank for rank, (old, new) in pairs if not new or (old and old.beat == new.beat and new.phase != _ENDED)]
+    silent = [rank for rank in still if rank not in failed]
+    alive = {r: new for r, (_, new) in pairs if r not in failed and r not in silent and new.phase != _ENDED}
     behind = min((state.progress for state in alive.values()), default=None)
     named = failed or silent or [rank for rank, state in alive.items() if state.progress == behind] or [0]
     text, state = f"rank {named[0]}", after[named[0]]
@@ -281,10 +276,10 @@ def find_lost(before: Sequence[RankState | None], after: Sequence[RankState | No
     else:
         text += f" ({state.host}) is at step {state.step}, {state.phase} for {state.seconds:.0f} s"
     text += f", and {len(named) - 1} more ranks like it" if len(named) > 1 else ""
-    if others := [(state.step, state.phase) for rank, state in alive.items() if rank not in named]:
-        (step, phase), _ = Counter(others).most_common(1)[0]
-        text += f"; {'most of ' * (len(set(others)) > 1)}the other {len(others)} at step {step}, {phase}"
-    return Finding(text, named[0], bool(lost), min(alive, default=-1))
+    if others := Counter((state.step, state.phase) for rank, state in alive.items() if rank not in named):
+        (step, phase), _ = others.most_common(1)[0]
+        text += f"; {'most of ' * (len(others) > 1)}the other {others.total()} at step {step}, {phase}"
+    return Finding(text, named[0], bool(failed or silent), min(alive, default=-1))
 
 
 class Watchdog:
@@ -339,24 +334,22 @@ class Watchdog:
         """Context whose errors are published, and in which a broken collective (:func:`is_broken`) ends the process.
 
         Args:
-            on_lost: called before the watchdog ends the process, in another thread, with what it prints.
+            on_lost: called from now on, in another thread, before the watchdog ends the process, with what it prints.
         """
-        before, self._on_lost = self._on_lost, on_lost or self._on_lost
+        self._on_lost = on_lost or self._on_lost
         try:
             yield
         except BaseException as error:
             if self._has_store and not self._broken and not self._point[1].startswith(_FAILED):
                 if is_broken(error):
                     _log.info("a collective failed", exc_info=error)
-                    self._broken = _one_line(str(_root(error)))
+                    self._broken = _one_line(_root(error))
                 else:
-                    self.at(f"{_FAILED} while {self._point[1]}: {_one_line(f'{type(error).__name__}: {error}')}")
+                    self.at(f"{_FAILED} while {self._point[1]}: {type(error).__name__}: {_one_line(error)}")
                 self._wake.set()
                 if self._broken:
                     self._thread.join(20.0)  # which ends the process, unless the store's host hangs
             raise
-        finally:
-            self._on_lost = before
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -372,29 +365,39 @@ class Watchdog:
     def _run(self) -> None:
         if self._has_store:
             self._guarded(self._open)
-        seen, due, signalled = None, self._stall, False
+        seen, signalled = None, False
         while not self._left:
-            point, broken = self._point, self._broken
-            if point is not seen:
-                seen, due, self._since = point, self._stall, time.monotonic()
+            if self._point is not seen:
+                seen, due, readings, self._since = self._point, self._stall, [], time.monotonic()
             self._publish()
             signalled = signalled or bool(self._stop and self._stop.arrived())
-            still = time.monotonic() - self._since
+            broken, still = self._broken, time.monotonic() - self._since
             hangs = signalled and still >= self.signal_seconds
             if broken or hangs or still >= due:
-                found = self._look()
-                if broken:
+                readings.append(self._guarded(self._read))
+                found = self._judge(readings)
+                if found and broken:
                     answer = self._store is not None and not found.lost
                     network = "all ranks answer, so it may be the network; " if answer else ""
                     self._end(found, f"a collective failed: {network}{found.text} ({broken})")
-                elif self._point is point and hangs and found.lost:
+                elif found and hangs and found.lost:
                     self._end(found, found.text)
-                elif self._point is point and still >= due:
+                elif found and still >= due:
                     due *= 2
                     self._report(found, f"no progress for {still:.0f} s: {found.text}")
+                readings = [] if found else readings
             self._wake.wait(self._interval)
             self._wake.clear()
         self._publish()
+
+    def _judge(self, readings: Sequence[list[RankState | None] | None]) -> Finding | None:
+        """What readings of the states, a beat apart, say; None as long as a rank may only be late."""
+        before, after = readings[0], readings[-1]
+        if not before or not after:
+            return Finding(f"at step {self._point[0]}, {self._point[1]}; {_NO_STORE}", -1, False, self._rank)
+        found = find_lost(before, after)
+        silent = found.lost and not any(state and state.phase.startswith(_FAILED) for state in after)
+        return found if len(readings) > (_SILENT_BEATS if silent else 1) else None
 
     def _report(self, found: Finding, text: str) -> None:
         _log.info(text)
@@ -415,20 +418,6 @@ class Watchdog:
         noting.start()
         noting.join(5.0)  # its disk may hang
         os._exit(EXIT_ERROR)
-
-    def _look(self) -> Finding:
-        """Read the states twice; the second time once all have beaten, one has failed, or six beats are over."""
-        before = after = self._guarded(self._read)
-        for _ in range(_SILENT_BEATS):
-            time.sleep(self._interval)
-            self._publish()
-            after = self._guarded(self._read)
-            failed = any(state and state.phase.startswith(_FAILED) for state in after or ())
-            if after is None or failed or not find_lost(before, after).lost:
-                break
-        if before and after:
-            return find_lost(before, after)
-        return Finding(f"at step {self._point[0]}, {self._point[1]}; {_NO_STORE}", -1, False, self._rank)
 
     def _read(self) -> list[RankState | None] | None:
         if self._store is None:
@@ -473,6 +462,6 @@ def _root(error: BaseException) -> BaseException:
     return _root(error.__cause__) if error.__cause__ else error
 
 
-def _one_line(text: str) -> str:
+def _one_line(error: BaseException) -> str:
     """At most 200 characters of an error, without the place in gloo's source."""
-    return re.sub(r"^\[\S*\] ", "", " ".join(text.split())).partition(" This is typically caused")[0][:200]
+    return re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(" This is typically caused")[0][:200]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import platform
+import secrets
 import shutil
 import socket
 import threading
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -24,6 +24,8 @@ from fastmae.train.config import PretrainConfig, TrainConfig, flatten, to_json
 from fastmae.train.parallel import Parallelism
 from fastmae.train.ranks import Ranks
 
+PATIENCE, TIMEOUT = 1800.0, 120.0
+"""Seconds to wait for the slowest rank, and that the collectives may take."""
 _PACKAGES = ("triton", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 _SHOWN = 3
 
@@ -33,15 +35,7 @@ class PreflightError(ValueError):
 
 
 def preflight(
-    config: PretrainConfig,
-    parallelism: Parallelism,
-    ranks: Ranks,
-    *,
-    run: Path,
-    dataset: Dataset,
-    model: nn.Module,
-    patience: float = 1800.0,
-    timeout: float = 120.0,
+    config: PretrainConfig, parallelism: Parallelism, ranks: Ranks, *, run: Path, dataset: Dataset, model: nn.Module
 ) -> None:
     """Check that all ranks can train together and save; every rank calls it.
 
@@ -52,47 +46,54 @@ def preflight(
         run: the run folder, which exists where rank 0 is.
         dataset: this rank's.
         model: gives the size of a checkpoint; on any device, "meta" included.
-        patience: seconds to wait for the slowest rank.
-        timeout: seconds that the collectives may take.
 
     Raises:
         PreflightError: the same on every rank that has come.
         CheckpointError: on the remaining ranks, if one ends meanwhile.
     """
-    host, hosts = socket.gethostname(), [socket.gethostname()]
-    if ranks.size > 1:
+    host, several = socket.gethostname(), ranks.size > 1
+    if several:
         try:
-            dist.monitored_barrier(ranks.group, timedelta(seconds=patience), wait_all_ranks=True)
+            dist.monitored_barrier(ranks.group, timedelta(seconds=PATIENCE), wait_all_ranks=True)
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            text = f"preflight: not all ranks came in {patience:g} s (rank {ranks.rank} on {host}: {reason})"
-            raise PreflightError(text) from error
-        # Rank 0's run folder and index count, and images are compared by hash.
-        settings = {n: v for n, v in flatten(to_json(config)).items() if n not in ("out", "data.path", "data.index")}
-        facts = {"fastmae": fastmae.__version__, "python": platform.python_version(), "torch": torch.__version__}
-        facts |= {package: _version(package) for package in _PACKAGES}
-        facts["data set"] = f"{len(dataset):,} images, hash {dataset.hash}"
-        facts |= {f"--{name}".replace("_", "-"): str(value) for name, value in settings.items()}
-        answers = ranks.gather("comparing the ranks", lambda: (host, facts))
-        hosts = [host for host, _ in answers]
-        _raise(differences([facts for _, facts in answers], hosts))
-        failures = ranks.gather("adding up", lambda: _limited(lambda: _add_up(parallelism), timeout))
-        _raise(_located(failures, hosts))
-    # A file that rank 0 makes shows whether all ranks see the same folder.
-    name = ranks.first("checking the run folder", lambda: f".preflight-{uuid.uuid4().hex}")
-    mark = run / "checkpoints" / name
-    space = required_bytes(model, mark.parent, config.train)
+            text = f"not all ranks came in {PATIENCE:g} s (rank {ranks.rank} on {host}: {_one_line(error)})"
+            raise PreflightError(f"preflight: {text}") from error
+    answers = ranks.gather("comparing the ranks", lambda: (host, _facts(config, dataset)))
+    hosts, facts = zip(*answers, strict=True)
+    _raise(differences(facts, hosts))
+
+    def make_mark() -> str:
+        with suppress(OSError):  # check_folder reports it
+            (folder / name).touch()
+        return name
+
+    folder, name = run / "checkpoints", f".preflight-{secrets.token_hex(8)}"
+    space = required_bytes(model, folder, config.train)
+    mark = folder / ranks.first("checking the run folder", make_mark)
     try:
-        if ranks.rank == 0:
-            with suppress(OSError):  # check_folder reports it
-                mark.touch()
-        ranks.gather("checking the run folder", lambda: None)
-        failures = ranks.gather("checking the run folder", lambda: check_folder(mark, space, ranks.rank))
+        failures = ranks.gather(
+            "checking collectives and run folder",
+            lambda: (several and _limited(lambda: _add_up(parallelism))) or check_folder(mark, space, ranks.rank),
+        )
     finally:
         if ranks.rank == 0:
             with suppress(OSError):
                 mark.unlink()
-    _raise(_located(failures, hosts))
+    _raise([f"rank {rank} ({hosts[rank]}): {text}" for rank, text in enumerate(failures) if text])
+
+
+def _facts(config: PretrainConfig, dataset: Dataset) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    # Rank 0's run folder and index count, and images are compared by hash.
+    settings = {n: v for n, v in flatten(to_json(config)).items() if n not in ("out", "data.path", "data.index")}
+    facts = {"fastmae": fastmae.__version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in _PACKAGES:
+        try:
+            facts[package] = version(package)
+        except PackageNotFoundError:
+            facts[package] = "not installed"
+    facts["data set"] = f"{len(dataset):,} images, hash {dataset.hash}"
+    return facts | {f"--{name}".replace("_", "-"): str(value) for name, value in settings.items()}
 
 
 def differences(facts: Sequence[Mapping[str, str]], hosts: Sequence[str]) -> list[str]:
@@ -155,24 +156,20 @@ def _add_up(parallelism: Parallelism) -> str | None:
     return None
 
 
-def _limited(function: Callable[[], str | None], timeout: float) -> str | None:
+def _limited(function: Callable[[], str | None]) -> str | None:
     """The function's result, or that it failed or took too long. In a thread, since a collective may hang anywhere."""
-    outcome = [f"all-reduce: not done after {timeout:g} s"]
+    outcome = []
 
     def run() -> None:
         try:
-            outcome.insert(0, function())
+            outcome.append(function())
         except Exception as error:
-            outcome.insert(0, " ".join(f"all-reduce: {error}".split())[:300])
+            outcome.append(f"all-reduce: {_one_line(error)}")
 
     thread = threading.Thread(target=run, name="preflight", daemon=True)
     thread.start()
-    thread.join(timeout)
-    return outcome[0]
-
-
-def _located(failures: Sequence[str | None], hosts: Sequence[str]) -> list[str]:
-    return [f"rank {rank} ({hosts[rank]}): {text}" for rank, text in enumerate(failures) if text]
+    thread.join(TIMEOUT)
+    return outcome[0] if outcome else f"all-reduce: not done after {TIMEOUT:g} s"
 
 
 def _raise(found: Sequence[str]) -> None:
@@ -181,8 +178,5 @@ def _raise(found: Sequence[str]) -> None:
         raise PreflightError(f"preflight: {'; '.join(found[:_SHOWN])}{more}")
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

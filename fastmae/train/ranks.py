@@ -89,8 +89,8 @@ class Ranks:
         Raises:
             CheckpointError: on every rank with the same words, if the function raises on any.
         """
-        result, error = _attempt(function)
-        outcomes: list[Any] = [(result, error and _words(error))]
+        result, text, error = _attempt(function)
+        outcomes: list[Any] = [(result, text)]
         if self.group is not None:
             own, outcomes = outcomes[0], [None] * self.size
             self._guard(what, lambda: dist.all_gather_object(outcomes, own, self.group))
@@ -102,8 +102,8 @@ class Ranks:
 
     def first(self, what: str, function: Callable[[], T]) -> T:
         """Call a function on rank 0; every rank gets its result, or a CheckpointError if it raises."""
-        result, error = _attempt(function) if self.rank == 0 else (None, None)
-        outcome: list[Any] = [(result, error and _words(error))]
+        result, text, error = _attempt(function) if self.rank == 0 else (None, None, None)
+        outcome: list[Any] = [(result, text)]
         if self.group is not None:
             self._guard(what, lambda: dist.broadcast_object_list(outcome, group=self.group, group_src=0))
         result, text = outcome[0]
@@ -158,15 +158,11 @@ class Ranks:
             raise LostRankError(f"{what}: a rank has ended or does not answer ({reason})") from error
 
 
-def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None, Exception | None]:
+    """The result; or an error, and its words: with the type, unless it is fastmae's own or about files or values."""
     try:
-        return function(), None
+        return function(), None, None
     except Exception as error:
-        return None, error
-
-
-def _words(error: Exception) -> str:
-    """What an error says; the type too, unless it is fastmae's own or about files or values."""
-    own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
-    expected = own or isinstance(error, (OSError, ValueError))
-    return str(error) if expected and str(error) else repr(error)
+        own = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+        expected = own or isinstance(error, (OSError, ValueError))
+        return None, str(error) if expected and str(error) else repr(error), error

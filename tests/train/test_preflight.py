@@ -42,13 +42,13 @@ class Images:
         return self.length
 
 
-def ask(rank: int, run: Path, *, config=CONFIG, images=None, ranks=None, **options) -> str | None:
+def ask(rank: int, run: Path, *, config=CONFIG, images=None, ranks=None) -> str | None:
     """What a rank is told, None if all is well."""
     parallelism = Parallelism("ddp" if dist.is_initialized() else "none", rank=rank)
     model = create_model(**CONFIG.model_arguments())
     try:
         with ranks or Ranks.create() as own:
-            preflight(config, parallelism, own, run=run, dataset=images or Images(), model=model, **options)
+            preflight(config, parallelism, own, run=run, dataset=images or Images(), model=model)
     except PreflightError as error:
         return str(error)
     return None
@@ -72,9 +72,11 @@ def job(rank: int, folder: Path) -> dict:
     with patch.object(torch, "full", (lambda *args, **kwargs: torch.zeros(1024)) if odd else torch.full):
         told["sum"] = ask(rank, run)
     first, second = Ranks.create(), Ranks.create()
-    told["late"] = None if odd else ask(rank, run, ranks=first, patience=0.5)
+    module.PATIENCE = module.TIMEOUT = 0.5
+    told["late"] = None if odd else ask(rank, run, ranks=first)
+    module.PATIENCE = 60.0
     with patch.object(module, "_add_up", (lambda parallelism: None) if odd else module._add_up):
-        told["hang"] = ask(rank, run, ranks=second, timeout=0.5)
+        told["hang"] = ask(rank, run, ranks=second)
     begun = time.monotonic()
     shutdown(parallelism)  # with an all-reduce in it that never ends
     assert time.monotonic() - begun < 10
@@ -169,7 +171,7 @@ def test_a_collective_that_fails_is_an_answer():
     def fail() -> None:
         raise RuntimeError("NCCL error:\nno route")
 
-    assert module._limited(fail, 5) == "all-reduce: NCCL error: no route"
+    assert module._limited(fail) == "all-reduce: NCCL error: no route"
 
 
 def test_a_full_disk_ends_the_command_with_one_line_and_no_folder(tmp_path, capsys, monkeypatch):
