@@ -1,21 +1,31 @@
-"""Where encoded images are read from: files, or byte ranges of tar shards."""
+"""Where encoded images are read from: files, or byte ranges of tar shards, local or in an object store.
+
+Object stores are reached through fsspec, which has the credentials and shares its connections among threads. We retry
+what may succeed later, and check that an answer has the bytes that were asked for.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from fastmae.data.decode import UndecodableImage
-from fastmae.data.errors import with_retries
+from fastmae.data.errors import DataError, with_retries
 
+Result = TypeVar("Result")
 _OPEN_SHARDS = 256
+_AHEAD = 1 << 18
+"""Bytes that indexing a shard asks for at once: as long as an image is smaller, its header and the next come along."""
 
 
 class Storage(Protocol):
@@ -82,18 +92,20 @@ def _read_range(descriptor: int, offset: int, size: int) -> np.ndarray:
 
 
 class Shards:
-    """Images inside tar shards, below ``root`` or with absolute names; the shards used last stay open."""
+    """Images inside tar shards, below ``root`` or with absolute names; local shards stay open for a while."""
 
     def __init__(self, root: Path | str):
-        self._prefix = os.path.join(root, "")  # noqa: PTH118
+        self._prefix = os.path.join(as_url(root) or root, "")  # noqa: PTH118
         self._open: OrderedDict[str, FileIO] = OrderedDict()
         self._lock = threading.Lock()
 
     def path(self, name: str) -> str:
-        return name if name.startswith("/") else self._prefix + name
+        return name if name.startswith("/") or "://" in name else self._prefix + name
 
     def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
         path = self.path(name)
+        if "://" in path:
+            return np.frombuffer(fetch(path, offset, offset + size), np.uint8)
         return with_retries(lambda: self._read_local(path, offset, size), path)
 
     def _read_local(self, path: str, offset: int, size: int) -> np.ndarray:
@@ -120,3 +132,134 @@ class Shards:
             while len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Object stores
+
+
+def as_url(path: Path | str) -> str | None:
+    """The URL that a path was before ``Path`` took one of its slashes, ``s3:/bucket/train``; None if it is a path."""
+    match = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
+    return f"{match[1]}://{str(path)[match.end() :]}" if match else None
+
+
+def fetch(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The bytes of a URL from ``start`` to ``stop``, in one request; None for all.
+
+    Raises:
+        DataError: the store refuses, still fails after retries, or has other bytes than those.
+    """
+    if start is None:
+        return ask(url, lambda fs, path: fs.cat_file(path))
+
+    def cat(fs: Any, path: str) -> bytes:
+        data = fs.cat_file(path, start=start, end=stop)
+        if len(data) > stop - start:
+            raise DataError(f"{url}: {stop - start} bytes were asked for and {len(data)} came: {_NO_RANGES}")
+        if len(data) < stop - start:
+            raise OSError(
+                f"changed since it was indexed: it ends {stop - start - len(data)} bytes before the image does"
+            )
+        return data
+
+    return ask(url, cat) if stop > start else b""
+
+
+_NO_RANGES = "the server ignores Range headers, without which images inside a shard cannot be read; copy the shards"
+
+
+def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
+    """Call ``action(file system, path)`` for a URL; retry while the error may pass.
+
+    Raises:
+        DataError: there is no such object, the store refuses, or still fails after retries.
+    """
+    try:
+        origin = re.match(r"[^:]+://[^/]*", url)[0]
+        fs = _file_system(origin)
+    except (ImportError, ValueError) as error:  # of a package that is not installed, of a protocol that is none
+        raise DataError(f"{url}: {error}. For s3://, gs:// and https://: pip install 'fastmae[stores]'") from error
+
+    def attempt() -> Result:
+        try:
+            return action(fs, fs._strip_protocol(url))
+        except DataError:
+            raise
+        except Exception as error:
+            # fsspec's HTTP says "not found" of whatever fails while it asks for a size.
+            cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
+            message = f"{type(cause).__name__}: {cause}"
+            if _may_pass(cause):
+                raise OSError(message) from error
+            raise DataError(f"{url}: {message}") from error
+
+    return with_retries(attempt, url)
+
+
+def _is_missing(error: DataError) -> bool:
+    """Whether the store has no such object, or will not say because it may not be listed."""
+    return isinstance(error.__cause__, FileNotFoundError | PermissionError)
+
+
+@lru_cache(maxsize=64)
+def _file_system(origin: str) -> Any:
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(origin)[0]
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether a request may succeed later. The errors are the libraries' own: aiohttp's, botocore's, gcsfs's."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    for status in (getattr(error, "status", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")):
+        if isinstance(status, int):
+            return status >= 500 or status in (408, 425, 429)
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"ClientError", "HTTPClientError", "ConnectionError", "HttpError", "TransportError"})
+
+
+class RemoteShard:
+    """A shard in an object store, read by position; see :class:`fastmae.data.tar.Reader`. For one thread.
+
+    Raises:
+        DataError: there is no such object, its size cannot be found out, or the server does not serve ranges.
+    """
+
+    def __init__(self, url: str):
+        self.name = url
+        info = ask(url, lambda fs, path: fs.info(path))
+        if info.get("size") is None:
+            raise DataError(f"{url}: the server does not tell its size (Content-Length)")
+        self.size, self.version = info["size"], _version(info)
+        self._start, self._block = 0, b""
+        if url.startswith("http") and self.size > 1:
+            ask(url, lambda fs, path: _check_ranges(fs, path, info))
+
+    def read(self, offset: int, size: int) -> bytes:
+        stop = min(offset + size, self.size)
+        if offset < self._start or stop > self._start + len(self._block):
+            self._start = min(offset, self.size)
+            self._block = fetch(self.name, self._start, min(max(stop, offset + _AHEAD), self.size))
+        return self._block[offset - self._start : max(stop, offset) - self._start]
+
+
+def _check_ranges(fs: Any, path: str, info: dict[str, Any]) -> None:
+    """Ask for the second byte through fsspec's file, which does not wait for a body that is more than that."""
+    try:
+        with fs.open(path, cache_type="none", size=info["size"]) as file:
+            file.seek(1)
+            if info.get("partial", True) and file.read(1):
+                return
+    except ValueError as error:
+        raise DataError(f"{path}: {_NO_RANGES}") from error
+    raise DataError(f"{path}: {_NO_RANGES}")
+
+
+def _version(info: dict[str, Any]) -> str:
+    """What changes when an object is replaced, as far as its store tells: S3, Google, HTTP and fsspec's memory."""
+    names = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime", "created")
+    return next((str(info[name]) for name in names if info.get(name)), "")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from object_store import ObjectStore, serve
 
 from fastmae.data import DataError, errors
 from fastmae.data.decode import UndecodableImage
-from fastmae.data.storage import Files, Shards
+from fastmae.data.storage import Files, RemoteShard, Shards, as_url
 
 TERABYTE = 1 << 40
 
@@ -87,3 +91,64 @@ def test_few_shards_stay_open_while_many_threads_read(tmp_path, monkeypatch):
         thread.join()
     assert not wrong
     assert len(list(Path("/proc/self/fd").iterdir())) <= before + 2
+
+
+# Object stores
+
+
+@pytest.fixture
+def store(tmp_path, content) -> Iterator[ObjectStore]:
+    with serve(tmp_path) as server:
+        yield server
+
+
+@pytest.mark.parametrize("fault", [503, 429, "reset", "short"])
+def test_what_may_pass_is_retried(store, content, fault):
+    store.faults.extend([fault] * 2)
+    with pytest.raises(DataError, match=f"{store.url}/a: cannot be read after 2 tries"):
+        Shards(store.url).read("a", 1000, 3000, 0)
+    store.faults.append(fault)
+    assert Shards(store.url).read("a", 1000, 3000, 0).tobytes() == content[1000:4000]
+    assert not store.faults
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"), [(403, "403"), (404, "FileNotFound"), (416, "416"), ("whole", "ignores Range headers")]
+)
+def test_what_will_not_pass_is_named_at_once(store, fault, message):
+    store.faults.extend([fault, 200])
+    with pytest.raises(DataError, match=f"{store.url}/a: .*{message}"):
+        Shards(store.url).read("a", 1000, 3000, 0)
+    assert list(store.faults) == [200]
+
+
+def test_a_server_without_ranges_is_refused_before_a_body_has_come(store, tmp_path):
+    RemoteShard(f"{store.url}/a")
+    os.truncate(tmp_path / "a", 1 << 26)
+    store.always = "whole"
+    with pytest.raises(DataError, match=f"{store.url}/a: the server ignores Range headers"):
+        RemoteShard(f"{store.url}/a")
+
+
+def test_many_threads_share_connections_and_ask_for_the_image_alone(store, content):
+    shards = Shards(store.url)
+    places = [(7 * i, 50 + i) for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda place: shards.read("a", *place, 0).tobytes(), places))
+    assert read == [content[start : start + size] for start, size in places]
+    assert sorted(store.requests) == [("a", start, size) for start, size in places]
+    assert store.connections <= 8
+
+
+def test_a_protocol_that_cannot_be_used_is_refused(monkeypatch):
+    with pytest.raises(DataError, match=r"s4://bucket/a: .*Protocol not known.*pip install 'fastmae\[stores\]'"):
+        Shards("s4://bucket").read("a", 0, 1, 0)
+    monkeypatch.setitem(sys.modules, "adlfs", None)
+    with pytest.raises(DataError, match=r"abfs://bucket/a: .*adlfs"):
+        Shards("abfs://bucket").read("a", 0, 1, 0)
+
+
+def test_urls_survive_being_paths():
+    assert as_url(Path("s3://bucket/train")) == as_url("s3://bucket/train") == "s3://bucket/train"
+    assert as_url(Path("/data/train")) is None
+    assert as_url("c:/train") is None
