@@ -6,14 +6,15 @@ what may succeed later, and check that an answer has the bytes that were asked f
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -21,9 +22,15 @@ import numpy as np
 
 from fastmae.data.decode import UndecodableImage
 from fastmae.data.errors import DataError, with_retries
+from fastmae.data.table import Part
+from fastmae.data.tar import INDEX_SUFFIX, parse_shard, read_shard_index
+from fastmae.data.threads import in_order
 
 Result = TypeVar("Result")
 _OPEN_SHARDS = 256
+_REQUESTS = 32
+"""Shards of an object store that are indexed at once."""
+_LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 _AHEAD = 1 << 18
 """Bytes that indexing a shard asks for at once: as long as an image is smaller, its header and the next come along."""
 
@@ -135,6 +142,64 @@ class Shards:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Map-style data sets
+
+
+class Records(Protocol):
+    """A data set that gives the bytes of an encoded image for a number; any thread may call it.
+
+    Optional: ``label(i) -> int``, -1 for none, and ``classes``, the names of the labels.
+
+    Attributes:
+        fingerprint: changes when the images do.
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> bytes:
+        """An image as the bytes of a file: JPEG, PNG, WebP, TIFF or ``.npy``."""
+
+
+def read_record(records: Records, i: int, name: str) -> np.ndarray:
+    """The bytes of a record: uint8 (n,).
+
+    Raises:
+        UndecodableImage: it raised an error of its own.
+        DataError: it raised ``OSError``, even after retries.
+    """
+
+    def read() -> np.ndarray:
+        try:
+            return np.frombuffer(records.read(i), np.uint8)
+        except (OSError, DataError):
+            raise
+        except Exception as error:
+            raise UndecodableImage(f"reading it fails: {error!r}") from error
+
+    return with_retries(read, name)
+
+
+class RecordStorage:
+    """Images of a map-style data set."""
+
+    def __init__(self, records: Records, root: Path | str):
+        self._records, self._root, self._count = records, root, len(records)
+
+    def path(self, name: str) -> str:
+        return f"{self._root}[{name}]"
+
+    def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
+        if len(self._records) != self._count:
+            raise DataError(f"{self._root}: had {self._count} images and now has {len(self._records)}")
+        data = read_record(self._records, sample_id, self.path(name))
+        if len(data) != size:
+            raise UndecodableImage(f"changed since it was indexed: {len(data)} bytes, {size} expected")
+        return data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Object stores
 
 
@@ -144,14 +209,12 @@ def as_url(path: Path | str) -> str | None:
     return f"{match[1]}://{str(path)[match.end() :]}" if match else None
 
 
-def fetch(url: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The bytes of a URL from ``start`` to ``stop``, in one request; None for all.
+def fetch(url: str, start: int, stop: int) -> bytes:
+    """The bytes of a URL from ``start`` to ``stop``, in one request.
 
     Raises:
         DataError: the store refuses, still fails after retries, or has other bytes than those.
     """
-    if start is None:
-        return ask(url, lambda fs, path: fs.cat_file(path))
 
     def cat(fs: Any, path: str) -> bytes:
         data = fs.cat_file(path, start=start, end=stop)
@@ -179,7 +242,7 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
         origin = re.match(r"[^:]+://[^/]*", url)[0]
         fs = _file_system(origin)
     except (ImportError, ValueError) as error:  # of a package that is not installed, of a protocol that is none
-        raise DataError(f"{url}: {error}. For s3://, gs:// and https://: pip install 'fastmae[stores]'") from error
+        raise DataError(f"{url}: {error}. For s3://, gs://, https://: pip install 'fastmae[s3,gcs,http]'") from error
 
     def attempt() -> Result:
         try:
@@ -189,7 +252,7 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
         except Exception as error:
             # fsspec's HTTP says "not found" of whatever fails while it asks for a size.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
-            message = f"{type(cause).__name__}: {cause}"
+            message = "no such object" if isinstance(cause, FileNotFoundError) else f"{type(cause).__name__}: {cause}"
             if _may_pass(cause):
                 raise OSError(message) from error
             raise DataError(f"{url}: {message}") from error
@@ -197,9 +260,14 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
     return with_retries(attempt, url)
 
 
-def _is_missing(error: DataError) -> bool:
-    """Whether the store has no such object, or will not say because it may not be listed."""
-    return isinstance(error.__cause__, FileNotFoundError | PermissionError)
+def _fetch_if_there(url: str) -> bytes | None:
+    """A whole object; None if there is none, or the store will not say because nobody may list it."""
+    try:
+        return ask(url, lambda fs, path: fs.cat_file(path))
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+            return None
+        raise
 
 
 @lru_cache(maxsize=64)
@@ -234,7 +302,7 @@ class RemoteShard:
         info = ask(url, lambda fs, path: fs.info(path))
         if info.get("size") is None:
             raise DataError(f"{url}: the server does not tell its size (Content-Length)")
-        self.size, self.version = info["size"], _version(info)
+        self.size = info["size"]
         self._start, self._block = 0, b""
         if url.startswith("http") and self.size > 1:
             ask(url, lambda fs, path: _check_ranges(fs, path, info))
@@ -259,7 +327,90 @@ def _check_ranges(fs: Any, path: str, info: dict[str, Any]) -> None:
     raise DataError(f"{path}: {_NO_RANGES}")
 
 
+class StoreSource:
+    """Shards in an object store as a source of an index: see :class:`fastmae.data.sources.Source`.
+
+    A shard's index is read if it lies beside the shard; else headers are read from the shard itself, by ranges.
+
+    Args:
+        root: URL of the folder, without a slash at its end.
+        names: below it, or URLs of their own.
+        versions: of some shards, by name, as ``_version`` has them; the others are asked for.
+    """
+
+    def __init__(self, root: str, names: list[str], versions: Mapping[str, str]):
+        self.root, self.shards, self._storage = root, names, Shards(root)
+        self.classes = (_fetch_if_there(f"{root}/classes.txt") or b"").decode().splitlines()
+        self._versions = [versions.get(name, "") for name in names]
+        if not all(self._versions):
+            self._versions = list(in_order(self._ask_version, names, _REQUESTS))
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def fingerprint(self, *more: object) -> str:
+        found = repr((self.root, self.classes, more, self.shards, self._versions))
+        return hashlib.blake2b(found.encode(), digest_size=16).hexdigest()
+
+    def parts(self, known: object, workers: int | None, progress: Callable[[int], None] | None) -> Iterator[Part]:
+        for part in in_order(self._part, self.shards, workers or _REQUESTS):  # threads, since they wait for the store
+            yield part
+            if progress is not None:
+                progress(1)
+
+    def _ask_version(self, name: str) -> str:
+        return ask(self._storage.path(name), lambda fs, path: _version(fs.info(path)))
+
+    def _part(self, name: str) -> Part:
+        shard = RemoteShard(self._storage.path(name))
+        index = _fetch_if_there(shard.name + INDEX_SUFFIX)
+        return (index and read_shard_index(shard, BytesIO(index))) or parse_shard(shard)
+
+
+def find_store(path: Path | str) -> StoreSource | None:
+    """The shards that a URL or a list of URLs names; None for anything else.
+
+    Raises:
+        DataError: there are none, or something else is there.
+    """
+    url = as_url(path)
+    if url is None:
+        if not (str(path).endswith(_LIST_SUFFIXES) and Path(path).is_file()):
+            return None
+        names = _listed(Path(path).read_text(errors="surrogateescape"))
+        return StoreSource(names[0].rpartition("/")[0], names, {}) if names and as_url(names[0]) else None
+    root, _, name = url.rpartition("/")
+    if url.endswith(".tar"):
+        return StoreSource(root, [name], {})
+    if url.endswith(_LIST_SUFFIXES):
+        return StoreSource(root, _listed(ask(url, lambda fs, path: fs.cat_file(path)).decode()), {})
+
+    def find(fs: Any, path: str) -> dict[str, str]:
+        start = len(path.rstrip("/")) + 1
+        found = fs.find(path, detail=True).items()
+        return {name[start:]: _version(info) for name, info in sorted(found)}
+
+    found = ask(url, find)
+    shards = {name: version for name, version in found.items() if name.endswith(".tar")}
+    if not shards:
+        some = f"{len(found)} other objects, such as {next(iter(found))}" if found else "nothing"
+        raise DataError(
+            f"{url}: expected .tar shards, found {some}. Of an object store only shards are read, as each image of a "
+            "folder would be a request before the first step: pack them with fastmae data shard"
+        )
+    return StoreSource(url.rstrip("/"), list(shards), shards)
+
+
+def _listed(text: str) -> list[str]:
+    """The shards in a list file: one per line, ``#`` begins a comment."""
+    names = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if as_url(names[0] if names else "") and not all(name.endswith(".tar") and as_url(name) for name in names):
+        raise DataError(f"a list that begins with {names[0]}: expected URLs of .tar shards only")
+    return names
+
+
 def _version(info: dict[str, Any]) -> str:
     """What changes when an object is replaced, as far as its store tells: S3, Google, HTTP and fsspec's memory."""
     names = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime", "created")
-    return next((str(info[name]) for name in names if info.get(name)), "")
+    known = next((info[name] for name in names if info.get(name)), "")
+    return f"{info['size']} {known}" if info.get("size") is not None else ""

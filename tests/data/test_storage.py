@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from loading import write_source
 from object_store import ObjectStore, serve
 
 from fastmae.data import DataError, errors
 from fastmae.data.decode import UndecodableImage
-from fastmae.data.storage import Files, RemoteShard, Shards, as_url
+from fastmae.data.storage import Files, RemoteShard, Shards, as_url, find_store
+from fastmae.data.tar import shard_part, write_shard_index
 
 TERABYTE = 1 << 40
 
@@ -113,7 +115,7 @@ def test_what_may_pass_is_retried(store, content, fault):
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [(403, "403"), (404, "FileNotFound"), (416, "416"), ("whole", "ignores Range headers")]
+    ("fault", "message"), [(403, "403"), (404, "no such object"), (416, "416"), ("whole", "ignores Range headers")]
 )
 def test_what_will_not_pass_is_named_at_once(store, fault, message):
     store.faults.extend([fault, 200])
@@ -141,7 +143,7 @@ def test_many_threads_share_connections_and_ask_for_the_image_alone(store, conte
 
 
 def test_a_protocol_that_cannot_be_used_is_refused(monkeypatch):
-    with pytest.raises(DataError, match=r"s4://bucket/a: .*Protocol not known.*pip install 'fastmae\[stores\]'"):
+    with pytest.raises(DataError, match=r"s4://bucket/a: .*Protocol not known.*pip install 'fastmae\[s3,gcs,http\]'"):
         Shards("s4://bucket").read("a", 0, 1, 0)
     monkeypatch.setitem(sys.modules, "adlfs", None)
     with pytest.raises(DataError, match=r"abfs://bucket/a: .*adlfs"):
@@ -152,3 +154,62 @@ def test_urls_survive_being_paths():
     assert as_url(Path("s3://bucket/train")) == as_url("s3://bucket/train") == "s3://bucket/train"
     assert as_url(Path("/data/train")) is None
     assert as_url("c:/train") is None
+
+
+@pytest.fixture
+def packed(tmp_path) -> Path:
+    """Three shards in folders, the second with its index beside it."""
+    root = write_source("shards", tmp_path)
+    (root / "more").mkdir()
+    for path, name in zip(sorted(root.glob("*.tar")), ("a.tar", "b.tar", "more/c.tar"), strict=True):
+        path.rename(root / name)
+    write_shard_index(root / "b.tar")
+    (root / "classes.txt").write_text("ant\nbee\n")
+    return root
+
+
+def test_shards_of_a_store_are_those_of_the_folder(packed, store):
+    """As a folder, as a list of names, as a local list of URLs, and one alone."""
+    names = ["a.tar", "b.tar", "more/c.tar"]
+    url = f"{store.url}/shards"
+    (packed / "names.txt").write_text("# comment\n" + "\n".join(names))
+    (packed / "urls.txt").write_text("\n".join(f"{url}/{name}" for name in names))
+    expected = [shard_part(packed / name) for name in names]
+    folder = find_store(url)
+    assert (folder.root, folder.shards, folder.classes) == (url, names, ["ant", "bee"])
+    for source in (folder, find_store(f"{url}/names.txt"), find_store(packed / "urls.txt")):
+        store.requests.clear()
+        for found, part in zip(source.parts(None, 2, None), expected, strict=True):
+            assert np.array_equal(found.rows, part.rows)
+            assert (found.names, found.bad) == (part.names, part.bad)
+        requests = [request[0] for request in store.requests if request[0].startswith("b.tar")]
+        assert requests == ["b.tar", "b.tar.index.npz", "b.tar"]  # whether it has ranges, and is the indexed shard
+    assert find_store(f"{url}/more/c.tar").shards == ["c.tar"]
+    before = folder.fingerprint()
+    assert find_store(url).fingerprint() == before
+    os.utime(packed / "a.tar")
+    assert find_store(url).fingerprint() != before
+
+
+def test_indexing_survives_failures_and_reports_a_shard_that_is_none(packed, store):
+    store.faults.extend([503, None, "reset", None, None, "short"])
+    assert [len(part.rows) for part in find_store(f"{store.url}/shards").parts(None, 1, None)] == [4, 4, 3]
+    os.truncate(packed / "a.tar", 3000)
+    with pytest.raises(DataError, match=f"{store.url}/shards/a.tar: expected a whole, plain tar file"):
+        list(find_store(f"{store.url}/shards").parts(None, 1, None))
+
+
+def test_what_is_no_shard_in_a_store_is_refused(store, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"images: expected .tar shards, found 1 other objects, such as a.jpg.*data shard"
+    ):
+        find_store(f"{store.url}/images")
+    with pytest.raises(DataError, match=r"memory://nothing: expected \.tar shards, found nothing"):
+        find_store("memory://nothing")
+    (tmp_path / "mixed.txt").write_text("s3://bucket/a.tar\nb.tar\n")
+    with pytest.raises(DataError, match=r"begins with s3://bucket/a\.tar: expected URLs of \.tar shards only"):
+        find_store(tmp_path / "mixed.txt")
+    (tmp_path / "paths.txt").write_text("a.jpg\n")
+    assert find_store(tmp_path / "paths.txt") is find_store(tmp_path) is None

@@ -1,0 +1,344 @@
+"""Data sets that give an image for a number: map-style data sets, Hugging Face's, Parquet files.
+
+All of them become a :class:`fastmae.data.storage.Records`. ``RecordSource`` indexes one by reading it once; from then
+on it is a data set like any other.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+import re
+import threading
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from io import BytesIO
+from itertools import accumulate
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from fastmae.data.errors import DataError
+from fastmae.data.formats import BadImage, Header, parse_header
+from fastmae.data.storage import Records, UndecodableImage, read_record
+from fastmae.data.table import Part, PartBuilder
+from fastmae.data.threads import batched, in_order
+
+_PART = 256
+_ROW_GROUP_BYTES = 1 << 30
+"""Of Parquet row groups kept in memory, uncompressed."""
+_ARRAY_MODES = ("L", "RGB", "I;16", "I", "F")
+
+
+def as_records(source: Any) -> Records:
+    """A map-style data set as :class:`Records`.
+
+    Args:
+        source: one of
+
+            - anything with ``__len__``, ``read(i)`` and ``fingerprint``, as :class:`Records`,
+            - a ``datasets.Dataset`` with a column of images,
+            - a map-style data set of PyTorch: see :class:`TorchRecords`.
+
+    Raises:
+        DataError: it is something else, iterable-style for instance.
+    """
+    if hasattr(source, "read") and hasattr(source, "__len__"):
+        return source
+    kind, is_hugging_face = type(source).__name__, type(source).__module__.startswith("datasets.")
+    if is_hugging_face and isinstance(source, dict):
+        raise DataError(f"{kind}: expected one split, got {', '.join(source)}")
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, dict):
+        return HuggingFaceRecords(source) if is_hugging_face else TorchRecords(source)
+    raise DataError(
+        f"{kind}: expected a map-style data set, with a length and images by number (read(i) or [i]). The order of "
+        "training depends on it: an iterable data set has no random access; save its images as files or shards"
+    )
+
+
+def find_records(path: Path) -> RecordSource | None:
+    """Parquet files or a folder saved by Hugging Face's ``save_to_disk`` at a path; None if there is neither."""
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
+        raise DataError(f"{path}: expected one split of it: {', '.join(str(path / split) for split in splits)}")
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        dataset = _import("datasets", path).load_from_disk(path)
+        return RecordSource(HuggingFaceRecords(dataset), path)
+    if path.suffix == ".parquet" and path.is_file():
+        return RecordSource(ParquetRecords([path]), path)
+    if path.suffix == ".parquet" and not path.exists():
+        files = path.parent.glob(path.name)
+    elif path.is_dir():
+        files = (Path(file) for file in os.scandir(path) if file.name.endswith(".parquet"))
+    else:
+        return None
+    # Hugging Face's image folders have a metadata.parquet beside the images.
+    files = sorted(file for file in files if file.stem != "metadata")
+    splits = {match[1] for file in files if (match := re.match(r"(train|test|val|validation)\b", file.name))}
+    if len(splits) > 1:
+        raise DataError(f"{path}: holds several splits; expected one, such as {path}/{min(splits)}-*.parquet")
+    return RecordSource(ParquetRecords(files), path) if files else None
+
+
+class RecordSource:
+    """Images by number as a source of an index: see :class:`fastmae.data.sources.Source`.
+
+    Args:
+        records: where from; read once here.
+        root: what messages call it, and where its index may lie.
+    """
+
+    shards: list[str] = []  # noqa: RUF012
+
+    def __init__(self, records: Records, root: Path | str | None = None):
+        self.records, self.root = records, root or type(records).__name__
+        self.classes = list(getattr(records, "classes", []))
+        self._count = len(records)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def fingerprint(self, *more: object) -> str:
+        """What the index depends on."""
+        return f"{self.records.fingerprint} {self._count} {self.classes} {more!r}"
+
+    def parts(
+        self,
+        known: object = None,
+        workers: int | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Part]:
+        """The rows of all records; each is read. The arguments are those of any source."""
+        for part in in_order(self._part, batched(range(self._count), _PART), workers):
+            if progress is not None:
+                progress(len(part.rows))
+            yield part
+
+    def _part(self, numbers: Sequence[int]) -> Part:
+        builder, label = PartBuilder(), getattr(self.records, "label", lambda i: -1)
+        for i in numbers:
+            name, size = b"%d" % i, 0
+            try:
+                data = read_record(self.records, i, f"{self.root}[{i}]")
+                size, header = len(data), _header(data)
+            except UndecodableImage as error:
+                header = str(error)
+            builder.add(name, header, size=size, label=-1 if isinstance(header, str) else int(label(i)))
+        if len(self.records) != self._count:
+            raise DataError(f"{self.root}: had {self._count} images and now has {len(self.records)}")
+        return builder.build()
+
+
+def _header(data: np.ndarray) -> Header | str:
+    try:
+        return parse_header(BytesIO(data), "x.npy")  # an array is an image only if it is named so
+    except BadImage as error:
+        return str(error)
+
+
+def _import(name: str, path: Path | str) -> ModuleType:
+    try:
+        return __import__(name, fromlist=["_"])
+    except ImportError as error:
+        raise DataError(f"{path}: reading it needs the package datasets: pip install 'fastmae[datasets]'") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters
+
+
+class TorchRecords:
+    """A map-style data set of PyTorch as :class:`fastmae.data.storage.Records`.
+
+    Its items are an image or (image, label, ...). The image is a PIL image, an array (height, width[, C]), a tensor
+    ([C, ]height, width), or the bytes of an image file. Pixels are passed on losslessly, as ``.npy`` in memory, so what
+    the data set does to them must not be random: cropping and flipping are the loader's.
+
+    Args:
+        dataset: several threads read it at once.
+        fingerprint: changes when the images do; the index is then kept under it. None: it is built at each start.
+    """
+
+    def __init__(self, dataset: Any, fingerprint: str | None = None):
+        self.dataset, self.fingerprint = dataset, fingerprint or uuid.uuid4().hex
+        self.classes = [str(name) for name in getattr(dataset, "classes", None) or []]
+        self._last = threading.local()  # label() follows read()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, i: int) -> bytes:
+        item = self.dataset[i]
+        image, *rest = item if isinstance(item, tuple | list) else (item,)
+        self._last.label = i, int(rest[0]) if rest and np.ndim(rest[0]) == 0 else -1
+        return _image_file(image)
+
+    def label(self, i: int) -> int:
+        if getattr(self._last, "label", (None,))[0] != i:
+            self.read(i)
+        return self._last.label[1]
+
+
+def _image_file(image: Any) -> bytes:
+    """An image as the bytes of a file, with the pixels as they are."""
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, Image.Image):
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in _ARRAY_MODES:  # as files of these modes are read: no alpha, no palette
+            image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    elif hasattr(image, "movedim"):
+        image = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image.detach().cpu()
+    elif not isinstance(image, np.ndarray):
+        raise TypeError(f"expected an image (PIL, array, tensor or bytes of a file), got {type(image).__name__}")
+    file = BytesIO()
+    np.lib.format.write_array(file, np.ascontiguousarray(image), allow_pickle=False)
+    return file.getvalue()
+
+
+class HuggingFaceRecords:
+    """A ``datasets.Dataset`` as :class:`fastmae.data.storage.Records`: its first column of images, not decoded.
+
+    A column of class labels, if there is one, gives labels and class names.
+
+    Raises:
+        DataError: no column holds images.
+    """
+
+    def __init__(self, dataset: Any):
+        datasets = _import("datasets", "a Hugging Face data set")
+        of_kind = {name: type(feature) for name, feature in dataset.features.items()}
+        images, labels = (
+            [name for name, found in of_kind.items() if found is kind] for kind in (datasets.Image, datasets.ClassLabel)
+        )
+        if not images:
+            raise DataError(f"expected a column of images, found {_columns(dataset.features)}")
+        plain = dataset.with_format(None)
+        self.fingerprint = dataset._fingerprint
+        self.classes = list(dataset.features[labels[0]].names or []) if labels else []
+        self._images = plain.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
+        self._image = images[0]
+        self._labels, self._label = (plain.select_columns(labels[:1]), labels[0]) if labels else (None, "")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, i: int) -> bytes:
+        image = self._images[i][self._image]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+    def label(self, i: int) -> int:
+        label = self._labels[i][self._label] if self._labels is not None else None
+        return -1 if label is None else label
+
+
+class ParquetRecords:
+    """Parquet files as :class:`fastmae.data.storage.Records`: images as Hugging Face writes them, or a binary column.
+
+    An image costs the reading of its whole row group, so groups are kept, least recently used ones dropped first.
+
+    Args:
+        files: in this order; of the same columns.
+        cache_bytes: of row groups to keep, uncompressed.
+
+    Raises:
+        DataError: a file cannot be read, or has no column of images.
+    """
+
+    def __init__(self, files: Sequence[Path], cache_bytes: int = _ROW_GROUP_BYTES):
+        self._parquet = _import("pyarrow.parquet", files[0])
+        self._files = [(file, self._metadata(file)) for file in files]
+        self._image, self._label, self.classes = self._find_columns(files[0])
+        for file in files[1:]:
+            if self._find_columns(file) != (self._image, self._label, self.classes):
+                raise DataError(f"{file}: expected the columns and class names of {files[0]}, got others")
+        self._groups = [(n, g) for n, (_, found) in enumerate(self._files) for g in range(found.num_row_groups)]
+        sizes = [self._files[n][1].row_group(g) for n, g in self._groups]
+        self._ends = list(accumulate(size.num_rows for size in sizes))
+        self._bytes = [size.total_byte_size for size in sizes]
+        stats = ((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        self.fingerprint = repr(sorted(stats))
+        self._cache_bytes, self._held = cache_bytes, 0
+        self._cache: OrderedDict[int, Future] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def read(self, i: int) -> bytes:
+        images, _, row = self._row(i)
+        data = images[row].as_py()
+        if data is None:
+            raise ValueError("the row has no bytes")
+        return data
+
+    def label(self, i: int) -> int:
+        _, labels, row = self._row(i)
+        label = None if labels is None else labels[row].as_py()
+        return -1 if label is None else label
+
+    def _metadata(self, file: Path) -> Any:
+        try:
+            return self._parquet.read_metadata(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file}: expected a Parquet file: {error}") from error
+
+    def _find_columns(self, file: Path) -> tuple[str, str | None, list[str]]:
+        """Names of the columns with images (dots between levels) and with labels, and the names of the classes."""
+        schema = self._parquet.read_schema(file)
+        nested = [f"{field.name}.bytes" for field in schema if "bytes" in _children(field)]
+        binary = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
+        if not nested and len(binary) != 1:
+            raise DataError(f"{file}: expected a column of images (struct with bytes), found {_columns(schema.names)}")
+        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        features = metadata.get("info", {}).get("features", {})
+        label = next((n for n in ("label", "labels") if n in schema.names and "int" in str(schema.field(n).type)), None)
+        label = next((name for name, found in features.items() if found.get("_type") == "ClassLabel"), label)
+        return (nested or binary)[0], label, features.get(label, {}).get("names", [])
+
+    def _row(self, i: int) -> tuple[Any, Any, int]:
+        """The columns of the row group that holds record ``i``, images and labels, and its row there."""
+        number = bisect.bisect_right(self._ends, i)
+        row = i - (self._ends[number - 1] if number else 0)
+        return *self._group(number), row
+
+    def _group(self, number: int) -> tuple[Any, Any]:
+        with self._lock:
+            future, reads = self._cache.get(number), False
+            if future is None:
+                future, reads = self._cache.setdefault(number, Future()), True
+                self._held += self._bytes[number]
+            self._cache.move_to_end(number)
+            while self._held > self._cache_bytes and len(self._cache) > 1:
+                self._held -= self._bytes[self._cache.popitem(last=False)[0]]
+        if reads:  # the others wait
+            try:
+                future.set_result(self._read_group(number))
+            except BaseException as error:
+                with self._lock:
+                    if self._cache.pop(number, None) is not None:
+                        self._held -= self._bytes[number]
+                future.set_exception(error)
+        return future.result()
+
+    def _read_group(self, number: int) -> tuple[Any, Any]:
+        n, group = self._groups[number]
+        path, metadata = self._files[n]
+        columns = [self._image] + [self._label] * (self._label is not None)
+        with self._parquet.ParquetFile(path, metadata=metadata) as file:
+            table = file.read_row_group(group, columns=columns, use_threads=False).flatten()
+        return table.column(self._image), table.column(self._label) if self._label is not None else None
+
+
+def _children(field: Any) -> list[str]:
+    return [field.type.field(i).name for i in range(field.type.num_fields)]
+
+
+def _columns(names: Any) -> str:
+    return ", ".join(map(str, names)) or "none"
