@@ -1,12 +1,15 @@
-"""Bytes to pixels: decoding, turning upright, resizing a crop. The same functions serve every loader.
+"""Bytes to pixels: decode, turn upright, resize a crop. Every loader uses these functions.
 
-JPEG and WebP are decoded by torchvision, PNG by Pillow; the pixels are those that Pillow and NVIDIA DALI give (16-bit
-PNG: within 1 of DALI's). TIFF is decoded by tifffile, arrays by NumPy.
+torchvision decodes JPEG and WebP, Pillow decodes PNG, to the pixels that Pillow and NVIDIA DALI give (16-bit PNG: to
+within 1 of DALI's). tifffile decodes TIFF, NumPy reads arrays.
 """
 
 from __future__ import annotations
 
+import math
 import re
+import sys
+import zlib
 from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
@@ -15,112 +18,82 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-NPY_START = b"\x93NUMPY"
+from fastmae.data.formats import DEFLATE, NPY_HEADER, PACKBITS, Format, detect_format, npy_header
+
 _MAX_INTERLEAVED = 4
-"""PyTorch's resize of uint8 is vectorised for this many interleaved channels; more go through it one by one."""
+"""PyTorch's resize of uint8 is vectorised for up to this many interleaved channels; more are resized as planes."""
 _SERIAL = 32767
-"""Elements that PyTorch works on without a team of threads."""
+"""Elements that PyTorch processes without a team of threads."""
 _PNG_BIT_DEPTH = 24
-"""Where a PNG file says it: the header always comes first."""
+"""Position of the bit depth in a PNG file, whose header always comes first."""
 _SOURCE_LINE = re.compile(r"^\w+, \S+:\d+, ")
 
 
-def read_tiff(encoded: np.ndarray) -> np.ndarray:
-    """The first image of a TIFF file: (height, width) or (height, width, C), of the file's type.
-
-    Tiles, strips, planes and 0-is-white are read; LZW, JPEG and other compressions than deflate and PackBits need the
-    imagecodecs package.
-
-    Raises:
-        ValueError: and other errors of tifffile, for damaged bytes.
-    """
-    import tifffile
-
-    with tifffile.TiffFile(BytesIO(encoded)) as tiff:
-        page = tiff.pages[0]
-        values = page.asarray(maxworkers=1)
-        if page.axes == "SYX":
-            values = np.moveaxis(values, 0, -1)
-        elif page.axes not in ("YX", "YXS"):
-            raise ValueError(f"axes {page.axes} of shape {values.shape}: expected height, width and perhaps channels")
-        inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and values.dtype.kind in "bu"
-        return np.invert(values) if inverted else values
+class UndecodableImage(Exception):
+    """The bytes are there, but they are not an image that can be used."""
 
 
-def read_npy(encoded: np.ndarray) -> np.ndarray:
-    """The array of a .npy file, not copied. Nothing is unpickled.
+def decode(
+    encoded: np.ndarray,
+    orientation: int = 1,
+    *,
+    channels: int = 3,
+    value_range: Sequence[float] | None = None,
+    channels_first: bool = False,
+) -> np.ndarray:
+    """An upright image.
 
-    Raises:
-        ValueError: the bytes are no such file, too few, or hold Python objects.
-    """
-    file = BytesIO(encoded[:65536])  # the header's text is shorter than 10,000 characters, or NumPy refuses it
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, fortran_order, dtype = np.lib.format.read_array_header_2_0(file)
-    if dtype.hasobject:
-        raise ValueError("an array of Python objects, which only unpickling could read; expected numbers")
-    # An array on top of the bytes, and so never larger than the file, whatever the header says.
-    return np.ndarray(shape, dtype, encoded.data, file.tell(), order="F" if fortran_order else "C")
-
-
-def to_uint8(values: np.ndarray) -> np.ndarray:
-    """8-bit pixel values as they are, boolean ones as 0 and 255.
-
-    Raises:
-        ValueError: values of another type, which need a range.
-    """
-    if values.dtype == np.bool_:
-        return values.view(np.uint8) * np.uint8(255)
-    if values.dtype == np.uint8:
-        return values
-    _check_type(values)
-    raise ValueError(
-        f"values of type {values.dtype.newbyteorder('=')}: "
-        "say which of them become black and white with --data.value-range LOW HIGH"
-    )
-
-
-def to_unit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
-    """Pixel values as float32 in [0, 1]: mapped linearly from a range and clipped, 8-bit ones divided by 255.
-
-    NaN, which many data sets write where nothing was measured, becomes 0.
+    Grey becomes RGB if ``channels`` is 3, CMYK is converted, alpha is dropped. JPEG, PNG and WebP files have 1 or 3
+    channels; TIFF and NumPy files any number: (height, width) or (height, width, C), of integers or floats. Without a
+    ``value_range``, 16-bit PNGs are shifted right by 8 and other types than 8 bits are refused; with one, pixels are
+    float32 and keep their precision. NaN, which many data sets write where nothing was measured, becomes 0.
 
     Args:
-        values: (height, width, C), integers or floats.
-        value_range: low and high, for all channels or for each in turn: 2 or 2 * C numbers.
+        encoded: uint8 (bytes,), a JPEG, PNG, WebP, TIFF or .npy file.
+        orientation: EXIF orientation, 1 to 8; the file's own is not looked at.
+        channels: C of the result.
+        value_range: the values that become 0 and 1; values outside are clipped, 8-bit files divided by 255. Low and
+            high for all channels, or for each in turn.
+        channels_first: .npy files are (C, height, width).
+
+    Returns:
+        (height, width, channels), possibly a strided view, possibly of ``encoded``: uint8, or float32 in [0, 1] with a
+        ``value_range``.
 
     Raises:
-        ValueError: values of another type, or a range for another number of channels.
+        UndecodableImage: the decoder refuses the bytes, or they hold another number of channels, or values that need a
+            ``value_range``.
     """
-    if values.dtype == np.bool_:
-        return values.astype(np.float32)
-    if values.dtype == np.uint8:
-        return values / np.float32(255)
-    _check_type(values)
-    low, high = np.reshape(value_range, (-1, 2)).T
-    if len(low) not in (1, values.shape[2]):
-        raise ValueError(f"value range for {len(low)} channels: expected one for all, or for {values.shape[2]}")
-    # float64 where float32 would not tell neighbouring values apart: 32-bit integers and float64 itself.
-    dtype = np.result_type(values.dtype, np.float32)
-    scaled = (values - low.astype(dtype)) / (high - low).astype(dtype)
-    return np.nan_to_num(scaled, copy=False, nan=0.0).clip(0, 1).astype(np.float32, copy=False)
+    try:
+        pixels = stored_values(encoded, channels, value_range, channels_first)
+        pixels = _to_uint8(pixels) if value_range is None else _to_unit(pixels, value_range)
+    except MemoryError:  # says nothing about the image
+        raise
+    except Exception as error:  # decoders raise anything at damaged bytes
+        reason = _SOURCE_LINE.sub("", str(error).strip().partition("\n")[0]) or type(error).__name__
+        raise UndecodableImage(f"does not decode: {reason}") from error
+    return _upright(pixels, orientation)
 
 
-def _check_type(values: np.ndarray) -> None:
-    if values.dtype.kind not in "uif":
-        raise ValueError(f"values of type {values.dtype}: expected integers or floats")
+def stored_values(
+    encoded: np.ndarray, channels: int, value_range: Sequence[float] | None, channels_first: bool
+) -> np.ndarray:
+    """Pixels as stored, neither turned upright nor mapped: (height, width, channels) of the file's type.
 
-
-def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """An image (height, width) or (height, width, C) as (height, width, channels): grey is repeated for RGB.
-
-    Raises:
-        ValueError: another number of channels, or of axes.
+    Arguments are those of :func:`decode`; a 16-bit PNG comes shifted right by 8 without a ``value_range``.
     """
+    format_ = detect_format(encoded[:12].tobytes())
+    if format_ is Format.PNG:
+        pixels = _decode_png(encoded, channels, value_range)
+    elif format_ is Format.TIFF:
+        pixels = _decode_tiff(encoded)
+    elif format_ is Format.NPY:
+        pixels = _read_npy(encoded)
+        pixels = np.moveaxis(pixels, 0, -1) if channels_first and pixels.ndim == 3 else pixels
+    else:
+        pixels = _decode_photograph(encoded, channels)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     if pixels.ndim != 3 or 0 in pixels.shape:
@@ -135,10 +108,6 @@ def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     return pixels
 
 
-class UndecodableImage(Exception):
-    """The bytes are there, but they are not an image."""
-
-
 @cache
 def _torchvision_io():
     import torchvision.io
@@ -146,69 +115,7 @@ def _torchvision_io():
     return torchvision.io
 
 
-def decode(
-    encoded: np.ndarray,
-    orientation: int = 1,
-    *,
-    channels: int = 3,
-    value_range: Sequence[float] | None = None,
-    channels_first: bool = False,
-) -> np.ndarray:
-    """An upright image.
-
-    Grey becomes RGB if ``channels`` is 3, CMYK is converted, alpha is dropped, 16-bit samples of a PNG are shifted
-    right by 8 unless there is a ``value_range``. JPEG, PNG and WebP files have 1 or 3 channels; TIFF and NumPy (.npy)
-    files any number: (height, width) or (height, width, C), of integers or floats. With a ``value_range`` pixels are
-    float32, so that 16-bit integers and floats keep their precision.
-
-    Args:
-        encoded: uint8 (bytes,), a JPEG, PNG, WebP, TIFF or .npy file.
-        orientation: EXIF orientation, 1 to 8; taken from here, not from the file.
-        channels: C of the result.
-        value_range: the values that become 0 and 1, for files of another type than 8 bits; those outside are clipped.
-            Low and high for all channels, or for each in turn.
-        channels_first: .npy files are (C, height, width).
-
-    Returns:
-        (height, width, channels), possibly a strided view, possibly of ``encoded``: uint8, or float32 in [0, 1] with a
-        ``value_range``.
-
-    Raises:
-        UndecodableImage: the decoder refuses the bytes, or they hold another number of channels, or values that need a
-            ``value_range``.
-    """
-    try:
-        pixels = stored_values(encoded, channels, value_range, channels_first)
-        pixels = to_uint8(pixels) if value_range is None else to_unit(pixels, value_range)
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever they like at damaged bytes
-        reason = _SOURCE_LINE.sub("", str(error).strip().partition("\n")[0]) or type(error).__name__
-        raise UndecodableImage(f"does not decode: {reason}") from error
-    return upright(pixels, orientation)
-
-
-def stored_values(
-    encoded: np.ndarray, channels: int, value_range: Sequence[float] | None, channels_first: bool
-) -> np.ndarray:
-    """Pixels as stored, neither turned upright nor mapped: (height, width, channels) of the file's type.
-
-    Arguments are those of :func:`decode`; a 16-bit PNG comes shifted right by 8 without a ``value_range``.
-    """
-    return with_channels(_decode_stored(encoded, channels, value_range, channels_first), channels)
-
-
-def _decode_stored(
-    encoded: np.ndarray, channels: int, value_range: Sequence[float] | None, channels_first: bool
-) -> np.ndarray:
-    start = encoded[:6].tobytes()
-    if start.startswith(b"\x89PNG"):
-        return _decode_png(encoded, channels, value_range)
-    if start.startswith(TIFF_STARTS):
-        return read_tiff(encoded)
-    if start == NPY_START:
-        values = read_npy(encoded)
-        return np.moveaxis(values, 0, -1) if channels_first and values.ndim == 3 else values
+def _decode_photograph(encoded: np.ndarray, channels: int) -> np.ndarray:
     io = _torchvision_io()
     mode = io.ImageReadMode.UNCHANGED if channels == 1 else io.ImageReadMode.RGB
     if not encoded.flags.writeable:  # PyTorch has no tensors that cannot be written, and warns
@@ -217,8 +124,16 @@ def _decode_stored(
 
 
 def _decode_png(encoded: np.ndarray, channels: int, value_range: Sequence[float] | None) -> np.ndarray:
-    # Pillow, because torchvision's PNG decoder takes the whole process down at some damaged files.
-    with Image.open(BytesIO(encoded), formats=["PNG"]) as image:
+    # Pillow, because torchvision's PNG decoder takes the whole process down at some damaged files. Without metadata,
+    # because Pillow refuses images with a damaged text, or with a profile that inflates to a megabyte.
+    data, at = memoryview(encoded), 8
+    parts = [data[:at]]
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if not data[at + 4] & 0x20:  # a capital letter: decoders need the chunk
+            parts.append(data[at:end])
+        at = end
+    with PngImageFile(BytesIO(b"".join(parts))) as image:
         if image.mode.startswith("I"):
             values = np.asarray(image)
             return (values >> 8).astype(np.uint8) if value_range is None else values
@@ -228,8 +143,85 @@ def _decode_png(encoded: np.ndarray, channels: int, value_range: Sequence[float]
         return np.array(image.convert("L" if grey and channels != 3 else "RGB"))
 
 
-def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """A view of a stored image (height, width, C) as EXIF ``orientation`` (1 to 8) means it to be seen."""
+def _decode_tiff(encoded: np.ndarray) -> np.ndarray:
+    import tifffile
+
+    with tifffile.TiffFile(BytesIO(encoded)) as tiff:
+        page = tiff.pages[0]
+        if page.compression in (*DEFLATE, PACKBITS) and "imagecodecs" not in sys.modules:
+            _limit_inflation(page)
+        values = page.asarray(maxworkers=1)
+        if page.axes == "SYX":
+            values = np.moveaxis(values, 0, -1)
+        elif page.axes not in ("YX", "YXS"):
+            raise ValueError(f"axes {page.axes} of shape {values.shape}: expected height, width and perhaps channels")
+        inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and values.dtype.kind in "bu"
+        return np.invert(values) if inverted else values
+
+
+def _limit_inflation(page) -> None:
+    """Make a page refuse strips and tiles that hold far more than their pixels: 4 MB may inflate to 4 GB.
+
+    tifffile passes sizes to imagecodecs only; its own decompressors inflate all there is.
+    """
+    size, compression = math.prod(page.chunks) * page.dtype.itemsize, page.compression
+    most = 2 * size + 1024  # some writers pad
+    if compression in DEFLATE:
+        page.compression = 1  # none: inflated here
+    decode_chunk, page.compression = page.decode, compression
+
+    def decode_bounded(data: bytes | None, *args, **options):
+        if data is not None and compression in DEFLATE:
+            data = zlib.decompressobj().decompress(data, most)
+        if data is not None and len(data) >= most:
+            raise ValueError(f"a strip or tile holds more than twice the {size} bytes of its pixels")
+        return decode_chunk(data, *args, **options)
+
+    page.decode = decode_bounded
+
+
+def _read_npy(encoded: np.ndarray) -> np.ndarray:
+    shape, fortran_order, dtype, start = npy_header(encoded[:NPY_HEADER].tobytes())
+    if dtype.hasobject:
+        raise ValueError("an array of Python objects, which only unpickling could read; expected numbers")
+    # An array on top of the bytes, and so never larger than the file, whatever the header says.
+    return np.ndarray(shape, dtype, encoded.data, start, order="F" if fortran_order else "C")
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.bool_:
+        return values.view(np.uint8) * np.uint8(255)
+    if values.dtype == np.uint8:
+        return values
+    _check_type(values)
+    raise ValueError(
+        f"values of type {values.dtype.newbyteorder('=')}: "
+        "say which of them become black and white with --data.value-range LOW HIGH"
+    )
+
+
+def _to_unit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
+    if values.dtype == np.bool_:
+        return values.astype(np.float32)
+    if values.dtype == np.uint8:
+        return values / np.float32(255)
+    _check_type(values)
+    low, high = np.reshape(value_range, (-1, 2)).T
+    if len(low) not in (1, values.shape[2]):
+        raise ValueError(f"value range for {len(low)} channels: expected one for all, or for {values.shape[2]}")
+    # float64 where float32 does not tell neighbouring values apart: 32-bit integers and float64 itself.
+    dtype = np.result_type(values.dtype, np.float32)
+    scaled = (values - low.astype(dtype)) / (high - low).astype(dtype)
+    return np.nan_to_num(scaled, copy=False, nan=0.0).clip(0, 1).astype(np.float32, copy=False)
+
+
+def _check_type(values: np.ndarray) -> None:
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"values of type {values.dtype}: expected integers or floats")
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """A view of an image (height, width, C), turned as EXIF ``orientation`` (1 to 8) says."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,24 +1,29 @@
-"""What a file's first and last bytes say: its format, size, channels and orientation, and whether it is whole.
+"""Reads the header of an image file: format, size, mode and orientation, and whether the file is whole.
 
-Nothing is decoded. A JPEG counts as whole if an end-of-image marker follows the start of the scan, a PNG if its IEND
-chunk is there, a WebP if the file is as long as its RIFF header says, a TIFF and an array if their pixels end inside
-the file: a decoder that reads only a crop would not notice a missing end, or would notice it for some crops only.
+Nothing is decoded, and memory and time are bounded whatever the bytes claim. A file is whole if an end-of-image marker
+follows the start of the scan (JPEG), if it has an IEND chunk (PNG), if it is as long as its RIFF header says (WebP), or
+if its pixels end inside it (TIFF and NumPy). That is checked here, because a decoder that reads only the crop notices a
+missing end for some crops and not for others.
+
+Index workers import this module, so it imports neither PyTorch nor Pillow nor tifffile before a file needs one.
 """
 
 from __future__ import annotations
 
 import math
+import struct
+import zlib
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from io import BufferedIOBase, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 
 class Format(IntEnum):
-    """Formats that are read. The first three are those of photographs, which every decoder here reads alike."""
+    """Supported formats. The first three are photographs, which both loaders decode to the same pixels."""
 
     JPEG = 1
     PNG = 2
@@ -29,40 +34,47 @@ class Format(IntEnum):
 
 _SUFFIXES = "jpg jpeg jpe jfif png webp gif avif heic heif bmp tif tiff npy jp2 jxl ppm pgm"
 IMAGE_SUFFIXES = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-"""A file with one of these suffixes is meant to be an image: if it cannot be read as one, it is reported."""
+"""A file with one of these suffixes is meant to be an image: if it is not one, it is reported as bad."""
 EXPECTED = "JPEG, PNG, WebP, TIFF or NumPy (.npy)"
 _VALUES = ("bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32", "float64")
-MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "RGB;16", "RGBA;16",
-         *_VALUES)  # fmt: skip
-"""Modes by the numbers that the index stores."""
+MODES = ("", "1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "RGB;16", "RGBA;16", *_VALUES)
+"""Modes by the number that the index stores."""
 READY_MODES = ("bool", "uint8")
-"""Of the values of TIFF and NumPy files, those that need no range to become uint8."""
-_GREY = {"1", "L", "LA", "I", "I;16"}
-_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",), Format.TIFF: _TIFF_STARTS,
-           Format.NPY: (b"\x93NUMPY",)}  # fmt: skip
-_OTHER_FORMATS = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
-_END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
-_ORIENTATION_TAG = 0x0112
-_MOST_SIDE = 1 << 32  # what a row of the index holds
-_NPY_HEADER = 65536  # bytes, more than NumPy accepts, whatever length a damaged file claims
-_CHUNK = 1 << 20
-_PNG_DEPTH = 24
-"""Where a PNG states its bits a sample."""
+"""Types of TIFF and NumPy files that become uint8 without a value range."""
 COLOR_16 = ("RGB;16", "RGBA;16")
-"""Photographs that only come with the upper 8 of their bits: no decoder here gives all of them."""
-_NO_FRAME = (0xC4, 0xC8, 0xCC)
-"""Markers among those of JPEG frames, 0xC0 to 0xCF, that are not frames: tables and extensions."""
+"""16-bit colour, of which only the upper 8 bits are used: no decoder here returns all of them."""
+_GREY = ("1", "L", "LA", "I;16")
+
+_STARTS = {Format.JPEG: (b"\xff\xd8\xff",), Format.PNG: (b"\x89PNG\r\n\x1a\n",), Format.NPY: (b"\x93NUMPY",),
+           Format.TIFF: (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")}  # fmt: skip
+_UNSUPPORTED = {b"GIF8": "GIF", b"BM": "BMP", b"\0\0\0\x0cjP": "JPEG 2000", b"\xff\x0a": "JPEG XL"}
+
+_FIRST_READ = 4096
+"""Holds the whole header of nine of ten JPEGs of ImageNet; the others have previews and profiles, which are skipped."""
+_MAX_SEGMENTS = 10_000
+"""Segments or chunks before the image data; a file of 10 MB of metadata has a few hundred."""
+_MAX_SCAN = 256 << 20
+"""How far an end-of-image marker is searched for, if the last bytes have none."""
+_CHUNK = 1 << 20
+_MAX_TIFF_HEADER = 16 << 20
+_MAX_PAGES = 64
+NPY_HEADER = 65536
+"""More than NumPy accepts, whatever length a damaged file claims."""
+_MAX_SIDE = 1 << 32
+"""What a row of the index holds."""
+_ORIENTATION_TAG = 0x0112
+DEFLATE, PACKBITS = (8, 32946), 32773
+"""Numbers of TIFF's compressions."""
 
 
 class Header(NamedTuple):
-    """An image file.
+    """The header of an image file.
 
     Attributes:
-        format: by its content, whatever its name.
+        format: by content, whatever the file is called.
         height, width: as stored, before ``orientation`` turns the image upright.
-        orientation: EXIF, 1 to 8.
-        channels: of the decoded image, alpha and palettes aside: 1 or 3 for a photograph, any number else.
+        orientation: EXIF orientation, 1 to 8.
+        channels: of the decoded image, without alpha, palettes looked up: 1 or 3 for a photograph, any number else.
         mode: Pillow's name of the pixels (``"L"``, ``"RGB"``, ``"CMYK"``, ...), or NumPy's (``"uint16"``, ...).
     """
 
@@ -78,16 +90,23 @@ class BadImage(Exception):
     """Why a file cannot be trained on."""
 
 
+Read = Callable[[int, int], bytes]
+"""Reads a number of bytes from a position, fewer at the end of the file."""
+
+
 def detect_format(start: bytes) -> Format | None:
-    """The format by the file's first 12 bytes, or None if it is not one that is read here."""
+    """The format by the first 12 bytes of a file; None if it is not supported."""
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         return Format.WEBP
-    return next((format_ for format_, starts in _STARTS.items() if start.startswith(starts)), None)
+    for format_, starts in _STARTS.items():
+        if start.startswith(starts):
+            return format_
+    return None
 
 
 def read_header(path: Path | str) -> Header | None:
-    """The header of an image file; see ``parse_header``."""
-    with open(path, "rb") as file:  # noqa: PTH123 - a million times over: building a Path costs more than opening
+    """The header of an image file; see :func:`parse_header`."""
+    with open(path, "rb") as file:  # noqa: PTH123 - called a million times, and a Path costs more than opening
         return parse_header(file, str(path))
 
 
@@ -95,85 +114,237 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
     """The header of an image.
 
     Args:
-        file: its bytes, at their beginning; can seek.
-        name: what it is called, for its suffix.
+        file: the image, at position 0, seekable.
+        name: of the file; only its suffix matters.
 
     Returns:
         The header, or None for a file that neither is an image nor is named like one.
 
     Raises:
-        BadImage: the file is empty, truncated, unreadable or of a format that is not read here; whatever is wrong with
-            its bytes, nothing else is raised.
+        BadImage: the file is empty, truncated, unreadable or of an unsupported format. Damaged bytes raise
+            nothing else.
         OSError: the file system failed.
     """
-    start = file.read(16)
+    start = file.read(_FIRST_READ)
     format_ = detect_format(start)
+    if format_ in (None, Format.TIFF, Format.NPY) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+        return None  # raw files of cameras begin like a TIFF, and an array is an image only if its name says so
     if format_ is None:
-        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-            return None
         raise BadImage(_refusal(start))
-    if format_ in (Format.TIFF, Format.NPY) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
-        return None  # raw files of cameras begin like a TIFF; and an array is an image only if it says so
-    size = file.seek(0, 2)
-    if format_ is Format.WEBP and size < (expected := int.from_bytes(start[4:8], "little") + 8):
-        raise BadImage(f"truncated: {size} bytes of {expected}")
-    file.seek(0)
+
+    def read_more(at: int, count: int) -> bytes:
+        file.seek(at)
+        return file.read(count)
+
+    size, read = file.seek(0, 2), _reader(start, read_more)
     try:
-        if format_ is Format.TIFF:
-            header, data_start = _parse_tiff(file, size), 0
-        elif format_ is Format.NPY:
-            header, data_start = _parse_npy(file, size), 0
+        if format_ in _PARSERS:
+            header, data_start = _PARSERS[format_](read)
         else:
-            header, data_start = _parse_photograph(file, format_)
+            header = _parse_npy(read(0, NPY_HEADER), size) if format_ is Format.NPY else _parse_tiff(file, size)
     except OSError as error:
         if error.errno is not None:  # the file system's, not the parser's
             raise
         raise BadImage(f"unreadable header: {error}") from error
     except BadImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"huge: {error}") from error
-    except Exception as error:  # parsers raise whatever they like at damaged bytes
-        raise BadImage(f"unreadable header: {error}") from error
+    except Exception as error:  # tifffile and NumPy raise anything at damaged bytes
+        raise BadImage(f"unreadable header: {str(error) or type(error).__name__}") from error
     sides = header.height, header.width, header.channels
-    if not all(isinstance(side, int) and 0 < side < _MOST_SIDE for side in sides):  # a damaged TIFF may have tuples
+    if not all(isinstance(side, int) and 0 < side < _MAX_SIDE for side in sides):  # a damaged TIFF may have tuples
         raise BadImage("a size of {!s:.20} x {!s:.20} x {!s:.20}: expected whole numbers above 0".format(*sides))
+    if format_ is Format.WEBP and size < (expected := int.from_bytes(start[4:8], "little") + 8):
+        raise BadImage(f"truncated: {size} bytes of {expected}")
     if format_ in _END_OF_IMAGE:
-        _check_end(file, _END_OF_IMAGE[format_], data_start, size)
+        _check_end(read, _END_OF_IMAGE[format_], data_start, size)
     return header
+
+
+def stored_size(encoded: np.ndarray) -> tuple[int, int] | None:
+    """Height and width by the header of a JPEG, PNG or WebP file, before any EXIF orientation.
+
+    Args:
+        encoded: uint8 (bytes,), the file.
+
+    Returns:
+        None if there is no valid header.
+    """
+    start = encoded[:_FIRST_READ].tobytes()
+    if (format_ := detect_format(start)) not in _PARSERS:
+        return None
+    try:
+        header, _ = _PARSERS[format_](_reader(start, lambda at, count: encoded[at : at + count].tobytes()))
+    except BadImage:
+        return None
+    return header.height, header.width
+
+
+def _reader(start: bytes, read_more: Read) -> Read:
+    def read(at: int, count: int) -> bytes:
+        return start[at : at + count] if at + count <= len(start) else read_more(at, count)
+
+    return read
 
 
 def _refusal(start: bytes) -> str:
     if not start:
         return "empty file"
-    name = next((name for magic, name in _OTHER_FORMATS.items() if start.startswith(magic)), None)
+    name = next((name for magic, name in _UNSUPPORTED.items() if start.startswith(magic)), None)
     if name is None and start[4:8] == b"ftyp":
         name = start[8:12].decode("ascii", "replace").upper()
     return f"{name} is not supported ({EXPECTED} are)" if name else f"not a {EXPECTED} file"
 
 
-def _parse_photograph(file: BufferedIOBase, format_: Format) -> tuple[Header, int]:
-    with Image.open(file, formats=[format_.name]) as image:
-        width, height = image.size
-        animated = format_ is Format.WEBP and getattr(image, "is_animated", False)
-        exif, mode = image.info.get("exif"), image.mode
-        data_start = file.tell() if format_ is Format.JPEG else 8
-        if format_ is Format.PNG and mode in ("RGB", "RGBA"):
-            file.seek(_PNG_DEPTH)
-            mode += ";16" if file.read(1) == b"\x10" else ""  # of which Pillow tells nothing
-    if animated:
-        raise BadImage("an animation, not a photograph")
-    return Header(format_, height, width, _orientation(exif), 1 if mode in _GREY else 3, mode), data_start
+def _check_end(read: Read, marker: bytes, data_start: int, size: int) -> None:
+    if marker in read(max(data_start, size - 64), 64):
+        return
+    # Phones append films, and some servers padding: only such files are searched.
+    at, end, before = data_start, min(size, data_start + _MAX_SCAN), b""
+    while at < end and (chunk := read(at, min(_CHUNK, end - at))):
+        if marker in before + chunk:
+            return
+        at, before = at + len(chunk), chunk[-len(marker) :]
+    raise BadImage(f"truncated: no end of image in {end - data_start} bytes of {size}")
+
+
+_JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
+"""Modes by number of components."""
+
+
+def _parse_jpeg(read: Read) -> tuple[Header, int]:
+    """ITU-T T.81, annex B: segments up to the start of the scan."""
+    start, at, orientation, frame = read(0, _FIRST_READ), 2, 1, None
+    for _ in range(_MAX_SEGMENTS):
+        segment = start[at : at + 10]
+        if len(segment) < 10 and len(segment := read(at, 10)) < 4:
+            raise BadImage("unreadable header: it ends before the image data")
+        marker, length = segment[1], segment[2] << 8 | segment[3]
+        if segment[0] != 0xFF or marker in (0x00, 0xFF):  # padding
+            at += 1
+        elif 0xD0 <= marker <= 0xD8:  # stands alone, without a length
+            at += 2
+        elif marker < 0xC0 or marker == 0xD9 or length < 2:
+            raise BadImage(f"unreadable header: no segment at byte {at}")
+        elif marker == 0xDA:
+            break
+        else:
+            if marker == 0xE1 and segment[4:] == b"Exif\0\0":
+                orientation = _orientation(read, at + 4, at + 2 + length)
+            elif marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables and an extension, not frames
+                frame = segment[4:]
+            at += 2 + length
+    else:
+        raise BadImage(f"unreadable header: more than {_MAX_SEGMENTS} segments")
+    if frame is None or len(frame) < 6 or frame[0] != 8 or frame[5] not in _JPEG_MODES:
+        raise BadImage("unreadable header: expected a frame of 1, 3 or 4 components of 8 bits")
+    _, height, width, components = struct.unpack(">BHHB", frame)
+    return _photograph(Format.JPEG, height, width, _JPEG_MODES[components], orientation), at + 2 + length
+
+
+_PNG_MODES = {(1, 0): "1", (2, 0): "L", (4, 0): "L", (8, 0): "L", (16, 0): "I;16", (8, 2): "RGB", (16, 2): "RGB;16",
+              (1, 3): "P", (2, 3): "P", (4, 3): "P", (8, 3): "P", (8, 4): "LA", (16, 4): "RGBA;16", (8, 6): "RGBA",
+              (16, 6): "RGBA;16"}  # fmt: skip
+"""Modes by bit depth and colour type. Pillow reads 16-bit grey with alpha as RGBA."""
+
+
+def _parse_png(read: Read) -> tuple[Header, int]:
+    """Portable Network Graphics, section 11: IHDR, then chunks up to the first IDAT."""
+    start = read(8, 25)
+    if len(start) < 25 or start[:8] != b"\0\0\0\rIHDR" or zlib.crc32(start[4:21]) != int.from_bytes(start[21:], "big"):
+        raise BadImage("unreadable header: no valid IHDR chunk")
+    width, height, bits, colour, compression, filter_ = struct.unpack(">IIBBBB", start[8:20])
+    if (bits, colour) not in _PNG_MODES or compression or filter_:
+        raise BadImage(f"unreadable header: {bits} bits of colour type {colour}")
+    at, orientation = 33, 1
+    for _ in range(_MAX_SEGMENTS):
+        chunk = read(at, 8)
+        length, kind = int.from_bytes(chunk[:4], "big"), chunk[4:]
+        if kind == b"IDAT":
+            return _photograph(Format.PNG, height, width, _PNG_MODES[bits, colour], orientation), at
+        if len(kind) < 4 or not kind.isalpha() or kind == b"IEND":
+            raise BadImage("unreadable header: no image data")
+        if kind == b"eXIf":
+            orientation = _orientation(read, at + 8, at + 8 + length)
+        at += 12 + length
+    raise BadImage(f"unreadable header: more than {_MAX_SEGMENTS} chunks")
+
+
+def _parse_webp(read: Read) -> tuple[Header, int]:
+    """The WebP container specification: lossy, lossless and extended files."""
+    start = read(0, 30)
+    kind, data, orientation = start[12:16], start[20:], 1
+    if kind == b"VP8 " and data[3:6] == b"\x9d\x01\x2a" and len(data) == 10:
+        (width, height), alpha = struct.unpack("<HH", data[6:]), False
+        width, height = width & 0x3FFF, height & 0x3FFF
+    elif kind == b"VP8L" and data[:1] == b"\x2f" and len(data) >= 5:
+        bits = int.from_bytes(data[1:5], "little")
+        width, height, alpha = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF), bits >> 28 & 1
+    elif kind == b"VP8X" and len(data) == 10:
+        flags, width, height = data[0], *(1 + int.from_bytes(data[i : i + 3], "little") for i in (4, 7))
+        alpha = flags & 0x10
+        if flags & 0x02:
+            raise BadImage("an animation, not a photograph")
+        if flags & 0x08:
+            orientation = _webp_orientation(read)
+    else:
+        raise BadImage("unreadable header: no WebP image")
+    return _photograph(Format.WEBP, height, width, "RGBA" if alpha else "RGB", orientation), 0
+
+
+def _webp_orientation(read: Read) -> int:
+    at = 12
+    for _ in range(_MAX_SEGMENTS):
+        chunk = read(at, 8)
+        length = int.from_bytes(chunk[4:], "little")
+        if chunk[:4] == b"EXIF":
+            return _orientation(read, at + 8, at + 8 + length)
+        if len(chunk) < 8:
+            break
+        at += 8 + length + length % 2
+    return 1
+
+
+_PARSERS = {Format.JPEG: _parse_jpeg, Format.PNG: _parse_png, Format.WEBP: _parse_webp}
+_END_OF_IMAGE = {Format.JPEG: b"\xff\xd9", Format.PNG: b"IEND\xaeB`\x82"}
+
+
+def _photograph(format_: Format, height: int, width: int, mode: str, orientation: int) -> Header:
+    return Header(format_, height, width, orientation, 1 if mode in _GREY else 3, mode)
+
+
+def _orientation(read: Read, at: int, end: int) -> int:
+    """The orientation in the EXIF data between two positions; 1 if it is damaged, since the pixels are good."""
+    while read(at, 6) == b"Exif\0\0":
+        at += 6
+    start = read(at, 8)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(start[:4])
+    if order is None or len(start) < 8:
+        return 1
+    at += struct.unpack(order + "I", start[4:])[0]
+    count = read(at, 2)
+    if len(count) < 2:
+        return 1
+    size = min(12 * struct.unpack(order + "H", count)[0], end - at - 2)
+    entries, found = read(at + 2, max(size // 12 * 12, 0)), 1
+    for tag, kind, values, value in struct.iter_unpack(order + "HHI4s", entries[: len(entries) // 12 * 12]):
+        if tag == _ORIENTATION_TAG and kind in (3, 4):  # a short, or wrongly a long
+            found = struct.unpack(order + "HI"[kind - 3], value[: 2 * kind - 4])[0] if values == 1 else 1
+    return _valid_orientation(found)
+
+
+def _valid_orientation(value: object) -> int:
+    return int(value) if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
     import tifffile
 
-    with tifffile.TiffFile(file) as tiff:
+    file.seek(0)
+    with tifffile.TiffFile(_Bounded(file, _MAX_TIFF_HEADER)) as tiff:
         page = tiff.pages[0]
-        same = [other for other in tiff.pages[1:] if other.shape == page.shape]
+        same = sum(other.shape == page.shape for other in _other_pages(tiff))
         if same:
-            raise BadImage(f"{1 + len(same)} pages of one size: expected a single image; split it")
+            raise BadImage(f"{1 + same} pages of one size: expected a single image; split it")
         if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
             raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
         if not _can_decompress(page.compression):
@@ -184,18 +355,40 @@ def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
         end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
         if end > size:
             raise BadImage(f"truncated: {size} bytes of {end}")
-        dtype = _pixel_type(np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1"))
-        orientation = page.tags.valueof(_ORIENTATION_TAG, default=1)
-        return Header(
-            Format.TIFF, page.imagelength, page.imagewidth, _in_range(orientation), page.samplesperpixel, dtype
-        )
+        mode = _pixel_type(np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1"))
+        orientation = _valid_orientation(page.tags.valueof(_ORIENTATION_TAG, default=1))
+        return Header(Format.TIFF, page.imagelength, page.imagewidth, orientation, page.samplesperpixel, mode)
+
+
+class _Bounded:
+    """A file of which only so much can be read: a damaged TIFF claims tags of any length."""
+
+    def __init__(self, file: BufferedIOBase, most: int):
+        self.seek, self.tell, self._read, self._left = file.seek, file.tell, file.read, most
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self._left:
+            raise BadImage("unreadable header: too long")
+        self._left -= size
+        return self._read(size)
+
+
+def _other_pages(tiff) -> Iterator:
+    for number in range(1, _MAX_PAGES):
+        try:
+            yield tiff.pages[number]
+        except IndexError:
+            return
+    raise BadImage(f"{_MAX_PAGES} pages or more: expected a single image")
 
 
 def _can_decompress(compression: int) -> bool:
-    """Whether tifffile has what it takes; some of its decoders find out only when they are called."""
-    import tifffile
-
+    if compression in (1, *DEFLATE, PACKBITS):
+        return True
     try:
+        import imagecodecs  # noqa: F401 - whose decoders are given a size, unlike others that tifffile may find
+        import tifffile
+
         tifffile.TIFF.DECOMPRESSORS[compression](b"")
     except (KeyError, ImportError):
         return False
@@ -204,17 +397,29 @@ def _can_decompress(compression: int) -> bool:
     return True
 
 
-def _parse_npy(file: BufferedIOBase, size: int) -> Header:
-    start = BytesIO(file.read(_NPY_HEADER))
-    version = np.lib.format.read_magic(start)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(start)
+def _parse_npy(start: bytes, size: int) -> Header:
+    shape, _, dtype, data_start = npy_header(start)
     if not 2 <= len(shape) <= 3 or min(shape) < 1:
         raise BadImage(f"an array of shape {shape}: expected (height, width) or (height, width, channels)")
-    end = start.tell() + math.prod(shape) * dtype.itemsize
+    end = data_start + math.prod(shape) * dtype.itemsize
     if size < end:
         raise BadImage(f"truncated: {size} bytes of {end}")
     return Header(Format.NPY, shape[0], shape[1], 1, shape[2] if len(shape) == 3 else 1, _pixel_type(dtype))
+
+
+def npy_header(start: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether the order is Fortran's, type and position of the values, from the first bytes of a .npy file.
+
+    Raises:
+        ValueError: there is no such header.
+    """
+    file = BytesIO(start)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return *read(file), file.tell()
+    except (MemoryError, RecursionError) as error:  # brackets within brackets
+        raise ValueError(f"{type(error).__name__} in the header of an array") from error
 
 
 def _pixel_type(dtype: np.dtype) -> str:
@@ -222,83 +427,3 @@ def _pixel_type(dtype: np.dtype) -> str:
     if name not in _VALUES:
         raise BadImage(f"pixels of type {name} are not supported ({', '.join(_VALUES)} are)")
     return name
-
-
-def _orientation(exif_bytes: bytes | None) -> int:
-    if not exif_bytes:
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(exif_bytes)
-        return _in_range(exif.get(_ORIENTATION_TAG, 1))
-    except Exception:  # whatever is wrong inside a camera's notes, the pixels are good
-        return 1
-
-
-def _in_range(orientation: object) -> int:
-    return int(orientation) if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
-
-
-def _check_end(file: BufferedIOBase, marker: bytes, data_start: int, size: int) -> None:
-    file.seek(max(data_start, size - 64))
-    if marker in file.read():
-        return
-    # Phones append films, and some servers padding: only such files are read to the end.
-    file.seek(data_start)
-    before = b""
-    while chunk := file.read(_CHUNK):
-        if marker in before + chunk:
-            return
-        before = chunk[-len(marker) :]
-    raise BadImage(f"truncated: no end of image in {size} bytes")
-
-
-def stored_size(encoded: np.ndarray) -> tuple[int, int] | None:
-    """Height and width that the header of a JPEG, PNG or WebP file names, before any EXIF orientation.
-
-    Args:
-        encoded: uint8 (bytes,), the file.
-
-    Returns:
-        None if there is no such header.
-    """
-    start = encoded[:32].tobytes()
-    if start.startswith(b"\xff\xd8"):
-        return _jpeg(memoryview(encoded))
-    if start.startswith(b"\x89PNG\r\n\x1a\n") and start[12:16] == b"IHDR":
-        return int.from_bytes(start[20:24], "big"), int.from_bytes(start[16:20], "big")
-    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-        return _webp(start)
-    return None
-
-
-def _jpeg(data: memoryview) -> tuple[int, int] | None:
-    """ITU-T T.81, annex B: segments one after the other, each with its length, up to the frame's header."""
-    at, end = 2, len(data) - 9
-    while at <= end:
-        if data[at] != 0xFF:
-            return None
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME:
-            return data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-        length = data[at + 2] << 8 | data[at + 3]
-        if marker in (0x00, 0xD9, 0xDA) or length < 2:
-            return None
-        at += 2 + length
-    return None
-
-
-def _webp(start: bytes) -> tuple[int, int] | None:
-    """The WebP container specification: extended, lossless and lossy files."""
-    kind, data = start[12:16], start[20:]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(data[7:10], "little"), 1 + int.from_bytes(data[4:7], "little")
-    if kind == b"VP8L" and data[0] == 0x2F:
-        bits = int.from_bytes(data[1:5], "little")
-        return 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
-    if kind == b"VP8 " and data[3:6] == b"\x9d\x01\x2a":
-        return int.from_bytes(data[8:10], "little") & 0x3FFF, int.from_bytes(data[6:8], "little") & 0x3FFF
-    return None
