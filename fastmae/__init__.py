@@ -1,6 +1,7 @@
 """fastmae: fast pretraining of Masked Autoencoders (He et al., CVPR 2022), and the fused ops that make it fast.
 
-``pretrain`` runs a pretraining, ``create_model`` builds a model, ``fastmae.ops`` holds the ops, ``accelerate`` lets
+``pretrain`` runs a pretraining, ``create_model`` builds a model, ``load`` reads one from weights of any source,
+``create_classifier`` makes a classifier of them, ``fastmae.ops`` holds the ops, ``accelerate`` lets
 Hugging Face's ViTMAE run on them, and the command line is ``fastmae --help``. Names are imported when first used:
 ``import fastmae`` costs nothing.
 """
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastmae import interop, ops
     from fastmae.interop.hugging_face import accelerate
+    from fastmae.loading import WeightsInfo, create_classifier, load
     from fastmae.model import MAEOutput, MaskedAutoencoderViT, create_model
     from fastmae.run import Run, pretrain
 
@@ -19,10 +21,13 @@ __all__ = [
     "MAEOutput",
     "MaskedAutoencoderViT",
     "Run",
+    "WeightsInfo",
     "__version__",
     "accelerate",
+    "create_classifier",
     "create_model",
     "interop",
+    "load",
     "ops",
     "pretrain",
 ]
@@ -33,6 +38,8 @@ def __getattr__(name: str) -> object:
         return getattr(import_module("fastmae.model"), name)
     if name in ("Run", "pretrain"):
         return getattr(import_module("fastmae.run"), name)
+    if name in ("WeightsInfo", "create_classifier", "load"):
+        return getattr(import_module("fastmae.loading"), name)
     if name == "accelerate":
         return import_module("fastmae.interop.hugging_face").accelerate
     if name in ("ops", "model", "reference", "data", "interop"):

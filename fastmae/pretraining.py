@@ -27,7 +27,7 @@ from fastmae import data
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets
 from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
-from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
+from fastmae.loading import load, read_weights
 from fastmae.model import create_model
 from fastmae.ops import _xformers
 from fastmae.train.autotune import describe_uneven_shares, settle_precision, with_saved
@@ -46,7 +46,7 @@ from fastmae.train.rules import validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Status, Trainer
-from fastmae.train.weights import export_weights, load_model, read_weights
+from fastmae.train.weights import export_weights
 from fastmae.train.weights import initialize as initialize_weights
 
 _log = logging.getLogger(__name__)
@@ -259,8 +259,8 @@ class _Pretraining:
 
         def load() -> str:
             try:
-                weights, architecture = (read_hugging_face if is_hugging_face(path) else read_weights)(path)
-                return initialize_weights(trainer.model, weights, architecture)
+                weights, info = read_weights(path)
+                return initialize_weights(trainer.model, weights, info.known)
             except (CheckpointError, ValueError) as error:
                 raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error
 
@@ -305,7 +305,7 @@ class _Pretraining:
         """Write ``model.safetensors``; return the whole model and the file."""
         # Of a sharded model the checkpoint that was just saved is the only whole copy.
         sharded = self.parallelism.sharded
-        model = load_model(self.folder.path)[0].to(trainer.device) if sharded else trainer.model.eval()
+        model = load(self.folder.path).to(trainer.device) if sharded else trainer.model.eval()
         path = self.folder.path / "model.safetensors"
         return model, export_weights(model, path, step=trainer.step, config=to_json(trainer.config))
 

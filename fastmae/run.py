@@ -12,13 +12,13 @@ from PIL import Image
 from torch import nn
 
 from fastmae import pretraining
+from fastmae.loading import load
 from fastmae.train.config import SECTIONS, PretrainConfig, flatten, from_json, to_json
 from fastmae.train.launcher import rank_and_size, read_slurm
 from fastmae.train.liveness import StopRequest
 from fastmae.train.recipes import apply_flags, starting_config
 from fastmae.train.rules import check_fields
 from fastmae.train.run_folder import read_json, read_rows
-from fastmae.train.weights import load_model
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
             CheckpointError: if there is no undamaged checkpoint.
         """
         weights = self.path / "model.safetensors"
-        return load_model(weights if self.summary and weights.is_file() else self.path)[0]
+        return load(weights if self.summary and weights.is_file() else self.path)
 
     def __repr__(self) -> str:
         status = self.status

@@ -18,8 +18,8 @@ from fastmae.data.open import check_value_range
 from fastmae.data.sources import list_files
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets
+from fastmae.loading import load
 from fastmae.train import checkpoint
-from fastmae.train.weights import load_model
 
 _MEASURED = 256
 """Most images to measure errors on; they are held in memory at the model's size."""
@@ -42,11 +42,12 @@ def reconstruct(config: ReconstructConfig) -> int:
     """Draw masked, reconstructed and original images side by side and print their errors; return the exit code."""
     if config.show < 1:
         raise UsageError(f"--show: expected at least 1, got {config.show}")
-    model, manifest = load_model(config.checkpoint)
+    model, info = load(config.checkpoint, return_info=True)
+    if not info.has_decoder:
+        raise UsageError(f"{config.checkpoint}: has no decoder, so it cannot reconstruct images")
     if config.bands is not None and model.in_chans <= 3:
         raise UsageError(f"--bands: expected a model of more than 3 channels, got one of {model.in_chans}")
-    trained = manifest.get("config", {})
-    run_model, run_data = trained.get("model", {}), trained.get("data", {})
+    run_model, run_data = info.config.get("model", {}), info.config.get("data", {})
     reading = {
         "channels": model.in_chans,
         "value_range": config.value_range or run_data.get("value_range"),
@@ -59,7 +60,7 @@ def reconstruct(config: ReconstructConfig) -> int:
         "num_rows": config.show,
         "visible": config.visible,
         "bands": config.bands or (0, 1, 2),
-        "when": f"after {manifest['step']:,} steps" if "step" in manifest else "",
+        "when": f"after {info.step:,} steps" if info.step is not None else "",
     }
     with usage_errors(_FLAGS):
         if reading["value_range"] is not None:

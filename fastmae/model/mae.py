@@ -92,6 +92,9 @@ class MaskedAutoencoderViT(nn.Module):
             statistics that do not match the channels.
     """
 
+    has_decoder = True
+    """False where only an encoder's weights were loaded: the decoder raises."""
+
     def __init__(
         self,
         img_size: int | Sequence[int] = 224,
@@ -255,6 +258,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         Given ``ids_keep``, the first block projects the mask tokens once per batch, unless it is also the last block.
         """
+        if not self.has_decoder:
+            raise ValueError("the weights are of an encoder alone, which cannot reconstruct images; use model.encode")
         _, positions = self._positions()
         x = restore_tokens(visible, self.mask_token, ids_restore, positions, num_prefix_tokens=1)
         stream, shared = Stream(self._to_residual(x)), None

@@ -30,49 +30,6 @@ def export_weights(model: nn.Module, path: Path, **metadata: Any) -> Path:
     return replace_file(path, chunks, weights.__getitem__, {"architecture": model.architecture, **metadata})
 
 
-def load_model(path: Path | str, *, need_decoder: bool = True) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with the weights of a run folder (its newest undamaged checkpoint), a checkpoint folder or an exported
-    ``.safetensors`` file, on the CPU and in evaluation mode; its manifest or metadata, with ``has_decoder`` added.
-
-    Without ``need_decoder``, weights of an encoder alone load too; the decoder keeps its initial values.
-
-    Raises:
-        CheckpointError: if nothing usable is there, or it has no decoder though one is needed.
-    """
-    from fastmae.model import MaskedAutoencoderViT
-
-    path = Path(path)
-    weights, info = _read(path)
-    if "architecture" not in info:
-        raise CheckpointError(f"{path}: its metadata has no architecture; it was not exported by fastmae")
-    has_decoder = any(name.startswith("decoder_pred.") for name in weights)
-    if need_decoder and not has_decoder:
-        raise CheckpointError(f"{path}: has no decoder (no decoder_pred.* weights); it cannot reconstruct images")
-    try:
-        model = MaskedAutoencoderViT(**info["architecture"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: its architecture is not one of this version: {error}") from error
-    if not has_decoder:
-        weights = {n: t for n, t in model.state_dict().items() if _is_decoder(n)} | weights
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights do not fit the model: {' '.join(str(error).split())[:300]}") from error
-    return model.eval(), {**info, "has_decoder": has_decoder}
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under facebookresearch/mae's names, on the CPU, and their architecture as far as the source gives it.
-
-    The source is a ``.pth`` file of facebookresearch/mae (weights, or a whole checkpoint with them under ``model``), a
-    ``.safetensors`` file under the same names, a run folder or a checkpoint. Nothing in it is executed. Raises
-    CheckpointError if there is nothing of the kind, or it is damaged.
-    """
-    weights, info = _read(path)
-    architecture = info.get("architecture")
-    return weights, architecture if isinstance(architecture, dict) else {}
-
-
 def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Mapping[str, Any]) -> str:
     """Put weights into a model, before its first step; return what was loaded, in words.
 
@@ -127,8 +84,15 @@ def _check(name: str, tensor: Tensor, parameter: nn.Parameter) -> None:
         raise CheckpointError(f"{name}: has values that are not finite")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and what their source says about them."""
+def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights under the names that the source has, on the CPU, and what it says about them; executes nothing.
+
+    The source is a ``.pth`` file of facebookresearch/mae (weights, or a whole checkpoint with them under ``model``), a
+    ``.safetensors`` file, a run folder (its newest undamaged checkpoint) or a checkpoint.
+
+    Raises:
+        CheckpointError: there is nothing of the kind, or it is damaged.
+    """
     if path.is_dir():
         saved = open_folder(path)
         return saved.read_all("model."), dict(saved.manifest)

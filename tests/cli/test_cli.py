@@ -19,9 +19,9 @@ from training import FLAGS, write_images
 import fastmae
 from fastmae.cli import main
 from fastmae.evaluate import evaluate_sets
-from fastmae.train.checkpoint import CheckpointError
+from fastmae.loading import load
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.weights import export_weights, load_model
+from fastmae.train.weights import export_weights
 
 SHORT = [*FLAGS.split(), "--train.steps", "6"]
 
@@ -98,24 +98,26 @@ def test_exported_weights_have_upstreams_keys_and_load_back(run):
         "decoder_blocks.0.mlp.fc1.bias",
         "mask_token",
     } <= set(weights)
-    model, manifest = load_model(run / "model.safetensors")
-    assert manifest["step"] == 6
+    model, manifest = load(run / "model.safetensors", return_info=True)
+    assert manifest.step == 6
     modes = {path.name: path.stat().st_mode for path in run.glob("*.*")}
     assert modes["model.safetensors"] == modes["config.json"]  # whom the umask lets read the one may read the other
-    for name, tensor in load_model(run)[0].state_dict().items():
+    for name, tensor in load(run).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
 def test_an_encoder_alone_loads_but_does_not_reconstruct(run, tmp_path, images, capsys):
-    model, _ = load_model(run)
+    model = load(run)
     export_weights(model, tmp_path / "full.safetensors")
     weights = load_file(tmp_path / "full.safetensors")
     encoder = {name: t for name, t in weights.items() if not name.startswith("decoder_") and name != "mask_token"}
     save_file(encoder, tmp_path / "encoder.safetensors", metadata={"architecture": json.dumps(model.architecture)})
-    with pytest.raises(CheckpointError, match="has no decoder"):
-        load_model(tmp_path / "encoder.safetensors")
-    loaded, manifest = load_model(tmp_path / "encoder.safetensors", need_decoder=False)
-    assert manifest["has_decoder"] is False
+    loaded, info = load(tmp_path / "encoder.safetensors", return_info=True)
+    assert not info.has_decoder
+    batch = torch.zeros(1, 3, *model.img_size, dtype=torch.uint8)
+    assert torch.equal(loaded.encode(batch), model.encode(batch))
+    with pytest.raises(ValueError, match="the weights are of an encoder alone"):
+        loaded(batch)
     assert torch.equal(loaded.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
     out = tmp_path / "figure.png"
     assert "has no decoder" in mistake(
@@ -317,7 +319,7 @@ def test_float_bands_from_stats_to_figure(tmp_path, capsys):
     low, high = np.reshape(config["data"]["value_range"], (4, 2, 1, 1)).transpose(1, 0, 2, 3)
     order = [0, 3, 1, 2, 4]  # first those that are shown
     units = [((bands[i] - low) / (high - low)).clip(0, 1).astype(np.float32) for i in order]
-    model, _ = load_model(out)
+    model = load(out)
     images = {"images": torch.from_numpy(np.stack(units))}
     numbers = evaluate_sets(model, images, mask_ratio=0.75, mask_strategy="block", seed=0, path=tmp_path / "b.png")
     assert f"mse {numbers['images']['mse']:.4f}" in printed.out

@@ -19,6 +19,7 @@ from training import MODEL, TRAIN, make_trainer, write_images
 
 from fastmae import data
 from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
+from fastmae.loading import load
 from fastmae.model import create_model
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks
@@ -27,7 +28,6 @@ from fastmae.train.parallel import construct, initialize, shutdown
 from fastmae.train.run_folder import RunFolder, read_rows
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Trainer
-from fastmae.train.weights import load_model
 
 REPORT = ReportConfig(picture_every_steps=4)
 
@@ -81,7 +81,7 @@ def test_the_training_is_the_same_bit_for_bit(tmp_path, images, observed):
     one, other = ([[row[key] for key in keys] for row in trainer.run.read_metrics()] for trainer in (plain, observed))
     assert one == other
     for step in (4, 8):
-        one, other = (load_model(t.run.checkpoints / f"step-{step}")[0].state_dict() for t in (plain, observed))
+        one, other = (load(t.run.checkpoints / f"step-{step}").state_dict() for t in (plain, observed))
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -176,7 +176,7 @@ def train(rank: int, mode: str, out: Path, images: Path, watched: bool) -> dict 
             parts["callbacks"] = [Pictures(config, dataset), Probe(config, dataset, ranks), Others()]
         Trainer(config, task, run, **parts).fit()
     shutdown(place)
-    return rank or {step: load_model(out / "checkpoints" / f"step-{step}")[0].state_dict() for step in (4, 8)}
+    return rank or {step: load(out / "checkpoints" / f"step-{step}").state_dict() for step in (4, 8)}
 
 
 MODES = ("ddp", "fsdp")

@@ -20,7 +20,7 @@ import torch
 from checkpoints import load_checkpoint, save_checkpoint
 
 from fastmae.cli import main
-from fastmae.train.weights import load_model
+from fastmae.loading import load
 
 OLD = Path(__file__).parent / "fixtures/run-0.1.0"
 
@@ -43,12 +43,12 @@ def test_an_older_run_resumes_with_the_losses_of_its_undisturbed_steps(tmp_path,
 
 
 def test_weights_of_an_older_run_load_from_its_folder_checkpoint_and_file(tmp_path):
-    checkpoint, _ = load_model(OLD / "checkpoints/step-3")
+    checkpoint = load(OLD / "checkpoints/step-3")
     images = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     assert checkpoint.encode(images).shape == (1, 17, 16)
     for path in (OLD, OLD / "model.safetensors"):
-        model, info = load_model(path)
-        assert info["has_decoder"]
+        model, info = load(path, return_info=True)
+        assert info.has_decoder
         assert model.state_dict().keys() == checkpoint.state_dict().keys()
 
 

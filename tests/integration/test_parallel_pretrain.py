@@ -22,8 +22,8 @@ from pretrain_flags import FLAGS
 from training import write_images
 
 from fastmae.cli import main
+from fastmae.loading import load
 from fastmae.train.checkpoint import Ranks, open_checkpoint
-from fastmae.train.weights import load_model
 
 FLAGS = [*FLAGS, "--train.global-batch-size", "7"]
 """Of two processes one takes four images and one three."""
@@ -107,9 +107,9 @@ def test_two_processes_leave_what_one_leaves(folder, name):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_exported_weights_are_those_of_a_single_process(folder, name):
-    (model, _), (expected, _) = (load_model(folder / run / "model.safetensors") for run in (name, "single"))
-    from_checkpoint, manifest = load_model(folder / name / "checkpoints/step-12")
-    assert manifest["world_size"] == 2
+    model, expected = (load(folder / run / "model.safetensors") for run in (name, "single"))
+    from_checkpoint = load(folder / name / "checkpoints/step-12")
+    assert open_checkpoint(folder / name / "checkpoints/step-12").manifest["world_size"] == 2
     for (key, tensor), other in zip(model.state_dict().items(), from_checkpoint.state_dict().values(), strict=True):
         assert torch.equal(tensor, other), key
         if "qkv.bias" not in key:  # the keys' part of it is noise, see test_parallel.py
@@ -159,7 +159,7 @@ def test_mistakes_name_the_flag_and_leave_no_folder(tmp_path, monkeypatch, capsy
 def test_signal_to_one_process_stops_both_at_one_step(folder):
     status = json.loads((folder / "stopped/status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "a signal to another rank")
-    assert load_model(folder / "stopped")[1]["step"] == status["step"] >= 5
+    assert load(folder / "stopped", return_info=True)[1].step == status["step"] >= 5
 
 
 @pytest.mark.slow
@@ -183,4 +183,4 @@ def test_torchrun_trains_and_leaves_on_a_signal_to_its_workers(folder):
     assert "Saved at step" in text
     status = json.loads((run / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "SIGTERM")
-    assert load_model(run)[1]["step"] == status["step"] >= 20
+    assert load(run, return_info=True)[1].step == status["step"] >= 20

@@ -10,7 +10,7 @@ from training import FLAGS, write_images, write_shards
 
 from fastmae import data
 from fastmae.cli import main
-from fastmae.train.weights import load_model
+from fastmae.loading import load
 
 SHORT = [*FLAGS.split(), "--train.steps", "6"]
 
@@ -34,7 +34,7 @@ def test_float_images_of_five_channels_with_the_flags_that_data_stats_prints(tmp
     summary = run(tmp_path / "run", images, *flags.split(), "--data.loader", "auto")
     assert list(summary["sets"]) == ["new crops of the training images"]  # the photographs have other channels
     assert summary["last_loss"] == pytest.approx(1.0, abs=0.6)  # the statistics fit, so targets have variance 1
-    model, _ = load_model(tmp_path / "run")
+    model = load(tmp_path / "run")
     assert model.in_chans == 5
     assert model.architecture["mean"] == pytest.approx([0.5] * 5, abs=0.01)
 
@@ -50,7 +50,7 @@ def test_sizes_that_grow_are_printed_used_and_end_at_the_models(tmp_path, capsys
     assert [(row["input_height"], row["input_width"]) for row in rows] == [(16, 24)] * 3 + [(32, 48)] * 3
     assert all(row["data_time"] >= 0 for row in rows)
     assert summary["sets"]["new crops of the training images"]["num_images"] > 0  # evaluated at the model's size
-    assert load_model(tmp_path / "run")[0].input_size == (32, 48)
+    assert load(tmp_path / "run").input_size == (32, 48)
 
 
 @pytest.mark.skipif(not data.has_dali(), reason="needs NVIDIA DALI")

@@ -18,8 +18,8 @@ from training import write_images
 import fastmae
 from fastmae import pretraining
 from fastmae.data import open_dataset
+from fastmae.loading import load
 from fastmae.train.liveness import StopRequest
-from fastmae.train.weights import load_model
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -56,7 +56,7 @@ def test_a_run_returns_what_it_left_and_can_be_continued(tmp_path, images, monke
     assert [row["step"] for row in list_of(run.metrics)] == [2, 4, 6]
     assert run.summary["sets"]
     assert Path(run.figure.filename).name == "final.png"
-    model, weights = run.model(), load_model(tmp_path / "run")[0].state_dict()
+    model, weights = run.model(), load(tmp_path / "run").state_dict()
     assert not model.training
     assert model.patch_size == (8, 8)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())

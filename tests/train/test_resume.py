@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from training import LOADERS, MODEL, assert_same_tensors, fitted, make_trainer, numbers, write_images
 
 from fastmae.cli import main
+from fastmae.loading import load
 from fastmae.train.checkpoint import CheckpointError, open_latest
-from fastmae.train.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,9 @@ def test_consolidated_weights_are_those_of_the_run(tmp_path, finished, capsys):
         file = tmp_path / f"{step}.safetensors"
         assert main(["consolidate", str(folder), str(file)]) == 0
         assert "MiB" in capsys.readouterr().out
-        model, manifest = load_model(file)
-        assert (manifest["step"], manifest["config"]["train"]["steps"], manifest["has_decoder"]) == (step, 12, True)
-        expected = load_model(run / f"checkpoints/step-{step}")[0] if step == 5 else finished.model
+        model, manifest = load(file, return_info=True)
+        assert (manifest.step, manifest.config["train"]["steps"], manifest.has_decoder) == (step, 12, True)
+        expected = load(run / f"checkpoints/step-{step}") if step == 5 else finished.model
         for name, weight in expected.state_dict().items():
             assert torch.equal(model.state_dict()[name], weight), name
     everything = tmp_path / "all.safetensors"

@@ -17,11 +17,12 @@ from training import FLAGS, MODEL, write_images
 
 from fastmae.cli import main
 from fastmae.interop.hugging_face_weights import read_hugging_face
+from fastmae.loading import read_weights
 from fastmae.model import create_model
 from fastmae.train import parallel
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.config import PretrainConfig, TrainConfig
-from fastmae.train.weights import export_weights, initialize, read_weights
+from fastmae.train.weights import export_weights, initialize
 
 ARGUMENTS = PretrainConfig(model=MODEL).model_arguments()
 
@@ -35,6 +36,11 @@ def build(seed: int = 1, **changes) -> torch.nn.Module:
             if parameter.requires_grad:
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def load_into(model: torch.nn.Module, path: Path) -> str:
+    weights, info = read_weights(path)
+    return initialize(model, weights, info.known)
 
 
 def encoder(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -53,7 +59,7 @@ def test_pth_files_of_weights_and_of_training(tmp_path, legacy):
     for content in (weights, {"model": weights, "epoch": 7, "args": argparse.Namespace(lr=1.0)}):
         model = build(2)
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-        assert initialize(model, *read_weights(path)) == "encoder and decoder"
+        assert load_into(model, path) == "encoder and decoder"
         assert_equal(model.state_dict(), weights)
 
 
@@ -75,7 +81,7 @@ def test_an_encoder_alone_leaves_the_decoder_as_it_was_drawn(tmp_path):
     source, model = build(1), build(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(encoder(source), tmp_path / "w.safetensors")
-    assert "no decoder, which is drawn anew" in initialize(model, *read_weights(tmp_path / "w.safetensors"))
+    assert "no decoder, which is drawn anew" in load_into(model, tmp_path / "w.safetensors")
     assert_equal(model.state_dict(), before | encoder(source))
 
 
@@ -107,7 +113,7 @@ def test_half_a_decoder_and_damaged_numbers_are_refused():
 
 def test_another_target_of_the_decoder_is_reported(tmp_path):
     path = export_weights(build(1), tmp_path / "w.safetensors")
-    reported = initialize(build(2, norm_pix_loss=True), *read_weights(path))
+    reported = load_into(build(2, norm_pix_loss=True), path)
     assert "trained for plain pixels and goes on with normalised pixels" in reported
 
 
@@ -142,7 +148,7 @@ def test_a_folder_of_hugging_face_gives_the_same_model(tmp_path):
     for shards, options in (("whole", {}), ("shards", {"max_shard_size": "20KB"})):
         theirs.save_pretrained(tmp_path / shards, **options)
         model = build(3, **sizes)
-        assert initialize(model, *read_hugging_face(tmp_path / shards)) == "encoder and decoder"
+        assert load_into(model, tmp_path / shards) == "encoder and decoder"
         ours = model(images, noise=noise)
         torch.testing.assert_close(ours.pred, expected.logits, rtol=1e-5, atol=1e-5)
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
@@ -151,7 +157,7 @@ def test_a_folder_of_hugging_face_gives_the_same_model(tmp_path):
     torch.save(weights, tmp_path / "whole" / "pytorch_model.bin")
     assert_equal(read_hugging_face(tmp_path / "whole")[0], read_hugging_face(tmp_path / "shards")[0])
     theirs.vit.save_pretrained(tmp_path / "encoder")
-    assert "no decoder" in initialize(build(3, **sizes), *read_hugging_face(tmp_path / "encoder"))
+    assert "no decoder" in load_into(build(3, **sizes), tmp_path / "encoder")
 
 
 def test_a_folder_of_another_library_or_with_unset_positions_is_refused(tmp_path):
@@ -171,7 +177,7 @@ def shard_and_load(rank: int, path: Path) -> dict[str, torch.Tensor]:
     parallelism = parallel.initialize("fsdp")
     model = parallel.construct(lambda: create_model(**ARGUMENTS), parallelism)
     parallel.parallelize(model, parallelism, TrainConfig(seed=2, precision="fp32"))
-    assert "no decoder" in initialize(model, *read_weights(path))
+    assert "no decoder" in load_into(model, path)
     return {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in model.state_dict().items()}
 
 

@@ -1,0 +1,209 @@
+"""``fastmae.load``: a model from any weights that it can run. One door for every command that takes WEIGHTS."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from inspect import signature
+from math import isqrt
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from torch import Tensor, nn
+
+from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
+from fastmae.model import PRESETS, MaskedAutoencoderViT
+from fastmae.model.classifier import VisionTransformer, create_vision_transformer
+from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.weights import read_source
+
+_NO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 1}
+"""Of an encoder alone: the smallest, since it is never used."""
+
+
+@dataclass(frozen=True)
+class WeightsInfo:
+    """What is known of some weights.
+
+    Attributes:
+        path: where they are.
+        source: "fastmae", "transformers", or "facebookresearch/mae or timm", which use the same names.
+        architecture: the arguments that build the model: of ``MaskedAutoencoderViT``, or of ``VisionTransformer`` if
+            there is a head.
+        assumed: numbers of heads that neither shapes nor source tell, and that are those of the preset of this width.
+        has_decoder: whether images can be reconstructed.
+        num_classes: of the head; None without one.
+        norm_pix_loss: whether the decoder predicts normalised pixels; None: unknown.
+        step: optimiser steps of the training; None: unknown.
+        config: the configuration of a run of fastmae; empty for others.
+    """
+
+    path: Path
+    source: str
+    architecture: Mapping[str, Any]
+    assumed: tuple[str, ...]
+    has_decoder: bool
+    num_classes: int | None
+    norm_pix_loss: bool | None
+    step: int | None
+    config: Mapping[str, Any]
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The architecture without what is assumed."""
+        return {name: value for name, value in self.architecture.items() if name not in self.assumed}
+
+
+@overload
+def load(path: Path | str, *, return_info: Literal[False] = False, **architecture: Any) -> nn.Module: ...
+@overload
+def load(path: Path | str, *, return_info: Literal[True], **architecture: Any) -> tuple[nn.Module, WeightsInfo]: ...
+def load(path: Path | str, *, return_info: bool = False, **architecture: Any) -> Any:
+    """A model with the weights of a run, a checkpoint, or a file or folder of another library.
+
+    Nothing in the source is executed. The architecture comes from the weights.
+
+    Args:
+        path: a run folder (its newest undamaged checkpoint), a checkpoint folder, a ``.safetensors`` file, a ``.pth``
+            file of facebookresearch/mae or a state dict of timm's, or a folder of ``save_pretrained`` of
+            transformers' ViTMAE.
+        return_info: return ``(model, WeightsInfo)``.
+        architecture: arguments of the model that the weights do not tell (``num_heads``), or of an equal shape
+            (``mean``, ``std``, ``norm_pix_loss``).
+
+    Returns:
+        On the CPU, in evaluation mode: a ``VisionTransformer`` for weights with a classifier's head, else a
+        ``MaskedAutoencoderViT``. One of an encoder alone encodes, and raises where its decoder is needed.
+
+    Raises:
+        CheckpointError: nothing of the kind is there, or what is there does not fit together; names it.
+    """
+    weights, info = read_weights(path, **architecture)
+    kind = MaskedAutoencoderViT if info.num_classes is None else VisionTransformer
+    for name in ("img_size", "num_heads", "decoder_num_heads")[: 2 + info.has_decoder]:
+        if name not in info.architecture:
+            raise CheckpointError(f"{path}: neither its shapes nor its metadata tell {name}; give {name}=")
+    try:
+        model = kind(**info.architecture)
+        if info.num_classes is not None:
+            model.load_encoder(weights, positions="interpolate")
+        else:
+            missing, unknown = model.load_state_dict(weights, strict=False)
+            missing = [name for name in missing if info.has_decoder or not _is_decoder(name)]
+            if missing or unknown:
+                text = "missing among the weights" if missing else "among the weights, but not a tensor of this model"
+                raise ValueError(f"{(missing or unknown)[0]}: {text}")
+            model.has_decoder = info.has_decoder
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+    model.eval()
+    return (model, info) if return_info else model
+
+
+def create_classifier(
+    name: str, num_classes: int, *, checkpoint: Path | str | None = None, positions: str = "recompute", **options: Any
+) -> VisionTransformer:
+    """An encoder with a head for ``num_classes``, for fine-tuning.
+
+    Args:
+        name: ``vit_{tiny,small,base,large}_patch16`` or ``vit_huge_patch14``.
+        num_classes: classes of the head; 0 for the pooled feature.
+        checkpoint: weights of the encoder, whatever :func:`load` takes; statistics of the pixels come from there too.
+            None: all are drawn.
+        positions: what happens to position tables of another size: "recompute" (sine-cosine) or "interpolate".
+        options: arguments of ``VisionTransformer``, such as ``pool``, ``drop_path`` and ``img_size``.
+
+    Raises:
+        ValueError: an unknown name or option out of range.
+        CheckpointError: the weights cannot be read or do not fit; names the first tensor.
+    """
+    if checkpoint is None:
+        return create_vision_transformer(name, num_classes, **options)
+    weights, info = read_weights(checkpoint)
+    for key in ("img_size", "patch_size", "in_chans", "mean", "std"):
+        options.setdefault(key, info.architecture.get(key))
+    model = create_vision_transformer(name, num_classes, **options)
+    here, there = model.architecture, info.architecture
+    if (here["depth"], here["embed_dim"]) != (there["depth"], there["embed_dim"]):
+        raise CheckpointError(
+            f"{checkpoint}: these are {there['depth']} blocks of {there['embed_dim']}; {name} has {here['depth']} of "
+            f"{here['embed_dim']}"
+        )
+    if info.num_classes != num_classes:
+        weights = {key: tensor for key, tensor in weights.items() if not key.startswith("head.")}
+    try:
+        model.load_encoder(weights, positions=positions)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint}: {error}") from error
+    return model
+
+
+def read_weights(path: Path | str, **architecture: Any) -> tuple[dict[str, Tensor], WeightsInfo]:
+    """Weights under facebookresearch/mae's names, on the CPU, and what is known of them; arguments as for :func:`load`.
+
+    Raises:
+        CheckpointError: as :func:`load`.
+    """
+    path = Path(path)
+    if is_hugging_face(path):
+        try:
+            weights, told = read_hugging_face(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        source, metadata = "transformers", {}
+    else:
+        weights, metadata = read_source(path)
+        told = metadata.get("architecture") or {}
+        source = "fastmae" if "architecture" in metadata else "facebookresearch/mae or timm"
+    told = {**told, **architecture}
+    try:
+        found, assumed = _architecture(weights, told)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: expected a Vision Transformer's weights; {error.args[0]} is missing") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    has_decoder = "decoder_pred.weight" in weights
+    norm_pix_loss = told.get("norm_pix_loss") if has_decoder else None
+    more = found.get("num_classes"), norm_pix_loss, metadata.get("step"), metadata.get("config") or {}
+    return weights, WeightsInfo(path, source, found, assumed, has_decoder, *more)
+
+
+def _architecture(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The arguments that build the model, from the shapes and from what the source tells; and those assumed."""
+    dim, channels, *patch = weights["patch_embed.proj.weight"].shape
+    found: dict[str, Any] = {"patch_size": patch, "in_chans": channels, "embed_dim": dim}
+    found["depth"] = _count(weights, r"blocks\.(\d+)\.")
+    found["mlp_ratio"] = weights["blocks.0.mlp.fc1.weight"].shape[0] / dim
+    widths, kind = {"num_heads": dim}, MaskedAutoencoderViT
+    if "head.weight" in weights:
+        kind = VisionTransformer
+        found |= {"num_classes": len(weights["head.weight"]), "pool": "avg" if "fc_norm.weight" in weights else "cls"}
+    elif "decoder_embed.weight" in weights:
+        found["decoder_embed_dim"] = widths["decoder_num_heads"] = len(weights["decoder_embed.weight"])
+        found["decoder_depth"] = _count(weights, r"decoder_blocks\.(\d+)\.")
+    else:
+        found |= _NO_DECODER  # which the source's metadata may replace
+    found |= {name: value for name, value in told.items() if value is not None and name in signature(kind).parameters}
+    assumed = []
+    for name, width in widths.items():
+        if name not in found:
+            same = [p[name] for p in PRESETS.values() if p[name.replace("num_heads", "embed_dim")] == width]
+            found |= {name: same[0]} if same else {}
+            assumed += [name] if same else []
+    if "img_size" not in found:
+        positions = weights["pos_embed"].shape[1] - 1
+        if isqrt(positions) ** 2 == positions:
+            found["img_size"] = [isqrt(positions) * length for length in patch]
+    return found, tuple(assumed)
+
+
+def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
+    numbers = [int(match[1]) for name in weights if (match := re.match(pattern, name))]
+    if not numbers:
+        raise ValueError("expected a Vision Transformer's weights, found no blocks")
+    return max(numbers) + 1
+
+
+def _is_decoder(name: str) -> bool:
+    return name.startswith("decoder_") or name == "mask_token"
