@@ -25,12 +25,10 @@ from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
 from fastmae.data.index import Accepts, publish_index
 from fastmae.data.inspect import QUANTILES, Statistics, good_ids, measure, suggest_range, verify_images
-from fastmae.data.loader import available_cores
 from fastmae.data.open import check_accepts
+from fastmae.data.processes import in_processes
 from fastmae.data.shards import ShardOptions, write_shards
-from fastmae.data.sources import find_source
-from fastmae.data.tar import read_shard_index, write_shard_index
-from fastmae.data.threads import in_order
+from fastmae.data.sources import find_source, index_shard
 from fastmae.errors import UsageError, usage_errors
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
@@ -81,26 +79,24 @@ def index(config: IndexConfig, console: Console) -> int:
     images, path = config.images, config.path.expanduser()
     with usage_errors():
         accepts = check_accepts(images.channels, images.value_range, images.channels_first, images.max_pixels)
-        source = find_source(path, images.num_workers)
-    if source.kind == "shards":
-        paths = [source.root / file.path for file in source.files]
-
-        def write(path: Path) -> bool:
-            with usage_errors():
-                return read_shard_index(path) is None and bool(write_shard_index(path))
-
-        with _progress("Indexing shards", len(paths)) as advance:
-            written = 0
-            for new in in_order(write, paths, images.num_workers or available_cores()):
-                written += new
-                advance(1)
-        console.print(f"{written:,} indexes written beside {len(paths):,} shards, {len(paths) - written:,} were there")
     home = images.index and images.index.expanduser()
-    bar = _progress("Reading headers", len(source.files)) if source.kind == "images" else nullcontext()
     try:
-        with usage_errors(), _terminable(), bar as advance:
-            options = {"home": home, "num_threads": images.num_workers, "progress": advance}
-            published = publish_index(source, path, accepts, **options)
+        with usage_errors(), _terminable():
+            with _progress("Listing", None) as advance:
+                source = find_source(path, images.num_workers, advance)
+            if source.shards:
+                paths = [source.root / name for name in source.shards]
+                with _progress("Indexing shards", len(paths)) as advance:
+                    written = 0
+                    for new in in_processes(index_shard, paths, images.num_workers, alone=1):
+                        written += new
+                        advance(1)
+                console.print(
+                    f"{written:,} indexes written beside {len(paths):,} shards, {len(paths) - written:,} were there"
+                )
+            with _progress("Reading headers", len(source)) as advance:
+                options = {"home": home, "workers": images.num_workers, "progress": advance}
+                published = publish_index(source, path, accepts, verify=True, **options)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command continues from there", style="bold")
         raise
@@ -247,7 +243,7 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
+def _progress(title: str, total: int | None) -> Iterator[Callable[..., None]]:
     """A bar on stderr; the yielded function advances it by a number of images and of bytes."""
     size, console = TextColumn("{task.fields[size]}"), Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), size, TimeRemainingColumn())
@@ -260,7 +256,8 @@ def _progress(title: str, total: int) -> Iterator[Callable[..., None]]:
             bar.update(task, advance=images, size=f"{bytes_done / 1e6:,.0f} MB" if bytes_done else "")
             if not console.is_terminal and time.monotonic() >= said + _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
-                print(f"{title}: {images_done:,} of {total:,}", file=sys.stderr)
+                of = "" if total is None else f" of {total:,}"
+                print(f"{title}: {images_done:,}{of}", file=sys.stderr)
 
         yield advance
 

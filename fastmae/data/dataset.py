@@ -15,14 +15,12 @@ from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import Format
 from fastmae.data.index import Accepts, Index
 from fastmae.data.sampler import Order
-from fastmae.data.table import ENTRY
 from fastmae.data.tar import OpenShards
 
 logger = logging.getLogger(__name__)
 _LISTED = 10
 MOST_WITHOUT_WINDOW, WINDOW = 4096, 256
 """Data sets of more shards than the first are shuffled in windows of the second."""
-_SHARD, _OFFSET, _SIZE, _ORIENTATION = (ENTRY.names.index(name) for name in ("shard", "offset", "size", "orientation"))
 
 
 class BadFile(NamedTuple):
@@ -139,11 +137,11 @@ class Dataset:
 
     def path(self, sample_id: int) -> str:
         """What a sample is called: its file's path, or its shard's with the member's name behind ``::``."""
-        row = self.index.table.row(int(sample_id))
-        name = os.fsdecode(self.index.table.name(row))
+        row = self.index.table.rows(np.array([sample_id]))
+        name = os.fsdecode(self.index.table.names(row)[0])
         if self._shards is None:
             return self._below_root(name)
-        return f"{self._shard(row[_SHARD])}::{name}"
+        return f"{self._shard(row['shard'][0])}::{name}"
 
     def read(self, sample_id: int) -> np.ndarray:
         """A sample's encoded bytes, uint8 (bytes,).
@@ -151,11 +149,12 @@ class Dataset:
         Raises:
             DataError: the file cannot be read, even after waiting and trying again.
         """
-        row = self.index.table.row(int(sample_id))
+        row = self.index.table.rows(np.array([sample_id]))
         if self._shards is not None:
-            shard = self._shard(row[_SHARD])
-            return with_retries(lambda: self._shards.read(shard, row[_OFFSET], row[_SIZE]), shard)
-        path = self._below_root(os.fsdecode(self.index.table.name(row)))
+            [(number, offset, size)] = row[["shard", "offset", "size"]].tolist()
+            shard = self._shard(number)
+            return with_retries(lambda: self._shards.read(shard, offset, size), shard)
+        path = self._below_root(os.fsdecode(self.index.table.names(row)[0]))
         return with_retries(lambda: np.fromfile(path, np.uint8), path)
 
     def decode(self, sample_id: int) -> np.ndarray:
@@ -165,7 +164,7 @@ class Dataset:
             UndecodableImage: the bytes are not an image.
             DataError: the file cannot be read.
         """
-        orientation = self.index.table.row(int(sample_id))[_ORIENTATION]
+        orientation = int(self.index.table.rows(np.array([sample_id]))["orientation"][0])
         accepts = self.accepts
         options = {"value_range": accepts.value_range, "channels_first": accepts.channels_first}
         return decode(self.read(sample_id), orientation, channels=accepts.channels, **options)

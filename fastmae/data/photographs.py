@@ -22,7 +22,7 @@ from fastmae.data.decode import UndecodableImage, center_box, decode, resize_cro
 from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import EXPECTED, BadImage, read_header
 from fastmae.data.index import Accepts, build_index
-from fastmae.data.sources import ListedFile, Source
+from fastmae.data.sources import ListSource
 
 logger = logging.getLogger(__name__)
 TRAINING = (
@@ -72,8 +72,7 @@ def open_photographs() -> Dataset:
     Raises:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
-    files = [ListedFile(path.name, path.stat().st_size, 0) for path in _present(TRAINING)]
-    source = Source("images", _folder(), files, True, [])
+    source = ListSource(_folder(), [(path.name, "") for path in _present(TRAINING)])
     return Dataset(build_index(source, Accepts()), _folder(), name="photographs", embedded=True)
 
 

@@ -1,92 +1,182 @@
-"""Where images come from: a folder of them, tar shards, or a list file; each found without opening an image."""
+"""Where images come from: a folder, a list file or tar shards; each is listed without opening an image.
+
+A source is read twice when an index is built: once for its fingerprint, which tells whether an index is still current,
+and once for the rows. Both passes stream, so that memory does not grow with the number of images: a folder is held one
+directory at a time (about 130 bytes per file of the largest directory), a list file one line at a time.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple, Protocol
 
-from fastmae.data.errors import DataError
-from fastmae.data.formats import IMAGE_SUFFIXES
-from fastmae.data.threads import batched, in_order
+import numpy as np
+
+from fastmae.data.errors import DataError, with_retries
+from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header
+from fastmae.data.processes import in_processes
+from fastmae.data.table import Part, PartBuilder
+from fastmae.data.tar import read_shard_index, shard_part, write_shard_index
+from fastmae.data.threads import batched
 
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 EXPECTED = "a folder of images (JPEG, PNG, WebP, TIFF, .npy), a folder of .tar shards, a .tar, or a list file"
+INDEX_MARK = ".fastmae-index"
+"""A file in a folder of indexes: one that lies among the images is no part of them."""
 _AT_ONCE = 1024
-"""Files of a folder whose sizes and times one thread asks for."""
+"""Files per call of a worker."""
+_PER_PART = 64
+"""The hash of an index depends on how many files make a part."""
+_READ_ALONE, _LISTED_ALONE, _SHARDS_ALONE = 4, 64, 8
+"""Calls that are made in this process, because starting others takes longer: those for 4,096 headers, for the sizes of
+65,536 files, and for 8 shards."""
+_KNOWN = ["height", "width", "channels", "format", "orientation", "mode", "bad"]
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+Progress = Callable[[int], None]
+Known = Callable[[list[bytes], bool], tuple[np.ndarray, np.ndarray]]
+"""Rows and modification times from an earlier index, by name, with format 0 for names that it does not have. The flag
+says whether names are asked for in their order."""
 
 
-class ListedFile(NamedTuple):
-    """A file: path relative to the root, bytes, time of change in nanoseconds, class (-1: none).
-
-    A file that is not there has size -1.
-    """
-
-    path: str
-    size: int
-    mtime: int
-    label: int = -1
-
-
-class FolderFiles:
-    """The files below a folder, sorted by path: listed anew by each iteration, so that they are never held all at once.
+class Source(Protocol):
+    """What a data set is made of.
 
     Attributes:
-        digest: of names, sizes and times of change, when they were counted.
+        root: what names are relative to.
+        classes: the names of the labels, in the order of their numbers; empty if unknown.
+        shards: the names of the files that hold several images each; empty if each image is a file of its own.
     """
 
-    def __init__(self, root: Path, count: int, digest: bytes, classes: Sequence[str], num_threads: int | None = None):
-        self._root, self._count, self.digest, self._num_threads = root, count, digest, num_threads
-        self._numbers = {name: i for i, name in enumerate(classes)}
+    root: Path
+    classes: list[str]
+    shards: list[str]
+
+    def __len__(self) -> int:
+        """How many files; some of a folder's may be no images."""
+
+    def fingerprint(self, *more: object) -> str:
+        """A digest of names, sizes, modification times and labels, and of ``more``."""
+
+    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
+        """The rows of the index, in order. They are the same whatever the number of workers.
+
+        Args:
+            known: rows that need not be read again while size and time are the same.
+            workers: processes; None for one per core.
+            progress: called with a number of files that have been read.
+        """
+
+
+class _Source:
+    """What the sources here share; ``_digest`` is that of the listing."""
+
+    def __init__(self, root: Path, classes: Sequence[str] = (), shards: Sequence[str] = ()):
+        self.root, self.classes, self.shards = root, list(classes), list(shards)
+        self._count, self._digest = len(self.shards), b""
 
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[ListedFile]:
-        return _with_sizes(self._root, self._numbers, self._num_threads)
+    def fingerprint(self, *more: object) -> str:
+        kind = repr((type(self).__name__, self.classes, *more)).encode()
+        return hashlib.blake2b(kind + self._digest, digest_size=16).hexdigest()
 
 
-class Source(NamedTuple):
-    """What a data set is made of.
+class FolderSource(_Source):
+    """The files below a folder, sorted by path. The folders at the top are the classes.
 
-    Attributes:
-        kind: ``"images"`` for one image a file, ``"shards"`` for tar files of them.
-        root: what the paths are relative to.
-        files: in the order of the index, with the classes of images; shards hold them.
-        listed: whether the user named each file: then a file that is no image is an error and not left aside.
-        classes: the names of the classes, in the order of their numbers; empty if unknown.
+    Files that are no images are skipped, unless they are named like one.
     """
 
-    kind: Literal["images", "shards"]
-    root: Path
-    files: FolderFiles | Sequence[ListedFile]
-    listed: bool
-    classes: list[str]
+    def __init__(self, root: Path, count: int, digest: bytes, classes: list[str]):
+        super().__init__(root, classes)
+        self._count, self._digest = count, digest
 
-    def fingerprint(self, *more: object) -> str:
-        """A digest of names, sizes, times of change and labels: with another one the index is built anew."""
-        files = self.files.digest if isinstance(self.files, FolderFiles) else _digest(self.files)
-        digest = hashlib.blake2b(repr((self.kind, self.listed, self.classes, *more)).encode() + files, digest_size=16)
-        return digest.hexdigest()
+    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        files = ((name, numbers.get(name.partition("/")[0], -1)) for name in list_files(self.root))
+        yield from _file_parts(self.root, files, known, workers, progress, listed=False)
 
 
-def _digest(files: Iterable[ListedFile]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        digest.update(os.fsencode(file.path) + b"\0%d\0%d\0%d\0" % (file.size, file.mtime, file.label))
-    return digest.digest()
+class ListSource(_Source):
+    """Files by name, each optionally with a label: a number, or the name of a class.
+
+    Args:
+        root: what the names are relative to.
+        lines: (name, label), iterated several times; no label is the empty string.
+        workers, progress: as for :func:`find_source`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        lines: Iterable[tuple[str, str]],
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ):
+        super().__init__(root)
+        self._lines, self.tars = lines, 0
+        labels, numeric = set(), True
+
+        def counted() -> Iterator[str]:
+            nonlocal numeric
+            for name, label in lines:
+                self._count += 1
+                self.tars += name.endswith(".tar")
+                if label:
+                    numeric = numeric and label.isdecimal()
+                    if not numeric:
+                        labels.add(label)
+                digest.update(label.encode("utf-8", "surrogateescape") + b"\0")
+                yield name
+
+        digest = hashlib.blake2b(digest_size=16)
+        sizes = _digest_files(root, counted(), workers, progress)
+        self._digest = digest.digest() + sizes
+        if not numeric:  # some numbers may have come before
+            self.classes = sorted(labels | {label for _, label in lines if label.isdecimal()})
+
+    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
+        numbers = {name: i for i, name in enumerate(self.classes)}
+        files = ((name, numbers[label] if numbers and label else int(label or -1)) for name, label in self._lines)
+        yield from _file_parts(self.root, files, known, workers, progress, listed=True)
 
 
-def find_source(path: Path, num_threads: int | None = None) -> Source:
+class ShardSource(_Source):
+    """Tar shards, in the order of ``names``. ``classes.txt`` beside them names the classes."""
+
+    def __init__(self, root: Path, names: list[str]):
+        path = root / "classes.txt"
+        super().__init__(root, path.read_text().splitlines() if path.is_file() else (), names)
+        self._digest = _digest_files(root, names)
+
+    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
+        paths = (self.root / name for name in self.shards)
+        for part in in_processes(shard_part, paths, workers, alone=_SHARDS_ALONE):
+            yield part
+            if progress is not None:
+                progress(1)
+
+
+def index_shard(path: Path) -> bool:
+    """Write the index beside a shard unless it is there; whether it was written."""
+    return read_shard_index(path) is None and bool(write_shard_index(path))
+
+
+def find_source(path: Path, workers: int | None = None, progress: Progress | None = None) -> Source:
     """What lies at a path.
 
     Args:
         path: a folder is listed, the size and time of each of its files asked for.
-        num_threads: that ask; None chooses.
+        workers: processes, for more than some ten thousand files; None for one per core.
+        progress: called with a number of files that have been listed.
 
     Raises:
         DataError: nothing, nothing that is images, or images and shards side by side.
@@ -95,113 +185,75 @@ def find_source(path: Path, num_threads: int | None = None) -> Source:
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; expected {EXPECTED}")
     if path.is_dir():
-        return _folder(path, num_threads)
+        return _folder(path, workers, progress)
     if path.name.endswith(".tar"):
-        status = path.stat()
-        files = [ListedFile(path.name, status.st_size, status.st_mtime_ns)]
-        return Source("shards", path.parent, files, True, _class_names(path.parent))
+        return ShardSource(path.parent, [path.name])
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path}: is compressed; expected a plain .tar, out of which an image can be read by position")
-    if path.suffix in LIST_SUFFIXES:
-        return _list_file(path)
-    raise DataError(f"{path}: is a file; expected {EXPECTED}")
+    if path.suffix not in LIST_SUFFIXES:
+        raise DataError(f"{path}: is a file; expected {EXPECTED}")
+    source = ListSource(path.parent, _ListFile(path), workers, progress)
+    if not len(source):
+        raise DataError(f"{path}: expected one path per line, found none")
+    if source.tars < len(source):
+        return source
+    names = [name for name, _ in _ListFile(path)]
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise DataError(f"{path}: names {name}, which is not there")
+    return ShardSource(path.parent, names)
 
 
-def _folder(root: Path, num_threads: int | None) -> Source:
-    shards: list[ListedFile] = []
+class _ListFile(NamedTuple):
+    """One path per line, relative to the list's folder or absolute; after a tab, a label; ``#`` begins a comment."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            for line in file:
+                if line.strip() and not line.startswith("#"):
+                    name, _, label = line.partition("\t")
+                    yield name.strip(), label.strip()
+
+
+def _folder(root: Path, workers: int | None, progress: Progress | None) -> Source:
+    shards: list[str] = []
     classes: set[str] = set()
     count, images, image, compressed = 0, 0, "", ""
 
-    def counted() -> Iterator[ListedFile]:
+    def counted() -> Iterator[str]:
         nonlocal count, images, image, compressed
-        for file in _with_sizes(root, {}, num_threads):
+        for name in list_files(root):
             count += 1
-            folder, slash, _ = file.path.partition("/")
+            folder, slash, _ = name.partition("/")
             if slash:
                 classes.add(folder)
-            if file.path.endswith(".tar"):
-                shards.append(file)
-            elif _is_image(file.path):
-                images, image = images + 1, image or file.path
-            elif file.path.endswith(_COMPRESSED):
-                compressed = compressed or file.path
-            yield file
+            if name.endswith(".tar"):
+                shards.append(name)
+            elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - a hundred million times
+                images, image = images + 1, image or name
+            elif name.endswith(_COMPRESSED):
+                compressed = compressed or name
+            yield name
 
-    digest = _digest(counted())
+    digest = _digest_files(root, counted(), workers, progress)
     if shards and images:
         raise DataError(
-            f"{root}: holds {images} images ({image}, ...) and {len(shards)} .tar files ({shards[0].path}, ...); "
+            f"{root}: holds {images} images ({image}, ...) and {len(shards)} .tar files ({shards[0]}, ...); "
             "expected one kind. Move one of them away, or name the files in a list file"
         )
     if shards:
-        return Source("shards", root, shards, False, _class_names(root))
+        return ShardSource(root, shards)
     if compressed and not images:
         raise DataError(f"{root / compressed}: is compressed; expected plain .tar shards")
-    names = sorted(classes)
-    return Source("images", root, FolderFiles(root, count, digest, names, num_threads), False, names)
-
-
-def _is_image(path: str) -> bool:
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES  # noqa: PTH122 - a million times
-
-
-def _class_names(folder: Path) -> list[str]:
-    path = folder / "classes.txt"
-    return path.read_text().splitlines() if path.is_file() else []
-
-
-def _list_file(path: Path) -> Source:
-    """A path a line, relative to the list's folder or absolute; after a tab, a label; ``#`` begins a comment line."""
-    try:
-        lines = path.read_text(errors="surrogateescape").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected text, a path a line: {error}") from error
-    files, given = [], []
-    for line in lines:
-        if not line.strip() or line.startswith("#"):
-            continue
-        name, _, label = line.partition("\t")
-        files.append(_listed(path.parent, name.strip()))
-        given.append(label.strip())
-    if not files:
-        raise DataError(f"{path}: expected a path a line, found none")
-    if all(file.path.endswith(".tar") for file in files):
-        for file in files:
-            if file.size < 0:
-                raise DataError(f"{path}: names {file.path}, which is not there")
-        return Source("shards", path.parent, files, True, _class_names(path.parent))
-    labels, classes = _number(given)
-    files = [file._replace(label=label) for file, label in zip(files, labels, strict=True)]
-    return Source("images", path.parent, files, True, classes)
-
-
-def _listed(root: Path, name: str, label: int = -1) -> ListedFile:
-    path = os.path.join(root, name)  # noqa: PTH118 - a million times
-    try:
-        status = os.stat(path)  # noqa: PTH116
-    except FileNotFoundError:
-        return ListedFile(name, -1, 0, label)
-    except OSError:
-        if os.path.islink(path):  # noqa: PTH114 - to itself
-            return ListedFile(name, -1, 0, label)
-        raise
-    size = status.st_size if stat.S_ISREG(status.st_mode) else -1
-    return ListedFile(name, size, status.st_mtime_ns, label)
-
-
-def _number(given: list[str]) -> tuple[list[int], list[str]]:
-    """Labels as numbers, and their names if they are not numbers already; no label is -1."""
-    if all(label.isdecimal() for label in given if label):
-        return [int(label) if label else -1 for label in given], []
-    classes = sorted({label for label in given if label})
-    numbers = {label: i for i, label in enumerate(classes)}
-    return [numbers.get(label, -1) for label in given], classes
+    return FolderSource(root, count, digest, sorted(classes))
 
 
 def list_files(root: Path) -> Iterator[str]:
     """The paths of all files below a folder, sorted, relative to it.
 
-    Hidden names are skipped, links followed, loops entered once. The names of one folder at a time are held.
+    Hidden names and indexes are skipped, links followed, loops entered once. One directory's names at a time are held.
     """
     pending, entered = [""], set()
     while pending:
@@ -214,14 +266,20 @@ def list_files(root: Path) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
+        found, is_index = [], False
         with os.scandir(folder) as members:
-            found = [name for member in members if (name := _file_or_folder(member))]
+            for member in members:
+                is_index = is_index or member.name == INDEX_MARK
+                if name := _file_or_folder(member):
+                    found.append(name)
+        if path and is_index:
+            continue
         # A folder counts with its slash, so that the paths below it come where they would in a list of all.
         pending.extend(path + name for name in sorted(found, reverse=True))
 
 
 def _file_or_folder(member: os.DirEntry) -> str | None:
-    """A name, of a folder with a slash; None for what is hidden, and for pipes, which would be waited for for ever."""
+    """A name, of a folder with a slash; None for what is hidden, and for pipes and sockets."""
     if member.name.startswith("."):
         return None
     try:
@@ -234,9 +292,129 @@ def _file_or_folder(member: os.DirEntry) -> str | None:
         raise
 
 
-def _with_sizes(root: Path, numbers: Mapping[str, int], num_threads: int | None) -> Iterator[ListedFile]:
-    def ask(paths: list[str]) -> list[ListedFile]:
-        return [_listed(root, path, numbers.get(path.partition("/")[0], -1)) for path in paths]
+def _digest_files(
+    root: Path, names: Iterable[str], workers: int | None = None, progress: Progress | None = None
+) -> bytes:
+    """A digest of names, sizes and modification times."""
+    digest = hashlib.blake2b(digest_size=16)
+    calls = ((os.fsencode(root), some) for some in batched(names, _AT_ONCE))
+    for count, some in in_processes(digest_some, calls, workers, alone=_LISTED_ALONE):
+        digest.update(some)
+        if progress is not None:
+            progress(count)
+    return digest.digest()
 
-    for files in in_order(ask, batched(list_files(root), _AT_ONCE), num_threads):
-        yield from files
+
+def digest_some(call: tuple[bytes, list[str]]) -> tuple[int, bytes]:
+    """One call of a worker for :func:`_digest_files`."""
+    root, names = call
+    digest = hashlib.blake2b(digest_size=16)
+    for name in map(os.fsencode, names):
+        digest.update(name + b"\0%d\0%d\0" % _size_and_time(os.path.join(root, name)))  # noqa: PTH118
+    return len(names), digest.digest()
+
+
+def _size_and_time(path: bytes) -> tuple[int, int]:
+    """(-1, 0) for what is not there."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return -1, 0
+        raise
+    except ValueError:  # a zero byte in its name
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
+
+
+class _Files(NamedTuple):
+    """What a worker is to read."""
+
+    root: bytes
+    names: list[bytes]
+    labels: list[int]
+    known: tuple[np.ndarray, np.ndarray] | None
+    listed: bool
+
+
+def _file_parts(
+    root: Path,
+    files: Iterable[tuple[str, int]],
+    known: Known | None,
+    workers: int | None,
+    progress: Progress | None,
+    *,
+    listed: bool,
+) -> Iterator[Part]:
+    """The rows of files by name and label. ``listed``: the user named each of them, so one that is no image is bad."""
+
+    def calls() -> Iterator[_Files]:
+        for some in batched(files, _AT_ONCE):
+            names = [os.fsencode(name) for name, _ in some]
+            before = known(names, not listed) if known is not None else None
+            yield _Files(os.fsencode(root), names, [label for _, label in some], before, listed)
+
+    for count, parts in in_processes(read_files, calls(), workers, alone=_READ_ALONE):
+        yield from parts
+        if progress is not None:
+            progress(count)
+
+
+def read_files(files: _Files) -> tuple[int, list[Part]]:
+    """One call of a worker for :func:`_file_parts`."""
+    if files.known is None:
+        known: list[tuple] = [(0,) * len(_KNOWN)] * len(files.names)
+        identities = [(-1, 0)] * len(files.names)
+    else:
+        rows, times = files.known
+        known, identities = rows[_KNOWN].tolist(), list(zip(rows["size"].tolist(), times.tolist(), strict=True))
+    parts, everything = [], zip(files.names, files.labels, known, identities, strict=True)
+    for some in batched(everything, _PER_PART):
+        builder, modified, fresh = PartBuilder(), [], []
+        for name, label, before, identity in some:
+            path = os.path.join(files.root, name)  # noqa: PTH118
+            same = before[_KNOWN.index("format")] and _size_and_time(path) == identity
+            if same:
+                size, time = identity
+                builder.add_values(name, before, size=size, label=label)
+            else:
+                size, time, header = _read_file(path)
+                if header is None and not files.listed:
+                    continue
+                builder.add(name, header or "not an image", size=size, label=label)
+            modified.append(time)
+            fresh.append(not same)
+        parts.append(builder.build(modified, fresh))
+    return len(files.names), parts
+
+
+def _read_file(path: bytes) -> tuple[int, int, Header | str | None]:
+    """Size, modification time and header of a file: of what was opened, whatever has taken its place since it was
+    listed. Instead of a header: None for a file of another kind, or the reason why it is bad."""
+    if b"\0" in path:
+        return 0, 0, "no such file"
+    name = os.fsdecode(path)
+    try:
+        return with_retries(lambda: _open_and_parse(name), name, give_up_on=(PermissionError,))
+    except PermissionError:
+        return *_size_and_time(path), "no permission to read it"
+
+
+def _open_and_parse(path: str) -> tuple[int, int, Header | str | None]:
+    try:
+        file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except IsADirectoryError:
+        return 0, 0, "not a file"
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return 0, 0, "dangling link" if os.path.islink(path) else "no such file"  # noqa: PTH114
+        raise
+    with file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):  # a FIFO, which opens at once and is not waited for
+            return 0, 0, "not a file"
+        try:
+            header = parse_header(file, path)
+        except BadImage as error:
+            header = str(error)
+    return status.st_size, status.st_mtime_ns, header

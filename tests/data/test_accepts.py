@@ -14,12 +14,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from fastmae.data import DataError, choose_loader, errors, has_dali, open_dataset
-from fastmae.data.dataset import Dataset
+from fastmae.data import DataError, choose_loader, has_dali, open_dataset
 from fastmae.data.formats import Format
-from fastmae.data.index import Index
-from fastmae.data.sampler import permuted_ids
-from fastmae.data.table import ENTRY, Bytes, Table
 
 
 def values(*shape: int, dtype: str = "uint8") -> np.ndarray:
@@ -184,56 +180,3 @@ def test_dali_is_for_photographs(tmp_path):
     assert choose_loader(dataset) == "torch"
     with pytest.raises(DataError, match="has TIFF files: use torch"):
         choose_loader(dataset, "dali")
-
-
-def test_an_index_of_a_hundred_million_is_neither_held_nor_walked(tmp_path):
-    count, batch, reads = 100_000_000, 1024, []
-    for name, size in (("rows", ENTRY.itemsize), ("names", 24)):
-        with (tmp_path / name).open("wb") as file:
-            file.truncate(count * size)  # takes no room on the disk
-
-    class Counted(Bytes):
-        def read(self, start: int, size: int) -> bytes:
-            reads.append(size)
-            return super().read(start, size)
-
-        def read_many(self, starts: list[int], size: int) -> tuple[bytearray, bool]:
-            reads.extend([size] * len(starts))
-            return Bytes.read_many(Bytes(self._path), starts, size)
-
-    table = Table(Counted(tmp_path / "rows"), Counted(tmp_path / "names"))
-    dataset = Dataset(Index(table, {5: "bad"}, "00", [], [], frozenset()), tmp_path, name="many")
-    assert len(dataset) == count
-    resident = []
-    for step in range(50):
-        ids, _ = permuted_ids(np.arange(step * batch, (step + 1) * batch), count, seed=0)
-        reads.clear()
-        dataset.shapes(ids)
-        dataset.is_bad(ids)
-        for i in ids.tolist():
-            dataset.path(i)
-        assert len(reads) == 3 * batch  # a row for the shapes; a row and a name for the file
-        assert sum(reads) <= batch * (2 * ENTRY.itemsize + 24)
-        resident.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-    assert resident[-1] - resident[0] < 20e6
-
-
-def test_rows_are_the_same_whether_the_system_holds_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(errors, "PAUSES", (0.0,))
-    rows = np.zeros(5000, ENTRY)
-    rows["size"] = np.arange(5000)
-    (tmp_path / "rows").write_bytes(rows.tobytes())
-    (tmp_path / "names").write_bytes(b"name")
-    ids = np.array([4999, 0, 17, 4000])
-    with (tmp_path / "rows").open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    table = Table(Bytes(tmp_path / "rows"), Bytes(tmp_path / "names"))
-    for _ in range(2):  # the second time from memory
-        assert table.rows(ids)["size"].tolist() == ids.tolist()
-    in_memory = Table(Bytes(rows.tobytes()), Bytes(b""))
-    assert np.array_equal(in_memory.rows(ids), table.rows(ids))
-    with (tmp_path / "rows").open("rb+") as file:
-        file.truncate(100 * ENTRY.itemsize + 5)
-    with pytest.raises(DataError, match="too early"):
-        table.rows(np.array([100]))

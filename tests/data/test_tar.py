@@ -364,5 +364,5 @@ def test_a_list_of_what_is_not_there_or_no_image(tmp_path, cache):
     dataset = open_dataset(tmp_path / "list.txt", max_bad_fraction=0.7, cache_dir=cache)
     assert [bad.reason for bad in dataset.bad] == ["no such file", "not an image"]
     (tmp_path / "list.txt").write_text("\n# nothing\n")
-    with pytest.raises(DataError, match="a path a line, found none"):
+    with pytest.raises(DataError, match="one path per line, found none"):
         open_dataset(tmp_path / "list.txt", cache_dir=cache)
