@@ -52,16 +52,13 @@ class StopRequest:
         process_ends: the process ends after this context, and ignores signals from then on, so that a repeated one does
             not kill it while it shuts down. Otherwise, as in a notebook, the previous handlers come back, and a second
             SIGINT raises KeyboardInterrupt.
-
-    Attributes:
-        requested: name of the first signal, or None.
     """
 
     repeats: ClassVar = {signal.SIGINT: 1.0, signal.SIGTERM: 15.0}
 
     def __init__(self, quiet: bool = False, process_ends: bool = False) -> None:
         self._quiet, self._process_ends = quiet, process_ends
-        self.requested: str | None = None
+        self.requested: str | None = None  # name of the first signal
         self._first: tuple[int, float] | None = None  # of SIGINT and SIGTERM: number and time
         self._raises, self._restore, self._woken = False, ExitStack(), None
 
@@ -140,9 +137,6 @@ class Agreement:
         deadline: when to leave, of ``time.monotonic()``.
         save_every: seconds between two checkpoints; None for none by the clock.
         saving: whether this rank's background save is still running.
-
-    Attributes:
-        save_due, all_saved: by this step's result, it is time for a checkpoint; no rank's background save is running.
     """
 
     max_steps = 20
@@ -164,7 +158,7 @@ class Agreement:
     def saved(self) -> None:
         """A checkpoint was saved or begun. All ranks call it at the same step; requests made before it are void."""
         self._saved_at, self._void = time.monotonic(), True
-        self.save_due = self.all_saved = False
+        self.save_due = self.all_saved = False  # of this step: time for a checkpoint; nobody's save is running
 
     def must_leave(self) -> bool:
         """Called by all ranks before each step: whether a signal has come to one of them, or the time is over."""
@@ -228,13 +222,13 @@ def is_broken(error: BaseException | None) -> bool:
 
 
 class RankState(NamedTuple):
-    """What a rank publishes once per second: its step and phase, the seconds it has been there, and a counter."""
+    """What a rank publishes once per second."""
 
     step: int
     phase: str
     host: str
-    seconds: float
-    beat: int
+    seconds: float  # since this step and phase began
+    beat: int  # counts
 
     @property
     def progress(self) -> tuple[int, bool]:
@@ -254,10 +248,8 @@ class Finding(NamedTuple):
 def find_lost(before: Sequence[RankState | None], after: Sequence[RankState | None]) -> Finding:
     """Whom all ranks wait for: one that failed, else one that is silent, else the one furthest behind.
 
-    A rank is silent if its counter stood still between the readings: clocks of machines differ.
-
-    Args:
-        before, after: states of all ranks, read several beats apart; None for a rank that has never published.
+    A rank is silent if its counter stood still between two readings of all states (clocks of machines differ), or if it
+    has never published (None).
     """
     pairs = list(enumerate(zip(before, after, strict=True)))
     failed = [rank for rank, (_, new) in pairs if new and new.phase.startswith(_FAILED)]

@@ -38,10 +38,8 @@ Values = dict[str, list[float]]
 
 
 class StepValues:
-    """Loss, gradient norm and whether it was skipped of each step of an interval, on the device.
-
-    They are averaged over all ranks once per interval and not per step.
-    """
+    """Loss, gradient norm and whether it was skipped of each step of an interval, on the device; averaged over all
+    ranks once per interval and not per step."""
 
     NAMES = ("loss", "grad_norm", "skipped")
 
@@ -93,13 +91,11 @@ class Reporter:
     Rows are written one interval late on a GPU or with several ranks, so that no step waits.
 
     Args:
-        parallelism, ranks: for what the devices average and what the hosts exchange; the first rank writes.
         step_flops: FLOPs of a step over all ranks, at present.
         passes: forward passes of this rank in a step.
 
     Attributes:
-        stages: times the waiting for images, and forward passes with DDP, where they are a rank's own work, in which it
-            waits for nobody; a sharded model gathers weights in them, which waits for the slowest rank.
+        stages: a trainer's ``stage`` that times what a row needs.
         checks: called with each row and its steps' values by name before the row is written; may add to the row.
     """
 
@@ -118,6 +114,8 @@ class Reporter:
         self._step_flops, self._passes, self._wandb_project = step_flops, passes, config.report.wandb_project
         self.values = StepValues(config.train.log_every_steps, parallelism)
         self.add = self.values.add
+        # With DDP forward passes are a rank's own work, in which it waits for nobody. A sharded model gathers weights in
+        # them, which waits for the slowest rank.
         timed = {"data", "forward"} if ranks.size > 1 and not parallelism.sharded else {"data"}
         self.stages = StageTimes(self._device, timed)
         self._late = int(self._device.type == "cuda" or ranks.size > 1)

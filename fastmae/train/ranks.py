@@ -29,13 +29,8 @@ class LostRankError(CheckpointError):
 class Ranks:
     """All ranks of the job on a gloo group, or this process alone. Every rank makes each call.
 
-    Every method raises :class:`LostRankError` if a rank has gone.
-
-    Args:
-        group: communicates through host memory; None for a single process.
-
-    Attributes:
-        waiting: entered around what waits for other ranks, with words for it.
+    Every method raises :class:`LostRankError` if a rank has gone. What waits for other ranks runs inside
+    ``waiting(words for it)``, which the watchdog sets.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -46,11 +41,8 @@ class Ranks:
 
     @classmethod
     def create(cls, timeout: float = 1800.0) -> Ranks:
-        """A new group of all ranks, if ``torch.distributed`` is initialised.
-
-        Args:
-            timeout: seconds to wait for the slowest rank in one step, such as writing its file.
-        """
+        """A new group of all ranks, if ``torch.distributed`` is initialised, that waits ``timeout`` seconds for the
+        slowest rank in one step, such as writing its file."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
         return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
@@ -82,9 +74,6 @@ class Ranks:
 
     def gather(self, what: str, function: Callable[[], T]) -> list[T]:
         """Call a function on every rank; each gets the results of all, in the order of ranks.
-
-        Args:
-            what: for the message, such as "saving step 100".
 
         Raises:
             CheckpointError: on every rank with the same words, if the function raises on any.

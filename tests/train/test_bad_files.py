@@ -15,10 +15,8 @@ from training import make_trainer, write_images
 
 from fastmae import data
 from fastmae.data import DataError, LateBad
-from fastmae.data.sampler import Order
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.checkpoint import Ranks
-from fastmae.train.guard import SamplePositions
 from fastmae.train.trainer import Trainer
 
 PER_STEP = 8
@@ -132,27 +130,3 @@ def test_bad_files_are_listed_and_counted(tmp_path, spoilt):
     assert [trainer.dataset.path(line["sample_id"]) for line in lines] == [line["path"] for line in lines]
     assert "empty" in lines[0]["reason"]
     assert [row["bad_files"] for row in trainer.run.read_metrics()] == [2, 2, 2]
-
-
-def test_too_many_bad_files_stop(tmp_path, spoilt):
-    with pytest.raises(DataError, match=r"2 of 11 images cannot be used"):
-        make_trainer(tmp_path / "run", spoilt)
-
-
-def test_files_found_late_wait_for_their_step_and_come_once(tmp_path):
-    dataset = make_trainer(tmp_path / "run", write_images(tmp_path / "images")).dataset
-    bad = BadFiles(tmp_path / "bad.jsonl", dataset, SamplePositions(4, Order(11, 0)).step_of)
-    bad.begin()
-    found = [LateBad(7, "cut", 9), LateBad(2, "torn", 4), LateBad(3, "burnt", 8)]
-    bad.update(found, samples=8)
-    assert (len(bad), bad.state_dict()["late"]) == (1, [[2, "torn", 4]])
-    bad.update(found, samples=12)
-    bad.update(found, samples=12)
-    lines = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
-    assert [(line["sample_id"], line["found"]) for line in lines] == [(2, 2), (3, 3), (7, 3)]
-
-    again = BadFiles(tmp_path / "bad.jsonl", dataset, SamplePositions(4, Order(11, 0)).step_of)
-    again.load_state_dict({"late": json.loads(json.dumps(bad.state_dict()))["late"][:2]})
-    again.begin()  # goes on from a checkpoint of before the last one was found
-    again.update(found, samples=12)
-    assert [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == lines

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from checkpoints import latest_checkpoint, load_checkpoint
 from distributed import run_ranks
 from PIL import Image
 from rich.console import Console
-from training import MODEL, TRAIN, assert_same_tensors, make_trainer
-from training import write_images as write_a_few
+from training import MODEL, TRAIN, assert_same_tensors
 
 from fastmae import data
 from fastmae.data.sampler import Order, permuted_ids
@@ -86,10 +86,8 @@ def make(out: Path, images: Path, *callbacks: Callback, place=None, ranks=None, 
 
 
 def fit(trainer: Trainer, **options) -> str:
-    try:
+    with trainer.run:
         return trainer.fit(**options)
-    finally:
-        trainer.run.close()
 
 
 def read(run: Path) -> list[dict]:
@@ -171,56 +169,37 @@ def test_a_few_skipped_steps_are_named_and_no_reason_to_go_back(images, tmp_path
     assert [row.get("skipped_samples") for row in rows] == [None, SAMPLES[:1], SAMPLES[1:]]
 
 
-def assert_as_undisturbed(out: Path, straight: Path) -> None:
-    names = ("step", "samples", "epoch", "lr", "loss", "grad_norm", "skipped_steps", "rollbacks")
-    one, other = ([[row[name] for name in names] for row in read(run)] for run in (out, straight))
-    assert one == other
-    assert records(out) == records(straight)
-    manifests = [json.loads((run / "checkpoints/step-12/manifest.json").read_text()) for run in (out, straight)]
-    for name in ("samples_consumed", "positions", "guard"):
-        assert manifests[0][name] == manifests[1][name]
-    assert_same_tensors(straight / "checkpoints/step-12", out / "checkpoints/step-12")
-
-
-def resume_and_finish(out: Path, images: Path) -> None:
-    resumed = make(out, images, resume=True)
-    assert resumed.resume(latest_checkpoint(out)) == []
-    assert fit(resumed) == "finished"
-
-
 MOMENTS = [
-    (leave, 7, 1),  # among the skipped steps
-    (die, 8, 1),  # when they would have been noticed
-    (die, 6, 2),  # gone back, and not saved since
+    (leave, 7, 1, 0),  # among the skipped steps
+    (die, 8, 1, 0),  # when they would have been noticed
+    (die, 6, 2, 0),  # gone back, and not saved since
+    (None, 0, 0, 1),
+    (leave, 8, 1, 1),  # before the run goes back
 ]
-AGAIN = range(6, 9)  # the steps that the run goes back over
-SLOW = [(how, step, 1) for how in (leave, die) for step in range(5, 12)]
-SLOW += [(how, step, 2) for how in (leave, die) for step in AGAIN]
+SLOW = [(how, step, 1, 0) for how in (leave, die) for step in range(5, 12)]
+SLOW += [(how, step, 2, 0) for how in (leave, die) for step in range(6, 9)]  # the steps that the run goes back over
 MOMENTS += [pytest.param(*moment, marks=pytest.mark.slow) for moment in SLOW if moment not in MOMENTS]
 
 
-@pytest.mark.parametrize(("how", "step", "visit"), MOMENTS)
-def test_interrupted_at_any_moment_it_continues_as_undisturbed(straight, images, tmp_path, how, step, visit):
-    trainer = make(tmp_path / "run", images, At(step, how, visit))
-    if how is leave:
-        assert fit(trainer) == "preempted"
-    else:
-        with pytest.raises(Killed):
-            fit(trainer)
-    resume_and_finish(tmp_path / "run", images)
-    assert_as_undisturbed(tmp_path / "run", straight[0])
-
-
-@pytest.mark.parametrize("stops", [False, True])
-def test_noticed_late_it_continues_the_same(straight, images, tmp_path, stops):
-    """On a GPU and with several ranks, rows are read an interval late; a run may have to leave before it goes back."""
-    trainer = make(tmp_path / "run", images, *[At(8, leave)] * stops)
-    trainer.reporter._late = 1
-    assert fit(trainer) == ("preempted" if stops else "finished")
-    if stops:
-        assert latest_checkpoint(tmp_path / "run").name == "step-8"
-        resume_and_finish(tmp_path / "run", images)
-    assert_as_undisturbed(tmp_path / "run", straight[0])
+@pytest.mark.parametrize(("how", "step", "visit", "late"), MOMENTS)
+def test_interrupted_at_any_moment_it_continues_as_undisturbed(straight, images, tmp_path, how, step, visit, late):
+    """Rows are read an interval late on a GPU and with several ranks."""
+    out = tmp_path / "run"
+    trainer = make(out, images, At(step, how, visit))
+    trainer.reporter._late = late
+    with pytest.raises(Killed) if how is die else nullcontext():
+        assert fit(trainer) == ("preempted" if how else "finished")
+    if how:
+        resumed = make(out, images, resume=True)
+        assert resumed.resume(latest_checkpoint(out)) == []
+        assert fit(resumed) == "finished"
+    names = ("step", "samples", "epoch", "lr", "loss", "grad_norm", "skipped_steps", "rollbacks", "rolled_back")
+    one, other = ([[row.get(name) for name in names] for row in read(run)] for run in (out, straight[0]))
+    assert one == other
+    manifests = [json.loads((run / "checkpoints/step-12/manifest.json").read_text()) for run in (out, straight[0])]
+    for name in ("samples_consumed", "positions", "guard"):
+        assert manifests[0][name] == manifests[1][name]
+    assert_same_tensors(straight[0] / "checkpoints/step-12", out / "checkpoints/step-12")
 
 
 def test_the_last_steps_may_be_the_ones(images, tmp_path):
@@ -275,8 +254,8 @@ def test_a_run_that_cannot_be_mended_ends_and_says_what_happened(images, tmp_pat
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
 
 
-def test_without_a_good_checkpoint_the_run_ends(tmp_path):
-    trainer = make_trainer(tmp_path / "run", write_a_few(tmp_path / "images"), rollback_after=4)
+def test_without_a_good_checkpoint_the_run_ends(images, tmp_path):
+    trainer = make(tmp_path / "run", images, rollback_after=4)
     trainer.model.decoder_pred.weight.data[0, 0] = math.nan
     before = trainer.model.decoder_pred.bias.clone()
     with pytest.raises(FloatingPointError, match=r"in steps 1 to 4, .*There is no good checkpoint of an earlier step"):
