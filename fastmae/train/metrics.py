@@ -93,10 +93,7 @@ class Reporter:
     Args:
         step_flops: FLOPs of a step over all ranks, at present.
         passes: forward passes of this rank in a step.
-
-    Attributes:
-        stages: a trainer's ``stage`` that times what a row needs.
-        checks: called with each row and its steps' values by name before the row is written; may add to the row.
+        check: called with each row and its steps' values by name before the row is written; may add to the row.
     """
 
     def __init__(
@@ -108,18 +105,19 @@ class Reporter:
         ranks: Ranks,
         step_flops: Callable[[], int],
         passes: int = 1,
+        check: Callable[[Row, Values], None] = lambda row, values: None,
     ) -> None:
         self._run, self._console, self._ranks, self._is_main = run, console, ranks, parallelism.is_main
         self._device, self._dtype = parallelism.device, DTYPES[config.train.precision]
-        self._step_flops, self._passes, self._wandb_project = step_flops, passes, config.report.wandb_project
+        self._wandb_project = config.report.wandb_project
+        self._step_flops, self._passes, self._check = step_flops, passes, check
         self.values = StepValues(config.train.log_every_steps, parallelism)
         self.add = self.values.add
-        # With DDP forward passes are a rank's own work, in which it waits for nobody. A sharded model gathers weights in
-        # them, which waits for the slowest rank.
+        # With DDP a forward pass is a rank's own work, in which it waits for nobody. That of a sharded model gathers
+        # weights, which waits for the slowest rank.
         timed = {"data", "forward"} if ranks.size > 1 and not parallelism.sharded else {"data"}
         self.stages = StageTimes(self._device, timed)
         self._late = int(self._device.type == "cuda" or ranks.size > 1)
-        self.checks: Sequence[Callable[[Row, Values], None]] = ()
         self._rows: list[tuple[Row, Callable[[], Values], Callable[[], list[list[float]]]]] = []
         self._loggers = Loggers()
         self._rows_written, self._waiting_told, self._straggling = 0, False, 0
@@ -183,8 +181,7 @@ class Reporter:
                 row[f"{name}_max"] = max(finite, default=None)
             of_ranks, straggler = combine_ranks(collected(), row["step_time"], self._hosts)
             row |= of_ranks
-            for check in self.checks:
-                check(row, values)
+            self._check(row, values)
             self._loggers.each(lambda logger, row=row: logger.write(row))
             if self._on_row:
                 self._on_row(row)

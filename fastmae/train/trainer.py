@@ -113,8 +113,8 @@ class Trainer:
             self.ranks,
             step_flops=lambda: task.flops(self.batch_size) * total // self.batch_size,
             passes=self.accumulation,
+            check=self.guard.observe,
         )
-        self.reporter.checks = (self.guard.observe,)
         self.callbacks, self._stop = callbacks, stop
         self.stage: Stage = self.reporter.stages
         self.watchdog = watchdog or Watchdog()

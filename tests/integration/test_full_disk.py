@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +17,7 @@ import torch
 from checkpoints import load_checkpoint
 from distributed import run_ranks
 from full_disk import files_limited_to
-from pretrain_flags import no_evaluation
-from test_kills import FLAGS
+from pretrain_flags import FLAGS, no_evaluation
 from training import make_trainer, write_images
 
 from fastmae.cli import main
@@ -60,10 +60,8 @@ def images(tmp_path_factory) -> Path:
 def train(out: Path, images: Path, at: dict[int, Callable[[], object]], **options) -> Path:
     """Train, doing something when the row of a step is there, which is before the save of that step."""
     trainer = make_trainer(out, images, **OPTIONS | options)
-    try:
+    with trainer.run:
         trainer.fit(on_log=lambda row: at.get(row["step"], lambda: None)())
-    finally:
-        trainer.run.close()
     return out
 
 
@@ -78,13 +76,10 @@ def steps(run: Path) -> list[int]:
 
 
 def test_training_goes_on_when_saves_fail_and_saves_again_once_it_can(tmp_path, images, caplog):
-    run, limit, seen = tmp_path / "run", files_limited_to(60_000), {}
-
-    def read_status() -> None:
-        seen.update(json.loads((run / "status.json").read_text()))
-
-    at = {8: limit.__enter__, 12: read_status, 16: lambda: limit.__exit__(None, None, None)}
-    with caplog.at_level(logging.WARNING, "fastmae"):
+    run, seen = tmp_path / "run", {}
+    with ExitStack() as limit, caplog.at_level(logging.WARNING, "fastmae"):
+        at = {8: lambda: limit.enter_context(files_limited_to(60_000)), 16: limit.close}
+        at[12] = lambda: seen.update(json.loads((run / "status.json").read_text()))
         train(run, images, at)
     assert rows(run) == {4: 0, 8: 0, 12: 1, 16: 2, 20: 0}
     assert steps(run) == [20, 16, 4]
@@ -117,15 +112,11 @@ def test_a_disk_without_a_byte_left_costs_rows_and_checkpoints_only(disk, images
 
 
 def test_the_first_save_and_the_last_must_not_fail(tmp_path, images):
-    limit = files_limited_to(60_000)
-    with limit, pytest.raises(CheckpointError, match=r"could not write .*step-0: .*File too large"):
+    full = r"could not write .*step-{}: .*File too large"
+    with files_limited_to(60_000), pytest.raises(CheckpointError, match=full.format(0)):
         train(tmp_path / "first", images, {})
-    limit = files_limited_to(60_000)
-    try:
-        with pytest.raises(CheckpointError, match=r"could not write .*step-20: .*File too large"):
-            train(tmp_path / "last", images, {20: limit.__enter__})
-    finally:
-        limit.__exit__(None, None, None)
+    with ExitStack() as limit, pytest.raises(CheckpointError, match=full.format(20)):
+        train(tmp_path / "last", images, {20: lambda: limit.enter_context(files_limited_to(60_000))})
     status = json.loads((tmp_path / "last/status.json").read_text())
     assert (status["status"], status["step"]) == ("failed", 20)
     assert steps(tmp_path / "last") == [16, 12, 8]
@@ -147,9 +138,10 @@ def second_disk_is_full(rank: int, folder: Path) -> tuple[int, list[str]]:
 
     save.write_tensors = limited
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
-    flags = [*FLAGS.split(), "--data.path", str(folder / "images"), "--train.parallel", "fsdp", "--train.steps", "20"]
+    flags = ["--train.checkpoint-every-steps", "4", "--train.keep-checkpoints", "3", "--train.steps", "20"]
+    flags += ["--train.parallel", "fsdp", "--data.path", str(folder / "images"), "--out", str(folder / "run")]
     with no_evaluation():
-        return main(["pretrain", "--out", str(folder / "run"), *flags]), messages
+        return main([*FLAGS, *flags]), messages
 
 
 def test_the_full_disk_of_one_rank_is_the_same_failure_for_all(tmp_path):

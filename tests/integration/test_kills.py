@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -18,22 +17,17 @@ import pytest
 import torch
 from checkpoints import load_checkpoint
 from consumed import attempts, check, expected, record
-from distributed import start_process, start_ranks
-from pretrain_flags import no_evaluation
+from distributed import run_ranks, start_process, start_ranks
+from pretrain_flags import FLAGS, no_evaluation
 from training import write_images
 
 from fastmae.cli import main
 from fastmae.train import trainer as loop
 from fastmae.train.checkpoint import list_checkpoints, save
 
-FLAGS = """
---model.img-size 32 48 --model.patch-size 8 --model.embed-dim 32 --model.depth 2 --model.num-heads 2
---model.decoder-embed-dim 16 --model.decoder-depth 1 --model.decoder-num-heads 2
---train.global-batch-size 8 --train.log-every-steps 5 --train.checkpoint-every-steps 4
---train.warmup-steps 3 --train.num-threads 1 --train.device cpu --data.num-threads 1 --data.loader torch
---report.stall-seconds 2
-"""
 STEPS, BATCH, IMAGES, SAVED = 12, 8, 11, 4
+Die = Callable[[int, Path], None] | None
+"""Makes this process die at a step."""
 
 
 def die_in_step(step: int, run: Path) -> None:
@@ -69,30 +63,23 @@ def die_in_save(step: int, run: Path) -> None:
     save.write_tensors = die_or_write
 
 
-def pretrain(
-    rank: int,
-    folder: Path,
-    name: str,
-    attempt: int,
-    arguments: list[str],
-    die: Callable[[int, Path], None] | None,
-    step: int,
-) -> int:
+def pretrain(rank: int, folder: Path, name: str, attempt: int, *arguments: str, die: Die = None, step: int = 0) -> int:
     """One process of one start of a run: with the flags, or resumed with all else from the folder."""
     os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{rank}")
     if die is not None:
         die(step, folder / name)
-    flags = [*FLAGS.split(), "--data.path", str(folder / "images"), "--train.steps", str(STEPS)]
+    flags = ["pretrain", "--resume"]
+    if attempt == 0:
+        flags = [*FLAGS, "--train.checkpoint-every-steps", str(SAVED), "--data.path", str(folder / "images")]
     with record(folder / f"{name}-consumed", attempt), no_evaluation():
-        return main(["pretrain", "--out", str(folder / name), *(flags if attempt == 0 else ["--resume"]), *arguments])
+        return main([*flags, "--out", str(folder / name), "--report.stall-seconds", "2", *arguments])
 
 
-def alone(folder: Path, *args) -> None:
-    """:func:`pretrain` in a process of its own; the exit code is a file."""
-    log = (folder / f"{args[0]}-{args[1]}.log").open("wb", buffering=0)
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    os._exit(pretrain(0, folder, *args))
+def alone(folder: Path, attempt: int, background: str, die: Die, step: int) -> None:
+    """:func:`pretrain` in a process of its own."""
+    os.dup2(os.open(folder / f"{attempt}.log", os.O_CREAT | os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    os._exit(pretrain(0, folder, "killed", attempt, "--train.background-save", background, die=die, step=step))
 
 
 @pytest.fixture
@@ -124,18 +111,18 @@ def assert_same_end(folder: Path) -> None:
 def test_killed_in_a_step_and_in_a_save(folder, monkeypatch):
     """A process alone, which saves in the background and not."""
 
-    def start(*args) -> int | None:
-        process = start_process(alone, folder, *args)
+    def start(*arguments) -> int | None:
+        process = start_process(alone, folder, *arguments)
         process.join(120)
         return process.exitcode
 
-    assert start("killed", 0, ["--train.background-save", "True"], die_in_step, 6) == -signal.SIGKILL
+    assert start(0, "True", die_in_step, 6) == -signal.SIGKILL
     assert newest(folder, "killed") == "step-4"
-    assert start("killed", 1, ["--train.background-save", "False"], die_in_save, 8) == -signal.SIGKILL
+    assert start(1, "False", die_in_save, 8) == -signal.SIGKILL
     assert newest(folder, "killed") == "step-4"
     assert (folder / "killed/checkpoints/step-8.tmp").is_dir()
     monkeypatch.setenv("XDG_CACHE_HOME", "")  # put back afterwards
-    assert [pretrain(0, folder, *args, [], None, 0) for args in (("killed", 2), ("undisturbed", 0))] == [0, 0]
+    assert [pretrain(0, folder, name, attempt) for name, attempt in (("killed", 2), ("undisturbed", 0))] == [0, 0]
 
     wanted = expected(STEPS, BATCH, IMAGES)
     # Seven steps were begun, four of them saved; and four more, none of them saved.
@@ -145,13 +132,13 @@ def test_killed_in_a_step_and_in_a_save(folder, monkeypatch):
 
 
 def one_dies(rank: int, folder: Path, mode: str) -> int:
-    arguments = ["--train.parallel", mode, "--train.background-save", "True"]
-    return pretrain(rank, folder, "killed", 0, arguments, die_in_step if rank == 1 else None, 6)
+    die, flags = die_in_step if rank == 1 else None, ["--train.parallel", mode, "--train.background-save", "True"]
+    return pretrain(rank, folder, "killed", 0, *flags, die=die, step=6)
 
 
 def both_go_on(rank: int, folder: Path, mode: str) -> list[int]:
-    arguments = ["--train.parallel", mode]
-    return [pretrain(rank, folder, name, n, arguments, None, 0) for name, n in (("killed", 1), ("undisturbed", 0))]
+    runs = (("killed", 1), ("undisturbed", 0))
+    return [pretrain(rank, folder, name, attempt, "--train.parallel", mode) for name, attempt in runs]
 
 
 @pytest.mark.parametrize("mode", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
@@ -166,11 +153,7 @@ def test_one_process_of_two_is_killed(folder, mode):
     assert 6 <= status["step"] <= 7
     assert newest(folder, "killed") == "step-4"
 
-    with start_ranks(both_go_on, 2, folder, mode, folder=folder, timeout=120) as processes:
-        for rank, process in enumerate(processes):
-            process.join(120)
-            assert process.exitcode == 0, (folder / f"{rank}.log").read_text()
-    assert [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in (0, 1)] == [[0, 0], [0, 0]]
+    assert run_ranks(both_go_on, 2, folder, mode, timeout=120) == [[0, 0], [0, 0]]
     wanted = expected(STEPS, BATCH, IMAGES)
     assert check(attempts(folder / "killed-consumed", BATCH), wanted, begins=[0, 4]) == 3
     assert check(attempts(folder / "undisturbed-consumed", BATCH), wanted, begins=[0]) == 0

@@ -78,36 +78,28 @@ class Job:
         restarts: int = 0,
         status: Path | None = None,
         code: int = 1,
-        waits: bool = False,
+        notice: bool = False,
         checkpoint: int | None = None,
-    ) -> subprocess.Popen:
-        own = {"PATH": self._path, "CALLS": self._calls, "RUN": self.run, "CODE": code, "WAITS": "1" * waits}
+    ) -> tuple[int, str]:
+        """Run the script to its end: exit code and output. ``notice`` is SIGUSR1 while its launcher runs, as Slurm
+        sends it before the time is over."""
+        own = {"PATH": self._path, "CALLS": self._calls, "RUN": self.run, "CODE": code, "WAITS": "1" * notice}
         own |= {"STATUS": status or "", "CHECKPOINT": checkpoint or "", "SLURM_JOB_ID": 12345, "SLURM_JOB_NUM_NODES": 2}
         own |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": 4}
-        if restarts:
-            own["SLURM_RESTART_COUNT"] = restarts
+        own |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        command = ["bash", str(SCRIPT), str(self.run), *flags]
-        return subprocess.Popen(
-            command,
+        process = subprocess.Popen(
+            ["bash", str(SCRIPT), str(self.run), *flags],
             env=environment | {name: str(value) for name, value in own.items()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-
-    def finish(self, *flags: str, **options) -> tuple[int, str]:
-        process = self.start(*flags, **options)
-        output = process.communicate(timeout=LONG)[0]
-        return process.returncode, output
-
-    def notice(self, **options) -> tuple[int, str]:
-        """Send the script SIGUSR1 while its launcher runs, as Slurm does before the time is over."""
-        process = self.start(waits=True, **options)
-        deadline = time.monotonic() + LONG
-        while "waiting" not in self.calls and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGUSR1)
+        if notice:
+            deadline = time.monotonic() + LONG
+            while "waiting" not in self.calls and time.monotonic() < deadline:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGUSR1)
         output = process.communicate(timeout=LONG)[0]
         return process.returncode, output
 
@@ -115,12 +107,12 @@ class Job:
     def calls(self) -> str:
         return self._calls.read_text() if self._calls.exists() else ""
 
-    def forget(self) -> None:
-        self._calls.unlink(missing_ok=True)
-
     @property
     def requeued(self) -> bool:
-        return "scontrol requeue 12345\n" in self.calls
+        """Whether the job has been requeued since this was asked last."""
+        found = "scontrol requeue 12345\n" in self.calls
+        self._calls.unlink(missing_ok=True)
+        return found
 
 
 @pytest.fixture
@@ -129,35 +121,34 @@ def job(tmp_path) -> Job:
 
 
 def test_a_finished_run_ends_the_job(job):
-    code, output = job.finish("--recipe", "imagenet-vit-b", status=job.status("finished", 9), code=0)
-    assert (code, job.requeued) == (0, False), output
+    code, output = job.start("--recipe", "imagenet-vit-b", status=job.status("finished", 9), code=0)
     assert "-m fastmae pretrain --out" in job.calls
     assert "--recipe imagenet-vit-b" in job.calls
     assert "--resume" not in job.calls
     assert "--rdzv-endpoint node1:32345 --rdzv-id 12345-0" in job.calls
     assert "--nodes=2 --ntasks-per-node=1 --cpus-per-task=4" in job.calls
+    assert (code, job.requeued) == (0, False), output
 
 
 def test_a_run_that_never_trained_is_not_requeued(job):
-    code, output = job.finish(code=7)
+    code, output = job.start(code=7)
     assert (code, job.requeued) == (7, False)
     assert "did not start training; not requeued" in output
 
 
 def crash(job: Job, restarts: int, status: Path | None, **options) -> bool:
     """Whether the job is requeued after a crash; it ends with 0 then, otherwise with the launcher's exit code."""
-    job.forget()
-    code, output = job.finish(restarts=restarts, status=status, code=7, **options)
-    assert code == (0 if job.requeued else 7), output
-    return job.requeued
+    code, output = job.start(restarts=restarts, status=status, code=7, **options)
+    requeued = job.requeued
+    assert code == (0 if requeued else 7), output
+    return requeued
 
 
 def test_crashes_without_a_new_checkpoint_are_requeued_three_times(job):
     """Preemptions are requeued without limit; SLURM_RESTART_COUNT counts them too."""
     for restarts in range(4):
-        job.finish(restarts=restarts, status=job.status("preempted", restarts))
+        job.start(restarts=restarts, status=job.status("preempted", restarts))
         assert job.requeued
-        job.forget()
     failed, killed = job.status("failed", 9), job.status("running", 9)
     assert [crash(job, 9, failed), crash(job, 10, None), crash(job, 11, killed)] == [True] * 3
     crashes = [crash(job, 12, failed, checkpoint=None if number else 16) for number in range(4)]
@@ -166,35 +157,29 @@ def test_crashes_without_a_new_checkpoint_are_requeued_three_times(job):
 
 
 def test_a_requeued_job_resumes_once(job):
-    code, output = job.finish(restarts=1, status=job.status("preempted", 12))  # whatever torchrun exits with
-    assert (code, job.requeued) == (0, True), output
+    job.start(restarts=1, status=job.status("preempted", 12))
     assert job.calls.splitlines()[-2].count("--resume") == 1
-    job.finish("--resume", restarts=2, status=job.status("finished", 15))
+    job.start("--resume", restarts=2, status=job.status("finished", 15))
     assert job.calls.splitlines()[-1].count("--resume") == 1
 
 
 def test_the_status_of_an_earlier_start_does_not_count(job):
-    job.finish(status=job.status("finished", 9))
-    code, output = job.finish(restarts=1, status=None)  # fails before it trains
+    job.start(status=job.status("finished", 9))
+    code, output = job.start(restarts=1, status=None)  # fails before it trains
     assert (code, job.requeued) == (0, True)
     assert "did not start training; crash 1 without a new checkpoint, of at most 3; back into the queue" in output
 
 
 def test_only_its_own_time_limit_ends_a_run_that_gets_no_further(job):
     preempted = job.status("preempted", 9)
-    job.finish(status=preempted)
-    job.forget()
-    code, output = job.notice(restarts=1, status=preempted)
-    assert (code, job.requeued) == (1, False)
-    assert "its time was over at step 9, where it began" in output
-    job.finish(restarts=2, status=preempted)  # another job's turn came while it started
-    assert job.requeued
-
-
-def test_notice_is_passed_on_and_the_end_is_waited_for(job):
-    code, output = job.notice(status=job.status("preempted", 9))
+    code, output = job.start(notice=True, status=preempted)
     assert "torchrun got SIGUSR1" in job.calls, output
     assert (code, job.requeued) == (0, True), output
+    code, output = job.start(notice=True, restarts=1, status=preempted)
+    assert (code, job.requeued) == (1, False)
+    assert "its time was over at step 9, where it began" in output
+    job.start(restarts=2, status=preempted)  # another job's turn came while it started
+    assert job.requeued
 
 
 STEP = {"SLURM_JOB_ID": "12345", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "28", "SLURM_PROCID": "26"}
