@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import fastmae
 
@@ -50,13 +51,12 @@ def report() -> str:
 
 
 def _versions() -> list[tuple[str, str]]:
-    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "for the CPU only"
-    if torch.version.hip:
-        build = f"for ROCm {torch.version.hip}"
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only"
+    build = f"ROCm {torch.version.hip}" if torch.version.hip else build
     rows = [
         ("fastmae", f"{fastmae.__version__} ({Path(fastmae.__file__).parent})"),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
-        ("torch", f"{torch.__version__}, built {build}"),
+        ("torch", f"{torch.__version__}, built for {build}"),
     ]
     found = {package: _version(package) for package in _PACKAGES}
     rows += [(package, number) for package, number in found.items() if number]
@@ -65,26 +65,20 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _devices() -> list[tuple[str, str]]:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    memory = ""
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        memory = f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB"
     cpu = (
-        f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}{memory}, {usable} of {os.cpu_count()} logical "
-        f"cores usable, torch uses {torch.get_num_threads()} threads"
+        f"{cpu_model()}, {torch.backends.cpu.get_cpu_capability()}, {memory:.0f} GiB, {usable} of {os.cpu_count()} "
+        f"logical cores usable, torch uses {torch.get_num_threads()} threads"
     )
     if not torch.cuda.is_available():
         why = "torch finds no device or driver" if torch.version.cuda or torch.version.hip else "torch has no CUDA"
         return [("cpu", cpu), ("cuda", f"none: {why}")]
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [("cpu", cpu)] + [
-        (
-            f"cuda:{index}",
-            f"{device.name}, {device.total_memory / 2**30:.1f} GiB, compute capability "
-            f"{device.major}.{device.minor}, {device.multi_processor_count} multiprocessors",
-        )
-        for index, device in enumerate(devices)
-    ]
+    rows = [("cpu", cpu)]
+    for index, device in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))):
+        capability = f"compute capability {device.major}.{device.minor}, {device.multi_processor_count} multiprocessors"
+        rows.append((f"cuda:{index}", f"{device.name}, {device.total_memory / 2**30:.1f} GiB, {capability}"))
+    return rows
 
 
 def cpu_model() -> str:
@@ -135,21 +129,18 @@ def _data() -> list[tuple[str, str]]:
 
 def _torchvision_decoders() -> str:
     """Which formats torchvision decodes, found by decoding one image of each."""
-    try:
-        from PIL import Image
-        from torchvision.io import decode_image
-    except Exception as error:
-        return f"torchvision does not import: {_brief(error)}"
-    formats, errors = [], []
+    found = []
     for name in ("JPEG", "PNG", "WEBP"):
-        buffer = BytesIO()
         try:
+            from torchvision.io import decode_image
+
+            buffer = BytesIO()
             Image.new("RGB", (8, 8)).save(buffer, name)
             decode_image(torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8))
-            formats.append(name)
+            found.append(name)
         except Exception as error:
-            errors.append(f"{name} fails ({_brief(error)})")
-    return f"torchvision.io decodes {', '.join([', '.join(formats) or 'nothing', *errors])}"
+            found.append(f"not {name} ({_brief(error)})")
+    return f"torchvision.io decodes {', '.join(found)}"
 
 
 def _version(package: str) -> str | None:

@@ -59,13 +59,9 @@ _BASELINES = {"the mean visible colour": "mse_mean_color", "inverse-distance fil
 
 
 def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
-    """Train and evaluate; every process of the run calls it.
+    """Train and evaluate; every process of the run calls it, its signals being watched for already.
 
-    Args:
-        stop: the signals of this process, already watched for.
-
-    Returns:
-        The run folder and how the run ended, the same on all ranks.
+    Returns the run folder and how the run ended, the same on all ranks.
 
     Raises:
         UsageError: for what the user can fix before the first step.
@@ -122,19 +118,20 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 def _open_folder(config: PretrainConfig, ranks: Ranks) -> RunFolder:
     """The run folder, which rank 0 makes and locks."""
+    led = []
 
-    def lead() -> RunFolder:
+    def lead() -> None:
         try:
-            return RunFolder(config.out, resume=config.resume)
+            led.append(RunFolder(config.out, resume=config.resume))
         except BlockingIOError:
             raise
         except OSError as error:
             raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
 
     if ranks.size == 1:
-        return lead()
-    led = []
-    ranks.first("opening the run folder", lambda: led.append(lead()))
+        lead()
+    else:
+        ranks.first("opening the run folder", lead)
     return led[0] if led else RunFolder(config.out, resume=config.resume, leader=False)
 
 
@@ -159,8 +156,7 @@ class _Pretraining:
             with usage_errors(FLAGS):
                 trainer = self.set_up()
         except StoppedEarly as stopped:
-            self.leave_early(str(stopped))
-            return "preempted"
+            return self.leave_early(str(stopped))
         began, first_step = time.monotonic(), trainer.step
         status = trainer.fit()
         seconds = time.monotonic() - began
@@ -177,12 +173,8 @@ class _Pretraining:
     # Before the first step. All ranks take the same path; where one may take long, the others wait on the side group.
 
     def set_up(self) -> Trainer:
-        """The trainer, at step 0 or where the newest checkpoint left it.
-
-        Raises:
-            ValueError: for what the configuration gets wrong; names the flag.
-            StoppedEarly: on all ranks, if a signal has come to any.
-        """
+        """The trainer, at step 0 or where the newest checkpoint left it; raises StoppedEarly on all ranks, if a signal
+        has come to any."""
         config, ranks, device = self.config, self.ranks, self.parallelism.device
         options = {"index": config.data.index, "window": config.data.window, **config.dataset_arguments()}
         open_dataset = partial(data.open_dataset, config.data.path, **options)
@@ -199,7 +191,6 @@ class _Pretraining:
         model = construct(lambda: create_model(**config.model_arguments()), self.parallelism)
         preflight(config, self.parallelism, ranks, run=self.folder.path, dataset=dataset, model=model)
         leave_if_asked(ranks, self.stop)
-        callbacks = self.callbacks(dataset)
         saved, found = None, []
         if config.resume:
             found = ranks.first("listing checkpoints", lambda: list_checkpoints(self.folder.checkpoints))
@@ -213,21 +204,22 @@ class _Pretraining:
             console=self.console,
             parallelism=self.parallelism,
             ranks=ranks,
-            callbacks=callbacks,
+            callbacks=self.callbacks(dataset),
             stop=self.stop,
             watchdog=self.watchdog,
         )
         for line in (*describe(config), *_describe_size(trainer, kind), how):
             if line:
                 self.console.print(line)
-        self.warn(warning)
-        self.warn(_too_few_images(dataset, config))
         train = config.train
-        self.warn(describe_uneven_shares(train.global_batch_size, ranks.size, train.masks_per_image))
+        uneven = describe_uneven_shares(train.global_batch_size, ranks.size, train.masks_per_image)
+        for line in (warning, _too_few_images(dataset, config), uneven):
+            self.warn(line)
         if saved:
             self.resume(trainer, saved, found)
         else:
-            self.warn(config.resume and f"--resume: no checkpoint in {self.folder.path} yet; starting at step 0")
+            if config.resume:
+                self.warn(f"--resume: no checkpoint in {self.folder.path} yet; starting at step 0")
             if config.train.init_from is not None:
                 self.initialize_weights(trainer, config.train.init_from)
         self.folder.write_json("config.json", to_json(config))
@@ -267,7 +259,7 @@ class _Pretraining:
         loaded = self.ranks.gather(f"--train.init-from {path}", load)
         self.console.print(f"Weights from {path}: {loaded[0]}")
 
-    def leave_early(self, reason: str) -> None:
+    def leave_early(self, reason: str) -> Status:
         """A signal before the first step: leave a folder that ``--resume`` starts or continues in."""
         saved = list_checkpoints(self.folder.checkpoints)
         status = {"status": "preempted", "step": step_of(saved[0]) if saved else 0, "reason": reason}
@@ -275,8 +267,9 @@ class _Pretraining:
         if self.folder.leader and self.folder.read_json("config.json") is None:
             self.folder.write_json("config.json", to_json(self.config))
         self.console.print(f"Left before the first step. Continue with: {self.resume_command}")
+        return "preempted"
 
-    def warn(self, text: str | bool | None) -> None:
+    def warn(self, text: str | None) -> None:
         if text and self.parallelism.is_main:
             print(f"WARNING: {text}", file=sys.stderr)
 

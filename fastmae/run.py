@@ -22,11 +22,7 @@ from fastmae.train.run_folder import read_json, read_rows
 
 
 class Run:
-    """A run folder, read-only: also of a run that is still training, or was started by the command line.
-
-    Attributes:
-        path: the folder.
-    """
+    """A run folder, read-only: also of a run that is still training, or was started by the command line."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -60,11 +56,8 @@ class Run:
         return Image.open(paths[-1]) if paths else None
 
     def model(self) -> nn.Module:
-        """The model with its newest weights, on the CPU and in evaluation mode.
-
-        Raises:
-            CheckpointError: if there is no undamaged checkpoint.
-        """
+        """The model with its newest weights, on the CPU and in evaluation mode; raises CheckpointError if all
+        checkpoints are damaged."""
         weights = self.path / "model.safetensors"
         return load(weights if self.summary and weights.is_file() else self.path)
 
