@@ -146,16 +146,6 @@ def test_one_process_continues_a_run_of_two_and_says_what_differs(folder, capsys
     assert [(row["step"], row["samples"]) for row in rows(run)] == [(step, 7 * step) for step in (5, 10, 12, 14)]
 
 
-def test_mistakes_name_the_flag_and_leave_no_folder(tmp_path, monkeypatch, capsys):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.setenv(name, "2" if "SIZE" in name else "0")
-    assert main([*FLAGS, "--out", str(tmp_path / "none"), "--train.parallel", "none"]) == 2
-    assert "--train.parallel: expected auto, ddp, fsdp or hsdp for 2 processes, got none" in capsys.readouterr().err
-    assert main([*FLAGS, "--out", str(tmp_path / "none"), "--train.parallel", "hsdp", "--train.shard-size", "3"]) == 2
-    assert "--train.shard-size: expected a divisor of the 2 processes, got 3" in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-
-
 def test_signal_to_one_process_stops_both_at_one_step(folder):
     status = json.loads((folder / "stopped/status.json").read_text())
     assert (status["status"], status["reason"]) == ("preempted", "a signal to another rank")

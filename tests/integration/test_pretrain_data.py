@@ -1,10 +1,9 @@
-"""``fastmae pretrain`` on other data than a folder of photographs: channels, shards, sizes that grow, bad files."""
+"""``fastmae pretrain`` on shards, with sizes that grow and bad files."""
 
 from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 from training import FLAGS, write_images, write_shards
 
@@ -19,24 +18,6 @@ def run(out, path, *arguments: str) -> dict:
     """Train; return the summary."""
     assert main(["pretrain", "--out", str(out), "--data.path", str(path), *SHORT, *arguments]) == 0
     return json.loads((out / "summary.json").read_text())
-
-
-def test_float_images_of_five_channels_with_the_flags_that_data_stats_prints(tmp_path, capsys):
-    generator = np.random.default_rng(0)
-    images = tmp_path / "images"
-    images.mkdir()
-    for index in range(6):
-        pixels = generator.normal(100.0, 20.0, (40 + index, 60, 5)).astype(np.float32)
-        np.save(images / f"{index}.npy", pixels)
-    assert main(["data", "stats", str(images), "--channels", "5", "--value-range", "50", "150"]) == 0
-    flags = capsys.readouterr().out.splitlines()[-1]
-    assert "--model.in-chans 5 --data.value-range 50 150" in flags
-    summary = run(tmp_path / "run", images, *flags.split(), "--data.loader", "auto")
-    assert list(summary["sets"]) == ["new crops of the training images"]  # the photographs have other channels
-    assert summary["last_loss"] == pytest.approx(1.0, abs=0.6)  # the statistics fit, so targets have variance 1
-    model = load(tmp_path / "run")
-    assert model.in_chans == 5
-    assert model.architecture["mean"] == pytest.approx([0.5] * 5, abs=0.01)
 
 
 def test_sizes_that_grow_are_printed_used_and_end_at_the_models(tmp_path, capsys):

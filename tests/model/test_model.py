@@ -66,14 +66,6 @@ def test_several_masks_per_image_are_those_of_repeated_images(model, images, ful
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
-def test_raw_and_normalised_images_agree(model, images):
-    noise = torch.rand(3, model.num_patches, device=images.device)
-    mean, std = model.mean.view(1, 3, 1, 1), model.std.view(1, 3, 1, 1)
-    raw, normalised = model(images, noise=noise), model((images / 255 - mean) / std, noise=noise)
-    torch.testing.assert_close(raw.loss, normalised.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(raw.pred, normalised.pred, rtol=1e-3, atol=1e-4)
-
-
 def test_output_unpacks_like_facebookresearch(model, images):
     loss, pred, mask = model(images, 0.5)
     assert isinstance(model(images), MAEOutput)
@@ -128,12 +120,6 @@ def test_presets_have_the_reference_state_dict(name):
     assert shapes == {k: v.shape for k, v in slow.state_dict().items()}
 
 
-def test_architecture_rebuilds_the_model(model):
-    again = MaskedAutoencoderViT(**model.architecture, seed=1)
-    for name, value in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name].cpu(), value.cpu()), name
-
-
 def test_initialisation_is_keyed_by_seed_and_name():
     a, b = MaskedAutoencoderViT(**SMALL, seed=5), MaskedAutoencoderViT(**SMALL | {"decoder_depth": 1}, seed=5)
     c = MaskedAutoencoderViT(**SMALL, seed=6)
@@ -186,22 +172,17 @@ def test_compiles_to_one_graph(model, images):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_implausible_float_images_warn_once(model):
-    raw = torch.rand(1, 3, 32, 48) * 255
+def test_implausible_float_images_warn_and_normalised_ones_are_those_of_uint8(images):
+    model = MaskedAutoencoderViT(**SMALL).to(images.device)
     with pytest.warns(UserWarning, match="already normalised, but these range from .* to 25"):
-        model(raw)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(raw)
-
-
-def test_pixels_in_0_to_1_warn_and_normalised_are_those_of_uint8(images):
+        model(images.float())
     raw = images / 255
     model = MaskedAutoencoderViT(**SMALL).to(images.device)
     with pytest.warns(UserWarning, match=r"these range from 0 to 1; .*model.normalized\(images\) of pixels"):
         model.encode(raw)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        model(images.float())  # once per model
         model = MaskedAutoencoderViT(**SMALL).to(images.device)
         assert model.normalized(images) is images
         floats = model.normalized(raw)

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import load_checkpoint
@@ -21,6 +22,7 @@ from training import FLAGS, TRAIN, make_trainer, write_images
 
 from fastmae import pretraining
 from fastmae.cli import main
+from fastmae.data.sampler import batch_positions
 from fastmae.model import create_model
 from fastmae.ops import random_masking
 from fastmae.train import autotune
@@ -29,6 +31,7 @@ from fastmae.train.autotune import (
     LAST,
     Speeds,
     StepFit,
+    describe_uneven_shares,
     divide_batch,
     find_batch_size,
     measure_products,
@@ -40,7 +43,7 @@ from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, parallelize
-from fastmae.train.recipes import RECIPES, apply_flags
+from fastmae.train.recipes import RECIPES
 
 OLD, NEW = Speeds(fp32=56.0, bf16=1.1), Speeds(fp32=100.0, bf16=200.0)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -54,16 +57,6 @@ def images(tmp_path_factory):
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 
-def settle(asked: str, device: torch.device = CPU, ranks: Ranks | None = None):
-    config = PretrainConfig(train=replace(TRAIN, precision=asked))
-    settled = settle_precision(config, 64, device, ranks or Ranks())
-    return settled.config.train.precision, settled.text, settled.warning
-
-
-def refuse(width: int) -> Speeds:
-    raise AssertionError("measured")
-
-
 @pytest.mark.parametrize("width", [24, 1280])
 def test_both_rates_are_measured(width):
     state = torch.get_rng_state()
@@ -71,38 +64,30 @@ def test_both_rates_are_measured(width):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("speeds", "expected"), [(OLD, "fp32"), (NEW, "bf16")])
-def test_a_cpu_takes_the_faster_one_and_shows_both(monkeypatch, speeds, expected):
-    monkeypatch.setattr(autotune, "measure_products", lambda width: speeds)
-    chosen, text, warning = settle("auto")
-    assert (chosen, warning) == (expected, "")
-    assert f"{speeds.bf16:g} GFLOP/s in bf16, {speeds.fp32:g} in fp32" in text
+@pytest.mark.parametrize(
+    ("asked", "device", "speeds", "expected", "text", "warning"),
+    [
+        ("auto", CPU, OLD, "fp32", "1.1 GFLOP/s in bf16, 56 in fp32", ""),
+        ("auto", CPU, NEW, "bf16", "200 GFLOP/s in bf16, 100 in fp32", ""),
+        ("bf16", CPU, OLD, "bf16", "", "--train.precision bf16: matrix products run at 0.02 of fp32's rate"),
+        ("bf16", CPU, NEW, "bf16", "", ""),
+        *((asked, CUDA, None, "bf16", "", "") for asked in ("auto", "bf16")),
+        *((asked, CPU, None, asked, "", "") for asked in ("fp16", "fp32")),
+    ],
+)
+def test_a_cpu_takes_the_faster_precision_on_the_first_rank(asked, device, speeds, expected, text, warning):
+    """What needs no measurement gets none; bf16 that is asked for is kept, with a warning where it is slow."""
 
-
-def test_bf16_that_is_asked_for_is_kept_with_a_warning_where_it_is_slow(monkeypatch):
-    monkeypatch.setattr(autotune, "measure_products", lambda width: OLD)
-    chosen, text, warning = settle("bf16")
-    assert (chosen, text) == ("bf16", "")
-    assert "--train.precision bf16: matrix products run at 0.02 of fp32's rate" in warning
-    monkeypatch.setattr(autotune, "measure_products", lambda width: NEW)
-    assert settle("bf16") == ("bf16", "", "")
-
-
-def test_what_needs_no_measurement_gets_none(monkeypatch):
-    monkeypatch.setattr(autotune, "measure_products", refuse)
-    assert settle("auto", CUDA) == ("bf16", "", "")
-    assert settle("bf16", CUDA) == ("bf16", "", "")
-    for asked in ("fp16", "fp32"):
-        assert settle(asked) == (asked, "", "")
-
-
-def test_the_first_rank_decides(monkeypatch):
     class Second(Ranks):
         def first(self, what, function):
-            return OLD
+            assert speeds, "measured"
+            return speeds
 
-    monkeypatch.setattr(autotune, "measure_products", refuse)
-    assert settle("auto", ranks=Second())[0] == "fp32"
+    settled = settle_precision(PretrainConfig(train=replace(TRAIN, precision=asked)), 64, device, Second())
+    assert settled.config.train.precision == expected
+    for found, part in ((settled.text, text), (settled.warning, warning)):
+        assert part in found
+        assert bool(part) == bool(found)
 
 
 def test_a_trainer_needs_a_settled_one(tmp_path, images):
@@ -110,7 +95,62 @@ def test_a_trainer_needs_a_settled_one(tmp_path, images):
         make_trainer(tmp_path / "run", images, precision="auto")
 
 
-# ---- batch size ------------------------------------------------------------------------------------------------------
+# ---- batch size: the global batch is kept whatever the number of processes -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((4096, 56, 256), (74, 1)),  # a node fewer: 8 take 74 and 48 take 73
+        ((4096, 1, None), (4096, 1)),
+        ((15, 1, 4), (3, 5)),  # five equal passes rather than four
+        ((8, 3), (3, 1)),
+        ((28, 2, 8, 4), (8, 2)),  # seven images with four masks each: four for one, three for the other
+    ],
+)
+def test_passes_are_few_and_equal(arguments, expected):
+    assert divide_batch(*arguments) == expected
+
+
+@settings(deadline=None)
+@given(st.integers(1, 100), st.integers(1, 12), st.integers(1, 32), st.integers(0, 3), st.integers(0, 500))
+def test_ranks_and_passes_divide_every_step_into_consecutive_parts(images, world_size, max_batch, step, position):
+    images = max(images, world_size)
+    max_batch = max(max_batch, 1 + (images % world_size > 0))
+    batch, accumulation = divide_batch(images, world_size, max_batch)
+    own = {"batch_size": batch, "position": position, "world_size": world_size, "total": images}
+    parts = [
+        [batch_positions(step * accumulation + number, rank=rank, **own) for rank in range(world_size)]
+        for number in range(accumulation)
+    ]
+    first = position + step * images
+    assert np.array_equal(np.concatenate([part for ranks in parts for part in ranks]), np.arange(first, first + images))
+    sizes = np.array([[len(part) for part in ranks] for ranks in parts])
+    assert sizes.max() == batch <= max_batch
+    assert sizes.min() >= max(1, batch - 1)
+    assert np.ptp(sizes.sum(0)) <= 1
+    fewest = -(-images // (world_size * max_batch))
+    assert accumulation == fewest or (accumulation < 2 * fewest and np.ptp(sizes) == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 8), "--train.global-batch-size: expected at least 8 for 8 processes, got 4"),
+        ((12, 8, None, 2), "expected at least 16 for 8 processes with 2 masks per image, got 12"),
+        ((96, 8, 4, 5), "expected a multiple of --train.masks-per-image 5, got 96"),
+        ((8, 3, 1), "--train.batch-size: expected at least 2, since 8 do not divide evenly among 3 processes, got 1"),
+    ],
+)
+def test_fewer_images_than_processes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        divide_batch(*arguments)
+
+
+def test_uneven_shares_are_described():
+    assert describe_uneven_shares(4096, 64) is None
+    assert "8 of them take 74 and 48 take 73" in describe_uneven_shares(4096, 56)
+    assert "take 16 and 1 take 12" in describe_uneven_shares(28, 2, masks_per_image=4)
 
 
 @settings(deadline=None)
@@ -274,12 +314,3 @@ def test_a_resumed_run_keeps_what_it_had_decided_and_decides_the_rest():
     assert with_saved(config, manifest, 1).train.batch_size == "auto"  # other shares of the global batch
     named = replace(config, train=replace(train, precision="bf16", batch_size=2, fit_steps=False))
     assert with_saved(named, manifest, 2) == named
-
-
-def test_a_length_that_is_named_turns_it_off():
-    recipe = RECIPES["photographs"]
-    assert recipe.train.fit_steps
-    assert not apply_flags(recipe, recipe, {"steps"}).train.fit_steps
-    assert not apply_flags(recipe, recipe, {"epochs"}).train.fit_steps
-    assert apply_flags(recipe, recipe, {"steps", "fit_steps"}).train.fit_steps
-    assert apply_flags(recipe, recipe, {"max_minutes"}).train.fit_steps

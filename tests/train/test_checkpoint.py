@@ -36,15 +36,12 @@ from fastmae.train.checkpoint import (
     clean,
     consolidate,
     format,
-    list_checkpoints,
     open_checkpoint,
     open_latest,
-    set_aside_after,
 )
 from fastmae.train.checkpoint.format import SHARD, Chunk, read_header, write_manifest, write_tensors
 from fastmae.train.checkpoint.state import compare_configs
 from fastmae.train.config import PretrainConfig, to_json
-from fastmae.train.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -82,17 +79,6 @@ def test_tensors_are_aligned_in_the_file(saved):
     widths = {"F32": 4, "BF16": 2, "I64": 8, "BOOL": 1}
     assert length % 8 == 0
     assert not any(entry["data_offsets"][0] % widths[entry["dtype"]] for entry in header.values())
-
-
-def test_reading_refuses_other_shapes_types_and_names(saved):
-    checkpoint = open_checkpoint(saved)
-    for name, target, message in (
-        ("model.weight", torch.zeros(4, 3), r"model.weight is float32 \(3, 4\), expected float32 \(4, 3\)"),
-        ("model.weight", torch.zeros(3, 4, dtype=torch.bfloat16), r"model.weight .* expected bfloat16 \(3, 4\)"),
-        ("model.other", torch.zeros(4, 3), r"step-7: has no tensor model.other"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            checkpoint.read_into({name: target})
 
 
 def test_types_that_safetensors_does_not_know_are_refused(tmp_path):
@@ -306,14 +292,12 @@ def test_leftovers_are_neither_found_nor_taken_over_and_are_cleaned(folder, save
     assert {path.name for path in folder.iterdir()} == {"step-7", "step-8"}
 
 
-def test_the_newest_the_milestones_and_the_one_just_written_stay(folder):
-    for step in range(0, 80, 10):
-        save_checkpoint(folder, step, {"a": torch.zeros(1)}, {}, keep=2, keep_every=30)
-    assert [path.name for path in list_checkpoints(folder)] == ["step-70", "step-60", "step-30"]
+def test_the_one_just_written_stays_and_the_same_step_again_replaces_it(folder):
+    save_checkpoint(folder, 70, {"a": torch.zeros(1)}, {})
     save_checkpoint(folder, 20, {"a": torch.ones(1)}, {}, keep=1)
     again = save_checkpoint(folder, 20, {"a": torch.ones(2)}, {}, keep=1)
     assert {path.name for path in folder.iterdir()} == {"step-70", "step-20"}
-    assert open_checkpoint(again).read("a").tolist() == [1.0, 1.0]  # the same step again replaces it
+    assert open_checkpoint(again).read("a").tolist() == [1.0, 1.0]
 
 
 def test_a_checkpoint_that_was_moved_and_linked_is_forgotten_and_not_deleted(folder, saved, tmp_path):
@@ -325,24 +309,6 @@ def test_a_checkpoint_that_was_moved_and_linked_is_forgotten_and_not_deleted(fol
     clean(folder)
     assert [path.name for path in folder.iterdir()] == ["step-20"]
     assert load_checkpoint(archive)[1]["step"] == 7
-
-
-def test_later_steps_are_set_aside(folder, saved):
-    save_checkpoint(folder, 20, TENSORS, {})
-    set_aside_after(folder, 7)
-    assert list_checkpoints(folder) == [saved]
-    assert (folder / "step-20.damaged" / MANIFEST).exists()
-
-
-def test_a_run_without_checkpoints_is_named(folder):
-    with pytest.raises(CheckpointError, match="found none"):
-        latest_checkpoint(folder.parent)
-
-
-@pytest.mark.parametrize("address", ["s3://bucket/run", "gs:/bucket/run"])
-def test_object_stores_are_refused(address):
-    with pytest.raises(ValueError, match=r"expected a path of a mounted file system, got .*://bucket/run"):
-        RunFolder(address)
 
 
 # ---- comparing runs --------------------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ train.shard_size=4                   | --train.shard-size: expected none without
 train.timeout=600.0                  | --train.timeout: expected more than --data.timeout 600, .*got 600
 train.optimizer='apex', train.parallel='fsdp'        | --train.optimizer: .*no shards
 train.optimizer='apex', train.device='cpu'           | --train.optimizer: expected adamw on the CPU, got 'apex'
+train.optimizer='muon', train.parallel='fsdp'        | --train.optimizer: .*--train.parallel fsdp; muon knows no
+train.optimizer='muon', train.cuda_graph=True        | --train.cuda-graph: expected no CUDA graph with .* muon
 train.reduce_every='micro-batch'     | --train.reduce-every: expected step without --train.parallel fsdp or hsdp, .*got
 train.masks_per_image=512            | --train.masks-per-image: expected a number from 1 to 256, got 512
 train.masks_per_image=3              | --train.global-batch-size: .*multiple of --train.masks-per-image 3, got 32
@@ -201,11 +203,14 @@ def test_a_length_replaces_the_recipes_and_keeps_at_most_its_share_of_warmup():
     assert (epochs.epochs, epochs.steps, epochs.warmup_steps) == (length / 100, None, None)
     assert epochs.warmup_epochs == pytest.approx(warmup / 100)
     assert flags(LARGE, epochs=100, warmup_steps=7).warmup_steps == 7
-
-
-def test_both_lengths_given_are_left_for_validation_to_refuse():
     both = flags(PHOTOGRAPHS, steps=10, epochs=2)
-    assert (both.steps, both.epochs) == (10, 2)
+    assert (both.steps, both.epochs) == (10, 2)  # left for validation to refuse
+
+
+def test_a_length_that_is_named_turns_fit_steps_off():
+    assert PHOTOGRAPHS.train.fit_steps
+    for given, kept in (("steps", False), ("epochs", False), ("max_minutes", True), ("steps fit_steps", True)):
+        assert apply_flags(PHOTOGRAPHS, PHOTOGRAPHS, set(given.split())).train.fit_steps == kept
 
 
 def test_the_micro_batch_holds_all_masks_of_an_image():
@@ -214,13 +219,6 @@ def test_the_micro_batch_holds_all_masks_of_an_image():
     assert flags(base, masks_per_image=5).batch_size == 255
     assert flags(base, masks_per_image=5, batch_size=8).batch_size == 8  # validation refuses it
     assert flags(LARGE, masks_per_image=4).batch_size == "auto"
-
-
-def test_warmup_longer_than_the_run_is_refused():
-    with pytest.raises(
-        ValueError, match=r"--train.warmup-steps: expected a warm-up shorter than the run of 10 steps, got 20"
-    ):
-        create_schedule(replace(PHOTOGRAPHS.train, steps=10, warmup_steps=20), 100)
 
 
 def test_choices_are_the_models():

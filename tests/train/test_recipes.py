@@ -70,23 +70,18 @@ def test_a_version_keeps_its_values(name):
     assert digest(recipe) == known, f"values of {name} changed: raise its recipe_version and put the new digest here"
 
 
-def test_a_digest_notices_a_value_and_a_default():
-    recipe = RECIPES["imagenet-vit-b"]
-    assert digest(replace(recipe, train=replace(recipe.train, weight_decay=0.06))) != digest(recipe)
-    assert digest(replace(recipe, data=replace(recipe.data, hflip=0.4))) != digest(recipe)
-    assert digest(replace(recipe, recipe_version=2, out=Path("x"))) == digest(recipe)
-
-
 def test_names_are_those_of_the_command_line():
     assert set(get_args(RecipeName)) == set(RECIPES) == set(DESCRIPTIONS)
     assert set(RECIPES) > NEEDS_WEIGHTS
 
 
-def test_a_saved_configuration_keeps_the_version_of_its_recipe():
-    saved = to_json(replace(RECIPES["imagenet-vit-l"], recipe_version=7))
-    assert from_json(json.loads(json.dumps(saved))).recipe_version == 7
-    del saved["recipe_version"]  # before versions were counted
-    assert from_json(saved).recipe_version == 1
+def test_a_resumed_run_keeps_the_version_of_its_recipe(tmp_path):
+    saved = replace(RECIPES["small-data"], recipe_version=0)
+    (tmp_path / "config.json").write_text(json.dumps(to_json(saved)))
+    assert starting_config(out=tmp_path, resume=True) == apply_flags(saved, saved, set()) == saved
+    values = to_json(saved)
+    del values["recipe_version"]  # before versions were counted
+    assert from_json(values).recipe_version == 1
 
 
 @pytest.mark.parametrize("size", "blh")
@@ -102,13 +97,6 @@ def test_imagenet_recipes_are_table_8_of_the_paper(size, suffix, epochs):
     assert train.betas == (0.9, 0.95)
     assert (recipe.model.mask_ratio, recipe.model.img_size, recipe.data.scale) == (0.75, 224, (0.2, 1.0))
     assert create_schedule(train, IMAGENET).peak_lr == pytest.approx(2.4e-3)
-
-
-def test_a_resumed_run_has_its_own_version_and_not_the_recipes_of_today(tmp_path):
-    saved = replace(RECIPES["small-data"], recipe_version=0)
-    (tmp_path / "config.json").write_text(json.dumps(to_json(saved)))
-    assert starting_config(out=tmp_path, resume=True) == saved
-    assert apply_flags(saved, saved, set()).recipe_version == 0
 
 
 def test_a_run_prints_what_differs_from_its_recipe():

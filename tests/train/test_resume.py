@@ -33,9 +33,9 @@ def finished(tmp_path_factory, images):
 @pytest.mark.parametrize("loader", LOADERS)
 def test_stopping_and_resuming_equals_going_straight(tmp_path, images, loader):
     """The stop falls inside a log interval and inside an epoch; the run ends inside both, too."""
-    changes = (
-        {"precision": "bf16", "masks_per_image": 2} if loader == "torch" else {"precision": "fp32", "batch_size": 2}
-    )
+    changes = {"precision": "fp32", "batch_size": 2}
+    if loader == "torch":
+        changes = {"precision": "bf16", "masks_per_image": 2, "optimizer": "muon"}
     options = {"loader": loader, "steps": 14, "clip_grad": 1.0} | changes
     straight = fitted(tmp_path / "straight", images, **options)
     stopped = make_trainer(tmp_path / "stopped", images, **options, checkpoint_every_steps=7)
@@ -133,6 +133,8 @@ def test_what_differs_is_named_or_refused(tmp_path, images, finished):
         resume(seed=1)
     with pytest.raises(CheckpointError, match=r"--train.masks-per-image: .*started with, 1, got 2"):
         resume(masks_per_image=2)
+    with pytest.raises(CheckpointError, match=r"--train.optimizer: .*started with, adamw, got muon"):
+        resume(optimizer="muon")
     assert resume(model=replace(MODEL, mask_strategy="block")) == ["model.mask_strategy was random, is block"]
     with pytest.raises(CheckpointError, match=r"--train.global-batch-size: .*8, got 16"):
         resume(global_batch_size=16)

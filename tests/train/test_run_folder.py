@@ -66,13 +66,21 @@ def test_object_stores_are_refused_by_flag(flag, tmp_path, monkeypatch, capsys):
 
 
 def test_files_are_on_the_disk_before_they_take_the_place_of_others(tmp_path, monkeypatch):
-    """Else a machine that goes down leaves an empty config.json or metrics.jsonl behind."""
+    """Else a machine that goes down leaves an empty config.json or metrics.jsonl behind. Half a row is cut as well."""
     synced = []
     monkeypatch.setattr(run_folder, "sync", lambda path: synced.append((path.name, path.read_text())))
     with RunFolder(tmp_path / "run") as run:
         run.write_json("config.json", {"a": 1})
-        run.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+        run.metrics.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
         run.cut_metrics(1)
         assert synced == [(".config.json.tmp", '{\n "a": 1\n}\n'), (".metrics.jsonl.tmp", '{"step": 1}\n')]
         assert run.read_json("config.json") == {"a": 1}
         assert run.read_metrics() == [{"step": 1}]
+
+
+def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
+    RunFolder(tmp_path / "run").close()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    RunFolder(tmp_path / "mine").close()
+    assert list((tmp_path / "mine").iterdir()) == []

@@ -16,7 +16,6 @@ from training import MODEL, fitted, make_trainer, write_images
 from fastmae.data import DataError, has_dali
 from fastmae.train import trainer as loop
 from fastmae.train.liveness import StopRequest
-from fastmae.train.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +145,6 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch
     trainer.run.close()
 
 
-def test_masks_and_batches_do_not_depend_on_the_default_generator(tmp_path, images):
-    steps = []
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        steps += maskings_of_a_step(make_trainer(tmp_path / str(seed), images))
-    (x, masking), (again, other) = steps
-    assert torch.equal(x, again)
-    assert torch.equal(masking.mask, other.mask)
-
-
 def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
     trainer = make_trainer(tmp_path / "run", images, steps=10**6, max_minutes=0.5 / 60)
     assert trainer.fit() == "finished"
@@ -164,31 +153,6 @@ def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
     assert trainer.run.read_json("status.json")["reason"] == "time limit"
     text = f"Time limit of 0.00833333 minutes reached at step {trainer.step:,} of 1,000,000\n"
     assert text in trainer.console.file.getvalue()
-
-
-def test_a_run_folder_has_one_owner_and_is_not_overwritten(tmp_path):
-    with RunFolder(tmp_path / "run") as run:
-        with pytest.raises(BlockingIOError, match=r"--out .*run: in use by process \d+"):
-            RunFolder(tmp_path / "run", resume=True)
-        run.write_json("config.json", {})
-    with pytest.raises(ValueError, match=r"--out: expected a new or empty folder.*add --resume"):
-        RunFolder(tmp_path / "run")
-    RunFolder(tmp_path / "run", resume=True).close()
-
-
-def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
-    RunFolder(tmp_path / "run").close()
-    assert not (tmp_path / "run").exists()
-    (tmp_path / "mine").mkdir()
-    RunFolder(tmp_path / "mine").close()
-    assert list((tmp_path / "mine").iterdir()) == []
-
-
-def test_rows_of_an_abandoned_future_and_half_written_ones_are_cut(tmp_path):
-    with RunFolder(tmp_path / "run") as run:
-        run.metrics.write_text('{"step": 4, "loss": 1.0}\n{"step": 8, "loss": 0.5}\n{"step": 12, "lo')
-        run.cut_metrics(4)
-        assert run.read_metrics() == [{"step": 4, "loss": 1.0}]
 
 
 def test_ranks_agree_on_the_images_before_anything_else(tmp_path, images, monkeypatch):
@@ -215,14 +179,6 @@ def test_the_first_signal_asks_and_the_second_leaves():
             os._exit(0)  # not reached
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGTERM
-
-
-def test_handlers_are_given_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with StopRequest() as stop:
-        assert signal.getsignal(signal.SIGTERM) != before
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert stop.requested is None
 
 
 @pytest.mark.gpu

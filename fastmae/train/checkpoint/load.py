@@ -78,7 +78,7 @@ class Checkpoint:
         """Fill tensors, plain or DTensors, with what the checkpoint holds under their names; opens only files needed.
 
         Raises:
-            CheckpointError: if a tensor is not there, has another shape or type, or a file cannot be read.
+            CheckpointError: if a tensor has another shape or type, or a file cannot be read.
         """
         self.check(targets)
         wanted: dict[str, list[tuple[str, Tensor, slice]]] = defaultdict(list)
@@ -95,10 +95,8 @@ class Checkpoint:
                     target.copy_(source.get_slice(name)[rows] if target.ndim else source.get_tensor(name))
 
     def check(self, targets: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError if it holds a tensor not at all, or in another shape or type than the target's."""
+        """Raise CheckpointError if it holds a tensor in another shape or type than the target's."""
         for name, target in targets.items():
-            if name not in self.tensors:
-                raise CheckpointError(f"{self.path}: has no tensor {name}")
             there, here = self.tensors[name].whole, Chunk.whole(target)
             if there != here:
                 raise CheckpointError(f"{self.path}: {name} is {there}, expected {here}")
