@@ -1,9 +1,8 @@
-"""Real photographs that every installation has: those that scikit-image carries in its wheel. No network is used.
+"""Photographs that every installation has, from scikit-image's wheel; and image files as a model sees them.
 
-Colour and grey pictures of people, objects, buildings, the sky, tissue and surfaces. One is held out for validation: a
-cat, which is what people photograph (fur, eyes, a soft background), and of which no other picture here shows anything.
-The two motorcycle pictures are one scene from two sides, so both are for training. Charts, text and pictures too small
-or too plain to crop are left out.
+Colour and grey photographs of people, objects, buildings, the sky, tissue and surfaces; charts, text and small or plain
+pictures are left out. A cat is held out for validation: it is what people photograph, and no other picture shows an
+animal. The two motorcycle pictures show one scene from two sides, so both are for training.
 """
 
 from __future__ import annotations
@@ -25,45 +24,11 @@ from fastmae.data.index import Accepts, build_index
 from fastmae.data.sources import ListSource
 
 logger = logging.getLogger(__name__)
-TRAINING = (
-    "astronaut.png",
-    "brick.png",
-    "camera.png",
-    "coffee.png",
-    "coins.png",
-    "grass.png",
-    "gravel.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-    "moon.png",
-    "motorcycle_left.png",
-    "motorcycle_right.png",
-    "retina.jpg",
-    "rocket.jpg",
-)
+TRAINING = ("astronaut.png", "brick.png", "camera.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
+            "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg",
+            "rocket.jpg")  # fmt: skip
 VALIDATION = {"cat": "chelsea.png"}
-"""Name in captions: file."""
-
-
-def _folder() -> Path:
-    # find_spec does not import scikit-image, which would take longer than all of this.
-    spec = find_spec("skimage")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(
-            "the embedded photographs come with scikit-image, which is not installed: pip install scikit-image"
-        )
-    return Path(next(iter(spec.submodule_search_locations))) / "data"
-
-
-def _present(names: Sequence[str]) -> list[Path]:
-    folder = _folder()
-    paths = [folder / name for name in names]
-    missing = [path.name for path in paths if not path.is_file()]
-    if len(missing) == len(paths):
-        raise DataError(f"{folder}: expected scikit-image's photographs ({', '.join(names[:3])}, ...), found none")
-    if missing:
-        logger.warning("This version of scikit-image lacks %s; going on without.", ", ".join(missing))
-    return [path for path in paths if path.is_file()]
+"""File by caption."""
 
 
 def open_photographs() -> Dataset:
@@ -72,8 +37,9 @@ def open_photographs() -> Dataset:
     Raises:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
-    source = ListSource(_folder(), [(path.name, "") for path in _present(TRAINING)])
-    return Dataset(build_index(source, Accepts()), _folder(), name="photographs", embedded=True)
+    paths = _present(TRAINING)
+    source = ListSource(paths[0].parent, [(path.name, "") for path in paths])
+    return Dataset(build_index(source, Accepts()), source.root, name="photographs", embedded=True)
 
 
 def validation_photographs(img_size: tuple[int, int]) -> tuple[list[str], Tensor]:
@@ -88,9 +54,22 @@ def validation_photographs(img_size: tuple[int, int]) -> tuple[list[str], Tensor
     Raises:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
-    present = {path.name: path for path in _present(tuple(VALIDATION.values()))}
-    names = [name for name, file in VALIDATION.items() if file in present]
-    return names, read_images([present[VALIDATION[name]] for name in names], img_size)
+    paths = _present(list(VALIDATION.values()))
+    captions = {file: caption for caption, file in VALIDATION.items()}
+    return [captions[path.name] for path in paths], read_images(paths, img_size)
+
+
+def _present(names: Sequence[str]) -> list[Path]:
+    spec = find_spec("skimage")  # importing scikit-image takes longer than all of this
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError("the embedded photographs come with scikit-image: pip install scikit-image")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+    paths = [folder / name for name in names if (folder / name).is_file()]
+    if not paths:
+        raise DataError(f"{folder}: expected scikit-image's photographs ({', '.join(names[:3])}, ...), found none")
+    if missing := set(names) - {path.name for path in paths}:
+        logger.warning("This version of scikit-image lacks %s; continuing without.", ", ".join(sorted(missing)))
+    return paths
 
 
 def read_images(
@@ -101,8 +80,8 @@ def read_images(
     value_range: Sequence[float] | None = None,
     channels_first: bool = False,
 ) -> Tensor:
-    """Image files as a model sees them: upright, the largest centred crop of the right aspect ratio, resized
-    (bicubic, antialiased).
+    """Image files as a model sees them: upright, the largest centred crop of the right aspect ratio, resized (bicubic,
+    antialiased).
 
     Args:
         paths: n files, JPEG, PNG, WebP, TIFF or ``.npy``.
@@ -125,6 +104,8 @@ def read_images(
             header = read_header(path)
             if header is None:
                 raise BadImage(f"not a {EXPECTED} file")
+            if header.height * header.width > Accepts.max_pixels:
+                raise BadImage(f"huge: {header.height} x {header.width} pixels, more than {Accepts.max_pixels}")
             encoded = with_retries(lambda path=path: np.fromfile(path, np.uint8), str(path))
             pixels = decode(encoded, header.orientation, **options)
         except (BadImage, UndecodableImage, PermissionError) as error:
