@@ -106,8 +106,8 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class ShardConfig(SourceConfig):
-    """Pack images into verified WebDataset tar shards, each with an index. If interrupted, the same command continues
-    and ends with the same bytes."""
+    """Pack images into verified WebDataset tar shards, each with an index. If interrupted, the same command resumes and
+    ends with the same bytes."""
 
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder for the shards: new, empty, or left by this command when interrupted. Not inside PATH."""
@@ -126,6 +126,9 @@ class ShardConfig(SourceConfig):
     shuffle_seed: int | None = 0
     """Seed of the packing order, so that a sequential reader does not see classes one after the other. None: by
     name."""
+    part: str = "1/1"
+    """Pack one part of n, for several machines that share OUT: 1/4 here, 2/4 there, and so on, at the same time or one
+    after the other. The last one to end completes OUT."""
     max_bad_fraction: float = 0.01
     """Stop if more than this share of the images is bad. Otherwise bad images are skipped and listed in
     OUT/bad_files.jsonl."""

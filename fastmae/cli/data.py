@@ -55,21 +55,28 @@ def shard(config: ShardConfig, console: Console) -> int:
     """``fastmae data shard``."""
     if config.path.is_dir() and config.out.resolve().is_relative_to(config.path.resolve()):
         raise UsageError(f"OUT: expected a folder outside of {config.path}, got {config.out}")
+    number, _, count = config.part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UsageError(f"--part: expected i/n with 1 <= i <= n, such as 2/4, got {config.part}")
+    part = int(number), int(count)
     with usage_errors():
         options = ShardOptions(**{field.name: getattr(config, field.name) for field in fields(ShardOptions)})
     dataset = _open(config.path, config.images, config.max_bad_fraction)
+    total, workers = (len(dataset) - len(dataset.bad_ids)) // part[1], config.images.num_workers
     try:
-        with _counted_warnings(), _progress("Packing", len(dataset) - len(dataset.bad_ids)) as advance:
-            packed = write_shards(dataset, config.out, options, num_threads=config.images.num_workers, progress=advance)
+        with _counted_warnings(), _progress("Packing", total) as advance:
+            packed = write_shards(dataset, config.out, options, part=part, num_workers=workers, progress=advance)
     except KeyboardInterrupt:
-        console.print(f"Complete shards stay in {config.out}; the same command continues from there", style="bold")
+        console.print(f"Complete shards stay in {config.out}; the same command resumes from there", style="bold")
         raise
     console.print(
         f"{packed.images:,} images in {packed.shards:,} shards in {packed.folder}: {packed.bytes / 1e6:,.1f} MB, "
         f"{packed.bytes / max(packed.source_bytes, 1):.1%} of the images' {packed.source_bytes / 1e6:,.1f} MB; "
         f"{packed.encoded:,} re-encoded, {packed.images - packed.encoded:,} with their bytes as they were"
     )
-    if packed.bad:
+    if packed.missing:
+        console.print(f"Part {config.part} is complete; {packed.missing:,} shards of other parts are not yet")
+    elif packed.bad:
         console.print(f"{packed.bad:,} left out: {packed.folder / 'bad_files.jsonl'}")
     return 0
 

@@ -1,10 +1,9 @@
-"""Packing a data set into WebDataset tar shards: planned whole, written one by one, continued where it was cut off.
+"""Pack a data set into verified WebDataset tar shards, by several processes and on several machines.
 
-Which image goes where depends on the source's index and the options alone. So a run that was killed is continued by
-running it again: complete shards stay, the others come out as they would have, byte for byte.
+What a shard holds depends on the source's index and the options alone. So its bytes are the same whoever packs it and
+however often packing was interrupted: complete shards stay, and running again packs the others.
 
-Images keep the order of a seeded permutation, so that a reader that goes from front to back, as most do, meets no
-sorted classes. Reading the source in that order is random access, as training is.
+Images have the order of a seeded permutation, so that a sequential reader does not see classes one after the other.
 """
 
 from __future__ import annotations
@@ -13,19 +12,25 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
+import multiprocessing
 import os
 import re
+import signal
 import tarfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import PIL
+import torch
 import torchvision
 from PIL import Image, features
 
@@ -34,366 +39,39 @@ from fastmae.data.decode import UndecodableImage, decode
 from fastmae.data.errors import DataError
 from fastmae.data.formats import MODES, BadImage, Format, Header, parse_header
 from fastmae.data.loader import available_cores
+from fastmae.data.open import open_dataset
 from fastmae.data.sampler import permuted_ids
-from fastmae.data.tar import INDEX_SUFFIX, parse_shard, write_shard_index
+from fastmae.data.table import Part
+from fastmae.data.tar import BLOCK, INDEX_SUFFIX, parse_shard, write_shard_index
 from fastmae.data.threads import in_order
 
-SUFFIXES = {Format.JPEG: ".jpg", Format.PNG: ".png", Format.WEBP: ".webp", Format.TIFF: ".tif", Format.NPY: ".npy"}
+MANIFEST, BAD_FILES, CLASSES = "shards.json", "bad_files.jsonl", "classes.txt"
+_PROGRESS = ".progress"
+_FORMAT = 1
+_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what network file systems cannot do
+_SUFFIXES = {Format.JPEG: ".jpg", Format.PNG: ".png", Format.WEBP: ".webp", Format.TIFF: ".tif", Format.NPY: ".npy"}
 _PHOTOGRAPHS = (Format.JPEG, Format.PNG, Format.WEBP)
 _SIXTEEN_BITS = ("I", "I;16")
 _LONGEST_JPEG = 65500  # libjpeg's limit
 _NAME_CHARACTERS = 64
-_REDUCING_GAP = 3.0  # of a very large image, whole blocks are averaged first; Pillow calls the result indistinguishable
-MANIFEST = "shards.json"
-_PROGRESS = ".progress.jsonl"
-BAD_FILES, CLASSES = "bad_files.jsonl", "classes.txt"
-_FORMAT = 1
+_REDUCING_GAP = 3.0  # averages whole blocks of a very large image first; Pillow calls the result indistinguishable
+_HEADERS = 1024  # bytes of a tar header and of half a block of padding, rounded up; a class takes as much again
+_JPEG_BYTES_PER_PIXEL = 0.4  # at quality 90
 _SCANNED = 65536
-_HEADERS = 1024  # a tar header, and half a block of padding on average; as much again for a class
-_JPEG_BYTES_PER_PIXEL = 0.4  # about that at quality 90
-Progress = Callable[[int, int], None]
-"""Called with how many more images and bytes are done."""
-
-
-class Encoding(NamedTuple):
-    """How images are stored.
-
-    Attributes:
-        short_side: the longest that an image's short side may be, in pixels; None: as long as it is.
-        quality: of JPEG, 1 to 100.
-        reencode: whether an image that fits is encoded anew too.
-    """
-
-    short_side: int | None = None
-    quality: int = 90
-    reencode: bool = False
-
-
-class StoredImage(NamedTuple):
-    """An image as a shard holds it.
-
-    Attributes:
-        name: of the member.
-        data: the encoded image.
-        label: its class, -1 for none.
-        height, width: of the upright image.
-        encoded: whether the bytes are other ones than the source's.
-    """
-
-    name: str
-    data: bytes
-    label: int
-    height: int
-    width: int
-    encoded: bool
-
-
-def stored_shapes(rows: np.ndarray, encoding: Encoding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What comes of images by their headers.
-
-    Args:
-        rows: ``table.ENTRY`` (n,).
-
-    Returns:
-        Heights and widths, int64 (n,), of the upright images as stored, and bool (n,): which are encoded anew.
-    """
-    heights, widths = upright_shapes(rows)
-    eight_bits = ~np.isin(rows["mode"], [MODES.index(mode) for mode in _SIXTEEN_BITS])
-    photographs = np.isin(rows["format"], _PHOTOGRAPHS) & eight_bits & (np.maximum(heights, widths) <= _LONGEST_JPEG)
-    shorts = np.minimum(heights, widths)
-    larger = photographs & (shorts > (encoding.short_side or np.iinfo(np.int64).max))
-    if encoding.short_side is not None:
-        scale = encoding.short_side / np.maximum(shorts, 1)
-        heights = np.where(larger, np.maximum(np.rint(heights * scale), 1), heights).astype(np.int64)
-        widths = np.where(larger, np.maximum(np.rint(widths * scale), 1), widths).astype(np.int64)
-    return heights, widths, larger | (photographs & encoding.reencode)
-
-
-def store_image(dataset: Dataset, sample_id: int, encoding: Encoding) -> StoredImage:
-    """An image as a shard is to hold it.
-
-    Raises:
-        UndecodableImage: it was to be encoded anew, and does not decode.
-        DataError: it cannot be read, or is not what the index says any more.
-    """
-    rows = dataset.rows(np.array([sample_id]))
-    (height,), (width,), (anew,) = (values.tolist() for values in stored_shapes(rows, encoding))
-    row, data = rows[0], dataset.read(sample_id)
-    format_ = Format(int(row["format"]))
-    header = _check_unchanged(dataset, sample_id, row, data)
-    if anew:
-        pixels = decode(data, int(row["orientation"]), channels=dataset.channels)  # of 8 bits, which need no range
-        expected = tuple(int(size[0]) for size in upright_shapes(rows))
-        if pixels.shape[:2] != expected:
-            raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {expected}")
-        if row["channels"] == 1:
-            pixels = pixels[..., 0]
-        stored, format_ = _encode(pixels, height, width, encoding.quality), Format.JPEG
-    else:
-        stored = data.tobytes()
-        if format_ is Format.NPY:  # as it will be read back, whichever axis has the channels
-            height, width = header.height, header.width
-    name = member_key(dataset, sample_id) + SUFFIXES[format_]
-    return StoredImage(name, stored, int(row["label"]), height, width, anew)
-
-
-def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.ndarray) -> Header:
-    path = dataset.path(sample_id)
-    try:
-        header = parse_header(BytesIO(data), path)
-    except BadImage:
-        header = None
-    found = header and (len(data), header.format, header.height, header.width, header.orientation)
-    if found and found[1] == Format.NPY and dataset.accepts.channels_first and header.channels != 1:
-        found = (*found[:2], header.width, header.channels, header.orientation)
-    if found != tuple(int(row[name]) for name in ("size", "format", "height", "width", "orientation")):
-        raise DataError(f"{printable(path)}: changed while it was being packed; begin anew")
-    return header
-
-
-def _encode(pixels: np.ndarray, height: int, width: int, quality: int) -> bytes:
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=_REDUCING_GAP)
-    buffer = BytesIO()
-    # Not optimize=True: 3 % smaller, but Pillow then needs room for the whole file and guesses it too small for noise.
-    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return buffer.getvalue()
-
-
-def encoder() -> str:
-    """The libraries that the bytes of encoded images depend on."""
-    jpeg = features.version_feature("libjpeg_turbo") or features.version_codec("jpg")
-    return f"Pillow {PIL.__version__}, libjpeg {jpeg}, torchvision {torchvision.__version__}"
-
-
-def member_key(dataset: Dataset, sample_id: int) -> str:
-    """The name of a sample in a shard, without suffix: its number in the source, and of its path what is harmless.
-
-    A WebDataset reader ends the key at the first dot, a shell sees no option and no space, and the number keeps
-    ``a.jpg``, ``a.png`` and ``A/a.jpg`` apart where their letters do not. So the key fits into a plain tar header.
-    """
-    digits = max(9, len(str(len(dataset) - 1)))
-    path = dataset.path(sample_id).removeprefix(f"{dataset.root}/").rpartition("::")[2]
-    folder, slash, last = path.rpartition("/")
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", folder + slash + (last.rpartition(".")[0] or last))
-    return f"{sample_id:0{digits}d}-{stem[-_NAME_CHARACTERS:]}"
-
-
-class Written(NamedTuple):
-    """An image in a shard, without its bytes."""
-
-    name: str
-    size: int
-    label: int
-    height: int
-    width: int
-
-
-class _Hashed:
-    """A file to write to, with the digest of what was to be written."""
-
-    def __init__(self, file: BinaryIO):
-        self._file, self.digest, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self.size
-
-
-def write_shard(path: Path, images: Iterable[StoredImage]) -> tuple[int, str]:
-    """Write a tar of images and their classes, the same bytes for the same images, with an index beside it.
-
-    Until the whole was written, synchronised and read back, it stands under a hidden name.
-
-    Returns:
-        Bytes and SHA-256 of the tar.
-
-    Raises:
-        DataError: what was read back is not what was written.
-        OSError: the disk is full, or the file system failed.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        written: list[Written] = []
-        with partial.open("wb") as file:
-            hashed = _Hashed(file)
-            with tarfile.open(fileobj=hashed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for image in images:
-                    _add(tar, image.name, image.data)
-                    if image.label >= 0:
-                        _add(tar, image.name.partition(".")[0] + ".cls", b"%d" % image.label)
-                    written.append(Written(image.name, len(image.data), image.label, image.height, image.width))
-            file.flush()
-            os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # so that the disk is read, and not what is still in memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        _read_back(partial, written, hashed.digest.hexdigest())
-        partial.replace(path)
-        write_shard_index(path)
-        sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
-    return hashed.size, hashed.digest.hexdigest()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    header = tarfile.TarInfo(name)  # its time and owner are zero: the same images make the same file
-    header.size, header.mode = len(data), 0o644
-    tar.addfile(header, BytesIO(data))
-    tar.members = []  # else they are kept
-
-
-def _read_back(path: Path, written: list[Written], digest: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != digest:
-        raise DataError(f"{path}: reads back otherwise than it was written (SHA-256 {found}, expected {digest})")
-    part = parse_shard(path)
-    names = [part.names[row["name"] : row["name"] + row["name_size"]].decode() for row in part.rows]
-    heights, widths = upright_shapes(part.rows)
-    columns = (part.rows["size"], part.rows["label"], heights, widths)
-    read = [Written(*row) for row in zip(names, *(column.tolist() for column in columns), strict=True)]
-    if part.bad or read != written:
-        image = next((a for a, b in zip(written, read, strict=False) if a != b), None)
-        raise DataError(f"{path}: {len(written)} images were written, {len(read)} read back; first other one: {image}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was renamed in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:  # some network file systems know no such thing
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-class ShardFolder:
-    """Held by one process at a time; use as a context manager.
-
-    Attributes:
-        path: the folder.
-        done: what there is to say about each complete shard, by its name.
-
-    Raises:
-        DataError: it is in use, holds something else, or was begun with another plan.
-        OSError: it cannot be made or written.
-    """
-
-    def __init__(self, path: Path, plan: dict[str, Any]):
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(f"{path}: another process is packing shards into it") from error
-            except OSError as error:  # some cluster file systems know no locks
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise
-            self._begin(plan)
-            self.done = self._finished()
-        except BaseException:
-            os.close(self._lock)
-            raise
-
-    def __enter__(self) -> ShardFolder:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._lock)
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Remember that a shard is complete."""
-        with (self.path / _PROGRESS).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.done[record["name"]] = record
-
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write down the whole: from now on the folder says that it is complete."""
-        write_text(self.path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        (self.path / _PROGRESS).unlink(missing_ok=True)
-        sync_folder(self.path)
-
-    def _begin(self, plan: dict[str, Any]) -> None:
-        """Write down what is going to be done, or see that it is what was begun."""
-        path = self.path / MANIFEST
-        if not path.exists():
-            there = sorted(p.name for p in self.path.iterdir() if not p.name.startswith("."))
-            if there:
-                raise DataError(
-                    f"{self.path}: expected a new or empty folder, or one with {MANIFEST}; found {there[0]!r}"
-                )
-            write_text(path, json.dumps(plan, indent=1) + "\n")
-            return
-        begun = self._manifest()
-        differences = [f"{name} {begun.get(name)} there, {value} here" for name, value in plan.items()
-                       if begun.get(name) != value]  # fmt: skip
-        if differences:
-            raise DataError(
-                f"{self.path}: was begun with another source or other options: {'; '.join(differences)}. "
-                "Give the same ones to continue it, or choose another folder"
-            )
-        for leftover in (*self.path.glob(".*.partial"), *self.path.glob(f".writing-*{INDEX_SUFFIX}")):
-            leftover.unlink()  # of a process that was killed, since this one holds the lock
-
-    def _manifest(self) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.path / MANIFEST).read_text()))
-        except (ValueError, TypeError) as error:
-            raise DataError(f"{self.path / MANIFEST}: is damaged: {error}; remove the folder to begin anew") from error
-
-    def _finished(self) -> dict[str, dict[str, Any]]:
-        records = list(self._manifest().get("shards", []))
-        if (self.path / _PROGRESS).is_file():
-            for line in (self.path / _PROGRESS).read_text().splitlines():
-                with suppress(ValueError):  # a kill can leave half a line
-                    records.append(json.loads(line))
-        complete = {record["name"]: record for record in records if self._is_complete(record)}
-        # Written anew, so that nothing is appended to half a line.
-        write_text(self.path / _PROGRESS, "".join(json.dumps(record) + "\n" for record in complete.values()))
-        return complete
-
-    def _is_complete(self, record: dict[str, Any]) -> bool:
-        path = self.path / record["name"]
-        index = path.with_name(path.name + INDEX_SUFFIX)
-        return path.is_file() and path.stat().st_size == record["bytes"] and index.is_file()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+_IMAGES_PER_PROCESS = 1000  # a process takes seconds to start
 
 
 @dataclass(frozen=True)
 class ShardOptions:
-    """What decides over the content of the shards.
+    """What the content of the shards depends on, apart from the source.
 
     Attributes:
         short_side: shrink 8-bit photographs to this short side, in pixels, and store them as JPEG; None: do not.
         quality: of JPEG, 1 to 100.
-        reencode: encode photographs anew as JPEG also where they keep their size.
-        shard_bytes: size of a shard to aim at; of images that are encoded anew it is estimated.
-        images_per_shard: at most so many in a shard; in place of ``shard_bytes``.
-        shuffle_seed: of the order; None: the order of the source.
+        reencode: also encode photographs as JPEG that keep their size.
+        shard_bytes: target size of a shard; sizes of re-encoded images are estimates.
+        images_per_shard: most images in a shard; replaces ``shard_bytes``.
+        shuffle_seed: of the order; None for the order of the source.
     """
 
     short_side: int | None = None
@@ -413,26 +91,311 @@ class ShardOptions:
         if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 1 << 63:
             raise ValueError(f"shuffle_seed: expected an integer in [0, 2**63), got {self.shuffle_seed}")
 
-    @property
-    def encoding(self) -> Encoding:
-        return Encoding(self.short_side, self.quality, self.reencode)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An image
 
 
-class Shards(NamedTuple):
-    """What was packed.
+class StoredImage(NamedTuple):
+    """A member's name and data, its class (-1: none), the upright image's sides, and whether it was encoded anew."""
 
-    Attributes:
-        folder: where.
-        shards: number of tar files.
-        images: in all of them.
-        encoded: how many of the images were encoded anew.
-        bytes: of all tar files.
-        source_bytes: of the images that went in.
-        bad: how many of the source's images were left out.
+    name: str
+    data: bytes
+    label: int
+    height: int
+    width: int
+    encoded: bool = False
+
+
+def stored_shapes(rows: np.ndarray, options: ShardOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How images are stored, by what the index says of them.
+
+    Args:
+        rows: ``table.ENTRY`` (n,).
+
+    Returns:
+        Upright heights and widths in the shard, int64 (n,), and which images are encoded anew, bool (n,).
+    """
+    heights, widths = upright_shapes(rows)
+    eight_bits = ~np.isin(rows["mode"], [MODES.index(mode) for mode in _SIXTEEN_BITS])
+    photographs = np.isin(rows["format"], _PHOTOGRAPHS) & eight_bits & (np.maximum(heights, widths) <= _LONGEST_JPEG)
+    shorts = np.minimum(heights, widths)
+    larger = photographs & (shorts > (options.short_side or np.iinfo(np.int64).max))
+    if options.short_side is not None:
+        scale = options.short_side / np.maximum(shorts, 1)
+        heights = np.where(larger, np.maximum(np.rint(heights * scale), 1), heights).astype(np.int64)
+        widths = np.where(larger, np.maximum(np.rint(widths * scale), 1), widths).astype(np.int64)
+    return heights, widths, larger | (photographs & options.reencode)
+
+
+def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> StoredImage:
+    """An image as a shard is to hold it.
+
+    Raises:
+        UndecodableImage: it has to be encoded anew and does not decode.
+        DataError: it cannot be read, or is not what the index says any more.
+    """
+    rows = dataset.rows(np.array([sample_id]))
+    row, data = rows[0], dataset.read(sample_id)
+    (height,), (width,), (anew,) = (values.tolist() for values in stored_shapes(rows, options))
+    header = _check_unchanged(dataset, sample_id, row, data)
+    format_, stored = Format(int(row["format"])), data.tobytes()
+    if anew:
+        pixels = decode(data, int(row["orientation"]), channels=dataset.channels)
+        expected = tuple(int(side[0]) for side in upright_shapes(rows))
+        if pixels.shape[:2] != expected:
+            raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {expected}")
+        grey = row["channels"] == 1
+        format_, stored = Format.JPEG, _encode(pixels[..., 0] if grey else pixels, height, width, options.quality)
+    elif format_ is Format.NPY:  # the reader of the shard takes the last axis for the channels
+        height, width = header.height, header.width
+    name = member_key(dataset, sample_id) + _SUFFIXES[format_]
+    return StoredImage(name, stored, int(row["label"]), height, width, anew)
+
+
+def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.ndarray) -> Header:
+    path = dataset.path(sample_id)
+    try:
+        header = parse_header(BytesIO(data), path)
+    except BadImage:
+        header = None
+    found = header and (len(data), header.format, header.height, header.width, header.orientation)
+    if found and header.format == Format.NPY and dataset.accepts.channels_first and header.channels != 1:
+        found = (*found[:2], header.width, header.channels, header.orientation)
+    if found != tuple(int(row[name]) for name in ("size", "format", "height", "width", "orientation")):
+        raise DataError(f"{printable(path)}: changed while it was being packed; start again with another folder")
+    return header
+
+
+def _encode(pixels: np.ndarray, height: int, width: int, quality: int) -> bytes:
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=_REDUCING_GAP)
+    buffer = BytesIO()
+    # optimize=True would save 3 %, but Pillow then guesses the buffer that it needs, too small for noise.
+    image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
+    return buffer.getvalue()
+
+
+def member_key(dataset: Dataset, sample_id: int) -> str:
+    """The name of a sample in a shard, without suffix: its number in the source, and the harmless part of its path.
+
+    It has no dot, where a WebDataset key ends, fits into a plain tar header, and means nothing to a shell. The number
+    tells ``a.jpg``, ``a.png`` and ``A/a.jpg`` apart.
+    """
+    digits = max(9, len(str(len(dataset) - 1)))
+    path = dataset.path(sample_id).removeprefix(f"{dataset.root}/").rpartition("::")[2]
+    folder, slash, last = path.rpartition("/")
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", folder + slash + (last.rpartition(".")[0] or last))
+    return f"{sample_id:0{digits}d}-{stem[-_NAME_CHARACTERS:]}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A shard
+
+
+def write_shard(path: Path, images: Iterable[StoredImage]) -> tuple[int, str]:
+    """Write a tar of images and their classes, and its index. It gets its name once it has been read back and compared.
+
+    Returns:
+        Bytes and SHA-256 of the tar.
+
+    Raises:
+        DataError: what was read back is not what was written.
+        OSError: the disk is full, or the file system failed.
+    """
+    # The name is random, so that a process that outlives its parent is not in the way of the next run.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    digest, size, written = hashlib.sha256(), 0, []
+    try:
+        with partial.open("wb") as file:
+            for piece in _tar(images, written):
+                digest.update(piece)
+                size += file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        part = _read_back(partial, written, digest.hexdigest())
+        partial.replace(path)
+        write_shard_index(path, part)
+        _sync_folder(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+    return size, digest.hexdigest()
+
+
+def _tar(images: Iterable[StoredImage], written: list[tuple]) -> Iterator[bytes]:
+    size = 0
+    for image in images:
+        members = {image.name: image.data}
+        if image.label >= 0:
+            members[image.name.partition(".")[0] + ".cls"] = b"%d" % image.label
+        for name, data in members.items():
+            header = tarfile.TarInfo(name)  # time and owner are zero: the same images make the same bytes
+            header.size, header.mode = len(data), 0o644
+            piece = header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
+            size += len(piece)
+            yield piece
+        written.append((image.name, len(image.data), image.label, image.height, image.width))
+    yield bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
+
+
+def _read_back(path: Path, written: list[tuple], digest: str) -> Part:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != digest:
+        raise DataError(f"{path}: reads back otherwise than it was written (SHA-256 {found}, expected {digest})")
+    part = parse_shard(path)
+    names = [part.names[row["name"] : row["name"] + row["name_size"]].decode() for row in part.rows]
+    columns = part.rows["size"], part.rows["label"], *upright_shapes(part.rows)
+    read = list(zip(names, *(column.tolist() for column in columns), strict=True))
+    if part.bad or read != written:
+        image = next((a for a, b in zip(written, read, strict=False) if a != b), None)
+        raise DataError(f"{path}: wrote {len(written)} images, read back {len(read)}; the first to differ: {image}")
+    return part
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make what was renamed in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder of shards
+
+
+class ShardFolder:
+    """Shards of one source, packed in one or several parts, each by one process at a time. Use as a context manager.
+
+    ``shards.json`` tells what is being packed, and in the end what was. Until then each part lists its complete shards
+    in a hidden file, which it holds locked.
+
+    Args:
+        path: the folder; made if it does not exist.
+        plan: what must be the same for all parts.
+        names: the shards of this part.
+        part: its number, from 1, and how many there are.
+
+    Raises:
+        DataError: the part is being packed, or the folder holds something else, or was begun with another plan.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, plan: dict[str, Any], names: Iterable[str] = (), part: tuple[int, int] = (1, 1)):
+        self.path, self._names, self._part = path, set(names), "{}-of-{}".format(*part)
+        path.mkdir(parents=True, exist_ok=True)
+        self._begin(plan)
+        self._progress = (path / f"{_PROGRESS}-{self._part}.jsonl").open("a")
+        try:
+            fcntl.flock(self._progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                self._progress.close()
+                raise DataError(f"{path}: another process is packing part {part[0]}/{part[1]}: {error}") from error
+
+    def __enter__(self) -> Self:
+        self._remove_leftovers()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._remove_leftovers()
+        self._progress.close()
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Remember that a shard is complete."""
+        self._progress.write("\n" + json.dumps(record))  # the newline first, since a kill may have left half a line
+        self._progress.flush()
+        os.fsync(self._progress.fileno())
+
+    def complete(self) -> dict[str, dict[str, Any]]:
+        """The records of the complete shards of all parts, by name."""
+        records = []
+        for path in self.path.glob(f"{_PROGRESS}*.jsonl"):
+            with suppress(FileNotFoundError):
+                for line in path.read_text().splitlines():
+                    with suppress(ValueError):
+                        records.append(json.loads(line))
+        # Read last: a part that finishes removes those files once this one is written.
+        records = self._manifest().get("shards", []) + records
+        return {record["name"]: record for record in records if self._is_complete(record)}
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Write down that all parts are complete."""
+        self.write(MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        for path in self.path.glob(f"{_PROGRESS}*.jsonl"):
+            path.unlink(missing_ok=True)
+        _sync_folder(self.path)
+
+    def write(self, name: str, text: str, *, first: bool = False) -> None:
+        """Write a file, whole or not at all. ``first``: unless another part has written it."""
+        path, partial = self.path / name, self.path / f".{name}.{self._part}.partial"
+        try:
+            with partial.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            if first:
+                with suppress(OSError):  # it exists; or the file system has no links, and the first run decides
+                    path.hardlink_to(partial)
+            if not first or not path.exists():
+                partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _begin(self, plan: dict[str, Any]) -> None:
+        there = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        if not there:
+            self.write(MANIFEST, json.dumps(plan, indent=1) + "\n", first=True)
+        elif not (self.path / MANIFEST).exists():
+            raise DataError(f"{self.path}: expected a new or empty folder, or one with {MANIFEST}; found {there[0]!r}")
+        begun = self._manifest()
+        differences = [f"{name} {begun.get(name)} there, {plan[name]} here" for name in plan
+                       if begun.get(name) != plan[name]]  # fmt: skip
+        if differences:
+            raise DataError(
+                f"{self.path}: was begun with another source or other options: {'; '.join(differences)}. "
+                "Give the same ones to resume it, or choose another folder"
+            )
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.path / MANIFEST).read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self.path / MANIFEST}: is damaged: {error}; delete the folder to start again") from error
+
+    def _is_complete(self, record: dict[str, Any]) -> bool:
+        path = self.path / record["name"]
+        index = path.with_name(path.name + INDEX_SUFFIX)
+        return path.is_file() and path.stat().st_size == record["bytes"] and index.is_file()
+
+    def _remove_leftovers(self) -> None:
+        for path in self.path.glob(".*.*"):  # .shard-000000.tar.<random>.partial, .shards.json.1-of-1.partial
+            if f"{path.name.split('.')[1]}.tar" in self._names or path.name.endswith(f".{self._part}.partial"):
+                path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All shards
+
+
+class Packed(NamedTuple):
+    """What was packed: by this part if shards of others are missing, else by all.
+
+    ``missing`` counts those shards; ``encoded`` the images encoded anew, ``source_bytes`` those that went in, ``bad``
+    the source's images known to be left out.
     """
 
     folder: Path
     shards: int
+    missing: int
     images: int
     encoded: int
     bytes: int
@@ -440,54 +403,102 @@ class Shards(NamedTuple):
     bad: int
 
 
+class _Packing(NamedTuple):
+    """What a process has to know; ``bad_ids`` because verdicts that could not be stored are in no index."""
+
+    dataset: Dataset | None
+    bad_ids: np.ndarray
+    out: Path
+    options: ShardOptions
+    count: int
+
+    def name(self, number: int) -> str:
+        return f"shard-{number:0{max(6, len(str(self.count - 1)))}d}.tar"
+
+    def sample_ids(self, number: int) -> np.ndarray:
+        total = len(self.dataset)
+        ids = np.arange(number * total // self.count, (number + 1) * total // self.count)
+        if self.options.shuffle_seed is not None:
+            ids, _ = permuted_ids(ids, total, self.options.shuffle_seed)
+        return ids[~np.isin(ids, self.bad_ids)]
+
+
 def write_shards(
     dataset: Dataset,
     out: Path,
     options: ShardOptions | None = None,
     *,
-    num_threads: int | None = None,
-    progress: Progress | None = None,
-) -> Shards:
-    """Pack a data set into ``out/shard-000000.tar`` and so on, or go on doing so.
+    part: tuple[int, int] = (1, 1),
+    num_workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Packed:
+    """Pack a data set into ``out/shard-000000.tar`` and so on, or resume doing so.
 
-    Beside each shard stands its index; ``shards.json`` says where the images came from, the options, and each shard's
-    size and SHA-256; ``bad_files.jsonl`` lists what was left out, ``classes.txt`` the names of the classes.
+    Each shard has its index beside it. ``shards.json`` holds the source's hash, the options, and each shard's size and
+    SHA-256; ``bad_files.jsonl`` lists what was left out, ``classes.txt`` the names of the classes. Many images are
+    packed by processes, so a script needs its ``if __name__ == "__main__":``.
 
     Args:
-        dataset: what to pack; images known to be bad are left out.
+        dataset: what to pack, without the images known to be bad.
         out: a new or empty folder, or that of a run with the same source and options.
         options: None for the defaults.
-        num_threads: that read and encode; None for one a core.
-        progress: called from this thread.
+        part: (i, n), 1 <= i <= n, packs every n-th shard. Parts may run at the same time, on machines that share the
+            folder. The last one to end, or a later run of any, writes the files about all shards.
+        num_workers: processes that each pack whole shards, or threads if there are few images or no index on disk.
+            None: one per core.
+        progress: called, in this thread, with how many more images and bytes are done.
 
     Raises:
-        DataError: ``out`` holds something else or is in use; the source changed or cannot be read; more of it is bad
-            than ``dataset.max_bad_fraction`` allows; the disk is full, or does not give back what it was given. What is
-            complete stays, and running again continues.
+        ValueError: a part out of range.
+        DataError: ``out`` holds something else or is in use; the source has changed or cannot be read; more of it is
+            bad than ``dataset.max_bad_fraction`` allows; the disk is full, or returns other bytes than it was given.
+            Complete shards stay, and running again resumes.
     """
+    if not 1 <= part[0] <= part[1]:
+        raise ValueError(f"part: expected i/n with 1 <= i <= n, got {part[0]}/{part[1]}")
     options = options or ShardOptions()
-    count = _num_shards(dataset, options)
-    names = [f"shard-{number:0{max(6, len(str(count - 1)))}d}.tar" for number in range(count)]
-    plan = _plan(dataset, options, count)
+    packing = _Packing(dataset, dataset.bad_ids, out, options, _num_shards(dataset, options))
+    names = {number: packing.name(number) for number in range(part[0] - 1, packing.count, part[1])}
+    encoder = _encoder() if options.short_side is not None or options.reencode else None
+    plan = {"format": _FORMAT, "source": dataset.hash, "source_images": len(dataset), **asdict(options),
+            "encoder": encoder, "num_shards": packing.count}  # fmt: skip
+    late: dict[int, str] = {}
+
+    def check_bad(records: Iterable[dict[str, Any]]) -> None:
+        more = {int(sample_id): reason for record in records for sample_id, reason in record["bad"]}
+        if more:
+            late.update(more)
+            dataset.check_bad_fraction(late)
+
+    def receive(message: dict[str, Any] | tuple[int, int]) -> None:
+        if isinstance(message, dict):
+            folder.add(message)
+            check_bad([message])
+        elif progress is not None:
+            progress(*message)
+
     try:
-        with ShardFolder(out, plan) as folder:
-            late: dict[int, str] = {}
-            for number, name in enumerate(names):
-                record = folder.done.get(name)
-                if record is None:
-                    ids = _sample_ids(dataset, options, number, count)
-                    record = _write(dataset, ids, out / name, options, num_threads, progress)
-                    folder.add(record)
-                elif progress is not None:
-                    progress(record["images"] + len(record["bad"]), record["bytes"])
-                if record["bad"]:
-                    late |= {int(sample_id): reason for sample_id, reason in record["bad"]}
-                    dataset.check_bad_fraction(late)
-            return _finish(dataset, folder, [folder.done[name] for name in names], late, plan)
+        with ShardFolder(out, plan, names.values(), part) as folder:
+            complete = folder.complete()
+            for record in (complete[name] for name in names.values() if name in complete):
+                receive((record["images"] + len(record["bad"]), record["bytes"]))
+            check_bad(complete.values())
+            _pack(packing, [number for number in names if names[number] not in complete], num_workers, receive)
+            complete = folder.complete()
+            check_bad(complete.values())
+            missing, own = packing.count - len(complete), set(names.values())
+            records = [complete[name] for name in sorted(complete) if name in own or not missing]
+            totals = {name: sum(r[name] for r in records) for name in ("images", "encoded", "bytes", "source_bytes")}
+            bad = sorted((dataset.index.bad | late).items())
+            if not missing:
+                lines = [json.dumps({"path": dataset.path(i), "reason": reason}) + "\n" for i, reason in bad]
+                folder.write(BAD_FILES, "".join(lines))
+                if dataset.classes:
+                    folder.write(CLASSES, "".join(f"{name}\n" for name in dataset.classes))
+                folder.finish(plan | totals | {"bad": len(bad), "shards": records})
+            return Packed(out, len(records), missing, bad=len(bad), **totals)
     except OSError as error:
-        raise DataError(
-            f"{out}: cannot be written: {error}. Complete shards stay; the same command goes on from there"
-        ) from error
+        raise DataError(f"{out}: cannot be written: {error}. Complete shards stay; the same command resumes") from error
 
 
 def _num_shards(dataset: Dataset, options: ShardOptions) -> int:
@@ -497,42 +508,87 @@ def _num_shards(dataset: Dataset, options: ShardOptions) -> int:
     for start in range(0, len(dataset), _SCANNED):
         rows = dataset.rows(np.arange(start, min(start + _SCANNED, len(dataset))))
         rows = rows[rows["bad"] == 0]
-        heights, widths, anew = stored_shapes(rows, options.encoding)
+        heights, widths, anew = stored_shapes(rows, options)
         estimated = np.minimum(rows["size"], _JPEG_BYTES_PER_PIXEL * heights * widths)
         total += float(np.where(anew, estimated, rows["size"]).sum() + (_HEADERS * (1 + (rows["label"] >= 0))).sum())
     return max(1, min(len(dataset), math.ceil(total / options.shard_bytes)))
 
 
-def _sample_ids(dataset: Dataset, options: ShardOptions, number: int, count: int) -> list[int]:
-    """The samples of a shard, those that are not known to be bad."""
-    total = len(dataset)
-    ids = np.arange(number * total // count, (number + 1) * total // count)
-    if options.shuffle_seed is not None:
-        ids, _ = permuted_ids(ids, total, options.shuffle_seed)
-    return ids[~dataset.is_bad(ids)].tolist()
+def _encoder() -> str:
+    """The libraries that the bytes of encoded images depend on."""
+    jpeg = features.version_feature("libjpeg_turbo") or features.version_codec("jpg")
+    return f"Pillow {PIL.__version__}, libjpeg {jpeg}, torchvision {torchvision.__version__}"
 
 
-def _write(
-    dataset: Dataset,
-    ids: list[int],
-    path: Path,
-    options: ShardOptions,
-    num_threads: int | None,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Write a shard; return what there is to say about it."""
-    bad: list[tuple[int, str]] = []
-    counts = {"images": 0, "encoded": 0, "source_bytes": 0}
-    sizes = dict(zip(ids, dataset.rows(np.array(ids, np.int64))["size"].tolist(), strict=True))
+def _pack(packing: _Packing, numbers: list[int], num_workers: int | None, receive: Callable[[Any], None]) -> None:
+    """Pack shards. ``receive`` gets images and bytes as they are done, and the record of each complete shard."""
+    dataset, workers = packing.dataset, num_workers or available_cores()
+    images = len(numbers) * len(dataset) // packing.count
+    processes = min(workers, len(numbers), images // _IMAGES_PER_PROCESS)
+    if processes < 2 or dataset.index.folder is None:
+        for number in numbers:
+            receive(_pack_shard(packing, number, workers, receive))
+        return
+    reopen = {"path": dataset.root, "index": dataset.index.folder, "max_bad_fraction": 1.0, **asdict(dataset.accepts)}
+    threads = max(2, math.ceil(workers / processes))  # two, since one waits for the disk or the network
+    context, running = multiprocessing.get_context("forkserver"), {}
+    context.set_forkserver_preload(["fastmae.data.shards"])  # one import for all
+    try:
+        for first in range(processes):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = packing._replace(dataset=None), reopen, numbers[first::processes], threads, sender
+            running[receiver] = context.Process(target=_work, args=arguments, daemon=True)
+            running[receiver].start()
+            sender.close()  # so that the pipe ends with the process
+        while running:
+            for receiver in wait(list(running)):
+                try:
+                    message = receiver.recv()
+                except EOFError:
+                    process = running.pop(receiver)
+                    process.join()
+                    if process.exitcode:
+                        raise DataError(f"a packing process ended with exit code {process.exitcode}") from None
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                receive(message)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def _work(packing: _Packing, reopen: dict[str, Any], numbers: list[int], threads: int, sender: Connection) -> None:
+    """A process: pack some shards, reporting through a pipe; end with its reader."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # logged when the data set was opened first
+    with suppress(BrokenPipeError):
+        try:
+            packing = packing._replace(dataset=open_dataset(**reopen))
+            logging.disable(logging.NOTSET)
+            for number in numbers:
+                sender.send(_pack_shard(packing, number, threads, sender.send))
+        except BrokenPipeError:
+            raise
+        except (DataError, OSError) as error:
+            sender.send(error)
+
+
+def _pack_shard(packing: _Packing, number: int, threads: int, report: Callable[[tuple], None]) -> dict[str, Any]:
+    dataset, ids, path = packing.dataset, packing.sample_ids(number), packing.out / packing.name(number)
+    sizes = dict(zip(ids.tolist(), dataset.rows(ids)["size"].tolist(), strict=True))
+    counts, bad = {"images": 0, "encoded": 0, "source_bytes": 0}, []
 
     def store(sample_id: int) -> tuple[int, StoredImage | str]:
         try:
-            return sample_id, store_image(dataset, sample_id, options.encoding)
+            return sample_id, store_image(dataset, sample_id, packing.options)
         except UndecodableImage as error:
             return sample_id, str(error)
 
     def images() -> Iterator[StoredImage]:
-        for sample_id, image in in_order(store, ids, num_threads or available_cores()):
+        for sample_id, image in in_order(store, sizes, threads):
             if isinstance(image, str):
                 bad.append((sample_id, image))
             else:
@@ -540,34 +596,7 @@ def _write(
                 counts["encoded"] += image.encoded
                 counts["source_bytes"] += sizes[sample_id]
                 yield image
-            if progress is not None:
-                progress(1, 0 if isinstance(image, str) else len(image.data))
+            report((1, 0 if isinstance(image, str) else len(image.data)))
 
     size, digest = write_shard(path, images())
     return {"name": path.name, **counts, "bytes": size, "sha256": digest, "bad": bad}
-
-
-def _plan(dataset: Dataset, options: ShardOptions, count: int) -> dict[str, Any]:
-    """What has to be the same for a run to be continued."""
-    encoded = options.short_side is not None or options.reencode
-    return {
-        "format": _FORMAT,
-        "source": dataset.hash,
-        "source_images": len(dataset),
-        **asdict(options),
-        "encoder": encoder() if encoded else None,
-        "num_shards": count,
-    }
-
-
-def _finish(
-    dataset: Dataset, folder: ShardFolder, records: list[dict[str, Any]], late: dict[int, str], plan: dict[str, Any]
-) -> Shards:
-    totals = {name: sum(r[name] for r in records) for name in ("images", "encoded", "bytes", "source_bytes")}
-    bad = sorted((dataset.index.bad | late).items())
-    lines = [json.dumps({"path": dataset.path(i), "reason": reason}) + "\n" for i, reason in bad]
-    write_text(folder.path / BAD_FILES, "".join(lines))
-    if dataset.classes:
-        write_text(folder.path / CLASSES, "".join(f"{name}\n" for name in dataset.classes))
-    folder.finish(plan | totals | {"bad": len(bad), "shards": records})
-    return Shards(folder.path, len(records), bad=len(bad), **totals)

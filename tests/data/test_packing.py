@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -88,8 +91,8 @@ def test_a_webdataset_reader_of_others_finds_the_samples(source, open_, tmp_path
 
 
 def test_equal_bytes_for_any_number_of_threads_and_another_order_for_another_seed(source, open_, tmp_path):
-    def pack(name: str, num_threads: int, **options) -> Path:
-        write_shards(open_(source), tmp_path / name, ShardOptions(short_side=48, **options), num_threads=num_threads)
+    def pack(name: str, num_workers: int, **options) -> Path:
+        write_shards(open_(source), tmp_path / name, ShardOptions(short_side=48, **options), num_workers=num_workers)
         return tmp_path / name
 
     first = pack("first", 1)
@@ -185,6 +188,65 @@ def test_sizes_of_shards_and_options_out_of_range(source, open_, tmp_path):
             ShardOptions(**options)
 
 
+# Several processes and machines
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory) -> dict[str, bytes]:
+    """What packing the source leads to, whatever happens in between."""
+    root = tmp_path_factory.mktemp("reference")
+    write_shards(open_dataset(write_source(root / "source"), cache_dir=root / "cache"), root / "out", OPTIONS)
+    return contents(root / "out")
+
+
+def test_the_bytes_are_those_of_earlier_versions(open_, tmp_path):
+    for i in range(12):
+        path = tmp_path / "arrays" / "ab"[i % 2] / f"{i}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.full((9 + i, 7, 3), i, np.uint8))
+    write_shards(open_(tmp_path / "arrays"), tmp_path / "out", ShardOptions(images_per_shard=5))
+    tars = b"".join(path.read_bytes() for path in sorted((tmp_path / "out").glob("*.tar")))
+    assert hashlib.sha256(tars).hexdigest() == "89c4bd4b78f90d9cb71cb7234869d9a8c1f4bf9c690b5c90314c0b2f185efdde"
+
+
+def test_processes_pack_the_same_shards_and_report_what_they_do(source, open_, tmp_path, monkeypatch, reference):
+    monkeypatch.setattr(shards_module, "_IMAGES_PER_PROCESS", 1)
+    dataset, seen = open_(source), []
+    packed = write_shards(dataset, tmp_path / "out", OPTIONS, num_workers=2, progress=lambda *more: seen.append(more))
+    assert (packed.images, packed.missing) == (20, 0)
+    assert sum(images for images, _ in seen) == 20
+    assert contents(tmp_path / "out") == reference
+    (source / "dogs" / "19.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"19\.jpg: changed while it was being packed"):
+        write_shards(dataset, tmp_path / "gone", OPTIONS, num_workers=2)
+    assert not list((tmp_path / "gone").glob(".*.partial"))
+
+
+def test_parts_at_the_same_time_or_one_after_the_other(source, open_, tmp_path, reference):
+    out = tmp_path / "out"
+    parts = [write_shards(open_(source), out, OPTIONS, part=(i, 3)) for i in (3, 1)]
+    assert [(packed.shards, packed.missing) for packed in parts] == [(1, 3), (2, 1)]
+    assert sorted(path.name for path in out.glob("*.tar")) == [f"shard-00000{i}.tar" for i in (0, 2, 3)]
+    with pytest.raises(DataError, match="short_side 50 there, 60 here"):
+        write_shards(open_(source), out, dataclasses.replace(OPTIONS, short_side=60), part=(2, 3))
+    packed = write_shards(open_(source), out, OPTIONS, part=(2, 3))
+    assert (packed.shards, packed.images, packed.missing) == (4, 20, 0)
+    assert contents(out) == reference
+    assert write_shards(open_(source), out, OPTIONS, part=(1, 3)) == packed
+    together, arguments = tmp_path / "together", (source, tmp_path / "together", tmp_path / "cache")
+    processes = [start_process(pack_part, *arguments, (i, 2)) for i in (1, 2)]
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert contents(together) == reference
+    with pytest.raises(ValueError, match="part: expected i/n with 1 <= i <= n, got 3/2"):
+        write_shards(open_(source), out, OPTIONS, part=(3, 2))
+
+
+def pack_part(source: Path, out: Path, cache: Path, part: tuple[int, int]) -> None:
+    write_shards(open_dataset(source, cache_dir=cache), out, OPTIONS, part=part)
+
+
 # Stopped, killed, repeated, or on a bad disk
 
 
@@ -202,27 +264,32 @@ def stop_after(images: int):
     return progress
 
 
-def test_a_stopped_run_resumes_and_damage_in_the_folder_is_repaired(source, open_, tmp_path):
-    options, out = OPTIONS, tmp_path / "out"
-    write_shards(open_(source), tmp_path / "undisturbed", options)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_run_resumes_and_damage_in_the_folder_is_repaired(
+    source, open_, tmp_path, reference, monkeypatch, processes
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(shards_module, "_IMAGES_PER_PROCESS", 20 // processes)
     with pytest.raises(Stop):
-        write_shards(open_(source), out, options, progress=stop_after(12))
-    assert [path.name for path in sorted(out.glob("*.tar"))] == ["shard-000000.tar", "shard-000001.tar"]
-    assert not list(out.glob(".*.partial"))
+        write_shards(open_(source), out, OPTIONS, progress=stop_after(14), num_workers=2)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(before) == 2 if processes == 1 else len(before) < 4
+    assert not list(out.glob(".*.partial"))
+    monkeypatch.undo()
     seen = []
-    write_shards(open_(source), out, options, progress=lambda images, size: seen.append(images))
-    assert seen[:2] == [5, 5]
+    write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
     assert sum(seen) == 20
-    assert contents(out) == contents(tmp_path / "undisturbed")
-    assert before == {name: (out / name).stat().st_mtime_ns for name in before}
+    assert contents(out) == reference
+    if processes == 1:
+        assert seen[:3] == [5, 5, 1]
+        assert before == {name: (out / name).stat().st_mtime_ns for name in before}
     os.truncate(out / "shard-000001.tar", 5000)
     (out / "shard-000002.tar.index.npz").unlink()
     (out / "shard-000003.tar").unlink()
-    for leftover in (".shard-000003.tar.partial", ".shards.json.partial", ".writing-abc.index.npz"):
-        (out / leftover).touch()
-    write_shards(open_(source), out, options)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    for name in (".shard-000003.tar.12345678.partial", ".shards.json.1-of-1.partial", ".shard-000000.tar.x.index.npz"):
+        (out / name).touch()
+    write_shards(open_(source), out, OPTIONS)
+    assert contents(out) == reference
 
 
 def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> None:
@@ -238,8 +305,8 @@ def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> Non
             die()
 
     def die_in_a_record(self, record):
-        with (self.path / ".progress.jsonl").open("a") as file:
-            file.write('{"name": "shard-0000')
+        with (self.path / ".progress-1-of-1.jsonl").open("a") as file:
+            file.write('\n{"name": "shard-0000')
             file.flush()
             die()
 
@@ -253,7 +320,7 @@ def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> Non
     write_shards(open_dataset(source, cache_dir=cache), out, OPTIONS, progress=progress)
 
 
-def test_sigkill_at_any_moment(source, open_, tmp_path):
+def test_sigkill_at_any_moment(source, tmp_path, open_, reference):
     out = tmp_path / "out"
     for moment, shards in [(3, 0), (8, 1), ("index", 2), ("record", 2), (17, 3), ("finish", 4)]:
         process = start_process(pack_and_die, source, out, tmp_path / "cache", moment)
@@ -261,8 +328,21 @@ def test_sigkill_at_any_moment(source, open_, tmp_path):
         assert process.exitcode == -signal.SIGKILL
         assert len(list(out.glob("*.tar"))) == shards
     write_shards(open_(source), out, OPTIONS)
-    write_shards(open_(source), tmp_path / "undisturbed", OPTIONS)
-    assert contents(out) == contents(tmp_path / "undisturbed")
+    assert contents(out) == reference
+
+
+def test_a_process_that_is_killed_ends_the_run(source, open_, tmp_path, monkeypatch, reference):
+    """As the kernel does when memory runs out."""
+    monkeypatch.setattr(shards_module, "_IMAGES_PER_PROCESS", 1)
+
+    def kill_one(images: int, size: int) -> None:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a packing process ended with exit code -9"):
+        write_shards(open_(source), tmp_path / "out", OPTIONS, num_workers=2, progress=kill_one)
+    assert not multiprocessing.active_children()
+    write_shards(open_(source), tmp_path / "out", OPTIONS)
+    assert contents(tmp_path / "out") == reference
 
 
 def test_other_options_another_source_and_other_files_are_refused(source, open_, tmp_path):
@@ -285,8 +365,8 @@ def test_other_options_another_source_and_other_files_are_refused(source, open_,
 
 
 def test_one_process_at_a_time_where_the_file_system_has_locks(source, open_, tmp_path, monkeypatch):
-    with ShardFolder(tmp_path / "locked", {}), pytest.raises(DataError, match="another process"):
-        write_shards(open_(source), tmp_path / "locked")
+    with ShardFolder(tmp_path / "locked", {}), pytest.raises(DataError, match="another process is packing part 1/1"):
+        ShardFolder(tmp_path / "locked", {})
 
     def flock(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -323,11 +403,11 @@ def test_a_full_disk_leaves_no_half_shard(source, open_, tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limit[1]))
     try:
-        with pytest.raises(DataError, match=r"out: cannot be written: .*the same command goes on from there"):
+        with pytest.raises(DataError, match=r"out: cannot be written: .*the same command resumes"):
             write_shards(dataset, out, options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert sorted(contents(out)) == [".progress.jsonl", "shards.json"]
+    assert sorted(contents(out)) == [".progress-1-of-1.jsonl", "shards.json"]
     write_shards(dataset, out, options)
     write_shards(dataset, tmp_path / "undisturbed", options)
     assert contents(out) == contents(tmp_path / "undisturbed")
@@ -340,7 +420,7 @@ def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypa
     def flip(descriptor: int) -> None:
         real(descriptor)
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        if path.name == ".shard-000000.tar.partial":
+        if path.name.startswith(".shard-000000.tar."):
             with path.open("r+b") as file:
                 file.seek(offset)
                 file.write(b"!")
@@ -357,6 +437,6 @@ def test_what_does_not_read_as_it_was_meant(tmp_path):
     image = StoredImage("0.jpg", buffer.getvalue(), 3, 20, 30, False)
     shards_module.write_shard(tmp_path / "good.tar", [image])
     for number, change in enumerate(({"height": 21}, {"data": b"no image"}, {"label": 10**40})):
-        with pytest.raises(DataError, match="1 images were written, 1 read back; first other one: Written"):
+        with pytest.raises(DataError, match=r"wrote 1 images, read back 1; the first to differ: \('0\.jpg'"):
             shards_module.write_shard(tmp_path / f"{number}.tar", [image._replace(**change)])
     assert sorted(contents(tmp_path)) == ["good.tar", "good.tar.index.npz"]
