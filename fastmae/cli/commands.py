@@ -73,7 +73,7 @@ class ImagesConfig:
     max_pixels: int = MAX_PIXELS
     """Largest height x width; a larger image counts as bad, as a possible decompression bomb."""
     num_workers: Annotated[int | None, tyro.conf.arg(aliases=("--workers",))] = None
-    """Threads that read and decode. None: one per core."""
+    """Threads, or processes of data index and shard, that read and decode. None: one per core."""
     index: Path | None = None
     """Where the index lies, as for fastmae pretrain."""
 

@@ -298,7 +298,7 @@ def parse_shard(shard: Path | Reader) -> Part:
     for member in images:
         label = labels.get(split_key(os.fsdecode(member.name))[0], -1)
         header = _inspect(shard, member)
-        builder.add(member.name[:65535], header, size=member.size, offset=member.offset, label=label)
+        builder.add(member.name, header, size=member.size, offset=member.offset, label=label)
     return builder.build()
 
 

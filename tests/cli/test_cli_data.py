@@ -104,7 +104,18 @@ def test_shard_resizes_and_resumes(images, tmp_path, capsys, monkeypatch):
     assert "other options: short_side 20 there, 30 here" in mistake(capsys, *arguments, "--short-side", 30)
     monkeypatch.setattr(data_module, "write_shards", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     assert run("shard", images, tmp_path / "other", "--max-bad-fraction", 1) == 130
-    assert "the same command continues from there" in capsys.readouterr().out
+    assert "the same command resumes from there" in capsys.readouterr().out
+
+
+def test_shard_in_parts(images, tmp_path, capsys):
+    arguments = "shard", images, tmp_path / "out", "--images-per-shard", 4, "--max-bad-fraction", 1
+    assert run(*arguments, "--part", "2/2") == 0
+    assert "Part 2/2 is complete; 2 shards of other parts are not yet" in capsys.readouterr().out
+    assert run(*arguments, "--part", "1/2") == 0
+    assert "11 images in 3 shards" in capsys.readouterr().out
+    for part in ("0/2", "3/2", "1", "a/b", "1/0"):
+        error = mistake(capsys, *arguments, "--part", part)
+        assert f"--part: expected i/n with 1 <= i <= n, such as 2/4, got {part}" in error
 
 
 def test_index_beside_shards_and_of_a_folder(images, tmp_path, capsys):
