@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -120,23 +118,22 @@ def verify(config: VerifyConfig, console: Console) -> int:
     dataset = _open(config.path, config.images)
     if not 0 <= config.start < len(dataset):
         raise UsageError(f"--start: expected a number from 0 to {len(dataset) - 1}, got {config.start}")
-    known, found, damaged, checked, interrupted = len(dataset.bad_ids), {}, {}, 0, False
+    known, found, damaged, checked, next_id = len(dataset.bad_ids), {}, {}, 0, config.start
     total = len(dataset) - config.start - int((dataset.bad_ids >= config.start).sum())
-    next_id = config.start
+    interrupted, stored = False, dataset.index.keeps_verdicts
     with usage_errors():
         file = config.out.open("w") if config.out else nullcontext()
     with file as out:
 
         def note(path: str, reason: str, bad: bool = True) -> None:
             if out is not None:
-                out.write(json.dumps({"path": path, "bad": bad, "reason": reason}) + "\n")
-                out.flush()
+                print(json.dumps({"path": path, "bad": bad, "reason": reason}), file=out, flush=True)
 
         for bad in dataset.bad:
             note(*bad)
         try:
-            with _terminable(), DecoderWarnings() as said, _progress("Decoding", total) as advance:
-                options = {"num_threads": config.images.num_workers, "take_warnings": said.take}
+            with _terminable(), decoder_warnings() as take_warnings, _progress("Decoding", total) as advance:
+                options = {"num_threads": config.images.num_workers, "take_warnings": take_warnings}
                 for verdict in verify_images(dataset, good_ids(dataset, config.start), **options):
                     checked, next_id = checked + 1, verdict.sample_id + 1
                     if reason := verdict.reason or verdict.warning:
@@ -146,93 +143,127 @@ def verify(config: VerifyConfig, console: Console) -> int:
                     advance(1, verdict.size)
         except KeyboardInterrupt:
             interrupted = True
-        finally:
-            # Whatever ended the verification, the index keeps what it found.
-            stored = dataset.index.keeps_verdicts
+        finally:  # however the verification ends, the index keeps its verdicts
             if found:
                 dataset.mark_bad(found)
-    _list(found, dataset, console)
-    if damaged:
-        console.print(f"{len(damaged):,} images are damaged but decode; --strict counts them as bad:")
-        _list(damaged, dataset, console)
+    for title, reasons in (("", found), ("decode in spite of damage; --strict counts them as bad:", damaged)):
+        if title and reasons:
+            console.print(f"Images that {title}")
+        for sample_id, reason in islice(reasons.items(), _LISTED):
+            console.print(f"{printable(dataset.path(sample_id))}: {printable(reason)}")
+        if len(reasons) > _LISTED:
+            console.print(f"and {len(reasons) - _LISTED:,} more")
     bad = known + len(found)
     console.print(
         f"{checked:,} of {total:,} images decoded, {len(found):,} of them bad; "
         f"{known:,} were known to be bad. Bad together: {bad / len(dataset):.3%}"
-        + (f"\nRemembered in {dataset.index.folder}" if found and stored else "")
-        + ("\nNot remembered, since the index cannot be written" if found and not stored else "")
     )
+    if found:
+        where = f"Remembered in {dataset.index.folder}"
+        console.print(where if stored else "Not remembered, since the index cannot be written")
     if interrupted:
         console.print(f"Interrupted before the end; continue with --start {next_id}", style="bold")
         return EXIT_INTERRUPTED
     return EXIT_TOO_MANY_BAD if bad > config.max_bad_fraction * len(dataset) else 0
 
 
-def _list(reasons: Mapping[int, str], dataset: Dataset, console: Console) -> None:
-    for sample_id in islice(reasons, _LISTED):
-        console.print(f"{printable(dataset.path(sample_id))}: {printable(reasons[sample_id])}")
-    if len(reasons) > _LISTED:
-        console.print(f"and {len(reasons) - _LISTED:,} more")
-
-
 def stats(config: StatsConfig, console: Console) -> int:
     """``fastmae data stats``."""
     if config.sample < 0:
         raise UsageError(f"--sample: expected at least 0, got {config.sample}")
-    images = _with_range(config)
-    dataset = _open(config.path, images)
+    dataset = _open_with_range(config)
     sampled = min(config.sample, len(dataset) - len(dataset.bad_ids))
     with _counted_warnings(), _progress("Decoding a sample", sampled) as advance:
-        statistics = measure(
-            dataset, sample=config.sample, seed=config.seed, num_threads=config.images.num_workers, progress=advance
-        )
-    print_statistics(statistics, dataset, console, as_json=config.json)
-    if images != config.images and not config.json:
+        options = {"sample": config.sample, "seed": config.seed, "num_threads": config.images.num_workers}
+        statistics = measure(dataset, progress=advance, **options)
+    flags = pretrain_flags(statistics, dataset)
+    if config.json:
+        values = {"path": str(dataset.root), "hash": dataset.hash, **asdict(statistics)}
+        console.print(json.dumps(values | {"quantiles_at": QUANTILES, "pretrain_flags": flags}, indent=1))
+        return 0
+    _print_statistics(statistics, printable(dataset.name), console)
+    if flags:
+        console.print(f"For fastmae pretrain:\n{flags}")
+    if dataset.value_range is not None and config.images.value_range is None:
         console.print(
             "The value range holds 99.8 % of each channel's values in a sample; give another with --value-range."
         )
     return 0
 
 
-def _with_range(config: StatsConfig) -> ImagesConfig:
-    """The reading options, with a suggested value range if most images need one and none is given."""
+def _open_with_range(config: StatsConfig) -> Dataset:
+    """The data set, with a suggested value range if most images need one and none is given."""
     images = config.images
-    if images.value_range is not None:
-        return images
     try:
-        index = _open(config.path, images).index
-        need = sum("--data.value-range" in reason for reason in index.bad.values())
-        if 2 * need < len(index.table) and not index.modes <= {"I", "I;16"}:
-            return images
+        dataset = _open(config.path, images)
+        need = sum("--data.value-range" in reason for reason in dataset.index.bad.values())
+        if images.value_range is not None or (2 * need < len(dataset) and not dataset.index.modes <= {"I", "I;16"}):
+            return dataset
     except DataError as error:
         if "--data.value-range" not in str(error):
             raise
     dataset = _open(config.path, replace(images, value_range=(0.0, 1.0)))  # any range, since its values are not used
     found = suggest_range(dataset, sample=config.sample, seed=config.seed, num_threads=images.num_workers)
-    return replace(images, value_range=found or None)
+    return _open(config.path, replace(images, value_range=found or None))
 
 
-def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Dataset:
-    with usage_errors():
-        return open_dataset(
-            path,
-            channels=images.channels,
-            value_range=images.value_range,
-            channels_first=images.channels_first,
-            max_pixels=images.max_pixels,
-            max_bad_fraction=max_bad_fraction,
-            index=images.index,
+def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
+    """Flags of ``fastmae pretrain`` for this data set: mean and standard deviation, and how its images are read."""
+    flags = []
+    if statistics.sampled:
+        # A constant channel has no deviation to divide by.
+        for name, values in (("mean", statistics.mean), ("std", [value or 1.0 for value in statistics.std])):
+            numbers = (f"{value:.3f}" if value >= 0.1 else f"{value:.3g}" for value in values)
+            flags.append(f"--model.{name} {' '.join(numbers)}")
+    if dataset.channels != 3:
+        flags.append(f"--model.in-chans {dataset.channels}")
+    if dataset.value_range is not None:
+        flags.append(f"--data.value-range {' '.join(f'{value:.9g}' for value in dataset.value_range)}")
+    if dataset.accepts.channels_first:
+        flags.append("--data.channels-first")
+    if dataset.accepts.max_pixels != Accepts.max_pixels:
+        flags.append(f"--data.max-pixels {dataset.accepts.max_pixels}")
+    return " ".join(flags)
+
+
+def _print_statistics(found: Statistics, name: str, console: Console) -> None:
+    def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        table = Table(*header)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+    console.print(
+        f"{name}: {found.images:,} images, {found.bytes / 1e6:,.1f} MB, {sum(found.bad.values()):,} unusable; "
+        f"{found.labelled:,} labelled; {found.rotated:,} turned or mirrored by EXIF\n"
+    )
+    digits = {"megapixels": 2}
+    quantiles = ((name, *(f"{v:,.{digits.get(name, 0)}f}" for v in values)) for name, values in found.quantiles.items())
+    print_table(["", *_QUANTILE_NAMES], quantiles)
+    for title, counts in (("Format", found.formats), ("Mode", found.modes), ("Unusable", found.bad)):
+        if counts:
+            print_table([title, "images"], ((printable(name), f"{count:,}") for name, count in counts.items()))
+    if found.sampled:
+        values = zip(found.mean, found.std, found.std_within, strict=True)
+        rows = ((str(channel), *(f"{v:.4f}" for v in three)) for channel, three in enumerate(values))
+        print_table(["Channel", "mean", "std", "std within"], rows)
+        console.print(
+            f"In [0, 1], of {found.sampled:,} images, each weighing the same. std: over the pixels of all images; "
+            "within: the mean of each image's own, which is what ImageNet's usual 0.229 0.224 0.225 are.\n"
         )
 
 
-@contextmanager
-def _counted_warnings() -> Iterator[None]:
-    """Count decoders' warnings, which name no file, instead of letting them break the progress bar."""
-    with DecoderWarnings() as said:
-        yield
-        count = len(said.take())
-    if count:
-        print(f"Decoders warned {count:,} times of damage; fastmae data verify names the files", file=sys.stderr)
+# ---------------------------------------------------------------------------------------------------------------------
+# What the commands share
+
+
+def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Dataset:
+    names = ("channels", "value_range", "channels_first", "max_pixels", "index")
+    with usage_errors():
+        options = {name: getattr(images, name) for name in names}
+        return open_dataset(path, max_bad_fraction=max_bad_fraction, **options)
 
 
 @contextmanager
@@ -269,113 +300,46 @@ def _progress(title: str, total: int | None) -> Iterator[Callable[..., None]]:
         yield advance
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What data stats prints
+@contextmanager
+def decoder_warnings() -> Iterator[Callable[[], list[str]]]:
+    """Collect what C libraries write to stderr; the yielded function returns the lines since its last call.
 
-
-def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
-    """Flags of ``fastmae pretrain`` for this data set: mean and standard deviation, and how its images are read."""
-    flags = []
-    if statistics.sampled:
-        # A constant channel has no deviation to divide by.
-        for name, values in (("mean", statistics.mean), ("std", [value or 1.0 for value in statistics.std])):
-            numbers = (f"{value:.3f}" if value >= 0.1 else f"{value:.3g}" for value in values)
-            flags.append(f"--model.{name} {' '.join(numbers)}")
-    if dataset.channels != 3:
-        flags.append(f"--model.in-chans {dataset.channels}")
-    if dataset.value_range is not None:
-        flags.append(f"--data.value-range {' '.join(f'{value:.9g}' for value in dataset.value_range)}")
-    if dataset.accepts.channels_first:
-        flags.append("--data.channels-first")
-    if dataset.accepts.max_pixels != Accepts.max_pixels:
-        flags.append(f"--data.max-pixels {dataset.accepts.max_pixels}")
-    return " ".join(flags)
-
-
-def print_statistics(statistics: Statistics, dataset: Dataset, console: Console, *, as_json: bool) -> None:
-    """Print what was measured, for people or as one JSON object."""
-    flags = pretrain_flags(statistics, dataset)
-    if as_json:
-        values = {"path": str(dataset.root), "hash": dataset.hash, **asdict(statistics)}
-        console.print(json.dumps(values | {"quantiles_at": QUANTILES, "pretrain_flags": flags}, indent=1))
-        return
-    bad = sum(statistics.bad.values())
-    console.print(
-        f"{printable(dataset.name)}: {statistics.images:,} images, {statistics.bytes / 1e6:,.1f} MB, {bad:,} unusable; "
-        f"{statistics.labelled:,} labelled; {statistics.rotated:,} turned or mirrored by EXIF\n"
-    )
-    quantiles = (
-        (name, *(f"{value:,.{2 if name == 'megapixels' else 0}f}" for value in values))
-        for name, values in statistics.quantiles.items()
-    )
-    console.print(_table(["", *_QUANTILE_NAMES], quantiles))
-    for title, counts in (("Format", statistics.formats), ("Mode", statistics.modes), ("Unusable", statistics.bad)):
-        if counts:
-            rows = ((printable(name), f"{count:,}") for name, count in counts.items())
-            console.print(_table([title, "images"], rows))
-    if statistics.sampled:
-        columns = (statistics.mean, statistics.std, statistics.std_within)
-        rows = ((str(n), *(f"{v:.4f}" for v in values)) for n, values in enumerate(zip(*columns, strict=True)))
-        console.print(_table(["Channel", "mean", "std", "std within"], rows))
-        console.print(
-            f"In [0, 1], of {statistics.sampled:,} images, each weighing the same. std: over the pixels of all images; "
-            "within: the mean of each image's own, which is what ImageNet's usual 0.229 0.224 0.225 are.\n"
-        )
-    if flags:
-        console.print(f"For fastmae pretrain:\n{flags}")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(*header)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Warnings of decoders
-
-
-class DecoderWarnings:
-    """Context that collects what C libraries write to stderr; what Python writes still goes there.
-
-    libjpeg reports damage that it can decode around only there, without the file's name. Only one thread at a time may
-    use this. If an exception leaves the context, lines that were not taken are printed.
+    libjpeg reports damage that it can decode around only there, without the file's name. What Python writes still goes
+    to stderr. Only one thread at a time may use this. If an exception leaves the context, lines that were not taken are
+    printed.
     """
-
-    def __enter__(self) -> Self:
-        self._python = sys.stderr
-        self._python.flush()
-        self._real = os.dup(2)
-        self._file = tempfile.TemporaryFile()
-        self._at = 0
-        if _descriptor(self._python) == 2:
-            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
-        os.dup2(self._file.fileno(), 2)
-        return self
-
-    def take(self) -> list[str]:
-        """The lines since the last call."""
-        size = os.fstat(self._file.fileno()).st_size
-        text = os.pread(self._file.fileno(), size - self._at, self._at).decode(errors="replace")
-        self._at = size
-        return text.splitlines()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        os.dup2(self._real, 2)
-        os.close(self._real)
-        if sys.stderr is not self._python:
-            sys.stderr.close()
-            sys.stderr = self._python
-        if kind is not None:
-            self._python.writelines(f"{line}\n" for line in self.take())
-        self._file.close()
-
-
-def _descriptor(stream: TextIO) -> int | None:
+    python, real, at = sys.stderr, os.dup(2), 0
+    python.flush()
     try:
-        return stream.fileno()
-    except (OSError, io.UnsupportedOperation, AttributeError):
-        return None
+        redirected = python.fileno() != 2
+    except (OSError, AttributeError):  # not a file, as in a notebook
+        redirected = True
+    with tempfile.TemporaryFile() as file, open(real, "w", buffering=1, errors="backslashreplace") as stderr:  # noqa: PTH123
+
+        def take() -> list[str]:
+            nonlocal at
+            text = os.pread(file.fileno(), os.fstat(file.fileno()).st_size - at, at)
+            at += len(text)
+            return text.decode(errors="replace").splitlines()
+
+        if not redirected:
+            sys.stderr = stderr
+        os.dup2(file.fileno(), 2)
+        try:
+            yield take
+        except BaseException:
+            stderr.writelines(f"{line}\n" for line in take())
+            raise
+        finally:
+            sys.stderr = python
+            os.dup2(real, 2)
+
+
+@contextmanager
+def _counted_warnings() -> Iterator[None]:
+    """Count decoders' warnings, which name no file, instead of letting them break the progress bar."""
+    with decoder_warnings() as take_warnings:
+        yield
+        count = len(take_warnings())
+    if count:
+        print(f"Decoders warned {count:,} times of damage; fastmae data verify names the files", file=sys.stderr)

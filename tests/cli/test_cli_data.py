@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastmae.cli import data as data_module
 from fastmae.cli import main
-from fastmae.cli.data import DecoderWarnings
+from fastmae.cli.data import decoder_warnings
 from fastmae.data import errors, open_dataset
 from fastmae.data.tar import read_shard_index
 
@@ -201,13 +201,13 @@ def test_jpegs_that_decode_with_a_warning(tmp_path, capfd):
 
 
 def test_decoder_warnings_give_stderr_back(capfd):
-    with DecoderWarnings() as said:
+    with decoder_warnings() as take:
         os.write(2, b"from a library\n")
         print("from Python", file=sys.stderr)
-        assert said.take() == ["from a library"]
-        assert said.take() == []
+        assert take() == ["from a library"]
+        assert take() == []
     os.write(2, b"afterwards\n")
-    with suppress(KeyError), DecoderWarnings():
+    with suppress(KeyError), decoder_warnings():
         os.write(2, b"before the end\n")
         raise KeyError
     assert capfd.readouterr().err == "from Python\nafterwards\nbefore the end\n"
