@@ -1,9 +1,7 @@
 """The masked autoencoder and its presets; see :mod:`fastmae.model.blocks` for its parts."""
 
+from fastmae.model.image_model import ACTIVATION_CHECKPOINTING, IMAGENET_MEAN, IMAGENET_STD
 from fastmae.model.mae import (
-    ACTIVATION_CHECKPOINTING,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     PRESETS,
     RESIDUAL_DTYPES,
     MAEOutput,

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.model.blocks import Block, PatchEmbed, Stream, recompute
+from fastmae.model.image_model import ImageModel, check_weights
 from fastmae.model.initialization import initialize_parameters, sincos_positions
-from fastmae.model.mae import IMAGENET_MEAN, IMAGENET_STD, PRESETS, as_statistics
-from fastmae.ops import gather_patches
-from fastmae.ops._check import as_pair, check, grid_of
+from fastmae.model.mae import PRESETS
+from fastmae.ops._check import check
 
 POOLS = ("cls", "avg")
 POSITIONS = ("recompute", "interpolate")
@@ -52,7 +52,7 @@ def _scale(stream: Stream, scale: Tensor) -> Stream:
     return Stream(stream.x, branch * scale.to(branch.dtype).view(-1, 1, 1))
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageModel):
     """A Vision Transformer that classifies whole images.
 
     Args:
@@ -96,20 +96,12 @@ class VisionTransformer(nn.Module):
         attention: str = "auto",
         seed: int | None = None,
     ):
-        super().__init__()
+        super().__init__(img_size, patch_size, in_chans, mean, std, attention)
         check(num_classes >= 0, "num_classes", "at least 0", num_classes)
         check(pool in POOLS, "pool", f"one of {', '.join(POOLS)}", pool)
         check(0 <= drop_path < 1, "drop_path", "a probability in [0, 1)", drop_path)
         check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
-        self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
-        self.grid_size = grid_of(self.img_size, self.patch_size, "img_size")
-        self.num_classes, self.in_chans, self.pool, self.drop_path = num_classes, in_chans, pool, drop_path
-        self._statistics = {
-            "mean": as_statistics("mean", mean, IMAGENET_MEAN, in_chans),
-            "std": as_statistics("std", std, IMAGENET_STD, in_chans),
-        }
-        for name, values in self._statistics.items():
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.num_classes, self.pool, self.drop_path = num_classes, pool, drop_path
         self.architecture: dict[str, Any] = {
             "num_classes": num_classes, "img_size": list(self.img_size), "patch_size": list(self.patch_size),
             "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
@@ -187,30 +179,9 @@ class VisionTransformer(nn.Module):
         expected = (self.in_chans, *self.img_size)
         fits = tuple(images.shape[1:]) == expected and (images.dtype == torch.uint8 or images.is_floating_point())
         check(fits, "images", f"(N, {', '.join(map(str, expected))}), uint8 or floating point", images)
-        ids = torch.arange(self.grid_size[0] * self.grid_size[1], device=images.device).expand(len(images), -1)
-        patches = gather_patches(images, ids, self.patch_size, self.mean, self.std)
-        if not torch.is_autocast_enabled(images.device.type):
-            patches = patches.to(self.patch_embed.proj.weight.dtype)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), self.patch_embed(patches)], dim=1)
+        patches = self.embed_patches(images, self._all_ids(len(images), images.device))
+        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
         return x + self.pos_embed
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """Images in [0, 1] normalised with the model's statistics; ``uint8`` images as they are."""
-        if images.dtype == torch.uint8:
-            return images
-        return (images - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
-
-    def set_activation_checkpointing(self, mode: str) -> None:
-        """Let the backward recompute activations of all blocks: "none", "selective" or "full"; see ``Block``."""
-        for block in self.blocks:
-            block.activation_checkpointing = mode
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        # Pixel statistics stay float32 under .to(bfloat16) and get their values back after .to_empty().
-        for name, values in self._statistics.items():
-            self._buffers[name] = torch.tensor(values, dtype=torch.float32, device=self._buffers[name].device)
-        return self
 
     @torch.no_grad()
     def load_encoder(self, weights: Mapping[str, Tensor], *, positions: str = "recompute") -> list[str]:
@@ -237,22 +208,10 @@ class VisionTransformer(nn.Module):
             given = {n: t for n, t in given.items() if not n.startswith("norm.")}
         own = dict(self.named_parameters())
         free = {name for name in own if name.startswith(("head.", "fc_norm."))}
-        missing = own.keys() - given.keys()
-        if missing - free:
-            raise ValueError(f"{min(missing - free)}: missing among the weights")
-        unknown = given.keys() - own.keys()
-        if unknown:
-            raise ValueError(f"{min(unknown)}: among the weights, but not a tensor of this model")
-        for name, tensor in given.items():
-            if tensor.shape != own[name].shape:
-                hint = "; num_classes must be that of the weights, or leave the head out" if name in free else ""
-                raise ValueError(f"{name}: the weights' has shape {tuple(tensor.shape)}, this model's "
-                                 f"{tuple(own[name].shape)}{hint}")  # fmt: skip
-            if not tensor.isfinite().all():
-                raise ValueError(f"{name}: has values that are not finite")
+        check_weights(own, given, free)
         for name, tensor in given.items():
             own[name].copy_(tensor)
-        return sorted(missing)
+        return sorted(own.keys() - given.keys())
 
     def _positions_from(self, table: Tensor, positions: str) -> Tensor:
         if table.shape == self.pos_embed.shape:

@@ -22,16 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.model.blocks import Block, Linear, PatchEmbed, SharedTokens, Stream, cast_weights
+from fastmae.model.image_model import ImageModel
 from fastmae.model.initialization import initialize_parameters, sincos_positions
-from fastmae.ops import Masking, gather_patches, masked_patch_mse, masking_from_noise, restore_tokens
+from fastmae.ops import Masking, masked_patch_mse, masking_from_noise, restore_tokens
 from fastmae.ops._check import as_pair, check, grid_of
 from fastmae.ops._linear import linear
-from fastmae.ops.attention import BACKENDS
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 RESIDUAL_DTYPES = ("float32", "bfloat16")
-ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 
 # The paper's encoders (section 4; ViT, table 1) and its default decoder (section 4.1). It has no tiny or small model:
 # those encoders are DeiT's, and their decoders keep the paper's 32 channels per head.
@@ -62,7 +59,7 @@ class MAEOutput(NamedTuple):
     """float32 (N * R, L), 1 = masked."""
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(ImageModel):
     """Masked autoencoder with a Vision Transformer (He et al., CVPR 2022, section 3).
 
     Args:
@@ -115,8 +112,7 @@ class MaskedAutoencoderViT(nn.Module):
         residual_dtype: str = "float32",
         seed: int | None = None,
     ):
-        super().__init__()
-        check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
+        super().__init__(img_size, patch_size, in_chans, mean, std, attention)
         known = residual_dtype in RESIDUAL_DTYPES
         check(known, "residual_dtype", f"one of {', '.join(RESIDUAL_DTYPES)}", residual_dtype)
         check(depth >= 1, "depth", "at least 1 block", depth)
@@ -125,17 +121,9 @@ class MaskedAutoencoderViT(nn.Module):
         divides = decoder_embed_dim % decoder_num_heads == 0
         check(divides, "decoder_embed_dim", f"a multiple of decoder_num_heads={decoder_num_heads}", decoder_embed_dim)
 
-        self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
-        self.input_size = self.img_size
-        self.grid_size = self.base_grid = grid_of(self.img_size, self.patch_size, "img_size")
+        self.input_size, self.base_grid = self.img_size, self.grid_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.in_chans, self.norm_pix_loss, self.residual_dtype = in_chans, norm_pix_loss, residual_dtype
-        self._statistics = {
-            "mean": as_statistics("mean", mean, IMAGENET_MEAN, in_chans),
-            "std": as_statistics("std", std, IMAGENET_STD, in_chans),
-        }
-        for name, values in self._statistics.items():
-            self.register_buffer(name, torch.tensor(values), persistent=False)
+        self.norm_pix_loss, self.residual_dtype = norm_pix_loss, residual_dtype
         # Position tables of other sizes: the current one's (None at img_size), and all computed so far.
         self._tables: tuple[Tensor, Tensor] | None = None
         self._tables_of_size: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -216,12 +204,6 @@ class MaskedAutoencoderViT(nn.Module):
         """
         return cast_weights(self, dtype)
 
-    def set_activation_checkpointing(self, mode: str) -> None:
-        """Let the backward recompute activations of all blocks: "none", "selective" or "full"; see :class:`Block`."""
-        check(mode in ACTIVATION_CHECKPOINTING, "mode", f"one of {', '.join(ACTIVATION_CHECKPOINTING)}", mode)
-        for block in (*self.blocks, *self.decoder_blocks):
-            block.activation_checkpointing = mode
-
     def _autocast_weights(self) -> AbstractContextManager[None]:
         device_type = self.cls_token.device.type
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):
@@ -230,11 +212,8 @@ class MaskedAutoencoderViT(nn.Module):
 
     def _encode(self, images: Tensor, ids: Tensor) -> Stream:
         """The class token and the patches ``ids`` (N, K) through the encoder's blocks: a stream (N, 1 + K, D)."""
-        patches = gather_patches(images, ids, self.patch_size, self.mean, self.std)
-        if not torch.is_autocast_enabled(images.device.type):
-            patches = patches.to(self.patch_embed.proj.weight.dtype)
         positions, _ = self._positions()
-        x = self.patch_embed(patches) + F.embedding(ids, positions[0, 1:])
+        x = self.embed_patches(images, ids) + F.embedding(ids, positions[0, 1:])
         x = torch.cat([(self.cls_token + positions[:, :1]).expand(len(x), -1, -1), x], dim=1)
         stream = Stream(self._to_residual(x))
         for block in self.blocks:
@@ -310,26 +289,12 @@ class MaskedAutoencoderViT(nn.Module):
             )
         self._tables = self._tables_of_size[size]
 
-    def normalized(self, images: Tensor) -> Tensor:
-        """A loader's batch as :meth:`forward` expects it.
-
-        Floating-point images in [0, 1] are normalised with the model's statistics. ``uint8`` images are returned as
-        they are, since the kernels normalise them.
-        """
-        if images.dtype == torch.uint8:
-            return images
-        mean, scale = self.mean.view(-1, 1, 1), self.std.reciprocal().view(-1, 1, 1)
-        return torch.addcmul(-mean * scale, images, scale)
-
     def _positions(self) -> tuple[Tensor, Tensor]:
         """Position tables at ``input_size``: the encoder's (1, 1 + L, D) and the decoder's (1, 1 + L, E)."""
         return (self.pos_embed, self.decoder_pos_embed) if self._tables is None else self._tables
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        # Pixel statistics stay float32 under .to(bfloat16) and get their values back after .to_empty().
-        for name, values in self._statistics.items():
-            self._buffers[name] = torch.tensor(values, dtype=torch.float32, device=self._buffers[name].device)
         self._tables_of_size.clear()
         self.set_input_size(self.input_size)
         return self
@@ -348,9 +313,6 @@ class MaskedAutoencoderViT(nn.Module):
             noise = torch.rand(expected, device=images.device)
         check(tuple(noise.shape) == expected, "noise", f"shape {expected}", noise)
         return masking_from_noise(noise, ratio)
-
-    def _all_ids(self, n: int, device: torch.device) -> Tensor:
-        return torch.arange(self.num_patches, device=device).expand(n, -1)
 
     def _check_images(self, images: Tensor) -> None:
         expected = f"(N, {self.in_chans}, {self.input_size[0]}, {self.input_size[1]}), uint8 or floating point"
@@ -434,12 +396,3 @@ mae_vit_small_patch16 = partial(create_model, "mae_vit_small_patch16")
 mae_vit_base_patch16 = partial(create_model, "mae_vit_base_patch16")
 mae_vit_large_patch16 = partial(create_model, "mae_vit_large_patch16")
 mae_vit_huge_patch14 = partial(create_model, "mae_vit_huge_patch14")
-
-
-def as_statistics(name: str, values: Sequence[float] | None, imagenet: tuple[float, ...], channels: int) -> list[float]:
-    if values is None:
-        values = imagenet if channels == 3 else (0.5,) * channels
-    values = [float(value) for value in values]
-    check(len(values) == channels, name, f"one value for each of the {channels} channels", values)
-    check(name == "mean" or min(values) > 0, name, "positive values", values)
-    return values

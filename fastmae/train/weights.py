@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastmae.model.image_model import check_weights
 from fastmae.train.checkpoint import CheckpointError, open_folder
 from fastmae.train.checkpoint.format import Chunk, replace_file
 
@@ -41,15 +42,12 @@ def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Ma
             interpolated, and nothing was changed.
     """
     parameters = dict(model.named_parameters())
-    decoder = {name for name in parameters if _is_decoder(name)}
+    decoder = {name for name in parameters if name.startswith("decoder_") or name == "mask_token"}
     has_decoder = not decoder.isdisjoint(weights)
-    for name in parameters:
-        if name in weights:
-            _check(name, weights[name], parameters[name])
-        elif has_decoder or name not in decoder:
-            raise CheckpointError(f"{name}: missing among the weights")
-    if unknown := weights.keys() - parameters.keys():
-        raise CheckpointError(f"{min(unknown)}: among the weights, but not a tensor of this model")
+    try:
+        check_weights(parameters, weights, () if has_decoder else decoder)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     for name in ("num_heads", "decoder_num_heads")[: 1 + has_decoder]:
         there, here = architecture.get(name), model.architecture[name]
         if there not in (None, here):
@@ -68,20 +66,6 @@ def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Ma
         targets = {True: "normalised pixels", False: "plain pixels"}
         return f"encoder and decoder; the decoder was trained for {targets[there]} and goes on with {targets[here]}"
     return "encoder and decoder"
-
-
-def _is_decoder(name: str) -> bool:
-    return name.startswith("decoder_") or name == "mask_token"
-
-
-def _check(name: str, tensor: Tensor, parameter: nn.Parameter) -> None:
-    there, here = tuple(tensor.shape), tuple(parameter.shape)
-    if there != here:
-        hint = "; positions are not interpolated: --model.img-size must be that of the weights"
-        table = name.endswith("pos_embed") and there[-1] == here[-1]
-        raise CheckpointError(f"{name}: the weights' has shape {there}, this model's {here}{hint if table else ''}")
-    if not tensor.isfinite().all():
-        raise CheckpointError(f"{name}: has values that are not finite")
 
 
 def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
