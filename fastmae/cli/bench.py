@@ -141,8 +141,8 @@ class Measured:
         decoded, masked: images in a batch, as the loader and as the model counts them.
         rounds: by name, a value per round: images per second of each phase, decoded ones for the "loader", masked ones
             for "model" and "both"; "wait": share of the time that the trainer waits for a batch, loader and model
-            together; "busy_cores" and "cpu_seconds": processors at work in the loader alone, and their time per decoded
-            image; "matmul_flops": FLOP/s of a large matrix product.
+            together; "cpu_seconds": of all processors per decoded image, the loader alone; "matmul_flops": FLOP/s of a
+            large matrix product.
         stages: seconds per step of each stage, loader and model together, in the last round.
     """
 
@@ -153,6 +153,11 @@ class Measured:
 
     def median(self, name: str) -> float:
         return median(self.rounds[name])
+
+    @property
+    def busy_cores(self) -> float:
+        """Processors at work in the loader alone."""
+        return self.median("cpu_seconds") * self.median("loader")
 
     def together(self) -> float:
         """Rate of both together over that of the slower one alone, the median within rounds."""
@@ -204,17 +209,12 @@ class _Bench:
         cpu_begun = time.process_time()
         self._train(phase, ahead)
         self.trainer.stage = stages = StageTimes(self.device)
-        cpu = time.process_time()
         seconds = self._train(phase, batches)
-        busy_cores = (time.process_time() - cpu) / seconds
         self.trainer.stage = self.trainer.reporter.stages
         rounds[phase].append(batches * (found.decoded if phase == "loader" else found.masked) / seconds)
         if phase == "loader":
-            rounds["busy_cores"].append(busy_cores)
-            settle(self.device)
-            # From a full queue to a full queue as many images are made as are taken.
-            cpu_seconds = (time.process_time() - cpu_begun) / ((ahead + batches) * found.decoded)
-            rounds["cpu_seconds"].append(cpu_seconds)
+            settle(self.device)  # from a full queue to a full queue as many images are made as are taken
+            rounds["cpu_seconds"].append((time.process_time() - cpu_begun) / ((ahead + batches) * found.decoded))
         elif phase == "model":
             rounds["matmul_flops"].append(matmul_flops(self.device, self.trainer.dtype, longest=_PRODUCT))
         else:
@@ -268,7 +268,7 @@ def result(trainer: Trainer, found: Measured) -> dict[str, Any]:
         "torch": torch.__version__,
         "precision": train.precision,
         "loader": {**rates["loader"], "kind": loader.kind, "threads": options.num_threads,
-                   "cpu_seconds_per_image": found.median("cpu_seconds"), "busy_cores": found.median("busy_cores")},
+                   "cpu_seconds_per_image": found.median("cpu_seconds"), "busy_cores": found.busy_cores},
         "model": {**rates["model"], "flops_per_image": flops, "flops_per_second": model * flops,
                   "matmul_flops_per_second": product, "peak_flops_per_second": peak, "mfu": model * flops / peak},
         "both": {**rates["both"], "data_wait_share": found.median("wait"), "mfu": both * flops / peak},
@@ -302,7 +302,7 @@ def diagnose(found: Measured, on_gpu: bool, cores: int) -> tuple[str, str]:
 
 def data_advice(config: PretrainConfig, dataset: Dataset, loader: Any, found: Measured, on_gpu: bool) -> list[str]:
     """What would make the loader faster, each with the measured or counted fact behind it."""
-    advice, busy, options = [], found.median("busy_cores"), loader.options
+    advice, busy, options = [], found.busy_cores, loader.options
     if busy < _IDLE_CORES * options.cores:
         threads = options.cores if options.num_threads < options.cores else 2 * options.cores
         text = f"the loader alone keeps {busy:.1f} of {options.cores} cores busy with {options.num_threads} threads."
