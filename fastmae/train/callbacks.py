@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -23,14 +21,4 @@ class Callback:
         """After the last step of a run that is finished: all steps done, or the time limit reached."""
 
     def end(self) -> None:
-        """Once, however the training ended, if :meth:`begin` was called; without collectives."""
-
-
-@contextmanager
-def running(callbacks: Sequence[Callback], trainer: Any) -> Iterator[None]:
-    """Begin all callbacks; end those that were begun, the last one first."""
-    with ExitStack() as stack:
-        for callback in callbacks:
-            stack.callback(callback.end)
-            callback.begin(trainer)
-        yield
+        """Once, however the training ended, if :meth:`begin` was called, the last callback first; no collectives."""

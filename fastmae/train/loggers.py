@@ -32,8 +32,8 @@ _log = logging.getLogger(__name__)
 
 _BAR = 8
 """Columns of the progress bar."""
-_WANDB_START, _WANDB_FINISH = 60, 30.0
-"""Seconds that starting and closing a W&B run may take."""
+_WANDB_FINISH = 30.0
+"""Seconds that closing a W&B run may take."""
 
 
 class Logger(Protocol):
@@ -65,11 +65,10 @@ class Loggers:
 
 def open_loggers(run: RunFolder, terminal: Callable[[], Logger], step: int, wandb_project: str | None) -> Loggers:
     """The loggers of a run from ``step`` on."""
-    config = run.read_json("config.json") or {}
-    loggers: list[Logger] = [JsonLines(run), TensorBoard(run.path, step, config)]
+    loggers: list[Logger] = [JsonLines(run), TensorBoard(run.path, step)]
     if wandb_project:
         try:
-            loggers.append(WeightsAndBiases(wandb_project, run, config))
+            loggers.append(WeightsAndBiases(wandb_project, run))
         except Exception as error:
             _log.warning("Weights & Biases: %s. Nothing is logged there, training continues", _first_line(error))
     return Loggers(*loggers, terminal())  # last: what W&B prints precedes the bar
@@ -110,7 +109,7 @@ def without_nan(value: Any) -> Any:
 
 
 class Charts(Logger):
-    """Charts of every number over the steps: ``train/<name>``, ``ranks/<name>/<rank>`` and ``eval/<name>``."""
+    """Charts of every number over the steps: ``train/<name>`` and ``eval/<name>``."""
 
     def add(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         """Points and pictures by chart."""
@@ -118,8 +117,6 @@ class Charts(Logger):
 
     def write(self, row: Row) -> None:
         numbers = {f"train/{name}": v for name, v in row.items() if name != "step" and isinstance(v, int | float)}
-        for name, values in row.get("ranks", {}).items():
-            numbers |= {f"ranks/{name}/{rank}": value for rank, value in enumerate(values) if value is not None}
         self.add(row["step"], numbers, {})
 
     def evaluation(self, step: int, values: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
@@ -127,16 +124,13 @@ class Charts(Logger):
 
 
 class TensorBoard(Charts):
-    """TensorBoard events, and the configuration as text. A run that continues after a step purges later rows."""
+    """TensorBoard events. A run that continues after a step purges later rows."""
 
-    def __init__(self, folder: Path, step: int, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._open = partial(SummaryWriter, str(folder), flush_secs=10)  # a killed process loses what is not flushed
         self._writer = self._open(purge_step=step + 1 if step else None)
-        if config:
-            lines = json.dumps(config, indent=2).splitlines()
-            self._writer.add_text("config", "\n".join("    " + line for line in lines), step)  # Markdown for code
 
     def add(self, step: int, numbers: Mapping[str, float], pictures: Mapping[str, Path]) -> None:
         writer = self._writer = self._writer or self._open()
@@ -165,16 +159,16 @@ class WeightsAndBiases(Charts):
     ``wandb/`` for ``wandb sync``.
     """
 
-    def __init__(self, project: str, run: RunFolder, config: Mapping[str, Any]) -> None:
+    def __init__(self, project: str, run: RunFolder) -> None:
         import wandb
 
         saved = run.read_json("wandb.json") or {}
         known = saved["id"] if saved.get("project") == project else secrets.token_hex(4)
         run.write_json("wandb.json", {"project": project, "id": known})
-        # Its copy of the console would hold every state of the progress bar.
-        settings = wandb.Settings(console="off", init_timeout=_WANDB_START)
         options = {"project": project, "id": known, "name": run.path.resolve().name, "dir": str(run.path)}
-        begin = partial(wandb.init, **options, config=dict(config), resume="allow", settings=settings)
+        options |= {"config": run.read_json("config.json"), "resume": "allow"}
+        options["settings"] = wandb.Settings(console="off")  # its copy would hold every state of the progress bar
+        begin = partial(wandb.init, **options)
         self._image = wandb.Image
         try:
             self._run = begin()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -15,8 +15,6 @@ import torch
 from torch.profiler import profile, record_function, schedule
 
 from fastmae.train.callbacks import Callback
-
-Stage = Callable[[str], AbstractContextManager[Any]]
 
 _WARMUP = 2
 """Steps before the wanted ones in which the profiler settles."""

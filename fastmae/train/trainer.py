@@ -18,7 +18,7 @@ from torch import Tensor
 from fastmae.data.open import check_agreement
 from fastmae.train.autotune import StepFit, divide_batch, loss_weights, measured_batch_size, with_length
 from fastmae.train.bad_files import BadFiles
-from fastmae.train.callbacks import Callback, running
+from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import (
     MANIFEST,
     Checkpoint,
@@ -39,7 +39,6 @@ from fastmae.train.loggers import Row
 from fastmae.train.metrics import Reporter
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
-from fastmae.train.profile import Stage
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.step_graph import StepGraph
 from fastmae.train.task import Task
@@ -116,7 +115,7 @@ class Trainer:
             check=self.guard.observe,
         )
         self.callbacks, self._stop = callbacks, stop
-        self.stage: Stage = self.reporter.stages
+        self.stage: Any = self.reporter.stages  # entered around each stage of a step
         self.watchdog = watchdog or Watchdog()
         self.saves = CheckpointManager(
             run.checkpoints,
@@ -177,7 +176,9 @@ class Trainer:
             self.agreement = Agreement(self.ranks, stop, deadline, clock, lambda: self.saves.saving)
             if self.saves.newest is None:
                 self.save()  # a disk that cannot be written is found now, and a rollback has somewhere to go
-            stack.enter_context(running(self.callbacks, self))
+            for callback in self.callbacks:
+                stack.callback(callback.end)
+                callback.begin(self)
             self.model.train()
             self.reporter.start(self.step)
             self.agreement.saved()

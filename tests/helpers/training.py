@@ -69,7 +69,7 @@ def write_images(folder: Path, count: int = 11) -> Path:
 def write_shards(folder: Path, images: Path, per_shard: int = 4) -> Path:
     """The files of a folder in tar shards, a few in each."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = sorted(images.iterdir())
+    paths = sorted(images.glob("[!.]*"))  # without the index
     for start in range(0, len(paths), per_shard):
         with tarfile.open(folder / f"{start:04}.tar", "w") as shard:
             for path in paths[start : start + per_shard]:

@@ -48,26 +48,21 @@ def assert_every_step_resumes(tmp_path: Path, path: Path, stops: Iterable[int] =
     return straight
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loader", LOADERS)
-def test_a_folder(tmp_path, images, loader):
-    assert_every_step_resumes(tmp_path, images, loader=loader, **PLAIN)
-
-
-@pytest.mark.parametrize("stops", [(2, 5, 6, 9), pytest.param(range(STEPS), marks=pytest.mark.slow)], ids=str)
-def test_shards_with_changing_sizes_jitter_and_two_masks_per_image(tmp_path, images, stops):
+@pytest.mark.parametrize(
+    ("loader", "stops"),
+    [
+        ("torch", (2, 5, 6, 9)),
+        pytest.param("torch", range(STEPS), marks=pytest.mark.slow),
+        pytest.param("dali", range(STEPS), marks=[pytest.mark.slow, needs_dali]),
+    ],
+    ids=str,
+)
+def test_shards_with_changing_sizes_jitter_and_two_masks_per_image(tmp_path, images, loader, stops):
     """The same images in a folder give the same run."""
-    shards = write_shards(tmp_path / "shards", images)
-    run = assert_every_step_resumes(tmp_path, shards, stops, options=RICH_DATA, **RICH).run
+    shards, options = write_shards(tmp_path / "shards", images), {"loader": loader, "options": RICH_DATA, **RICH}
+    run = assert_every_step_resumes(tmp_path, shards, stops, **options).run
     assert [row["input_height"] for row in run.read_metrics()] == [16, 16, 32, 32]
-    assert numbers(fitted(tmp_path / "folder", images, options=RICH_DATA, **RICH).run) == numbers(run)
-
-
-@pytest.mark.slow
-@needs_dali
-def test_shards_with_changing_sizes_jitter_and_two_masks_per_image_in_dali(tmp_path, images):
-    shards = write_shards(tmp_path / "shards", images)
-    assert_every_step_resumes(tmp_path, shards, loader="dali", options=RICH_DATA, **RICH)
+    assert numbers(fitted(tmp_path / "folder", images, **options).run) == numbers(run)
 
 
 @pytest.mark.parametrize("loader", LOADERS)

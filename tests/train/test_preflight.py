@@ -97,9 +97,9 @@ def told(tmp_path_factory) -> dict[str, str | None]:
 HOST = re.escape(socket.gethostname())
 
 
-def test_ranks_that_agree_go_on_also_from_folders_of_different_names(told):
-    assert told["all well"] is None
-    assert told["paths"] is None
+@pytest.mark.parametrize("case", ["all well", "paths"])
+def test_ranks_that_agree_go_on_also_from_folders_of_different_names(told, case):
+    assert told[case] is None
 
 
 @pytest.mark.parametrize(
@@ -110,20 +110,14 @@ def test_ranks_that_agree_go_on_also_from_folders_of_different_names(told):
         ("config", rf"--train\.base-lr is 0\.5 on rank 1 \({HOST}\), but 0\.03 on the other 1"),
         ("disk", rf"rank 1 \({HOST}\): .*checkpoints: 5e-09 GB free, expected \S+ GB for checkpoints"),
         ("not shared", rf"rank 1 \({HOST}\): .*local/checkpoints: the file that rank 0 wrote is not there"),
-        (
-            "sum",
-            rf"rank 0 \({HOST}\): all-reduce \(gloo\): 1 to 1 instead of 3; rank 1 \({HOST}\): all-reduce \(gloo\)",
-        ),
+        ("sum", rf"rank 0 \({HOST}\): all-reduce \(gloo\): 1 to 1 instead of 3; rank 1 \({HOST}\): all-reduce \(gl"),
         ("hang", rf"rank 0 \({HOST}\): all-reduce: not done after 0\.5 s$"),
+        ("late", r"not all ranks came in 0\.5 s .*[Rr]anks? \[?1"),
     ],
 )
 def test_every_rank_is_told_what_is_wrong_and_where_in_one_line(told, case, message):
     assert re.search(message, told[case])
     assert "\n" not in told[case]
-
-
-def test_a_rank_that_does_not_come_is_named(told):
-    assert re.search(r"not all ranks came in 0\.5 s .*ranks? \[?1", told["late"], re.IGNORECASE)
 
 
 def test_one_among_many_is_odd_and_a_long_list_is_cut():
