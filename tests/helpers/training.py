@@ -16,7 +16,9 @@ from rich.console import Console
 
 from fastmae import data
 from fastmae.model import create_model
+from fastmae.train.checkpoint import Ranks
 from fastmae.train.config import DataConfig, ModelConfig, PretrainConfig, TrainConfig
+from fastmae.train.parallel import Parallelism, construct
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Trainer
@@ -86,6 +88,12 @@ def make_trainer(
     loader="torch",
     options: dict | None = None,
     dataset: data.Dataset | None = None,
+    task: type[MaskedAutoencoding] = MaskedAutoencoding,
+    create_loader=data.create_loader,
+    place: Parallelism | None = None,
+    ranks: Ranks | None = None,
+    console: Console | None = None,
+    callbacks=(),
     **train,
 ) -> Trainer:
     """A trainer in a fresh (or continued) run folder, with fields of ``TRAIN`` replaced and ``options`` of the data."""
@@ -96,13 +104,18 @@ def make_trainer(
         data=DataConfig(path=images, loader=loader, num_threads=1, **options or {}),
         train=replace(TRAIN, **train),
     )
-    model = create_model(**config.model_arguments()).to(config.train.device)
-    dataset = dataset or data.open_dataset(images, max_bad_fraction=config.data.max_bad_fraction)
+    model = construct(lambda: create_model(**config.model_arguments()), place or Parallelism())
+    model = model if place else model.to(config.train.device)
+    cache = None if ranks is None else images.parent / f"cache-{ranks.rank}"
+    dataset = dataset or data.open_dataset(images, max_bad_fraction=config.data.max_bad_fraction, cache_dir=cache)
     return Trainer(
         config,
-        MaskedAutoencoding(config, model, dataset, data.create_loader),
-        RunFolder(out, resume=resume),
-        console=Console(file=io.StringIO()),
+        task(config, model, dataset, create_loader),
+        RunFolder(out, resume=resume, leader=place is None or place.is_main),
+        console=console or Console(file=io.StringIO()),
+        parallelism=place,
+        ranks=ranks,
+        callbacks=callbacks,
     )
 
 

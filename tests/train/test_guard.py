@@ -18,19 +18,16 @@ from checkpoints import latest_checkpoint, load_checkpoint
 from distributed import run_ranks
 from PIL import Image
 from rich.console import Console
-from training import MODEL, TRAIN, assert_same_tensors
+from training import TRAIN, assert_same_tensors, make_trainer
 
-from fastmae import data
 from fastmae.data.sampler import Order, permuted_ids
-from fastmae.model import create_model
 from fastmae.train import parallel
 from fastmae.train.callbacks import Callback
 from fastmae.train.checkpoint import Ranks, list_checkpoints
-from fastmae.train.config import DataConfig, PretrainConfig
+from fastmae.train.config import PretrainConfig
 from fastmae.train.guard import Guard, LossScale, SamplePositions, step_unless_non_finite
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.rules import LEAST_FP16, validate
-from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Trainer
 
@@ -62,27 +59,11 @@ def images(tmp_path_factory):
     return folder
 
 
-def make(out: Path, images: Path, *callbacks: Callback, place=None, ranks=None, resume=False, **train) -> Trainer:
-    """A trainer, as ``training.make_trainer`` makes it, for which a black image is too much."""
-    place, ranks = place or parallel.Parallelism(), ranks or Ranks()
-    config = PretrainConfig(
-        out=out,
-        resume=resume,
-        model=MODEL,
-        data=DataConfig(path=images, loader="torch", num_threads=1),
-        train=replace(TRAIN, **OPTIONS | {"parallel": place.mode} | train),
-    )
-    model = parallel.construct(lambda: create_model(**config.model_arguments()), place)
-    dataset = data.open_dataset(images, cache_dir=images.parent / f"cache-{ranks.rank}")
-    return Trainer(
-        config,
-        BlackIsNotFinite(config, model, dataset, data.create_loader),
-        RunFolder(out, resume=resume, leader=ranks.rank == 0),
-        console=Console(file=io.StringIO(), width=1000),
-        parallelism=place,
-        ranks=ranks,
-        callbacks=callbacks,
-    )
+def make(out: Path, images: Path, *callbacks: Callback, **options) -> Trainer:
+    """A trainer for which a black image is too much."""
+    console = Console(file=io.StringIO(), width=1000)
+    options = OPTIONS | {"task": BlackIsNotFinite, "callbacks": callbacks, "console": console} | options
+    return make_trainer(out, images, **options)
 
 
 def fit(trainer: Trainer, **options) -> str:
@@ -268,7 +249,8 @@ def train_on_two(rank: int, folder: Path, images: Path) -> str:
     """Two ranks, of which one has the black image of step 6."""
     place = parallel.initialize("fsdp")
     with Ranks.create() as ranks:
-        return fit(make(folder / "two", images, place=place, ranks=ranks, steps=8, reshard_after_forward=False))
+        options = {"place": place, "ranks": ranks, "parallel": "fsdp", "reshard_after_forward": False}
+        return fit(make(folder / "two", images, steps=8, **options))
 
 
 def test_two_ranks_skip_and_go_back_together(images, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -22,14 +23,12 @@ from fastmae import data
 from fastmae.model import create_model
 from fastmae.train import flops, metrics, parallel, profile
 from fastmae.train.checkpoint import LostRankError, Ranks
-from fastmae.train.config import DataConfig, PretrainConfig
+from fastmae.train.config import PretrainConfig
 from fastmae.train.flops import count_flops, matmul_flops, peak_flops
 from fastmae.train.metrics import AGAIN, IN_A_ROW, SHOWN_RANKS, Reporter, StepValues, combine_ranks
 from fastmae.train.parallel import Parallelism
 from fastmae.train.profile import StageTimes
 from fastmae.train.run_folder import RunFolder
-from fastmae.train.task import MaskedAutoencoding
-from fastmae.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 NAN = math.nan
@@ -43,6 +42,9 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+    def advance(self, seconds: Iterator[float], *_: object) -> None:
+        self.now += next(seconds)
 
     def spend(self, stage: AbstractContextManager[None], seconds: float) -> None:
         with stage:
@@ -253,22 +255,17 @@ def job(rank: int, folder: Path) -> tuple[dict[str, tuple[str, list[dict]]], str
     metrics.time = profile.time = clock
     for mode in ("ddp", "fsdp"):
         place = parallel.initialize(mode, "cpu")
-        config = PretrainConfig(
-            out=folder / mode,
-            model=replace(MODEL, img_size=32),
-            data=DataConfig(path=folder / "images", loader="torch", num_threads=1),
-            train=replace(TRAIN, precision="fp32", batch_size=2, log_every_steps=2, steps=9, warmup_steps=1),
-        )
-        dataset = data.open_dataset(folder / "images", cache_dir=folder / f"cache-{rank}")
-        model = parallel.construct(lambda config=config: create_model(**config.model_arguments()), place)
-        seconds = cycle([0.3, 0.3, 0.3, 9.0] if mode == "ddp" and rank else [0.1])  # something interrupts one pass
-        model.blocks[0].register_forward_hook(lambda *_, s=seconds: setattr(clock, "now", clock.now + next(s)))
         console = Console(file=io.StringIO(), width=200, quiet=rank > 0)
-        with Ranks.create() as ranks, RunFolder(config.out, leader=rank == 0) as run:
-            create = partial(Loader, clock, 0.2 if mode == "fsdp" and rank else 0.05)
-            task = MaskedAutoencoding(config, model, dataset, create)
-            assert Trainer(config, task, run, console=console, parallelism=place, ranks=ranks).fit() == "finished"
-            found[mode] = console.file.getvalue(), run.read_metrics()
+        create = partial(Loader, clock, 0.2 if mode == "fsdp" and rank else 0.05)
+        options = {"model": replace(MODEL, img_size=32), "create_loader": create, "place": place, "console": console}
+        options |= {"precision": "fp32", "batch_size": 2, "log_every_steps": 2, "steps": 9, "warmup_steps": 1}
+        with Ranks.create() as ranks:
+            trainer = make_trainer(folder / mode, folder / "images", ranks=ranks, **options)
+            seconds = cycle([0.3, 0.3, 0.3, 9.0] if mode == "ddp" and rank else [0.1])  # something interrupts a pass
+            trainer.model.blocks[0].register_forward_hook(partial(clock.advance, seconds))
+            with trainer.run as run:
+                assert trainer.fit() == "finished"
+                found[mode] = console.file.getvalue(), run.read_metrics()
     with Ranks.create(timeout=20) as ranks:
         assert ranks.collect("collecting times", [rank, 0.5])() == [[0.0, 0.5], [1.0, 0.5]]
         if rank == 1:
