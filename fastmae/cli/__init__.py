@@ -1,4 +1,4 @@
-"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``consolidate``, ``bench``, ``plan``, ``env``.
+"""The command line: ``fastmae pretrain``, ``data``, ``reconstruct``, ``evaluate``, ``features`` and others.
 
 This file parses and dispatches. The modules that do the work import PyTorch and are imported when a command runs, so
 that ``--help`` does not wait for it.
@@ -21,7 +21,16 @@ import tyro
 
 import fastmae
 from fastmae.cli.arguments import parse
-from fastmae.cli.commands import BenchConfig, ConsolidateConfig, DataCommands, EnvConfig, ReconstructConfig
+from fastmae.cli.commands import (
+    BenchConfig,
+    ConsolidateConfig,
+    DataCommands,
+    EnvConfig,
+    EvaluateCommands,
+    FeaturesConfig,
+    InspectConfig,
+    ReconstructConfig,
+)
 from fastmae.cli.output import flush_output, forgiving_output, print_error
 from fastmae.errors import UsageError, usage_errors
 from fastmae.train.config import PretrainConfig
@@ -82,6 +91,9 @@ def _commands(defaults: PretrainConfig) -> dict[str, Any]:
         "pretrain": (PretrainConfig, {"default": defaults}),
         "data": (DataCommands, {}),
         "reconstruct": (ReconstructConfig, {}),
+        "inspect": (InspectConfig, {}),
+        "features": (FeaturesConfig, {}),
+        "evaluate": (EvaluateCommands, {}),
         "consolidate": (ConsolidateConfig, {}),
         "bench": (BenchConfig, {"default": BenchConfig(**_shared(defaults, BenchConfig))}),
         "plan": (PlanConfig, {"default": PlanConfig(**_shared(defaults, PlanConfig))}),
@@ -122,6 +134,10 @@ def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: Stop
         from fastmae.cli.data import run as run_data
 
         return run_data(command.command)
+    if isinstance(command, InspectConfig | FeaturesConfig | EvaluateCommands):
+        from fastmae.cli.evaluate import run as run_evaluation
+
+        return run_evaluation(getattr(command, "command", command))
     if isinstance(command, ConsolidateConfig):
         from fastmae.cli.reconstruct import consolidate
 

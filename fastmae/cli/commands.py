@@ -56,6 +56,131 @@ class ConsolidateConfig:
 
 
 @dataclass(frozen=True)
+class InspectConfig:
+    """Report what weights are, and what they can be used for."""
+
+    weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class EncodingConfig:
+    """How an encoder looks at images."""
+
+    batch_size: int = 64
+    """Images per forward pass."""
+    crop_ratio: float = 0.875
+    """Side of the centred crop relative to the largest of its aspect ratio; 0.875 is 224 of 256 pixels. 1 for small
+    images."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Precision of the encoder. auto: bf16 on a GPU that has it, else fp32."""
+    device: str = "auto"
+    """Device, such as cpu or cuda:0. auto: a GPU if there is one."""
+    num_workers: int | None = None
+    """Threads that decode. None: the loader's choice."""
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Write the encoder's features of images to a file, in the order of their paths. Under torchrun the processes share
+    the images."""
+
+    weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
+    """Folder of images, list file, .tar file or folder of .tar shards."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """.npy: float32 (n, D), with the paths in OUT.paths.txt beside it. .parquet: path, label and feature."""
+    pool: Literal["avg", "cls"] = "avg"
+    """Mean of the patch tokens, or the class token."""
+    encoding: tyro.conf.OmitArgPrefixes[EncodingConfig] = field(default_factory=EncodingConfig, kw_only=True)
+
+
+@dataclass(frozen=True)
+class LabelledConfig:
+    """Labelled images."""
+
+    path: Path
+    """Images to learn from: a folder per class, a list file with labels, or shards with .cls members."""
+    val: Path | None = None
+    """Images to test on, with the same classes. None: a tenth of the others, spread over all classes."""
+    limit: int | None = None
+    """Most images to learn from and to test on, spread evenly over each data set. None: all."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What the protocols on a frozen encoder share."""
+
+    weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
+    data: LabelledConfig
+    out: Path | None = None
+    """Also write the result here, as one JSON object."""
+    seed: int = 0
+    """Seed of initial values, orders, and of the images held out to choose settings."""
+    encoding: tyro.conf.OmitArgPrefixes[EncodingConfig] = field(default_factory=EncodingConfig, kw_only=True)
+
+
+@dataclass(frozen=True)
+class KnnConfig(ProbeConfig):
+    """k nearest neighbours on features; settings that are not given are chosen on a tenth of the images to learn
+    from."""
+
+    pool: Literal["avg", "cls"] = "avg"
+    """Mean of the patch tokens, or the class token."""
+    k: int | None = None
+    """Neighbours that vote. None: chosen among 5 to 200."""
+    temperature: float | None = None
+    """Temperature of the votes. None: chosen among 0.02, 0.07 and 0.2."""
+
+
+@dataclass(frozen=True)
+class LinearConfig(ProbeConfig):
+    """Linear probe: logistic regression on cached features, or the paper's training on random crops (Table 10)."""
+
+    pool: Literal["avg", "cls"] = "avg"
+    """Mean of the patch tokens, or the class token."""
+    solver: Literal["logistic", "lars", "sgd"] = "logistic"
+    """logistic: full-batch optimum, its penalty chosen on a tenth of the images to learn from. lars: Table 10, batch
+    16,384. sgd: the same with batch 4,096."""
+    epochs: int = 90
+    """Passes over the images (lars, sgd)."""
+    warmup_epochs: int = 10
+    """Passes with a rising learning rate (lars, sgd)."""
+    base_lr: float = 0.1
+    """Learning rate for a batch of 256 (lars, sgd)."""
+
+
+@dataclass(frozen=True)
+class AttentiveConfig(ProbeConfig):
+    """Attentive probe: learned queries attend to the cached patch tokens; the learning rate is chosen on a tenth of the
+    images to learn from."""
+
+    queries: int = 12
+    """Learned queries; must divide the encoder's width."""
+    epochs: int = 30
+    """Passes over the images."""
+
+
+Protocol = (
+    Annotated[KnnConfig, tyro.conf.subcommand("knn")]
+    | Annotated[LinearConfig, tyro.conf.subcommand("linear")]
+    | Annotated[AttentiveConfig, tyro.conf.subcommand("attentive")]
+)
+
+
+@dataclass(frozen=True)
+class EvaluateCommands:
+    """Measure the representation that weights give, on labelled images."""
+
+    command: Annotated[tyro.conf.OmitSubcommandPrefixes[Protocol], tyro.conf.arg(name="")]
+    """The protocol."""
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """Print versions, devices, kernels and attention backends: paste it into a bug report."""
 

@@ -282,9 +282,10 @@ def _copy_mirrored(out: np.ndarray, image: np.ndarray, left_right: bool) -> None
         out[top : top + rows] = part.flip(3)[0].permute(1, 2, 0).numpy()
 
 
-def center_box(height: int, width: int, img_size: tuple[int, int]) -> np.ndarray:
-    """The largest centred box of the aspect ratio of ``img_size`` (H, W): int64 (4,), top, left, height, width."""
-    scale = min(height / img_size[0], width / img_size[1])
+def center_box(height: int, width: int, img_size: tuple[int, int], ratio: float = 1.0) -> np.ndarray:
+    """The largest centred box of the aspect ratio of ``img_size`` (H, W), its sides times ``ratio``: int64 (4,), top,
+    left, height, width."""
+    scale = ratio * min(height / img_size[0], width / img_size[1])
     box_h = min(max(round(img_size[0] * scale), 1), height)
     box_w = min(max(round(img_size[1] * scale), 1), width)
     return np.array([(height - box_h) // 2, (width - box_w) // 2, box_h, box_w])

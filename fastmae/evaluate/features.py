@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -41,9 +42,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     runs as it is written: another shape would be compiled for its own sake. Afterwards its mode and input size are as
     before, and shards that were gathered are given back. Draws no random numbers.
     """
-    was_training, size = model.training, model.input_size
+    was_training, size = model.training, getattr(model, "input_size", None)
     model.eval()
-    model.set_input_size()
+    if size is not None:  # a classifier has one size only
+        model.set_input_size()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
@@ -52,7 +54,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if hasattr(module, "reshard"):
                 module.reshard()
-        model.set_input_size(size)
+        if size is not None:
+            model.set_input_size(size)
         model.train(was_training)
 
 
@@ -68,6 +71,7 @@ def extract_features(
     world_size: int = 1,
     timeout: float = 600.0,
     on_batch: Callable[[], None] = lambda: None,
+    crop_ratio: float = 1.0,
 ) -> Features:
     """The encoder's features of some images, after its last norm, nothing masked.
 
@@ -85,30 +89,64 @@ def extract_features(
             of what is returned. :func:`join_ranks` puts them together.
         timeout: seconds to wait for a batch, whose missing images then count as unreadable.
         on_batch: called after each forward, to show progress.
+        crop_ratio: side of the crop relative to the largest; 0.875 is the usual 224 of 256 pixels.
 
     Raises:
         ValueError: no images, another number of channels than the model's, or ``batch_size`` not positive.
     """
-    if len(sample_ids) == 0 or batch_size < 1:
-        raise ValueError(f"sample_ids and batch_size: expected at least 1, got {len(sample_ids)} and {batch_size}")
-    if dataset.channels != model.in_chans:
-        raise ValueError(f"dataset: expected images of {model.in_chans} channels, got {dataset.channels}")
-    device = model.mean.device
     own = sample_ids[rank::world_size]
-    most = -(-len(sample_ids) // world_size)
-    batch_size = min(batch_size, most)
+    options = {"dtype": dtype, "batch_size": batch_size, "num_threads": num_threads, "timeout": timeout}
+    options |= {"most": -(-len(sample_ids) // world_size), "world_size": world_size, "crop_ratio": crop_ratio}
     classes, pooled, readable = [], [], []
-    threads = num_threads or choose_options(device, 0, world_size=world_size).num_threads
-    with evaluating(model), Threads(threads, "fastmae-features") as pool:
-        for images, good in _batches(dataset, own, model.img_size, batch_size, -(-most // batch_size), pool, timeout):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                tokens = model.encode(model.normalized(images.to(device))).float()
-            classes.append(tokens[:, 0])
-            pooled.append(tokens[:, 1:].mean(1))
-            readable.append(good)
-            on_batch()
+    for tokens, good in encode_images(model, dataset, own, **options):
+        classes.append(tokens[:, 0])
+        pooled.append(tokens[:, 1:].mean(1))
+        readable.append(good)
+        on_batch()
+    device = model.mean.device
     joined = [torch.cat(parts)[: len(own)] for parts in (classes, pooled, readable)]
     return Features(joined[0], joined[1], joined[2].to(device))
+
+
+def encode_images(
+    model: nn.Module,
+    dataset: Dataset,
+    sample_ids: np.ndarray,
+    *,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 64,
+    num_threads: int | None = None,
+    most: int | None = None,
+    world_size: int = 1,
+    timeout: float = 600.0,
+    crop_ratio: float = 1.0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens of some images, after the encoder's last norm, batch by batch; arguments as for :func:`extract_features`.
+
+    Args:
+        most: images of the rank that has most: every rank runs as many forwards. None: those of ``sample_ids``.
+
+    Yields:
+        float32 (N, 1 + L, D) on the model's device, and bool (N,): which images were readable. The last batches are
+        filled up with grey images.
+
+    Raises:
+        ValueError: as :func:`extract_features`.
+    """
+    most = len(sample_ids) if most is None else most
+    if most == 0 or batch_size < 1:
+        raise ValueError(f"sample_ids and batch_size: expected at least 1, got {most} and {batch_size}")
+    if dataset.channels != model.in_chans:
+        raise ValueError(f"dataset: expected images of {model.in_chans} channels, got {dataset.channels}")
+    if not 0 < crop_ratio <= 1:
+        raise ValueError(f"crop_ratio: expected above 0 and at most 1, got {crop_ratio}")
+    device, batch_size = model.mean.device, min(batch_size, most)
+    threads = num_threads or choose_options(device, 0, world_size=world_size).num_threads
+    batches = partial(_batches, dataset, sample_ids, model.img_size, batch_size, -(-most // batch_size))
+    with evaluating(model), Threads(threads, "fastmae-features") as pool:
+        for images, good in batches(pool, timeout, crop_ratio):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                yield model.encode(model.normalized(images.to(device))).float(), good
 
 
 def join_ranks(parts: list[Features]) -> Features:
@@ -131,6 +169,7 @@ def _batches(
     count: int,
     pool: Threads,
     timeout: float,
+    crop_ratio: float,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``count`` batches of images (N, C, H, W), and which were readable, bool (N,); grey where the ids have ended."""
     pending: deque[tuple[Tensor, list[Future]]] = deque()
@@ -139,7 +178,8 @@ def _batches(
             dtype, grey = (torch.uint8, 128) if dataset.value_range is None else (torch.float32, 0.5)
             images = torch.full((batch_size, *img_size, dataset.channels), grey, dtype=dtype)
             ids = sample_ids[start : start + batch_size].tolist()
-            tasks = [pool.submit(_decode_into, out, dataset, i) for out, i in zip(images.numpy(), ids, strict=False)]
+            rows = zip(images.numpy(), ids, strict=False)
+            tasks = [pool.submit(_decode_into, out, dataset, i, crop_ratio) for out, i in rows]
             pending.append((images, tasks))
         if start >= _AHEAD * batch_size:
             images, tasks = pending.popleft()
@@ -157,10 +197,10 @@ def _succeeds(task: Future, deadline: float) -> bool:
         return False
 
 
-def _decode_into(out: np.ndarray, dataset: Dataset, sample_id: int) -> bool:
+def _decode_into(out: np.ndarray, dataset: Dataset, sample_id: int, crop_ratio: float) -> bool:
     try:
         pixels = dataset.decode(sample_id)
     except (UndecodableImage, DataError, OSError):
         return False
-    resize_crop_into(out, pixels, center_box(*pixels.shape[:2], out.shape[:2]), (False, False))
+    resize_crop_into(out, pixels, center_box(*pixels.shape[:2], out.shape[:2], crop_ratio), (False, False))
     return True

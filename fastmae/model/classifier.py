@@ -152,6 +152,13 @@ class VisionTransformer(ImageModel):
             return self.fc_norm(x[:, 1:].mean(1))
         return self.norm(x[:, 0])
 
+    def encode(self, images: Tensor) -> Tensor:
+        """All tokens behind the last block, (N, 1 + L, D), and behind the last norm with ``pool="cls"``."""
+        stream = Stream(self.embed(images))
+        for block in self.blocks:
+            stream = block(stream)
+        return self.norm(stream.sum())
+
     def forward_intermediates(self, images: Tensor, indices: Sequence[int], *, norm: bool = False) -> list[Tensor]:
         """Token maps of some blocks, for dense tasks.
 

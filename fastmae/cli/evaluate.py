@@ -1,0 +1,301 @@
+"""``fastmae evaluate``, ``features`` and ``inspect``: what weights are, and how good their representation is."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+import fastmae
+from fastmae.cli.commands import (
+    AttentiveConfig,
+    EncodingConfig,
+    FeaturesConfig,
+    InspectConfig,
+    KnnConfig,
+    LabelledConfig,
+    LinearConfig,
+    ProbeConfig,
+)
+from fastmae.data import Augment, Dataset, create_loader, open_dataset
+from fastmae.errors import UsageError, usage_errors
+from fastmae.evaluate.attentive import evaluate_attentive
+from fastmae.evaluate.features import encode_images, extract_features
+from fastmae.evaluate.frozen import Split, accuracies, split_of
+from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
+from fastmae.evaluate.linear import fit_linear_probe
+from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
+from fastmae.loading import WeightsInfo, load
+
+_KINDS = {"avg": "pooled", "cls": "class_token"}
+_VERSIONS = ("torch", "torchvision", "timm", "numpy")
+
+
+def run(command: InspectConfig | FeaturesConfig | ProbeConfig) -> int:
+    """Run one of the commands; return its exit code."""
+    if isinstance(command, InspectConfig):
+        return inspect(command)
+    with usage_errors():
+        return features(command) if isinstance(command, FeaturesConfig) else evaluate(command)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastmae inspect
+
+
+def inspect(config: InspectConfig) -> int:
+    """Print what is known of weights."""
+    model, info = load(config.weights, return_info=True)
+    found = describe(info)
+    found["parameters"] = sum(p.numel() for n, p in model.named_parameters() if info.has_decoder or "decoder" not in n)
+    if config.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    width = max(map(len, found)) + 2
+    for name, value in found.items():
+        print(f"{name.replace('_', ' '):<{width}}{', '.join(map(str, value)) if isinstance(value, list) else value}")
+    return 0
+
+
+def describe(info: WeightsInfo) -> dict[str, Any]:
+    """What is known of weights, JSON-able."""
+    size = info.architecture
+    uses = ["features", "evaluate", "create_classifier", *(["reconstruct", "init-from"] if info.has_decoder else [])]
+    target = {True: "normalised pixels", False: "pixels", None: "unknown"}[info.norm_pix_loss]
+    return {
+        "path": str(info.path),
+        "source": info.source,
+        "encoder": f"{size['depth']} blocks of {size['embed_dim']}, {size['num_heads']} heads",
+        "decoder": f"{size['decoder_depth']} blocks of {size['decoder_embed_dim']}" if info.has_decoder else "none",
+        "head": f"{info.num_classes} classes, pool {size['pool']}" if info.num_classes else "none",
+        "image_size": size["img_size"],
+        "patch_size": size["patch_size"],
+        "channels": size["in_chans"],
+        "mean": size.get("mean") or "unknown (ImageNet's are used)",
+        "std": size.get("std") or "unknown (ImageNet's are used)",
+        "predicts": target if info.has_decoder else "nothing",
+        "steps": "unknown" if info.step is None else info.step,
+        "assumed": list(info.assumed) or "nothing",
+        "usable_for": uses,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastmae features
+
+
+def features(config: FeaturesConfig) -> int:
+    """Write features of images to a file."""
+    if config.out.suffix not in (".npy", ".parquet"):
+        raise UsageError(f"OUT: expected a .npy or .parquet file, got {config.out}")
+    if config.out.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError as error:
+            raise UsageError(f"OUT: {config.out} needs pyarrow: pip install pyarrow") from error
+    model, info, options = _encoder(config.weights, config.encoding)
+    dataset = _open(config.path, info)
+    begun = time.monotonic()
+    ids = np.arange(len(dataset))
+    found = extract_features(model, dataset, ids, **options, on_batch=_bar("Encoding", len(ids), options))
+    seconds = time.monotonic() - begun
+    rows = getattr(found, _KINDS[config.pool]).cpu().numpy()
+    good = found.readable.cpu().numpy()
+    paths = [dataset.path(i) for i in ids[good].tolist()]
+    partial_file = config.out.with_name(f".{config.out.name}.partial")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    if config.out.suffix == ".npy":
+        with partial_file.open("wb") as file:
+            np.save(file, rows[good])
+        config.out.with_suffix(".paths.txt").write_text("".join(f"{path}\n" for path in paths))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {"path": paths, "label": dataset.labels(ids[good]), "feature": list(rows[good])}
+        pq.write_table(pa.table(columns), partial_file)
+    partial_file.replace(config.out)
+    print(
+        f"{len(paths):,} features of {rows.shape[1]} numbers in {config.out}, {len(ids) / seconds:,.1f} images/s"
+        + (f"; {len(ids) - len(paths):,} images could not be read" if len(paths) < len(ids) else "")
+    )
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastmae evaluate
+
+
+def evaluate(config: ProbeConfig) -> int:
+    """Run a protocol on a frozen encoder, print its figures, and write them where ``--out`` says."""
+    begun = time.monotonic()
+    model, info, options = _encoder(config.weights, config.encoding)
+    known, tests = labelled_images(config.data, info)
+    if isinstance(config, KnnConfig):
+        split = _cached(model, known, tests, config.pool, options)
+        result = {"protocol": "knn", "features": config.pool}
+        result |= evaluate_knn(split, k=config.k, temperature=config.temperature, seed=config.seed)
+    elif isinstance(config, AttentiveConfig):
+        split = _cached(model, known, tests, "tokens", options)
+        result = {"protocol": "attentive", "features": "patch tokens"}
+        result |= evaluate_attentive(split, epochs=config.epochs, num_queries=config.queries, seed=config.seed)
+    elif config.solver == "logistic":
+        split = _cached(model, known, tests, config.pool, options)
+        result = {"protocol": "linear", "solver": "logistic", "features": config.pool}
+        result |= evaluate_logistic(split, seed=config.seed)
+    else:
+        result = {"protocol": "linear", "solver": config.solver, "features": config.pool}
+        result |= _trained_linear(config, model, known, tests, options)
+    report(result, config, len(known.labels), len(tests.labels), time.monotonic() - begun)
+    return 0
+
+
+def report(result: dict[str, Any], config: Any, train_images: int, val_images: int, seconds: float) -> None:
+    """Print a result, and write it as one JSON object where ``--out`` says."""
+    result |= {"train_images": train_images, "val_images": val_images, "seconds": round(seconds, 1)}
+    result |= {"weights": str(config.weights), "command": shlex.join(["fastmae", *sys.argv[1:]])}
+    result["versions"] = {"fastmae": fastmae.__version__, **{name: version(name) for name in _VERSIONS}}
+    settings = [f"{name} {value:g}" for name, value in result.items() if name in ("k", "temperature", "l2", "lr")]
+    top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
+    print(
+        f"{result['protocol']} on {result['features']}: top-1 {result['top1']:.2%}{top5} of {val_images:,} images, "
+        f"learned from {train_images:,}" + (f" ({', '.join(settings)})" if settings else "")
+    )
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = config.out.with_name(f".{config.out.name}.partial")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(config.out)
+
+
+def labelled_images(config: LabelledConfig, info: WeightsInfo) -> tuple[LabelledImages, LabelledImages]:
+    """The images to learn from, and those to test on.
+
+    Raises:
+        ValueError: no labels, a single class, or no class in common; names the flag.
+    """
+    count = config.limit or sys.maxsize // 8
+    try:
+        images = choose_labelled(_open(config.path, info), count)
+        if len(np.unique(images.labels)) < 2:
+            raise ValueError(f"expected images of at least two classes in {images.dataset.name}, got one")
+        if config.val is None:
+            return hold_out(images)
+    except ValueError as error:
+        raise ValueError(f"--data.path: {error}") from error
+    try:
+        return images, match_classes(images, choose_labelled(_open(config.val, info), count))
+    except ValueError as error:
+        raise ValueError(f"--data.val: {error}") from error
+
+
+def _encoder(weights: Path, config: EncodingConfig) -> tuple[nn.Module, WeightsInfo, dict[str, Any]]:
+    """The model on its device, what is known of it, and the options of ``extract_features``."""
+    model, info = load(weights, return_info=True)
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    try:
+        model = model.to(torch.device(name))
+    except RuntimeError as error:
+        raise UsageError(f"--device: expected a device that is there, got {name}: {error}") from error
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if name.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    options = {"dtype": dtype, "batch_size": config.batch_size, "crop_ratio": config.crop_ratio}
+    return model, info, options | {"num_threads": config.num_workers}
+
+
+def _open(path: Path, info: WeightsInfo) -> Dataset:
+    """Images, read as those that the model was trained on."""
+    trained = info.config.get("data", {})
+    reading = {name: trained[name] for name in ("value_range", "channels_first") if trained.get(name)}
+    return open_dataset(path, channels=info.architecture["in_chans"], max_bad_fraction=1.0, **reading)
+
+
+def _bar(title: str, images: int, options: dict[str, Any]) -> Any:
+    """A function that advances a progress bar on stderr by a batch."""
+    batches = -(-images // min(options["batch_size"], images))
+    bar = iter(track(range(batches), title, console=_stderr(), transient=True))
+    return partial(next, bar, None)
+
+
+def _stderr() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _cached(
+    model: nn.Module, known: LabelledImages, tests: LabelledImages, kind: str, options: dict[str, Any]
+) -> Split:
+    """Features, or patch tokens in float16, of all images."""
+    found = []
+    for title, images in (("Encoding images to learn from", known), ("Encoding images to test on", tests)):
+        advance = _bar(title, len(images.labels), options)
+        if kind == "tokens":
+            found += [images, *_tokens(model, images, options, advance)]
+        else:
+            own = extract_features(model, images.dataset, images.sample_ids, **options, on_batch=advance)
+            found += [images, getattr(own, _KINDS[kind]), own.readable]
+    return split_of(*found)
+
+
+def _tokens(model: nn.Module, images: LabelledImages, options: dict[str, Any], advance: Any) -> tuple[Tensor, Tensor]:
+    """Patch tokens, float16 (n, L, D) on the CPU, and which images could be read."""
+    tokens, readable = [], []
+    for batch, good in encode_images(model, images.dataset, images.sample_ids, **options):
+        tokens.append(batch[:, 1:].half().cpu())
+        readable.append(good)
+        advance()
+    count = len(images.labels)
+    return torch.cat(tokens)[:count], torch.cat(readable)[:count]
+
+
+def _trained_linear(
+    config: LinearConfig, model: nn.Module, known: LabelledImages, tests: LabelledImages, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Table 10: a head trained on random crops."""
+    device, batch_size = model.mean.device, config.encoding.batch_size
+    classes = np.unique(known.labels)
+    augment = Augment(scale=(0.08, 1.0))
+    loader = {"batch_size": batch_size, "img_size": model.img_size, "seed": config.seed, "augment": augment}
+
+    def crops() -> Iterator[tuple[Tensor, Tensor]]:
+        with create_loader(known.dataset, device=device, **loader) as batches:
+            for batch in batches:
+                labels = known.dataset.labels(batch.sample_ids.cpu().numpy())
+                rows = np.flatnonzero(np.isin(labels, classes))
+                numbers = torch.from_numpy(np.searchsorted(classes, labels[rows])).to(device)
+                with torch.no_grad(), torch.autocast(device.type, options["dtype"], options["dtype"] != torch.float32):
+                    tokens = model.encode(model.normalized(batch.images)).float()
+                pooled = tokens[:, 0] if config.pool == "cls" else tokens[:, 1:].mean(1)
+                yield pooled[torch.from_numpy(rows).to(device)], numbers
+
+    torch.manual_seed(config.seed)
+    settings = {"epochs": config.epochs, "warmup_epochs": config.warmup_epochs, "base_lr": config.base_lr}
+    images = len(known.labels)
+    advance = _bar("Training the head", images * config.epochs, options)
+    source = crops()
+    head = fit_linear_probe(
+        source, model.cls_token.shape[-1], len(classes), images=images, device=device, optimizer=config.solver,
+        on_batch=lambda loss: advance(), **settings,
+    )  # fmt: skip
+    source.close()
+    own = extract_features(model, tests.dataset, tests.sample_ids, **options)
+    features = getattr(own, _KINDS[config.pool])
+    places = np.searchsorted(classes, tests.labels).clip(max=len(classes) - 1)
+    labels = torch.from_numpy(np.where(classes[places] == tests.labels, places, -1)).to(device)[own.readable]
+    split = Split(features[:0], labels[:0], features[own.readable], labels, len(classes))
+    with torch.no_grad():
+        return accuracies(head(split.tests), split) | settings
