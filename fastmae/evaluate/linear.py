@@ -79,5 +79,5 @@ def fit_linear_probe(
             update.step()
             update.zero_grad(set_to_none=True)
             pending = 0
-        on_batch(float(loss))
+        on_batch(float(loss.detach()))
     return head.eval()

@@ -1,0 +1,121 @@
+"""``fastmae evaluate``, ``features`` and ``inspect``: figures, files, and mistakes that are named."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmae.cli import main
+from fastmae.model import create_model
+from fastmae.train.weights import export_weights
+
+COLOURS = {"blue": (40, 60, 200), "green": (60, 180, 70), "red": (210, 40, 50)}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "decoder_embed_dim": 16}
+    model = create_model("mae_vit_tiny_patch16", **sizes, decoder_depth=1, decoder_num_heads=2, seed=0)
+    return export_weights(model, tmp_path_factory.mktemp("weights") / "model.safetensors", step=5)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root, rng = tmp_path_factory.mktemp("labelled"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(np.array(colour) + rng.normal(0, 20, (20, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+def evaluate(capsys, *arguments: object) -> tuple[int, str]:
+    code = main([str(a) for a in arguments])
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("protocol", "flags"),
+    [
+        ("knn", []),
+        ("linear", ["--pool", "cls"]),
+        ("linear", ["--solver", "sgd", "--epochs", "20", "--warmup-epochs", "1", "--base-lr", "2"]),
+        ("attentive", ["--queries", "4", "--epochs", "20"]),
+    ],
+)
+def test_colours_are_told_apart_and_the_result_is_one_object(weights, folders, tmp_path, capsys, protocol, flags):
+    out = tmp_path / "results" / "result.json"
+    data = ["--data.path", folders / "train", "--data.val", folders / "val"]
+    code, printed = evaluate(capsys, "evaluate", protocol, weights, *data, "--out", out, *flags)
+    assert code == 0, printed
+    result = json.loads(out.read_text())
+    assert result["protocol"] == protocol
+    assert result["top1"] > 0.8
+    assert "top5" not in result  # three classes
+    assert (result["train_images"], result["val_images"]) == (36, 12)
+    assert result["seconds"] > 0
+    assert result["versions"]["torch"]
+    assert f"top-1 {result['top1']:.2%} of 12 images, learned from 36" in printed
+
+
+def test_without_test_images_a_tenth_is_held_out(weights, folders, capsys):
+    code, printed = evaluate(capsys, "evaluate", "knn", weights, "--data.path", folders / "train", "--k", "3")
+    assert code == 0, printed
+    assert "of 3 images, learned from 33 (k 3" in printed
+
+
+def test_labels_that_cannot_be_used_are_named(weights, folders, tmp_path, capsys):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder, name in ((one, "red"), (other, "cats")):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            Image.new("RGB", (20, 20), (number, 0, 0)).save(folder / name / f"{number}.png")
+    code, printed = evaluate(capsys, "evaluate", "knn", weights, "--data.path", one)
+    assert (code, "--data.path: expected images of at least two classes" in printed) == (2, True), printed
+    flags = ["--data.path", folders / "train", "--data.val", other]
+    code, printed = evaluate(capsys, "evaluate", "linear", weights, *flags)
+    assert code == 2
+    assert "--data.val: expected classes of train (blue, green, red) in other, got cats" in printed
+    code, printed = evaluate(capsys, "evaluate", "attentive", weights, "--data.path", folders / "train", "--queries", 5)
+    assert code == 2
+    assert "queries: expected a divisor of the width 32, got 5" in printed
+
+
+def test_features_are_written_with_their_paths(weights, folders, tmp_path, capsys):
+    code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.npy", "--batch-size", 5)
+    assert code == 0, printed
+    assert "12 features of 32 numbers" in printed
+    assert "images/s" in printed
+    found = np.load(tmp_path / "f.npy")
+    assert found.dtype == np.float32
+    assert found.shape == (12, 32)
+    paths = (tmp_path / "f.paths.txt").read_text().splitlines()
+    assert [path.rsplit("/", 2)[1] for path in paths] == ["blue"] * 4 + ["green"] * 4 + ["red"] * 4
+    pq = pytest.importorskip("pyarrow.parquet")
+    assert main(["features", str(weights), str(folders / "val"), str(tmp_path / "f.parquet"), "--pool", "cls"]) == 0
+    table = pq.read_table(tmp_path / "f.parquet").to_pydict()
+    assert table["path"] == paths
+    assert table["label"] == [0] * 4 + [1] * 4 + [2] * 4
+    assert not np.allclose(table["feature"], found)
+    code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.csv")
+    assert (code, "OUT: expected a .npy or .parquet file" in printed) == (2, True)
+
+
+def test_inspect_tells_what_weights_are(weights, capsys):
+    code, printed = evaluate(capsys, "inspect", weights, "--json")
+    assert code == 0
+    found = json.loads(printed)
+    assert found["encoder"] == "1 blocks of 32, 2 heads"
+    assert found["predicts"] == "pixels"
+    assert found["steps"] == 5
+    assert "reconstruct" in found["usable_for"]
+    assert evaluate(capsys, "inspect", weights)[1].startswith("path ")
+    code, printed = evaluate(capsys, "inspect", weights.parent / "none.pth")
+    assert (code, "no such file or folder" in printed) == (2, True)
