@@ -44,14 +44,14 @@ def in_processes(
     workers, items = workers or available_cores(), iter(items)
     yield from in_order(action, islice(items, alone) if workers > 1 else items)
     if rest := list(islice(items, 1)):
-        pool = _Workers(workers)
+        pool = Workers(workers)
         try:
             yield from in_order(lambda item: pool.call(action, item), chain(rest, items), workers)
         finally:
             pool.stop()
 
 
-class _Workers:
+class Workers:
     def __init__(self, count: int):
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)  # noqa: PTH109
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

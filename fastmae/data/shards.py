@@ -14,23 +14,21 @@ import hashlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
-import signal
 import tarfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import PIL
-import torch
 import torchvision
 from PIL import Image, features
 
@@ -38,9 +36,10 @@ from fastmae.data.dataset import Dataset, printable, upright_shapes
 from fastmae.data.decode import UndecodableImage, decode
 from fastmae.data.errors import DataError
 from fastmae.data.formats import MODES, BadImage, Format, Header, parse_header
-from fastmae.data.loader import available_cores
 from fastmae.data.open import open_dataset
+from fastmae.data.processes import Workers, available_cores
 from fastmae.data.sampler import permuted_ids
+from fastmae.data.storage import as_url
 from fastmae.data.table import Part
 from fastmae.data.tar import BLOCK, INDEX_SUFFIX, parse_shard, write_shard_index
 from fastmae.data.threads import in_order
@@ -48,7 +47,6 @@ from fastmae.data.threads import in_order
 MANIFEST, BAD_FILES, CLASSES = "shards.json", "bad_files.jsonl", "classes.txt"
 _PROGRESS = ".progress"
 _FORMAT = 1
-_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # what network file systems cannot do
 _SUFFIXES = {Format.JPEG: ".jpg", Format.PNG: ".png", Format.WEBP: ".webp", Format.TIFF: ".tif", Format.NPY: ".npy"}
 _PHOTOGRAPHS = (Format.JPEG, Format.PNG, Format.WEBP)
 _SIXTEEN_BITS = ("I", "I;16")
@@ -58,7 +56,9 @@ _REDUCING_GAP = 3.0  # averages whole blocks of a very large image first; Pillow
 _HEADERS = 1024  # bytes of a tar header and of half a block of padding, rounded up; a class takes as much again
 _JPEG_BYTES_PER_PIXEL = 0.4  # at quality 90
 _SCANNED = 65536
-_IMAGES_PER_PROCESS = 1000  # a process takes seconds to start
+_IMAGES_PER_PROCESS = 2000  # a process takes seconds to start
+Progress = Callable[[int, int], None]
+"""Called with how many more images and bytes are done."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +128,25 @@ def stored_shapes(rows: np.ndarray, options: ShardOptions) -> tuple[np.ndarray, 
     return heights, widths, larger | (photographs & options.reencode)
 
 
-def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> StoredImage:
-    """An image as a shard is to hold it.
+def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> StoredImage | str:
+    """An image as a shard is to hold it, or why it cannot be encoded anew.
 
     Raises:
-        UndecodableImage: it has to be encoded anew and does not decode.
         DataError: it cannot be read, or is not what the index says any more.
     """
     rows = dataset.rows(np.array([sample_id]))
-    row, data = rows[0], dataset.read(sample_id)
+    row = rows[0]
     (height,), (width,), (anew,) = (values.tolist() for values in stored_shapes(rows, options))
-    header = _check_unchanged(dataset, sample_id, row, data)
+    header, data = _read_unchanged(dataset, sample_id, row)
     format_, stored = Format(int(row["format"])), data.tobytes()
     if anew:
-        pixels = decode(data, int(row["orientation"]), channels=dataset.channels)
+        try:
+            pixels = decode(data, int(row["orientation"]), channels=dataset.channels)
+        except UndecodableImage as error:
+            return str(error)
         expected = tuple(int(side[0]) for side in upright_shapes(rows))
         if pixels.shape[:2] != expected:
-            raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {expected}")
+            return f"decodes to {pixels.shape[:2]}, its header said {expected}"
         grey = row["channels"] == 1
         format_, stored = Format.JPEG, _encode(pixels[..., 0] if grey else pixels, height, width, options.quality)
     elif format_ is Format.NPY:  # the reader of the shard takes the last axis for the channels
@@ -153,18 +155,19 @@ def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> Stor
     return StoredImage(name, stored, int(row["label"]), height, width, anew)
 
 
-def _check_unchanged(dataset: Dataset, sample_id: int, row: np.void, data: np.ndarray) -> Header:
+def _read_unchanged(dataset: Dataset, sample_id: int, row: np.void) -> tuple[Header, np.ndarray]:
     path = dataset.path(sample_id)
     try:
+        data = dataset.read(sample_id)
         header = parse_header(BytesIO(data), path)
-    except BadImage:
-        header = None
+    except (BadImage, UndecodableImage) as error:
+        raise DataError(f"{printable(path)}: changed since it was indexed: {error}") from error
     found = header and (len(data), header.format, header.height, header.width, header.orientation)
     if found and header.format == Format.NPY and dataset.accepts.channels_first and header.channels != 1:
         found = (*found[:2], header.width, header.channels, header.orientation)
     if found != tuple(int(row[name]) for name in ("size", "format", "height", "width", "orientation")):
-        raise DataError(f"{printable(path)}: changed while it was being packed; start again with another folder")
-    return header
+        raise DataError(f"{printable(path)}: changed since it was indexed; start again with another folder")
+    return header, data
 
 
 def _encode(pixels: np.ndarray, height: int, width: int, quality: int) -> bytes:
@@ -206,39 +209,36 @@ def write_shard(path: Path, images: Iterable[StoredImage]) -> tuple[int, str]:
     """
     # The name is random, so that a process that outlives its parent is not in the way of the next run.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    digest, size, written = hashlib.sha256(), 0, []
+    digest, written = hashlib.sha256(), []
     try:
         with partial.open("wb") as file:
-            for piece in _tar(images, written):
+            for image in images:
+                piece = _member(image.name, image.data)
+                if image.label >= 0:
+                    piece += _member(image.name.partition(".")[0] + ".cls", b"%d" % image.label)
                 digest.update(piece)
-                size += file.write(piece)
+                file.write(piece)
+                written.append((image.name, len(image.data), image.label, image.height, image.width))
+            end = bytes(2 * BLOCK + -(file.tell() + 2 * BLOCK) % tarfile.RECORDSIZE)
+            digest.update(end)
+            file.write(end)
             file.flush()
             os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):  # so that the disk is read, not the page cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         part = _read_back(partial, written, digest.hexdigest())
+        size = partial.stat().st_size
         partial.replace(path)
         write_shard_index(path, part)
-        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
     return size, digest.hexdigest()
 
 
-def _tar(images: Iterable[StoredImage], written: list[tuple]) -> Iterator[bytes]:
-    size = 0
-    for image in images:
-        members = {image.name: image.data}
-        if image.label >= 0:
-            members[image.name.partition(".")[0] + ".cls"] = b"%d" % image.label
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)  # time and owner are zero: the same images make the same bytes
-            header.size, header.mode = len(data), 0o644
-            piece = header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
-            size += len(piece)
-            yield piece
-        written.append((image.name, len(image.data), image.label, image.height, image.width))
-    yield bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
+def _member(name: str, data: bytes) -> bytes:
+    header = tarfile.TarInfo(name)  # time and owner are zero: the same images make the same bytes
+    header.size, header.mode = len(data), 0o644
+    return header.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK)
 
 
 def _read_back(path: Path, written: list[tuple], digest: str) -> Part:
@@ -254,18 +254,6 @@ def _read_back(path: Path, written: list[tuple], digest: str) -> Part:
         image = next((a for a, b in zip(written, read, strict=False) if a != b), None)
         raise DataError(f"{path}: wrote {len(written)} images, read back {len(read)}; the first to differ: {image}")
     return part
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make what was renamed in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +285,11 @@ class ShardFolder:
         try:
             fcntl.flock(self._progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in _UNSUPPORTED:
+            if error.errno not in (
+                errno.ENOTSUP,
+                errno.ENOSYS,
+                errno.ENOLCK,
+            ):  # some cluster file systems have no locks
                 self._progress.close()
                 raise DataError(f"{path}: another process is packing part {part[0]}/{part[1]}: {error}") from error
 
@@ -325,27 +317,26 @@ class ShardFolder:
                         records.append(json.loads(line))
         # Read last: a part that finishes removes those files once this one is written.
         records = self._manifest().get("shards", []) + records
-        return {record["name"]: record for record in records if self._is_complete(record)}
+        return {record["name"]: record for record in records if self._is_there(record)}
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write down that all parts are complete."""
         self.write(MANIFEST, json.dumps(manifest, indent=1) + "\n")
         for path in self.path.glob(f"{_PROGRESS}*.jsonl"):
             path.unlink(missing_ok=True)
-        _sync_folder(self.path)
 
-    def write(self, name: str, text: str, *, first: bool = False) -> None:
-        """Write a file, whole or not at all. ``first``: unless another part has written it."""
+    def write(self, name: str, text: str, *, once: bool = False) -> None:
+        """Write a file, whole or not at all; ``once``: if another part has not written it."""
         path, partial = self.path / name, self.path / f".{name}.{self._part}.partial"
         try:
             with partial.open("w") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            if first:
-                with suppress(OSError):  # it exists; or the file system has no links, and the first run decides
+            if once:
+                with suppress(OSError):  # it exists; or the file system has no links
                     path.hardlink_to(partial)
-            if not first or not path.exists():
+            if not once or not path.exists():
                 partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -353,12 +344,12 @@ class ShardFolder:
     def _begin(self, plan: dict[str, Any]) -> None:
         there = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
         if not there:
-            self.write(MANIFEST, json.dumps(plan, indent=1) + "\n", first=True)
+            self.write(MANIFEST, json.dumps(plan, indent=1) + "\n", once=True)
         elif not (self.path / MANIFEST).exists():
             raise DataError(f"{self.path}: expected a new or empty folder, or one with {MANIFEST}; found {there[0]!r}")
         begun = self._manifest()
-        differences = [f"{name} {begun.get(name)} there, {plan[name]} here" for name in plan
-                       if begun.get(name) != plan[name]]  # fmt: skip
+        differences = [f"{name} {begun.get(name)} there, {here} here" for name, here in plan.items()
+                       if begun.get(name) != here]  # fmt: skip
         if differences:
             raise DataError(
                 f"{self.path}: was begun with another source or other options: {'; '.join(differences)}. "
@@ -371,7 +362,7 @@ class ShardFolder:
         except (ValueError, TypeError) as error:
             raise DataError(f"{self.path / MANIFEST}: is damaged: {error}; delete the folder to start again") from error
 
-    def _is_complete(self, record: dict[str, Any]) -> bool:
+    def _is_there(self, record: dict[str, Any]) -> bool:
         path = self.path / record["name"]
         index = path.with_name(path.name + INDEX_SUFFIX)
         return path.is_file() and path.stat().st_size == record["bytes"] and index.is_file()
@@ -387,10 +378,9 @@ class ShardFolder:
 
 
 class Packed(NamedTuple):
-    """What was packed: by this part if shards of others are missing, else by all.
+    """What was packed: by this part if shards of others are ``missing``, else by all.
 
-    ``missing`` counts those shards; ``encoded`` the images encoded anew, ``source_bytes`` those that went in, ``bad``
-    the source's images known to be left out.
+    ``encoded`` counts the images encoded anew, ``source_bytes`` the images' bytes before, ``bad`` the images left out.
     """
 
     folder: Path
@@ -403,26 +393,6 @@ class Packed(NamedTuple):
     bad: int
 
 
-class _Packing(NamedTuple):
-    """What a process has to know; ``bad_ids`` because verdicts that could not be stored are in no index."""
-
-    dataset: Dataset | None
-    bad_ids: np.ndarray
-    out: Path
-    options: ShardOptions
-    count: int
-
-    def name(self, number: int) -> str:
-        return f"shard-{number:0{max(6, len(str(self.count - 1)))}d}.tar"
-
-    def sample_ids(self, number: int) -> np.ndarray:
-        total = len(self.dataset)
-        ids = np.arange(number * total // self.count, (number + 1) * total // self.count)
-        if self.options.shuffle_seed is not None:
-            ids, _ = permuted_ids(ids, total, self.options.shuffle_seed)
-        return ids[~np.isin(ids, self.bad_ids)]
-
-
 def write_shards(
     dataset: Dataset,
     out: Path,
@@ -430,13 +400,12 @@ def write_shards(
     *,
     part: tuple[int, int] = (1, 1),
     num_workers: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Packed:
     """Pack a data set into ``out/shard-000000.tar`` and so on, or resume doing so.
 
     Each shard has its index beside it. ``shards.json`` holds the source's hash, the options, and each shard's size and
-    SHA-256; ``bad_files.jsonl`` lists what was left out, ``classes.txt`` the names of the classes. Many images are
-    packed by processes, so a script needs its ``if __name__ == "__main__":``.
+    SHA-256; ``bad_files.jsonl`` lists what was left out, ``classes.txt`` the names of the classes.
 
     Args:
         dataset: what to pack, without the images known to be bad.
@@ -456,49 +425,48 @@ def write_shards(
     """
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part: expected i/n with 1 <= i <= n, got {part[0]}/{part[1]}")
-    options = options or ShardOptions()
-    packing = _Packing(dataset, dataset.bad_ids, out, options, _num_shards(dataset, options))
-    names = {number: packing.name(number) for number in range(part[0] - 1, packing.count, part[1])}
-    encoder = _encoder() if options.short_side is not None or options.reencode else None
+    options, progress = options or ShardOptions(), progress or _no_progress
+    count = _num_shards(dataset, options)
+    names = [f"shard-{number:0{max(6, len(str(count - 1)))}d}.tar" for number in range(count)]
+    own = dict(list(enumerate(names))[part[0] - 1 :: part[1]])
     plan = {"format": _FORMAT, "source": dataset.hash, "source_images": len(dataset), **asdict(options),
-            "encoder": encoder, "num_shards": packing.count}  # fmt: skip
-    late: dict[int, str] = {}
+            "encoder": _encoder(options), "num_shards": count}  # fmt: skip
+    bad = dict(dataset.index.bad)
 
-    def check_bad(records: Iterable[dict[str, Any]]) -> None:
+    def check(*records: dict[str, Any]) -> None:
         more = {int(sample_id): reason for record in records for sample_id, reason in record["bad"]}
+        bad.update(more)
         if more:
-            late.update(more)
-            dataset.check_bad_fraction(late)
-
-    def receive(message: dict[str, Any] | tuple[int, int]) -> None:
-        if isinstance(message, dict):
-            folder.add(message)
-            check_bad([message])
-        elif progress is not None:
-            progress(*message)
+            dataset.check_bad_fraction(bad)
 
     try:
-        with ShardFolder(out, plan, names.values(), part) as folder:
+        with ShardFolder(out, plan, own.values(), part) as folder:
             complete = folder.complete()
-            for record in (complete[name] for name in names.values() if name in complete):
-                receive((record["images"] + len(record["bad"]), record["bytes"]))
-            check_bad(complete.values())
-            _pack(packing, [number for number in names if names[number] not in complete], num_workers, receive)
+            check(*complete.values())
+            for record in (complete[name] for name in own.values() if name in complete):
+                progress(record["images"] + len(record["bad"]), record["bytes"])
+            shards = {number: out / name for number, name in own.items() if name not in complete}
+            for record in _pack(dataset, shards, count, options, num_workers or available_cores(), progress):
+                folder.add(record)
+                check(record)
             complete = folder.complete()
-            check_bad(complete.values())
-            missing, own = packing.count - len(complete), set(names.values())
-            records = [complete[name] for name in sorted(complete) if name in own or not missing]
+            check(*complete.values())
+            missing = count - len(complete)
+            records = [complete[name] for name in (own.values() if missing else names)]
             totals = {name: sum(r[name] for r in records) for name in ("images", "encoded", "bytes", "source_bytes")}
-            bad = sorted((dataset.index.bad | late).items())
             if not missing:
-                lines = [json.dumps({"path": dataset.path(i), "reason": reason}) + "\n" for i, reason in bad]
-                folder.write(BAD_FILES, "".join(lines))
+                lines = [json.dumps({"path": dataset.path(i), "reason": reason}) for i, reason in sorted(bad.items())]
+                folder.write(BAD_FILES, "".join(f"{line}\n" for line in lines))
                 if dataset.classes:
                     folder.write(CLASSES, "".join(f"{name}\n" for name in dataset.classes))
                 folder.finish(plan | totals | {"bad": len(bad), "shards": records})
             return Packed(out, len(records), missing, bad=len(bad), **totals)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error}. Complete shards stay; the same command resumes") from error
+
+
+def _no_progress(images: int, size: int) -> None:
+    pass
 
 
 def _num_shards(dataset: Dataset, options: ShardOptions) -> int:
@@ -514,89 +482,84 @@ def _num_shards(dataset: Dataset, options: ShardOptions) -> int:
     return max(1, min(len(dataset), math.ceil(total / options.shard_bytes)))
 
 
-def _encoder() -> str:
+def _encoder(options: ShardOptions) -> str | None:
     """The libraries that the bytes of encoded images depend on."""
+    if options.short_side is None and not options.reencode:
+        return None
     jpeg = features.version_feature("libjpeg_turbo") or features.version_codec("jpg")
     return f"Pillow {PIL.__version__}, libjpeg {jpeg}, torchvision {torchvision.__version__}"
 
 
-def _pack(packing: _Packing, numbers: list[int], num_workers: int | None, receive: Callable[[Any], None]) -> None:
-    """Pack shards. ``receive`` gets images and bytes as they are done, and the record of each complete shard."""
-    dataset, workers = packing.dataset, num_workers or available_cores()
-    images = len(numbers) * len(dataset) // packing.count
-    processes = min(workers, len(numbers), images // _IMAGES_PER_PROCESS)
-    if processes < 2 or dataset.index.folder is None:
-        for number in numbers:
-            receive(_pack_shard(packing, number, workers, receive))
+def _sample_ids(dataset: Dataset, options: ShardOptions, number: int, count: int) -> np.ndarray:
+    """The samples of a shard, but those known to be bad."""
+    total = len(dataset)
+    ids = np.arange(number * total // count, (number + 1) * total // count)
+    if options.shuffle_seed is not None:
+        ids, _ = permuted_ids(ids, total, options.shuffle_seed)
+    return ids[~dataset.is_bad(ids)]
+
+
+def _pack(
+    dataset: Dataset, shards: dict[int, Path], count: int, options: ShardOptions, workers: int, progress: Progress
+) -> Iterator[dict[str, Any]]:
+    """Pack some of ``count`` shards; yield a record of each that is complete."""
+    processes = min(workers, len(shards), len(shards) * len(dataset) // count // _IMAGES_PER_PROCESS)
+    can_be_opened_again = dataset.index.folder is not None and (as_url(dataset.root) or Path(dataset.root).exists())
+    if processes < 2 or not can_be_opened_again:
+        for number, path in shards.items():
+            ids = _sample_ids(dataset, options, number, count)
+            yield _pack_shard(dataset, ids, path, options, workers, progress)
         return
-    reopen = {"path": dataset.root, "index": dataset.index.folder, "max_bad_fraction": 1.0, **asdict(dataset.accepts)}
+    opening = {"path": dataset.root, "index": dataset.index.folder, "max_bad_fraction": 1.0, **asdict(dataset.accepts)}
     threads = max(2, math.ceil(workers / processes))  # two, since one waits for the disk or the network
-    context, running = multiprocessing.get_context("forkserver"), {}
-    context.set_forkserver_preload(["fastmae.data.shards"])  # one import for all
-    try:
-        for first in range(processes):
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = packing._replace(dataset=None), reopen, numbers[first::processes], threads, sender
-            running[receiver] = context.Process(target=_work, args=arguments, daemon=True)
-            running[receiver].start()
-            sender.close()  # so that the pipe ends with the process
-        while running:
-            for receiver in wait(list(running)):
-                try:
-                    message = receiver.recv()
-                except EOFError:
-                    process = running.pop(receiver)
-                    process.join()
-                    if process.exitcode:
-                        raise DataError(f"a packing process ended with exit code {process.exitcode}") from None
-                    continue
-                if isinstance(message, Exception):
-                    raise message
-                receive(message)
-    finally:
-        for process in running.values():
-            process.terminate()
-            process.join()
+    pool = Workers(processes)
 
+    def pack(number: int) -> dict[str, Any]:
+        ids = _sample_ids(dataset, options, number, count)
+        return pool.call(_pack_in_worker, (tuple(opening.items()), ids, shards[number], options, threads))
 
-def _work(packing: _Packing, reopen: dict[str, Any], numbers: list[int], threads: int, sender: Connection) -> None:
-    """A process: pack some shards, reporting through a pipe; end with its reader."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
-    torch.set_num_threads(1)
-    logging.disable(logging.WARNING)  # logged when the data set was opened first
-    with suppress(BrokenPipeError):
+    with ThreadPoolExecutor(processes) as callers:
         try:
-            packing = packing._replace(dataset=open_dataset(**reopen))
-            logging.disable(logging.NOTSET)
-            for number in numbers:
-                sender.send(_pack_shard(packing, number, threads, sender.send))
-        except BrokenPipeError:
-            raise
-        except (DataError, OSError) as error:
-            sender.send(error)
+            for future in as_completed([callers.submit(pack, number) for number in shards]):
+                record = future.result()
+                progress(record["images"] + len(record["bad"]), record["bytes"])
+                yield record
+        except RuntimeError as error:  # for example, the kernel killed a worker because memory ran out
+            raise DataError(f"{error}. Complete shards stay; the same command resumes") from error
+        finally:
+            callers.shutdown(wait=False, cancel_futures=True)
+            pool.stop()
 
 
-def _pack_shard(packing: _Packing, number: int, threads: int, report: Callable[[tuple], None]) -> dict[str, Any]:
-    dataset, ids, path = packing.dataset, packing.sample_ids(number), packing.out / packing.name(number)
-    sizes = dict(zip(ids.tolist(), dataset.rows(ids)["size"].tolist(), strict=True))
+def _pack_in_worker(task: tuple) -> dict[str, Any]:
+    opening, *arguments = task
+    return _pack_shard(_open_again(opening), *arguments, _no_progress)
+
+
+@cache
+def _open_again(opening: tuple[tuple[str, Any], ...]) -> Dataset:
+    logging.disable(logging.WARNING)  # logged when the data set was opened first
+    dataset = open_dataset(**dict(opening))
+    logging.disable(logging.NOTSET)
+    return dataset
+
+
+def _pack_shard(
+    dataset: Dataset, ids: np.ndarray, path: Path, options: ShardOptions, threads: int, progress: Progress
+) -> dict[str, Any]:
     counts, bad = {"images": 0, "encoded": 0, "source_bytes": 0}, []
 
-    def store(sample_id: int) -> tuple[int, StoredImage | str]:
-        try:
-            return sample_id, store_image(dataset, sample_id, packing.options)
-        except UndecodableImage as error:
-            return sample_id, str(error)
-
     def images() -> Iterator[StoredImage]:
-        for sample_id, image in in_order(store, sizes, threads):
+        stored = in_order(lambda sample_id: store_image(dataset, sample_id, options), ids.tolist(), threads)
+        for sample_id, size, image in zip(ids.tolist(), dataset.rows(ids)["size"].tolist(), stored, strict=True):
             if isinstance(image, str):
                 bad.append((sample_id, image))
             else:
                 counts["images"] += 1
                 counts["encoded"] += image.encoded
-                counts["source_bytes"] += sizes[sample_id]
+                counts["source_bytes"] += size
                 yield image
-            report((1, 0 if isinstance(image, str) else len(image.data)))
+            progress(1, 0 if isinstance(image, str) else len(image.data))
 
     size, digest = write_shard(path, images())
     return {"name": path.name, **counts, "bytes": size, "sha256": digest, "bad": bad}

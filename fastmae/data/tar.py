@@ -15,12 +15,12 @@ import json
 import logging
 import os
 import threading
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -33,18 +33,16 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 INDEX_SUFFIX = ".index.npz"
 BLOCK = 512
-_ZEROS = bytes(BLOCK)
-_FIRST_SCAN, _LARGEST_SCAN = 4096, 1 << 20
-_MAX_METADATA = 1 << 20
-"""Bytes of a long name or of pax records; more is taken for damage."""
+DAMAGE = "damage"
+_KINDS = {"1": "hard link", "2": "symbolic link", "3": "device", "4": "device", "5": "folder", "6": "pipe",
+          "S": "sparse file"}  # fmt: skip
 _CHECKSUM = slice(148, 156)
 _CHECKSUM_BYTES = np.isin(np.arange(256), list(b" \x0001234567"))
-_PLAIN, _METADATA, _WITHOUT_DATA = b"0\x007", b"LKxXg", b"123456"
-_KINDS = {49: "hard link", 50: "symbolic link", 51: "device", 52: "device", 53: "folder", 54: "pipe", 83: "sparse file"}
-DAMAGE = "damage"
-_NAMED = 5
+_MAX_METADATA = 1 << 20  # bytes of a long name or of pax records; more is taken for damage
+_FIRST_SCAN, _LARGEST_SCAN = 4096, 1 << 20
 _MAX_LABEL_BYTES = 32
 _IDENTITY = 65536
+_NAMED = 5
 _OPEN_SHARDS = 256
 
 
@@ -63,17 +61,14 @@ class Reader(NamedTuple):
 
 
 @contextmanager
-def open_reader(file: Path | Reader) -> Iterator[Reader]:
-    """A file as a :class:`Reader`."""
-    if isinstance(file, Reader):
-        yield file
-        return
-    with file.open("rb", buffering=0) as opened:
-        descriptor = opened.fileno()
-        yield Reader(str(file), os.fstat(descriptor).st_size, lambda offset, size: os.pread(descriptor, size, offset))
+def open_reader(path: Path) -> Iterator[Reader]:
+    """A local file as a :class:`Reader`."""
+    with path.open("rb", buffering=0) as file:
+        descriptor = file.fileno()
+        yield Reader(str(path), os.fstat(descriptor).st_size, lambda offset, size: os.pread(descriptor, size, offset))
 
 
-class Section(RawIOBase):
+class _Section(RawIOBase):
     """A stretch of a file as a file of its own."""
 
     def __init__(self, reader: Reader, offset: int, size: int):
@@ -93,9 +88,6 @@ class Section(RawIOBase):
 
     def seek(self, position: int, whence: int = 0) -> int:
         self._at = max(0, position + (0, self._at, self._size)[whence])
-        return self._at
-
-    def tell(self) -> int:
         return self._at
 
 
@@ -118,6 +110,13 @@ class Member(NamedTuple):
     kind: str
 
 
+class _Header(NamedTuple):
+    name: bytes
+    size: int
+    kind: str
+    continued: bool  # the map of a sparse file goes on in the next block
+
+
 def members(shard: Reader) -> Iterator[Member]:
     """The members of one archive, or of several concatenated ones, in order; those behind damage are found again.
 
@@ -125,18 +124,18 @@ def members(shard: Reader) -> Iterator[Member]:
         DataError: the file is truncated, or no tar archive.
         OSError: the file system failed.
     """
-    at, own, shared = 0, {}, {}  # what the next member's metadata say, and what all that follow share
+    at, own, shared = 0, {}, {}  # metadata of the next member, and of all that follow
     while at is not None:
         block = shard.read(at, BLOCK)
         header = _parse_header(block)
-        if header is None or (header.kind in _METADATA and header.size > _MAX_METADATA):
+        if header is None or (header.kind in "LKxXg" and header.size > _MAX_METADATA):
             at, found = _skip(shard, at, block)
             own = {}
-        elif header.kind in _METADATA:
+        elif header.kind in "LKxXg":
             start, at = at, _end(shard, at + BLOCK, header.size, "the name of a member")
             metadata = _read_metadata(header.kind, shard.read(start + BLOCK, header.size))
             found = _damage(start, at) if metadata is None else None
-            if header.kind == ord("g"):
+            if header.kind == "g":
                 shared |= metadata or {}
             else:
                 own = (metadata or {}) | own
@@ -145,13 +144,6 @@ def members(shard: Reader) -> Iterator[Member]:
             own = {}
         if found is not None:
             yield found
-
-
-class _Header(NamedTuple):
-    name: bytes
-    size: int
-    kind: int
-    continued: bool  # the map of a sparse file goes on in the next block
 
 
 def _parse_header(block: bytes) -> _Header | None:
@@ -163,7 +155,7 @@ def _parse_header(block: bytes) -> _Header | None:
     name, prefix = _text(block[:100]), _text(block[345:500])
     if prefix and block[257:263] == b"ustar\0":  # GNU tar keeps times there
         name = prefix + b"/" + name
-    return _Header(name, size, block[156], bool(block[482]))
+    return _Header(name, size, chr(block[156]), block[482] != 0)
 
 
 def _text(field: bytes) -> bytes:
@@ -178,10 +170,10 @@ def _number(field: bytes) -> int | None:
     return int(digits, 8) if not digits.strip(b"01234567") else None
 
 
-def _read_metadata(kind: int, content: bytes) -> dict[str, bytes] | None:
-    """Name, size and whether it is sparse, as far as they are said; None for what makes no sense."""
-    if kind in b"LK":
-        return {"path": _text(content)} if kind == ord("L") else {}
+def _read_metadata(kind: str, content: bytes) -> dict[str, bytes] | None:
+    """What a long name or pax records say of a member's name, size and sparseness; None if they make no sense."""
+    if kind in "LK":
+        return {"path": _text(content)} if kind == "L" else {}
     known, at = {}, 0
     while at < len(content) and content[at]:
         digits = content[at : at + 8].partition(b" ")[0]
@@ -203,17 +195,14 @@ def _member(shard: Reader, header: _Header, start: int, metadata: dict[str, byte
     """A member, and where the next header is."""
     name, size = metadata.get("path", header.name), int(metadata.get("size", header.size))
     kind = _KINDS.get(header.kind, "unknown kind")
-    if header.kind in _PLAIN:
-        kind = "sparse file" if "sparse" in metadata else ""
-        if name.endswith(b"/"):
-            kind = "folder"
-    continued = header.kind == ord("S") and header.continued
+    if header.kind in "0\x007":
+        kind = "folder" if name.endswith(b"/") else "sparse file" if "sparse" in metadata else ""
+    continued = header.kind == "S" and header.continued
     while continued:
         block = shard.read(start, BLOCK)
         continued, start = len(block) == BLOCK and block[504] != 0, start + BLOCK
-    has_data = header.kind not in _WITHOUT_DATA and kind != "folder"
-    end = _end(shard, start, size * has_data, repr(os.fsdecode(name)))
-    return Member(name, start, size, kind), end
+    has_data = header.kind not in "123456" and kind != "folder"
+    return Member(name, start, size, kind), _end(shard, start, size * has_data, repr(os.fsdecode(name)))
 
 
 def _end(shard: Reader, start: int, size: int, what: str) -> int:
@@ -231,14 +220,13 @@ def _damage(start: int, end: int) -> Member:
     return Member(b"bytes %d to %d" % (start, end), start, end - start, DAMAGE)
 
 
-def _skip(shard: Reader, at: int, block: bytes) -> tuple[int | None, Member | None]:
+def _skip(shard: Reader, start: int, block: bytes) -> tuple[int | None, Member | None]:
     """From a block that is no header to the next one: where it is (None: nowhere), and the damage in between.
 
     Zeros end an archive, and another may follow. A single block of them in front of something was a header.
     """
-    zeros, start = block == _ZEROS, at
-    filled = at if zeros else min(at + BLOCK, shard.size)  # the end of the last block that is not zero
-    at, step, found = at + BLOCK, _FIRST_SCAN, None
+    zeros, at, step, found = block == bytes(BLOCK), start + BLOCK, _FIRST_SCAN, None
+    filled = start if zeros else min(at, shard.size)  # the end of the last block that is not zero
     while found is None and (chunk := shard.read(at, step)):
         blocks = np.frombuffer(chunk.ljust(-(-len(chunk) // BLOCK) * BLOCK, b"\0"), np.uint8).reshape(-1, BLOCK)
         possible = _CHECKSUM_BYTES[blocks[:, _CHECKSUM]].all(1) & (blocks[:, _CHECKSUM] >= ord("0")).any(1)
@@ -276,15 +264,16 @@ def parse_shard(shard: Path | Reader) -> Part:
     if isinstance(shard, Path):
         with open_reader(shard) as reader:
             return parse_shard(reader)
-    images: list[Member] = []
+    images: list[tuple[str, Member]] = []
+    skipped: list[str] = []
     labels: dict[str, int] = {}
-    skipped, whole = [], 0
+    whole = 0
     for member in members(shard):
         name = os.fsdecode(member.name)
         key, suffix = split_key(name)
         whole += member.kind != DAMAGE
         if member.kind == DAMAGE or (suffix in IMAGE_SUFFIXES and not member.kind):
-            images.append(member)
+            images.append((key, member))
         elif suffix in IMAGE_SUFFIXES:
             skipped.append(f"{name!r} ({member.kind})")
         elif suffix == ".cls" and not member.kind and member.size <= _MAX_LABEL_BYTES:
@@ -295,10 +284,9 @@ def parse_shard(shard: Path | Reader) -> Part:
         some = ", ".join(skipped[:_NAMED]) + ", ..." * (len(skipped) > _NAMED)
         logger.warning("%s: skipped %d members that are no plain files: %s", shard.name, len(skipped), some)
     builder = PartBuilder()
-    for member in images:
-        label = labels.get(split_key(os.fsdecode(member.name))[0], -1)
-        header = _inspect(shard, member)
-        builder.add(member.name, header, size=member.size, offset=member.offset, label=label)
+    for key, member in images:
+        label = labels.get(key, -1)
+        builder.add(member.name, _inspect(shard, member), size=member.size, offset=member.offset, label=label)
     return builder.build()
 
 
@@ -318,7 +306,7 @@ def _inspect(shard: Reader, member: Member) -> Header | str:
     if member.kind == DAMAGE:
         return f"damaged tar: {member.size} bytes are not understood, members may be lost"
     try:
-        file = BufferedReader(Section(shard, member.offset, member.size), 4096)
+        file = BufferedReader(_Section(shard, member.offset, member.size), 4096)
         return parse_header(file, os.fsdecode(member.name)) or "not an image"
     except BadImage as error:
         return str(error)
@@ -340,26 +328,20 @@ def write_shard_index(path: Path, part: Part | None = None) -> Path:
     """
     path = Path(path)
     part = part or with_retries(lambda: parse_shard(path), str(path), give_up_on=(PermissionError,))
-    target = path.with_name(path.name + INDEX_SUFFIX)
+    arrays = {"rows": part.rows.tobytes(), "names": part.names, "bad": json.dumps(sorted(part.bad.items())).encode()}
     with open_reader(path) as shard:
-        identity = _identity(shard)
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=INDEX_SUFFIX, delete=False) as file:
-        try:
-            np.savez(
-                file,
-                version=np.int64(VERSION),
-                shard=np.frombuffer(identity, np.uint8),
-                rows=part.rows.view(np.uint8),
-                names=np.frombuffer(part.names, np.uint8),
-                bad=np.frombuffer(json.dumps(sorted(part.bad.items())).encode(), np.uint8),
-            )
+        arrays = {"shard": _identity(shard), **arrays}
+    target = path.with_name(path.name + INDEX_SUFFIX)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{INDEX_SUFFIX}")
+    try:
+        with partial.open("wb") as file:
+            named = {name: np.frombuffer(content, np.uint8) for name, content in arrays.items()}
+            np.savez(file, version=np.int64(VERSION), **named)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), path.stat().st_mode & 0o666)
-            Path(file.name).replace(target)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     return target
 
 
@@ -386,9 +368,8 @@ def read_shard_index(shard: Path | Reader, index: BinaryIO | None = None) -> Par
 
 def _identity(shard: Reader) -> bytes:
     """Tells a shard from another without reading it: size, beginning and end. Times do not survive a copy."""
-    digest = hashlib.blake2b(b"%d" % shard.size + shard.read(0, _IDENTITY), digest_size=16)
-    digest.update(shard.read(max(0, shard.size - _IDENTITY), _IDENTITY))
-    return digest.digest()
+    ends = shard.read(0, _IDENTITY) + shard.read(max(0, shard.size - _IDENTITY), _IDENTITY)
+    return hashlib.blake2b(b"%d" % shard.size + ends, digest_size=16).digest()
 
 
 class OpenShards:
