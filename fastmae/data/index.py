@@ -33,7 +33,8 @@ import numpy as np
 
 from fastmae.data.errors import DataError
 from fastmae.data.formats import COLOR_16, MODES, READY_MODES, Format
-from fastmae.data.sources import INDEX_MARK, Known, Progress, Source
+from fastmae.data.sources import INDEX_MARK, LIST_SUFFIXES, Known, Progress, Source
+from fastmae.data.storage import as_url
 from fastmae.data.table import ENTRY, NAMES, SMALL, TIMES, Column, Part, Table, npy_header
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ _COLUMNS = {"rows.npy": ENTRY, "names.npy": NAMES, "times.npy": TIMES}
 _ROWS, _NAMES, _TIMES = _COLUMNS
 _BAD, _VERDICTS, MANIFEST = "bad.json", "verdicts.json", "manifest.json"
 _FILES = (*_COLUMNS, _BAD)
-_EARLIER = "earlier"
 BESIDE = ".fastmae"
 """The home beside the data, a hidden folder in theirs."""
 _PIECE = 4 << 20
@@ -227,7 +227,7 @@ def build_index(
         frozenset(Format(number) for number in formats if number),
         folder,
         frozenset(MODES[number] for number in modes if number),
-        str(source.root.resolve()),
+        location(source.root),
     )
     if folder is not None:
         with _writing(folder):
@@ -359,6 +359,136 @@ def _rows_by_name(folder: Path) -> Iterator[tuple[bytes, tuple[bytes, int]]]:
 # Publishing
 
 
+@dataclass(frozen=True)
+class _Home:
+    """Where the indexes of a data set lie, and the key that tells them from others there."""
+
+    folder: Path
+    key: str
+    accepts: Accepts
+
+    @property
+    def pointer(self) -> Path:
+        return self.folder / f"current-{self.key}.json"
+
+    def current(self, fingerprint: str | None = None, *, verify: bool = False) -> Index | None:
+        """The newest index; None if there is none, it cannot be used, or is of another listing than ``fingerprint``."""
+        try:
+            pointer = json.loads(self.pointer.read_text())
+            folder = self.folder / pointer["folder"]
+            if fingerprint is not None and pointer["fingerprint"] != fingerprint:
+                return None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        try:
+            return _load(folder, self.accepts, verify=verify)
+        except _Unusable as error:
+            if fingerprint is None:  # else it is looked at once more before it is built again
+                logger.warning("The index %s cannot be used, and is built again: it %s", folder, error)
+            return None
+
+    def build(self, fingerprint: str, source: Source, **options) -> Index:
+        """Build an index here, with the rows of a build that was killed and of the index before.
+
+        Raises:
+            _CannotWrite: there is no room, or no permission.
+        """
+        writing = self.folder / f"writing-{self.key}"
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / INDEX_MARK).touch()
+            lock = os.open(f"{writing}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("Another process is building the index in %s; waiting for it", self.folder)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if (index := self.current(fingerprint)) is not None:
+                    return index
+            except OSError:  # a file system without locks
+                writing = self.folder / f"writing-{self.key}-{uuid.uuid4().hex[:8]}"
+            before = self.current(verify=True)
+            try:
+                with _writing(self.folder):
+                    earlier = _set_aside(writing)
+                known = _KnownRows([earlier, *([before.folder] if before else [])])
+                index = build_index(source, self.accepts, writing, known=known.find, **options)
+                with _writing(self.folder):
+                    shutil.rmtree(earlier, ignore_errors=True)
+                    folder = self._publish(writing, fingerprint, before, index)
+            except _CannotWrite:  # a full disk should not stay full
+                shutil.rmtree(writing, ignore_errors=True)
+                raise
+        finally:
+            os.close(lock)
+        for old in (*self.folder.glob(f"index-{self.key}-*"), *self.folder.glob(f"writing-{self.key}-*")):
+            with suppress(OSError):
+                if before is not None and old == before.folder != folder:
+                    os.utime(old)  # from now on its time is running out
+                elif old != folder and old.stat().st_mtime < time.time() - _KEPT_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
+        return _load(folder, self.accepts)
+
+    def _publish(self, writing: Path, fingerprint: str, before: Index | None, index: Index) -> Path:
+        """Give a finished index its name; a reader sees the whole index or none. Returns its folder."""
+        for name in (*_FILES, MANIFEST):
+            with (writing / name).open("rb") as file:
+                os.fsync(file.fileno())
+        folder = self.folder / f"index-{self.key}-{json.loads((writing / MANIFEST).read_text())['checksum']}"
+        verdicts = _carried(before, index) if before is not None and before.folder != folder else {}
+        verdicts |= _read_verdicts(folder / _VERDICTS)
+        if verdicts:
+            _write_verdicts(writing / _VERDICTS, verdicts)
+        try:
+            writing.rename(folder)
+        except OSError:  # it is there already, and perhaps is damaged
+            if not folder.is_dir():
+                raise
+            for path in list(writing.iterdir()):
+                path.replace(folder / path.name)
+            writing.rmdir()
+        temporary = self.folder / f"current-{self.key}.{uuid.uuid4().hex[:8]}"
+        temporary.write_text(json.dumps({"folder": folder.name, "fingerprint": fingerprint}))
+        temporary.replace(self.pointer)
+        return folder
+
+
+def _set_aside(writing: Path) -> Path:
+    """Move the rows of a build that was killed to where the next one does not overwrite them."""
+    earlier = writing / "earlier"
+    writing.mkdir(exist_ok=True)
+
+    def size(folder: Path) -> int:
+        return (folder / _ROWS).stat().st_size if (folder / _ROWS).is_file() else 0
+
+    if size(writing) > size(earlier):  # else the kill came before all rows of an earlier one were copied
+        shutil.rmtree(earlier, ignore_errors=True)
+        earlier.mkdir()
+        for name in _COLUMNS:
+            with suppress(FileNotFoundError):
+                (writing / name).rename(earlier / name)
+    return earlier
+
+
+def _home(folder: Path, path: Path, accepts: Accepts, place: bytes = b"") -> _Home:
+    """A home of one data set may move with it, so the data's folder is no part of the key there."""
+    name = place if place or path.is_dir() else os.fsencode(path.name)
+    digest = hashlib.blake2b(name + b"\0" + accepts.describe().encode(), digest_size=8)
+    return _Home(folder, digest.hexdigest(), accepts)
+
+
+def root_of(path: Path) -> Path:
+    """The folder that the names in an index of ``path`` start from."""
+    is_file = path.suffix in (".tar", *LIST_SUFFIXES) if as_url(path) else not path.is_dir()
+    return path.parent if is_file else path
+
+
+def location(path: Path | str) -> str:
+    """A path from anywhere on this machine, or a URL."""
+    return as_url(path) or str(Path(path).resolve())
+
+
 def trusted_index(place: Path, path: Path, accepts: Accepts) -> Index | None:
     """The index that a home names as the newest for a path, or the one in this very folder; the data are not looked at.
 
@@ -376,9 +506,9 @@ def trusted_index(place: Path, path: Path, accepts: Accepts) -> Index | None:
                 f"--data.index {place}: {error}; build it with fastmae data index and the same options"
             ) from error
     else:
-        index = _current(place, _key(path, accepts), accepts)
-    root = _root(path).resolve()
-    if index is not None and index.source != str(root):
+        index = _home(place, path, accepts).current()
+    root = location(root_of(path))
+    if index is not None and index.source != root:
         logger.warning("The index %s is used for %s; it was built from %s", index.folder, root, index.source)
     return index
 
@@ -390,9 +520,8 @@ def publish_index(
     *,
     home: Path | None = None,
     cache_dir: Path | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
     verify: bool = False,
+    **options,
 ) -> Index:
     """The index of a source as it is now: as it was kept if the listing has not changed since, else built and kept.
 
@@ -402,25 +531,30 @@ def publish_index(
         accepts: which images are good.
         home: where to keep it. None: beside the data, else in the cache, else, with a line in the log, nowhere.
         cache_dir: keep it only there, for any number of data sets.
-        workers, progress: as for :func:`build_index`.
         verify: compare all of a kept index with its checksums, however large it is.
+        options: ``workers`` and ``progress`` of :func:`build_index`.
 
     Raises:
         DataError: ``home`` cannot be written, or there is no room anywhere.
         OSError: the data cannot be read.
     """
     fingerprint = source.fingerprint(VERSION, accepts, *accepts.layout)
-    homes = [(home, _key(path, accepts))] if home else list(_homes(path, accepts, cache_dir))
-    for place, key in homes:
-        index = _current(place, key, accepts, fingerprint, verify=verify)
+    homes = [_home(home, path, accepts)] if home else []
+    if home is None and cache_dir is None and as_url(path) is None:
+        homes.append(_home(root_of(path) / BESIDE, path, accepts))
+    if home is None:
+        with suppress(RuntimeError):  # the user has no home
+            cache_dir = cache_dir or Path.home() / ".cache" / "fastmae"
+            homes.append(_home(cache_dir, path, accepts, os.fsencode(location(path))))
+    for place in homes:
+        index = place.current(fingerprint, verify=verify)
         if index is not None:
             return index
     logger.info("Reading the headers of the images in %s (%d files)", path, len(source))
-    options = {"workers": workers, "progress": progress}
     problem: object = "no home folder"
-    for place, key in homes:
+    for place in homes:
         try:
-            return _build_in(place, key, fingerprint, source, accepts, options)
+            return place.build(fingerprint, source, **options)
         except _CannotWrite as error:
             problem = error
             logger.info("The index of %s is not kept: %s", path, error)
@@ -433,140 +567,16 @@ def publish_index(
         raise DataError(f"the index of {path} cannot be written anywhere ({error}); give --data.index PATH") from error
 
 
-def _homes(path: Path, accepts: Accepts, cache_dir: Path | None) -> Iterator[tuple[Path, str]]:
-    """Where an index may be kept, and its key there; the cache has those of many places."""
-    if cache_dir is None:
-        yield _root(path) / BESIDE, _key(path, accepts)
-    with suppress(RuntimeError):  # no home
-        yield cache_dir or Path.home() / ".cache" / "fastmae", _key(path, accepts, os.fsencode(path.resolve()))
-
-
-def _key(path: Path, accepts: Accepts, place: bytes = b"") -> str:
-    """Names an index in its home. A home of one data set may move with it, so the folder's own name is no part."""
-    name = place if place or path.is_dir() else os.fsencode(path.name)
-    return hashlib.blake2b(name + b"\0" + accepts.describe().encode(), digest_size=8).hexdigest()
-
-
-def _root(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
-
-
-def _pointer(home: Path, key: str) -> Path:
-    return home / f"current-{key}.json"
-
-
-def _current(
-    home: Path, key: str, accepts: Accepts, fingerprint: str | None = None, *, verify: bool = False
-) -> Index | None:
-    """The newest index under a key; None if there is none, or one of another listing than ``fingerprint``."""
-    try:
-        pointer = json.loads(_pointer(home, key).read_text())
-        folder = home / pointer["folder"]
-        if fingerprint is not None and pointer["fingerprint"] != fingerprint:
-            return None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    try:
-        return _load(folder, accepts, verify=verify)
-    except _Unusable as error:
-        if fingerprint is None:  # else it is looked at once more, before it is built again
-            logger.warning("The index %s cannot be used, and is built again: %s", folder, error)
-        return None
-
-
-def _build_in(home: Path, key: str, fingerprint: str, source: Source, accepts: Accepts, options: dict) -> Index:
-    """Build an index in a home, with the rows of a build that was killed and of the index before."""
-    writing = home / f"writing-{key}"
-    with _writing(home):
-        home.mkdir(parents=True, exist_ok=True)
-        (home / INDEX_MARK).touch()
-        lock = os.open(home / f"writing-{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Another process is building the index in %s; waiting for it", home)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if (index := _current(home, key, accepts, fingerprint)) is not None:
-                return index
-        except OSError:  # a file system without locks
-            writing = home / f"writing-{key}-{uuid.uuid4().hex[:8]}"
-        before = _current(home, key, accepts, verify=True)
-        with _writing(home):
-            writing.mkdir(exist_ok=True)
-            earlier = _set_aside(writing)
-        known = _KnownRows([earlier, *([before.folder] if before else [])])
-        try:
-            index = build_index(source, accepts, writing, known=known.find, **options)
-            with _writing(home):
-                shutil.rmtree(earlier, ignore_errors=True)
-                folder = _publish(writing, home, key, fingerprint, before, index)
-        except _CannotWrite:  # a full disk should not stay full
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
-    finally:
-        os.close(lock)
-    if before is not None and before.folder != folder:
-        with suppress(OSError):
-            os.utime(before.folder)  # from now on its time is running out
-    for old in (*home.glob(f"index-{key}-*"), *home.glob(f"writing-{key}-*")):
-        with suppress(OSError):
-            if old != folder and old.stat().st_mtime < time.time() - _KEPT_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-    return _load(folder, accepts)
-
-
-def _set_aside(writing: Path) -> Path:
-    """Move the rows of a build that was killed to where the next one does not overwrite them."""
-    earlier = writing / _EARLIER
-
-    def size(folder: Path) -> int:
-        return (folder / _ROWS).stat().st_size if (folder / _ROWS).is_file() else 0
-
-    if size(writing) > size(earlier):  # else the kill came before all rows of an earlier one were copied
-        shutil.rmtree(earlier, ignore_errors=True)
-        earlier.mkdir()
-        for name in _COLUMNS:
-            with suppress(FileNotFoundError):
-                (writing / name).rename(earlier / name)
-    return earlier
-
-
-def _publish(writing: Path, home: Path, key: str, fingerprint: str, before: Index | None, index: Index) -> Path:
-    """Give a finished index its name; a reader sees the whole index or none. Returns its folder."""
-    for name in (*_FILES, MANIFEST):
-        with (writing / name).open("rb") as file:
-            os.fsync(file.fileno())
-    folder = home / f"index-{key}-{json.loads((writing / MANIFEST).read_text())['checksum']}"
-    verdicts = _carried(before, index) if before is not None and before.folder != folder else {}
-    verdicts |= _read_verdicts(folder / _VERDICTS)
-    if verdicts:
-        _write_verdicts(writing / _VERDICTS, verdicts)
-    try:
-        writing.rename(folder)
-    except OSError:  # it is there already, and perhaps is damaged
-        if not folder.is_dir():
-            raise
-        for path in list(writing.iterdir()):
-            if path.is_file():
-                path.replace(folder / path.name)
-        shutil.rmtree(writing, ignore_errors=True)
-    temporary = home / f"current-{key}.{uuid.uuid4().hex[:8]}"
-    temporary.write_text(json.dumps({"folder": folder.name, "fingerprint": fingerprint}))
-    temporary.replace(_pointer(home, key))
-    return folder
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts of fastmae data verify
 
 
 def _carried(before: Index, index: Index) -> dict[int, str]:
-    """What ``fastmae data verify`` found in an earlier index, of images that have not changed: by number in the new
-    one."""
+    """The verdicts of an earlier index on images that have not changed, by their numbers in the new one."""
     if not len(before.verdicts):
         return {}
-    wanted = {}
-    for number, identity in _identities(before, before.verdicts):
-        wanted[identity] = before.bad[number]
-    carried, start = {}, 0
-    names = {identity[0] for identity in wanted}
+    wanted = {identity: before.bad[number] for number, identity in _identities(before, before.verdicts)}
+    names, carried, start = {name for name, *_ in wanted}, {}, 0
     for rows, found in index.table.scan_names():
         numbers = np.array([start + i for i, name in enumerate(found) if name in names], np.int64)
         for number, identity in _identities(index, numbers):
@@ -579,23 +589,40 @@ def _carried(before: Index, index: Index) -> dict[int, str]:
 def _identities(index: Index, numbers: np.ndarray) -> Iterator[tuple[int, tuple]]:
     """Images by what tells whether they have changed: name, size and time; in a shard, place and header instead."""
     rows = index.table.rows(numbers)
-    names = index.table.names(rows)
     if index.shards:
-        inside = rows[["offset", "size", "height", "width"]].tolist()
-        places = [(index.shards[shard], *place) for shard, place in zip(rows["shard"].tolist(), inside, strict=True)]
+        inside = rows[["shard", "offset", "size", "height", "width"]].tolist()
+        places = [(index.shards[shard], *place) for shard, *place in inside]
     else:
         times = Column((index.folder / _TIMES).open("rb"), TIMES).take(numbers)
         places = zip(rows["size"].tolist(), times.tolist(), strict=True)
-    for number, name, place in zip(numbers.tolist(), names, places, strict=True):
+    for number, name, place in zip(numbers.tolist(), index.table.names(rows), places, strict=True):
         yield number, (name, *place)
+
+
+def _read_verdicts(path: Path) -> dict[int, str]:
+    if not path.is_file():
+        return {}
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        stored = json.loads(path.read_text())
+        if stored["checksum"] == _checksum(stored["reasons"]):
+            return dict(stored["reasons"])
+    logger.warning("%s is damaged: run fastmae data verify again", path)
+    return {}
+
+
+def _write_verdicts(path: Path, verdicts: Mapping[int, str]) -> None:
+    reasons = [[i, reason] for i, reason in sorted(verdicts.items())]
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"checksum": _checksum(reasons), "reasons": reasons}))
+    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def _open_table(folder: Path) -> Table:
-    return Table((folder / _ROWS).open("rb"), (folder / _NAMES).open("rb"))
+def _checksum(content: dict | list) -> str:
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _checksums(path: Path) -> list[int]:
@@ -620,10 +647,6 @@ def _write_manifest(index: Index, accepts: Accepts) -> None:
     (index.folder / MANIFEST).write_text(json.dumps(manifest | {"checksum": _checksum(manifest)}))
 
 
-def _checksum(content: dict | list) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 def _load(folder: Path, accepts: Accepts, *, verify: bool = False) -> Index:
     """Open an index.
 
@@ -646,31 +669,23 @@ def _load(folder: Path, accepts: Accepts, *, verify: bool = False) -> Index:
         for name, (size, checksums) in manifest["files"].items():
             if (folder / name).stat().st_size != size:
                 raise _Unusable(f"is damaged: the size of {name}")
-            if (verify or size <= SMALL) and (found := _checksums(folder / name)) != checksums:
-                at = next(i for i, (a, b) in enumerate(zip(found, checksums, strict=True)) if a != b) * _PIECE
-                raise _Unusable(f"is damaged: {name}, between byte {at} and {at + _PIECE}")
-        formats = frozenset(Format(number) for number in manifest["formats"])
-        named = manifest["hash"], manifest["classes"], manifest["shards"]
-        table, bad = _open_table(folder), dict(json.loads((folder / _BAD).read_text()))
-        index = Index(table, bad, *named, formats, folder, frozenset(manifest["modes"]), manifest["source"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+            if (verify or size <= SMALL) and _checksums(folder / name) != checksums:
+                raise _Unusable(f"is damaged: {name}")
+        index = Index(
+            _open_table(folder),
+            dict(json.loads((folder / _BAD).read_text())),
+            manifest["hash"],
+            manifest["classes"],
+            manifest["shards"],
+            frozenset(Format(number) for number in manifest["formats"]),
+            folder,
+            frozenset(manifest["modes"]),
+            manifest["source"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _Unusable(f"is damaged: {error}") from error
     return _judged(index, _read_verdicts(folder / _VERDICTS))
 
 
-def _read_verdicts(path: Path) -> dict[int, str]:
-    if not path.is_file():
-        return {}
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads(path.read_text())
-        if stored["checksum"] == _checksum(stored["reasons"]):
-            return dict(stored["reasons"])
-    logger.warning("%s is damaged: run fastmae data verify again", path)
-    return {}
-
-
-def _write_verdicts(path: Path, verdicts: Mapping[int, str]) -> None:
-    reasons = [[i, reason] for i, reason in sorted(verdicts.items())]
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"checksum": _checksum(reasons), "reasons": reasons}))
-    temporary.replace(path)
+def _open_table(folder: Path) -> Table:
+    return Table((folder / _ROWS).open("rb"), (folder / _NAMES).open("rb"))

@@ -21,7 +21,7 @@ from fastmae.data.decode import UndecodableImage, center_box, decode, resize_cro
 from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import EXPECTED, BadImage, read_header
 from fastmae.data.index import Accepts, build_index
-from fastmae.data.sources import ListSource
+from fastmae.data.sources import FileSource
 
 logger = logging.getLogger(__name__)
 TRAINING = ("astronaut.png", "brick.png", "camera.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
@@ -38,7 +38,7 @@ def open_photographs() -> Dataset:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
     paths = _present(TRAINING)
-    source = ListSource(paths[0].parent, [(path.name, "") for path in paths])
+    source = FileSource(paths[0].parent, [(path.name, "") for path in paths], listed=True)
     return Dataset(build_index(source, Accepts()), source.root, name="photographs", embedded=True)
 
 

@@ -77,9 +77,9 @@ class Source(Protocol):
 class _Source:
     """What the sources here share; ``_digest`` is that of the listing."""
 
-    def __init__(self, root: Path, classes: Sequence[str] = (), shards: Sequence[str] = ()):
-        self.root, self.classes, self.shards = root, list(classes), list(shards)
-        self._count, self._digest = len(self.shards), b""
+    def __init__(self, root: Path, shards: Sequence[str] = (), classes: Sequence[str] = ()):
+        self.root, self.shards, self.classes = root, list(shards), list(classes)
+        self._count, self._digest = len(shards), b""
 
     def __len__(self) -> int:
         return self._count
@@ -89,72 +89,85 @@ class _Source:
         return hashlib.blake2b(kind + self._digest, digest_size=16).hexdigest()
 
 
-class FolderSource(_Source):
-    """The files below a folder, sorted by path. The folders at the top are the classes.
-
-    Files that are no images are skipped, unless they are named like one.
-    """
-
-    def __init__(self, root: Path, count: int, digest: bytes, classes: list[str]):
-        super().__init__(root, classes)
-        self._count, self._digest = count, digest
-
-    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
-        numbers = {name: i for i, name in enumerate(self.classes)}
-        files = ((name, numbers.get(name.partition("/")[0], -1)) for name in list_files(self.root))
-        yield from _file_parts(self.root, files, known, workers, progress, listed=False)
-
-
-class ListSource(_Source):
-    """Files by name, each optionally with a label: a number, or the name of a class.
+class FileSource(_Source):
+    """Images that are files of their own.
 
     Args:
         root: what the names are relative to.
-        lines: (name, label), iterated several times; no label is the empty string.
+        files: names and labels, iterated several times; the empty string is no label. Distinct labels are held.
+        listed: whether the user named each file: then one that is no image is bad, not skipped, and labels may be
+            numbers.
         workers, progress: as for :func:`find_source`.
+
+    Attributes:
+        tars: the names of tar files.
+        images, image: how many names are those of images, and the first.
+        compressed: the last name of a compressed tar file.
     """
 
     def __init__(
         self,
         root: Path,
-        lines: Iterable[tuple[str, str]],
+        files: Iterable[tuple[str, str]],
+        *,
+        listed: bool,
         workers: int | None = None,
         progress: Progress | None = None,
     ):
         super().__init__(root)
-        self._lines, self.tars = lines, 0
-        labels, numeric = set(), True
+        self._files, self._listed = files, listed
+        self.tars, self.images, self.image, self.compressed = [], 0, "", ""
+        labels, digest = set(), hashlib.blake2b(repr(listed).encode(), digest_size=16)
 
-        def counted() -> Iterator[str]:
-            nonlocal numeric
-            for name, label in lines:
+        def listing() -> Iterator[str]:
+            for name, label in files:
                 self._count += 1
-                self.tars += name.endswith(".tar")
-                if label:
-                    numeric = numeric and label.isdecimal()
-                    if not numeric:
-                        labels.add(label)
-                digest.update(label.encode("utf-8", "surrogateescape") + b"\0")
+                labels.add(label)
+                digest.update(os.fsencode(label) + b"\0")
+                if name.endswith(".tar"):
+                    self.tars.append(name)
+                elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
+                    self.images, self.image = self.images + 1, self.image or name
+                elif name.endswith(_COMPRESSED):
+                    self.compressed = name
                 yield name
 
-        digest = hashlib.blake2b(digest_size=16)
-        sizes = _digest_files(root, counted(), workers, progress)
-        self._digest = digest.digest() + sizes
-        if not numeric:  # some numbers may have come before
-            self.classes = sorted(labels | {label for _, label in lines if label.isdecimal()})
+        self._digest = _digest_files(root, listing(), workers, progress) + digest.digest()
+        labels.discard("")
+        if not (listed and all(label.isdecimal() and len(label) < 10 for label in labels)):  # a row holds 32 bits
+            self.classes = sorted(labels)
 
     def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
         numbers = {name: i for i, name in enumerate(self.classes)}
-        files = ((name, numbers[label] if numbers and label else int(label or -1)) for name, label in self._lines)
-        yield from _file_parts(self.root, files, known, workers, progress, listed=True)
+
+        def number(label: str) -> int:
+            return numbers.get(label, -1) if numbers or not label.isdecimal() else int(label)
+
+        def calls() -> Iterator[_Files]:
+            for some in batched(self._files, _AT_ONCE):
+                names = [os.fsencode(name) for name, _ in some]
+                before = known(names, not self._listed) if known is not None else None
+                yield _Files(os.fsencode(self.root), names, [number(label) for _, label in some], before, self._listed)
+
+        for count, parts in in_processes(read_files, calls(), workers, alone=_READ_ALONE):
+            yield from parts
+            if progress is not None:
+                progress(count)
 
 
 class ShardSource(_Source):
-    """Tar shards, in the order of ``names``. ``classes.txt`` beside them names the classes."""
+    """Tar shards, in the order of ``names``. ``classes.txt`` beside them names the classes.
+
+    Raises:
+        DataError: a shard is not there.
+    """
 
     def __init__(self, root: Path, names: list[str]):
+        for name in names:
+            if not (root / name).is_file():
+                raise DataError(f"{root / name}: no such shard")
         path = root / "classes.txt"
-        super().__init__(root, path.read_text().splitlines() if path.is_file() else (), names)
+        super().__init__(root, names, path.read_text().splitlines() if path.is_file() else ())
         self._digest = _digest_files(root, names)
 
     def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
@@ -184,24 +197,38 @@ def find_source(path: Path, workers: int | None = None, progress: Progress | Non
     """
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; expected {EXPECTED}")
-    if path.is_dir():
-        return _folder(path, workers, progress)
-    if path.name.endswith(".tar"):
+    if path.name.endswith(".tar") and path.is_file():
         return ShardSource(path.parent, [path.name])
+    options = {"workers": workers, "progress": progress}
+    if path.is_dir():
+        source = FileSource(path, _Folder(path), listed=False, **options)
+        if source.tars and source.image:
+            raise DataError(
+                f"{path}: holds {source.images} images ({source.image}, ...) and {len(source.tars)} .tar files "
+                f"({source.tars[0]}, ...); expected one kind. Move one of them away, or name the files in a list file"
+            )
+        if source.compressed and not source.image and not source.tars:
+            raise DataError(f"{path / source.compressed}: is compressed; expected plain .tar shards")
+        return ShardSource(path, source.tars) if source.tars else source
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path}: is compressed; expected a plain .tar, out of which an image can be read by position")
     if path.suffix not in LIST_SUFFIXES:
         raise DataError(f"{path}: is a file; expected {EXPECTED}")
-    source = ListSource(path.parent, _ListFile(path), workers, progress)
+    source = FileSource(path.parent, _ListFile(path), listed=True, **options)
     if not len(source):
         raise DataError(f"{path}: expected one path per line, found none")
-    if source.tars < len(source):
-        return source
-    names = [name for name, _ in _ListFile(path)]
-    for name in names:
-        if not (path.parent / name).is_file():
-            raise DataError(f"{path}: names {name}, which is not there")
-    return ShardSource(path.parent, names)
+    return ShardSource(path.parent, source.tars) if len(source.tars) == len(source) else source
+
+
+class _Folder(NamedTuple):
+    """The files below a folder, sorted by path; the folder at the top is the label."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for name in list_files(self.path):
+            folder, slash, _ = name.partition("/")
+            yield name, folder if slash else ""
 
 
 class _ListFile(NamedTuple):
@@ -215,39 +242,6 @@ class _ListFile(NamedTuple):
                 if line.strip() and not line.startswith("#"):
                     name, _, label = line.partition("\t")
                     yield name.strip(), label.strip()
-
-
-def _folder(root: Path, workers: int | None, progress: Progress | None) -> Source:
-    shards: list[str] = []
-    classes: set[str] = set()
-    count, images, image, compressed = 0, 0, "", ""
-
-    def counted() -> Iterator[str]:
-        nonlocal count, images, image, compressed
-        for name in list_files(root):
-            count += 1
-            folder, slash, _ = name.partition("/")
-            if slash:
-                classes.add(folder)
-            if name.endswith(".tar"):
-                shards.append(name)
-            elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122 - a hundred million times
-                images, image = images + 1, image or name
-            elif name.endswith(_COMPRESSED):
-                compressed = compressed or name
-            yield name
-
-    digest = _digest_files(root, counted(), workers, progress)
-    if shards and images:
-        raise DataError(
-            f"{root}: holds {images} images ({image}, ...) and {len(shards)} .tar files ({shards[0]}, ...); "
-            "expected one kind. Move one of them away, or name the files in a list file"
-        )
-    if shards:
-        return ShardSource(root, shards)
-    if compressed and not images:
-        raise DataError(f"{root / compressed}: is compressed; expected plain .tar shards")
-    return FolderSource(root, count, digest, sorted(classes))
 
 
 def list_files(root: Path) -> Iterator[str]:
@@ -337,31 +331,8 @@ class _Files(NamedTuple):
     listed: bool
 
 
-def _file_parts(
-    root: Path,
-    files: Iterable[tuple[str, int]],
-    known: Known | None,
-    workers: int | None,
-    progress: Progress | None,
-    *,
-    listed: bool,
-) -> Iterator[Part]:
-    """The rows of files by name and label. ``listed``: the user named each of them, so one that is no image is bad."""
-
-    def calls() -> Iterator[_Files]:
-        for some in batched(files, _AT_ONCE):
-            names = [os.fsencode(name) for name, _ in some]
-            before = known(names, not listed) if known is not None else None
-            yield _Files(os.fsencode(root), names, [label for _, label in some], before, listed)
-
-    for count, parts in in_processes(read_files, calls(), workers, alone=_READ_ALONE):
-        yield from parts
-        if progress is not None:
-            progress(count)
-
-
 def read_files(files: _Files) -> tuple[int, list[Part]]:
-    """One call of a worker for :func:`_file_parts`."""
+    """One call of a worker: how many files, and their rows."""
     if files.known is None:
         known: list[tuple] = [(0,) * len(_KNOWN)] * len(files.names)
         identities = [(-1, 0)] * len(files.names)

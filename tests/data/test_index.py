@@ -1,24 +1,31 @@
-"""The index: what is found, what is refused and why, and when a cached one is used."""
+"""The index: what is found, when it is built again, what survives a kill, and that damage is never passed on."""
 
 from __future__ import annotations
 
-import io
-import logging
+import errno
+import json
+import math
 import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from loading import image_file, noise, rotated
-from PIL import Image
-from test_decode import npy, tiff
+from loading import image_file, noise
 
 from fastmae.data import DataError, errors, open_dataset
 from fastmae.data import index as index_module
 from fastmae.data import sources as sources_module
-from fastmae.data.formats import BadImage, parse_header, stored_size
-from fastmae.data.sources import find_source
-from fastmae.data.table import PartBuilder
+from fastmae.data.formats import parse_header
+from fastmae.data.index import Accepts, build_index, publish_index, trusted_index
+from fastmae.data.processes import in_processes
+from fastmae.data.sources import FileSource, find_source
+from fastmae.data.table import ENTRY, NAMES, Table, npy_header
+
+JPEG = image_file("JPEG", noise())
 
 
 @pytest.fixture
@@ -36,263 +43,6 @@ def folder(tmp_path) -> Path:
     return root
 
 
-def names(dataset) -> list[str]:
-    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
-
-
-def test_nested_folder(folder, cache):
-    dataset = open_dataset(folder, cache_dir=cache)
-    assert names(dataset) == ["a.jpg", "b/c.png", "b/deep/d.webp"]
-    assert [dataset.shape(i) for i in range(3)] == [(20, 30), (40, 10), (15, 16)]
-    assert dataset.bad == []
-    assert (dataset.name, dataset.classes) == ("images", ["b"])  # the folders at the top
-    assert dataset.labels(np.arange(3)).tolist() == [-1, 0, 0]
-    assert bytes(dataset.read(0)) == (folder / "a.jpg").read_bytes()
-    heights, widths = dataset.shapes(np.array([2, 0]))
-    assert heights.tolist() == [15, 20]
-    assert widths.tolist() == [16, 30]
-
-
-def test_names_of_all_kinds(folder, cache):
-    (folder / "wrong suffix.jpg").write_bytes(image_file("PNG", noise()))
-    (folder / "no suffix").write_bytes(image_file("JPEG", noise()))
-    (folder / "ünïcode 图.PNG").write_bytes(image_file("PNG", noise()))
-    Path(os.fsdecode(os.fsencode(folder) + b"/latin\xe9.jpg")).write_bytes(image_file("JPEG", noise()))
-    (folder / ".hidden.jpg").write_bytes(image_file("JPEG", noise()))
-    (folder / ".hidden").mkdir()
-    (folder / ".hidden" / "x.jpg").write_bytes(image_file("JPEG", noise()))
-    (folder / "labels.csv").write_text("not an image, and not named like one")
-    dataset = open_dataset(folder, cache_dir=cache)
-    assert len(dataset) == 7
-    assert dataset.bad == []
-    for sample_id in range(len(dataset)):
-        assert dataset.decode(sample_id).shape[:2] == dataset.shape(sample_id)
-
-
-def test_orientation_turns_the_shape(tmp_path, cache):
-    for format_ in ("JPEG", "PNG", "WEBP"):
-        for orientation in range(1, 10):  # 9 is none
-            content = image_file(format_, noise(20, 30), exif=rotated(orientation))
-            (tmp_path / f"{format_}{orientation}.img").write_bytes(content)
-    dataset = open_dataset(tmp_path, cache_dir=cache)
-    assert [dataset.shape(i) for i in range(27)] == ([(20, 30)] * 4 + [(30, 20)] * 4 + [(20, 30)]) * 3
-
-
-def thumbnailed(data: bytes) -> bytes:
-    """A JPEG with another one, whole, in its header: an end marker that is not the image's."""
-    segment = b"FAKE\0" + image_file("JPEG", noise(8, 8))
-    return data[:2] + b"\xff\xe5" + (len(segment) + 2).to_bytes(2, "big") + segment + data[2:]
-
-
-GIF, AVIF = b"GIF89a" + bytes(40), b"\0\0\0\x1cftypavif" + bytes(40)
-JPEG, PNG, WEBP = image_file("JPEG", noise()), image_file("PNG", noise()), image_file("WEBP", noise())
-NPY = npy(noise()).tobytes()
-ANIMATION = image_file("WEBP", noise(), save_all=True, append_images=[Image.fromarray(noise(seed=1))])
-WHOLE = {
-    "film.jpg": thumbnailed(JPEG) + b"a film from a phone" * 1000,
-    "padded.png": PNG + bytes(3000),
-}
-BAD = {
-    "empty.jpg": (b"", "empty"),
-    "truncated.jpg": (JPEG[: len(JPEG) * 2 // 3], "truncated"),
-    "thumbnail.jpg": (thumbnailed(JPEG)[:-20], "truncated"),
-    "truncated.png": (PNG[:-8], "truncated"),
-    "truncated.webp": (WEBP[:-10], "truncated"),
-    "header only.jpg": (JPEG[:10], "unreadable header"),
-    "header only.png": (PNG[:12], "unreadable header"),
-    "movie.gif": (GIF, "GIF is not supported"),
-    "new.avif": (AVIF, "AVIF is not supported"),
-    "text.png": (b"hello", "not a JPEG, PNG, WebP, TIFF or NumPy"),
-    "animation.webp": (ANIMATION, "animation"),
-    "negative.npy": (NPY.replace(b"(20, 30, 3)", b"(-5, 10, 3)"), r"an array of shape (-5, 10, 3)"),
-}
-
-
-def test_bad_files_are_found_before_training(folder, cache):
-    for name, content in WHOLE.items():  # with something behind their ends
-        (folder / name).write_bytes(content)
-    for name, (content, _) in BAD.items():
-        (folder / name).write_bytes(content)
-    dataset = open_dataset(folder, max_bad_fraction=0.75, cache_dir=cache)
-    ids = np.arange(len(dataset))
-    assert len(ids) == len(BAD) + 5  # numbered with the others
-    assert [bad.path for bad in dataset.bad] == [str(folder / name) for name in sorted(BAD)]
-    for bad in dataset.bad:
-        assert BAD[Path(bad.path).name][1] in bad.reason
-    assert [dataset.path(int(i)) for i in dataset.bad_ids] == [bad.path for bad in dataset.bad]
-    assert np.array_equal(np.flatnonzero(dataset.is_bad(ids)), dataset.bad_ids)
-    assert np.array_equal(dataset.is_bad(ids), dataset.rows(ids)["bad"] != 0)
-    assert open_dataset(folder, max_bad_fraction=0.75, cache_dir=cache).bad == dataset.bad  # from the cache
-    with pytest.raises(DataError, match=r"(?s)12 of 17 images.*animation.webp.*--data.max-bad-fraction"):
-        open_dataset(folder, max_bad_fraction=0.7, cache_dir=cache)
-
-
-def header_files() -> dict[str, bytes]:
-    """A file of each kind that headers are read of."""
-    pixels, grey = noise(), noise()[..., 0]
-    photographs = {
-        "exif.jpg": image_file("JPEG", noise(), exif=rotated(6)),
-        "cmyk.jpg": image_file("JPEG", Image.fromarray(noise()).convert("CMYK")),
-        "progressive.jpg": image_file("JPEG", noise(), progressive=True),
-        "exif.png": image_file("PNG", noise(), exif=rotated(6)),
-        "exif.webp": image_file("WEBP", noise(), exif=rotated(6)),
-        "lossless.webp": image_file("WEBP", noise(), lossless=True),
-        "a.bmp": image_file("BMP", noise()),
-        "a.jp2": image_file("JPEG2000", noise()),
-    }
-    arrays = {
-        "plain.tif": tiff(pixels),
-        "big.tif": tiff(pixels, bigtiff=True, compression="zlib"),
-        "tiled.tif": tiff(pixels, byteorder=">", tile=(16, 16)),
-        "planes.tif": tiff(np.stack([grey] * 4), planarconfig="separate", photometric="minisblack"),
-        "a.npy": npy(pixels),
-        "v2.npy": npy(pixels, (2, 0)),
-        "columns.npy": npy(np.asfortranarray(pixels.astype(">f4"))),
-    }
-    return photographs | {name: array.tobytes() for name, array in arrays.items()}
-
-
-ABSURD = (0, 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63)
-NOT_SHAPES = (b"(-5, 20, 3)", b"(20, -5)", b"(1e9, 2)", b"(10000000000, 1)", b"(True, 7)", b"()", b"'|O'", b"((((((")
-
-
-def damaged(content: bytes, random: np.random.Generator) -> bytes:
-    """Noise, an absurd number, a cut or a hole, mostly within the header."""
-    data, at = bytearray(content), int(random.integers(min(len(content), random.choice([64, 400]))))
-    size = int(random.choice([1, 2, 4, 8]))
-    match random.integers(4):
-        case 0:
-            data[at : at + size] = random.bytes(size)
-        case 1:
-            number = int(random.choice(np.array(ABSURD, np.uint64))) % 256**size
-            data[at : at + size] = number.to_bytes(size, random.choice(["little", "big"]))
-        case 2:
-            del data[random.integers(len(content)) :]
-        case 3:
-            del data[at : at + random.integers(1, len(content))]
-    return bytes(data)
-
-
-class Asked(io.BytesIO):
-    """Remembers the largest read that it was asked for: a file on a disk would make room for it first."""
-
-    most = 0
-
-    def read(self, size=-1):
-        self.most = max(self.most, size or 0)
-        return super().read(size)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_a_header_is_read_or_refused_whatever_its_bytes(monkeypatch):
-    """Nothing but BadImage, and what is accepted fits into a row of the index."""
-    monkeypatch.setattr(logging.getLogger("tifffile"), "disabled", True)
-    random, refused, accepted = np.random.default_rng(0), 0, 0
-    huge = b"\x93NUMPY\x02\0\xff\xff\xff\xff{'descr': '|u1', 'fortran_order': False, 'shape': (4, 4), }"
-    trials = [("huge.npy", huge), *(("shape.npy", NPY.replace(b"(20, 30, 3)", words)) for words in NOT_SHAPES)]
-    trials += [(name, damaged(content, random)) for name, content in header_files().items() for _ in range(100)]
-    for name, content in trials:
-        file = Asked(content)
-        try:
-            header = parse_header(file, name)
-        except BadImage:
-            refused += 1
-            continue
-        finally:
-            assert file.most <= 1 << 20
-        if header is not None:
-            rows = PartBuilder()
-            rows.add(b"name", header, size=len(content))
-            [row] = rows.build().rows
-            assert min(row["height"], row["width"], row["channels"]) > 0
-            accepted += 1
-    assert min(refused, accepted) > 200
-
-
-STORED = {
-    "jpeg": {"format_": "JPEG"},
-    "progressive": {"format_": "JPEG", "progressive": True},
-    "with-profile": {"format_": "JPEG", "icc_profile": bytes(150_000)},
-    "with-exif": {"format_": "JPEG", "exif": rotated(6)},
-    "png": {"format_": "PNG"},
-    "lossy-webp": {"format_": "WEBP", "quality": 50},
-    "lossless-webp": {"format_": "WEBP", "lossless": True},
-    "extended-webp": {"format_": "WEBP", "icc_profile": b"profile"},
-}
-
-
-def stored(kind: str, height: int, width: int) -> np.ndarray:
-    return np.frombuffer(image_file(image=noise(height, width), **STORED[kind]), np.uint8)
-
-
-@pytest.mark.parametrize("kind", STORED)
-def test_it_is_what_the_file_was_made_with_and_damage_never_raises(kind):
-    for size in [(1, 300), (257, 3), (40, 60)]:
-        assert stored_size(stored(kind, *size)) == size
-    encoded = stored(kind, 40, 60)
-    for damaged in (encoded[:0], encoded[:1], encoded[:3], encoded[:13], np.zeros_like(encoded), encoded[1:]):
-        assert stored_size(damaged) is None
-    erased = encoded.copy()
-    erased[2:30] = 0
-    assert stored_size(erased) != (40, 60)
-    generator = np.random.default_rng(1)
-    for _ in range(50):
-        stored_size(generator.permutation(encoded[:200]))
-        changed = encoded[: int(generator.integers(1, len(encoded)))].copy()
-        changed[generator.integers(0, len(changed), 20)] = generator.integers(0, 256, 20)
-        stored_size(changed)
-
-
-def test_a_frame_without_an_end_to_the_segments_before_it():
-    assert stored_size(np.frombuffer(b"\xff\xd8\xff\xe0\xff\xff" + bytes(64), np.uint8)) is None
-    assert stored_size(np.frombuffer(b"\xff\xd8" + b"\xff" * 64, np.uint8)) is None
-
-
-def test_links(folder, cache, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / "e.jpg").write_bytes(JPEG)
-    (folder / "linked").symlink_to(elsewhere)
-    (folder / "loop").symlink_to(folder)
-    (folder / "file.jpg").symlink_to(elsewhere / "e.jpg")
-    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
-    (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
-    os.mkfifo(folder / "pipe.jpg")
-    dataset = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
-    good = [name for name, bad in zip(names(dataset), dataset.is_bad(np.arange(7)), strict=True) if not bad]
-    assert good == ["a.jpg", "b/c.png", "b/deep/d.webp", "file.jpg", "linked/e.jpg"]
-    assert [bad.reason for bad in dataset.bad] == ["dangling link"] * 2
-
-
-def test_cache_is_used_until_the_folder_changes(folder, cache, monkeypatch):
-    first = open_dataset(folder, cache_dir=cache)
-    built = []
-    build = index_module.build_index
-    monkeypatch.setattr(index_module, "build_index", lambda *a, **k: built.append(1) or build(*a, **k))
-    again = open_dataset(folder, cache_dir=cache)
-    assert not built
-    assert names(again) == names(first)
-    assert again.hash == first.hash
-
-    (folder / "z.jpg").write_bytes(image_file("JPEG", noise()))
-    assert len(open_dataset(folder, cache_dir=cache)) == 4
-    os.utime(folder / "z.jpg", (1, 1))
-    assert len(open_dataset(folder, cache_dir=cache)) == 4
-    assert len(built) == 2
-    open_dataset(folder, cache_dir=cache)
-    assert len(built) == 2
-    assert not [path for path in cache.glob("writing-*") if path.is_dir()]
-
-    assert len(list(cache.glob("index-*"))) == 3  # other runs may be reading the old ones
-    for old in cache.glob("index-*"):
-        os.utime(old, (1, 1))
-    (folder / "z.jpg").unlink()
-    (folder / "y.jpg").write_bytes(image_file("JPEG", noise()))
-    replaced = open_dataset(folder, cache_dir=cache)
-    assert len(list(cache.glob("index-*"))) == 2  # the one before counts from today
-    assert replaced.index.folder in cache.glob("index-*")
-
-
 @pytest.fixture
 def headers(monkeypatch) -> list[str]:
     """The names of the files whose headers are read."""
@@ -306,168 +56,87 @@ def headers(monkeypatch) -> list[str]:
     return read
 
 
-@pytest.mark.parametrize("listed", [False, True])
-def test_only_new_and_changed_files_are_read_again(tmp_path, cache, headers, listed):
-    root = tmp_path / "bands"
-    for i in range(5):
-        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        np.save(root / "ab"[i % 2] / f"{i}.npy", np.zeros((4, 20 + i, 30), np.uint8))
-    (root / "bad.npy").write_bytes(b"")
-
-    def opened(cache_dir):
-        (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(root.rglob("*.npy"), reverse=True)))
-        options = {"channels": 4, "channels_first": True, "max_bad_fraction": 0.5, "cache_dir": cache_dir}
-        return open_dataset(tmp_path / "list.txt" if listed else root, **options)
-
-    opened(cache)
-    assert len(headers) == 6
-    headers.clear()
-    np.save(root / "a" / "4.npy", np.zeros((4, 50, 60), np.uint8))
-    (root / "0").mkdir()  # another class, and so other labels
-    np.save(root / "0" / "new.npy", np.zeros((4, 70, 80), np.uint8))
-    again = opened(cache)
-    assert sorted(headers) == ["4.npy", "bad.npy", "new.npy"]
-    anew = opened(tmp_path / "anew")
-    assert again.hash == anew.hash
-    ids = np.arange(7)
-    assert np.array_equal(again.rows(ids), anew.rows(ids))
-    assert again.bad == anew.bad != []
+def names(dataset) -> list[str]:
+    return [os.path.relpath(dataset.path(i), dataset.root) for i in range(len(dataset))]
 
 
-def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypatch):
-    root = tmp_path / "many"
-    root.mkdir()
-    content = image_file("JPEG", noise())
-    for i in range(700):
-        (root / f"{i:03}.jpg").write_bytes(content)
-    source, accepts = find_source(root, workers=1), index_module.Accepts()
-    monkeypatch.setattr(sources_module, "_AT_ONCE", 64)
-    expected, read = index_module.build_index(source, accepts), sources_module.parse_header
-
-    def publish(progress=None):
-        options = {"cache_dir": cache, "workers": 1, "progress": progress}
-        return index_module.publish_index(source, root, accepts, **options)
-
-    def kill(*_):
-        raise KeyboardInterrupt
-
-    def assert_killed(progress=None):
-        with pytest.raises(KeyboardInterrupt):
-            publish(progress)
-        assert not list(cache.glob("index-*"))
-        [names] = cache.glob("writing-*/names.npy")
-        os.truncate(names, names.stat().st_size - 3)  # a kill leaves any part of what was being written
-
-    headers.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(sources_module, "parse_header", lambda *call: read(*call) if len(headers) < 500 else kill())
-        assert_killed()
-    assert_killed(kill)  # while the rows of the first build are copied
-    headers.clear()
-    index = publish()
-    assert 0 < len(headers) < 400
-    assert index.hash == expected.hash
-    assert not list(cache.glob("writing-*/*"))
+# ---------------------------------------------------------------------------------------------------------------------
+# What is found
 
 
-def test_the_order_is_that_of_whole_paths(tmp_path, cache):
-    paths = ["a.jpg", "a/x.jpg", "a!/x.jpg", "a-/x.jpg", "ab/x.jpg", "a/b/c.jpg", "a/b.jpg", "é/x.jpg", "Z.jpg"]
-    for path in paths:
+def test_a_folder(folder, cache):
+    dataset = open_dataset(folder, cache_dir=cache)
+    assert names(dataset) == ["a.jpg", "b/c.png", "b/deep/d.webp"]
+    assert [dataset.shape(i) for i in range(3)] == [(20, 30), (40, 10), (15, 16)]
+    assert (dataset.name, dataset.classes) == ("images", ["b"])  # the folders at the top
+    assert dataset.labels(np.arange(3)).tolist() == [-1, 0, 0]
+    assert bytes(dataset.read(0)) == (folder / "a.jpg").read_bytes()
+
+
+def test_names_of_all_kinds_in_the_order_of_whole_paths(tmp_path, cache):
+    paths = ["a.jpg", "a/x.jpg", "a!/x.jpg", "a-/x.jpg", "ab/x.jpg", "a/b/c.jpg", "a/b.jpg", "é 图/x.JPG", "Z", "w.png"]
+    for path in [*paths, ".hidden.jpg", ".hidden/x.jpg"]:
         (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / path).write_bytes(JPEG)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/images/a/latin\xe9.jpg")).write_bytes(JPEG)
+    (tmp_path / "images" / "labels.csv").write_text("not an image, and not named like one")
     dataset = open_dataset(tmp_path / "images", cache_dir=cache)
-    assert names(dataset) == sorted(paths)
-    assert dataset.classes == ["a", "a!", "a-", "ab", "é"]
-    labels = [path.partition("/")[0] for path in sorted(paths)]
-    found = dataset.labels(np.arange(9)).tolist()
-    assert [dataset.classes[n] if n >= 0 else path for n, path in zip(found, labels, strict=True)] == labels
+    assert names(dataset) == sorted([*paths, "a/latin\udce9.jpg"])
+    assert all(len(dataset.read(i)) == len(JPEG) for i in range(len(dataset)))
 
 
-def test_the_index_lies_beside_the_data_or_else_in_the_cache(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    dataset = open_dataset(folder)
-    assert dataset.index.folder.parent == folder / ".fastmae"
-    assert not (tmp_path / "home").exists()
-    assert open_dataset(folder).index.folder == dataset.index.folder
-    (folder / "list.txt").write_text("a.jpg\n")
-    assert len(open_dataset(folder / "list.txt")) == 1
-    (folder / "list.txt").unlink()
-    moved = tmp_path / "moved"
-    folder.rename(moved)
-    monkeypatch.setattr(index_module, "build_index", lambda *_, **__: pytest.fail("built"))
-    assert open_dataset(moved).hash == dataset.hash
-    monkeypatch.undo()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / ".fastmae").touch()  # no folder can be made here
-    (tmp_path / "other" / "a.jpg").write_bytes(JPEG)
-    assert open_dataset(tmp_path / "other").index.folder.parent == tmp_path / "home/.cache/fastmae"
-
-
-def test_an_index_that_is_named_is_trusted_and_refused_where_it_cannot_be(folder, tmp_path, monkeypatch, caplog):
-    home = tmp_path / "index"
-    first = open_dataset(folder, index=home)
-    (folder / "z.jpg").write_bytes(JPEG)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "scandir", lambda path: pytest.fail(f"{path} was listed"))
-        for place in (home, first.index.folder):
-            assert open_dataset(folder, index=place).hash == first.hash
-    assert not caplog.records
-    assert len(open_dataset(folder, index=home, max_pixels=10**6)) == 4  # of other options: none yet
-    with pytest.raises(DataError, match=r"--data\.index .*built with other channels"):
-        open_dataset(folder, index=first.index.folder, channels=1)
-    with pytest.raises(DataError, match="no such folder"):
-        open_dataset(tmp_path / "missing", index=home)
-    staged = tmp_path / "staged"
-    folder.rename(staged)
-    assert open_dataset(staged, index=home).path(0) == str(staged / "a.jpg")
-    assert f"built from {folder}" in caplog.text
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"--data\.index .*file/index: cannot be written"):
-        open_dataset(staged, index=tmp_path / "file" / "index")
-
-
-def test_verdicts_of_a_full_decode_are_remembered(folder, cache):
+def test_links_are_followed_once_and_pipes_are_not_waited_for(folder, cache, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "e.jpg").write_bytes(JPEG)
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "loop").symlink_to(folder)
+    (folder / "file.jpg").symlink_to(elsewhere / "e.jpg")
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (folder / "itself.jpg").symlink_to(folder / "itself.jpg")
+    os.mkfifo(folder / "pipe.jpg")
     dataset = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
-    marked = dataset.mark_bad({1: "does not decode"})
-    assert marked.bad == [(str(folder / "b" / "c.png"), "does not decode")]
-    assert marked.hash != dataset.hash
-    assert dataset.bad == []
-    again = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
-    assert again.bad == marked.bad
-    assert again.hash == marked.hash
-    assert again.mark_bad({1: "something else"}).bad == marked.bad
-    assert len(again.mark_bad({0: "also"}).bad) == 2
-    with pytest.raises(DataError, match="2 of 3 images"):
-        open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+    bad = dataset.is_bad(np.arange(7))
+    assert [name for name, is_bad in zip(names(dataset), bad, strict=True) if not is_bad] == [
+        *("a.jpg", "b/c.png", "b/deep/d.webp", "file.jpg", "linked/e.jpg")
+    ]
+    assert [bad.reason for bad in dataset.bad] == ["dangling link"] * 2
 
 
-def test_a_damaged_cache_is_rebuilt_and_none_is_no_error(folder, cache, tmp_path, caplog):
-    first = open_dataset(folder, cache_dir=cache)
-    expected = names(first), first.hash
-    for damage in ("manifest.json", "rows.npy", "names.npy"):
-        [file] = cache.glob(f"index-*/{damage}")
-        file.write_bytes(file.read_bytes()[:-9])
-        again = open_dataset(folder, cache_dir=cache)
-        assert (names(again), again.hash) == expected
-    (tmp_path / "file").touch()
-    again = open_dataset(folder, cache_dir=tmp_path / "file" / "cache")
-    assert (names(again), again.hash) == expected
-    assert "not cached" in caplog.text
+BAD = {"empty.jpg": (b"", "empty"), "text.png": (b"hello", "not a JPEG"), "cut.jpg": (JPEG[:-20], "truncated")}
 
 
-def test_hash_is_of_the_content_not_of_the_place_or_of_threads(folder, cache, tmp_path):
-    for i in range(40):
-        (folder / f"{i}.png").write_bytes(image_file("PNG", noise(3 + i, 5)))
-    source, accepts = find_source(folder), index_module.Accepts()
-    one, many = (index_module.build_index(source, accepts, workers=n) for n in (1, 8))
-    assert one.hash == many.hash
-    assert np.array_equal(one.rows(np.arange(43)), many.rows(np.arange(43)))
-    moved = tmp_path / "moved"
-    folder.rename(moved)
-    assert open_dataset(moved, cache_dir=cache).hash == one.hash
-    (moved / "a.jpg").rename(moved / "aa.jpg")
-    assert open_dataset(moved, cache_dir=cache).hash != one.hash
+def test_bad_files_are_found_and_numbered_with_the_others(folder, cache):
+    for name, (content, _) in BAD.items():
+        (folder / name).write_bytes(content)
+    for _ in range(2):  # the second time from the cache
+        dataset = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache)
+        ids = np.arange(len(dataset))
+        assert [bad.path for bad in dataset.bad] == [str(folder / name) for name in sorted(BAD)]
+        assert all(BAD[Path(bad.path).name][1] in bad.reason for bad in dataset.bad)
+        assert [dataset.path(int(i)) for i in dataset.bad_ids] == [bad.path for bad in dataset.bad]
+        assert np.array_equal(np.flatnonzero(dataset.is_bad(ids)), dataset.bad_ids)
+        assert np.array_equal(dataset.is_bad(ids), dataset.rows(ids)["bad"] != 0)
+    with pytest.raises(DataError, match=r"(?s)3 of 6 images.*text.png.*--data.max-bad-fraction"):
+        open_dataset(folder, max_bad_fraction=0.4, cache_dir=cache)
+
+
+def test_files_that_vanish_or_are_replaced_between_listing_and_reading_are_named(folder):
+    for i in range(4):
+        (folder / f"{i}.jpg").write_bytes(JPEG)
+    source = find_source(folder)
+    listed = list(source._files)
+    (folder / "0.jpg").unlink()
+    (folder / "1.jpg").unlink()
+    os.mkfifo(folder / "1.jpg")
+    (folder / "2.jpg").unlink()
+    (folder / "2.jpg").mkdir()
+    (folder / "3.jpg").write_bytes(image_file("JPEG", noise(50, 60)))
+    source._files = listed
+    index = build_index(source, Accepts())
+    assert index.bad == {0: "no such file", 1: "not a file", 2: "not a file"}
+    row = index.rows(np.array([3]))[0]  # of the file that is there now
+    assert (row["height"], row["width"], row["size"]) == (50, 60, (folder / "3.jpg").stat().st_size)
 
 
 def test_unusable_folders_are_clear_errors(tmp_path, cache):
@@ -502,18 +171,352 @@ def test_options_out_of_range(folder, cache):
                 open_dataset(folder, cache_dir=cache, **{option: value})
 
 
-def test_a_file_system_that_fails_for_a_moment(folder, cache, monkeypatch):
+def test_labels_of_a_list_are_numbers_or_names(tmp_path, cache):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    for labels, classes, expected in [
+        (["3", "", "0"], [], [3, -1, 0]),
+        (["cat", "10", ""], ["10", "cat"], [1, 0, -1]),
+        (["4294967296", "1", ""], ["1", "4294967296"], [1, 0, -1]),  # more than a row holds
+    ]:
+        (tmp_path / "list.txt").write_text("".join(f"a.jpg\t{label}\n" for label in labels))
+        dataset = open_dataset(tmp_path / "list.txt", cache_dir=cache)
+        assert (dataset.classes, dataset.labels(np.arange(3)).tolist()) == (classes, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def test_the_hash_is_of_the_content_and_is_that_of_version_0_1_0(folder, cache, tmp_path):
+    arrays = tmp_path / "arrays"
+    for i in range(150):
+        (arrays / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(arrays / "ab"[i % 2] / f"{i}.npy", np.zeros((4 + i, 5, 3), np.uint8))
+    (arrays / "notes.txt").touch()
+    dataset = open_dataset(arrays, cache_dir=cache)
+    assert dataset.hash == "be675a21d8d85d28e2ab7314cb6f0b26"
+    moved = tmp_path / "moved"
+    arrays.rename(moved)
+    (moved / "notes.txt").touch()
+    assert open_dataset(moved, cache_dir=cache).hash == dataset.hash
+    (moved / "a" / "0.npy").rename(moved / "a" / "00.npy")
+    assert open_dataset(moved, cache_dir=cache).hash != dataset.hash
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_processes_build_what_threads_build_and_a_listing_is_never_held(folder, monkeypatch, listed):
+    class Lines:
+        read = 0
+
+        def __iter__(self):
+            for i in range(10_000):
+                self.read = i
+                yield ("a.jpg", "b/c.png", "gone.jpg")[i % 3] if i < 300 else "a.jpg", ""
+
+    one = build_index(FileSource(folder, Lines(), listed=listed, workers=1), Accepts(), workers=1)
+    for name in ("_READ_ALONE", "_LISTED_ALONE"):
+        monkeypatch.setattr(sources_module, name, 1)
+    lines, done, ahead = Lines(), 0, []
+
+    def progress(count: int) -> None:
+        nonlocal done
+        ahead.append(lines.read - done)
+        done += count
+
+    source = FileSource(folder, lines, listed=listed, workers=2)
+    two = build_index(source, Accepts(), workers=2, progress=progress)
+    assert (done, max(ahead) < 7000) == (10_000, True)
+    assert len(one.bad) == 100
+    assert (one.hash, one.bad) == (two.hash, two.bad)
+
+
+def test_workers_pass_on_errors_and_one_that_dies_is_reported():
+    assert list(in_processes(math.sqrt, [1, 4, 9, 16], 2)) == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match=r"math domain error|nonnegative"):
+        list(in_processes(math.sqrt, [1, -1, 2], 2))
+    with pytest.raises(RuntimeError, match=r"a worker process ended with exit code 3"):
+        list(in_processes(os._exit, [3, 3], 2))
+
+
+def test_an_unguarded_script_is_not_run_again_by_its_workers(folder, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "from fastmae.data import index, sources\n"
+        "sources._READ_ALONE = sources._LISTED_ALONE = 0\n"
+        f"source = sources.find_source(sources.Path({str(folder)!r}), 2)\n"
+        "print(len(index.build_index(source, index.Accepts(), workers=2).table))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_only_new_and_changed_files_are_read_again(tmp_path, cache, headers, listed):
+    root = tmp_path / "bands"
+    for i in range(5):
+        (root / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        np.save(root / "ab"[i % 2] / f"{i}.npy", np.zeros((4, 20 + i, 30), np.uint8))
+    (root / "bad.npy").write_bytes(b"")
+
+    def opened(cache_dir):
+        (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(root.rglob("*.npy"), reverse=True)))
+        options = {"channels": 4, "channels_first": True, "max_bad_fraction": 0.5, "cache_dir": cache_dir}
+        return open_dataset(tmp_path / "list.txt" if listed else root, **options)
+
+    opened(cache)
+    assert len(headers) == 6
+    headers.clear()
+    opened(cache)
+    assert headers == []
+    np.save(root / "a" / "4.npy", np.zeros((4, 50, 60), np.uint8))
+    (root / "0").mkdir()  # another class, and so other labels
+    np.save(root / "0" / "new.npy", np.zeros((4, 70, 80), np.uint8))
+    again = opened(cache)
+    assert sorted(headers) == ["4.npy", "bad.npy", "new.npy"]
+    anew = opened(tmp_path / "anew")
+    ids = np.arange(7)
+    assert again.hash == anew.hash
+    assert np.array_equal(again.rows(ids), anew.rows(ids))
+    assert again.bad == anew.bad != []
+
+
+def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypatch):
+    monkeypatch.setattr(sources_module, "_AT_ONCE", 64)
+    root = tmp_path / "many"
+    root.mkdir()
+    for i in range(700):
+        (root / f"{i:03}.jpg").write_bytes(JPEG)
+    source = find_source(root)
+    expected = build_index(source, Accepts())
+
+    def publish(progress=None):
+        return publish_index(source, root, Accepts(), cache_dir=cache, workers=1, progress=progress)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    def killed_at_500(file, name):
+        return kill() if name.endswith("500.jpg") else parse_header(file, name)
+
+    def assert_killed(progress=None):
+        with pytest.raises(KeyboardInterrupt):
+            publish(progress)
+        assert not list(cache.glob("index-*"))
+        [path] = cache.glob("writing-*/names.npy")
+        os.truncate(path, path.stat().st_size - 3)  # a kill leaves any part of what was being written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources_module, "parse_header", killed_at_500)
+        assert_killed()
+    assert_killed(kill)  # while the rows of the first build are copied
+    headers.clear()
+    assert publish().hash == expected.hash
+    assert 252 <= len(headers) < 300
+    assert not list(cache.glob("writing-*/*"))
+
+
+def test_of_two_processes_that_build_one_waits_for_the_other(folder, cache, headers):
+    sources = [find_source(folder), find_source(folder)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda source: publish_index(source, folder, Accepts(), cache_dir=cache), sources)
+    assert sorted(headers) == ["a.jpg", "c.png", "d.webp"]
+    assert first.folder == second.folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Publishing
+
+
+def test_replaced_indexes_stay_for_a_month(folder, cache):
+    for _ in range(2):
+        open_dataset(folder, cache_dir=cache)
+        (folder / "a.jpg").touch()
+    open_dataset(folder, cache_dir=cache)
+    assert len(list(cache.glob("index-*"))) == 3  # other runs may be reading the first two
+    for old in cache.glob("index-*"):
+        os.utime(old, (1, 1))
+    (folder / "y.jpg").write_bytes(JPEG)
+    assert len(open_dataset(folder, cache_dir=cache)) == 4
+    assert len(list(cache.glob("index-*"))) == 2  # the one before counts from today
+    assert not [path for path in cache.glob("writing-*") if path.is_dir()]
+
+
+def test_the_index_lies_beside_the_data_or_else_in_the_cache(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    beside = open_dataset(folder).index
+    assert beside.folder.parent == folder / ".fastmae"
+    assert trusted_index(beside.folder, folder, Accepts()).hash == beside.hash
+    shutil.rmtree(folder / ".fastmae")
+    (folder / ".fastmae").write_text("a file in the way: nothing can be written there")
+    assert open_dataset(folder).index.folder.parent == tmp_path / "home" / ".cache" / "fastmae"
+    # A home among the images is no part of them: opening it again finds the same three.
+    for _ in range(2):
+        assert len(open_dataset(folder, index=folder / "home").index.table) == 3
+
+
+def test_a_named_index_is_trusted_and_refused_where_it_cannot_be(folder, tmp_path, caplog):
+    home = tmp_path / "home"
+    first = open_dataset(folder, index=home)
+    (folder / "new.jpg").write_bytes(JPEG)
+    assert len(open_dataset(folder, index=home)) == 3  # nothing is listed
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert open_dataset(moved, index=home).hash == first.hash
+    assert f"it was built from {folder}" in caplog.text
+    with pytest.raises(DataError, match=r"--data.index .*was built with other channels"):
+        open_dataset(moved, index=first.index.folder, channels=1)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"--data.index .*file/index: cannot be written"):
+        open_dataset(moved, index=tmp_path / "file" / "index")
+
+
+def test_verdicts_follow_unchanged_images_into_a_new_index(folder, cache):
+    def opened():
+        return open_dataset(folder, max_bad_fraction=0.9, cache_dir=cache)
+
+    dataset = opened()
+    marked = dataset.mark_bad({0: "does not decode", 1: "nor does this"})
+    assert [bad.reason for bad in marked.bad] == ["does not decode", "nor does this"]
+    assert (dataset.bad, dataset.hash != marked.hash) == ([], True)
+    assert marked.rows(np.arange(3))["bad"].tolist() == [1, 1, 0]
+    assert (opened().bad, opened().hash) == (marked.bad, marked.hash)
+    assert opened().mark_bad({1: "something else"}).bad == marked.bad
+    (folder / "0.jpg").write_bytes(JPEG)  # moves the others by one
+    assert opened().bad == marked.bad
+    os.utime(folder / "a.jpg", (1, 1))  # may have been repaired
+    assert opened().bad == marked.bad[1:]
+    with pytest.raises(DataError, match="1 of 4 images"):
+        open_dataset(folder, max_bad_fraction=0.2, cache_dir=cache)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage, full disks
+
+
+def test_any_flipped_bit_is_found(folder, cache, caplog):
+    """300 of them, in every file of the index: it is built again, or verdicts are said to be damaged."""
+    for i in range(40):
+        (folder / f"{i}.jpg").write_bytes(JPEG if i else b"")
+    expected = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache).mark_bad({3: "does not decode"})
+    root, random = expected.index.folder, np.random.default_rng(0)
+    files = [*root.iterdir()]
+    assert len(files) == 6
+    weights = np.array([path.stat().st_size for path in files], float)
+    trials = [*files, *random.choice(np.array(files), 294, p=weights / weights.sum())]
+    for path in trials:
+        content = path.read_bytes()
+        damaged = bytearray(content)
+        damaged[random.integers(len(content))] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        caplog.clear()
+        index = index_module._home(cache, folder, Accepts(), os.fsencode(folder)).current()
+        found = "damaged" in caplog.text or "another version" in caplog.text or "other channels" in caplog.text
+        assert found, (path.name, index and index.bad == expected.index.bad)
+        path.write_bytes(content)
+
+
+def test_damage_is_repaired_or_named_and_not_taken_over(folder, cache, tmp_path, monkeypatch, caplog):
+    first, ids = open_dataset(folder, index=tmp_path / "home"), np.arange(3)
+    expected = first.rows(ids)
+
+    def damage():
+        [path] = (tmp_path / "home").glob("index-*/rows.npy")
+        content = bytearray(path.read_bytes())
+        content[-20] ^= 1  # of a width
+        path.write_bytes(content)
+
+    damage()
+    with pytest.raises(DataError, match=r"is damaged: rows.npy; build it with fastmae data index"):
+        open_dataset(folder, index=first.index.folder)
+    assert open_dataset(folder, index=tmp_path / "home").hash == first.hash
+    assert "is damaged: rows.npy" in caplog.text
+    # A large index is not read when it is opened, but when it is refreshed, and before its rows are taken over.
+    monkeypatch.setattr(index_module, "SMALL", 0)
+    damage()
+    arguments = find_source(folder), folder, Accepts()
+    repaired = publish_index(*arguments, home=tmp_path / "home", verify=True)
+    assert np.array_equal(repaired.rows(ids), expected)
+
+
+def test_an_index_of_another_version_is_said_to_be_one_and_built_again(folder, cache, caplog):
+    first = open_dataset(folder, cache_dir=cache)
+    path = first.index.folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    assert open_dataset(folder, cache_dir=cache).hash == first.hash
+    assert "was written by another version of fastmae (format 2, not 3)" in caplog.text
+
+
+@pytest.mark.parametrize("at", ["create", "write"])
+def test_a_full_disk_is_not_taken_for_unreadable_data(folder, cache, tmp_path, monkeypatch, caplog, at):
+    real = index_module._create
+
+    def full(where: Path | None, *arguments):
+        if where is None:  # in memory
+            return real(where, *arguments)
+        if at == "create":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return Path("/dev/full").open("w+b", buffering=0)
+
+    monkeypatch.setattr(index_module, "_create", full)
+    assert len(open_dataset(folder, cache_dir=cache)) == 3
+    assert "is not cached, and the next run builds it again" in caplog.text
+    assert "No space left" in caplog.text
+    assert not list(cache.glob("index-*"))
+    with pytest.raises(DataError, match=r"--data.index .*home: cannot be written: .*No space left"):
+        open_dataset(folder, index=tmp_path / "home")
+
+
+def test_a_file_system_that_fails_while_headers_are_read_is_retried_and_named(folder, cache, monkeypatch):
     monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0))
-    dataset = open_dataset(folder, cache_dir=cache)
     failures = [OSError(5, "Input/output error")] * 2
 
-    def flaky(*args, real=np.fromfile):
+    def flaky(*call):
         if failures:
             raise failures.pop()
-        return real(*args)
+        return parse_header(*call)
 
-    monkeypatch.setattr(np, "fromfile", flaky)
-    assert bytes(dataset.read(0)) == (folder / "a.jpg").read_bytes()
-    failures += [OSError(5, "Input/output error")] * 3
-    with pytest.raises(DataError, match=r"a\.jpg: cannot be read after 3 tries"):
-        dataset.read(0)
+    monkeypatch.setattr(sources_module, "parse_header", flaky)
+    assert open_dataset(folder, cache_dir=cache).bad == []
+    failures += [OSError(5, "Input/output error")] * 9
+    with pytest.raises(DataError, match=r"a\.jpg: cannot be read after 3 tries|\.(png|webp): cannot be read"):
+        open_dataset(folder, cache_dir=cache / "other")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def test_numpy_opens_the_table(folder, cache):
+    index = open_dataset(folder, cache_dir=cache).index
+    rows, heap, times = (np.load(index.folder / f"{name}.npy", mmap_mode="r") for name in ("rows", "names", "times"))
+    assert np.array_equal(rows, index.rows(np.arange(3)))
+    first = rows[1]
+    assert bytes(heap[first["name"] : first["name"] + first["name_size"]]) == b"b/c.png"
+    assert times[0] == (folder / "a.jpg").stat().st_mtime_ns
+
+
+def test_a_hundred_million_rows_are_neither_held_nor_walked(tmp_path):
+    count, ids = 100_000_000, np.random.default_rng(0).integers(0, 100_000_000, 1024)
+    row = np.zeros(1, ENTRY)
+    row["name_size"] = 24
+    for name, dtype, size in (("rows", ENTRY, ENTRY.itemsize), ("names", NAMES, 24)):
+        with (tmp_path / name).open("wb") as file:
+            start = file.write(npy_header(dtype, count * size // dtype.itemsize))
+            file.truncate(start + count * size)  # takes no room on the disk
+            for i in ids.tolist():
+                row["name"], row["size"] = 24 * i, i
+                os.pwrite(file.fileno(), row.tobytes() if name == "rows" else b"%024d" % i, start + i * size)
+    table = Table((tmp_path / "rows").open("rb"), (tmp_path / "names").open("rb"))
+    anonymous = held()
+    rows = table.rows(ids)
+    assert rows["size"].tolist() == ids.tolist()
+    assert list(map(int, table.names(rows))) == ids.tolist()
+    assert held() - anonymous < 5_000  # kilobytes that are this process's own
+    with pytest.raises(IndexError):
+        table.rows(np.array([count]))
+
+
+def held() -> int:
+    return int(
+        next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
+    )
