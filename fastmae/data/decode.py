@@ -26,6 +26,8 @@ _MAX_INTERLEAVED = 4
 """PyTorch's resize of uint8 is vectorised for up to this many interleaved channels; more are resized as planes."""
 _SERIAL = 32767
 """Elements that PyTorch processes without a team of threads."""
+_PADDING = 32 << 20
+"""Bytes by which a TIFF's tiles may go beyond the image."""
 _PNG_BIT_DEPTH = 24
 """Position of the bit depth in a PNG file, whose header always comes first."""
 _SOURCE_LINE = re.compile(r"^\w+, \S+:\d+, ")
@@ -165,7 +167,7 @@ def _limit_inflation(page) -> None:
     tifffile passes sizes to imagecodecs only; its own decompressors inflate all there is.
     """
     size, compression = math.prod(page.chunks) * page.dtype.itemsize, page.compression
-    most = 2 * size + 1024  # some writers pad
+    most = 2 * min(size, page.nbytes + _PADDING) + 1024  # some writers pad
     if compression in DEFLATE:
         page.compression = 1  # none: inflated here
     decode_chunk, page.compression = page.decode, compression
@@ -211,8 +213,10 @@ def _to_unit(values: np.ndarray, value_range: Sequence[float]) -> np.ndarray:
         raise ValueError(f"value range for {len(low)} channels: expected one for all, or for {values.shape[2]}")
     # float64 where float32 does not tell neighbouring values apart: 32-bit integers and float64 itself.
     dtype = np.result_type(values.dtype, np.float32)
-    scaled = (values - low.astype(dtype)) / (high - low).astype(dtype)
-    return np.nan_to_num(scaled, copy=False, nan=0.0).clip(0, 1).astype(np.float32, copy=False)
+    scaled = np.subtract(values, low, dtype=dtype)
+    scaled /= (high - low).astype(dtype)
+    np.fmax(scaled, 0, out=scaled)  # NaN becomes 0
+    return np.fmin(scaled, 1, out=scaled).astype(np.float32, copy=False)
 
 
 def _check_type(values: np.ndarray) -> None:

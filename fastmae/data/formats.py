@@ -53,6 +53,7 @@ _FIRST_READ = 4096
 """Holds the whole header of nine of ten JPEGs of ImageNet; the others have previews and profiles, which are skipped."""
 _MAX_SEGMENTS = 10_000
 """Segments or chunks before the image data; a file of 10 MB of metadata has a few hundred."""
+_MAX_TAGS = 256
 _MAX_SCAN = 256 << 20
 """How far an end-of-image marker is searched for, if the last bytes have none."""
 _CHUNK = 1 << 20
@@ -229,7 +230,7 @@ def _parse_jpeg(read: Read) -> tuple[Header, int]:
             break
         else:
             if marker == 0xE1 and segment[4:] == b"Exif\0\0":
-                orientation = _orientation(read, at + 4, at + 2 + length)
+                orientation = _orientation(read, at + 4)
             elif marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # tables and an extension, not frames
                 frame = segment[4:]
             at += 2 + length
@@ -264,7 +265,7 @@ def _parse_png(read: Read) -> tuple[Header, int]:
         if len(kind) < 4 or not kind.isalpha() or kind == b"IEND":
             raise BadImage("unreadable header: no image data")
         if kind == b"eXIf":
-            orientation = _orientation(read, at + 8, at + 8 + length)
+            orientation = _orientation(read, at + 8)
         at += 12 + length
     raise BadImage(f"unreadable header: more than {_MAX_SEGMENTS} chunks")
 
@@ -295,11 +296,11 @@ def _webp_orientation(read: Read) -> int:
     at = 12
     for _ in range(_MAX_SEGMENTS):
         chunk = read(at, 8)
-        length = int.from_bytes(chunk[4:], "little")
         if chunk[:4] == b"EXIF":
-            return _orientation(read, at + 8, at + 8 + length)
+            return _orientation(read, at + 8)
         if len(chunk) < 8:
             break
+        length = int.from_bytes(chunk[4:], "little")
         at += 8 + length + length % 2
     return 1
 
@@ -312,23 +313,20 @@ def _photograph(format_: Format, height: int, width: int, mode: str, orientation
     return Header(format_, height, width, orientation, 1 if mode in _GREY else 3, mode)
 
 
-def _orientation(read: Read, at: int, end: int) -> int:
-    """The orientation in the EXIF data between two positions; 1 if it is damaged, since the pixels are good."""
-    while read(at, 6) == b"Exif\0\0":
+def _orientation(read: Read, at: int) -> int:
+    """The orientation in EXIF data; 1 if they are damaged, since the pixels are good."""
+    if read(at, 6) == b"Exif\0\0":
         at += 6
     start = read(at, 8)
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(start[:4])
-    if order is None or len(start) < 8:
+    order = {b"II*\0": "little", b"MM\0*": "big"}.get(start[:4])
+    if order is None:
         return 1
-    at += struct.unpack(order + "I", start[4:])[0]
-    count = read(at, 2)
-    if len(count) < 2:
-        return 1
-    size = min(12 * struct.unpack(order + "H", count)[0], end - at - 2)
-    entries, found = read(at + 2, max(size // 12 * 12, 0)), 1
-    for tag, kind, values, value in struct.iter_unpack(order + "HHI4s", entries[: len(entries) // 12 * 12]):
-        if tag == _ORIENTATION_TAG and kind in (3, 4):  # a short, or wrongly a long
-            found = struct.unpack(order + "HI"[kind - 3], value[: 2 * kind - 4])[0] if values == 1 else 1
+    at, found = at + int.from_bytes(start[4:], order), 1
+    tags = read(at + 2, 12 * min(int.from_bytes(read(at, 2), order), _MAX_TAGS))
+    for i in range(0, len(tags) - 11, 12):
+        tag, kind = (int.from_bytes(tags[j : j + 2], order) for j in (i, i + 2))
+        if tag == _ORIENTATION_TAG:  # a short, or wrongly a long
+            found = int.from_bytes(tags[i + 8 : i + (12 if kind == 4 else 10)], order) if kind in (3, 4) else 1
     return _valid_orientation(found)
 
 
