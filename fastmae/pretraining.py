@@ -10,14 +10,12 @@ import logging
 import math
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -147,7 +145,10 @@ class _Pretraining:
     watchdog: Watchdog
 
     def __post_init__(self) -> None:
-        self.console = WordWrapConsole(quiet=not self.parallelism.is_main)
+        # Long lines stay whole, so that paths can be copied; a notebook's stdout claims to be a terminal and is none.
+        options = {"highlight": False, "markup": False, "soft_wrap": True, "force_jupyter": False}
+        terminal = False if in_notebook() else None
+        self.console = Console(quiet=not self.parallelism.is_main, force_terminal=terminal, **options)
         self.resume_command = f"fastmae pretrain --out {self.folder.path} --resume"
 
     def run(self) -> Status:
@@ -375,29 +376,7 @@ def _too_few_images(dataset: data.Dataset, config: PretrainConfig) -> str | None
     images, batch = len(dataset) - len(dataset.bad_ids), config.train.global_batch_size // config.train.masks_per_image
     if dataset.embedded or images >= batch:
         return None
-    if images == 1:
-        return "--data.path: one image only: every batch holds crops of it, and the model learns nothing about others"
     return (
         f"--data.path: {images} images, fewer than the {batch} of a step, so that each step holds several crops of "
         "each; expect the model to learn little about other images, and consider a smaller --train.global-batch-size"
     )
-
-
-class WordWrapConsole(Console):
-    """Wraps lines between words on a terminal, never inside a word or path; pipes and notebooks get whole lines.
-
-    Rich by itself either folds long words or lets the terminal cut them.
-    """
-
-    def __init__(self, **options: Any) -> None:
-        if in_notebook():
-            options["force_terminal"] = False
-        super().__init__(highlight=False, markup=False, soft_wrap=True, force_jupyter=False, **options)
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        wrap = partial(
-            textwrap.fill, width=self.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
-        if self.is_terminal:
-            objects = tuple("\n".join(map(wrap, o.split("\n"))) if isinstance(o, str) else o for o in objects)
-        super().print(*objects, **options)

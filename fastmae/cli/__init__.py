@@ -6,14 +6,14 @@ that ``--help`` does not wait for it.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,9 +63,13 @@ def _main(argv: list[str], stop: StopRequest) -> int:
     if argv == ["--version"]:
         print(f"fastmae {fastmae.__version__}")
         return 0
+    given = {}  # flags with their values, roughly: tyro, which reads them in earnest, wants the defaults first
+    for word, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        given[name.replace("_", "-")] = value or following
     try:
-        defaults = _defaults(argv)
-        return _run(parse(_commands(defaults), argv), defaults, argv, stop)
+        defaults = _defaults(argv[:1], given)
+        return _run(parse(_commands(defaults), argv), defaults, given, stop)
     except KeyboardInterrupt:
         if rank_and_size()[0] == 0:
             print("fastmae: interrupted", file=sys.stderr)
@@ -107,9 +111,10 @@ def _shared(source: Any, kind: type) -> dict[str, Any]:
     return {field.name: getattr(source, field.name) for field in fields(kind) if hasattr(source, field.name)}
 
 
-def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: StopRequest) -> int:
+def _run(command: Any, defaults: PretrainConfig, given: Mapping[str, str], stop: StopRequest) -> int:
     if isinstance(command, PretrainConfig | BenchConfig | PlanConfig):
-        config = apply_flags(replace(defaults, **_shared(command, PretrainConfig)), defaults, _given(argv))
+        named = {name.removeprefix("--train.").replace("-", "_") for name in given if name.startswith("--train.")}
+        config = apply_flags(replace(defaults, **_shared(command, PretrainConfig)), defaults, named)
         if isinstance(command, PlanConfig):
             with usage_errors():
                 plans = make_plans(config, command)
@@ -118,7 +123,9 @@ def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: Stop
             else:
                 show_plans(plans, config)
             return 0
-        _print_recipe(defaults, argv)
+        own = defaults is RECIPES[OWN_IMAGES_RECIPE] and "--recipe" not in given
+        if own and rank_and_size()[0] == 0:
+            print(f"--data.path without --recipe: taking {OWN_IMAGES_RECIPE}, {DESCRIPTIONS[OWN_IMAGES_RECIPE]}")
         if isinstance(command, BenchConfig):
             from fastmae.cli.bench import bench
 
@@ -131,52 +138,21 @@ def _run(command: Any, defaults: PretrainConfig, argv: Sequence[str], stop: Stop
             run = record(run)
         return EXIT_PREEMPTED if run(config, stop)[1] == "preempted" else 0
     if isinstance(command, DataCommands):
-        from fastmae.cli.data import run as run_data
-
-        return run_data(command.command)
+        return import_module("fastmae.cli.data").run(command.command)
     if isinstance(command, InspectConfig | FeaturesConfig | EvaluateCommands):
-        from fastmae.cli.evaluate import run as run_evaluation
-
-        return run_evaluation(getattr(command, "command", command))
-    if isinstance(command, ConsolidateConfig):
-        from fastmae.cli.reconstruct import consolidate
-
-        return consolidate(command)
+        return import_module("fastmae.cli.evaluate").run(getattr(command, "command", command))
     if isinstance(command, ReconstructConfig):
-        from fastmae.cli.reconstruct import reconstruct
-
-        return reconstruct(command)
-    from fastmae.environment import report
-
-    print(report())
+        return import_module("fastmae.cli.reconstruct").reconstruct(command)
+    if isinstance(command, ConsolidateConfig):
+        return import_module("fastmae.cli.reconstruct").consolidate(command)
+    print(import_module("fastmae.environment").report())
     return 0
 
 
-def _defaults(argv: Sequence[str]) -> PretrainConfig:
-    """The configuration that gives the other flags their defaults."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", choices=RECIPES, default=None)
-    parser.add_argument("--data.path", dest="images", default="None")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--resume", action="store_true")
-    parser.exit_on_error = False
-    try:
-        known, _ = parser.parse_known_args(argv)
-    except argparse.ArgumentError:
-        return starting_config()  # tyro reads the same flags and reports the error
-    options = {"out": known.out, "resume": known.resume, "own_images": known.images != "None"}
+def _defaults(command: Sequence[str], given: Mapping[str, str]) -> PretrainConfig:
+    """The configuration that gives the other flags their defaults, from the words of the command line before tyro."""
+    out = Path(given["--out"]) if "--out" in given else None
+    own_images = given.get("--data.path", "None") != "None"
+    options = {"out": out, "resume": "--resume" in given, "own_images": own_images}
     with usage_errors():
-        return starting_config(known.recipe, **options, default=PLAN_RECIPE if argv[:1] == ["plan"] else None)
-
-
-def _print_recipe(defaults: PretrainConfig, argv: Sequence[str]) -> None:
-    """Print which recipe was taken if the user named images and no recipe."""
-    named = any(word.partition("=")[0] == "--recipe" for word in argv)
-    if defaults is RECIPES[OWN_IMAGES_RECIPE] and not named and rank_and_size()[0] == 0:
-        print(f"--data.path without --recipe: taking {OWN_IMAGES_RECIPE}, {DESCRIPTIONS[OWN_IMAGES_RECIPE]}")
-
-
-def _given(argv: Sequence[str]) -> set[str]:
-    """The fields of ``train`` that the user named."""
-    names = {argument.split("=")[0].replace("-", "_") for argument in argv if argument.startswith("--train.")}
-    return {name.removeprefix("__train.") for name in names}
+        return starting_config(given.get("--recipe"), **options, default=PLAN_RECIPE if command == ["plan"] else None)

@@ -187,52 +187,48 @@ def test_help_needs_neither_pytorch_nor_a_reader():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--model.img-size 60", "--model.img-size: size 60x60 does not divide into patches of 8x8"),
-        ("--train.reduce-dtype bf16", "--train.reduce-dtype: expected fp32 in a single process"),
-        ("--data.path /no/such/folder", "/no/such/folder"),
-        ("--model.attention xformers --train.device cpu", "'xformers'"),
-        ("--train.steps 5 --train.warmup-steps 9", "--train.warmup-steps: expected a warm-up shorter than the run"),
-    ],
-)
-def test_mistakes_in_flags(tmp_path, capsys, arguments, message):
-    assert message in mistake(capsys, "pretrain", "--out", tmp_path / "run", *arguments.split())
-    assert not (tmp_path / "run").exists()
+MISTAKES = """
+pretrain --out {new} --model.img-size 60           | --model.img-size: size 60x60 does not divide into patches of 8x8
+pretrain --out {new} --train.reduce-dtype bf16     | --train.reduce-dtype: expected fp32 in a single process
+pretrain --out {new} --data.path /no/such/folder   | /no/such/folder
+pretrain --out {new} --data.path {tmp}/empty       | {tmp}/empty
+pretrain --out {new} --model.attention xformers --train.device cpu      | 'xformers'
+pretrain --out {new} --train.steps 5 --train.warmup-steps 9 | --train.warmup-steps: expected a warm-up shorter
+pretrain --out {new} --resume                      | --resume: expected a run to continue in {new}, found none
+pretrain --out {new} --resume --train.steps 2      | --resume: expected a run to continue in {new}, found none
+pretrain --out {tmp}/file/run                      | --out: expected a folder that can be written, got {tmp}/file/run
+pretrain --out {run}                               | add --resume to continue the run in it
+pretrain --out {run} --resume --recipe imagenet-vit-l | --recipe: the run in {run} was started with photographs, got
+pretrain --out {run} --resume --model.embed-dim 64 | another architecture: embed_dim 32 there, 64 here
+pretrain --resume                                  | --resume: expected --out
+reconstruct {run}                                  | IMAGES: expected at least one image
+reconstruct {run} {images}/0.jpeg                  | 0.jpeg: no such file
+reconstruct {run} {images}/0.jpg --mask-ratio 1.5  | --mask-ratio: expected a number strictly between 0 and 1, got 1.5
+reconstruct {run} {images}/0.jpg --bands 1         | --bands: expected a model of more than 3 channels, got one of 3
+reconstruct {run} {tmp}/four.npy                   | 4 channels: expected 3, as the model takes
+reconstruct {run} {tmp}/float.npy                  | with --value-range LOW HIGH
+reconstruct {run} {tmp}/empty                      | empty: expected a folder with image files
+reconstruct {tmp}/missing image.jpg                | missing
+reconstruct {tmp}/text.safetensors image.jpg       | text.safetensors
+reconstruct {tmp}/bare.safetensors image.jpg       | bare.safetensors
+reconstruct {tmp}/empty image.jpg                  | empty
+"""
 
 
-def test_an_empty_folder_of_images(tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", tmp_path / "images")
-    assert str(tmp_path / "images") in error
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_of_another_architecture(run, capsys):
-    before = sorted(run.rglob("*"))
-    error = mistake(capsys, "pretrain", "--out", run, "--resume", "--model.embed-dim", 64)
-    assert "another architecture: embed_dim 32 there, 64 here" in error
-    assert sorted(run.rglob("*")) == before
-
-
-def test_an_existing_run_is_not_overwritten(run, capsys):
-    assert "add --resume to continue the run in it" in mistake(capsys, "pretrain", "--out", run)
-
-
-def test_resume_needs_a_folder_and_the_recipe_it_began_with(run, capsys):
-    error = mistake(capsys, "pretrain", "--out", run, "--resume", "--recipe", "imagenet-vit-l")
-    assert "--recipe: " in error
-    assert "photographs, got imagenet-vit-l" in error
-    assert "--resume: expected --out" in mistake(capsys, "pretrain", "--resume")
-
-
-def test_resume_where_nothing_is_does_not_train_on_the_photographs(tmp_path, capsys):
-    out = tmp_path / "run"
-    for flags in ([], ["--train.steps", "2"]):
-        error = mistake(capsys, "pretrain", "--out", out, "--resume", *flags)
-        assert f"--resume: expected a run to continue in {out}, found none" in error
-    assert not out.exists()
+@pytest.mark.parametrize("mistake_and_message", MISTAKES.strip().splitlines())
+def test_mistakes_are_named_and_leave_nothing_behind(run, images, tmp_path, capsys, monkeypatch, mistake_and_message):
+    arguments, message = mistake_and_message.split("|")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("file", "text.safetensors"):
+        (tmp_path / name).write_text("in the way")
+    save_file({"a": torch.ones(1)}, tmp_path / "bare.safetensors")
+    np.save(tmp_path / "four.npy", np.zeros((40, 50, 4), np.uint8))
+    np.save(tmp_path / "float.npy", np.zeros((40, 50, 3), np.float32))
+    places = {"run": run, "images": images, "tmp": tmp_path, "new": tmp_path / "new"}
+    before = sorted([*run.rglob("*"), *tmp_path.glob("*")])
+    assert message.strip().format(**places) in mistake(capsys, *arguments.format(**places).split())
+    assert sorted([*run.rglob("*"), *tmp_path.glob("*")]) == before
 
 
 def test_own_images_without_a_recipe_get_the_one_for_them(tmp_path, capsys):
@@ -259,30 +255,6 @@ def test_dali_that_is_not_installed(tmp_path, images, capsys, monkeypatch):
     error = mistake(capsys, "pretrain", "--out", tmp_path / "run", "--data.path", images, "--data.loader", "dali")
     assert "DALI is not installed" in error
     assert not (tmp_path / "run").exists()
-
-
-def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    error = mistake(capsys, "pretrain", "--out", tmp_path / "file" / "run")
-    assert "--out" in error
-    assert str(tmp_path / "file") in error
-
-
-def test_reconstruct_wants_images_and_a_mask_ratio_that_makes_sense(run, images, tmp_path, capsys):
-    assert "IMAGES: expected at least one image" in mistake(capsys, "reconstruct", run)
-    assert "0.jpeg: no such file" in mistake(capsys, "reconstruct", run, images / "0.jpeg")
-    arguments = ("reconstruct", run, images / "0.jpg", "--out", tmp_path / "figure.png", "--mask-ratio", 1.5)
-    assert "--mask-ratio: expected a number strictly between 0 and 1, got 1.5" in mistake(capsys, *arguments)
-    assert "--bands: expected a model of more than 3 channels, got one of 3" in mistake(
-        capsys, *arguments, "--bands", 1
-    )
-    np.save(tmp_path / "bands.npy", np.zeros((40, 50, 4), np.uint8))
-    arguments = ("reconstruct", run, tmp_path / "bands.npy")
-    assert mistake(capsys, *arguments).endswith("4 channels: expected 3, as the model takes\n")
-    np.save(tmp_path / "bands.npy", np.zeros((40, 50, 3), np.float32))
-    assert mistake(capsys, *arguments).endswith("with --value-range LOW HIGH\n")
-    (tmp_path / "empty").mkdir()
-    assert "empty: expected a folder with image files" in mistake(capsys, "reconstruct", run, tmp_path / "empty")
 
 
 def test_float_bands_from_stats_to_figure(tmp_path, capsys):
@@ -320,14 +292,6 @@ def test_float_bands_from_stats_to_figure(tmp_path, capsys):
     numbers = evaluate_sets(model, images, mask_ratio=0.75, mask_strategy="block", seed=0, path=tmp_path / "b.png")
     assert f"mse {numbers['images']['mse']:.4f}" in printed.out
     assert numbers["images"]["mse_mean_color"] == pytest.approx(1, rel=0.1)  # in units of the standard deviation
-
-
-@pytest.mark.parametrize("source", ["missing", "text.safetensors", "bare.safetensors", "empty_folder"])
-def test_reconstruct_refuses_what_is_no_checkpoint(tmp_path, capsys, source):
-    (tmp_path / "text.safetensors").write_text("not tensors")
-    save_file({"a": torch.ones(1)}, tmp_path / "bare.safetensors")
-    (tmp_path / "empty_folder").mkdir()
-    assert source in mistake(capsys, "reconstruct", tmp_path / source, tmp_path / "image.jpg")
 
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):

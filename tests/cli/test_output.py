@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -21,7 +20,6 @@ from training import write_images
 
 from fastmae.cli import main
 from fastmae.cli.output import forgiving_output, print_error
-from fastmae.pretraining import WordWrapConsole
 from fastmae.train.checkpoint import list_checkpoints
 
 
@@ -96,17 +94,6 @@ def test_help_is_printed_by_rank_0_alone(capsys, monkeypatch):
         with pytest.raises(SystemExit, match="0"):
             main(["plan", "--help"])
         assert ("--gpus" in capsys.readouterr().out) == printed
-
-
-def test_a_terminal_breaks_lines_between_words_and_paths_stay_whole():
-    path = f"/folder/{'a' * 30}/file-name.png"
-    for terminal, lines in (
-        (True, ["  one two", "  three:", f"  {path}", ""]),
-        (False, [f"  one two three: {path}", ""]),
-    ):
-        console = WordWrapConsole(file=io.StringIO(), force_terminal=terminal, color_system=None, width=14)
-        console.print(f"  one two three: {path}\n")
-        assert console.file.getvalue().splitlines() == lines
 
 
 def test_what_has_no_place_to_go_is_dropped(monkeypatch, caplog):
