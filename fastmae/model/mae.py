@@ -124,9 +124,7 @@ class MaskedAutoencoderViT(ImageModel):
         self.input_size, self.base_grid = self.img_size, self.grid_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.norm_pix_loss, self.residual_dtype = norm_pix_loss, residual_dtype
-        # Position tables of other sizes: the current one's (None at img_size), and all computed so far.
-        self._tables: tuple[Tensor, Tensor] | None = None
-        self._tables_of_size: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._tables: tuple[Tensor, Tensor] | None = None  # of positions, at another size than img_size
         self._float_images_seen = False
         self.architecture: dict[str, Any] = {
             "img_size": list(self.img_size), "patch_size": list(self.patch_size), "in_chans": in_chans,
@@ -265,29 +263,18 @@ class MaskedAutoencoderViT(ImageModel):
     def set_input_size(self, size: int | Sequence[int] | None = None) -> None:
         """Take images of another size from now on, as training with progressive resolution does.
 
-        No weight changes. At ``img_size`` the model uses its own position tables; for other sizes it computes
-        sine-cosine tables with coordinates stretched to the new grid
-        (:func:`fastmae.model.initialization.sincos_positions`), once per size and outside the state dict. A compiled
-        model has one graph per size.
-
-        Args:
-            size: (height, width) in pixels, or an int for a square; None for ``img_size``.
-
-        Raises:
-            ValueError: a size that patches do not divide.
+        No weight changes. At ``img_size``, or for None, the model uses its own position tables; for other sizes it
+        computes sine-cosine tables with coordinates stretched to the new grid, outside the state dict. A compiled model
+        has one graph per size. Raises ValueError for a size that patches do not divide.
         """
         size = self.img_size if size is None else as_pair("size", size)
         self.grid_size = grid_of(size, self.patch_size, "size")
         self.input_size, self.num_patches = size, self.grid_size[0] * self.grid_size[1]
-        if size == self.img_size:
-            self._tables = None
-            return
-        if size not in self._tables_of_size:
+        self._tables = None
+        if size != self.img_size:
             own = (self.pos_embed, self.decoder_pos_embed)
-            self._tables_of_size[size] = tuple(
-                sincos_positions(t.shape[-1], self.grid_size, self.base_grid).to(t.device, t.dtype) for t in own
-            )
-        self._tables = self._tables_of_size[size]
+            tables = (sincos_positions(t.shape[-1], self.grid_size, self.base_grid).to(t.device, t.dtype) for t in own)
+            self._tables = tuple(tables)
 
     def _positions(self) -> tuple[Tensor, Tensor]:
         """Position tables at ``input_size``: the encoder's (1, 1 + L, D) and the decoder's (1, 1 + L, E)."""
@@ -295,7 +282,6 @@ class MaskedAutoencoderViT(ImageModel):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
-        self._tables_of_size.clear()
         self.set_input_size(self.input_size)
         return self
 

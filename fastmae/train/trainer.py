@@ -76,8 +76,6 @@ class Trainer:
         watchdog: Watchdog | None = None,
     ) -> None:
         train = config.train
-        if train.precision == "auto":
-            raise ValueError("precision: expected one that settle_precision has settled, got auto")
         model, dataset = task.model, task.dataset
         self.parallelism = parallelism or Parallelism(device=next(model.parameters()).device)
         self.ranks = ranks or Ranks()

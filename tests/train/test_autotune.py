@@ -18,7 +18,7 @@ from checkpoints import load_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from training import FLAGS, TRAIN, make_trainer, write_images
+from training import FLAGS, TRAIN, write_images
 
 from fastmae import pretraining
 from fastmae.cli import main
@@ -88,11 +88,6 @@ def test_a_cpu_takes_the_faster_precision_on_the_first_rank(asked, device, speed
     for found, part in ((settled.text, text), (settled.warning, warning)):
         assert part in found
         assert bool(part) == bool(found)
-
-
-def test_a_trainer_needs_a_settled_one(tmp_path, images):
-    with pytest.raises(ValueError, match=r"precision: .*settle_precision.*got auto"):
-        make_trainer(tmp_path / "run", images, precision="auto")
 
 
 # ---- batch size: the global batch is kept whatever the number of processes -------------------------------------------
