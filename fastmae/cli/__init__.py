@@ -151,6 +151,8 @@ def _run(command: Any, defaults: PretrainConfig, given: Mapping[str, str], stop:
 
 def _defaults(command: Sequence[str], given: Mapping[str, str]) -> PretrainConfig:
     """The configuration that gives the other flags their defaults, from the words of the command line before tyro."""
+    if command not in (["pretrain"], ["bench"], ["plan"]):
+        return starting_config()
     out = Path(given["--out"]) if "--out" in given else None
     own_images = given.get("--data.path", "None") != "None"
     options = {"out": out, "resume": "--resume" in given, "own_images": own_images}
