@@ -1,9 +1,9 @@
-"""What a batch is made of, as a pure function of its step: samples, boxes, flips, colours, size."""
+"""What a batch is made of, as a pure function of its step: samples, where their pixels are, boxes, flips, colours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,28 +11,56 @@ import numpy as np
 from torch import Tensor
 
 from fastmae.data.augment import Augment, crop_boxes, flips, jitter_factors
-from fastmae.data.dataset import Dataset
+from fastmae.data.dataset import Dataset, upright_shapes
 from fastmae.data.errors import DataError
 from fastmae.data.sampler import Order, batch_positions, micro_batches, replacements
 
 ImgSize = tuple[int, int] | Callable[[int], tuple[int, int]]
 """Height and width, or a function that gives them for an epoch."""
+_AXES = (), (3,), (2,), (2, 3)
+
+
+class Source(NamedTuple):
+    """The pixels of a sample: where they are, and which of them. Plain Python values, because each of them is read for
+    every image, and NumPy's scalars are ten times as slow.
+
+    Attributes:
+        sample_id: whose pixels these are.
+        file: name of the file that holds the image, as in the index.
+        offset, size: where the image is in the file, bytes.
+        height, width: as stored.
+        orientation: EXIF.
+        format, mode: numbers, as in the index.
+        box: top, left, height, width in the upright image.
+    """
+
+    sample_id: int
+    file: str
+    offset: int
+    size: int
+    height: int
+    width: int
+    orientation: int
+    format: int
+    mode: int
+    box: list[int]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one batch that is known before a file is opened. All arrays have one row a sample.
+    """Everything about one batch that is known before a file is opened. All arrays have one row per sample.
 
     Attributes:
         step: the batch's number, from where the loader started.
         img_size: height and width of the images.
         positions: int64, global positions.
         sample_ids, epochs: int64, the keys of the samples' random draws.
-        source_ids: int64, whose pixels to take: ``sample_ids``, but for replacements.
+        source_ids: int64, whose pixels to take: ``sample_ids``, except for replacements.
         boxes: int64 (n, 4), top, left, height, width in the upright source image.
         flips: bool (n, 2), left and right, top and bottom.
         jitter: float64 (n, 4), factors of brightness, contrast and saturation, and the shift of hue; or None.
-        error: what went wrong in planning.
+        sources: the source of each sample.
+        mirrored: the axes of (1, C, H, W) along which to mirror each sample.
     """
 
     step: int
@@ -43,8 +71,12 @@ class Plan:
     source_ids: np.ndarray
     boxes: np.ndarray
     flips: np.ndarray
-    jitter: np.ndarray | None = None
-    error: BaseException | None = field(default=None)
+    jitter: np.ndarray | None
+    sources: list[Source]
+    mirrored: list[tuple[int, ...]]
+
+    def __len__(self) -> int:
+        return len(self.sources)
 
 
 @dataclass(frozen=True)
@@ -66,8 +98,8 @@ class Planner:
         return self.dataset.order(self.seed)
 
     def size(self, step: int) -> tuple[int, int]:
-        """Height and width of a batch's images: on every rank those of the epoch in which the optimiser's step begins
-        that the batch is a part of."""
+        """Height and width of a batch's images: those of the epoch in which its optimiser step begins, on every
+        rank."""
         if not callable(self.img_size):
             return self.img_size
         per_step = len(micro_batches(self.samples_per_step, self.batch_size, world_size=self.world_size))
@@ -86,23 +118,17 @@ class Planner:
         for j in np.flatnonzero(self.dataset.is_bad(sample_ids)):
             source_ids[j] = self.replacement(int(sample_ids[j]), int(epochs[j]), ())
         size = self.size(step)
-        return Plan(
-            step,
-            size,
-            positions,
-            sample_ids,
-            epochs,
-            source_ids,
-            self._boxes(sample_ids, epochs, source_ids, size),
-            flips(sample_ids, epochs, seed=self.seed, augment=self.augment),
-            jitter_factors(sample_ids, epochs, seed=self.seed, augment=self.augment),
-        )
+        boxes, sources = self._sources(sample_ids, epochs, source_ids, size)
+        keys = {"seed": self.seed, "augment": self.augment}
+        flipped, jitter = flips(sample_ids, epochs, **keys), jitter_factors(sample_ids, epochs, **keys)
+        axes = [_AXES[number] for number in (flipped @ (1, 2)).tolist()]
+        return Plan(step, size, positions, sample_ids, epochs, source_ids, boxes, flipped, jitter, sources, axes)
 
     def replacement(self, sample_id: int, epoch: int, excluded: Container[int]) -> int:
-        """The sample that takes the place of a bad one: a function of the latter's keys and of what is bad.
+        """The sample that takes the place of a bad one: a function of the latter's keys and of which files are bad.
 
         Raises:
-            DataError: nothing good is found.
+            DataError: no good sample is found.
         """
         for candidate in replacements(sample_id, epoch, len(self.dataset), self.seed):
             if candidate not in excluded and not self.dataset.is_bad(np.array([candidate]))[0]:
@@ -110,17 +136,20 @@ class Planner:
         path = self.dataset.path(sample_id)
         raise DataError(f"{path} does not decode, and neither does anything that could take its place")
 
-    def with_source(self, plan: Plan, j: int, source_id: int) -> Plan:
-        """A plan with other pixels for sample ``j``, and the box that its keys draw in them."""
-        source_ids, boxes = plan.source_ids.copy(), plan.boxes.copy()
-        source_ids[j] = source_id
+    def replace(self, plan: Plan, j: int, excluded: Container[int]) -> Source:
+        """Another source for sample ``j``, with the box that the sample's keys draw in it."""
         row = slice(j, j + 1)
-        boxes[j] = self._boxes(plan.sample_ids[row], plan.epochs[row], source_ids[row], plan.img_size)[0]
-        return replace(plan, source_ids=source_ids, boxes=boxes)
+        sample_ids, epochs = plan.sample_ids[row], plan.epochs[row]
+        other = np.array([self.replacement(int(sample_ids[0]), int(epochs[0]), excluded)])
+        return self._sources(sample_ids, epochs, other, plan.img_size)[1][0]
 
-    def _boxes(self, sample_ids, epochs, source_ids, img_size) -> np.ndarray:
-        shapes = self.dataset.shapes(source_ids)
-        return crop_boxes(sample_ids, epochs, *shapes, seed=self.seed, augment=self.augment, img_size=img_size)
+    def _sources(self, sample_ids, epochs, source_ids, img_size) -> tuple[np.ndarray, list[Source]]:
+        rows = self.dataset.rows(source_ids)
+        keys = {"seed": self.seed, "augment": self.augment, "img_size": img_size}
+        boxes = crop_boxes(sample_ids, epochs, *upright_shapes(rows), **keys)
+        fields = (rows[name].tolist() for name in Source._fields[2:-1])
+        columns = source_ids.tolist(), self.dataset.files(rows), *fields, boxes.tolist()
+        return boxes, list(map(Source._make, zip(*columns, strict=True)))
 
 
 class Batch(NamedTuple):
@@ -129,8 +158,8 @@ class Batch(NamedTuple):
     Attributes:
         images: uint8, or float32 in [0, 1] of data with a ``value_range``; logically (N, C, H, W), memory is
             (N, H, W, C), so this is a channels-last view.
-        sample_ids: int64 (N,), the samples' positions in the index. A sample that replaces an undecodable one goes
-            under the id of the one it replaces, so that keys for masks do not depend on when a bad file was found.
+        sample_ids: int64 (N,), the samples' positions in the index. The replacement of an undecodable sample keeps the
+            id of the one it replaces, so that keys of masks do not depend on when a bad file was found.
         epochs: int64 (N,); one batch may hold the end of an epoch and the beginning of the next.
     """
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fastmae.data.decode import decode
-from fastmae.data.errors import DataError, with_retries
+from fastmae.data.errors import DataError
 from fastmae.data.formats import Format
 from fastmae.data.index import Accepts, Index
 from fastmae.data.sampler import Order
-from fastmae.data.tar import OpenShards
+from fastmae.data.storage import Files, Shards, Storage
 
 logger = logging.getLogger(__name__)
 _LISTED = 10
@@ -71,8 +71,7 @@ class Dataset:
             expected = "at least 0" if window < 0 else f"0, because {root} holds no shards"
             raise ValueError(f"window: expected {expected}, got {window}")
         self.window = window
-        self._prefix = os.path.join(root, "")  # noqa: PTH118
-        self._shards = OpenShards() if index.shards else None
+        self.storage: Storage = Shards(root) if index.shards else Files(root)
 
     def __len__(self) -> int:
         return len(self.index.table)
@@ -135,27 +134,27 @@ class Dataset:
         """The index's rows of samples: ``table.ENTRY`` (n,), a copy."""
         return self.index.rows(sample_ids)
 
+    def files(self, rows: np.ndarray) -> list[str]:
+        """Names of the files that hold the images of some rows: the images themselves, or shards."""
+        if self.index.shards:
+            return [self.index.shards[number] for number in rows["shard"].tolist()]
+        return self._names(rows)
+
     def path(self, sample_id: int) -> str:
         """What a sample is called: its file's path, or its shard's with the member's name behind ``::``."""
-        row = self.index.table.rows(np.array([sample_id]))
-        name = os.fsdecode(self.index.table.names(row)[0])
-        if self._shards is None:
-            return self._below_root(name)
-        return f"{self._shard(row['shard'][0])}::{name}"
+        rows = self.rows(np.array([sample_id]))
+        path = self.storage.path(self.files(rows)[0])
+        return f"{path}::{self._names(rows)[0]}" if self.index.shards else path
 
     def read(self, sample_id: int) -> np.ndarray:
         """A sample's encoded bytes, uint8 (bytes,).
 
         Raises:
+            UndecodableImage: the file has changed since it was indexed.
             DataError: the file cannot be read, even after waiting and trying again.
         """
-        row = self.index.table.rows(np.array([sample_id]))
-        if self._shards is not None:
-            [(number, offset, size)] = row[["shard", "offset", "size"]].tolist()
-            shard = self._shard(number)
-            return with_retries(lambda: self._shards.read(shard, offset, size), shard)
-        path = self._below_root(os.fsdecode(self.index.table.names(row)[0]))
-        return with_retries(lambda: np.fromfile(path, np.uint8), path)
+        rows = self.rows(np.array([sample_id]))
+        return self.storage.read(self.files(rows)[0], int(rows["offset"][0]), int(rows["size"][0]), int(sample_id))
 
     def decode(self, sample_id: int) -> np.ndarray:
         """A sample's upright pixels, (height, width, C) of ``dtype``, possibly a strided view.
@@ -164,10 +163,14 @@ class Dataset:
             UndecodableImage: the bytes are not an image.
             DataError: the file cannot be read.
         """
-        orientation = int(self.index.table.rows(np.array([sample_id]))["orientation"][0])
+        orientation = int(self.rows(np.array([sample_id]))["orientation"][0])
+        return self.decode_bytes(self.read(sample_id), orientation)
+
+    def decode_bytes(self, encoded: np.ndarray, orientation: int) -> np.ndarray:
+        """The upright pixels of an encoded image, as :meth:`decode` returns them."""
         accepts = self.accepts
         options = {"value_range": accepts.value_range, "channels_first": accepts.channels_first}
-        return decode(self.read(sample_id), orientation, channels=accepts.channels, **options)
+        return decode(encoded, orientation, channels=accepts.channels, **options)
 
     def shape(self, sample_id: int) -> tuple[int, int]:
         """Height and width of the upright image."""
@@ -233,12 +236,8 @@ class Dataset:
         more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
         return f"{self.root}: {len(bad)} of {len(self)} images cannot be used:{listed}{more}"
 
-    def _shard(self, number: int) -> str:
-        return self._below_root(self.index.shards[number])
-
-    def _below_root(self, name: str) -> str:
-        # What os.path.join would do, in a tenth of the time; called for each sample of each batch.
-        return name if name.startswith("/") else self._prefix + name
+    def _names(self, rows: np.ndarray) -> list[str]:
+        return list(map(os.fsdecode, self.index.table.names(rows)))
 
 
 def upright_shapes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,30 +1,27 @@
-"""A loader that needs nothing but torch and torchvision."""
+"""The loader: batches made ahead in background threads, by one of two decoders."""
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from fastmae.data.augment import jitter_into
 from fastmae.data.batch import Batch, LateBad, Plan, Planner
 from fastmae.data.dataset import BadFile
-from fastmae.data.decode import UndecodableImage, resize_crop_into
 from fastmae.data.errors import DataError
+from fastmae.data.host import HostDecoder
 from fastmae.data.threads import Threads, join
-from fastmae.data.upload import Upload
 
 PREFETCH = 2
-"""Batches made ahead; more does not help where the loader is slower, and costs memory where it is faster."""
+"""Batches made ahead. More does not help where the loader is slower, and costs memory where it is faster."""
+PRODUCERS = 2
+"""Batches in the making at once, so that no thread waits for the slowest image of a batch."""
 _MOST_THREADS = 16
 _MEMORY_SHARE = 8
 """Batches made ahead take at most this part of the memory, or only one is made."""
@@ -36,7 +33,7 @@ class LoaderOptions(NamedTuple):
 
     Attributes:
         num_threads: threads that read, decode and resize.
-        prefetch: finished batches that wait for the consumer at most.
+        prefetch: most finished batches that wait for the consumer.
         cores: processor cores that this process may use.
         batch_bytes: bytes of a batch's images.
     """
@@ -93,57 +90,65 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class Loader(ABC):
+class Decoder(Protocol):
+    """Makes the images of a plan; called from several threads.
+
+    Attributes:
+        kind: ``"torch"`` or ``"dali"``.
+        device: where it makes them.
+    """
+
+    kind: str
+    device: torch.device
+
+    def decode(self, plan: Plan, images: Tensor) -> None:
+        """Make the images of a plan: (N, H, W, C) on ``device``, written."""
+
+    def describe(self) -> str:
+        """For a log: how images are decoded."""
+
+    def close(self) -> None:
+        """Free what the decoder holds; no thread is decoding any more."""
+
+
+class Loader:
     """An endless iterator of batches, made ahead in background threads.
 
     Which positions a batch holds is a pure function (:func:`fastmae.data.sampler.batch_positions`). Batches are equal
     bit for bit whatever the number of threads, and wherever in the run the loader was started.
 
+    Args:
+        planner: what the batches are made of.
+        decoder: makes the images.
+        host: has the decoding threads, and replaces bad files; often the decoder itself.
+        device: where batches are handed out.
+        options: what to use of the machine.
+        timeout: seconds without a batch after which ``next`` raises.
+
     Attributes:
         kind: ``"torch"`` or ``"dali"``.
-        options: what it uses of the machine.
     """
-
-    kind: str
-    num_producers = 1
 
     def __init__(
         self,
         planner: Planner,
+        decoder: Decoder,
+        host: HostDecoder,
         *,
         device: torch.device,
         options: LoaderOptions,
         timeout: float = 600.0,
-        known_bad: Iterable[LateBad] = (),
-        limit_bad: bool = True,
     ):
-        self.planner, self.options, self.timeout = planner, options, timeout
-        self.dataset, self.batch_size = planner.dataset, planner.batch_size
-        if planner.augment.color_jitter and self.dataset.channels != 3:
-            raise ValueError(f"color_jitter: hue and saturation need 3 channels, got {self.dataset.channels}")
-        if planner.augment.color_jitter and self.dataset.value_range is not None:
-            raise ValueError("color_jitter: expected 8-bit images, got a value range, with which they are floats")
-        self._on_gpu = device.type == "cuda"
-        if self._on_gpu and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
-        self._limit_bad = limit_bad
-        self._late = {late.sample_id: late for late in (LateBad(*item) for item in known_bad)}
-        self._reading: dict[int, int] = {}
-        self._lock = threading.Lock()
-        self._pool = Threads(options.num_threads, "fastmae-decode")
-        # Threads start on the first GPU: without this, every rank would open a context there.
-        initializer = (lambda: torch.cuda.set_device(device)) if self._on_gpu else None
-        self._producers = Threads(self.num_producers, "fastmae-batch", initializer)
+        self.planner, self.options, self.timeout, self.device = planner, options, timeout, device
+        self.dataset, self.batch_size, self.kind = planner.dataset, planner.batch_size, decoder.kind
+        self._decoder, self._host = decoder, host
+        on_gpu = device.type == "cuda"
+        self._upload = Upload(device) if on_gpu else None
+        self._producers = Threads(PRODUCERS, "fastmae-batch", (lambda: _use_gpu(device)) if on_gpu else None)
         self._pending: deque[Future[Batch]] = deque()
         self._next_step = 0
         self._error: BaseException | None = None
-        self._upload = Upload(device) if self._on_gpu else None
-        self._finalizer = weakref.finalize(self, _shut_down, self._producers, self._pool, self._upload)
-
-    @abstractmethod
-    def produce(self, step: int) -> Batch:
-        """Make the batch of a step; called in a background thread, in order if there is one producer."""
+        self._finalizer = weakref.finalize(self, _shut_down, self._producers, host.pool, self._upload)
 
     @property
     def num_threads(self) -> int:
@@ -152,7 +157,7 @@ class Loader(ABC):
 
     def describe(self) -> str:
         """For a log: how images are decoded, and what is used of the machine."""
-        return f"{self.kind} loader: {self.options.describe()}"
+        return f"{self._decoder.describe()}: {self.options.describe()}"
 
     def __iter__(self) -> Self:
         return self
@@ -186,12 +191,12 @@ class Loader(ABC):
         return batch
 
     def _wait(self) -> Batch:
-        """The first pending batch, which stays pending: interrupting the waiting must not lose it."""
+        """The first pending batch, which stays pending: interrupting the wait must not lose it."""
         future = self._pending[0]
         try:
             return future.result(self.timeout)
         except Exception as error:
-            # Going on would leave out this batch, so the same comes again.
+            # The next call raises it again: to go on would skip this batch.
             self._error = error if future.done() else self._late_batch()
             raise self._error from None if self._error is error else error
 
@@ -204,18 +209,34 @@ class Loader(ABC):
         self._next_step += 1
 
     def _late_batch(self) -> DataError:
-        reading = sorted(set(self._reading.copy().values()))
+        reading = sorted(set(self._host.reading.copy().values()))
         paths = "".join(f"\n  {self.dataset.path(i)}" for i in reading[:5]) or " none"
         return DataError(
             f"{self.dataset.root}: no batch came within {self.timeout:g} s. Files being read or decoded:{paths}\n"
             "The file system may hang. If it is only slow: a longer --data.timeout."
         )
 
+    def plan(self, step: int) -> Plan:
+        """What the batch of a step is made of, except for files that the index does not know to be bad."""
+        return self.planner.plan(step)
+
+    def produce(self, step: int) -> Batch:
+        """Make the batch of a step, here and now."""
+        plan, on_gpu = self.plan(step), self.device.type == "cuda"
+        shape, dtype = (len(plan), *plan.img_size, self.dataset.channels), getattr(torch, self.dataset.dtype.name)
+        pinned = on_gpu and self._decoder.device.type == "cpu"
+        images = torch.empty(shape, dtype=dtype, device=self._decoder.device, pin_memory=pinned)
+        self._decoder.decode(plan, images)
+        keys = torch.from_numpy(plan.sample_ids), torch.from_numpy(plan.epochs)
+        return Batch(images.permute(0, 3, 1, 2), *(key.pin_memory() if on_gpu else key for key in keys))
+
     def close(self) -> None:
-        """Stop the background threads; what hangs in a file is left behind. Closing twice does no harm."""
+        """Stop the background threads; one that waits for a file is left behind. Closing twice does no harm."""
         self._finalizer()
         self._pending.clear()
-        if not join([self._producers, self._pool]):
+        if join([self._producers, self._host.pool]):
+            self._decoder.close()
+        else:
             logger.warning("%s: a thread still waits for a file; it is left behind", self.dataset.root)
 
     def __enter__(self) -> Self:
@@ -231,119 +252,23 @@ class Loader(ABC):
         They are for reports and for the limit on bad files. Batches do not depend on them, so that a loader started
         anywhere in the run gives what one that ran all along does.
         """
-        with self._lock:
-            return [late for _, late in sorted(self._late.items())]
+        return self._host.late_bad
 
     @property
     def bad_files(self) -> list[BadFile]:
         """``late_bad`` by path."""
         return [BadFile(self.dataset.path(late.sample_id), late.reason) for late in self.late_bad]
 
-    def plan(self, step: int) -> Plan:
-        """What the batch of a step is made of, but for files that the index does not know to be bad."""
-        return self.planner.plan(step)
 
-    def image(self, sample_id: int) -> np.ndarray:
-        """A sample's upright pixels, (height, width, C) of the data set's dtype."""
-        with _Noted(self._reading, sample_id):
-            pixels = self.dataset.decode(sample_id)
-        if pixels.shape[:2] != self.dataset.shape(sample_id):
-            raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {self.dataset.shape(sample_id)}")
-        return pixels
-
-    def read(self, sample_id: int) -> np.ndarray:
-        """A sample's encoded bytes, uint8 (bytes,)."""
-        with _Noted(self._reading, sample_id):
-            return self.dataset.read(sample_id)
-
-    def render(self, plan: Plan, j: int, out: np.ndarray) -> None:
-        """Decode sample ``j`` of a plan on the host into ``out`` (H, W, C); replace it if it is bad."""
-        plan, pixels = self.decodable(plan, j)
-        self.finish_image(plan, j, pixels, plan.boxes[j], out)
-
-    def decodable(self, plan: Plan, j: int) -> tuple[Plan, np.ndarray]:
-        """The plan with a sample ``j`` that decodes as a whole, and its pixels.
-
-        Which one that is depends on the files alone: one known to be bad is not tried again, and would fail again.
-        """
-        tried: set[int] = set()
-        while True:
-            source_id, position = int(plan.source_ids[j]), int(plan.positions[j])
-            late = self._late.get(source_id)
-            if late is None:
-                try:
-                    return plan, self.image(source_id)
-                except UndecodableImage as error:
-                    late = LateBad(source_id, str(error), position)
-            # Also one that another thread found in a later batch, so that its position is the first one in any case.
-            self.record_bad(late._replace(position=position))
-            tried.add(source_id)
-            keys = int(plan.sample_ids[j]), int(plan.epochs[j])
-            plan = self.planner.with_source(plan, j, self.planner.replacement(*keys, tried))
-
-    def finish_image(self, plan: Plan, j: int, pixels: np.ndarray, box: np.ndarray, out: np.ndarray) -> None:
-        """Resize a crop of some pixels into ``out``, mirror it and change its colours as the plan says."""
-        resize_crop_into(out, pixels, box, plan.flips[j])
-        if plan.jitter is not None:
-            jitter_into(out, plan.jitter[j])
-
-    def record_bad(self, late: LateBad) -> None:
-        """Remember a sample that does not decode.
-
-        Raises:
-            DataError: more samples are bad than the data set allows, if this loader is to judge that.
-        """
-        with self._lock:
-            known = self._late.get(late.sample_id)
-            if known is None or late.position < known.position:
-                self._late[late.sample_id] = late
-        if known is None:
-            path = self.dataset.path(late.sample_id)
-            logger.warning("%s: %s; another sample takes its place", path, late.reason)
-        if self._limit_bad:
-            self.dataset.check_bad_fraction({late.sample_id: late.reason for late in self.late_bad})
-
-    def empty_images(self, plan: Plan) -> torch.Tensor:
-        """Memory for a batch's images: (N, H, W, C) of the data set's dtype, pinned if it goes to a GPU."""
-        shape = len(plan.positions), *plan.img_size, self.dataset.channels
-        return torch.empty(shape, dtype=getattr(torch, self.dataset.dtype.name), pin_memory=self._on_gpu)
-
-    def finish(self, plan: Plan, images: torch.Tensor) -> Batch:
-        """A batch from images (N, H, W, C)."""
-        ids, epochs = torch.from_numpy(plan.sample_ids), torch.from_numpy(plan.epochs)
-        if self._on_gpu:
-            ids, epochs = ids.pin_memory(), epochs.pin_memory()
-        return Batch(images.permute(0, 3, 1, 2), ids, epochs)
-
-    def for_each(self, action, count: int) -> None:
-        """Run ``action(j)`` for ``j`` in ``0..count-1`` on the decoding threads, a few to a task."""
-        chunk = max(1, min(16, count // (4 * self.options.num_threads)))
-        starts = range(0, count, chunk)
-        tasks = [self._pool.submit(_run_range, action, start, min(start + chunk, count)) for start in starts]
-        for task in tasks:
-            task.result()
-
-
-class _Noted:
-    """What the current thread is at, so that a message can tell when it never returns."""
-
-    def __init__(self, notes: dict[int, int], sample_id: int):
-        self.notes, self.sample_id = notes, sample_id
-
-    def __enter__(self) -> None:
-        self.notes[threading.get_ident()] = self.sample_id
-
-    def __exit__(self, *exception: object) -> None:
-        self.notes.pop(threading.get_ident(), None)
-
-
-def _run_range(action, start: int, stop: int) -> None:
-    for j in range(start, stop):
-        action(j)
+def _use_gpu(device: torch.device) -> None:
+    # Threads start on the first GPU, where every rank would open a context.
+    torch.cuda.set_device(device)
+    # Batches get memory of a stream of this thread, which is reused only after whoever read it (Upload.finish).
+    torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _produce(reference: weakref.ref[Loader], step: int) -> Batch:
-    # Queued work must not keep a loader alive that nobody holds any more.
+    # A queued step must not keep a loader alive that nobody holds any more.
     loader = reference()
     if loader is None:
         raise RuntimeError("the loader is gone")
@@ -357,29 +282,57 @@ def _shut_down(producers: Threads, pool: Threads, upload: Upload | None) -> None
         upload.close()
 
 
-class TorchLoader(Loader):
-    """Decodes with torchvision and resizes with torch, both of which release the interpreter lock, in threads."""
+class Upload:
+    """Copies one batch ahead to a GPU, on a stream of its own, beside the training step and not in front of it.
 
-    kind = "torch"
-    # Two batches are in the making at once, so that no thread waits for the slowest image of a batch.
-    num_producers = 2
+    Memory is allocated and freed on the consumer's stream and hence reused in its order, however far the host is ahead
+    of the device. Three things keep that right: the copy waits for what the consumer's stream has queued so far (it may
+    still use this memory), the consumer's stream waits for the copy's event, and it does so too for a batch that nobody
+    takes. The host never waits.
 
-    def __init__(self, planner: Planner, *, cache_bytes: int, **options):
-        super().__init__(planner, **options)
-        small = self.dataset.decoded_bytes(cache_bytes) <= cache_bytes
-        self._images: dict[int, np.ndarray] | None = {} if small else None
+    Tensors that are on the device already, such as the images that DALI decodes there, are not copied.
 
-    def image(self, sample_id: int) -> np.ndarray:
-        if self._images is None:
-            return super().image(sample_id)
-        pixels = self._images.get(sample_id)
-        if pixels is None:
-            pixels = self._images[sample_id] = np.ascontiguousarray(super().image(sample_id))
-        return pixels
+    Args:
+        device: a CUDA device.
+        cuda: ``torch.cuda``; tests pass a stand-in.
 
-    def produce(self, step: int) -> Batch:
-        plan = self.plan(step)
-        images = self.empty_images(plan)
-        out = images.numpy()
-        self.for_each(lambda j: self.render(plan, j, out[j]), len(out))
-        return self.finish(plan, images)
+    Attributes:
+        pending: whether a batch is on its way.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._device, self._cuda = device, cuda
+        self._stream = cuda.Stream(device)
+        self._batch: Batch | None = None
+        self._copied: Any = None
+
+    @property
+    def pending(self) -> bool:
+        return self._batch is not None
+
+    def start(self, batch: Batch) -> None:
+        """Begin to copy a batch, whose tensors are pinned or on the device; none may be pending."""
+        copies = [t if t.device == self._device else torch.empty_like(t, device=self._device) for t in batch]
+        self._stream.wait_stream(self._cuda.current_stream(self._device))
+        with self._cuda.stream(self._stream):
+            for copy, tensor in zip(copies, batch, strict=True):
+                if copy is not tensor:
+                    copy.copy_(tensor, non_blocking=True)
+            self._copied = self._stream.record_event()
+        self._batch = Batch(*copies)
+
+    def finish(self) -> Batch:
+        """The pending batch: what is queued on the current stream from now on finds it there."""
+        batch, self._batch = self._batch, None
+        stream = self._cuda.current_stream(self._device)
+        stream.wait_event(self._copied)
+        for tensor in batch:
+            # A no-op for memory of this stream. A decoder's images have memory of another one, which must not take it
+            # back while this one still reads; so has a copy that was started while another stream was current.
+            tensor.record_stream(stream)
+        return batch
+
+    def close(self) -> None:
+        """Drop the pending batch, if there is one."""
+        if self.pending:
+            self.finish()

@@ -18,8 +18,9 @@ from fastmae.data.batch import ImgSize, LateBad, Planner
 from fastmae.data.dataset import Dataset, printable
 from fastmae.data.errors import DataError
 from fastmae.data.formats import COLOR_16, Format
+from fastmae.data.host import HostDecoder
 from fastmae.data.index import MANIFEST, Accepts, publish_index, trusted_index
-from fastmae.data.loader import Loader, TorchLoader, choose_options
+from fastmae.data.loader import Loader, choose_options
 from fastmae.data.photographs import open_photographs
 from fastmae.data.sampler import micro_batches
 from fastmae.data.sources import EXPECTED, find_source
@@ -302,18 +303,27 @@ def create_loader(
     if not 0 <= hw_decoder_load <= 1:
         raise ValueError(f"hw_decoder_load: expected a share from 0 to 1, got {hw_decoder_load}")
     split_seed(seed)
-    device = torch.device(device)
+    device, augment = torch.device(device), augment or Augment()
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if augment.color_jitter and dataset.channels != 3:
+        raise ValueError(f"color_jitter: hue and saturation need 3 channels, got {dataset.channels}")
+    if augment.color_jitter and dataset.value_range is not None:
+        raise ValueError("color_jitter: expected 8-bit images, got a value range, with which they are floats")
+    kind = choose_loader(dataset, loader)
     img_size = img_size if callable(img_size) else tuple(img_size)
     order = batch_size, img_size, seed, position, rank, world_size
-    planner = Planner(dataset, *order, augment or Augment(), samples_per_step)
+    planner = Planner(dataset, *order, augment, samples_per_step)
     batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels * dataset.dtype.itemsize
     machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
-    options = {"device": device, "options": machine, "timeout": timeout, "known_bad": known_bad, "limit_bad": limit_bad}
-    if choose_loader(dataset, loader) == "dali":
-        from fastmae.data.dali import DaliLoader
+    cached = {"cache_bytes": cache_bytes} if kind == "torch" else {}
+    host = HostDecoder(planner, machine.num_threads, known_bad=known_bad, limit_bad=limit_bad, **cached)
+    decoder = host
+    if kind == "dali":
+        from fastmae.data.dali import DaliDecoder
 
-        return DaliLoader(planner, hw_decoder_load=hw_decoder_load, **options)
-    return TorchLoader(planner, cache_bytes=cache_bytes, **options)
+        decoder = DaliDecoder(planner, host, device, hw_decoder_load=hw_decoder_load)
+    return Loader(planner, decoder, host, device=device, options=machine, timeout=timeout)
 
 
 def fixed_crops(

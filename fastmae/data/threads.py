@@ -1,8 +1,7 @@
-"""Threads that a file system cannot hold hostage.
+"""Threads that cannot keep the process from ending.
 
-The standard library's pool waits for its threads when the interpreter ends, for ever if one of them reads a file on a
-server that does not answer. These threads are waited for a few seconds, which is plenty for whatever computes, and then
-left behind.
+The standard library's pool waits for its threads when the interpreter exits, forever if one of them reads from a file
+server that does not answer. These threads get a few seconds to finish and are then left behind.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, InvalidStateError, ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import islice
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PATIENCE = 3.0
-"""Seconds that ending waits for a thread in the middle of something."""
+"""Seconds that a thread gets to finish what it is doing."""
 _all: weakref.WeakSet[Threads] = weakref.WeakSet()
 
 
@@ -47,7 +46,7 @@ def in_order(
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Lists of ``size`` items, the last of fewer."""
+    """Lists of ``size`` items; the last may be shorter."""
     items = iter(items)
     while some := list(islice(items, size)):
         yield some
@@ -57,17 +56,18 @@ class Threads(Executor):
     """A pool of daemon threads.
 
     Args:
-        count: how many.
+        count: number of threads.
         name: prefix of the threads' names.
-        initializer: what each thread calls first.
+        initializer: each thread calls it first.
     """
 
     def __init__(self, count: int, name: str, initializer: Callable[[], None] | None = None):
-        self._tasks: SimpleQueue = SimpleQueue()
-        self._state = _State()
-        arguments = self._tasks, self._state, initializer
+        self._tasks: SimpleQueue[tuple[Future, Callable] | None] = SimpleQueue()
+        self._lock, self._stopped = threading.Lock(), False
+        self._current: set[Future] = set()
         self._threads = [
-            threading.Thread(target=_work, args=arguments, name=f"{name}_{i}", daemon=True) for i in range(count)
+            threading.Thread(target=self._work, args=(initializer,), name=f"{name}_{i}", daemon=True)
+            for i in range(count)
         ]
         for thread in self._threads:
             thread.start()
@@ -75,25 +75,28 @@ class Threads(Executor):
         _end_at_exit()
 
     def submit(self, function, /, *args, **kwargs) -> Future:
-        with self._state.lock:
-            if self._state.stopped:
+        future: Future = Future()
+        with self._lock:
+            if self._stopped:
                 raise CancelledError("the threads have been stopped")
-            future: Future = Future()
-            self._tasks.put((future, function, args, kwargs))
+            self._tasks.put((future, partial(function, *args, **kwargs)))
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
-        """Start nothing any more. Whoever waits for a result gets ``CancelledError``, at once.
+        """Start no more tasks. Whoever waits for a result gets ``CancelledError`` at once.
 
         Args:
-            wait: give what is running ``PATIENCE`` seconds to end.
+            wait: give running tasks ``PATIENCE`` seconds to finish.
             cancel_futures: only True is possible.
         """
-        with self._state.lock:
-            if not self._state.stopped:
-                self._state.stopped = True
-                for future in self._state.running:
+        with self._lock:
+            if not self._stopped:
+                self._stopped = True
+                for future in self._current:
                     _settle(future.set_exception, CancelledError("the threads have been stopped"))
+                with contextlib.suppress(Empty):
+                    while True:
+                        self._tasks.get_nowait()[0].cancel()
                 for _ in self._threads:
                     self._tasks.put(None)
         if wait:
@@ -104,16 +107,35 @@ class Threads(Executor):
         """The threads that have not ended."""
         return [thread for thread in self._threads if thread.is_alive()]
 
+    def _work(self, initializer: Callable[[], None] | None) -> None:
+        if initializer is not None:
+            initializer()
+        while (task := self._tasks.get()) is not None:
+            self._run(*task)
+            del task  # the next one may be long in coming
 
-class _State:
-    def __init__(self):
-        self.lock = threading.Lock()
-        self.stopped = False
-        self.running: set[Future] = set()
+    def _run(self, future: Future, call: Callable[[], object]) -> None:
+        with self._lock:
+            if self._stopped or not future.set_running_or_notify_cancel():
+                future.cancel()
+                return
+            self._current.add(future)
+        try:
+            result, settle = call(), future.set_result
+        except BaseException as error:
+            result, settle = error, future.set_exception
+        with self._lock:
+            self._current.discard(future)
+        _settle(settle, result)
 
 
-def join(pools: list[Threads]) -> bool:
-    """Wait for the threads of stopped pools, ``PATIENCE`` seconds at most; whether they have all ended."""
+def _settle(settle: Callable[[object], None], value: object) -> None:
+    with contextlib.suppress(InvalidStateError):  # shutdown has settled it
+        settle(value)
+
+
+def join(pools: Iterable[Threads]) -> bool:
+    """Wait for the threads of stopped pools, at most ``PATIENCE`` seconds; return whether all have ended."""
     deadline = time.monotonic() + PATIENCE
     threads = [thread for pool in pools for thread in pool.alive if thread is not threading.current_thread()]
     for thread in threads:
@@ -127,34 +149,8 @@ def _end_at_exit() -> None:
 
 
 def _end() -> None:
-    # Threads inside a decoder while its library is being unloaded would crash the process.
+    # A thread inside a decoder would crash the process when the decoder's library is unloaded.
     pools = list(_all)
     for pool in pools:
         pool.shutdown(wait=False)
     join(pools)
-
-
-def _work(tasks: SimpleQueue, state: _State, initializer: Callable[[], None] | None) -> None:
-    if initializer is not None:
-        initializer()
-    while (task := tasks.get()) is not None:
-        future, function, args, kwargs = task
-        with state.lock:
-            if state.stopped or not future.set_running_or_notify_cancel():
-                future.cancel()
-                _settle(future.set_exception, CancelledError("the threads have been stopped"))
-                continue
-            state.running.add(future)
-        try:
-            result, settle = function(*args, **kwargs), future.set_result
-        except BaseException as error:
-            result, settle = error, future.set_exception
-        with state.lock:
-            state.running.discard(future)
-        _settle(settle, result)
-        del future, function, args, kwargs, result, settle, task
-
-
-def _settle(settle: Callable[[object], None], value: object) -> None:
-    with contextlib.suppress(InvalidStateError):  # stopped in the meantime, and settled then
-        settle(value)

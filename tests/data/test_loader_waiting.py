@@ -13,33 +13,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loading import KINDS, OPTIONS, assert_equal, needs_dali, smooth, take
-from PIL import Image
+from loading import KINDS, OPTIONS, assert_equal, needs_dali, take
 
-from fastmae.data import DataError, create_loader, open_dataset
+from fastmae.data import DataError, create_loader
+from fastmae.data import host as host_module
 from fastmae.data import loader as loader_module
 from fastmae.data import threads as threads_module
-from fastmae.data.loader import choose_options
+from fastmae.data.loader import PRODUCERS, choose_options
 from fastmae.data.threads import Threads
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_closing_leaves_behind_what_hangs(tmp_path, kind, monkeypatch, caplog):
-    """A pipe that nobody writes to stands for a file on a dead server."""
+def test_a_read_that_hangs_is_named_and_left_behind(dataset, kind, monkeypatch, caplog):
     monkeypatch.setattr(threads_module, "PATIENCE", 0.2)
-    for i in range(8):
-        Image.fromarray(smooth(30, 40, i)).save(tmp_path / f"{i}.png")
-    dataset = open_dataset(tmp_path, cache_dir=tmp_path / ".cache")
-    Path(dataset.path(7)).unlink()
-    os.mkfifo(dataset.path(7))
+    take(dataset, kind, 1)  # has imported the decoder
+    answer, read = threading.Event(), dataset.storage.read
+    monkeypatch.setattr(dataset.storage, "read", lambda *where: (where[-1] == 7 and answer.wait(60), read(*where))[1])
     with (
-        create_loader(dataset, loader=kind, batch_size=8, img_size=(8, 8), seed=0, timeout=1) as loader,
-        pytest.raises(DataError, match=r"7\.png"),
+        create_loader(dataset, loader=kind, batch_size=11, img_size=(8, 8), seed=0, timeout=2) as loader,
+        pytest.raises(DataError, match=rf"no batch came within 2 s.*:\n  {dataset.path(7)}\n"),
     ):
         next(loader)
     assert "left behind" in caplog.text
-    with open(dataset.path(7), "wb"):  # noqa: PTH123 - lets go of the thread
-        pass
+    answer.set()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,14 +59,10 @@ def test_interrupting_the_waiting_loses_no_batch(dataset, kind, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "prefetch"), [("torch", 1), ("torch", 3), pytest.param("dali", 3, marks=needs_dali)])
 def test_the_loader_works_ahead_while_the_consumer_does_not_ask(dataset, kind, prefetch, monkeypatch):
-    finished = []
-    finish = loader_module.Loader.finish
-
-    def counted(self, plan, images):
-        finished.append(plan.step)
-        return finish(self, plan, images)
-
-    monkeypatch.setattr(loader_module.Loader, "finish", counted)
+    finished, produce = [], loader_module.Loader.produce
+    monkeypatch.setattr(
+        loader_module.Loader, "produce", lambda self, step: (produce(self, step), finished.append(step))[0]
+    )
     with create_loader(dataset, loader=kind, prefetch=prefetch, **OPTIONS) as loader:
         for consumed in (1, 2, 3):
             next(loader)
@@ -85,19 +77,19 @@ def test_the_loader_works_ahead_while_the_consumer_does_not_ask(dataset, kind, p
 def test_memory_is_bounded(dataset, kind, monkeypatch):
     """Counted: batches whose memory is alive at once, over many steps; and what the process holds."""
     alive: set[int] = set()
-    most, number = 0, 0
-    empty_images = loader_module.Loader.empty_images
+    most, number, split = 0, 0, host_module.split
 
-    def counted(self, img_size):
+    def counted(images):
         nonlocal most, number
-        images = empty_images(self, img_size)
         number += 1
         alive.add(number)
         weakref.finalize(images.untyped_storage(), alive.discard, number)
         most = max(most, len(alive))
-        return images
+        return split(images)
 
-    monkeypatch.setattr(loader_module.Loader, "empty_images", counted)
+    monkeypatch.setattr(host_module, "split", counted)
+    if kind == "dali":
+        monkeypatch.setattr("fastmae.data.dali.split", counted)
     options = {"batch_size": 4, "img_size": (224, 224), "seed": 0, "prefetch": 2, "cache_bytes": 0}
     with create_loader(dataset, loader=kind, **options) as loader:
         for _ in range(10):
@@ -109,7 +101,7 @@ def test_memory_is_bounded(dataset, kind, monkeypatch):
         gc.collect()
         grown = resident_bytes() - before
     assert number >= 60
-    assert most <= 2 + 1 + loader.num_producers  # waiting, handed out, and being made
+    assert most <= 2 + 1 + PRODUCERS  # waiting, handed out, and being made
     assert grown < 15e6, "50 batches are 30 MB"
 
 

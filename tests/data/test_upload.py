@@ -10,7 +10,7 @@ from loading import KINDS, OPTIONS, assert_equal, take, write_source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmae.data import Batch, DataError, create_loader, open_dataset
-from fastmae.data.upload import Upload
+from fastmae.data.loader import Upload
 
 HERE = torch.device("cpu", 0)
 """Another device than the loaders' "cpu", for what compares them, on which copies have values."""
