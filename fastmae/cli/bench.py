@@ -47,15 +47,12 @@ PHASES = ("loader", "model", "both")
 _ROUNDS, _MIN_ROUNDS = 5, 2
 _READY_BEYOND_PREFETCH = 4
 """Batches that a loader may have ready beside its queue: DALI's own, one in the making, one on its way to the GPU."""
-_PRODUCT = 0.05
-"""Seconds of a matrix product on a CPU that are enough for a peak."""
+_PRODUCT = 0.05  # seconds of a matrix product on a CPU that are enough for a peak
 _EVEN, _KEPT = 1.1, 0.9
 """Rates within this factor are called equal; below this fraction of the slower one's rate, loader and model get in each
 other's way."""
-_IDLE_CORES = 0.75
-"""With less than this fraction of the cores at work, the loader waits for something else than processors."""
-_SAMPLED = 4096
-"""Images whose sizes are looked at."""
+_IDLE_CORES = 0.75  # with less of the cores at work, the loader waits for something else than processors
+_SAMPLED = 4096  # images whose sizes are looked at
 
 
 def bench(config: PretrainConfig, seconds: float, json_file: Path | None) -> int:
@@ -238,11 +235,11 @@ class _Bench:
         return seconds
 
 
-def settle(device: torch.device, patience: float = 2.0) -> None:
+def settle(device: torch.device) -> None:
     """Wait until the device and this process's threads do nothing: the loader's queue is full then."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    deadline, quiet = time.monotonic() + patience, 0
+    deadline, quiet = time.monotonic() + 2, 0
     while quiet < 2 and time.monotonic() < deadline:
         before = time.process_time()
         time.sleep(0.02)

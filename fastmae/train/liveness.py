@@ -126,6 +126,9 @@ class StopRequest:
 # Agreement of the ranks
 
 
+_ELSEWHERE = "a signal to another rank"
+
+
 class Agreement:
     """When to save by the clock and when to leave, decided by all ranks at the same step and without waiting.
 
@@ -152,7 +155,8 @@ class Agreement:
         self._ranks, self._stop, self._deadline = ranks, stop, deadline
         self._save_every, self._saving = save_every or math.inf, saving
         self._interval, self._steps, self._looked_at = 1, 0, -math.inf
-        self._pending: Callable[[], list[float]] = lambda: [0.0, 0.0, 0.0, math.inf]
+        self._pending: Callable[[], list[float]] = lambda: [0.0, 0.0, 0.0, 0.0, math.inf]
+        self.signal: str | None = None  # for which all ranks leave
         self.saved()
 
     def saved(self) -> None:
@@ -167,38 +171,33 @@ class Agreement:
         if self._steps < self._interval:
             return False
         now = time.monotonic()
-        flags = bool(self._stop.requested) or now >= self._deadline, now - self._saved_at >= self._save_every
+        flags = bool(self._stop.requested), now >= self._deadline, now - self._saved_at >= self._save_every
         asked = self._ranks.maximum(*flags, self._saving(), (now - self._looked_at) / self._steps)
         self._looked_at, self._steps = now, 0
         if self._ranks.size == 1:
-            leave, save, saving, _ = asked()
+            signalled, over, save, saving, _ = asked()
         else:
-            leave, save, saving, seconds = self._pending()
+            signalled, over, save, saving, seconds = self._pending()
             save, saving = save and not self._void, saving or self._void
             self._interval = min(max(1, int(1 / max(seconds, 1e-9))), self.max_steps)
         self._pending, self._void = asked, False
         self.save_due, self.all_saved = bool(save), not saving
-        return bool(leave)
+        if signalled:
+            self.signal = self._stop.requested or _ELSEWHERE
+        return bool(signalled or over)
 
 
 def leave_if_asked(ranks: Ranks, stop: StopRequest) -> None:
     """Raise :class:`StoppedEarly` on all ranks if a signal has come to any; every rank calls it."""
-    if name := any_signal(ranks, stop):
-        raise StoppedEarly(name)
-
-
-def any_signal(ranks: Ranks, stop: StopRequest) -> str | None:
-    """The signal that came to this rank or another; every rank calls it, and waits for the others."""
-    anywhere = ranks.any(bool(stop.requested))
-    return stop.requested or ("a signal to another rank" if anywhere else None)
+    if ranks.any(bool(stop.requested)):
+        raise StoppedEarly(stop.requested or _ELSEWHERE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lost and lagging ranks
 
 _FAILED, _ENDED, _WAITING = "failed", "ended", "waiting for other ranks"
-_SILENT_BEATS = 6
-"""Beats that a rank may miss."""
+_SILENT_BEATS = 6  # beats that a rank may miss
 _NO_STORE = "the store of the process group does not answer, so lost ranks cannot be named"
 _TRANSPORT = re.compile(
     r"(?s)(?!.*enforce fail).*(\bgloo/(transport|rendezvous)/|Gloo connectFullMesh failed|Application timeout|"

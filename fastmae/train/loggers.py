@@ -30,10 +30,8 @@ Row = dict[str, Any]
 
 _log = logging.getLogger(__name__)
 
-_BAR = 8
-"""Columns of the progress bar."""
-_WANDB_FINISH = 30.0
-"""Seconds that closing a W&B run may take."""
+_BAR = 8  # columns of the progress bar
+_WANDB_FINISH = 30.0  # seconds that closing a W&B run may take
 
 
 class Logger(Protocol):

@@ -16,8 +16,7 @@ from torch.profiler import profile, record_function, schedule
 
 from fastmae.train.callbacks import Callback
 
-_WARMUP = 2
-"""Steps before the wanted ones in which the profiler settles."""
+_WARMUP = 2  # steps before the wanted ones in which the profiler settles
 _OPERATORS = 25
 
 

@@ -34,7 +34,7 @@ from fastmae.train.checkpoint import (
 from fastmae.train.checkpoint.format import discard, reading
 from fastmae.train.config import PretrainConfig
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
-from fastmae.train.liveness import Agreement, StopRequest, Watchdog, any_signal
+from fastmae.train.liveness import Agreement, StopRequest, Watchdog
 from fastmae.train.loggers import Row
 from fastmae.train.metrics import Reporter
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
@@ -196,7 +196,7 @@ class Trainer:
             self.saves.wait()  # before it is asked what the newest checkpoint holds
             if not self.saves.holds(self.step):
                 self.save(last=True)
-            signal, total = any_signal(self.ranks, stop), self.schedule.total_steps
+            signal, total = self.agreement.signal, self.schedule.total_steps
             status: Status = "preempted" if signal and self.step < total else "finished"
             if not signal and self.step < total:
                 reached = f"at step {self.step:,} of {total:,}"
