@@ -10,8 +10,8 @@ help:
 	@echo "make bench          the benchmarks, on this machine"
 	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
 	@echo "make bench-data     the loaders of a CPU, into CPU_RESULTS; IMAGES=FOLDER of JPEGs (about three minutes)"
-	@echo "make report         write the tables of README and docs from the committed results"
-	@echo "make gpu            on a CUDA machine: numerics and benchmarks, in nine minutes, into OUT; FLAGS=--second for the rest"
+	@echo "make report         write all generated tables from the committed results"
+	@echo "make gpu            on a CUDA machine: tests and benchmarks, in nine minutes, into OUT; FLAGS=--second for the rest"
 	@echo "make release-check  the README's first command in a fresh virtual environment, whole, with its promises checked"
 	@echo "make soak           the slow tests; kill and resume runs KILLS (default 50) times, into SOAK_RESULTS: they must end the same"
 
@@ -45,23 +45,24 @@ bench:
 
 # What is committed about a CPU: one thread, since two compete for caches and with whatever else runs.
 CPU_RESULTS ?= benchmarks/results/cpu
+CPU_BENCH = $(PYTHON) -m pytest -q --threads 1 --precision bf16
 bench-cpu:
 	mkdir -p $(CPU_RESULTS)
-	$(PYTHON) -m pytest benchmarks/bench_attention.py -q --threads 1 --precision bf16 --benchmark-json=$(CPU_RESULTS)/attention.json
-	$(PYTHON) -m pytest benchmarks -q --threads 1 --precision bf16 --compile --benchmark-json=$(CPU_RESULTS)/ops.json \
-	  $(foreach name,step attention data quick,--ignore benchmarks/bench_$(name).py)
-	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --precision bf16 --levers --compile --bf16-residual \
-	  --model small-32px:128 --rounds 5 --benchmark-json=$(CPU_RESULTS)/step-small.json
-	$(PYTHON) -m pytest benchmarks/bench_step.py -q --threads 1 --precision bf16 --levers --compile --model base:8 --rounds 5 \
-	  --benchmark-json=$(CPU_RESULTS)/step-base.json
-	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/*.json
+	$(CPU_BENCH) benchmarks/bench_attention.py --results $(CPU_RESULTS)/attention.jsonl
+	$(CPU_BENCH) benchmarks --compile --results $(CPU_RESULTS)/ops.jsonl \
+	  $(foreach name,step attention data quick ceilings,--ignore benchmarks/bench_$(name).py)
+	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --bf16-residual --model small-32px:128 --rounds 5 \
+	  --results $(CPU_RESULTS)/step-small.jsonl
+	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --model base:8 --rounds 5 \
+	  --results $(CPU_RESULTS)/step-base.jsonl
+	$(PYTHON) benchmarks/report.py collect $(CPU_RESULTS)/*.jsonl
 
 # One thread of PyTorch's, since the loaders have threads of their own, and all cores for each of them in turn.
 bench-data:
 	mkdir -p $(CPU_RESULTS)
-	$(PYTHON) -m pytest benchmarks/bench_data.py -q -k "not photographs" --threads 1 --rounds 7 $(if $(IMAGES),--images $(IMAGES)) \
-	  --benchmark-json=$(CPU_RESULTS)/data.json
-	$(PYTHON) benchmarks/report.py slim $(CPU_RESULTS)/data.json
+	$(PYTHON) -m pytest benchmarks/bench_data.py -q --threads 1 --rounds 7 $(if $(IMAGES),--images $(IMAGES)) \
+	  --results $(CPU_RESULTS)/data.jsonl
+	$(PYTHON) benchmarks/report.py collect $(CPU_RESULTS)/data.jsonl
 
 report:
 	$(PYTHON) benchmarks/report.py write

@@ -9,12 +9,11 @@
 
 from __future__ import annotations
 
-import apex_layer_norm
-import plain
 import pytest
 import torch
-from comparison import Comparison, Unavailable, compiled
-from levers import SDPAttention, with_attention
+from benchmark import Benchmark, Unavailable, compiled
+from facebook import SDPAttention, with_attention
+from op_benchmark import CUDA, apex_layer_norm, under_autocast
 from torch import nn
 
 from fastmae import reference
@@ -23,15 +22,13 @@ from fastmae.ops import _xformers
 
 DEPTH = 2
 # (name, N, L, D, heads)
-SHAPES = (
-    [("encoder-L", 256, 50, 1024, 16), ("encoder-B", 256, 50, 768, 12), ("decoder", 256, 197, 512, 16)]
-    if torch.cuda.is_available()
-    else [("encoder-B", 8, 50, 768, 12), ("decoder", 8, 197, 512, 16)]
-)
+SHAPES = [("encoder-B", 8, 50, 768, 12), ("decoder", 8, 197, 512, 16)]
+if CUDA:
+    SHAPES = [("encoder-L", 256, 50, 1024, 16), ("encoder-B", 256, 50, 768, 12), ("decoder", 256, 197, 512, 16)]
 COMPETITORS = ["fastmae", "fastmae-compile", "fastmae-xformers", "plain", "sdpa", "sdpa-compile", "apex"]
 
 
-def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Comparison:
+def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Benchmark:
     name, n, length, dim, heads = shape
     x = torch.randn(n, length, dim, device=device, requires_grad=True)
     grad = torch.randn_like(x)
@@ -44,44 +41,41 @@ def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat1
         blocks.load_state_dict(shared.state_dict(keep_vars=True), assign=True)
         return blocks
 
-    def plain_blocks(attention=None, norm=None):
+    def plain(attention=reference.Attention, layer_norm=None):
         blocks = on_shared(lambda: reference.Block(dim, heads, 4.0))
-        if attention:
-            with_attention(blocks, attention)
-        for block in blocks if norm else ():
-            for name, old in (("norm1", block.norm1), ("norm2", block.norm2)):
-                new = norm(dim, eps=old.eps)
-                new.weight, new.bias = old.weight, old.bias
-                setattr(block, name, new)
+        with_attention(blocks, attention)
+        for norm in (norm for block in blocks for norm in (block.norm1, block.norm2) if layer_norm):
+            norm.forward = lambda x, norm=norm: layer_norm(x, norm.weight, norm.bias)
         return lambda: nn.Sequential(*blocks)(x)
 
-    def fast_blocks(backend):
+    def ours(backend):
         blocks = on_shared(lambda: Block(dim, heads, 4.0, backend))
         return lambda: run_blocks(blocks, x)
 
-    def passes(forward):
-        forward = plain.under_autocast(forward, device, dtype)
+    def step(forward):
+        forward = under_autocast(forward, device, dtype)
         return lambda: torch.autograd.grad(forward(), [x, *parameters], grad)
 
-    def without_xformers() -> str | None:
+    def with_xformers():
         try:
-            return _xformers.require(device)
+            _xformers.require(device)
         except ValueError as error:
-            return str(error)
+            return Unavailable(error)
+        return step(ours("xformers"))
 
-    no_apex, no_xformers = apex_layer_norm.missing(device), without_xformers()
-    competitors = {
-        "fastmae": passes(fast_blocks("auto")),
-        "fastmae-compile": passes(compiled(fast_blocks("auto"))),
-        "fastmae-xformers": Unavailable(no_xformers) if no_xformers else passes(fast_blocks("xformers")),
-        "plain": passes(plain_blocks()),
-        "sdpa": passes(plain_blocks(SDPAttention)),
-        "sdpa-compile": passes(compiled(plain_blocks(SDPAttention))),
-        "apex": Unavailable(no_apex) if no_apex else passes(plain_blocks(SDPAttention, apex_layer_norm.LayerNorm)),
+    apex = apex_layer_norm(device)
+    calls = {
+        "fastmae": step(ours("auto")),
+        "fastmae-compile": step(compiled(ours("auto"))),
+        "fastmae-xformers": with_xformers(),
+        "plain": step(plain()),
+        "sdpa": step(plain(SDPAttention)),
+        "sdpa-compile": step(compiled(plain(SDPAttention))),
+        "apex": apex if isinstance(apex, Unavailable) else step(plain(SDPAttention, apex)),
     }
     # Four products of 12 D * D weights in all and two of attention, a multiply and an add each; twice that backward.
     flops = 3 * DEPTH * n * length * (2 * 12 * dim * dim + 2 * 2 * length * dim)
-    return Comparison(f"block, {name}, {DEPTH} in a row", competitors, flops=flops, dtype=dtype)
+    return Benchmark(f"block, {name}, {DEPTH} in a row", calls, flops=flops, dtype=dtype)
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)

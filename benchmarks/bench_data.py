@@ -1,22 +1,33 @@
-"""Loaders: ours on torch and on DALI, against facebookresearch/mae's torchvision + Pillow loader, and WebDataset's.
+"""Loaders: ours on torch and on DALI, against facebookresearch/mae's torchvision + Pillow loader, WebDataset's, and one
+on nvImageCodec; images per second, and CPU seconds per image.
 
 ``--images PATH`` is a folder of JPEGs; without it JPEGs of ImageNet's usual size are cut from the embedded photographs.
 The images lie in a folder, in tar shards byte for byte, and in tar shards re-encoded at a short side of 256. All
-loaders make the same crops (see loaders.py), take turns in one run (see turns.py), and have one thread or worker
-process a core. The page cache is warm: what is measured is work, not a disk.
+loaders make the same crops (see loaders.py), and have one thread or worker process per core. The page cache is warm:
+what is measured is work, not a disk.
 
 ``pillow-uint8``, ``pillow-float``   facebookresearch/mae's loader with ``PILToTensor``, and as it is: ``ToTensor`` and
                                      normalisation, four times the bytes
 ``webdataset``                       the same transform with uint8 output behind a WebDataset pipeline
+``nvimgcodec``                       nvImageCodec, which decodes the crop alone, and torch in a ``DataLoader``
 ``fastmae-torch``, ``fastmae-dali``  ours; on CUDA the latter decodes there
 ``fastmae-dali-host``                on CUDA: decoding on the CPU all the same
 ``dali-bare``, ``dali-bare-no-engine``  on CUDA: a DALI pipeline alone, with and without the hardware JPEG engine
+
+Loaders take turns: while one is timed, the others stand still with full queues. A loader works ahead, so that its first
+batches after a pause cost nothing and its last ones leave work behind. Hence a turn begins with batches that are not
+timed, more than any loader has ready, and ends when nobody works any more. Wall time is taken over the batches in
+between; CPU time (this process, its threads and its worker processes) over the whole turn, which begins and ends with
+full queues, and in which therefore exactly as many images were made as were taken.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import statistics
+import time
 from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -26,147 +37,144 @@ import loaders
 import numpy as np
 import pytest
 import torch
-from comparison import Comparison, Prepared, Unavailable
-from measure import Meter
-from PIL import Image
-from stages import STAGED, Stages
-from turns import Course
+from benchmark import Benchmark, Setup, Timer, Unavailable, ratios
+from op_benchmark import CUDA
 
-from fastmae.data import Dataset, create_loader, fixed_crops, has_dali, open_dataset
+from fastmae.data import Dataset, create_loader, has_dali, open_dataset
 from fastmae.data.shards import ShardOptions, write_shards
 
-CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 BATCH, SIZE, SHORT_SIDE = 64, (224, 224), 256
-# More than any loader has ready: two a worker process, two in our queue and two in DALI's, and one in the making.
 CORES = len(os.sched_getaffinity(0))
+# More than any loader has ready: two per worker process, two in our queue and two in DALI's, and one in the making.
 AHEAD, STEPS = max(6, 3 * CORES), max(12, 2 * CORES)
-SOURCES = {"folder": "folder", "tar": "tar shards", "tar256": f"tar shards at {SHORT_SIDE}"}
-if CUDA:  # there is more to compare there, and little time
-    del SOURCES["tar"]
-WHO = ("pillow-uint8", "pillow-float", "webdataset", "fastmae-torch", "fastmae-dali")
-ON_CUDA = ("fastmae-dali-host", "dali-bare", "dali-bare-no-engine")
-COMPETITORS = [
-    f"{who}, {SOURCES[source]}"
-    for who in WHO + (ON_CUDA if CUDA else ())
-    for source in SOURCES
-    if (source == "folder" or not who.startswith(("pillow", "dali-bare")))
-    and not (source == "folder" and who == "webdataset")
-]
+FOLDER, TAR, TAR256 = "folder", "tar shards", f"tar shards at {SHORT_SIDE}"
+SOURCES = {
+    **dict.fromkeys(("pillow-uint8", "pillow-float", "nvimgcodec"), (FOLDER,)),
+    "webdataset": (TAR, TAR256),
+    **dict.fromkeys(("fastmae-torch", "fastmae-dali"), (FOLDER, TAR, TAR256)),
+}
+if CUDA:
+    SOURCES |= {"fastmae-dali-host": (FOLDER, TAR256), "dali-bare": (FOLDER,), "dali-bare-no-engine": (FOLDER,)}
+COMPETITORS = [f"{loader}, {source}" for loader, sources in SOURCES.items() for source in sources]
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its worker processes, to the nanosecond (Linux)."""
+    total = time.process_time()
+    for worker in multiprocessing.active_children():
+        total += time.clock_gettime((~worker.pid << 3) | 2)  # the kernel's clock of a process: clock_getcpuclockid
+    return total
+
+
+def wait_until_idle() -> None:
+    """Wait, at most 20 seconds, until this process and its workers do nothing."""
+    deadline, idle = time.monotonic() + 20.0, 0
+    while idle < 2 and time.monotonic() < deadline:
+        before = cpu_seconds()
+        time.sleep(0.03)
+        idle = idle + 1 if cpu_seconds() - before < 0.0015 else 0
+
+
+class Turns:
+    """Loaders of which one runs at a time, and the CPU time of their turns."""
+
+    def __init__(self) -> None:
+        self.begun: tuple[str, float] | None = None
+        self.seconds: dict[str, list[float]] = {}
+
+    def begin(self, name: str, batches: Iterator) -> Iterator:
+        """Wait for the turn before to end, then take the batches that are not timed."""
+        self.end()
+        self.begun = name, cpu_seconds()
+        for _ in range(AHEAD):
+            next(batches)
+        return batches
+
+    def take(self, batches: Iterator) -> None:
+        for _ in range(STEPS):
+            next(batches)
+        if CUDA:
+            torch.cuda.synchronize()
+
+    def end(self) -> None:
+        wait_until_idle()
+        if self.begun is not None:
+            name, before = self.begun
+            self.seconds.setdefault(name, []).append(cpu_seconds() - before)
+            self.begun = None
+
+    def facts(self, name: str, rounds: int) -> dict:
+        """CPU time per image, a median, and its ratios to the others' turn by turn."""
+        self.end()
+        turns = {who: found[-rounds:] for who, found in self.seconds.items() if len(found) >= rounds}
+        seconds = statistics.median(turns[name]) / (BATCH * (AHEAD + STEPS))
+        return {"cpu_seconds_per_image": seconds, "cpu_ratios": ratios(turns, name)}
 
 
 @pytest.fixture(scope="module")
-def meter() -> Meter:
+def timer() -> Timer:
     """Loaders are timed by the clock, wherever their batches go."""
-    return Meter(torch.device("cpu"))
+    return Timer(torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def sources(request, tmp_path_factory) -> dict[str, Path]:
-    """The images in every form, in folders of their own."""
-    root = tmp_path_factory.mktemp("loaders")
-    given = request.config.getoption("--images")
-    folder = Path(given).resolve() if given else _cut_photographs(root / "jpeg")
-    paths = {"folder": folder} | {name: root / name for name in SOURCES if name != "folder"}
-    for name, short_side in (("tar", None), ("tar256", SHORT_SIDE)):
-        if name in SOURCES:
-            _make_shards(folder, paths[name], short_side)
-    yield paths
+def sources(request, tmp_path_factory) -> Iterator[dict[str, tuple[Dataset, Path]]]:
+    """The images in every form."""
+    root, given = tmp_path_factory.mktemp("loaders"), request.config.getoption("--images")
+    folder = Path(given).resolve() if given else root / "jpeg"
+    if not given:
+        loaders.write_photographs(folder, 256)
+    images = open_dataset(folder, cache_dir=root / "cache")
+    if images.bad:
+        raise pytest.UsageError(f"--images: expected images that are all good, got {images.bad[0]} among them")
+    found = {FOLDER: (images, folder)}
+    for source, short_side in ((TAR, None), (TAR256, SHORT_SIDE)):
+        # In the order of the folder, so that every form of the data has the same numbers and crops.
+        options = ShardOptions(short_side, images_per_shard=-(-len(images) // (4 * CORES)), shuffle_seed=None)
+        write_shards(images, root / source, options)
+        found[source] = open_dataset(root / source, cache_dir=root / "cache"), root / source
+    yield found
     shutil.rmtree(root)
 
 
-def _cut_photographs(folder: Path) -> Path:
-    folder.mkdir()
-    for i, crop in enumerate(fixed_crops(open_dataset(None), (375, 500), seed=0, epoch=0, count=256)):
-        Image.fromarray(crop.permute(1, 2, 0).numpy()).save(folder / f"{i:03}.jpg", quality=92)
-    return folder
-
-
-def _make_shards(folder: Path, out: Path, short_side: int | None) -> None:
-    """Tar shards in the order of the folder, so that every form of the data has the same numbers and crops."""
-    dataset = open_dataset(folder, cache_dir=out.parent / "cache")
-    if dataset.bad:
-        raise pytest.UsageError(f"--images: expected images that are all good, got {dataset.bad[0]} among them")
-    per_shard = -(-len(dataset) // (4 * CORES))
-    write_shards(dataset, out, ShardOptions(short_side, images_per_shard=per_shard, shuffle_seed=None))
-
-
-def _dataset(name: str, sources: dict[str, Path]) -> Dataset:
-    return open_dataset(sources[name], cache_dir=sources["tar256"].parent / "cache")
-
-
-def _open(who: str, dataset: Dataset, path: Path, plan: loaders.Plan) -> Iterator | Unavailable:
+def start(loader: str, dataset: Dataset, path: Path, plan: loaders.Plan) -> Iterator | Unavailable:
     """An endless iterator of batches on the device."""
-    if who == "webdataset" and find_spec("webdataset") is None:
-        return Unavailable("webdataset is not installed: pip install 'fastmae[bench]'")
-    if "dali" in who and not has_dali():
+    for package in ("webdataset", "nvidia.nvimgcodec"):
+        if loader == package.rpartition(".")[2] and find_spec(package) is None:
+            return Unavailable(f"{package} is not installed: pip install 'fastmae[bench]'")
+    if "dali" in loader and not has_dali():
         return Unavailable("NVIDIA DALI is not installed")
-    if who.startswith("pillow"):
-        return loaders.to_device(loaders.pillow_loader(dataset, plan, BATCH, CORES, who == "pillow-float"), DEVICE)
-    if who == "webdataset":
+    crops = {
+        "pillow-uint8": loaders.pillow, "pillow-float": loaders.pillow_float, "nvimgcodec": loaders.nvimgcodec_crop
+    }  # fmt: skip
+    if loader in crops:
+        return loaders.to_device(loaders.data_loader(dataset, plan, BATCH, CORES, crops[loader]), DEVICE)
+    if loader == "webdataset":
         return loaders.to_device(loaders.webdataset_loader(dataset, path, plan, BATCH, CORES), DEVICE)
-    if who.startswith("dali-bare"):
-        return loaders.bare_dali(dataset, plan, BATCH, CORES, 0.0 if who.endswith("no-engine") else None)
-    kind, host = who.removeprefix("fastmae-").removesuffix("-host"), who.endswith("-host")
+    if loader.startswith("dali-bare"):
+        return loaders.bare_dali(dataset, plan, BATCH, CORES, 0.0 if loader.endswith("no-engine") else None)
+    kind, device = loader.removeprefix("fastmae-").removesuffix("-host"), "cpu" if loader.endswith("host") else DEVICE
     options = {"batch_size": BATCH, "img_size": SIZE, "seed": 0, "num_threads": CORES, "cache_bytes": 0}
-    device = torch.device("cpu") if host else DEVICE
     return loaders.to_device(create_loader(dataset, loader=kind, device=device, **options), DEVICE)
 
 
-def build(sources: dict[str, Path]) -> Comparison:
-    datasets = {name: _dataset(name, sources) for name in SOURCES}
-    plans = {name: loaders.draw_plan(dataset, SIZE, seed=0) for name, dataset in datasets.items()}
-    course = Course(BATCH, STEPS, AHEAD, torch.cuda.synchronize if CUDA else lambda: None)
-    competitors: dict[str, Prepared | Unavailable] = {}
+def build(sources: dict[str, tuple[Dataset, Path]]) -> Benchmark:
+    turns, calls = Turns(), {}
+    plans = {source: loaders.draw_plan(dataset, SIZE, seed=0) for source, (dataset, _) in sources.items()}
     for name in COMPETITORS:
-        who, label = name.split(", ", 1)
-        source = next(key for key, value in SOURCES.items() if value == label)
-        made = _open(who, datasets[source], sources[source], plans[source])
-        unavailable = isinstance(made, Unavailable)
-        competitors[name] = made if unavailable else Prepared(partial(course.prepare, name, made), course.run)
-    group = f"loader, {SIZE[0]} x {SIZE[1]} crops of {_describe(datasets['folder'])}, {CORES} cores"
-    return Comparison(group, competitors, images=course.images, flush=False, seconds=60.0, facts=course.facts)
-
-
-def _describe(dataset: Dataset) -> str:
-    """How many images of what size, for the name of the group."""
-    rows = dataset.rows(np.arange(len(dataset)))
+        loader, source = name.split(", ")
+        batches = start(loader, *sources[source], plans[source])
+        unavailable = isinstance(batches, Unavailable)
+        calls[name] = batches if unavailable else Setup(partial(turns.begin, name, batches), turns.take)
+    images = sources[FOLDER][0]
+    rows = images.rows(np.arange(len(images)))
     pixels = (rows["height"].astype(float) * rows["width"]).mean() / 1e6
-    return f"{len(dataset):,} images of {pixels:.2f} MP and {rows['size'].mean() / 1e3:.0f} kB"
+    size = f"{len(images):,} images of {pixels:.2f} MP and {rows['size'].mean() / 1e3:.0f} kB"
+    group = f"loader, {SIZE[0]} x {SIZE[1]} crops of {size}, {CORES} cores"
+    return Benchmark(group, calls, images=BATCH * STEPS, flush=False, seconds=60.0, facts=turns.facts)
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
 def bench_loader(compete, sources, competitor):
     compete(build, sources)
-
-
-def build_stages(sources: dict[str, Path]) -> Comparison:
-    dataset = _dataset("folder", sources)
-    plan = loaders.draw_plan(dataset, SIZE, seed=0, epochs=1)
-    missing = Unavailable("NVIDIA DALI is not installed")
-    # Pipelines and decoded images are made at the first call only.
-    stages = {who: missing if "dali" in who and not has_dali() else Stages(who, dataset, plan) for who in STAGED}
-    group = f"loader stages, {SIZE[0]} x {SIZE[1]} crops, one thread"
-    return Comparison(
-        group, stages, images=stages["pillow-uint8"].count, flush=False, seconds=8.0,
-        facts=lambda who, rounds: stages[who].facts(rounds),
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("competitor", STAGED)
-def bench_stages(compete, sources, competitor):
-    compete(build_stages, sources)
-
-
-@pytest.mark.parametrize("size", [64, 224])
-def bench_photographs(benchmark, size):
-    """The embedded photographs, which the torch loader decodes once and keeps."""
-    benchmark.group, benchmark.extra_info["images"] = "embedded photographs", BATCH * STEPS
-    options = {"batch_size": BATCH, "img_size": (size, size), "seed": 0, "num_threads": CORES}
-
-    def steps(loader) -> None:
-        for _ in range(STEPS):
-            next(loader)
-
-    with create_loader(open_dataset(None), **options) as loader:
-        benchmark.pedantic(steps, args=(loader,), rounds=5, warmup_rounds=2)

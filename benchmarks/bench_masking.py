@@ -1,56 +1,49 @@
-"""Masks: one launch against rand, argsort, argsort, ones and gather; block-wise and grid-wise against plain PyTorch."""
+"""Masks: one launch against rand, argsort, argsort, ones, gather; block-wise and grid-wise against the plain path."""
 
 from __future__ import annotations
 
-import plain
-import pytest
 import torch
-from comparison import Comparison, compiled
+from op_benchmark import CUDA, OpCase, op_benchmark
 
 from fastmae.ops import masking_plain, random_masking
 
-SHAPES = [(4096, 196), (256, 196), (1024, 1024)] if torch.cuda.is_available() else [(256, 64), (256, 196)]
-STRATEGY_SHAPES = [(4096, 14), (256, 14), (256, 64)] if torch.cuda.is_available() else [(64, 14)]
+# (name, N, L); for strategies (name, N, side, strategy)
+SHAPES, STRATEGIES = [(256, 64), (256, 196)], [(64, 14)]
+if CUDA:
+    SHAPES, STRATEGIES = [(4096, 196), (256, 196), (1024, 1024)], [(4096, 14), (256, 14), (256, 64)]
+SHAPES = [(f"N={n} L={length}", n, length) for n, length in SHAPES]
+STRATEGIES = [(f"N={n} L={s * s}", n, s, strategy) for strategy in ("block", "grid") for n, s in STRATEGIES]
 
 
-def build(n: int, length: int, device: torch.device) -> Comparison:
+def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
+    name, n, length = shape
     keep, ids = length // 4, torch.arange(n, device=device)
-    compiled_form = compiled(plain.random_masking)
-    return Comparison(
-        f"random_masking, N={n} L={length}",
-        {
-            "fastmae": lambda: random_masking(n, length, 0.75, seed=0, epoch=1, sample_ids=ids),
-            "plain": lambda: plain.random_masking(n, length, keep, device),
-            "plain-compile": lambda: compiled_form(n, length, keep, device),
-        },
-        useful_bytes=n * (8 + length * (8 + 8 + 4)),
-    )
+
+    def plain():
+        shuffle = torch.rand(n, length, device=device).argsort(dim=1)
+        restore = shuffle.argsort(dim=1)
+        mask = torch.ones(n, length, device=device)
+        mask[:, :keep] = 0
+        return shuffle[:, :keep], shuffle[:, keep:], restore, mask.gather(1, restore)
+
+    ours = lambda: random_masking(n, length, 0.75, seed=0, epoch=1, sample_ids=ids)  # noqa: E731
+    calls = {"fastmae": ours, "plain": plain, "plain-compile": plain}
+    return OpCase("random_masking", name, {}, calls, forward_bytes=n * (8 + length * (8 + 8 + 4)))
 
 
-@pytest.mark.parametrize("competitor", ["fastmae", "plain", "plain-compile"])
-@pytest.mark.parametrize(("n", "length"), SHAPES)
-def bench_random_masking(compete, device, n, length, competitor):
-    compete(build, n, length, device)
-
-
-def build_strategy(strategy: str, n: int, side: int, device: torch.device) -> Comparison:
+def make_strategy(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
     """The plain path draws the same masks, rectangle after rectangle for all samples at once."""
-    length, keep, ids = side * side, side * side // 4, torch.arange(n, device=device)
+    name, n, side, strategy = shape
+    length, ids = side * side, torch.arange(n, device=device)
 
-    def plain_path():
+    def plain():
         keys = masking_plain.keys_of_rows(n, 0, 1, None, ids, 0, 1, device)
-        return masking_plain.draw_masks(keys, length, keep, strategy, side, side)
+        return masking_plain.draw_masks(keys, length, length // 4, strategy, side, side)
 
     options = {"seed": 0, "epoch": 1, "sample_ids": ids, "strategy": strategy, "grid_size": side}
-    return Comparison(
-        f"{strategy} masking, N={n} L={length}",
-        {"fastmae": lambda: random_masking(n, length, 0.75, **options), "plain": plain_path},
-        useful_bytes=n * (8 + length * (8 + 8 + 4)),
-    )
+    calls = {"fastmae": lambda: random_masking(n, length, 0.75, **options), "plain": plain}
+    return OpCase(f"{strategy} masking", name, {}, calls, forward_bytes=n * (8 + length * (8 + 8 + 4)))
 
 
-@pytest.mark.parametrize("competitor", ["fastmae", "plain"])
-@pytest.mark.parametrize(("n", "side"), STRATEGY_SHAPES)
-@pytest.mark.parametrize("strategy", ["block", "grid"])
-def bench_strategies(compete, device, strategy, n, side, competitor):
-    compete(build_strategy, strategy, n, side, device)
+bench_random_masking = op_benchmark(make, SHAPES, directions=("",))
+bench_strategies = op_benchmark(make_strategy, STRATEGIES, ("fastmae", "plain"), directions=("",))

@@ -5,8 +5,7 @@
 facebookresearch's way in plain PyTorch (attention written out as in its day, and through PyTorch's SDPA), Hugging
 Face's ViTMAE, and fastmae. Each trains a copy of the same weights on the same crops of the embedded photographs, with
 the same masks (which spares the others their own), AdamW and learning rate. The first losses differ by rounding alone,
-the later ones by what rounding grows to. A step begins with a batch on the device, for the others already normalised,
-and ends with the updated weights. Takes a minute or two on two cores.
+the later ones by what rounding grows to. Takes a minute or two on two cores.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bench_step import CUDA, MODELS, Track
-from comparison import Comparison, Unavailable, later
-from step_recipes import RECIPES, Recipe, in_precision, missing
+from bench_step import MODELS, RECIPES, Recipe, Setting, in_precision, missing
+from benchmark import Benchmark, Unavailable, lazily
+from op_benchmark import CUDA
 from torch import Tensor
 
 from fastmae.data import fixed_crops, open_dataset
@@ -27,7 +26,7 @@ COMPETITORS = ["facebookresearch-plain", "facebookresearch-sdpa", "transformers"
 COMPETITORS += ["reference-compile", "fastmae-compile"]
 
 
-class Lane(Track):
+class OnPhotographs(Setting):
     """A competitor's own weights, trained on photographs and given masks; keeps every loss."""
 
     lr = 3e-4
@@ -35,28 +34,29 @@ class Lane(Track):
     def draw_images(self) -> Tensor:
         return fixed_crops(open_dataset(None), self.fast.img_size, seed=0, epoch=0, count=self.batch)
 
-    def train(self, loss: Callable, needs_masking: bool, recipe: Recipe, *args) -> Callable[[], None]:
-        step, self.losses = super().train(loss, True, recipe, *args), []
+    def train(self, loss: Callable, needs_masking: bool, *args) -> Callable[[], None]:
+        step, self.losses = super().train(loss, True, *args), []
         return lambda: self.losses.append(step())
 
-    def facts(self) -> dict:
-        return {"losses": [self.losses[0].item(), self.losses[-1].item()], "steps": len(self.losses)}
 
-
-def build(device: torch.device, dtype: torch.dtype) -> Comparison:
+def build(device: torch.device, dtype: torch.dtype) -> Benchmark:
     label, architecture, *batches = MODELS[MODEL]
-    batch, lanes, steps = batches[0 if CUDA else 1], {}, {}
+    batch, settings, steps = batches[0 if CUDA else 1], {}, {}
 
     def start(name: str, recipe: Recipe) -> Callable[[], object]:
-        lanes[name] = lane = Lane(architecture, batch, device)
-        return lane.step_transformers(recipe, False) if name == "transformers" else lane.step(recipe)
+        settings[name] = setting = OnPhotographs(architecture, batch, device)
+        return setting.step_transformers(recipe, False) if name == "transformers" else setting.step(recipe)
+
+    def losses(name: str, rounds: int) -> dict:
+        found = settings[name].losses
+        return {"losses": [found[0].item(), found[-1].item()], "steps": len(found)}
 
     for name, recipe in in_precision({name: RECIPES[name] for name in COMPETITORS}, dtype).items():
         reason = missing(name, recipe, device)
-        steps[name] = Unavailable(reason) if reason else later(lambda args=(name, recipe): start(*args))
-    return Comparison(
+        steps[name] = Unavailable(reason) if reason else lazily(lambda args=(name, recipe): start(*args))
+    return Benchmark(
         f"training to the same loss, {label}, batch {batch}", steps, images=batch, flush=False, dtype=dtype,
-        seconds=20.0 if CUDA else 60.0, facts=lambda name, rounds: lanes[name].facts(),
+        seconds=20.0 if CUDA else 60.0, facts=losses,
     )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""One training step, the whole of it: fastmae, facebookresearch/mae's way of training, torch.compile, Hugging Face.
+"""One whole training step: fastmae, facebookresearch/mae's way of training, torch.compile, Hugging Face.
 
 All competitors but Hugging Face's train the same parameters, in turn. A step begins with a batch on the device and ends
-after the optimiser; bf16 autocast, or fp32 where the CPU is faster in it, unless the name says fp16. The baselines are
-given the normalised float images for nothing, fastmae the raw bytes. Loading, logging and gradient norms are left out.
+after the optimiser; bf16 autocast, or fp32 where the CPU is faster in it, unless the name says fp16. The baselines get
+normalised float images at no cost, fastmae the raw bytes. Loading, logging and gradient norms are left out.
 
 ``facebookresearch-*``   the model of facebookresearch/mae: ``-plain`` with the attention of timm 0.3.2, which it pins,
                          ``-sdpa`` with that of today's timm; AdamW with PyTorch's defaults; ``-fp16`` with a GradScaler
@@ -11,31 +11,37 @@ given the normalised float images for nothing, fastmae the raw bytes. Loading, l
 ``*-bf16-residual``      the blocks' residual stream in bfloat16, another computation (compiled: --bf16-residual)
 ``*-xformers``, ``*-apex-adam``  fastmae with xformers' attention, with apex's FusedAdam, where they are installed
 ``transformers-fastmae`` Hugging Face's model after ``fastmae.accelerate``
-``lever: ...``           one change to ``facebookresearch-sdpa`` (with --levers)
+``change: ...``          one change to ``facebookresearch-sdpa`` (with --changes)
+
+``bench_modes`` compares fastmae's step in the modes of torch.compile and in CUDA graphs ("reduce-overhead" and
+"max-autotune" replay graphs of forward and backward; ``-graph`` captures forward, backward and optimiser into one).
+What does not win there does not become the default. max-autotune has little to choose: fastmae's matrix products are
+inside ops that the compiler does not look into.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from comparison import Comparison, Unavailable, later
-from levers import LeverModel, share_parameters
-from step_recipes import LEVERS, RECIPES, Recipe, compiled, in_graphs, in_precision, missing
+from benchmark import Benchmark, Unavailable, lazily
+from facebook import Changes, FacebookMAE, share_parameters
+from op_benchmark import CUDA
 from torch import Tensor
 
 import fastmae
 from fastmae.interop import decelerate
 from fastmae.model import MaskedAutoencoderViT, create_model
-from fastmae.ops import random_masking
+from fastmae.ops import attention, random_masking
 from fastmae.train.compilation import uses_cuda_graphs
 from fastmae.train.optim import parameter_groups
 
-CUDA = torch.cuda.is_available()
 MASK_RATIO = 0.75
 # --model: name in tables, preset or arguments, batch on CUDA, batch on a CPU.
 MODELS = {
@@ -54,11 +60,109 @@ MODELS = {
          "decoder_embed_dim": 64, "decoder_depth": 1, "decoder_num_heads": 2}, 64, 16,
     ),
 }  # fmt: skip
-DEFAULT_MODELS = ["large", "base"] if CUDA else ["tiny-test"]
 
 
-class Track:
-    """One set of parameters, the batch, and both optimisers, from which every competitor's step is made."""
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train: facebookresearch's model with changes, or fastmae's (None), and what is around it."""
+
+    changes: Changes | None = None
+    residual_dtype: str = "float32"
+    attention: str = "auto"
+    fused_adamw: bool = True
+    apex_adam: bool = False
+    compile: bool = False
+    compile_mode: str = "default"
+    backend: str = "inductor"
+    graph: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def in_graphs(self) -> bool:
+        return self.graph or uses_cuda_graphs(self.compile_mode)
+
+    def compiled(self, loss: Callable) -> Callable:
+        if not self.compile:
+            return loss
+        mode = self.compile_mode if self.backend == "inductor" else None
+        return torch.compile(loss, dynamic=False, mode=mode, backend=self.backend)
+
+
+RECIPES = {
+    "facebookresearch-plain-fp16": Recipe(Changes("plain"), fused_adamw=False, dtype=torch.float16),
+    "facebookresearch-plain": Recipe(Changes("plain"), fused_adamw=False),
+    "facebookresearch-sdpa": Recipe(Changes(), fused_adamw=False),
+    "reference-compile": Recipe(Changes(), compile=True),
+    "reference-compile-bf16-residual": Recipe(Changes(bf16_residual=True), compile=True),
+    "transformers": Recipe(Changes()),
+    "fastmae": Recipe(),
+    "fastmae-compile": Recipe(compile=True),
+    "fastmae-graph": Recipe(graph=True),
+    "transformers-fastmae": Recipe(Changes()),
+    "fastmae-xformers": Recipe(attention="xformers"),
+    "fastmae-apex-adam": Recipe(apex_adam=True),
+    "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
+    "fastmae-compile-bf16-residual": Recipe(residual_dtype="bfloat16", compile=True),
+}
+CHANGES = {
+    "change: fused AdamW": Recipe(Changes()),
+    "change: attention backend": Recipe(Changes("fastmae"), fused_adamw=False),
+    "change: patch and token ops": Recipe(Changes(ops=True), fused_adamw=False),
+    "change: fused blocks": Recipe(Changes(blocks=True), fused_adamw=False),
+    "change: fused blocks, weights cast once": Recipe(Changes(blocks=True, cast_once=True), fused_adamw=False),
+    "change: bf16 residual": Recipe(Changes(bf16_residual=True), fused_adamw=False),
+    "change: torch.compile": Recipe(Changes(), fused_adamw=False, compile=True),
+}
+MODES = {
+    "fastmae": Recipe(),
+    "fastmae-compile": Recipe(compile=True),
+    "fastmae-graph": Recipe(graph=True),
+    "fastmae-compile-graph": Recipe(compile=True, graph=True),
+    "fastmae-compile-reduce-overhead": Recipe(compile=True, compile_mode="reduce-overhead"),
+    "fastmae-compile-max-autotune-no-cudagraphs": Recipe(compile=True, compile_mode="max-autotune-no-cudagraphs"),
+    "fastmae-compile-max-autotune": Recipe(compile=True, compile_mode="max-autotune"),
+    "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
+    "fastmae-graph-bf16-residual": Recipe(residual_dtype="bfloat16", graph=True),
+}
+
+
+def in_precision(recipes: dict[str, Recipe], dtype: torch.dtype) -> dict[str, Recipe]:
+    """The recipes for bf16 in another dtype; those whose name says fp16 stay what they are."""
+    return {name: replace(r, dtype=dtype) if r.dtype == torch.bfloat16 else r for name, r in recipes.items()}
+
+
+def missing(competitor: str, recipe: Recipe, device: torch.device, cuda: Any = torch.cuda) -> str | None:
+    """Why a competitor cannot run here, or None; ``cuda`` may be an imitation of ``torch.cuda``."""
+    if recipe.dtype == torch.float16 and device.type != "cuda":
+        return "fp16 training is for CUDA"
+    changes = recipe.changes or Changes()
+    if recipe.dtype == torch.float32 and (recipe.residual_dtype, changes.bf16_residual or changes.cast_once) != (
+        "float32", False
+    ):  # fmt: skip
+        return "a change to bf16 training"
+    if recipe.in_graphs and device.type != "cuda" and cuda is torch.cuda:
+        return "graphs are for CUDA"
+    if competitor.startswith("transformers") and find_spec("transformers") is None:
+        return "transformers is not installed"
+    if recipe.attention != "auto":
+        q = torch.zeros(1, 16, 1, 32, device=device, dtype=recipe.dtype)
+        try:
+            attention(q, q, q, recipe.attention)
+        except ValueError as error:
+            return str(error)
+    if recipe.apex_adam:
+        if device.type != "cuda":
+            return "apex's FusedAdam is for CUDA"
+        try:
+            import amp_C  # noqa: F401
+            from apex.optimizers import FusedAdam  # noqa: F401
+        except Exception as error:  # an unrelated package, or extensions that were built for another torch
+            return f"NVIDIA's apex does not load: {error}"
+    return None
+
+
+class Setting:
+    """One set of parameters, a batch and optimisers, from which every competitor's step is made."""
 
     lr = 1e-5
 
@@ -72,7 +176,7 @@ class Track:
         self.images = self.draw_images().to(device)
         mean, std = (s.view(1, 3, 1, 1) for s in (self.fast.mean, self.fast.std))
         self.pixels = ((self.images / 255 - mean) / std).contiguous()
-        self.optimizers = {fused: self.optimizer(self.fast, fused) for fused in (False, True)}
+        self.optimizers = {fused: self.adamw(self.fast, fused=fused or None) for fused in (False, True)}
         self.capturable: torch.optim.Optimizer | None = None
         self.graph_memory: tuple[int, int] | None = None
 
@@ -80,37 +184,38 @@ class Track:
         """Raw bytes (N, 3, H, W), channels last in memory."""
         return torch.randint(0, 256, (self.batch, *self.fast.img_size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
-    def optimizer(self, model: torch.nn.Module, fused: bool) -> torch.optim.AdamW:
+    def draw_masks(self) -> fastmae.ops.Masking:
+        self.position += 1
+        return random_masking(
+            self.batch, self.fast.num_patches, MASK_RATIO, seed=0, epoch=self.position, device=self.device
+        )
+
+    def adamw(self, model: torch.nn.Module, **options) -> torch.optim.AdamW:
         groups = parameter_groups(model, weight_decay=0.05)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), fused=True if fused else None)
-
-    def step(self, recipe: Recipe) -> Callable[[], None]:
-        """A training step by a recipe."""
-        around = nullcontext
-        if recipe.levers is None:
-            model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype, attention=recipe.attention)
-
-            def loss(masking):
-                return model(self.images, masking=masking, full_pred=False).loss
-
-            def around():  # as fastmae's trainer does
-                return nullcontext() if recipe.dtype == torch.float32 else model.cast_weights(recipe.dtype)
-        else:
-            model = LeverModel(self.fast, recipe.levers)
-
-            def loss(masking):
-                return model(self.images, self.pixels, masking, MASK_RATIO)
-
-        if recipe.graph:
-            return self.train_in_graph(loss, recipe, around)
-        needs_masking = recipe.levers is None or recipe.levers.ops or recipe.levers.masked_only
-        optimizer = self.apex_adam() if recipe.apex_adam else self.optimizers[recipe.fused_adamw]
-        return self.train(loss, needs_masking, recipe, optimizer, around)
+        return torch.optim.AdamW(groups, **{"lr": self.lr, "betas": (0.9, 0.95), **options})
 
     def apex_adam(self):
         from apex.optimizers import FusedAdam
 
-        return FusedAdam(parameter_groups(self.fast, weight_decay=0.05), lr=1e-5, betas=(0.9, 0.95), adam_w_mode=True)
+        groups = parameter_groups(self.fast, weight_decay=0.05)
+        return FusedAdam(groups, lr=self.lr, betas=(0.9, 0.95), adam_w_mode=True)
+
+    def step(self, recipe: Recipe) -> Callable[[], object]:
+        """A training step by a recipe."""
+        around = nullcontext
+        if recipe.changes is None:
+            model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype, attention=recipe.attention)
+            loss = lambda masking: model(self.images, masking=masking, full_pred=False).loss  # noqa: E731
+            if recipe.dtype != torch.float32:  # as fastmae's trainer does
+                around = partial(model.cast_weights, recipe.dtype)
+        else:
+            model = FacebookMAE(self.fast, recipe.changes)
+            loss = lambda masking: model(self.images, self.pixels, masking, MASK_RATIO)  # noqa: E731
+        if recipe.graph:
+            return self.train_in_graph(loss, recipe, around)
+        needs_masking = recipe.changes is None or recipe.changes.ops
+        optimizer = self.apex_adam() if recipe.apex_adam else self.optimizers[recipe.fused_adamw]
+        return self.train(loss, needs_masking, recipe, optimizer, around)
 
     def step_transformers(self, recipe: Recipe, accelerated: bool) -> Callable[[], Tensor]:
         """A training step of Hugging Face's ViTMAE, with fused AdamW."""
@@ -127,7 +232,7 @@ class Track:
         )  # fmt: skip
         with self.device:
             model = transformers.ViTMAEForPreTraining(config).train()
-        # The weights that fastmae's model is drawn with: what a config makes has no positions.
+        # The weights that fastmae's model is drawn with: a model made from a config has no positions.
         fastmae.accelerate(model, init=True, seed=0, full_logits=False)
         if not accelerated:
             decelerate(model)
@@ -135,12 +240,12 @@ class Track:
         def loss(masking):
             return model(self.pixels, noise=None if masking is None else masking.ids_restore.float()).loss
 
-        return self.train(loss, False, recipe, self.optimizer(model, fused=True))
+        return self.train(loss, False, recipe, self.adamw(model, fused=True))
 
     def train(
         self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer, around: Callable = nullcontext
     ) -> Callable[[], Tensor]:
-        device, forward = self.device.type, compiled(loss, recipe)
+        device, forward = self.device.type, recipe.compiled(loss)
         # A start from 65536, the default, would skip the first steps, and a skipped step is a fast one.
         scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=recipe.dtype == torch.float16)
 
@@ -152,7 +257,6 @@ class Track:
                 with torch.autocast(device, dtype=recipe.dtype, enabled=recipe.dtype != torch.float32):
                     value = forward(masking)
                 scaler.scale(value).backward()
-            self.clip(recipe)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -160,30 +264,18 @@ class Track:
 
         return step
 
-    def clip(self, recipe: Recipe) -> None:
-        if recipe.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.fast.parameters(), recipe.clip_grad)
-
-    def draw_masks(self):
-        self.position += 1
-        return random_masking(
-            self.batch, self.fast.num_patches, MASK_RATIO, seed=0, epoch=self.position, device=self.device
-        )
-
     def train_in_graph(self, loss: Callable, recipe: Recipe, around: Callable) -> Callable[[], None]:
         """A training step that is one CUDA graph, from masks that lie where it reads them to the updated weights."""
-        forward, masking = compiled(loss, recipe), self.draw_masks()
+        forward, masking = recipe.compiled(loss), self.draw_masks()
         if self.capturable is None:
-            groups = parameter_groups(self.fast, weight_decay=0.05)
-            lr = torch.tensor(1e-5, device=self.device)  # where a schedule would write it
-            self.capturable = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True, capturable=True)
+            lr = torch.tensor(self.lr, device=self.device)  # where a schedule would write it
+            self.capturable = self.adamw(self.fast, lr=lr, fused=True, capturable=True)
 
         def work() -> None:
             with around():
                 with torch.autocast(self.device.type, dtype=recipe.dtype):
                     value = forward(masking)
                 value.backward()
-            self.clip(recipe)
             self.capturable.step()
             self.capturable.zero_grad(set_to_none=True)
 
@@ -206,55 +298,55 @@ class Track:
         return step
 
 
-def chosen_models(config, default: list[str]) -> list[tuple[str, int]]:
-    """Names and batches that --model names."""
-    models = []
-    for choice in config.getoption("--model") or default:
-        name, _, batch = choice.partition(":")
-        if name not in MODELS:
-            raise pytest.UsageError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
-        models.append((name, int(batch) if batch else MODELS[name][2 if CUDA else 3]))
-    return models
-
-
-def model_id(model: tuple[str, int]) -> str:
-    return f"{model[0]}-{model[1]}"
-
-
-def pytest_generate_tests(metafunc):
-    recipes = RECIPES | (LEVERS if metafunc.config.getoption("--levers") else {})
-    if not metafunc.config.getoption("--bf16-residual"):
-        recipes = {name: recipe for name, recipe in recipes.items() if not name.endswith("-compile-bf16-residual")}
-    metafunc.parametrize("model", chosen_models(metafunc.config, DEFAULT_MODELS), ids=model_id)
-    metafunc.parametrize("competitor", list(recipes))
-
-
 def build(
     model: tuple[str, int],
     recipes: dict[str, Recipe],
     device: torch.device,
     job: str = "training step",
     cuda: Any = torch.cuda,
-) -> Comparison:
+) -> Benchmark:
+    """``model``: a name of ``MODELS`` and a batch size. Nothing is generated for an imitation of ``cuda``."""
     name, batch = model
-    track = Track(MODELS[name][1], batch, device, cuda)
+    if cuda is not torch.cuda:
+        recipes = {competitor: replace(recipe, backend="eager") for competitor, recipe in recipes.items()}
+    setting = Setting(MODELS[name][1], batch, device, cuda)
     steps: dict = {}
     for competitor, recipe in recipes.items():
+        make = partial(setting.step, recipe)
+        if competitor.startswith("transformers"):
+            make = partial(setting.step_transformers, recipe, competitor == "transformers-fastmae")
         reason = missing(competitor, recipe, device, cuda)
-        if reason:
-            steps[competitor] = Unavailable(reason)
-        elif competitor.startswith("transformers"):
-            steps[competitor] = later(partial(track.step_transformers, recipe, competitor == "transformers-fastmae"))
-        else:
-            steps[competitor] = later(partial(track.step, recipe))
-    weights = sum(p.numel() * p.element_size() for p in track.fast.parameters())
-    return Comparison(
-        f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False, hides_host=False,
-        resident_bytes=dict.fromkeys(steps, 3 * weights), calls=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
-        unseen_memory={competitor for competitor, recipe in recipes.items() if in_graphs(recipe)},
+        steps[competitor] = Unavailable(reason) if reason else lazily(make)
+    weights = sum(p.numel() * p.element_size() for p in setting.fast.parameters())
+    return Benchmark(
+        f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False, hide_host=False,
+        resident_bytes=dict.fromkeys(steps, 3 * weights), repeats=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
+        unseen_memory={competitor for competitor, recipe in recipes.items() if recipe.in_graphs},
         dtype=recipes.get("fastmae", Recipe()).dtype,
     )  # fmt: skip
 
 
-def bench_step(compete, device, dtype, model, competitor):
-    compete(build, model, in_precision(RECIPES | LEVERS, dtype), device)
+def pytest_generate_tests(metafunc):
+    config, steps = metafunc.config, metafunc.function is bench_step
+    recipes = MODES
+    if steps:
+        recipes = RECIPES | (CHANGES if config.getoption("--changes") else {})
+        if not config.getoption("--bf16-residual"):
+            recipes = {name: one for name, one in recipes.items() if not name.endswith("-compile-bf16-residual")}
+    models = []
+    default = ["large", "base"][0 if steps else 1 :] if CUDA else ["tiny-test"]
+    for choice in config.getoption("--model") or default:
+        name, _, batch = choice.partition(":")
+        if name not in MODELS:
+            raise pytest.UsageError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
+        models.append((name, int(batch or MODELS[name][2 if CUDA else 3])))
+    metafunc.parametrize("model", models, ids=lambda model: f"{model[0]}-{model[1]}")
+    metafunc.parametrize("competitor", list(recipes))
+
+
+def bench_step(compete, device, dtype, timer, model, competitor):
+    compete(build, model, in_precision(RECIPES | CHANGES, dtype), device, "training step", timer.cuda)
+
+
+def bench_modes(compete, device, timer, model, competitor):
+    compete(build, model, MODES, device, "modes of compilation", timer.cuda)

@@ -3,40 +3,51 @@
 from __future__ import annotations
 
 import gc
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import fake_cuda
 import pytest
 import torch
-from comparison import Comparison, Replay, Results, Unavailable, arm, compare, table
-from gpu_results import JsonLines, write_comparison
-from measure import Meter, describe_machine
-from step_recipes import usual_precision
+from benchmark import Benchmark, Results, Timer, Unavailable, describe_run, ready, run, table
+from results import JsonLines
 
+from fastmae.train.autotune import measure_products
 from fastmae.train.parallel import DTYPES
 
-_REPLAY = Replay()
 _TABLES = pytest.StashKey[list[list[str]]]()
-_USUAL_SECONDS = 5.0
-"""Of a comparison, all in all, until some have been held and tell how long they take here."""
+
+
+class Replay:
+    """A clock that plays measured times back: pytest-benchmark reads it before and after each round."""
+
+    def load(self, seconds: list[float]) -> None:
+        self._readings = iter([reading for s in seconds for reading in (0.0, s)])
+
+    def __call__(self) -> float:
+        return next(self._readings)
+
+
+_REPLAY = Replay()
 
 
 def pytest_configure(config):
     config.stash[_TABLES] = []
-    if config.getoption("--threads"):
-        torch.set_num_threads(config.getoption("--threads"))
+    if threads := 1 if config.getoption("--tiny") else config.getoption("--threads"):
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.stem != "bench_quick")  # what most people want to know comes first
+    if only := config.getoption("--only"):
+        items[:] = [item for item in items if item.callspec.params.get("competitor") in only.split(",")]
     compiles = config.getoption("--compile") if not torch.cuda.is_available() else not config.getoption("--no-compile")
     for item in items:
         if "compete" not in item.fixturenames:
             continue
         item.add_marker(pytest.mark.benchmark(timer=_REPLAY))
-        if not compiles and "compile" in item.callspec.params["competitor"]:
+        if not compiles and "compile" in str(item.callspec.params["competitor"]):
             item.add_marker(pytest.mark.skip(reason="torch.compile: on the CPU only with --compile"))
 
 
@@ -47,35 +58,43 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
 
 
-def pytest_benchmark_update_machine_info(config, machine_info):
-    """What a result has to be read with."""
-    cpu = machine_info["cpu"].get("brand_raw") or platform.machine()
-    machine_info["fastmae"] = describe_machine(cpu)
-
-
 @pytest.fixture(scope="session")
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request) -> torch.device:
+    gpu = torch.cuda.is_available() and not request.config.getoption("--tiny")
+    return torch.device("cuda" if gpu else "cpu")
 
 
 @pytest.fixture(scope="session")
 def dtype(request, device) -> torch.dtype:
-    """Of matrix products."""
+    """Of matrix products: what --precision names, else what ``--train.precision auto`` takes for a ViT-B."""
     precision = request.config.getoption("--precision")
     if precision is None:
-        precision, why = usual_precision(device)
+        precision, why = "bf16", "the default on a GPU"
+        if device.type == "cpu":
+            speeds = measure_products(width=768)
+            precision = "bf16" if speeds.bf16 > speeds.fp32 else "fp32"
+            why = f"matrix products run at {speeds}"
         say(request.config, f"In {precision} where --precision names none: {why}")
     return DTYPES[precision]
 
 
 @pytest.fixture(scope="session")
-def meter(device) -> Meter:
-    return Meter(device)
+def timer(request, device) -> Timer:
+    return Timer(device, fake_cuda) if request.config.getoption("--tiny") else Timer(device)
+
+
+@pytest.fixture(scope="session")
+def results(request) -> JsonLines:
+    """The file that --results names, if it does."""
+    path = request.config.getoption("--results")
+    lines = JsonLines(path and Path(path))
+    lines.write("machine", **describe_run())
+    return lines
 
 
 @pytest.fixture(scope="session")
 def _current() -> dict:
-    """The comparison that is being reported; the one before it is let go, with its memory."""
+    """The benchmark that is being reported; the one before it is let go, with its memory."""
     return {}
 
 
@@ -91,22 +110,22 @@ def say(config: pytest.Config, *lines: str) -> None:
         reporter.flush()
 
 
-def case_of(item: pytest.Item) -> tuple:
+def case_of(item: pytest.Item) -> str:
     """Tests of one case differ in nothing but the competitor."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    return item.function, sorted((name, repr(value)) for name, value in params.items() if name != "competitor")
+    params = sorted((name, repr(value)) for name, value in item.callspec.params.items() if name != "competitor")
+    return f"{item.path}::{item.originalname} {params}"
 
 
 @pytest.fixture(scope="session")
 def progress(request) -> Callable[[], str]:
-    """Which comparison of how many begins, and about how long they all will take."""
-    held = [item for item in request.session.items if "compete" in item.fixturenames]
-    count = len({repr(case_of(item)) for item in held if not item.get_closest_marker("skip")})
+    """Which benchmark of how many begins, and about how long they all will take."""
+    items = [item for item in request.session.items if "compete" in item.fixturenames]
+    count = len({case_of(item) for item in items if not item.get_closest_marker("skip")})
     begun, number = time.monotonic(), 0
 
     def next_one() -> str:
         nonlocal number
-        each = (time.monotonic() - begun + _USUAL_SECONDS) / (number + 1)
+        each = (time.monotonic() - begun + 5.0) / (number + 1)  # seconds; 5 until some have shown how long they take
         number += 1
         return f"[{number} of {count}, about {each * (count - number + 1) / 60:.1f} minutes left]"
 
@@ -114,49 +133,49 @@ def progress(request) -> Callable[[], str]:
 
 
 @pytest.fixture
-def compete(request, benchmark, meter, progress, _current) -> Callable[..., None]:
-    """``compete(build, *args)`` reports this test's competitor in the comparison ``build(*args)``.
+def compete(request, benchmark, timer, results, progress, _current) -> Callable[..., None]:
+    """``compete(build, *args)`` reports this test's competitor in the benchmark ``build(*args)``.
 
-    The first competitor of a comparison to be reported has all those measured that were selected, in turn.
+    The first competitor of a case to be reported has all those timed that were selected, in turn.
     """
     item, config = request.node, request.config
 
-    def run(build: Callable[..., Comparison], *args) -> None:
+    def compete(build: Callable[..., Benchmark], *args) -> None:
         name = item.callspec.params["competitor"]
         if _current.get("case") != case_of(item):
             _current.clear()
             gc.collect()
             # What was compiled for other shapes counts against a limit, behind which there is no compilation at all.
             torch.compiler.reset()
-            _current.update(case=case_of(item), comparison=build(*args))
-        comparison: Comparison = _current["comparison"]
-        competitor = comparison.competitors[name]
-        if isinstance(competitor, Unavailable):
-            pytest.skip(competitor)
-        benchmark.group = comparison.group
+            _current.update(case=case_of(item), job=build(*args))
+        job: Benchmark = _current["job"]
+        if isinstance(job.calls[name], Unavailable):
+            pytest.skip(job.calls[name])
+        benchmark.group = job.group
         if benchmark.disabled:
-            benchmark.pedantic(arm(competitor))
+            benchmark.pedantic(ready(job.calls[name]))
             return
         if "results" not in _current:
-            peers = [other for other in request.session.items if other.function is item.function]
+            peers = [other for other in request.session.items if "compete" in other.fixturenames]
             peers = [p for p in peers if case_of(p) == case_of(item) and not p.get_closest_marker("skip")]
-            names = [other.callspec.params["competitor"] for other in peers]
-            names = [n for n in names if not isinstance(comparison.competitors[n], Unavailable)]
-            say(config, f"{progress()} {comparison.group}: warming up {', '.join(names)}")
-            _current["results"] = compare(
-                comparison, names, meter, config.getoption("--rounds"),
+            names = [p.callspec.params["competitor"] for p in peers]
+            names = [name for name in names if name in job.available()]
+            say(config, f"{progress()} {job.group}: warming up {', '.join(names)}")
+            _current["results"] = run(
+                job, names, timer, 2 if config.getoption("--tiny") else config.getoption("--rounds"),
                 announce=lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
+                report=lambda name, s: results.write("round", group=job.group, competitor=name, seconds=s),
             )  # fmt: skip
-            lines = table(comparison, _current["results"])
+            lines = table(job, _current["results"])
             config.stash[_TABLES].append(lines)
             say(config, *lines[1:])
-            if path := config.getoption("--json-lines"):
-                write_comparison(JsonLines(Path(path), item.function.__name__), comparison, _current["results"])
-        results: Results = _current["results"]
-        if name in results.errors:
-            pytest.fail(results.errors[name], pytrace=False)
-        benchmark.extra_info.update(results.info[name])
-        _REPLAY.load(results.times[name])
-        benchmark.pedantic(lambda: None, rounds=len(results.times[name]))
+            for entry in _current["results"].entries.values():
+                results.write("benchmark", **entry)
+        found: Results = _current["results"]
+        if name in found.errors:
+            pytest.fail(found.errors[name], pytrace=False)
+        benchmark.extra_info.update(found.entries[name])
+        _REPLAY.load(found.times[name])
+        benchmark.pedantic(lambda: None, rounds=len(found.times[name]))
 
-    return run
+    return compete

@@ -1,6 +1,6 @@
-"""The loaders that are compared: fastmae's, facebookresearch/mae's, WebDataset's, bare DALI's on a GPU.
+"""The loaders that are compared: fastmae's, facebookresearch/mae's, WebDataset's, nvImageCodec's, bare DALI's on a GPU.
 
-All of them make the same crops. fastmae's plan (order, boxes, flips) is drawn once for a few epochs and given to the
+All of them make the same crops. fastmae's order, boxes and flips are drawn once for a few epochs and given to the
 others as a table, so that drawing boxes costs them nothing. WebDataset reads its shards in its own order and looks a
 sample's box up by name, the n-th box when it meets the sample for the n-th time.
 """
@@ -8,7 +8,10 @@ sample's box up by name, the n-th box when it meets the sample for the n-th time
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +23,26 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.transforms import functional as tvf
 
-from fastmae.data import Dataset, create_loader
+from fastmae.data import Augment, Dataset, crop_boxes, fixed_crops, flips, open_dataset
 from fastmae.model import IMAGENET_MEAN, IMAGENET_STD
 
-EPOCHS = 8
-_BICUBIC = transforms.InterpolationMode.BICUBIC
 _TO_BYTES = transforms.PILToTensor()
 _TO_FLOATS = transforms.Compose([transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+
+def write_photographs(folder: Path, count: int) -> None:
+    """JPEGs of ImageNet's usual size and, with little loss, its detail: crops of the embedded photographs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    photographs, chunk = open_dataset(None), 128
+
+    def write(index: int, pixels: Tensor) -> None:
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{index:05}.jpg", quality=97)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for start in range(0, count, chunk):
+            number = min(chunk, count - start)
+            crops = fixed_crops(photographs, (375, 500), seed=0, epoch=start, count=number)
+            list(pool.map(write, range(start, start + number), crops))
 
 
 class Plan(NamedTuple):
@@ -51,28 +67,62 @@ class Plan(NamedTuple):
         return Plan(np.sort(self.ids, 1), boxes, np.take_along_axis(self.flips, order, 1), self.size)
 
 
-def draw_plan(dataset: Dataset, size: tuple[int, int], seed: int, epochs: int = EPOCHS) -> Plan:
-    """What fastmae's loaders will crop in the first epochs."""
-    with create_loader(dataset, loader="torch", batch_size=len(dataset), img_size=size, seed=seed) as loader:
-        plans = [loader.plan(epoch) for epoch in range(epochs)]
-    arrays = (np.stack([getattr(plan, name) for plan in plans]) for name in ("sample_ids", "boxes", "flips"))
-    ids, boxes, flips = arrays
-    return Plan(ids, boxes, flips[..., 0], size)
+def draw_plan(dataset: Dataset, size: tuple[int, int], seed: int, epochs: int = 8) -> Plan:
+    """What fastmae's loaders crop in the first epochs."""
+    n = len(dataset)
+    ids, epoch = dataset.order(seed).ids(np.arange(epochs * n))
+    keys = {"seed": seed, "augment": Augment()}
+    boxes = crop_boxes(ids, epoch, *dataset.shapes(ids), **keys)
+    mirrored = flips(ids, epoch, **keys)[:, 0]
+    return Plan(ids.reshape(epochs, n), boxes.reshape(epochs, n, 4), mirrored.reshape(epochs, n), size)
+
+
+# --- One image --------------------------------------------------------------------------------------------------------
 
 
 def pillow_crop(image: Image.Image, box: np.ndarray, flip: bool, size: tuple[int, int], floats: bool) -> Tensor:
     """The transform of facebookresearch/mae, its random numbers given: (3, H, W), normalised if ``floats``."""
-    image = tvf.resized_crop(image, *map(int, box), list(size), _BICUBIC)
-    if flip:
-        image = tvf.hflip(image)
-    return (_TO_FLOATS if floats else _TO_BYTES)(image)
+    image = tvf.resized_crop(image, *map(int, box), list(size), transforms.InterpolationMode.BICUBIC)
+    return (_TO_FLOATS if floats else _TO_BYTES)(tvf.hflip(image) if flip else image)
 
 
-class PillowImages(torch.utils.data.Dataset):
-    """Files opened, decoded and cropped by Pillow, as ``ImageFolder`` with facebookresearch/mae's transform does."""
+def pillow(path: str, box: np.ndarray, flip: bool, size: tuple[int, int], floats: bool = False) -> Tensor:
+    with Path(path).open("rb") as file:
+        return pillow_crop(Image.open(file).convert("RGB"), box, flip, size, floats)
 
-    def __init__(self, paths: Sequence[str], plan: Plan, floats: bool):
-        self.paths, self.floats, self.size = paths, floats, plan.size
+
+def pillow_float(path: str, box: np.ndarray, flip: bool, size: tuple[int, int]) -> Tensor:
+    return pillow(path, box, flip, size, floats=True)
+
+
+@cache
+def _decoder():
+    from nvidia import nvimgcodec
+
+    cpu = [nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)]
+    return nvimgcodec.Decoder(nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=cpu)
+
+
+def nvimgcodec_crop(path: str, box: np.ndarray, flip: bool, size: tuple[int, int]) -> Tensor:
+    """nvImageCodec decodes the box alone, on the CPU; torch resizes bytes."""
+    from nvidia import nvimgcodec
+
+    top, left, height, width = map(int, box)
+    region = nvimgcodec.Region(top, left, top + height, left + width)
+    stream = nvimgcodec.CodeStream(Path(path).read_bytes()).get_sub_code_stream(region=region)
+    crop = torch.from_numpy(np.asarray(_decoder().decode(stream))).permute(2, 0, 1)
+    crop = torch.nn.functional.interpolate(crop[None], size, mode="bicubic", antialias=True)[0]
+    return crop.flip(2) if flip else crop
+
+
+# --- Endless iterators of batches -------------------------------------------------------------------------------------
+
+
+class Crops(torch.utils.data.Dataset):
+    """Files opened and cropped by a function of path, box, flip and size, as ``ImageFolder`` opens them."""
+
+    def __init__(self, paths: list[str], plan: Plan, crop: Callable[..., Tensor]):
+        self.paths, self.crop, self.size = paths, crop, plan.size
         self.rows = plan.ids.reshape(-1), plan.boxes.reshape(-1, 4), plan.flips.reshape(-1)
 
     def __len__(self) -> int:
@@ -80,16 +130,13 @@ class PillowImages(torch.utils.data.Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, int]:
         number, box, flip = (row[position] for row in self.rows)
-        with Path(self.paths[number]).open("rb") as file:
-            image = Image.open(file).convert("RGB")
-        return pillow_crop(image, box, flip, self.size, self.floats), int(number)
+        return self.crop(self.paths[number], box, flip, self.size), int(number)
 
 
-def pillow_loader(dataset: Dataset, plan: Plan, batch_size: int, workers: int, floats: bool) -> Iterator:
-    """An endless iterator over a ``DataLoader`` with one worker process a core."""
-    images = PillowImages([dataset.path(i) for i in range(len(dataset))], plan, floats)
-    positions = itertools.cycle(range(len(images)))
-    pinned = torch.cuda.is_available()
+def data_loader(dataset: Dataset, plan: Plan, batch_size: int, workers: int, crop: Callable[..., Tensor]) -> Iterator:
+    """PyTorch's ``DataLoader`` with one worker process per core."""
+    images = Crops([dataset.path(i) for i in range(len(dataset))], plan, crop)
+    positions, pinned = itertools.cycle(range(len(images))), torch.cuda.is_available()
     return iter(DataLoader(images, batch_size, sampler=positions, num_workers=workers, pin_memory=pinned))
 
 
@@ -97,20 +144,19 @@ class _CropByName:
     """WebDataset's transform: looks a sample's box up by its name."""
 
     def __init__(self, numbers: dict[str, int], plan: Plan):
-        self.numbers, self.plan, self.met = numbers, plan.by_id(), {}
+        self.numbers, self.plan, self.met = numbers, plan.by_id(), dict.fromkeys(numbers.values(), 0)
 
     def __call__(self, sample: dict) -> tuple[Tensor, int]:
         number = self.numbers[sample["__key__"]]
-        turn = self.met.get(number, 0)
-        self.met[number] = turn + 1
-        turn %= len(self.plan.ids)
+        epoch = self.met[number] % len(self.plan.ids)
+        self.met[number] += 1
         image = next(value for value in sample.values() if isinstance(value, Image.Image))
-        box, flip = self.plan.boxes[turn, number], self.plan.flips[turn, number]
+        box, flip = self.plan.boxes[epoch, number], self.plan.flips[epoch, number]
         return pillow_crop(image, box, flip, self.plan.size, floats=False), number
 
 
 def webdataset_loader(dataset: Dataset, shards: Path, plan: Plan, batch_size: int, workers: int) -> Iterator:
-    """An endless iterator over a WebDataset pipeline as its documentation has it: shuffle, decode to Pillow, crop.
+    """A WebDataset pipeline as its documentation has it: shuffle, decode to Pillow, crop.
 
     Args:
         dataset: the shards as fastmae numbers them, ``shard.tar::member``.

@@ -1,10 +1,11 @@
-"""Writes the tables of README and docs from the committed results; nothing in them is typed by hand.
+"""Writes all generated tables from the committed results: README, docs, and what ``backend="auto"`` of attention picks.
 
-    python benchmarks/report.py slim benchmarks/results/<machine>/*.json   # keep what is worth committing of a run
-    python benchmarks/report.py write                                      # write the pages
+    python benchmarks/report.py collect benchmarks/results/<machine>/*.jsonl   # lines of JSON into files to commit
+    python benchmarks/report.py write                                          # all pages
+    python benchmarks/report.py choices RESULTS... --out FILE                  # attention's table alone, RESULTS added
 
-A result is a file of ``pytest benchmarks/... --benchmark-json=FILE`` in ``benchmarks/results/<machine>/``, slimmed. A
-page holds each table between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``.
+A folder of ``benchmarks/results`` is a machine. A page holds each table between ``<!-- NAME:begin -->`` and
+``<!-- NAME:end -->``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+
+from results import collect, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = "README.md", "docs/benchmarks.md"
 COUNTED, PHOTOGRAPHS, RUNNING = "docs/counted.md", "docs/photographs.md", "docs/running.md"
+CHOICES = "fastmae/ops/attention_choices.json"
 
 TIE = 0.995
 """A ratio from here up rounds to 1.00 and does not count as slower."""
@@ -27,37 +31,24 @@ TIE = 0.995
 # --- Results ----------------------------------------------------------------------------------------------------------
 
 
-def slim(raw: dict) -> dict:
-    """A pytest-benchmark file without its single times; a slim file is returned as it is."""
-    if "machine" in raw:
-        return raw
-    commit = raw.get("commit_info") or {}
-    benchmarks = []
-    for one in raw["benchmarks"]:
-        extra, stats = dict(one["extra_info"]), one["stats"]
-        competitor = extra.pop("competitor", None) or extra.get("backend") or extra.get("how") or one["name"]
-        seconds = {key: float(f"{stats[key]:.5g}") for key in ("median", "iqr", "q1", "q3", "min")}
-        entry = {"group": one["group"] or one["name"].split("[")[0], "competitor": competitor}
-        numbers = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in extra.items()}
-        benchmarks.append(entry | {"rounds": stats["rounds"], "seconds": seconds} | numbers)
-    return {
-        "machine": raw["machine_info"]["fastmae"],
-        "date": raw["datetime"][:10],
-        "commit": str(commit.get("id") or "unknown")[:12] + ("-dirty" if commit.get("dirty") else ""),
-        "benchmarks": benchmarks,
-    }
+def read(path: Path) -> dict:
+    """A file of results, or lines of JSON that are to become one."""
+    if path.suffix == ".jsonl":
+        return collect(read_lines(path))
+    # Earlier results call a change to the training step a lever.
+    return json.loads(path.read_text().replace('"lever: ', '"change: '))
 
 
 def kind_of(group: str) -> str:
     """What comes before the case: "masked_patch_mse, 224px-p16 forward" is of the kind "masked_patch_mse"."""
-    return "attention" if group.startswith("attention") else group.split(",")[0]
+    return group.split(",")[0]
 
 
 def case_of(group: str) -> str:
     return group.removeprefix(kind_of(group)).strip(" ,")
 
 
-STEP, LOADERS, STAGES = "training step", "loader", "loader stages"
+STEP, LOADERS = "training step", "loader"
 _ORDER = (
     STEP, "modes of compilation", "block", "attention", "norm_linear", "gelu_linear", "masked_patch_mse",
     "gather_patches",
@@ -70,15 +61,21 @@ class Machine:
     A group that two files have stays two groups, the second named after its file: ratios hold within one run only.
     """
 
-    def __init__(self, name: str, results: dict[str, dict], end_to_end: dict[str, dict] | None = None):
-        self.name, self.runs, self.end_to_end = name, list(results.values()), end_to_end or {}
+    def __init__(self, name: str, results: dict[str, dict]):
+        self.name, self.runs = name, list(results.values())
         self.info = self.runs[0]["machine"]
         self.groups: dict[str, dict[str, dict]] = {}
+        self.end_to_end: dict[str, dict] = {}
+        self.failed: list[str] = []
         for file, result in results.items():
             before = set(self.groups)
             for entry in result["benchmarks"]:
+                if kind_of(entry["group"]) == "loader stages":  # of earlier results
+                    continue
                 group = entry["group"] if entry["group"] not in before else f"{entry['group']} ({file})"
                 self.groups.setdefault(group, {})[entry["competitor"]] = entry
+            self.end_to_end |= result.get("end_to_end", {})
+            self.failed += [f"{name}: {end}" for name, end in result.get("stage", {}).items() if end != "done"]
 
     @property
     def is_gpu(self) -> bool:
@@ -97,28 +94,25 @@ def load(results: Path) -> list[Machine]:
     """Every folder of results that holds benchmarks, GPUs first."""
     machines = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+        files = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
         # Other JSON lies there too.
-        runs = {name: slim(f) for name, f in files.items() if isinstance(f, dict) and f.get("benchmarks")}
-        end_to_end = {name: f for name, f in files.items() if name.startswith("end-to-end-")}
+        runs = {name: found for name, found in files.items() if isinstance(found, dict) and found.get("benchmarks")}
         if runs:
-            machines.append(Machine(folder.name, runs, end_to_end))
+            machines.append(Machine(folder.name, runs))
     return sorted(machines, key=lambda machine: not machine.is_gpu)
 
 
 # --- Comparing --------------------------------------------------------------------------------------------------------
 
 
-def ratio(entries: dict[str, dict], rival: str, ours: str) -> float:
-    """The rival's time over ours: the median over rounds where both ran in turn, else of medians."""
-    by_round = entries[rival].get("ratios", {}).get(ours)
-    return by_round or entries[rival]["seconds"]["median"] / entries[ours]["seconds"]["median"]
-
-
-def cpu_ratio(entries: dict[str, dict], rival: str, ours: str) -> float:
-    """The rival's CPU time per image over ours."""
-    by_round = entries[rival].get("cpu_ratios", {}).get(ours)
-    return by_round or entries[rival]["cpu_seconds_per_image"] / entries[ours]["cpu_seconds_per_image"]
+def ratio(entries: dict[str, dict], rival: str, ours: str, cpu: bool = False) -> float:
+    """The rival's time (or CPU time per image) over ours, by rounds where both ran in turn, else of medians."""
+    by_round = entries[rival].get("cpu_ratios" if cpu else "ratios", {}).get(ours)
+    seconds = {
+        name: entries[name]["cpu_seconds_per_image"] if cpu else entries[name]["seconds"]["median"]
+        for name in (rival, ours)
+    }
+    return by_round or seconds[rival] / seconds[ours]
 
 
 def counterpart(rival: str, names: Iterable[str]) -> str | None:
@@ -130,7 +124,7 @@ def counterpart(rival: str, names: Iterable[str]) -> str | None:
 
 
 def is_rival(name: str) -> bool:
-    return not name.startswith(("fastmae", "lever"))
+    return not name.startswith(("fastmae", "change"))
 
 
 def losses(machine: Machine) -> list[tuple[str, str, str, float]]:
@@ -139,10 +133,10 @@ def losses(machine: Machine) -> list[tuple[str, str, str, float]]:
     for group, entries in machine.groups.items():
         for rival in filter(is_rival, entries):
             if kind_of(group) == LOADERS:
-                same_source = [n for n in entries if not is_rival(n) and n.split(", ")[1] == rival.split(", ")[1]]
-                for ours in same_source:
+                source = rival.split(", ")[1]
+                for ours in (name for name in entries if not is_rival(name) and name.split(", ")[1] == source):
                     found.append((group, ours, rival, ratio(entries, rival, ours)))
-                    found.append((group, f"{ours} (CPU time)", rival, cpu_ratio(entries, rival, ours)))
+                    found.append((group, f"{ours} (CPU time)", rival, ratio(entries, rival, ours, cpu=True)))
             elif ours := counterpart(rival, entries):
                 found.append((group, ours, rival, ratio(entries, rival, ours)))
     return [loss for loss in found if loss[-1] < TIE]
@@ -161,7 +155,7 @@ def times(value: float) -> str:
     return f"{value:.2f}x" if value >= TIE else f"**{value:.2f}x (slower)**"
 
 
-def rows_to_table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown, without columns that are empty in every row."""
     kept = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
     lines = [[head[i] for i in kept], ["---"] + ["---:"] * (len(kept) - 1)]
@@ -172,7 +166,7 @@ def rows_to_table(head: list[str], rows: list[list[str]]) -> str:
 def step_table(entries: dict[str, dict]) -> str:
     rows = []
     for name, entry in entries.items():
-        if name.startswith("lever"):
+        if name.startswith("change"):
             continue
         ours = counterpart(name, entries) if is_rival(name) else None
         peak = entry.get("peak_memory_bytes")
@@ -181,23 +175,19 @@ def step_table(entries: dict[str, dict]) -> str:
             times(ratio(entries, name, ours)) if ours else "", f"`{ours}`" if ours else "",
             f"{peak / 2**30:.1f} GiB" if peak else "", str(entry["launches"]) if entry.get("launches") else "",
         ])  # fmt: skip
-    return rows_to_table(["", "a step", "images/s", "slowdown", "relative to", "peak memory", "launches"], rows)
+    return table(["", "a step", "images/s", "slowdown", "relative to", "peak memory", "launches"], rows)
 
 
 _BASELINE = "facebookresearch-sdpa"
 
 
-def lever_table(entries: dict[str, dict]) -> str:
+def change_table(entries: dict[str, dict]) -> str:
     """What each change brings on its own."""
     rows = []
-    for name in [n for n in entries if n.startswith("lever: ")] + [n for n in entries if n.startswith("fastmae")]:
-        label = name.removeprefix("lever: ") if name.startswith("lever") else f"all together (`{name}`)"
+    for name in sorted((n for n in entries if not is_rival(n)), key=lambda name: name.startswith("fastmae")):
+        label = f"all together (`{name}`)" if name.startswith("fastmae") else name.removeprefix("change: ")
         rows.append([label, times(ratio(entries, _BASELINE, name))])
-    return rows_to_table([f"change to `{_BASELINE}`", "speedup"], rows)
-
-
-def share(entry: dict, *keys: str) -> str:
-    return " / ".join(f"{entry[key]:.2f}" for key in keys) if all(entry.get(key) is not None for key in keys) else ""
+    return table([f"change to `{_BASELINE}`", "speedup"], rows)
 
 
 def op_table(groups: dict[str, dict[str, dict]], *, bandwidth: bool) -> str:
@@ -207,18 +197,22 @@ def op_table(groups: dict[str, dict[str, dict]], *, bandwidth: bool) -> str:
     """
     names = list(dict.fromkeys(name for entries in groups.values() for name in entries))
     if "fastmae" not in names:
-        return _fastest_table(groups, names)
+        return fastest_table(groups, names)
     rivals = [name for name in names if name != "fastmae"]
     rows = []
     for group, entries in groups.items():
         ours = entries["fastmae"]
+
+        def share(*keys: str, ours=ours) -> str:
+            found = [ours.get(key) for key in keys]
+            return "" if None in found else " / ".join(f"{value:.2f}" for value in found)
+
         computes = ours.get("share_of_matmul", 0) > 0.02
         row = [
             case_of(group), duration(ours["seconds"]["median"]),
             f"{ours['gb_per_s']:,.3g}" if bandwidth and "gb_per_s" in ours else "",
-            share(ours, "share_of_copy", "share_of_copy_by_sectors") if bandwidth else "",
-            f"{ours['tflop_per_s']:.3g}" if computes else "",
-            share(ours, "share_of_matmul") if computes else "",
+            share("share_of_copy", "share_of_copy_by_sectors") if bandwidth else "",
+            f"{ours['tflop_per_s']:.3g}" if computes else "", share("share_of_matmul") if computes else "",
         ]  # fmt: skip
         for rival in rivals:
             if rival not in entries:
@@ -229,10 +223,10 @@ def op_table(groups: dict[str, dict[str, dict]], *, bandwidth: bool) -> str:
             row.append(f"{duration(entries[rival]['seconds']['median'])}, {text}")
         rows.append(row)
     head = ["", "`fastmae`", "GB/s", "of a copy: bytes / sectors", "TFLOP/s", "of a matmul"]
-    return rows_to_table(head + [f"`{rival}`" for rival in rivals], rows)
+    return table(head + [f"`{rival}`" for rival in rivals], rows)
 
 
-def _fastest_table(groups: dict[str, dict[str, dict]], names: list[str]) -> str:
+def fastest_table(groups: dict[str, dict[str, dict]], names: list[str]) -> str:
     rows = []
     for group, entries in groups.items():
         fastest = min(entry["seconds"]["median"] for entry in entries.values())
@@ -242,60 +236,45 @@ def _fastest_table(groups: dict[str, dict[str, dict]], names: list[str]) -> str:
             bold = "**" if seconds == fastest else ""
             row.append(f"{bold}{duration(seconds)}{bold}" if name in entries else "")
         rows.append(row)
-    return rows_to_table(["", *(f"`{name}`" for name in names)], rows)
+    return table(["", *(f"`{name}`" for name in names)], rows)
 
 
 BASELINE_LOADER = "pillow-uint8, folder"
 
 
 def loader_table(entries: dict[str, dict]) -> str:
-    """Every loader on every source, by the clock and by CPU time, and both as multiples of the Pillow loader's."""
+    """Every loader on every source: images per second, CPU time per image, and both relative to the Pillow loader's."""
     rows = []
     for name, entry in entries.items():
         loader, _, source = name.partition(", ")
         row = [f"`{loader}`", source]
-        for rate, compare in (("images_per_s", ratio), ("images_per_cpu_second", cpu_ratio)):
-            value = 1.0 if name == BASELINE_LOADER else compare(entries, BASELINE_LOADER, name)
-            row += [f"{entry[rate]:,.0f}", f"{value:.2f}x" if is_rival(name) else times(value)]
+        found = f"{entry['images_per_s']:,.0f}", f"{entry['cpu_seconds_per_image'] * 1e6:,.0f} µs"
+        for value, cpu in zip(found, (False, True), strict=True):
+            speedup = 1.0 if name == BASELINE_LOADER else ratio(entries, BASELINE_LOADER, name, cpu)
+            row += [value, f"{speedup:.2f}x" if is_rival(name) else times(speedup)]
         rows.append(row)
-    return rows_to_table(["loader", "reads", "images/s", "speedup", "images per CPU-second", "speedup"], rows)
-
-
-def stage_table(stages: dict[str, dict], loaders: dict[str, dict]) -> str:
-    """Microseconds of each stage; behind them the sum, and what the whole loader takes."""
-    columns = list(dict.fromkeys(stage for entry in stages.values() for stage in entry["stages_us"]))
-    order = ("read", "decode", "crop copy", "resize", "hand over")
-    columns.sort(key=lambda stage: order.index(stage) if stage in order else len(order))
-    rows = []
-    for who, entry in stages.items():
-        found, whole = entry["stages_us"], loaders.get(f"{who}, folder")
-        row = [f"`{who}`", *(f"{found[stage]:,.0f}" if stage in found else "" for stage in columns)]
-        row += [f"{sum(found.values()):,.0f}", f"{whole['cpu_seconds_per_image'] * 1e6:,.0f}" if whole else ""]
-        rows.append(row)
-    return rows_to_table(["µs per image", *columns, "sum", "whole loader, CPU"], rows)
+    return table(["loader", "reads", "images/s", "speedup", "CPU time per image", "speedup"], rows)
 
 
 def end_to_end_tables(found: dict[str, dict]) -> str:
-    """The trainer from JPEGs on a disk (``end_to_end.py``): rates, MFU, targets, and where a step's time goes."""
+    """The trainer from JPEGs on a disk: rates, MFU, and where a step's time goes."""
     rows = []
     for name, one in found.items():
-        config, model, both = one["config"], one["model"], one["both"]
-        compiled = " compiled" if config["train"]["compile"] not in (False, "none") else ""
-        missed = [f"{t['what']} {t['found']:.2f} of {t['target']:.2f}" for t in one["targets"] if not t["reached"]]
+        train, model, both = one["config"]["train"], one["model"], one["both"]
+        compiled = " compiled" if train["compile"] not in (False, "none") else ""
         rows.append([
-            f"{name.removeprefix('end-to-end-')}: {config['recipe']}{compiled}, batch "
-            f"{config['train']['batch_size']}",
+            f"{name}: {one['config']['recipe']}{compiled}, batch {train['batch_size']}",
             *(f"{one[phase]['images_per_second']:,.0f}" for phase in ("loader", "model", "both")),
             f"{both['images_per_second'] / model['images_per_second']:.1%}", f"{model['mfu']:.1%}",
-            f"{both['mfu']:.1%}", "missed: " + "; ".join(missed) if missed else "reached", one["sentence"],
+            f"{both['mfu']:.1%}", one["sentence"],
         ])  # fmt: skip
-    head = ["", "loader, images/s", "model", "both", "both of model", "MFU, model", "MFU, both", "targets", "in words"]
-    stages = {name.removeprefix("end-to-end-"): one["step"] for name, one in found.items()}
+    head = ["", "loader, images/s", "model", "both", "both of model", "MFU, model", "MFU, both", "in words"]
+    stages = {name: one["step"] for name, one in found.items()}
     cells = [
         [what, *(f"{s['stages_ms'][what]:.2f} ms, {s['stages_ms'][what] / s['ms']:.1%}" for s in stages.values())]
         for what in next(iter(stages.values()))["stages_ms"]
     ]
-    return f"{rows_to_table(head, rows)}\n\n{rows_to_table(['stage', *stages], cells)}"
+    return f"{table(head, rows)}\n\n{table(['stage', *stages], cells)}"
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
@@ -326,27 +305,23 @@ def benchmarks_block(machines: list[Machine]) -> str:
         )
     for machine in machines:
         parts += [f"## {machine.info['device']}", describe(machine.runs)]
+        if machine.failed:
+            parts.append(f"**Not complete.** {'; '.join(machine.failed)}.")
         if machine.end_to_end:
             parts += ["### From JPEGs to weights", end_to_end_tables(machine.end_to_end)]
         for kind in machine.kinds():
             groups = machine.of(kind)
-            if kind == STAGES:
-                continue
             parts.append(f"### {kind.capitalize() if kind in (STEP, LOADERS) else f'`{kind}`'}")
-            if kind == LOADERS:
-                for group, entries in groups.items():
-                    parts += [f"**{group.partition(', ')[2]}**", loader_table(entries)]
-                parts += [stage_table(stages, entries) for stages in machine.of(STAGES).values()]
-            elif kind == STEP:
-                for group, entries in groups.items():
-                    parts += [f"**{case_of(group)}**", step_table(entries)]
-                    if any(name.startswith("lever") for name in entries):
-                        parts.append(lever_table(entries))
-            else:
+            if kind not in (STEP, LOADERS):
                 parts.append(op_table(groups, bandwidth=machine.is_gpu))
+                continue
+            for group, entries in groups.items():
+                parts += [f"**{case_of(group)}**", step_table(entries) if kind == STEP else loader_table(entries)]
+                if any(name.startswith("change") for name in entries):
+                    parts.append(change_table(entries))
         rows = [[group, f"`{ours}`", f"`{rival}`", f"{value:.2f}x"] for group, ours, rival, value in losses(machine)]
         head = ["", "ours", "is slower than", "whose time is"]
-        parts += ["### Where fastmae is slower", rows_to_table(head, rows) if rows else "Nowhere in these results."]
+        parts += ["### Where fastmae is slower", table(head, rows) if rows else "Nowhere in these results."]
     return "\n\n".join(parts)
 
 
@@ -375,7 +350,7 @@ def readme_block(machines: list[Machine]) -> str:
             parts += [
                 "Slowdown of a training step relative to fastmae (higher is worse), bf16, compiled against compiled. "
                 + describe(steps),
-                rows_to_table(["", "images/s", *rivals], rows),
+                table(["", "images/s", *rivals], rows),
                 f"[All {results} results]({PAGE}), with the {len(losses(machine))} comparisons where fastmae is "
                 "slower.",
             ]
@@ -383,7 +358,7 @@ def readme_block(machines: list[Machine]) -> str:
 
 
 def traffic_table(counted: dict, model: str) -> str:
-    """Kilobytes per image of every op, from ``count_traffic.py``."""
+    """Kilobytes per image of every op."""
     rows = []
     for name, found in counted["models"][model].items():
         ours, eager, compiled = (found[who] for who in ("fastmae", "eager", "compiled"))
@@ -393,17 +368,17 @@ def traffic_table(counted: dict, model: str) -> str:
             *(t for o in (eager, compiled) for t in (f"{o['bytes'] / ours['bytes']:.1f}x", str(o["launches"]))),
         ])  # fmt: skip
     head = ["op", "budget", "fastmae", "launches", "eager", "launches", "torch.compile", "launches"]
-    return rows_to_table(head, rows)
+    return table(head, rows)
 
 
 def step_bytes_table(counted: dict) -> str:
-    """Megabytes per image of a training step, from ``count_step.py``."""
+    """Megabytes per image of a training step."""
     rows = []
     for label, found in counted["models"].items():
         for who, c in found.items():
             numbers = (c["saved"], c["forward"], c["backward"], c["forward"] + c["backward"])
             rows.append([f"{label}, {who}", *(f"{n:,.1f}" for n in numbers)])
-    return rows_to_table(["", "saved for backward", "forward", "backward", "forward + backward"], rows)
+    return table(["", "saved for backward", "forward", "backward", "forward + backward"], rows)
 
 
 def photographs_block(summary: dict, avx2: dict) -> str:
@@ -421,14 +396,13 @@ def photographs_block(summary: dict, avx2: dict) -> str:
         f"{avx2['seconds']:.0f} s and ended at {errors}."
     )
     head = ["masked patches of", "model", "mean visible colour", "inverse distance", "model, PSNR"]
-    return f"{rows_to_table(head, rows)}\n\n{text}"
+    return f"{table(head, rows)}\n\n{text}"
 
 
 def soak_block(result: dict) -> str:
     """The kills of ``make soak``, by mode, and its verdict."""
-    names = {"none": "one process", "ddp": "two, DDP", "fsdp": "two, FSDP"}
     rows = []
-    for mode, name in names.items():
+    for mode, name in {"none": "one process", "ddp": "two, DDP", "fsdp": "two, FSDP"}.items():
         rounds = [entry for entry in result["rounds"] if entry["mode"] == mode]
         kills, again = (sum(entry[key] for entry in rounds) for key in ("kills", "steps_done_again"))
         rows.append([name, str(len(rounds)), str(kills), f"{again:,}"])
@@ -441,7 +415,7 @@ def soak_block(result: dict) -> str:
         f"{survivors['SIGTERM'] + survivors['SIGKILL']}. Verdict: {result['verdict']} (fastmae {versions['fastmae']}, "
         f"PyTorch {versions['torch']})."
     )
-    return f"{rows_to_table(['processes', 'rounds', 'kills', 'steps repeated'], rows)}\n\n{text}"
+    return f"{table(['processes', 'rounds', 'kills', 'steps repeated'], rows)}\n\n{text}"
 
 
 def fill(text: str, name: str, block: str) -> str:
@@ -453,41 +427,89 @@ def fill(text: str, name: str, block: str) -> str:
 
 def pages(machines: list[Machine]) -> dict[str, str]:
     """Path to text, for every page that holds results."""
-    read = lambda path: json.loads((RESULTS / path).read_text())  # noqa: E731
+    file = lambda path: read(RESULTS / path)  # noqa: E731
+    step, traffic = file("counted/step.json"), file("counted/traffic.json")
+    photographs = photographs_block(file("photographs/summary.json"), file("photographs/summary-avx2.json"))
     blocks = {
         README: {"benchmarks": readme_block(machines)},
         PAGE: {"results": benchmarks_block(machines)},
-        COUNTED: {
-            "traffic": traffic_table(read("counted/traffic.json"), "ViT-B/16"),
-            "step": step_bytes_table(read("counted/step.json")),
-        },
-        PHOTOGRAPHS: {
-            "results": photographs_block(read("photographs/summary.json"), read("photographs/summary-avx2.json"))
-        },
-        RUNNING: {"soak": soak_block(read("cpu-amd-epyc/soak.json"))},
+        COUNTED: {"traffic": traffic_table(traffic, "ViT-B/16"), "step": step_bytes_table(step)},
+        PHOTOGRAPHS: {"results": photographs},
+        RUNNING: {"soak": soak_block(file("cpu-amd-epyc/soak.json"))},
     }
-    texts = {}
+    texts = {CHOICES: attention_choices(attention_results())}
     for path, named in blocks.items():
-        text = (ROOT / path).read_text()
+        texts[path] = (ROOT / path).read_text()
         for name, block in named.items():
-            text = fill(text, name, block)
-        texts[path] = text
+            texts[path] = fill(texts[path], name, block)
     return texts
+
+
+# --- What ``backend="auto"`` of attention picks -----------------------------------------------------------------------
+
+# PyTorch's kernels by name are measured to know them; only these can be picked.
+BACKENDS = ("plain", "sdpa", "triton", "xformers")
+
+
+def attention_results() -> list[dict]:
+    return [read(path) for path in sorted(RESULTS.glob("*/*.json")) if '"device_key"' in path.read_text()]
+
+
+def attention_choices(results: Iterable[dict], without: Collection[str] = ()) -> str:
+    """JSON: for every kind of device the names, the versions of PyTorch, and a row for each measured shape.
+
+    Two results of one kind of device are joined by the geometric mean. ``without``: backends not to pick.
+    """
+    tables: dict[str, dict] = {}
+    for result in results:
+        for one in result["benchmarks"]:
+            if "device_key" not in one or one["competitor"] not in BACKENDS or one["competitor"] in without:
+                continue
+            found = tables.setdefault(one["device_key"], {"devices": set(), "torch": set(), "shapes": {}})
+            found["devices"].add(result["machine"]["device"])
+            found["torch"].add(one["torch"])
+            shape = found["shapes"].setdefault((one["dtype"], one["tokens"], one["head_dim"]), {})
+            over_sdpa = 1.0 if one["competitor"] == "sdpa" else one.get("ratios", {}).get("sdpa")
+            if over_sdpa is not None:
+                shape.setdefault(one["competitor"], []).append(over_sdpa)
+
+    def row(key: tuple[str, int, int], shape: dict[str, list[float]]) -> str:
+        means = {name: math.exp(sum(map(math.log, values)) / len(values)) for name, values in shape.items()}
+        ratios = {name: round(mean, 3) for name, mean in sorted(means.items(), key=lambda item: item[::-1])}
+        return json.dumps(dict(zip(("dtype", "tokens", "head_dim"), key, strict=True)) | {"ratios": ratios})
+
+    texts = []
+    for key, found in sorted(tables.items()):
+        heads = ", ".join(f'"{name}": {json.dumps(sorted(found[name]))}' for name in ("devices", "torch"))
+        rows = ",\n".join(row(*item) for item in sorted(found["shapes"].items()))
+        texts.append(f'{json.dumps(key)}: {{{heads}, "rows": [\n{rows}\n]}}')
+    about = "Time of each backend over SDPA's; written by benchmarks/report.py"
+    return f'{{\n"about": {json.dumps(about)},\n"tables": {{\n' + ",\n".join(texts) + "\n}\n}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("slim", help="keep what is worth committing of pytest-benchmark's files")
-    one.add_argument("files", nargs="+", type=Path)
-    commands.add_parser("write", help="write the tables of README and docs from the committed results")
+    collecting = commands.add_parser("collect", help="make a JSON file to commit of each file of JSON lines")
+    collecting.add_argument("files", nargs="+", type=Path)
+    commands.add_parser("write", help="write all pages from the committed results")
+    choosing = commands.add_parser("choices", help="write attention's table from the committed results and others")
+    choosing.add_argument("files", nargs="+", type=Path)
+    choosing.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    if arguments.command == "slim":
+    if arguments.command == "collect":
         for path in arguments.files:
-            path.write_text(json.dumps(slim(json.loads(path.read_text())), indent=1) + "\n")
-        return
-    for path, text in pages(load(RESULTS)).items():
-        (ROOT / path).write_text(text)
+            path.with_suffix(".json").write_text(json.dumps(read(path), indent=1) + "\n")
+            path.unlink()
+    elif arguments.command == "choices":
+        new = [read(path) for path in arguments.files]
+        # Nobody is to get a kernel whose tests failed on the device.
+        correct = all(result.get("stage", {}).get("numerics", "done") == "done" for result in new)
+        table = attention_choices([*new, *attention_results()], without=() if correct else ("triton",))
+        arguments.out.write_text(table)
+    else:
+        for path, text in pages(load(RESULTS)).items():
+            (ROOT / path).write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What ``"auto"`` means: the fastest backend of the nearest measured shape, from a table that ships with the package.
 
-``benchmarks/choose_attention.py`` writes ``attention_choices.json`` from committed results of
+``benchmarks/report.py`` writes ``attention_choices.json`` from committed results of
 ``benchmarks/bench_attention.py``; nothing in it is typed by hand.
 """
 

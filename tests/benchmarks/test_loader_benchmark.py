@@ -23,10 +23,13 @@ def ours(dataset, batch_size: int, size: tuple[int, int]):
         return [next(loader) for _ in range(3)]
 
 
-def test_pillow_makes_the_crops_of_our_loader_in_the_same_order(images, tmp_path):
+@pytest.mark.parametrize("crop", ["pillow", "nvimgcodec_crop"])
+def test_other_decoders_make_the_crops_of_our_loader_in_the_same_order(crop, images, tmp_path):
+    if crop == "nvimgcodec_crop":
+        pytest.importorskip("nvidia.nvimgcodec")
     dataset, size = open_dataset(images, cache_dir=tmp_path), (24, 32)
     plan = loaders.draw_plan(dataset, size, seed=3, epochs=2)
-    batches = loaders.pillow_loader(dataset, plan, 5, 1, floats=False)
+    batches = loaders.data_loader(dataset, plan, 5, 1, getattr(loaders, crop))
     for mine in ours(dataset, 5, size):
         theirs, ids = next(batches)
         assert ids.tolist() == mine.sample_ids.tolist()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import report
 import soak
+from results import JsonLines
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,34 +20,25 @@ MACHINE = {
     "versions": {"python": "3.12.1", "torch": "2.99.0"},
 }  # fmt: skip
 STEP = {"fastmae": 0.2, "fastmae-compile": 0.1, "facebookresearch-sdpa": 0.3, "reference-compile": 0.09}
-LEVER = "lever: fused AdamW"
+CHANGE = "change: fused AdamW"
 
 
-def entry(group: str, competitor: str, median: float, **extra) -> dict:
-    """As pytest-benchmark writes it."""
-    times = dict.fromkeys(("median", "iqr", "q1", "q3", "min"), median)
-    stats = times | {"rounds": 5, "data": [median] * 5, "mean": median}
+def entry(group: str, competitor: str, median: float, **facts) -> dict:
+    return {"group": group, "competitor": competitor, "rounds": 5, "seconds": {"median": median}, **facts}
+
+
+def result(benchmarks: list[dict], **machine) -> dict:
     return {
-        "group": group,
-        "name": f"bench[{competitor}]",
-        "extra_info": {"competitor": competitor} | extra,
-        "stats": stats,
-    }
-
-
-def raw(benchmarks: list[dict], **machine) -> dict:
-    return {
-        "machine_info": {"node": "x", "fastmae": MACHINE | machine}, "datetime": "2026-01-02T03:04:05",
-        "commit_info": {"id": "abcdef0123456789", "dirty": True}, "benchmarks": benchmarks,
+        "machine": MACHINE | machine, "date": "2026-01-02", "commit": "abcdef012345-dirty", "benchmarks": benchmarks
     }  # fmt: skip
 
 
 def step_results() -> list[dict]:
     # The ratio within rounds, 1.75, is not the ratio of the medians, 1.5.
-    ratios = {"facebookresearch-sdpa": {"ratios": {"fastmae": 1.75, LEVER: 1.2}}}
+    ratios = {"facebookresearch-sdpa": {"ratios": {"fastmae": 1.75, CHANGE: 1.2}}}
     return [
         entry("training step, ViT-Z/9, batch 3", name, seconds, images_per_s=3 / seconds, **ratios.get(name, {}))
-        for name, seconds in (STEP | {LEVER: 0.26}).items()
+        for name, seconds in (STEP | {CHANGE: 0.26}).items()
     ]
 
 
@@ -59,18 +53,7 @@ def op_results() -> list[dict]:
 
 
 def machine(benchmarks: list[dict], **changes) -> report.Machine:
-    return report.Machine("a-card", {"run": report.slim(raw(benchmarks, **changes))})
-
-
-def test_slim_keeps_what_is_shown_and_no_single_times():
-    slimmed = report.slim(raw(op_results()))
-    first = slimmed["benchmarks"][0]
-    assert first["competitor"] == "fastmae"
-    assert first["seconds"]["median"] == 2e-5
-    assert (first["rounds"], first["useful_bytes"], first["share_of_copy"]) == (5, 1000, 0.6)
-    assert "data" not in json.dumps(slimmed)
-    assert (slimmed["machine"], slimmed["date"], slimmed["commit"]) == (MACHINE, "2026-01-02", "abcdef012345-dirty")
-    assert report.slim(slimmed) == slimmed
+    return report.Machine("a-card", {"run": result(benchmarks, **changes)})
 
 
 def test_step_table_compares_like_with_like_and_marks_what_is_slower():
@@ -79,7 +62,7 @@ def test_step_table_compares_like_with_like_and_marks_what_is_slower():
     assert "| 1.75x | `fastmae` |" in rows["`facebookresearch-sdpa`"]
     assert "| **0.90x (slower)** | `fastmae-compile` |" in rows["`reference-compile`"]
     assert "| 200 ms | 15.0 | - | - |" in rows["`fastmae`"]
-    assert not any("lever" in row for row in rows)
+    assert not any("change" in row for row in rows)
 
 
 def test_every_slower_case_is_listed():
@@ -101,10 +84,22 @@ def test_pages_name_hardware_versions_and_date_and_admit_that_no_gpu_was_used(cu
 
 
 def test_ratios_never_mix_two_runs():
-    one = report.slim(raw(op_results()))
+    one = result(op_results())
     groups = report.Machine("a-card", {"run": one, "again": one}).groups
     assert list(groups) == ["gather_x, case-1", "gather_x, case-1 (again)"]
     assert [len(entries) for entries in groups.values()] == [3, 3]
+
+
+def test_lines_of_json_become_a_file_of_results(tmp_path):
+    lines = JsonLines(tmp_path / "run.jsonl")
+    lines.write("machine", **{key: value for key, value in result([]).items() if key != "benchmarks"})
+    for one in op_results():
+        lines.write("benchmark", **one)
+    lines.write("stage", name="numerics", found="exit code 1")
+    subprocess.run([sys.executable, ROOT / "benchmarks/report.py", "collect", lines.path], check=True)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found == result(op_results()) | {"stage": {"numerics": "exit code 1"}}
+    assert "**Not complete.** numerics: exit code 1." in report.benchmarks_block([report.Machine("x", {"run": found})])
 
 
 def test_the_committed_kills_add_up_and_left_no_trace():

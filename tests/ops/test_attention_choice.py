@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import choose_attention
 import pytest
+import report
 import torch
 
 from fastmae.ops import _attention_choice as choice
@@ -30,9 +29,7 @@ def table(monkeypatch):
 
 
 def test_shipped_table_comes_from_the_committed_results():
-    results = (ROOT / "benchmarks" / "results").glob("*/attention.json")
-    tables = choose_attention.choices(json.loads(path.read_text()) for path in sorted(results))
-    assert choose_attention.write(tables) == choose_attention.TABLE.read_text()
+    assert report.attention_choices(report.attention_results()) == (ROOT / report.CHOICES).read_text()
 
 
 @pytest.mark.parametrize(
@@ -109,7 +106,7 @@ def test_results_of_one_kind_of_device_are_joined_by_the_geometric_mean():
         return {"machine": {"device": device}, "benchmarks": entries}
 
     results = [result("H200", triton=0.9, plain=2.0), result("H100", triton=0.4, plain=2.0, cudnn=0.3)]
-    written = [choose_attention.write(choose_attention.choices(order)) for order in (results, results[::-1])]
+    written = [report.attention_choices(order) for order in (results, results[::-1])]
     assert written[0] == written[1]
     table = choice.read_choices(written[0])["cuda 9.0"]
     assert table.device == "H100, H200"

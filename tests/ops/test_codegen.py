@@ -10,12 +10,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-import count_code
+import counted
 import triton
 from code_cases import LINES, compiled
 from cross_compile import TARGETS, assert_fits, needs_compiler
 
-RESULTS = json.loads(count_code.RESULT.read_text())
+RESULTS = json.loads(counted.CODE.read_text())
 
 # By default one use of each kernel is compiled for every target, and all of attention for one; the rest is slow.
 USUAL = {
@@ -82,7 +82,7 @@ def test_gelu_takes_few_instructions_and_no_division(name, limit):
 
 def test_every_kernel_is_in_the_table():
     launched = set()
-    for file in (count_code.ROOT / "kernels").glob("*.py"):
+    for file in (counted.ROOT / "kernels").glob("*.py"):
         functions = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.FunctionDef)]
         launched |= {function.name for function in functions if function.name.endswith("_kernel")}
     assert launched == {f"{LINES[name].kernel}_kernel" for name in USUAL}
@@ -92,7 +92,7 @@ def test_every_kernel_is_published_and_none_spills_as_the_page_says():
     assert list(RESULTS["lines"]) == list(LINES)
     codes = [code for targets in RESULTS["lines"].values() for code in targets.values()]
     assert not any(code["spills"] or code["stack"] for code in codes)
-    page = " ".join((count_code.ROOT / "docs/kernels.md").read_text().split())
+    page = " ".join((counted.ROOT / "docs/kernels.md").read_text().split())
     assert f"None of the {len(codes)} spills or uses a stack" in page
 
 
@@ -102,4 +102,4 @@ def test_published_numbers_are_those_of_the_code(name):
     if triton.__version__ != RESULTS["triton"]:
         pytest.skip(f"compiled with Triton {RESULTS['triton']}")
     for target in TARGETS:
-        assert count_code.numbers(compiled(name, target)) == RESULTS["lines"][name][target]
+        assert counted.code_numbers(compiled(name, target)) == RESULTS["lines"][name][target]

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-import count_traffic
+import counted
 import torch
 from traffic import SECTOR, Moved, counted_traffic
 from traffic_cases import OPS, VIT_B, Op, Sizes
@@ -56,12 +56,12 @@ def test_moves_what_the_budget_says(name):
     assert not excess(op, SIZES, traffic.writes, op.writes(SIZES))
 
 
-RESULTS = json.loads(count_traffic.RESULT.read_text())["models"]["ViT-B/16"]
+RESULTS = json.loads(counted.TRAFFIC.read_text())["models"]["ViT-B/16"]
 
 
 def test_the_published_table_has_every_op_at_its_budget():
     assert set(RESULTS) == set(OPS)
-    small, large = VIT_B._replace(N=count_traffic.SMALL), VIT_B._replace(N=count_traffic.LARGE)
+    small, large = VIT_B._replace(N=counted.SMALL), VIT_B._replace(N=counted.LARGE)
     for name, op in OPS.items():
         budgets = [sum(op.reads(s).values()) + sum(op.writes(s).values()) for s in (small, large)]
         assert RESULTS[name]["fastmae"]["budget"] == (budgets[1] - budgets[0]) / (large.N - small.N), name
@@ -70,13 +70,13 @@ def test_the_published_table_has_every_op_at_its_budget():
 
 @interpreted
 def test_the_published_table_is_what_is_counted():
-    assert count_traffic.count("random_masking", VIT_B, "fastmae") == RESULTS["random_masking"]["fastmae"]
+    assert counted.op_traffic("random_masking", VIT_B, "fastmae") == RESULTS["random_masking"]["fastmae"]
 
 
 @pytest.mark.skipif(_dispatch.is_interpreted(), reason="the same in both processes")
 def test_the_published_table_is_what_is_counted_of_others():
-    published = json.loads(count_traffic.RESULT.read_text())
+    published = json.loads(counted.TRAFFIC.read_text())
     if torch.__version__.split("+")[0] != published["torch"]:
         pytest.skip(f"counted with torch {published['torch']}")
     for who in ("eager", "compiled"):
-        assert count_traffic.count("restore_tokens", VIT_B, who) == RESULTS["restore_tokens"][who]
+        assert counted.op_traffic("restore_tokens", VIT_B, who) == RESULTS["restore_tokens"][who]

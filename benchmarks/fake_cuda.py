@@ -1,13 +1,12 @@
-"""A stand-in for ``torch.cuda`` on a machine without a GPU: the lines for CUDA run, on the CPU, synchronously.
+"""An imitation of ``torch.cuda`` for ``gpu.py --dry-run``: the lines for CUDA run on the CPU, synchronously.
 
-It measures nothing worth knowing. It is there so that a wrong name or argument in such a line is found without a GPU;
-``tests/benchmarks/test_gpu_script.py`` holds its names and parameters to those of ``torch.cuda``.
+It measures nothing. A wrong name or argument in such a line shows without a GPU.
 """
 
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 
@@ -41,22 +40,12 @@ class CUDAGraph:
         return (0, 1)
 
 
-@contextmanager
 def graph(cuda_graph, pool=None):
-    yield
+    return nullcontext()
 
 
-@contextmanager
 def stream(stream):
-    yield
-
-
-def current_stream():
-    return Stream()
-
-
-def synchronize():
-    pass
+    return nullcontext()
 
 
 def _sleep(cycles):
@@ -67,17 +56,6 @@ def get_device_properties(device=None):
     return SimpleNamespace(L2_cache_size=1 << 16)
 
 
-def memory_allocated():
-    return 0
-
-
-def max_memory_allocated():
-    return 0
-
-
-def reset_peak_memory_stats():
-    pass
-
-
-def empty_cache():
-    pass
+current_stream = Stream
+memory_allocated = max_memory_allocated = lambda device=None: 0
+synchronize = reset_peak_memory_stats = empty_cache = lambda: None

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-import count_step
+import counted
 import torch
 from traffic import EagerTraffic
 
@@ -16,7 +16,7 @@ from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import _dispatch, random_masking
 from fastmae.ops.attention import choose_backend
 
-RESULTS = json.loads(count_step.RESULT.read_text())
+RESULTS = json.loads(counted.STEP.read_text())
 ON_CUDA = f"fastmae, {choose_backend('cuda', torch.bfloat16, 197)[0]}"
 
 
@@ -42,7 +42,7 @@ def test_less_is_kept_and_moved_than_by_facebookresearch(model, saved, moved, li
 def test_the_published_counts_are_those_of_the_code(who):
     if torch.__version__.split("+")[0] != RESULTS["torch"]:
         pytest.skip(f"counted with torch {RESULTS['torch']}")
-    assert count_step.per_image("mae_vit_base_patch16", who) == RESULTS["models"]["ViT-B/16"][who]
+    assert counted.per_image("mae_vit_base_patch16", who) == RESULTS["models"]["ViT-B/16"][who]
 
 
 @pytest.mark.parametrize("backend", ["plain", "sdpa"])
