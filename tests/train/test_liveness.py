@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
 import pytest
@@ -213,21 +214,28 @@ def test_a_store_that_does_not_answer_is_no_error(watchdog):
     assert "all ranks answer" not in text
 
 
-def test_a_stalled_process_says_in_what_and_shows_its_stacks(capfd):
-    texts: list[str] = []
+def test_a_stalled_process_says_in_what_and_shows_its_stacks(capfd, monkeypatch):
+    clock, texts = SimpleNamespace(now=0.0, monotonic=lambda: clock.now, strftime=time.strftime), []
+    monkeypatch.setattr(liveness, "time", clock)
+    monkeypatch.setattr(Watchdog, "interval", 0.02)
 
-    def printed() -> str:
+    def printed_after(seconds: float) -> str:
+        clock.now += seconds
+        beat = watchdog._beat
+        until(lambda: watchdog._beat > beat + 3)
         texts.append(capfd.readouterr().err)
         return "".join(texts)
 
-    with Watchdog(stall_seconds=0.3) as watchdog:
-        for _ in range(40):
-            watchdog.at("waiting for images", 3)  # many batches of one step
-            time.sleep(0.01)
-        assert printed() == ""
-        until(lambda: printed().count("no progress for") >= 2)
-    assert "at step 3, waiting for images" in printed()
-    assert "test_a_stalled_process_says_in_what" in printed()  # its stack
+    with Watchdog(stall_seconds=100.0) as watchdog:
+        for _ in range(3):  # many batches of one step
+            watchdog.at("waiting for images", 3)
+            assert printed_after(0.0) == printed_after(99.0) == ""
+        assert printed_after(2.0).count("no progress for 101 s: rank 0") == 1
+        assert printed_after(98.0).count("no progress") == 1
+        text = printed_after(2.0)
+    assert text.count("no progress for") == 2
+    assert "at step 3, waiting for images for 201 s" in text
+    assert "test_a_stalled_process_says_in_what" in text  # its stack
 
 
 def train(rank: int, folder: Path, *flags: str) -> int:
