@@ -22,7 +22,7 @@ from fastmae.cli.commands import ImagesConfig, IndexConfig, ShardConfig, StatsCo
 from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
 from fastmae.data.index import Accepts, publish_index
-from fastmae.data.inspect import QUANTILES, Statistics, good_ids, measure, suggest_range, verify_images
+from fastmae.data.inspect import QUANTILES, Statistics, measure, suggest_range, verify_images
 from fastmae.data.open import check_accepts
 from fastmae.data.processes import in_processes
 from fastmae.data.shards import ShardOptions, write_shards
@@ -134,7 +134,7 @@ def verify(config: VerifyConfig, console: Console) -> int:
         try:
             with _terminable(), decoder_warnings() as take_warnings, _progress("Decoding", total) as advance:
                 options = {"num_threads": config.images.num_workers, "take_warnings": take_warnings}
-                for verdict in verify_images(dataset, good_ids(dataset, config.start), **options):
+                for verdict in verify_images(dataset, start=config.start, **options):
                     checked, next_id = checked + 1, verdict.sample_id + 1
                     if reason := verdict.reason or verdict.warning:
                         is_bad = config.strict or verdict.reason is not None

@@ -143,13 +143,9 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
             header, data_start = _PARSERS[format_](read)
         else:
             header = _parse_npy(read(0, NPY_HEADER), size) if format_ is Format.NPY else _parse_tiff(file, size)
-    except OSError as error:
-        if error.errno is not None:  # the file system's, not the parser's
-            raise
-        raise BadImage(f"unreadable header: {error}") from error
-    except BadImage:
-        raise
     except Exception as error:  # tifffile and NumPy raise anything at damaged bytes
+        if isinstance(error, BadImage) or getattr(error, "errno", None) is not None:  # the file system's own
+            raise
         raise BadImage(f"unreadable header: {str(error) or type(error).__name__}") from error
     sides = header.height, header.width, header.channels
     if not all(isinstance(side, int) and 0 < side < _MAX_SIDE for side in sides):  # a damaged TIFF may have tuples
@@ -162,14 +158,8 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
 
 
 def stored_size(encoded: np.ndarray) -> tuple[int, int] | None:
-    """Height and width by the header of a JPEG, PNG or WebP file, before any EXIF orientation.
-
-    Args:
-        encoded: uint8 (bytes,), the file.
-
-    Returns:
-        None if there is no valid header.
-    """
+    """Height and width by the header of a JPEG, PNG or WebP file, uint8 (bytes,), before any EXIF orientation; None if
+    there is no valid header."""
     start = encoded[:_FIRST_READ].tobytes()
     if (format_ := detect_format(start)) not in _PARSERS:
         return None

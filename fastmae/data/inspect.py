@@ -9,9 +9,8 @@ images differ in brightness, and is about a fifth larger. Both are given.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -32,10 +31,6 @@ _PIXELS_FOR_RANGE = 1024
 _OUTSIDE_RANGE = 0.001
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verification
-
-
 class Verdict(NamedTuple):
     """The outcome of decoding an image in full.
 
@@ -53,17 +48,10 @@ class Verdict(NamedTuple):
     warning: str | None = None
 
 
-def good_ids(dataset: Dataset, start: int = 0) -> Iterator[int]:
-    """Ids of the images from ``start`` on that are not known to be bad, in order."""
-    for first in range(start, len(dataset), _SCANNED_ROWS):
-        ids = np.arange(first, min(first + _SCANNED_ROWS, len(dataset)))
-        yield from ids[~dataset.is_bad(ids)].tolist()
-
-
 def verify_images(
     dataset: Dataset,
-    sample_ids: Iterable[int] | None = None,
     *,
+    start: int = 0,
     num_threads: int | None = None,
     take_warnings: Callable[[], Sequence[str]] = list,
 ) -> Iterator[Verdict]:
@@ -72,15 +60,15 @@ def verify_images(
     Nothing is stored: pass the reasons to ``Dataset.mark_bad``.
 
     Args:
-        dataset: the images.
-        sample_ids: which images; None for all that are not known to be bad.
+        dataset: the images, of which those that are known to be bad are skipped.
+        start: id of the first image.
         num_threads: decoding threads, each of which holds one image; None for one per core.
         take_warnings: returns the decoders' warnings since the last call. A JPEG that lacks data in the middle decodes,
             and libjpeg says so on stderr without naming the file, so images among which there was a warning are decoded
             again one by one. By default warnings go unnoticed.
 
     Yields:
-        A verdict per image, in the order of ``sample_ids``.
+        A verdict per image, in order.
 
     Raises:
         DataError: a file cannot be read, even after retries.
@@ -97,9 +85,11 @@ def verify_images(
         return Verdict(sample_id, int(row["size"]), reason)
 
     num_threads = num_threads or available_cores()
-    ids = iter(good_ids(dataset) if sample_ids is None else sample_ids)
+    at_once = _PER_THREAD * num_threads
     take_warnings()
-    while some := list(islice(ids, _PER_THREAD * num_threads)):
+    for first in range(start, len(dataset), at_once):
+        ids = np.arange(first, min(first + at_once, len(dataset)))
+        some = ids[~dataset.is_bad(ids)].tolist()
         verdicts = list(in_order(verify, some, num_threads))
         if not take_warnings():
             yield from verdicts
@@ -107,10 +97,6 @@ def verify_images(
         for sample_id in some:
             verdict, warnings = verify(sample_id), take_warnings()
             yield verdict._replace(warning=warnings[0]) if warnings and verdict.reason is None else verdict
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics
 
 
 @dataclass(frozen=True)

@@ -269,7 +269,7 @@ def test_an_interrupted_verification_keeps_what_it_found(images, tmp_path, capsy
     real = data_module.verify_images
 
     def interrupted(*arguments, **options):
-        for verdict in real(*arguments, num_threads=1):
+        for verdict in real(*arguments, start=options["start"], num_threads=1):
             yield verdict
             if verdict.reason is not None:
                 os.kill(os.getpid(), how)
