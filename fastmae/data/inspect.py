@@ -18,7 +18,7 @@ import numpy as np
 from fastmae.data.dataset import Dataset, upright_shapes
 from fastmae.data.decode import UndecodableImage, stored_values
 from fastmae.data.formats import MODES, Format
-from fastmae.data.loader import available_cores
+from fastmae.data.processes import available_cores
 from fastmae.data.sampler import permuted_ids
 from fastmae.data.threads import in_order
 
