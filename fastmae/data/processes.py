@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import chain, islice
 from queue import SimpleQueue
 from typing import TypeVar
@@ -92,14 +93,13 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops its workers
     calls, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not end up among the answers
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError):
+        while True:
             action, item = pickle.load(calls)
-        except EOFError:
-            return
-        try:
-            answer = True, action(item)
-        except Exception as error:
-            answer = False, error
-        pickle.dump(answer, answers)
-        answers.flush()
+            try:
+                answer = True, action(item)
+            except Exception as error:
+                answer = False, error
+            pickle.dump(answer, answers)
+            answers.flush()
+    os._exit(0)

@@ -238,16 +238,16 @@ def test_workers_pass_on_errors_and_one_that_dies_is_reported():
         list(in_processes(os._exit, [3, 3], 2))
 
 
-def test_an_unguarded_script_is_not_run_again_by_its_workers(folder, tmp_path):
+def test_workers_load_no_pytorch_and_do_not_run_an_unguarded_script_again(folder, tmp_path):
     (tmp_path / "script.py").write_text(
-        "from fastmae.data import index, sources\n"
+        "import sys; from fastmae.data import sources\n"
         "sources._READ_ALONE = sources._LISTED_ALONE = 0\n"
         f"source = sources.find_source(sources.Path({str(folder)!r}), 2)\n"
-        "print(len(index.build_index(source, index.Accepts(), workers=2).table))\n"
+        "print(sum(len(part.rows) for part in source.parts(None, 2, None)), 'torch' in sys.modules)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, env=environment)
-    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == ("3 False\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("listed", [False, True])
