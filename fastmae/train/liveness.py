@@ -125,7 +125,6 @@ class StopRequest:
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement of the ranks
 
-
 _ELSEWHERE = "a signal to another rank"
 
 
