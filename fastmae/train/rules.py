@@ -29,7 +29,7 @@ def validate(config: PretrainConfig) -> None:
     Raises:
         ValueError: names the flag, what was expected and the value that came.
     """
-    from fastmae.train.checkpoint import refuse_url
+    from fastmae.train.checkpoint.format import refuse_url
 
     paths = {"--out": config.out, "--data.path": config.data.path, "--train.init-from": config.train.init_from}
     for name, path in (paths | {"--report.probe-path": config.report.probe_path}).items():

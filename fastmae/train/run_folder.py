@@ -18,8 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastmae.train.checkpoint import clean, refuse_url
-from fastmae.train.checkpoint.format import sync
+from fastmae.train.checkpoint.format import clean, refuse_url, sync
 
 _log = logging.getLogger(__name__)
 

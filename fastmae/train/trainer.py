@@ -19,19 +19,8 @@ from fastmae.data.open import check_agreement
 from fastmae.train.autotune import StepFit, divide_batch, loss_weights, measured_batch_size, with_length
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.callbacks import Callback
-from fastmae.train.checkpoint import (
-    MANIFEST,
-    Checkpoint,
-    CheckpointError,
-    CheckpointManager,
-    LostRankError,
-    Ranks,
-    open_checkpoint,
-    open_latest,
-    set_aside_after,
-    state,
-)
-from fastmae.train.checkpoint.format import discard, reading
+from fastmae.train.checkpoint import Checkpoint, CheckpointManager, open_checkpoint, open_latest, state
+from fastmae.train.checkpoint.format import MANIFEST, discard, reading, set_aside_after
 from fastmae.train.config import PretrainConfig
 from fastmae.train.guard import Guard, LossScale, SamplePositions, all_finite, remedies, step_unless_non_finite
 from fastmae.train.liveness import Agreement, StopRequest, Watchdog
@@ -39,6 +28,7 @@ from fastmae.train.loggers import Row
 from fastmae.train.metrics import Reporter
 from fastmae.train.optim import create_optimizer, create_schedule, set_learning_rate
 from fastmae.train.parallel import DTYPES, Parallelism, no_sync, parallelize
+from fastmae.train.ranks import CheckpointError, LostRankError, Ranks
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.step_graph import StepGraph
 from fastmae.train.task import Task

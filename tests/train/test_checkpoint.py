@@ -28,18 +28,16 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as dcp_load
 
 from fastmae.train.checkpoint import (
-    MANIFEST,
     Checkpoint,
     CheckpointError,
     LostRankError,
     Ranks,
-    clean,
     consolidate,
     format,
     open_checkpoint,
     open_latest,
 )
-from fastmae.train.checkpoint.format import SHARD, Chunk, read_header, write_manifest, write_tensors
+from fastmae.train.checkpoint.format import MANIFEST, SHARD, Chunk, clean, read_header, write_manifest, write_tensors
 from fastmae.train.checkpoint.state import compare_configs
 from fastmae.train.config import PretrainConfig, to_json
 

@@ -34,11 +34,11 @@ from fastmae.train.checkpoint import (
     list_checkpoints,
     open_checkpoint,
     open_latest,
-    read_together,
     save,
 )
 from fastmae.train.checkpoint import load as loading
 from fastmae.train.checkpoint.format import SHARD
+from fastmae.train.checkpoint.load import read_together
 from fastmae.train.checkpoint.state import collect
 
 LIMIT = 1.0
