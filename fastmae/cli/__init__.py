@@ -156,5 +156,6 @@ def _defaults(command: Sequence[str], given: Mapping[str, str]) -> PretrainConfi
     out = Path(given["--out"]) if "--out" in given else None
     own_images = given.get("--data.path", "None") != "None"
     options = {"out": out, "resume": "--resume" in given, "own_images": own_images}
+    recipe = given.get("--recipe", PLAN_RECIPE if command == ["plan"] else None)
     with usage_errors():
-        return starting_config(given.get("--recipe"), **options, default=PLAN_RECIPE if command == ["plan"] else None)
+        return starting_config(recipe, **options)

@@ -162,22 +162,12 @@ NEEDS_WEIGHTS = {"adapt-vit-b"}
 
 
 def starting_config(
-    recipe: str | None = None,
-    *,
-    out: Path | None = None,
-    resume: bool = False,
-    own_images: bool = False,
-    default: str | None = None,
+    recipe: str | None = None, *, out: Path | None = None, resume: bool = False, own_images: bool = False
 ) -> PretrainConfig:
     """The configuration that gives options their defaults: that of the run to resume, or a recipe.
 
     Without a recipe, images of the user's own get ``small-data``: the recipe of the embedded photographs (64 pixels,
     minutes, eighty times table 8's learning rate) would train on them without complaint, and badly.
-
-    Args:
-        recipe: the one that the user named.
-        own_images: whether the user named images.
-        default: recipe of whoever names neither.
 
     Raises:
         ValueError: for an unknown recipe, for ``resume`` without a run folder, with another recipe than the run's, or
@@ -197,23 +187,15 @@ def starting_config(
             raise ValueError(
                 f"--resume: expected a run to continue in {out}, found none; --recipe or --data.path starts one"
             )
-    return RECIPES[recipe or default or (OWN_IMAGES_RECIPE if own_images else DEFAULT_RECIPE)]
+    return RECIPES[recipe or (OWN_IMAGES_RECIPE if own_images else DEFAULT_RECIPE)]
 
 
 def apply_flags(config: PretrainConfig, defaults: PretrainConfig, given: Set[str]) -> PretrainConfig:
-    """Settle what flags imply for the defaults that they did not name.
+    """Settle what flags imply for the defaults that they did not name; those of ``train`` that they did are ``given``.
 
     A length in steps replaces a recipe's length in epochs, and the other way round, and turns fit_steps off; a
     warm-up that was not given keeps at most its share of the run; a micro-batch that was not given becomes a multiple
     of the masks per image.
-
-    Args:
-        config: the defaults with the flags applied.
-        defaults: the recipe, or the saved configuration of the run to continue.
-        given: the fields of ``train`` that the user named.
-
-    Returns:
-        The configuration to validate.
     """
     train, base = config.train, defaults.train
     for one, other in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
