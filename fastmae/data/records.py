@@ -7,6 +7,7 @@ on it is a data set like any other.
 from __future__ import annotations
 
 import bisect
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from io import BytesIO
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,13 +27,16 @@ from PIL import Image, ImageOps
 
 from fastmae.data.errors import DataError
 from fastmae.data.formats import BadImage, Header, parse_header
-from fastmae.data.storage import Records, UndecodableImage, read_record
+from fastmae.data.storage import Records, RecordStorage, UndecodableImage, read_record
 from fastmae.data.table import Part, PartBuilder
-from fastmae.data.threads import batched, in_order
+from fastmae.data.threads import in_order
 
+IN_MEMORY = "python"
+"""Stands for the protocol where a path would be a URL: nothing can be opened by such a name."""
 _PART = 256
-_ROW_GROUP_BYTES = 1 << 30
+_ROW_GROUP_BYTES = 4 << 30
 """Of Parquet row groups kept in memory, uncompressed."""
+_WINDOW = 256
 _ARRAY_MODES = ("L", "RGB", "I;16", "I", "F")
 
 
@@ -90,46 +94,50 @@ class RecordSource:
     """Images by number as a source of an index: see :class:`fastmae.data.sources.Source`.
 
     Args:
-        records: where from; read once here.
-        root: what messages call it, and where its index may lie.
+        records: where from. All of them are read, each once, to build the index.
+        path: where they lie; None for an object in memory.
+
+    Attributes:
+        shards: what is read together, so that the order of training can keep it together; empty if nothing is.
+        window: how many of them, if neither the user nor their number decides.
     """
 
-    shards: list[str] = []  # noqa: RUF012
-
-    def __init__(self, records: Records, root: Path | str | None = None):
-        self.records, self.root = records, root or type(records).__name__
-        self.classes = list(getattr(records, "classes", []))
-        self._count = len(records)
+    def __init__(self, records: Records, path: Path | None = None):
+        self.records, self.classes = records, list(getattr(records, "classes", []))
+        digest = hashlib.blake2b(records.fingerprint.encode(), digest_size=4).hexdigest()
+        self.root = path or Path(f"{IN_MEMORY}:/{getattr(records, 'name', f'{type(records).__name__}-{digest}')}")
+        blocks, self._count = getattr(records, "blocks", {}), len(records)
+        self.shards, self.window = list(blocks), getattr(records, "window", None)
+        ends = list(accumulate(blocks.values())) or [*range(_PART, self._count, _PART), self._count]
+        self._parts = [range(*limits) for limits in pairwise([0, *ends])]
 
     def __len__(self) -> int:
         return self._count
 
     def fingerprint(self, *more: object) -> str:
-        """What the index depends on."""
-        return f"{self.records.fingerprint} {self._count} {self.classes} {more!r}"
+        found = repr((self.records.fingerprint, self._count, self.classes, more))
+        return hashlib.blake2b(found.encode(), digest_size=16).hexdigest()
 
-    def parts(
-        self,
-        known: object = None,
-        workers: int | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Iterator[Part]:
-        """The rows of all records; each is read. The arguments are those of any source."""
-        for part in in_order(self._part, batched(range(self._count), _PART), workers):
+    def parts(self, known: object, workers: int | None, progress: Callable[[int], None] | None) -> Iterator[Part]:
+        for part in in_order(self._part, self._parts, workers):  # threads: a data set may not survive being pickled
+            yield part
             if progress is not None:
                 progress(len(part.rows))
-            yield part
 
-    def _part(self, numbers: Sequence[int]) -> Part:
+    def storage(self) -> RecordStorage:
+        return RecordStorage(self.records, self.root)
+
+    def _part(self, numbers: range) -> Part:
         builder, label = PartBuilder(), getattr(self.records, "label", lambda i: -1)
         for i in numbers:
-            name, size = b"%d" % i, 0
+            size, number = 0, -1
             try:
                 data = read_record(self.records, i, f"{self.root}[{i}]")
                 size, header = len(data), _header(data)
+                number = int(label(i))
             except UndecodableImage as error:
                 header = str(error)
-            builder.add(name, header, size=size, label=-1 if isinstance(header, str) else int(label(i)))
+            builder.add(b"%d" % i, header, size=size, label=number)
         if len(self.records) != self._count:
             raise DataError(f"{self.root}: had {self._count} images and now has {len(self.records)}")
         return builder.build()
@@ -167,6 +175,7 @@ class TorchRecords:
 
     def __init__(self, dataset: Any, fingerprint: str | None = None):
         self.dataset, self.fingerprint = dataset, fingerprint or uuid.uuid4().hex
+        self.name = "-".join(filter(None, (type(dataset).__name__, fingerprint)))
         self.classes = [str(name) for name in getattr(dataset, "classes", None) or []]
         self._last = threading.local()  # label() follows read()
 
@@ -241,7 +250,8 @@ class HuggingFaceRecords:
 class ParquetRecords:
     """Parquet files as :class:`fastmae.data.storage.Records`: images as Hugging Face writes them, or a binary column.
 
-    An image costs the reading of its whole row group, so groups are kept, least recently used ones dropped first.
+    An image costs the reading of its whole row group, so groups are kept, the least recently used dropped first. Where
+    they do not all fit, the order of training is to go over windows of those that do.
 
     Args:
         files: in this order; of the same columns.
@@ -262,6 +272,16 @@ class ParquetRecords:
         sizes = [self._files[n][1].row_group(g) for n, g in self._groups]
         self._ends = list(accumulate(size.num_rows for size in sizes))
         self._bytes = [size.total_byte_size for size in sizes]
+        names = [f"{files[n].name} row group {g}" for n, g in self._groups]
+        self.blocks = {name: size.num_rows for name, size in zip(names, sizes, strict=True)}
+        largest = max(self._bytes, default=1)
+        if largest > cache_bytes:
+            raise DataError(
+                f"{names[self._bytes.index(largest)]}: {largest:,} bytes; expected at most {cache_bytes:,}, since an "
+                "image costs the reading of its group. Write the file again with row_group_size=100"
+            )
+        fitting = cache_bytes // largest
+        self.window = None if sum(self._bytes) <= cache_bytes else max(1, min(fitting * 3 // 4, _WINDOW))
         stats = ((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
         self.fingerprint = repr(sorted(stats))
         self._cache_bytes, self._held = cache_bytes, 0

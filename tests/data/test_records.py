@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -80,28 +79,28 @@ def parquet(hugging_face, tmp_path) -> Path:
 
 def rows(source: RecordSource) -> list[tuple]:
     """What an index would hold."""
-    parts = list(source.parts())
+    parts = list(source.parts(None, 2, None))
     names = b"".join(part.names for part in parts)
     assert names == b"".join(b"%d" % i for i in range(len(source)))
-    return list(itertools.chain.from_iterable(part.rows.tolist() for part in parts))
+    return [row[1:] for part in parts for row in part.rows.tolist()]  # the name's place counts from its part
 
 
 def test_every_kind_gives_the_same_rows_and_bytes(hugging_face, parquet, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_PART", 5)
     hugging_face.save_to_disk(tmp_path / "saved")
     found = {path: find_records(path) for path in (tmp_path / "saved", parquet, parquet / "train-*.parquet")}
-    sources = [RecordSource(as_records(source), "x") for source in (Plain(), hugging_face)] + list(found.values())
+    sources = [RecordSource(as_records(source)) for source in (Plain(), hugging_face)] + list(found.values())
     expected = rows(sources[0])
     for source in sources:
         assert rows(source) == expected
         assert source.classes == Plain.classes
-        storage = RecordStorage(source.records, source.root)
+        storage = source.storage()
         for i in (5, 11, 0, 7):
             assert storage.read(str(i), 0, len(FILES[i]), i).tobytes() == FILES[i]
         with pytest.raises(UndecodableImage, match=f"changed since it was indexed: {len(FILES[2])} bytes, 7 expected"):
             storage.read("2", 0, 7, 2)
     for path, source in found.items():
-        assert RecordStorage(source.records, source.root).path("3") == f"{path}[3]"
+        assert source.storage().path("3") == f"{path}[3]"
         assert find_records(path).fingerprint() == source.fingerprint()
         assert find_records(path).fingerprint(1) != source.fingerprint()
 
@@ -116,8 +115,8 @@ def test_pixels_of_a_torch_data_set_pass_unchanged():
         (torch.from_numpy(colour).permute(2, 0, 1), colour), (torch.from_numpy(grey), grey),
         (turned, np.rot90(colour, -1)),
     ]  # fmt: skip
-    source = RecordSource(as_records(Pairs([image for image, _ in images])), "pairs")
-    assert [part.rows["label"].tolist() for part in source.parts()] == [LABELS[: len(images)]]
+    source = RecordSource(as_records(Pairs([image for image, _ in images])))
+    assert [part.rows["label"].tolist() for part in source.parts(None, 1, None)] == [LABELS[: len(images)]]
     for i, (_, expected) in enumerate(images):
         stored = np.load(BytesIO(source.records.read(i)))
         assert stored.dtype == expected.dtype
@@ -132,13 +131,13 @@ def test_bad_records_are_flagged_and_errors_of_reading_retried(monkeypatch):
     monkeypatch.setattr(errors, "PAUSES", (0.0,))
     source = Plain()
     source.files[3:6] = [b"", ValueError("no image here"), b"GIF89a" + bytes(40)]
-    part = next(RecordSource(source, "x").parts())
+    part = next(RecordSource(source).parts(None, 1, None))
     assert sorted(part.bad) == [3, 4, 5]
     assert part.bad[4] == "reading it fails: ValueError('no image here')"
     assert part.rows["bad"].nonzero()[0].tolist() == [3, 4, 5]
     source.files[8] = OSError("the disk is away")
     for read in (
-        lambda: list(RecordSource(source, "x").parts()),
+        lambda: list(RecordSource(source, Path("x")).parts(None, 1, None)),
         lambda: RecordStorage(source, "x").read("8", 0, 9, 8),
     ):
         with pytest.raises(DataError, match=r"x\[8\]: cannot be read after 2 tries: the disk is away"):
@@ -147,9 +146,9 @@ def test_bad_records_are_flagged_and_errors_of_reading_retried(monkeypatch):
 
 def test_a_length_that_changes_is_refused():
     source = Plain()
-    indexed, storage = RecordSource(source, "x"), RecordStorage(source, "x")
+    indexed, storage = RecordSource(source, Path("x")), RecordStorage(source, "x")
     source.files.append(FILES[0])
-    for read in (lambda: list(indexed.parts()), lambda: storage.read("0", 0, len(FILES[0]), 0)):
+    for read in (lambda: list(indexed.parts(None, 1, None)), lambda: storage.read("0", 0, len(FILES[0]), 0)):
         with pytest.raises(DataError, match=r"x: had 12 images and now has 13"):
             read()
 
@@ -189,17 +188,21 @@ def test_parquet_files_that_cannot_be_used_are_refused(hugging_face, parquet):
         find_records(parquet)
 
 
-def test_row_groups_are_read_once_while_they_fit_and_dropped_beyond(parquet, monkeypatch):
+def test_row_groups_are_read_once_while_they_fit_and_in_windows_beyond(parquet, monkeypatch):
     files, loads = sorted(parquet.iterdir()), []
     read_group = ParquetRecords._read_group
     monkeypatch.setattr(ParquetRecords, "_read_group", lambda self, n: loads.append(n) or read_group(self, n))
-    for cache_bytes, expected in ((1 << 30, [0, 1, 2, 3]), (1, [0, 1, 2, 3] * 2)):
+    everything = ParquetRecords(files)
+    largest = max(everything._bytes)
+    assert list(everything.blocks.values()) == [3] * 4
+    for found, expected in ((everything, [0, 1, 2, 3]), (ParquetRecords(files, 2 * largest), [0, 1, 2, 3] * 2)):
         loads.clear()
-        found = ParquetRecords(files, cache_bytes)
         for _ in range(2):
-            list(RecordSource(found, "x").parts(workers=4))
+            list(RecordSource(found).parts(None, 1, None))
         assert sorted(loads) == sorted(expected)
-        assert found._held <= max(cache_bytes, max(found._bytes))
+        assert found.window == (None if found is everything else 1)
+    with pytest.raises(DataError, match=r"-of-00002\.parquet row group \d: .*expected at most .*row_group_size"):
+        ParquetRecords(files, largest // 2)
 
 
 def test_a_package_that_is_missing_is_named(parquet, monkeypatch):
