@@ -22,6 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from fastmae import data
+from fastmae.data.storage import Records
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets
 from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets
@@ -56,9 +57,10 @@ _CROPS, _ROWS = 256, 12
 _BASELINES = {"the mean visible colour": "mse_mean_color", "inverse-distance filling": "mse_inverse_distance"}
 
 
-def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
+def run(config: PretrainConfig, stop: StopRequest, records: Records | None = None) -> tuple[Path, Status]:
     """Train and evaluate; every process of the run calls it, its signals being watched for already.
 
+    ``records`` are the images, instead of what ``--data.path`` names.
     Returns the run folder and how the run ended, the same on all ranks.
 
     Raises:
@@ -89,7 +91,7 @@ def run(config: PretrainConfig, stop: StopRequest) -> tuple[Path, Status]:
                 with usage_errors():
                     folder = _open_folder(config, ranks)
                 with folder:
-                    status = _Pretraining(config, folder, parallelism, ranks, stop, watchdog).run()
+                    status = _Pretraining(config, folder, parallelism, ranks, stop, watchdog, records).run()
         except BaseException:
             shutdown(parallelism, failed=True)
             raise
@@ -143,6 +145,7 @@ class _Pretraining:
     ranks: Ranks
     stop: StopRequest
     watchdog: Watchdog
+    records: Records | None = None
 
     def __post_init__(self) -> None:
         # Long lines stay whole, so that paths can be copied; a notebook's stdout claims to be a terminal and is none.
@@ -178,7 +181,8 @@ class _Pretraining:
         has come to any."""
         config, ranks, device = self.config, self.ranks, self.parallelism.device
         options = {"index": config.data.index, "window": config.data.window, **config.dataset_arguments()}
-        open_dataset = partial(data.open_dataset, config.data.path, **options)
+        images = config.data.path if self.records is None else self.records
+        open_dataset = partial(data.open_dataset, images, **options)
         self.watchdog.at("opening the data")
         if ranks.size > 1:  # rank 0 lists the data and publishes the index, the others then open it
             dataset = data.open_once(open_dataset, partial(ranks.first_in_hours, "opening the data"))

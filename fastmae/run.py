@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from fastmae import pretraining
+from fastmae.data.records import RecordSource, as_records
 from fastmae.loading import load
 from fastmae.train.config import SECTIONS, PretrainConfig, flatten, from_json, to_json
 from fastmae.train.launcher import rank_and_size, read_slurm
@@ -76,7 +77,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
 def pretrain(
     recipe: str | None = None,
-    data: Path | str | None = None,
+    data: Path | str | Any | None = None,
     out: Path | str | None = None,
     *,
     resume: bool = False,
@@ -90,7 +91,8 @@ def pretrain(
 
     Args:
         recipe: gives the defaults of everything else. None: "small-data" with ``data``, otherwise "photographs".
-        data: folder of images, list file, tar shard or folder of shards. None: the embedded photographs.
+        data: what ``fastmae.data.open_dataset`` takes: a path, a URL, or a map-style data set, with which the run is
+            also resumed. None: the embedded photographs.
         out: run folder, new or empty. None: ``runs/<recipe>-<date>-<time>``.
         resume: continue the run in ``out`` with its configuration.
         overrides: any field of the configuration, such as ``epochs=100, base_lr=1e-4, picture_every_steps=50``. A name
@@ -104,8 +106,9 @@ def pretrain(
     named = None if out is None else Path(out)
     defaults = starting_config(recipe, out=named, resume=resume, own_images=data is not None)
     values = to_json(defaults)
+    records = None if data is None or isinstance(data, str | Path) else as_records(data)
     if data is not None:
-        values["data"]["path"] = str(data)
+        values["data"]["path"] = str(data if records is None else RecordSource(records).root)
     given = set()
     for option, value in overrides.items():
         section, name = _find_field(option)
@@ -118,7 +121,7 @@ def pretrain(
     config = apply_flags(config, defaults, given)
     read_slurm(os.environ)
     with StopRequest(quiet=rank_and_size()[0] != 0) as stop:
-        path, _ = pretraining.run(config, stop)
+        path, _ = pretraining.run(config, stop, records)
     return Run(path)
 
 

@@ -25,8 +25,10 @@ from fastmae.data.index import Accepts, publish_index
 from fastmae.data.inspect import QUANTILES, Statistics, measure, suggest_range, verify_images
 from fastmae.data.open import check_accepts
 from fastmae.data.processes import in_processes
+from fastmae.data.records import source_at
 from fastmae.data.shards import ShardOptions, write_shards
-from fastmae.data.sources import find_source, index_shard
+from fastmae.data.sources import ShardSource, index_shard
+from fastmae.data.storage import as_url
 from fastmae.errors import UsageError, usage_errors
 
 EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
@@ -51,6 +53,8 @@ def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
 
 def shard(config: ShardConfig, console: Console) -> int:
     """``fastmae data shard``."""
+    if url := as_url(config.out):
+        raise UsageError(f"OUT: expected a folder of a mounted file system, got {url}; write to a disk, then copy")
     if config.path.is_dir() and config.out.resolve().is_relative_to(config.path.resolve()):
         raise UsageError(f"OUT: expected a folder outside of {config.path}, got {config.out}")
     number, _, count = config.part.partition("/")
@@ -88,8 +92,8 @@ def index(config: IndexConfig, console: Console) -> int:
     try:
         with usage_errors(), _terminable():
             with _progress("Listing", None) as advance:
-                source = find_source(path, images.num_workers, advance)
-            if source.shards:
+                source = source_at(path, images.num_workers, advance)
+            if isinstance(source, ShardSource):
                 paths = [source.root / name for name in source.shards]
                 with _progress("Indexing shards", len(paths)) as advance:
                     written = 0

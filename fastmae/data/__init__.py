@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         open_once,
     )
     from fastmae.data.photographs import read_images, validation_photographs
+    from fastmae.data.records import TorchRecords
     from fastmae.data.sampler import permuted_ids
 
 _NAMES = {
@@ -42,6 +43,7 @@ _NAMES = {
         "open_once",
     ),
     "photographs": ("read_images", "validation_photographs"),
+    "records": ("TorchRecords",),
     "sampler": ("permuted_ids",),
 }
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "LateBad",
     "Loader",
     "LoaderKind",
+    "TorchRecords",
     "check_agreement",
     "choose_loader",
     "create_loader",

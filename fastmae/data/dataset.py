@@ -60,6 +60,7 @@ class Dataset:
         max_bad_fraction: float = 0.01,
         embedded: bool = False,
         window: int | None = None,
+        storage: Storage | None = None,
     ):
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {max_bad_fraction}")
@@ -71,7 +72,7 @@ class Dataset:
             expected = "at least 0" if window < 0 else f"0, because {root} holds no shards"
             raise ValueError(f"window: expected {expected}, got {window}")
         self.window = window
-        self.storage: Storage = Shards(root) if index.shards else Files(root)
+        self.storage: Storage = storage or (Shards(root) if index.shards else Files(root))
 
     def __len__(self) -> int:
         return len(self.index.table)
@@ -206,6 +207,7 @@ class Dataset:
         """
         index = self.index.with_verdicts(verdicts)
         options = {"name": self.name, "accepts": self.accepts, "embedded": self.embedded, "window": self.window}
+        options["storage"] = self.storage
         return Dataset(index, self.root, max_bad_fraction=self.max_bad_fraction, **options)
 
     def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:

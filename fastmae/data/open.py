@@ -19,11 +19,13 @@ from fastmae.data.dataset import Dataset, printable
 from fastmae.data.errors import DataError
 from fastmae.data.formats import COLOR_16, Format
 from fastmae.data.host import HostDecoder
-from fastmae.data.index import MANIFEST, Accepts, publish_index, trusted_index
+from fastmae.data.index import MANIFEST, Accepts, publish_index, root_of, trusted_index
 from fastmae.data.loader import Loader, choose_options
 from fastmae.data.photographs import open_photographs
+from fastmae.data.records import RecordSource, find_records, is_parquet, source_at
 from fastmae.data.sampler import micro_batches
-from fastmae.data.sources import EXPECTED, find_source
+from fastmae.data.sources import EXPECTED
+from fastmae.data.storage import as_url
 from fastmae.ops.philox import split_seed
 
 logger = logging.getLogger(__name__)
@@ -93,7 +95,7 @@ def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) ->
 
 
 def open_dataset(
-    path: Path | str | None,
+    path: Path | str | Any | None,
     *,
     channels: int = 3,
     value_range: Sequence[float] | None = None,
@@ -109,7 +111,8 @@ def open_dataset(
     Files that are empty, truncated, unreadable, huge, or images of another kind are found here, before training.
 
     Args:
-        path: None for the embedded photographs; else one of
+        path: None for the embedded photographs; a map-style data set, as :func:`fastmae.data.records.as_records` takes
+            it; else the path or URL of
 
             - a folder of images (JPEG, PNG, WebP, TIFF, ``.npy``), nested or flat. Hidden files are skipped, links
               followed. The folders directly below are the classes.
@@ -117,6 +120,8 @@ def open_dataset(
               ``classes.txt`` in the folder names them, a class a line.
             - a list file (``.txt``, ``.tsv``, ``.lst``): a path a line, of an image or of a shard, relative to the
               list's folder, and after a tab, for images, a class.
+            - shards in an object store: a folder, one ``.tar`` or a list file, by URL.
+            - Parquet files (one, a folder or a pattern), or a folder saved by Hugging Face's ``save_to_disk``.
         channels: C. For 3, grey images become RGB; for 1, colour is refused; anything else is for TIFF and ``.npy``.
         value_range: (low, high) of 16-bit and float TIFF and ``.npy``, and of 16-bit PNG, or one pair for each channel
             in turn, 2 * C numbers. Decoded images are then float32: this range mapped to [0, 1] and clipped, 8-bit
@@ -141,15 +146,24 @@ def open_dataset(
         if window:
             raise ValueError(f"window: expected 0, because the embedded photographs are not shards, got {window}")
         return open_photographs()
-    path = Path(path).expanduser()
+    source = find_records(path)
+    path = Path(path).expanduser() if source is None else source.root
     home = index.expanduser() if index else None
     try:
-        opened = trusted_index(home, path, accepts) if home and path.exists() else None
-        opened = opened or publish_index(find_source(path), path, accepts, home=home, cache_dir=cache_dir)
+        is_there = source is not None or as_url(path) or path.exists()
+        opened = trusted_index(home, path, accepts) if home and is_there else None
+        if source is None and (opened is None or is_parquet(opened.shards)):
+            source = source_at(path)
+        opened = opened or publish_index(source, path, accepts, home=home, cache_dir=cache_dir)
     except OSError as error:
         raise DataError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from error
-    root, name = (path, path.resolve().name) if path.is_dir() else (path.parent, path.stem)
-    dataset = Dataset(opened, root, name=name, accepts=accepts, max_bad_fraction=max_bad_fraction, window=window)
+    root, storage = root_of(path), None
+    name = path.resolve().name if root == path else path.stem
+    if isinstance(source, RecordSource):
+        root, storage = path, source.storage(len(opened.table))
+        window = source.window if window is None else window
+    options = {"name": name, "accepts": accepts, "max_bad_fraction": max_bad_fraction, "window": window}
+    dataset = Dataset(opened, root, storage=storage, **options)
     good = len(dataset) - len(opened.bad)
     if not good:
         reasons = "".join(f"\n  {printable(bad.path)}: {bad.reason}" for bad in dataset.bad[:5])

@@ -27,15 +27,15 @@ from PIL import Image, ImageOps
 
 from fastmae.data.errors import DataError
 from fastmae.data.formats import BadImage, Header, parse_header
-from fastmae.data.storage import Records, RecordStorage, UndecodableImage, read_record
+from fastmae.data.sources import find_source
+from fastmae.data.storage import IN_MEMORY, Records, RecordStorage, UndecodableImage, find_store, read_record
 from fastmae.data.table import Part, PartBuilder
 from fastmae.data.threads import in_order
 
-IN_MEMORY = "python"
-"""Stands for the protocol where a path would be a URL: nothing can be opened by such a name."""
 _PART = 256
 _ROW_GROUP_BYTES = 4 << 30
 """Of Parquet row groups kept in memory, uncompressed."""
+_ROW_GROUP = " row group "
 _WINDOW = 256
 _ARRAY_MODES = ("L", "RGB", "I;16", "I", "F")
 
@@ -66,27 +66,55 @@ def as_records(source: Any) -> Records:
     )
 
 
-def find_records(path: Path) -> RecordSource | None:
-    """Parquet files or a folder saved by Hugging Face's ``save_to_disk`` at a path; None if there is neither."""
+def source_at(path: Path, workers: int | None = None, progress: Callable[[int], None] | None = None) -> Any:
+    """What lies at a path or URL, whatever it is; the arguments are those of :func:`fastmae.data.sources.find_source`.
+
+    Raises:
+        DataError: nothing that is images.
+        OSError: the file system failed.
+    """
+    found = find_store(path) or find_records(path)
+    if found is None and path.is_dir():
+        with os.scandir(path) as files:
+            found = _parquet(path, [path / file.name for file in files if file.name.endswith(".parquet")])
+    return find_source(path, workers, progress) if found is None else found
+
+
+def find_records(path: Any) -> RecordSource | None:
+    """A map-style data set (see :func:`as_records`), or at a path: Parquet files (one, or a pattern), or a folder saved
+    by Hugging Face's ``save_to_disk``. No folder of images is listed for it, unlike by :func:`source_at`.
+
+    Returns:
+        None for paths of anything else.
+
+    Raises:
+        DataError: they cannot be used.
+    """
+    if not isinstance(path, str | os.PathLike):
+        return RecordSource(as_records(path))
+    path = Path(path).expanduser()
     if (path / "dataset_dict.json").is_file():
-        splits = sorted(child.name for child in path.iterdir() if child.is_dir())
-        raise DataError(f"{path}: expected one split of it: {', '.join(str(path / split) for split in splits)}")
+        splits = sorted(str(child) for child in path.iterdir() if child.is_dir())
+        raise DataError(f"{path}: expected one split of it: {', '.join(splits)}")
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        dataset = _import("datasets", path).load_from_disk(path)
-        return RecordSource(HuggingFaceRecords(dataset), path)
-    if path.suffix == ".parquet" and path.is_file():
-        return RecordSource(ParquetRecords([path]), path)
-    if path.suffix == ".parquet" and not path.exists():
-        files = path.parent.glob(path.name)
-    elif path.is_dir():
-        files = (Path(file) for file in os.scandir(path) if file.name.endswith(".parquet"))
-    else:
-        return None
+        return RecordSource(HuggingFaceRecords(_import("datasets", path).load_from_disk(path)), path)
+    if path.suffix == ".parquet" and not path.is_dir():
+        return _parquet(path, [path] if path.is_file() else list(path.parent.glob(path.name)))
+    return None
+
+
+def is_parquet(shards: Sequence[str]) -> bool:
+    """Whether the shards of an index are row groups of Parquet files."""
+    return _ROW_GROUP in "".join(shards[:1])
+
+
+def _parquet(path: Path, files: list[Path]) -> RecordSource | None:
     # Hugging Face's image folders have a metadata.parquet beside the images.
     files = sorted(file for file in files if file.stem != "metadata")
     splits = {match[1] for file in files if (match := re.match(r"(train|test|val|validation)\b", file.name))}
     if len(splits) > 1:
-        raise DataError(f"{path}: holds several splits; expected one, such as {path}/{min(splits)}-*.parquet")
+        one = files[0].parent / f"{min(splits)}-*.parquet"
+        raise DataError(f"{path}: holds several splits; expected one, such as {one}")
     return RecordSource(ParquetRecords(files), path) if files else None
 
 
@@ -105,7 +133,7 @@ class RecordSource:
     def __init__(self, records: Records, path: Path | None = None):
         self.records, self.classes = records, list(getattr(records, "classes", []))
         digest = hashlib.blake2b(records.fingerprint.encode(), digest_size=4).hexdigest()
-        self.root = path or Path(f"{IN_MEMORY}:/{getattr(records, 'name', f'{type(records).__name__}-{digest}')}")
+        self.root = path or Path(IN_MEMORY + getattr(records, "name", f"{type(records).__name__}-{digest}"))
         blocks, self._count = getattr(records, "blocks", {}), len(records)
         self.shards, self.window = list(blocks), getattr(records, "window", None)
         ends = list(accumulate(blocks.values())) or [*range(_PART, self._count, _PART), self._count]
@@ -124,7 +152,14 @@ class RecordSource:
             if progress is not None:
                 progress(len(part.rows))
 
-    def storage(self) -> RecordStorage:
+    def storage(self, indexed: int) -> RecordStorage:
+        """Reads the records of an index of so many rows.
+
+        Raises:
+            DataError: there are more or fewer by now.
+        """
+        if indexed != self._count:
+            raise DataError(f"{self.root}: has {self._count} images, its index {indexed}: refresh it")
         return RecordStorage(self.records, self.root)
 
     def _part(self, numbers: range) -> Part:
@@ -272,7 +307,7 @@ class ParquetRecords:
         sizes = [self._files[n][1].row_group(g) for n, g in self._groups]
         self._ends = list(accumulate(size.num_rows for size in sizes))
         self._bytes = [size.total_byte_size for size in sizes]
-        names = [f"{files[n].name} row group {g}" for n, g in self._groups]
+        names = [f"{files[n].name}{_ROW_GROUP}{g}" for n, g in self._groups]
         self.blocks = {name: size.num_rows for name, size in zip(names, sizes, strict=True)}
         largest = max(self._bytes, default=1)
         if largest > cache_bytes:

@@ -39,7 +39,7 @@ from fastmae.data.formats import MODES, BadImage, Format, Header, parse_header
 from fastmae.data.open import open_dataset
 from fastmae.data.processes import Workers, available_cores
 from fastmae.data.sampler import permuted_ids
-from fastmae.data.storage import as_url
+from fastmae.data.storage import RecordStorage
 from fastmae.data.table import Part
 from fastmae.data.tar import BLOCK, INDEX_SUFFIX, parse_shard, write_shard_index
 from fastmae.data.threads import in_order
@@ -504,7 +504,7 @@ def _pack(
 ) -> Iterator[dict[str, Any]]:
     """Pack some of ``count`` shards; yield a record of each that is complete."""
     processes = min(workers, len(shards), len(shards) * len(dataset) // count // _IMAGES_PER_PROCESS)
-    can_be_opened_again = dataset.index.folder is not None and (as_url(dataset.root) or Path(dataset.root).exists())
+    can_be_opened_again = dataset.index.folder is not None and not isinstance(dataset.storage, RecordStorage)
     if processes < 2 or not can_be_opened_again:
         for number, path in shards.items():
             ids = _sample_ids(dataset, options, number, count)

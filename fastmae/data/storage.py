@@ -181,11 +181,15 @@ def read_record(records: Records, i: int, name: str) -> np.ndarray:
     return with_retries(read, name)
 
 
+IN_MEMORY = "python://"
+"""Begins what stands for the path of a data set in memory, which nothing can be opened by."""
+
+
 class RecordStorage:
     """Images of a map-style data set."""
 
     def __init__(self, records: Records, root: Path | str):
-        self._records, self._root, self._count = records, root, len(records)
+        self._records, self._root, self._count = records, as_url(root) or root, len(records)
 
     def path(self, name: str) -> str:
         return f"{self._root}[{name}]"
@@ -193,7 +197,7 @@ class RecordStorage:
     def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
         if len(self._records) != self._count:
             raise DataError(f"{self._root}: had {self._count} images and now has {len(self._records)}")
-        data = read_record(self._records, sample_id, self.path(name))
+        data = read_record(self._records, sample_id, f"{self._root}[{sample_id}]")
         if len(data) != size:
             raise UndecodableImage(f"changed since it was indexed: {len(data)} bytes, {size} expected")
         return data
@@ -333,14 +337,17 @@ class StoreSource:
     A shard's index is read if it lies beside the shard; else headers are read from the shard itself, by ranges.
 
     Args:
-        root: URL of the folder, without a slash at its end.
-        names: below it, or URLs of their own.
+        root: URL of the folder, without a slash at its end; or the folder of a list of URLs. ``classes.txt`` there
+            names the classes.
+        names: below the root, or URLs of their own.
         versions: of some shards, by name, as ``_version`` has them; the others are asked for.
     """
 
     def __init__(self, root: str, names: list[str], versions: Mapping[str, str]):
         self.root, self.shards, self._storage = root, names, Shards(root)
-        self.classes = (_fetch_if_there(f"{root}/classes.txt") or b"").decode().splitlines()
+        path = f"{root}/classes.txt"
+        text = _fetch_if_there(path) if as_url(root) else Path(path).is_file() and Path(path).read_bytes()
+        self.classes = (text or b"").decode().splitlines()
         self._versions = [versions.get(name, "") for name in names]
         if not all(self._versions):
             self._versions = list(in_order(self._ask_version, names, _REQUESTS))
@@ -378,8 +385,10 @@ def find_store(path: Path | str) -> StoreSource | None:
         if not (str(path).endswith(_LIST_SUFFIXES) and Path(path).is_file()):
             return None
         names = _listed(Path(path).read_text(errors="surrogateescape"))
-        return StoreSource(names[0].rpartition("/")[0], names, {}) if names and as_url(names[0]) else None
+        return StoreSource(str(Path(path).parent), names, {}) if names and as_url(names[0]) else None
     root, _, name = url.rpartition("/")
+    if url.startswith(IN_MEMORY):
+        raise DataError(f"{url}: was a data set in Python; resume with fastmae.pretrain(data=..., resume=True)")
     if url.endswith(".tar"):
         return StoreSource(root, [name], {})
     if url.endswith(_LIST_SUFFIXES):

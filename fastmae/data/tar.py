@@ -14,9 +14,7 @@ import hashlib
 import json
 import logging
 import os
-import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
@@ -370,46 +368,3 @@ def _identity(shard: Reader) -> bytes:
     """Tells a shard from another without reading it: size, beginning and end. Times do not survive a copy."""
     ends = shard.read(0, _IDENTITY) + shard.read(max(0, shard.size - _IDENTITY), _IDENTITY)
     return hashlib.blake2b(b"%d" % shard.size + ends, digest_size=16).digest()
-
-
-class OpenShards:
-    """Shards' bytes by position, from any thread; the most recently used stay open."""
-
-    def __init__(self):
-        self._open: OrderedDict[str, BufferedReader] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, path: str, offset: int, size: int) -> np.ndarray:
-        """Bytes of a shard: uint8 (size,).
-
-        Raises:
-            OSError: the shard cannot be opened or read, or ends before.
-        """
-        file = self._file(path)
-        data = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            read = os.preadv(file.fileno(), [data[done:]], offset + done)
-            if not read:
-                self._forget(path)
-                raise OSError(f"the shard ends {size - done} bytes before the image does")
-            done += read
-        return data
-
-    def _file(self, path: str) -> BufferedReader:
-        with self._lock:
-            file = self._open.get(path)
-            if file is not None:
-                self._open.move_to_end(path)
-                return file
-        file = open(path, "rb", buffering=0)  # noqa: PTH123, SIM115 - closed when nobody reads it any more
-        with self._lock:
-            self._open[path] = file
-            # Not closed here: another thread may be reading it, and holds it.
-            while len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        return file
-
-    def _forget(self, path: str) -> None:
-        with self._lock:
-            self._open.pop(path, None)

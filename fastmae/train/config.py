@@ -126,8 +126,9 @@ class DataConfig:
     """Where images come from, and how they are read, cropped and augmented."""
 
     path: Free[Path | None] = None
-    """Folder of images (nested or flat), folder of .tar shards, one .tar, or a .txt or .tsv file: one path per line,
-    optionally followed by a tab and a label. None: the embedded photographs."""
+    """Folder of images (nested or flat), folder of .tar shards, one .tar, Parquet files, or a .txt or .tsv file: one
+    path per line, optionally followed by a tab and a label. Shards may be at a URL: s3://bucket/folder. None: the
+    embedded photographs."""
     index: Free[Path | None] = None
     """Where the index of the images lies: an existing one is trusted, and the images are not listed; fastmae data index
     refreshes it. If there is none yet, rank 0 builds it. None: .fastmae in the images' folder or, where that cannot be

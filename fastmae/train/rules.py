@@ -31,8 +31,7 @@ def validate(config: PretrainConfig) -> None:
     """
     from fastmae.train.checkpoint.format import refuse_url
 
-    paths = {"--out": config.out, "--data.path": config.data.path, "--train.init-from": config.train.init_from}
-    for name, path in (paths | {"--report.probe-path": config.report.probe_path}).items():
+    for name, path in {"--out": config.out, "--train.init-from": config.train.init_from}.items():
         if path is not None:
             refuse_url(path, name)
     for section in SECTIONS:

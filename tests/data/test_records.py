@@ -10,12 +10,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from loading import image_file, noise, rotated
+from loading import KINDS, assert_equal, image_file, noise, rotated, take
 from PIL import Image
 
 from fastmae.data import DataError, errors, records
 from fastmae.data.decode import UndecodableImage, decode
-from fastmae.data.records import ParquetRecords, RecordSource, TorchRecords, as_records, find_records
+from fastmae.data.records import ParquetRecords, RecordSource, TorchRecords, as_records, source_at
 from fastmae.data.storage import RecordStorage
 
 COUNT = 12
@@ -88,21 +88,21 @@ def rows(source: RecordSource) -> list[tuple]:
 def test_every_kind_gives_the_same_rows_and_bytes(hugging_face, parquet, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "_PART", 5)
     hugging_face.save_to_disk(tmp_path / "saved")
-    found = {path: find_records(path) for path in (tmp_path / "saved", parquet, parquet / "train-*.parquet")}
+    found = {path: source_at(path) for path in (tmp_path / "saved", parquet, parquet / "train-*.parquet")}
     sources = [RecordSource(as_records(source)) for source in (Plain(), hugging_face)] + list(found.values())
     expected = rows(sources[0])
     for source in sources:
         assert rows(source) == expected
         assert source.classes == Plain.classes
-        storage = source.storage()
+        storage = source.storage(COUNT)
         for i in (5, 11, 0, 7):
             assert storage.read(str(i), 0, len(FILES[i]), i).tobytes() == FILES[i]
         with pytest.raises(UndecodableImage, match=f"changed since it was indexed: {len(FILES[2])} bytes, 7 expected"):
             storage.read("2", 0, 7, 2)
     for path, source in found.items():
-        assert source.storage().path("3") == f"{path}[3]"
-        assert find_records(path).fingerprint() == source.fingerprint()
-        assert find_records(path).fingerprint(1) != source.fingerprint()
+        assert source.storage(COUNT).path("3") == f"{path}[3]"
+        assert source_at(path).fingerprint() == source.fingerprint()
+        assert source_at(path).fingerprint(1) != source.fingerprint()
 
 
 def test_pixels_of_a_torch_data_set_pass_unchanged():
@@ -166,7 +166,7 @@ def test_what_is_no_map_style_data_set_is_refused(hugging_face, tmp_path):
         as_records(splits)
     splits.save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match=r"expected one split of it: .*/splits/test, .*/splits/train"):
-        find_records(tmp_path / "splits")
+        source_at(tmp_path / "splits")
     with pytest.raises(DataError, match="expected a column of images, found id"):
         as_records(hugging_face.select_columns("id"))
 
@@ -176,16 +176,16 @@ def test_parquet_files_that_cannot_be_used_are_refused(hugging_face, parquet):
     hugging_face.select_columns(["id", "label"]).to_parquet(path)
     for named in (parquet, path):
         with pytest.raises(DataError, match=r"00001-of-00002\.parquet: expected a column of images.*found id, label"):
-            find_records(named)
+            source_at(named)
     hugging_face.remove_columns("label").to_parquet(path)
     with pytest.raises(DataError, match="expected the columns and class names of"):
-        find_records(parquet)
+        source_at(parquet)
     path.write_bytes(b"no parquet")
     with pytest.raises(DataError, match=r"00001-of-00002\.parquet: expected a Parquet file"):
-        find_records(parquet)
+        source_at(parquet)
     path.rename(parquet / "test-00000-of-00001.parquet")
     with pytest.raises(DataError, match=r"holds several splits; expected one, such as .*/test-\*\.parquet"):
-        find_records(parquet)
+        source_at(parquet)
 
 
 def test_row_groups_are_read_once_while_they_fit_and_in_windows_beyond(parquet, monkeypatch):
@@ -208,4 +208,28 @@ def test_row_groups_are_read_once_while_they_fit_and_in_windows_beyond(parquet, 
 def test_a_package_that_is_missing_is_named(parquet, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(DataError, match=r"pip install 'fastmae\[datasets\]'"):
-        find_records(parquet)
+        source_at(parquet)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_loaders_give_the_batches_of_files(hugging_face, parquet, open_, tmp_path, kind):
+    (tmp_path / "files").mkdir()
+    for i, data in enumerate(FILES):
+        (tmp_path / "files" / f"{i:02}").write_bytes(data)
+    expected = take(open_(tmp_path / "files"), kind, 5, cache_bytes=0)
+    for source in (Plain(), hugging_face, parquet):
+        dataset = open_(source)
+        assert dataset.labels(np.arange(COUNT)).tolist() == LABELS
+        assert_equal(take(dataset, kind, 5, cache_bytes=0), expected)
+    assert dataset.order(0).ids(np.arange(COUNT))[0].tolist() != dataset.order(1).ids(np.arange(COUNT))[0].tolist()
+    windows = open_(parquet, window=1).order(0).ids(np.arange(COUNT))[0].reshape(4, 3)
+    assert sorted(np.sort(windows).tolist()) == np.arange(COUNT).reshape(4, 3).tolist()  # a row group at a time
+
+
+def test_an_index_that_is_kept_is_used_and_one_of_other_records_refused(parquet, open_, tmp_path, monkeypatch):
+    first = open_(parquet, index=tmp_path / "index")
+    monkeypatch.setattr(RecordSource, "parts", lambda *_: pytest.fail("read again"))
+    assert open_(parquet, index=tmp_path / "index").hash == first.hash
+    (parquet / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match=r"parquet: has 6 images, its index 12"):
+        open_(parquet, index=tmp_path / "index")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loading import write_source
+from loading import KINDS, assert_equal, take, write_source
 from object_store import ObjectStore, serve
 
-from fastmae.data import DataError, errors
+from fastmae.data import DataError, errors, open_dataset
 from fastmae.data.decode import UndecodableImage
 from fastmae.data.storage import Files, RemoteShard, Shards, as_url, find_store
 from fastmae.data.tar import shard_part, write_shard_index
@@ -213,3 +213,18 @@ def test_what_is_no_shard_in_a_store_is_refused(store, tmp_path):
         find_store(tmp_path / "mixed.txt")
     (tmp_path / "paths.txt").write_text("a.jpg\n")
     assert find_store(tmp_path / "paths.txt") is find_store(tmp_path) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_loaders_give_the_batches_of_local_shards(packed, store, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    local, remote = open_dataset(packed), open_dataset(f"{store.url}/shards")
+    assert (remote.hash, remote.name, remote.classes) == (local.hash, "shards", ["ant", "bee"])
+    assert remote.path(9) == f"{store.url}/shards/more/c.tar::09.jpg"
+    expected = take(local, kind, 4, cache_bytes=0)
+    assert_equal(take(remote, kind, 4, cache_bytes=0), expected)
+    store.requests.clear()
+    trusted = open_dataset(f"{store.url}/shards", index=remote.index.folder)
+    assert store.requests == []
+    assert_equal(take(trusted, kind, 4, cache_bytes=0), expected)
+    assert sorted(tmp_path.glob("http*")) == []  # nothing takes the URL for a path

@@ -7,7 +7,6 @@ import itertools
 import os
 import random
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -147,24 +146,6 @@ def test_a_shard_that_shrinks_is_a_clear_error(shards, cache, monkeypatch):
     path.unlink()
     with pytest.raises(DataError, match="No such file"):
         dataset.read(3)
-
-
-def test_reading_from_many_threads_with_few_shards_open(shards, cache, monkeypatch):
-    monkeypatch.setattr("fastmae.data.tar._OPEN_SHARDS", 1)
-    dataset = open_dataset(shards, cache_dir=cache)
-    expected, wrong = [dataset.read(i).tobytes() for i in range(6)], []
-
-    def read(seed: int) -> None:
-        for i in np.random.default_rng(seed).integers(0, 6, 100).tolist():
-            if dataset.read(i).tobytes() != expected[i]:
-                wrong.append(i)
-
-    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 NAMES = ["a/b.jpg", "x" * 96 + ".jpg", "d" * 120 + "/" + "y" * 90 + ".jpg", "ü/图.png", "folder/", "z" * 300 + ".png",

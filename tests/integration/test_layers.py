@@ -25,7 +25,7 @@ ALLOWED = {
     "errors": set(),
     "pretraining": {"ops", "model", "data", "train", "evaluate", "loading", "errors", "fastmae"},
     "loading": {"model", "interop", "train", "fastmae"},
-    "run": {"train", "pretraining", "loading", "fastmae"},
+    "run": {"data", "train", "pretraining", "loading", "fastmae"},
     "cli": {"ops", "model", "data", "train", "evaluate", "loading", "environment", "errors", "pretraining", "fastmae"},
     "__main__": {"cli"},
     "fastmae": {"ops", "model", "interop", "loading", "run"},

@@ -56,7 +56,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, caplog):
         RunFolder(tmp_path / "run")
 
 
-@pytest.mark.parametrize("flag", ["--out", "--data.path", "--train.init-from", "--report.probe-path"])
+@pytest.mark.parametrize("flag", ["--out", "--train.init-from"])
 def test_object_stores_are_refused_by_flag(flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--train.device", "cpu", flag, "s3://bucket/some/path"]) == 2
