@@ -195,7 +195,7 @@ def _check_end(read: Read, marker: bytes, data_start: int, size: int) -> None:
         if marker in before + chunk:
             return
         at, before = at + len(chunk), chunk[-len(marker) :]
-    raise BadImage(f"truncated: no end of image in {end - data_start} bytes of {size}")
+    raise BadImage(f"truncated: no end of image in {end} bytes of {size}")
 
 
 _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
@@ -328,24 +328,33 @@ def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
     import tifffile
 
     file.seek(0)
-    with tifffile.TiffFile(_Bounded(file, _MAX_TIFF_HEADER)) as tiff:
-        page = tiff.pages[0]
-        same = sum(other.shape == page.shape for other in _other_pages(tiff))
-        if same:
-            raise BadImage(f"{1 + same} pages of one size: expected a single image; split it")
-        if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
-            raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
-        if not _can_decompress(page.compression):
-            name = getattr(page.compression, "name", page.compression)
-            raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'")
-        if page.imagedepth != 1:
-            raise BadImage(f"a volume of depth {page.imagedepth}: expected an image; split it into slices")
-        end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
-        if end > size:
-            raise BadImage(f"truncated: {size} bytes of {end}")
-        mode = _pixel_type(np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1"))
-        orientation = _valid_orientation(page.tags.valueof(_ORIENTATION_TAG, default=1))
-        return Header(Format.TIFF, page.imagelength, page.imagewidth, orientation, page.samplesperpixel, mode)
+    bounded = _Bounded(file, _MAX_TIFF_HEADER)
+    try:
+        with tifffile.TiffFile(bounded) as tiff:
+            return _tiff_header(tiff, size)
+    finally:
+        if bounded.failure is not None:  # tifffile takes it for damage
+            raise bounded.failure
+
+
+def _tiff_header(tiff, size: int) -> Header:
+    page = tiff.pages[0]
+    same = sum(other.shape == page.shape for other in _other_pages(tiff))
+    if same:
+        raise BadImage(f"{1 + same} pages of one size: expected a single image; split it")
+    if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
+        raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
+    if not _can_decompress(page.compression):
+        name = getattr(page.compression, "name", page.compression)
+        raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'")
+    if page.imagedepth != 1:
+        raise BadImage(f"a volume of depth {page.imagedepth}: expected an image; split it into slices")
+    end = max((o + n for o, n in zip(page.dataoffsets, page.databytecounts, strict=True)), default=0)
+    if end > size:
+        raise BadImage(f"truncated: {size} bytes of {end}")
+    mode = _pixel_type(np.dtype(page.dtype) if page.dtype is not None else np.dtype("V1"))
+    orientation = _valid_orientation(page.tags.valueof(_ORIENTATION_TAG, default=1))
+    return Header(Format.TIFF, page.imagelength, page.imagewidth, orientation, page.samplesperpixel, mode)
 
 
 class _Bounded:
@@ -353,12 +362,17 @@ class _Bounded:
 
     def __init__(self, file: BufferedIOBase, most: int):
         self.seek, self.tell, self._read, self._left = file.seek, file.tell, file.read, most
+        self.failure: OSError | None = None
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self._left:
             raise BadImage("unreadable header: too long")
         self._left -= size
-        return self._read(size)
+        try:
+            return self._read(size)
+        except OSError as error:
+            self.failure = error
+            raise
 
 
 def _other_pages(tiff) -> Iterator:
