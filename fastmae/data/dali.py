@@ -4,16 +4,14 @@ Which samples, boxes and flips comes from the plan; the host reads the files. Wi
 and changes colours there. Without one it stops at the decoded crops, because PyTorch's uint8 resize is twice as fast as
 DALI's on a CPU.
 
-An image that DALI refuses fails its whole batch, and the error often does not say which image it was. So the batch's
-samples are then looked at one by one, those that may be at fault are remembered, and the batch is made again by a new
-pipeline, which takes milliseconds to build. Whenever such a sample comes again, DALI is first asked about it alone, and
-if it refuses, the sample is decoded on the host instead: it is bad only if the host refuses it too, and then another
-takes its place, as in the torch loader.
+An image that DALI refuses fails its whole batch, and the error often does not say which image it was. DALI is then
+asked about each image alone, those that it refuses are decoded on the host, and a new pipeline makes the batch again.
+The images are remembered: when one comes again, DALI is asked about it before the batch. It is bad only if the host
+refuses it too, and then another takes its place, as in the torch loader.
 
-DALI reads no more of a JPEG than the crop needs, so damage below a crop passes unseen. What a batch holds must not
-depend on what was found earlier: a resumed run would otherwise differ from one that never stopped, and so would ranks
-that have seen different samples. Hence DALI's answer for this very crop decides each time, which is a function of the
-position alone; what is remembered only saves the pipeline.
+DALI reads no more of a JPEG than the crop needs, so damage below a crop passes unseen. A batch must not depend on what
+was found earlier: a resumed run would otherwise differ from one that never stopped, and so would ranks that have seen
+different samples. Hence DALI's answer for this very crop decides each time; what is remembered only saves pipelines.
 """
 
 from __future__ import annotations
@@ -125,11 +123,10 @@ class DaliDecoder:
         return data if stored_size(data) == (source.height, source.width) else None
 
     def _leave_to_host(self, plan: Plan, encoded: list[np.ndarray | None]) -> None:
-        """Take out what DALI refuses, as far as it is suspected of that."""
-        if self._suspects:
-            for j, source in enumerate(plan.sources):
-                if source.sample_id in self._suspects and encoded[j] is not None and self._refuses(plan, j, encoded[j]):
-                    encoded[j] = None
+        """Take out those of the remembered images that DALI refuses."""
+        for j in np.flatnonzero(np.isin(plan.source_ids, [*self._suspects])).tolist():
+            if encoded[j] is not None and self._refuses(plan, j, encoded[j]):
+                encoded[j] = None
 
     def _run(self, pipeline: Pipeline, plan: Plan, encoded: list[np.ndarray | None], images: Tensor) -> None:
         inputs = input_values(plan, encoded)
@@ -156,7 +153,7 @@ class DaliDecoder:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         # Not DALI's own memory through DLPack: DALI would fill it again as soon as the last reference is gone, while
-        # kernels may still read it. The copy takes what a 38 MB batch takes at the memory's speed.
+        # kernels may still read it.
         stream = torch.cuda.current_stream(self.device)
         feed_ndarray(crops.as_tensor(), images, cuda_stream=stream)
         left = [j for j, data in enumerate(encoded) if data is None]
@@ -193,31 +190,16 @@ class DaliDecoder:
         return pipeline
 
     def _find_suspects(self, plan: Plan, encoded: list[np.ndarray | None]) -> bool:
-        """Look for samples that may have failed a batch, other than those known; return whether there are any.
-
-        Most are damaged so that the host refuses them as well, which is found in parallel. Only if there is none is
-        DALI asked about each: a millisecond per sample, once per damaged file.
-        """
-        new = [
-            j
+        """Ask DALI about each sample of a batch that failed, a millisecond each; return whether it refuses any."""
+        found = {
+            source.sample_id
             for j, source in enumerate(plan.sources)
-            if encoded[j] is not None and source.sample_id not in self._suspects
-        ]
-        found: set[int] = set()
-
-        def check(numbers: range) -> None:
-            for source in (plan.sources[new[k]] for k in numbers):
-                try:
-                    self._host.image(source)
-                except UndecodableImage:
-                    found.add(source.sample_id)
-
-        self._host.for_each(check, len(new))
-        if not found:
-            found = {plan.sources[j].sample_id for j in new if self._refuses(plan, j, encoded[j])}
-            for sample_id in sorted(found):
-                logger.warning("%s: DALI refuses it, so it is decoded on the host", self._dataset.path(sample_id))
-        self._suspects |= found
+            if encoded[j] is not None and self._refuses(plan, j, encoded[j])
+        }
+        with self._asking:
+            new, self._suspects = found - self._suspects, self._suspects | found
+        for sample_id in sorted(new):
+            logger.warning("%s: DALI refuses it, so the host decodes it", self._dataset.path(sample_id))
         return bool(found)
 
     def _refuses(self, plan: Plan, j: int, encoded: np.ndarray) -> bool:
@@ -240,7 +222,7 @@ class DaliDecoder:
             return False
 
     def _without_dali(self, plan: Plan, images: Tensor, error: RuntimeError) -> None:
-        """For a batch that DALI fails at although it refuses none of its images: once in a while, not all the time."""
+        """For a batch that DALI fails at although it refuses none of its images: once in a while, not always."""
         self._failures += 1
         if self._failures > _MAX_FAILURES:
             raise DataError(f"DALI failed at {self._failures} batches in a row: {error}") from error
@@ -260,8 +242,7 @@ def input_names(finished: bool, jitter: bool) -> list[str]:
 
 
 def input_values(plan: Plan, encoded: list[np.ndarray | None]) -> dict[str, TensorListCPU | np.ndarray]:
-    """All inputs for a batch: its files' bytes, and its plan as DALI wants it. Where there is no file, DALI gets a
-    blank image."""
+    """All inputs for a batch: its files, and its plan as DALI wants it. Instead of None, DALI gets a blank image."""
     given = np.array([data is not None for data in encoded])
     boxes = np.where(given[:, None], plan.boxes, [0, 0, 1, 1]).astype(np.int32)
     jitter = np.tile(_NO_JITTER, (len(encoded), 1)) if plan.jitter is None else plan.jitter
@@ -322,11 +303,7 @@ def decoder_hints(dataset: Dataset, hw_decoder_load: float) -> dict[str, float |
     """Arguments for DALI's ``mixed`` decoder.
 
     The largest height, width and file among 4,096 images, evenly spread over the index; sides count up to 4,096 pixels,
-    for the decoder keeps such a buffer for each thread. Whatever is larger costs an allocation when it comes.
-
-    Args:
-        dataset: the images.
-        hw_decoder_load: the share of the JPEG files for the hardware decoder, if there is one.
+    because the decoder keeps such a buffer for each thread. Whatever is larger costs an allocation when it comes.
     """
     rows = dataset.rows(np.linspace(0, len(dataset) - 1, min(len(dataset), _LOOKED_AT)).astype(np.int64))
     height, width = (min(int(rows[side].max()), _MOST_SIDE) for side in ("height", "width"))

@@ -12,7 +12,6 @@ import numpy as np
 
 from fastmae.data.decode import decode
 from fastmae.data.errors import DataError
-from fastmae.data.formats import Format
 from fastmae.data.index import Accepts, Index
 from fastmae.data.sampler import Order
 from fastmae.data.storage import Files, Shards, Storage
@@ -36,18 +35,23 @@ class Dataset:
     Bad images are numbered with the others; loaders put another image in their place. All methods may be called from
     several threads.
 
-    Attributes:
-        name: what the data set is called in messages and captions.
+    Args:
+        index: of the images.
         root: the folder that the paths start from.
+        name: what the data set is called in messages and captions.
+        accepts: which images are good.
+        max_bad_fraction: the share of bad images above which a run stops.
+        embedded: whether these are the photographs that come with the installation.
+        window: shards whose images are shuffled together; 0: all of them. None: 0 up to 4,096 shards, else 256.
+        storage: reads the images. None: files, or shards, below ``root``.
+
+    Attributes:
         hash: hex digest of the index; equal for equal data sets, wherever they lie.
         classes: names of the labels; empty if there are none, or numbers only.
+        formats: the formats that occur.
         channels: C of the decoded images.
         value_range: what 16-bit and float pixels are mapped from, or None; low and high, for all channels or each.
         dtype: of the decoded images, uint8, or float32 in [0, 1] with a ``value_range``.
-        formats: the formats that occur.
-        max_bad_fraction: the share of bad images from which on a run stops.
-        embedded: whether these are the photographs that come with the installation.
-        window: shards whose images are shuffled together; 0: all of them.
     """
 
     def __init__(
@@ -64,42 +68,20 @@ class Dataset:
     ):
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {max_bad_fraction}")
-        self.index, self.root, self.name, self.embedded = index, root, name, embedded
-        self.accepts, self.max_bad_fraction = accepts or Accepts(), max_bad_fraction
         if window is None:
             window = WINDOW if len(index.shards) > MOST_WITHOUT_WINDOW else 0
         if window < 0 or (window and not index.shards):
             expected = "at least 0" if window < 0 else f"0, because {root} holds no shards"
             raise ValueError(f"window: expected {expected}, got {window}")
-        self.window = window
+        self.index, self.root, self.name, self.embedded, self.window = index, root, name, embedded, window
+        self.hash, self.classes, self.formats = index.hash, index.classes, index.formats
+        self.accepts, self.max_bad_fraction = accepts or Accepts(), max_bad_fraction
+        self.channels, self.value_range = self.accepts.channels, self.accepts.value_range
+        self.dtype = np.dtype(np.uint8 if self.value_range is None else np.float32)
         self.storage: Storage = storage or (Shards(root) if index.shards else Files(root))
 
     def __len__(self) -> int:
         return len(self.index.table)
-
-    @property
-    def hash(self) -> str:
-        return self.index.hash
-
-    @property
-    def classes(self) -> list[str]:
-        return self.index.classes
-
-    @property
-    def formats(self) -> frozenset[Format]:
-        return self.index.formats
-
-    @property
-    def channels(self) -> int:
-        return self.accepts.channels
-
-    @property
-    def value_range(self) -> tuple[float, ...] | None:
-        return self.accepts.value_range
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.uint8 if self.value_range is None else np.float32)
 
     @property
     def bad(self) -> list[BadFile]:
@@ -169,9 +151,8 @@ class Dataset:
 
     def decode_bytes(self, encoded: np.ndarray, orientation: int) -> np.ndarray:
         """The upright pixels of an encoded image, as :meth:`decode` returns them."""
-        accepts = self.accepts
-        options = {"value_range": accepts.value_range, "channels_first": accepts.channels_first}
-        return decode(encoded, orientation, channels=accepts.channels, **options)
+        options = {"value_range": self.value_range, "channels_first": self.accepts.channels_first}
+        return decode(encoded, orientation, channels=self.channels, **options)
 
     def shape(self, sample_id: int) -> tuple[int, int]:
         """Height and width of the upright image."""
@@ -206,9 +187,8 @@ class Dataset:
             DataError: more images are bad then than ``max_bad_fraction`` allows.
         """
         index = self.index.with_verdicts(verdicts)
-        options = {"name": self.name, "accepts": self.accepts, "embedded": self.embedded, "window": self.window}
-        options["storage"] = self.storage
-        return Dataset(index, self.root, max_bad_fraction=self.max_bad_fraction, **options)
+        same = ("name", "accepts", "max_bad_fraction", "embedded", "window", "storage")
+        return Dataset(index, self.root, **{name: getattr(self, name) for name in same})
 
     def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:
         """Refuse a data set in which too much is bad.
@@ -223,14 +203,14 @@ class Dataset:
         if len(bad) <= self.max_bad_fraction * len(self) and len(bad) < len(self):
             return
         raise DataError(
-            f"{self._found(bad)}\nMend or remove them, or allow more: --data.max-bad-fraction "
-            f"(now {self.max_bad_fraction:g}); allowed images that are bad are replaced by others."
+            f"{self._found(bad)}\nFix or delete them, or allow more: --data.max-bad-fraction "
+            f"(now {self.max_bad_fraction:g}); bad images are then replaced by others."
         )
 
     def log_bad(self) -> None:
         """Say which images are left out."""
         if self.index.bad:
-            logger.warning("%s\nOthers take their places.", self._found(self.index.bad))
+            logger.warning("%s\nThey are replaced by others.", self._found(self.index.bad))
 
     def _found(self, bad: Mapping[int, str]) -> str:
         some = list(bad.items())[:_LISTED]

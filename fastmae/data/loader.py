@@ -150,11 +150,6 @@ class Loader:
         self._error: BaseException | None = None
         self._finalizer = weakref.finalize(self, _shut_down, self._producers, host.pool, self._upload)
 
-    @property
-    def num_threads(self) -> int:
-        """Decoding threads."""
-        return self.options.num_threads
-
     def describe(self) -> str:
         """For a log: how images are decoded, and what is used of the machine."""
         return f"{self._decoder.describe()}: {self.options.describe()}"

@@ -73,8 +73,8 @@ def test_what_only_dali_refuses_is_decoded_on_the_host(tmp_path, monkeypatch, ca
     with create_loader(dataset, loader="dali", **OPTIONS) as loader:
         batches = [next(loader) for _ in range(10)]
         assert [Path(bad.path).name for bad in loader.bad_files] == ["6.jpg"]
-    assert [caplog.text.count(f"{i}.jpg: ") for i in range(8)] == [0, 0, 1, 0, 0, 1, 1, 0]
-    assert len(built) <= 6  # not one for each time that such a file comes
+    assert [caplog.text.count(f"{i}.jpg: ") for i in range(8)] == [0, 0, 1, 0, 0, 1, 2, 0]
+    assert len(built) <= 8  # not one for each time that such a file comes
     decoded_twice = {"augment": Augment(crop="center")}  # whole images, so that DALI reads the damage of every file
     assert_equal(*(take(dataset, kind, 8, **decoded_twice) for kind in ("torch", "dali")))
     assert_equal(take(dataset, "dali", 7, position=15, num_threads=3), batches[3:])

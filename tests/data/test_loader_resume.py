@@ -75,18 +75,6 @@ def test_resuming_on_another_number_of_ranks(sources, source, kind, ranks):
             assert torch.equal(image, expected[epoch, sample_id])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_ranks_see_what_one_would_with_fewer_images_than_a_global_batch(sources, kind):
-    options = {"position": 11, "img_size": (16, 24)}
-    whole = take(sources["folder"], kind, 3, batch_size=32, **options)
-    ranks = [take(sources["folder"], kind, 3, batch_size=16, rank=r, world_size=2, **options) for r in range(2)]
-    for step, batch in enumerate(whole):
-        for tensor, halves in zip(batch, zip(ranks[0][step], ranks[1][step], strict=True), strict=True):
-            assert torch.equal(tensor, torch.cat(halves))
-    keys = [key for batch in whole for key in zip(batch.epochs.tolist(), batch.sample_ids.tolist(), strict=True)]
-    assert Counter(keys[:88]) == Counter((epoch, i) for epoch in range(1, 9) for i in range(11))
-
-
 def test_known_bad_images_are_replaced_alike_everywhere(sources):
     source = sources["shards"]
     torchs = take(source, "torch", 6)

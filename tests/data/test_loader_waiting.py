@@ -136,6 +136,22 @@ def test_results_and_errors_come_back_and_stopping_wakes_whoever_waits():
         pool.submit(int)
 
 
+def test_only_decoding_threads_lose_their_openmp_teams(dataset):
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with create_loader(dataset, loader="torch", num_threads=2, **OPTIONS) as loader:
+            next(loader)
+            pool, found = loader._host.pool, threading.Barrier(2)
+            counts = [pool.submit(lambda: (found.wait(20), torch.get_num_threads())[1]) for _ in range(2)]
+            assert [count.result(20) for count in counts] == [1, 1]
+            later = Threads(1, "fastmae-test")
+            assert (torch.get_num_threads(), later.submit(torch.get_num_threads).result(20)) == (3, 3)
+            later.shutdown()
+    finally:
+        torch.set_num_threads(usual)
+
+
 # What is taken of the machine
 
 

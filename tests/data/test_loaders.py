@@ -85,13 +85,14 @@ def test_a_batch_larger_than_the_data_set(tmp_path, open_, kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(mixed, kind):
-    on_gpu, on_host = take(mixed, kind, 8, device="cuda"), take(mixed, "torch", 8)
+    on_gpu = take(mixed, kind, 8, device="cuda", img_size=by_epoch)
+    on_host = take(mixed, "torch", 8, img_size=by_epoch)
     for ours, theirs in zip(on_gpu, on_host, strict=True):
         assert ours.images.is_cuda
         assert ours.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(ours.sample_ids.cpu(), theirs.sample_ids)
         assert (ours.images.cpu().int() - theirs.images.int()).abs().float().mean() < 2
-    assert_equal(take(mixed, kind, 4, device="cuda", position=4 * 5), on_gpu[4:])
+    assert_equal(take(mixed, kind, 4, device="cuda", img_size=by_epoch, position=4 * 5), on_gpu[4:])
 
 
 def difference(first, second) -> float:
@@ -138,16 +139,6 @@ def test_loaders_agree_on_a_gpu(dataset, color_jitter):
     on_gpu = [batch._replace(images=batch.images.cpu()) for batch in take(dataset, "dali", 3, device="cuda", **options)]
     # Contrast turns around the image's mean on the host, around mid-grey in DALI.
     assert difference(take(dataset, "torch", 3, **options), on_gpu) < (2 if color_jitter == 0 else 20)
-
-
-@pytest.mark.gpu
-@needs_dali
-def test_sizes_by_epoch_on_a_gpu(dataset):
-    on_gpu = take(dataset, "dali", 8, img_size=by_epoch, device="cuda")
-    on_host = take(dataset, "torch", 8, img_size=by_epoch)
-    assert [batch.images.shape for batch in on_gpu] == [batch.images.shape for batch in on_host]
-    assert difference([batch._replace(images=batch.images.cpu()) for batch in on_gpu], on_host) < 2
-    assert_equal(take(dataset, "dali", 5, img_size=by_epoch, device="cuda", position=15), on_gpu[3:])
 
 
 # Sizes by epoch
