@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import mistake
 from torch import nn
-from training import make_trainer, write_images
+from training import fitted, make_trainer, write_images
 
 from fastmae.model import MaskedAutoencoderViT
 from fastmae.ops import random_masking
@@ -137,32 +138,22 @@ def test_accumulated_gradients_survive_the_next_run_of_a_graph_and_every_batch_b
     assert len(marks) == batches
 
 
+def losses(out, images, accumulation, resumes=False, **train) -> list[float]:
+    options = {"device": "cuda", "precision": "bf16", "steps": 20, "log_every_steps": 1, "base_lr": 0.01}
+    options |= {"batch_size": 8 // accumulation, "checkpoint_every_steps": 10} | train
+    trainer = fitted(out, images, **options)
+    if resumes:
+        trainer = make_trainer(out, images, resume=True, **options)
+        trainer.resume(out / "checkpoints" / "step-10")
+        with trainer.run:
+            trainer.fit()
+    torch.compiler.reset()
+    return [row["loss"] for row in trainer.run.read_metrics()]
+
+
 @pytest.fixture(scope="module")
 def eager(tmp_path_factory, images):
-    runs = {}
-
-    def run(accumulation: int) -> list[float]:
-        if accumulation not in runs:
-            runs[accumulation] = losses(tmp_path_factory.mktemp("eager") / "run", images, accumulation)
-        return runs[accumulation]
-
-    return run
-
-
-def on_gpu(out, images, accumulation, **train):
-    options = {"device": "cuda", "precision": "bf16", "steps": 20, "log_every_steps": 1, "base_lr": 0.01}
-    return make_trainer(out, images, batch_size=8 // accumulation, **options | train)
-
-
-def losses(out, images, accumulation, **train) -> list[float]:
-    rows = []
-    trainer = on_gpu(out, images, accumulation, **train)
-    try:
-        trainer.fit(on_log=rows.append)
-    finally:
-        trainer.run.close()
-        torch.compiler.reset()
-    return [row["loss"] for row in rows]
+    return cache(lambda accumulation: losses(tmp_path_factory.mktemp("eager") / "run", images, accumulation))
 
 
 @pytest.mark.gpu
@@ -178,31 +169,20 @@ def test_every_mode_trains_as_eager_does(tmp_path, images, eager, what, mode, ac
     assert found[:3] == pytest.approx(eager(accumulation)[:3], rel=5e-3)
 
 
+BLOCKS = {"compile": "blocks", "compile_mode": "reduce-overhead"}
+
+
 @pytest.mark.gpu
 def test_graphs_of_blocks_train_as_eager_does_with_ddp(tmp_path, images, eager):
     place = parallel.initialize("ddp", "cuda")
     try:
-        trainer = on_gpu(tmp_path / "run", images, 2)
-        train = TrainConfig(precision="bf16", compile="blocks", compile_mode="reduce-overhead")
-        trainer.forward = parallel.parallelize(trainer.model, place, train)
-        rows = []
-        trainer.fit(on_log=rows.append)
+        found = losses(tmp_path / "run", images, 2, place=place, parallel="ddp", **BLOCKS)
     finally:
         parallel.shutdown(place)
-        torch.compiler.reset()
-    assert [row["loss"] for row in rows] == pytest.approx(eager(2), rel=2e-2)
+    assert found == pytest.approx(eager(2), rel=2e-2)
 
 
 @pytest.mark.gpu
 def test_a_run_in_graphs_goes_on_after_a_resume(tmp_path, images):
-    options = {"compile": "blocks", "compile_mode": "reduce-overhead"}
-    whole = losses(tmp_path / "whole", images, 2, **options)
-    first = on_gpu(tmp_path / "run", images, 2, checkpoint_every_steps=10, max_minutes=None, **options)
-    first.fit()
-    first.run.close()
-    rows = []
-    second = on_gpu(tmp_path / "run", images, 2, resume=True, **options)
-    second.resume(tmp_path / "run" / "checkpoints" / "step-10")
-    second.fit(on_log=rows.append)
-    torch.compiler.reset()
-    assert [row["loss"] for row in rows] == pytest.approx(whole[10:], rel=1e-2)
+    whole, resumed = (losses(tmp_path / str(resumes), images, 2, resumes, **BLOCKS) for resumes in (False, True))
+    assert resumed == pytest.approx(whole, rel=1e-2)
