@@ -19,6 +19,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,14 +62,8 @@ def ready(call: Call) -> Callable[[], object]:
 
 def lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """A call that is made when it is first called: one that is not selected costs nothing."""
-    made: list[Callable[[], object]] = []
-
-    def call() -> object:
-        if not made:
-            made.append(make())
-        return made[0]()
-
-    return call
+    make_once = cache(make)
+    return lambda: make_once()()
 
 
 def compiled(function: Callable) -> Callable:

@@ -1,6 +1,6 @@
-"""An imitation of ``torch.cuda`` for ``gpu.py --dry-run``: the lines for CUDA run on the CPU, synchronously.
+"""An imitation of ``torch.cuda`` for ``--tiny``: the lines for CUDA run on the CPU, synchronously, and measure nothing.
 
-It measures nothing. A wrong name or argument in such a line shows without a GPU.
+A wrong name or argument in such a line shows without a GPU.
 """
 
 from __future__ import annotations
@@ -27,17 +27,12 @@ class Event:
         return (end_event.at - self.at) * 1e3 + 1e-6
 
 
-class Stream:
-    def wait_stream(self, stream):
-        pass
+def Stream():
+    return SimpleNamespace(wait_stream=lambda stream: None)
 
 
-class CUDAGraph:
-    def replay(self):
-        pass
-
-    def pool(self):
-        return (0, 1)
+def CUDAGraph():
+    return SimpleNamespace(replay=lambda: None, pool=lambda: (0, 1))
 
 
 def graph(cuda_graph, pool=None):
@@ -48,12 +43,12 @@ def stream(stream):
     return nullcontext()
 
 
-def _sleep(cycles):
-    assert isinstance(cycles, int)
-
-
 def get_device_properties(device=None):
     return SimpleNamespace(L2_cache_size=1 << 16)
+
+
+def _sleep(cycles):
+    assert isinstance(cycles, int)
 
 
 current_stream = Stream

@@ -170,10 +170,10 @@ class Plan:
                 process.stdin.flush()
         while self.seconds() < deadline and any(process.poll() is None for process in processes):
             time.sleep(0.02)
-        if any(process.poll() is None for process in processes):
-            return f"ended at its time, {deadline - begun:.0f} s after it began"
-        failed = [process.returncode for process in processes if process.returncode]
-        return f"exit code {failed[0]}" if failed else "done"
+        codes = [process.poll() for process in processes]
+        if any(codes):
+            return f"exit code {next(filter(None, codes))}"
+        return f"ended at its time, {deadline - begun:.0f} s after it began" if None in codes else "done"
 
     def stop(self, processes: list[subprocess.Popen]) -> None:
         for process in processes:
