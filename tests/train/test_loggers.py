@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -52,24 +51,6 @@ def run(tmp_path) -> Iterator[RunFolder]:
 def events(folder: Path) -> EventAccumulator:
     found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
     return found.Reload()
-
-
-def test_evaluations_are_in_tensorboard_and_in_a_file(run, picture):
-    for logger in (TensorBoard(run.path, 0), JsonLines(run)):
-        logger.evaluation(7, {"knn_top1": 0.25, "mse": math.nan}, {"reconstruction": picture})
-        logger.close()
-    found = events(run.path)
-    (value,) = found.Scalars("eval/knn_top1")
-    assert (value.step, value.value) == (7, 0.25)
-    (image,) = found.Images("eval/reconstruction")
-    assert image.step == 7
-    with Image.open(picture) as expected, Image.open(io.BytesIO(image.encoded_image_string)) as shown:
-        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(expected))
-    # JSON has no NaN.
-    assert (
-        run.evaluations.read_text()
-        == json.dumps({"step": 7, "knn_top1": 0.25, "mse": None, "reconstruction": str(picture)}) + "\n"
-    )
 
 
 def test_a_continued_run_replaces_the_rows_after_its_checkpoint(tmp_path):
@@ -195,25 +176,12 @@ def logged(wandb: MagicMock) -> list[dict]:
     return [call.args[0] for call in wandb.init.return_value.log.call_args_list]
 
 
-def test_wandb_gets_rows_and_evaluations(wandb, run):
-    logger = WeightsAndBiases("maps", run)
-    logger.write({"step": 5, "loss": 0.5, **OTHERS})
-    logger.evaluation(6, {"knn_top1": 0.25}, {"reconstruction": run.path / "a.png"})
-    options = wandb.init.call_args.kwargs
-    assert (options["project"], options["name"], options["config"]) == ("maps", "run", {"seed": 5})
-    wandb.init.return_value.define_metric.assert_called_with("*", step_metric="step")
-    assert logged(wandb) == [
-        {"step": 5, "train/loss": 0.5},
-        {"step": 6, "eval/knn_top1": 0.25, "eval/reconstruction": f"image {run.path / 'a.png'}"},
-    ]
-
-
 def test_a_resumed_wandb_run_is_the_same_and_another_project_has_another(wandb, run):
     for project in ("maps", "maps", "streets"):
         WeightsAndBiases(project, run)
     one, same, other = (call.kwargs["id"] for call in wandb.init.call_args_list)
     assert one == same != other
-    assert {call.kwargs["resume"] for call in wandb.init.call_args_list} == {"allow"}
+    assert all(c.kwargs["resume"] == "allow" and c.kwargs["config"] == {"seed": 5} for c in wandb.init.call_args_list)
 
 
 def test_without_a_connection_the_wandb_run_is_kept_on_disk(wandb, run, caplog):
@@ -259,25 +227,42 @@ def test_a_missing_wandb_is_named_before_anything_else(capsys, monkeypatch, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_all_numbers_of_a_run_are_in_tensorboard_and_in_wandb_if_asked_for(wandb, tmp_path, fails):
-    trainer = make_trainer(tmp_path / "run", write_images(tmp_path / "images"), precision="fp32")
+def train(out: Path, evaluate: Callable[[Trainer, int], object]) -> Trainer:
+    """A run that is logged to W&B too, with things in its rows that are no numbers."""
+    trainer = make_trainer(out, write_images(out.parent / "images"), precision="fp32")
     config = replace(trainer.config, report=ReportConfig(wandb_project="maps"))
     trainer = Trainer(config, trainer.task, trainer.run, console=trainer.console)
-    if fails:
-        trainer.train_step = lambda: 1 / 0
-        with pytest.raises(ZeroDivisionError), trainer.run:
-            trainer.fit()
-        wandb.init.return_value.finish.assert_called_once_with(exit_code=1)
-        return
-    with trainer.run as run:
-        trainer.fit()
+    trainer.reporter._check = lambda row, values: row.update(OTHERS)
+    with trainer.run:
+        trainer.fit(on_log=lambda row: evaluate(trainer, row["step"]))
+    return trainer
+
+
+def test_numbers_and_evaluations_are_in_the_files_in_tensorboard_and_in_wandb(wandb, tmp_path, picture):
+    values, pictures = {"knn_top1": 0.25}, {"reconstruction": picture}
+    run = train(tmp_path / "run", evaluate=lambda t, step: t.reporter.evaluation(step, values, pictures)).run
     found, rows = events(run.path), run.read_metrics()
-    names = {name for name in rows[0] if name != "step"}
+    names = {name for name in rows[0] if name != "step" and name not in OTHERS}
     assert {"loss", "lr", "grad_norm", "images_per_second", "mfu", "data_share", "host_memory_gib", "samples"} <= names
-    assert {f"train/{name}" for name in names} == set(found.Tags()["scalars"])
-    for name in names:
-        values = [(event.step, event.value) for event in found.Scalars(f"train/{name}")]
-        assert values == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
-    assert logged(wandb) == [{"step": row["step"], **{f"train/{name}": row[name] for name in names}} for row in rows]
+    charts = {f"train/{name}": [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows] for name in names}
+    charts["eval/knn_top1"] = [(row["step"], 0.25) for row in rows]
+    assert {n: [(e.step, e.value) for e in found.Scalars(n)] for n in found.Tags()["scalars"]} == charts
+    images = found.Images("eval/reconstruction")
+    assert [image.step for image in images] == [row["step"] for row in rows]
+    with Image.open(picture) as expected, Image.open(io.BytesIO(images[0].encoded_image_string)) as shown:
+        assert np.array_equal(np.asarray(shown.convert("RGB")), np.asarray(expected))
+    evaluation = {"step": rows[0]["step"], "knn_top1": 0.25, "reconstruction": str(picture)}
+    assert run.read_evaluations()[0] == evaluation
+    assert (wandb.init.call_args.kwargs["project"], wandb.init.call_args.kwargs["name"]) == ("maps", "run")
+    wandb.init.return_value.define_metric.assert_called_with("*", step_metric="step")
+    for row, logged_row, logged_evaluation in zip(rows, logged(wandb)[::2], logged(wandb)[1::2], strict=True):
+        assert logged_row == {"step": row["step"], **{f"train/{name}": row[name] for name in names}}
+        shown = {"eval/knn_top1": 0.25, "eval/reconstruction": f"image {picture}"}
+        assert logged_evaluation == {"step": row["step"], **shown}
     wandb.init.return_value.finish.assert_called_once_with(exit_code=0)
+
+
+def test_wandb_marks_a_run_that_an_error_ends(wandb, tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        train(tmp_path / "run", evaluate=lambda trainer, step: 1 / 0)
+    wandb.init.return_value.finish.assert_called_once_with(exit_code=1)
