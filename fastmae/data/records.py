@@ -9,13 +9,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import operator
 import os
 import re
 import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -36,7 +37,9 @@ _PART = 256
 _ROW_GROUP_BYTES = 4 << 30
 """Of Parquet row groups kept in memory, uncompressed."""
 _ROW_GROUP = " row group "
-_WINDOW = 256
+_WINDOW, _READS = 256, 8
+"""Most row groups whose images are mixed, and most that are read at once."""
+_LARGEST_LABEL = 2**31 - 1
 _ARRAY_MODES = ("L", "RGB", "I;16", "I", "F")
 
 
@@ -54,6 +57,8 @@ def as_records(source: Any) -> Records:
         DataError: it is something else, iterable-style for instance.
     """
     if hasattr(source, "read") and hasattr(source, "__len__"):
+        if not isinstance(getattr(source, "fingerprint", None), str):
+            raise DataError(f"{type(source).__name__}: expected a fingerprint, a string that changes with the images")
         return source
     kind, is_hugging_face = type(source).__name__, type(source).__module__.startswith("datasets.")
     if is_hugging_face and isinstance(source, dict):
@@ -169,10 +174,10 @@ class RecordSource:
             try:
                 data = read_record(self.records, i, f"{self.root}[{i}]")
                 size, header = len(data), _header(data)
-                number = int(label(i))
+                number = label(i)
             except UndecodableImage as error:
                 header = str(error)
-            builder.add(b"%d" % i, header, size=size, label=number)
+            builder.add(b"%d" % i, header, size=size, label=number if 0 <= number <= _LARGEST_LABEL else -1)
         if len(self.records) != self._count:
             raise DataError(f"{self.root}: had {self._count} images and now has {len(self.records)}")
         return builder.build()
@@ -220,13 +225,21 @@ class TorchRecords:
     def read(self, i: int) -> bytes:
         item = self.dataset[i]
         image, *rest = item if isinstance(item, tuple | list) else (item,)
-        self._last.label = i, int(rest[0]) if rest and np.ndim(rest[0]) == 0 else -1
+        self._last.label = i, _number(rest[0]) if rest else -1
         return _image_file(image)
 
     def label(self, i: int) -> int:
         if getattr(self._last, "label", (None,))[0] != i:
             self.read(i)
         return self._last.label[1]
+
+
+def _number(label: Any) -> int:
+    """A label; -1 for captions, boxes and other things that are no classes."""
+    try:
+        return operator.index(label)
+    except (TypeError, ValueError):
+        return -1
 
 
 def _image_file(image: Any) -> bytes:
@@ -317,11 +330,10 @@ class ParquetRecords:
             )
         fitting = cache_bytes // largest
         self.window = None if sum(self._bytes) <= cache_bytes else max(1, min(fitting * 3 // 4, _WINDOW))
-        stats = ((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-        self.fingerprint = repr(sorted(stats))
-        self._cache_bytes, self._held = cache_bytes, 0
+        self.fingerprint = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        self._cache_bytes, self._lock = cache_bytes, threading.Lock()
         self._cache: OrderedDict[int, Future] = OrderedDict()
-        self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(_READS, "fastmae-parquet")
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -361,26 +373,19 @@ class ParquetRecords:
         """The columns of the row group that holds record ``i``, images and labels, and its row there."""
         number = bisect.bisect_right(self._ends, i)
         row = i - (self._ends[number - 1] if number else 0)
-        return *self._group(number), row
-
-    def _group(self, number: int) -> tuple[Any, Any]:
         with self._lock:
-            future, reads = self._cache.get(number), False
-            if future is None:
-                future, reads = self._cache.setdefault(number, Future()), True
-                self._held += self._bytes[number]
+            if number not in self._cache:
+                self._cache[number] = self._threads.submit(self._read_group, number)
+                while sum(self._bytes[n] for n in self._cache) > self._cache_bytes:
+                    self._cache.popitem(last=False)
             self._cache.move_to_end(number)
-            while self._held > self._cache_bytes and len(self._cache) > 1:
-                self._held -= self._bytes[self._cache.popitem(last=False)[0]]
-        if reads:  # the others wait
-            try:
-                future.set_result(self._read_group(number))
-            except BaseException as error:
-                with self._lock:
-                    if self._cache.pop(number, None) is not None:
-                        self._held -= self._bytes[number]
-                future.set_exception(error)
-        return future.result()
+            group = self._cache[number]
+        try:
+            return *group.result(), row
+        except BaseException:
+            with self._lock:
+                self._cache.pop(number, None)
+            raise
 
     def _read_group(self, number: int) -> tuple[Any, Any]:
         n, group = self._groups[number]

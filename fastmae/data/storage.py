@@ -60,11 +60,11 @@ class Files:
     """Images that are files of their own, below ``root`` or with absolute names."""
 
     def __init__(self, root: Path | str):
-        self._prefix = os.path.join(root, "")  # noqa: PTH118
+        self._prefix = os.path.join(as_url(root) or root, "")  # noqa: PTH118
 
     def path(self, name: str) -> str:
         # os.path.join takes ten times as long, and this is called for each sample.
-        return name if name.startswith("/") else self._prefix + name
+        return name if name.startswith("/") or "://" in name else self._prefix + name
 
     def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
         path = self.path(name)
@@ -98,16 +98,13 @@ def _read_range(descriptor: int, offset: int, size: int) -> np.ndarray:
     return data
 
 
-class Shards:
+class Shards(Files):
     """Images inside tar shards, below ``root`` or with absolute names; local shards stay open for a while."""
 
     def __init__(self, root: Path | str):
-        self._prefix = os.path.join(as_url(root) or root, "")  # noqa: PTH118
+        super().__init__(root)
         self._open: OrderedDict[str, FileIO] = OrderedDict()
         self._lock = threading.Lock()
-
-    def path(self, name: str) -> str:
-        return name if name.startswith("/") or "://" in name else self._prefix + name
 
     def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
         path = self.path(name)
@@ -209,7 +206,7 @@ class RecordStorage:
 
 def as_url(path: Path | str) -> str | None:
     """The URL that a path was before ``Path`` took one of its slashes, ``s3:/bucket/train``; None if it is a path."""
-    match = re.match(r"([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
+    match = re.match(r"(?!file:)([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
     return f"{match[1]}://{str(path)[match.end() :]}" if match else None
 
 
@@ -223,17 +220,14 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     def cat(fs: Any, path: str) -> bytes:
         data = fs.cat_file(path, start=start, end=stop)
         if len(data) > stop - start:
-            raise DataError(f"{url}: {stop - start} bytes were asked for and {len(data)} came: {_NO_RANGES}")
-        if len(data) < stop - start:
-            raise OSError(
-                f"changed since it was indexed: it ends {stop - start - len(data)} bytes before the image does"
+            raise DataError(
+                f"{url}: {stop - start} bytes were asked for and {len(data)} came: the server has no ranges"
             )
+        if len(data) < stop - start:
+            raise OSError(f"changed since it was indexed: {stop - start - len(data)} bytes of the image are missing")
         return data
 
     return ask(url, cat) if stop > start else b""
-
-
-_NO_RANGES = "the server ignores Range headers, without which images inside a shard cannot be read; copy the shards"
 
 
 def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
@@ -265,11 +259,12 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
 
 
 def _fetch_if_there(url: str) -> bytes | None:
-    """A whole object; None if there is none, or the store will not say because nobody may list it."""
+    """A whole object; None if there is none. Stores that may not be listed say "forbidden" instead of "not found"."""
     try:
         return ask(url, lambda fs, path: fs.cat_file(path))
     except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+        cause = error.__cause__
+        if isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (401, 403, 404, 410):
             return None
         raise
 
@@ -281,54 +276,50 @@ def _file_system(origin: str) -> Any:
     return url_to_fs(origin)[0]
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _may_pass(error: BaseException) -> bool:
     """Whether a request may succeed later. The errors are the libraries' own: aiohttp's, botocore's, gcsfs's."""
-    response = getattr(error, "response", None)
-    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-    for status in (getattr(error, "status", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")):
-        if isinstance(status, int):
-            return status >= 500 or status in (408, 425, 429)
+    if (status := _status(error)) is not None:
+        return status >= 500 or status in (408, 425, 429)
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError)
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"ClientError", "HTTPClientError", "ConnectionError", "HttpError", "TransportError"})
 
 
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error is about."""
+    response = getattr(error, "response", None)
+    metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
+    found = getattr(error, "status", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")
+    return next((status for status in found if isinstance(status, int)), None)
+
+
 class RemoteShard:
     """A shard in an object store, read by position; see :class:`fastmae.data.tar.Reader`. For one thread.
 
     Raises:
-        DataError: there is no such object, its size cannot be found out, or the server does not serve ranges.
+        DataError: there is no such object, its size is unknown, or the server does not serve ranges.
     """
 
     def __init__(self, url: str):
         self.name = url
-        info = ask(url, lambda fs, path: fs.info(path))
-        if info.get("size") is None:
+        self._file = ask(url, lambda fs, path: fs.open(path, block_size=_AHEAD, cache_type="readahead"))
+        self.size = self._file.size
+        if self.size is None:
             raise DataError(f"{url}: the server does not tell its size (Content-Length)")
-        self.size = info["size"]
-        self._start, self._block = 0, b""
-        if url.startswith("http") and self.size > 1:
-            ask(url, lambda fs, path: _check_ranges(fs, path, info))
+        self.read(1, 1)  # a server without ranges is found out here: fsspec does not wait for the body
 
     def read(self, offset: int, size: int) -> bytes:
-        stop = min(offset + size, self.size)
-        if offset < self._start or stop > self._start + len(self._block):
-            self._start = min(offset, self.size)
-            self._block = fetch(self.name, self._start, min(max(stop, offset + _AHEAD), self.size))
-        return self._block[offset - self._start : max(stop, offset) - self._start]
+        expected = max(0, min(size, self.size - offset))
 
+        def read(fs: Any, path: str) -> bytes:
+            self._file.seek(offset)
+            data = self._file.read(expected)
+            if len(data) < expected:
+                raise OSError(f"{expected} bytes were asked for and {len(data)} came")
+            return data
 
-def _check_ranges(fs: Any, path: str, info: dict[str, Any]) -> None:
-    """Ask for the second byte through fsspec's file, which does not wait for a body that is more than that."""
-    try:
-        with fs.open(path, cache_type="none", size=info["size"]) as file:
-            file.seek(1)
-            if info.get("partial", True) and file.read(1):
-                return
-    except ValueError as error:
-        raise DataError(f"{path}: {_NO_RANGES}") from error
-    raise DataError(f"{path}: {_NO_RANGES}")
+        return ask(self.name, read) if expected else b""
 
 
 class StoreSource:
@@ -382,10 +373,12 @@ def find_store(path: Path | str) -> StoreSource | None:
     """
     url = as_url(path)
     if url is None:
-        if not (str(path).endswith(_LIST_SUFFIXES) and Path(path).is_file()):
-            return None
-        names = _listed(Path(path).read_text(errors="surrogateescape"))
-        return StoreSource(str(Path(path).parent), names, {}) if names and as_url(names[0]) else None
+        is_list = Path(path).suffix in _LIST_SUFFIXES and Path(path).is_file()
+        return (
+            StoreSource(str(Path(path).parent), _listed(Path(path).read_text()), {})
+            if is_list and _has_urls(path)
+            else None
+        )
     root, _, name = url.rpartition("/")
     if url.startswith(IN_MEMORY):
         raise DataError(f"{url}: was a data set in Python; resume with fastmae.pretrain(data=..., resume=True)")
@@ -410,11 +403,18 @@ def find_store(path: Path | str) -> StoreSource | None:
     return StoreSource(url.rstrip("/"), list(shards), shards)
 
 
+def _has_urls(path: Path | str) -> bool:
+    """Whether a local list file, which may be huge, begins with a URL."""
+    with Path(path).open(errors="surrogateescape") as file:
+        first = next((line for line in file if line.strip() and not line.startswith("#")), "")
+    return as_url(first) is not None
+
+
 def _listed(text: str) -> list[str]:
     """The shards in a list file: one per line, ``#`` begins a comment."""
     names = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    if as_url(names[0] if names else "") and not all(name.endswith(".tar") and as_url(name) for name in names):
-        raise DataError(f"a list that begins with {names[0]}: expected URLs of .tar shards only")
+    if wrong := [name for name in names if not name.endswith(".tar")] or (not names and ["nothing"]):
+        raise DataError(f"expected a list of .tar shards, found {wrong[0]} in it")
     return names
 
 

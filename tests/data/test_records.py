@@ -122,8 +122,8 @@ def test_pixels_of_a_torch_data_set_pass_unchanged():
         assert stored.dtype == expected.dtype
         assert np.array_equal(stored, expected)
     assert np.array_equal(decode(np.frombuffer(source.records.read(0), np.uint8)), colour)
-    encoded = TorchRecords([FILES[0]], fingerprint="1")  # without labels, and files already
-    assert (encoded.read(0), encoded.label(0), encoded.fingerprint) == (FILES[0], -1, "1")
+    encoded = TorchRecords([FILES[0], (FILES[1], "a caption")], fingerprint="1")  # files already, without classes
+    assert (encoded.read(0), encoded.label(0), encoded.label(1), encoded.fingerprint) == (FILES[0], -1, -1, "1")
     assert TorchRecords([]).fingerprint != TorchRecords([]).fingerprint
 
 

@@ -18,6 +18,7 @@ class ObjectStore(ThreadingHTTPServer):
             the body (announced whole, or as if it were whole), ``"whole"`` for a server that knows no ranges.
         always: the same, of each GET from now on.
         requests: (path, first byte, size) of each GET that was served.
+        sent: bytes of bodies that were sent to their end.
         connections: how many were opened.
     """
 
@@ -26,7 +27,7 @@ class ObjectStore(ThreadingHTTPServer):
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.root, self.faults, self.always = root, deque(), None
-        self.requests, self.connections = [], 0
+        self.requests, self.connections, self.sent = [], 0, 0
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def process_request(self, request, client_address) -> None:
@@ -76,6 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
         half = body[: len(body) // 2]
         self._answer(status, len(half if fault == "short" else body))
         self.wfile.write(half if fault in ("short", "reset") else body)
+        self.server.sent += len(body)
         self.close_connection = fault == "reset"
 
     def _answer(self, status: int, length: int, **headers: str) -> None:
