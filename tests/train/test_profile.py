@@ -55,6 +55,7 @@ def test_a_trace_has_the_wanted_steps_with_their_stages_and_the_training_is_the_
     assert "aten::addmm" in trace.with_name("rank-0-steps-5-7.txt").read_text()
     assert str(trace) in profiled.said
     assert profiled.stage is profiled.reporter.stages
+    assert all(row["data_time"] > 0 for row in profiled.run.read_metrics())  # rows have their times meanwhile
 
 
 def test_times_of_the_stages_are_those_of_the_steps(plain):
