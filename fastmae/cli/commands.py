@@ -90,7 +90,7 @@ class FeaturesConfig:
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
     """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
-    """Folder of images, list file, .tar file or folder of .tar shards."""
+    """Folder of images, list file, .tar file or folder of .tar shards, URL of shards, or Parquet files."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """.npy: float32 (n, D), with the paths in OUT.paths.txt beside it. .parquet: path, label and feature."""
     pool: Literal["avg", "cls"] = "avg"
@@ -208,7 +208,7 @@ class SourceConfig:
     """Images of a data set."""
 
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="PATH")]
-    """Folder of images, list file, .tar file or folder of .tar shards."""
+    """Folder of images, list file, .tar file or folder of .tar shards, URL of shards, or Parquet files."""
     images: tyro.conf.OmitArgPrefixes[ImagesConfig] = field(default_factory=ImagesConfig, kw_only=True)
     """How the images are read."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from loading import KINDS, assert_equal, image_file, noise, rotated, take
 from PIL import Image
 
-from fastmae.data import DataError, errors, records
+from fastmae.data import DataError, errors, open_once, records
 from fastmae.data.decode import UndecodableImage, decode
 from fastmae.data.records import ParquetRecords, RecordSource, TorchRecords, as_records, source_at
 from fastmae.data.storage import RecordStorage
@@ -233,3 +234,12 @@ def test_an_index_that_is_kept_is_used_and_one_of_other_records_refused(parquet,
     (parquet / "train-00001-of-00002.parquet").unlink()
     with pytest.raises(DataError, match=r"parquet: has 6 images, its index 12"):
         open_(parquet, index=tmp_path / "index")
+
+
+def test_other_ranks_open_the_index_that_the_first_has_published(open_, monkeypatch):
+    first, second = (partial(open_, Pairs([noise(20, 30, i) for i in range(COUNT)])) for _ in range(2))
+    published = open_once(first, lambda lead: lead())
+    monkeypatch.setattr(RecordSource, "parts", lambda *_: pytest.fail("read again"))
+    other = open_once(second, lambda lead: (published.index.folder, published.hash))
+    assert other.hash == published.hash
+    assert other.read(5).tobytes() == published.read(5).tobytes()
