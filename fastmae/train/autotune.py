@@ -138,15 +138,6 @@ class Speeds(NamedTuple):
         return f"{self.bf16:.3g} GFLOP/s in bf16, {self.fp32:.3g} in fp32"
 
 
-class Settled(NamedTuple):
-    """A configuration with a precision in place of "auto", why it is this one unless the user named it, and a warning
-    if that is slow here."""
-
-    config: PretrainConfig
-    text: str = ""
-    warning: str = ""
-
-
 def measure_products(width: int) -> Speeds:
     """Time the first product of a model's MLP, (rows, width) x (width, 4 * width), in both precisions.
 
@@ -168,11 +159,14 @@ def measure_products(width: int) -> Speeds:
     return Speeds(*(8e-9 * rows * width**2 / min(times) for times in seconds.values()))
 
 
-def settle_precision(config: PretrainConfig, width: int, device: torch.device, ranks: Ranks) -> Settled:
+def settle_precision(
+    config: PretrainConfig, width: int, device: torch.device, ranks: Ranks
+) -> tuple[PretrainConfig, str, str]:
     """Put a precision in the place of "auto", for an encoder of a width; every rank calls it, the first one measures.
 
     bf16 on CUDA. On the CPU the faster of fp32 and bf16: many have no bfloat16 instructions, and emulate them at a
-    hundredth to a fifth of fp32's rate.
+    hundredth to a fifth of fp32's rate. Returns the configuration, why it is this precision unless the user named it,
+    and a warning if that is slow here.
     """
     precision, text, warning = config.train.precision, "", ""
     if device.type != "cpu":
@@ -187,7 +181,7 @@ def settle_precision(config: PretrainConfig, width: int, device: torch.device, r
                 f"--train.precision bf16: matrix products run at {ratio:.2g} of fp32's rate on this CPU ({speeds}); "
                 "fp32 is faster"
             )
-    return Settled(replace(config, train=replace(config.train, precision=precision)), text, warning)
+    return replace(config, train=replace(config.train, precision=precision)), text, warning
 
 
 # ---- batch size ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,8 +203,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 
 # ---- NVIDIA apex: source-only and optional; the package of that name on PyPI is unrelated. It knows no shards. -------
 
-_APEX_HINT = "build NVIDIA's apex from its GitHub source with its CUDA extensions, or use adamw"
-
 
 def create_apex_adam(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
     """apex's FusedAdam in its capturable form, which reads ``found_inf`` and ``grad_scale`` as PyTorch's AdamW does.
@@ -214,7 +213,8 @@ def create_apex_adam(groups: list[dict[str, Any]], betas: tuple[float, float]) -
     try:
         from apex.optimizers import FusedAdam
     except Exception as error:  # extensions built for another PyTorch fail in many ways
-        raise ValueError(f"--train.optimizer: apex's FusedAdam does not load ({error}): {_APEX_HINT}") from error
+        hint = "build NVIDIA's apex from its GitHub source with its CUDA extensions, or use adamw"
+        raise ValueError(f"--train.optimizer: apex's FusedAdam does not load ({error}): {hint}") from error
 
     class ApexAdam(FusedAdam):
         found_inf: torch.Tensor | None = None
@@ -229,13 +229,16 @@ def create_apex_adam(groups: list[dict[str, Any]], betas: tuple[float, float]) -
             device = self.param_groups[0]["params"][0].device
             rates = [group["lr"] for group in self.param_groups]
             found = torch.zeros(1, device=device) if self.found_inf is None else self.found_inf.reshape(1)
+            scale = torch.ones(1, device=device) if self.grad_scale is None else self.grad_scale.reshape(1)
+            # What FusedAdam asks a gradient scaler.
+            scaler = SimpleNamespace(_check_inf_per_device=lambda _: {device: found}, _get_scale_async=lambda: scale)
             # FusedAdam counts the steps of its first group by the buffer of the step before.
             self._dummy_overflow_buf.copy_(found)
             for group in self.param_groups:
                 group["lr"] = torch.full((1,), float(group["lr"]), device=device)
                 group["step"] = self._steps(group, device)
             try:
-                super().step(grad_scaler=_Scaler(device, found, self.grad_scale))
+                super().step(grad_scaler=scaler)
             finally:
                 for group, rate in zip(self.param_groups, rates, strict=True):
                     group["lr"], steps = rate, group.pop("step")
@@ -253,17 +256,3 @@ def create_apex_adam(groups: list[dict[str, Any]], betas: tuple[float, float]) -
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     return optimizer
-
-
-class _Scaler:
-    """What FusedAdam asks a gradient scaler."""
-
-    def __init__(self, device: torch.device, found_inf: torch.Tensor, scale: torch.Tensor | None) -> None:
-        self._device, self._found_inf = device, found_inf
-        self._scale = torch.ones(1, device=device) if scale is None else scale.reshape(1)
-
-    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[torch.device, torch.Tensor]:
-        return {self._device: self._found_inf}
-
-    def _get_scale_async(self) -> torch.Tensor:
-        return self._scale

@@ -83,11 +83,12 @@ def test_a_cpu_takes_the_faster_precision_on_the_first_rank(asked, device, speed
             assert speeds, "measured"
             return speeds
 
-    settled = settle_precision(PretrainConfig(train=replace(TRAIN, precision=asked)), 64, device, Second())
-    assert settled.config.train.precision == expected
-    for found, part in ((settled.text, text), (settled.warning, warning)):
-        assert part in found
-        assert bool(part) == bool(found)
+    config = PretrainConfig(train=replace(TRAIN, precision=asked))
+    settled, *found = settle_precision(config, 64, device, Second())
+    assert settled.train.precision == expected
+    for said, part in zip(found, (text, warning), strict=True):
+        assert part in said
+        assert bool(part) == bool(said)
 
 
 # ---- batch size: the global batch is kept whatever the number of processes -------------------------------------------
