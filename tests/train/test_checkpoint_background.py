@@ -1,4 +1,4 @@
-"""Saving in the background: the values of a step, one save at a time, errors that surface once."""
+"""Saving in the background: the values of a step, one save at a time, errors that surface once; continuing from it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from checkpoints import no_space
+from checkpoints import assert_equal, load, no_space, save_checkpoint
 
 from fastmae.train.checkpoint import (
     CheckpointError,
@@ -18,6 +18,7 @@ from fastmae.train.checkpoint import (
     save,
 )
 from fastmae.train.checkpoint.format import write_tensors
+from fastmae.train.checkpoint.state import collect
 
 
 @pytest.fixture
@@ -151,6 +152,68 @@ def test_an_error_of_the_training_is_not_hidden_by_one_of_the_save(folder, monke
 def test_values_that_json_does_not_know_are_refused_at_once(folder):
     with CheckpointManager(folder, background=True) as saver, pytest.raises(TypeError):
         saver.save(1, {}, {"path": folder})
+
+
+# ---- model and optimiser: exact continuation, and what does not fit --------------------------------------------------
+
+
+def make(device="cpu"):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 3, device=device), torch.nn.LayerNorm(3, device=device))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        images = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+        model(images.to(model[0].weight.device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_model_and_optimizer_go_on_exactly(folder):
+    model, optimizer = make()
+    path = save_checkpoint(folder, 0, collect(model, optimizer), {})
+    assert optimizer.state == {}  # asking must not make a state, nor a step
+    train(model, optimizer, range(3))
+    path = save_checkpoint(folder, 3, collect(model, optimizer), {})
+    train(model, optimizer, range(3, 5))
+
+    again, other = make()
+    load(folder / "step-0", again, other)
+    train(again, other, range(1))
+    load(path, again, other)
+    assert all(state["step"].item() == 3 for state in other.state.values())
+    train(again, other, range(3, 5))
+    assert_equal(collect(again, other), collect(model, optimizer))
+    load(folder / "step-0", again, other)
+    assert other.state == {}
+
+
+def test_a_model_of_other_names_is_refused(folder):
+    model, optimizer = make()
+    path = save_checkpoint(folder, 0, collect(model, optimizer), {})
+    other = torch.nn.Sequential(torch.nn.Linear(5, 3))
+    with pytest.raises(CheckpointError, match=r"do not fit the model: missing \[\], unknown \['model.1.bias'"):
+        load(path, other, torch.optim.AdamW(other.parameters()))
+    wider = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.LayerNorm(3))
+    with pytest.raises(CheckpointError, match=r"model.0.weight is float32 \(3, 5\), expected float32 \(3, 6\)"):
+        load(path, wider, torch.optim.AdamW(wider.parameters()))
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_goes_on_exactly(folder):
+    model, optimizer = make("cuda")
+    train(model, optimizer, range(3))
+    with CheckpointManager(folder, background=True) as saver:
+        saver.save(3, collect(model, optimizer), {})
+        train(model, optimizer, range(3, 5))
+    again, other = make("cuda")
+    load(folder / "step-3", again, other)
+    here, there = (next(iter(o.state.values()))["step"].device.type for o in (other, optimizer))
+    assert here == there
+    train(again, other, range(3, 5))
+    assert_equal(collect(again, other), collect(model, optimizer))
 
 
 @pytest.mark.gpu
