@@ -3,6 +3,7 @@
 Names are imported when first used: the worker processes that build an index do not load PyTorch.
 """
 
+# ruff: noqa: F401 - __all__ has these names
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -46,29 +47,7 @@ _NAMES = {
     "records": ("TorchRecords",),
     "sampler": ("permuted_ids",),
 }
-__all__ = [
-    "Augment",
-    "BadFile",
-    "Batch",
-    "DataError",
-    "Dataset",
-    "LateBad",
-    "Loader",
-    "LoaderKind",
-    "TorchRecords",
-    "check_agreement",
-    "choose_loader",
-    "create_loader",
-    "crop_boxes",
-    "fixed_crops",
-    "flips",
-    "has_dali",
-    "open_dataset",
-    "open_once",
-    "permuted_ids",
-    "read_images",
-    "validation_photographs",
-]
+__all__ = [name for names in _NAMES.values() for name in names]
 
 
 def __getattr__(name: str) -> object:
@@ -79,4 +58,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -19,16 +19,14 @@ class Augment:
 
     The paper does not give the crop's scale; 0.2 to 1 is that of facebookresearch/mae. The rows of table 1e: "none" is
     ``crop="center", hflip=0``; "crop, fixed size" is ``crop="fixed"``; "crop, rand size" is the default; "crop + color
-    jit" is the default with ``color_jitter``, 0.4 being customary.
+    jit" is the default with ``color_jitter``, usually 0.4.
 
     Attributes:
-        crop: ``"random"``, of random size and aspect ratio; ``"fixed"``, of the largest size that the training size's
-            aspect ratio allows (so resizing makes the short side fit), at a random place; or ``"center"``, the same in
-            the middle.
         scale: smallest and largest area of a random crop, as a share of the image's.
         ratio: smallest and largest aspect ratio of a random crop, width over height.
-        hflip: probability of a horizontal flip.
-        vflip: probability of a vertical flip, for pictures that have no up and down (or are very few).
+        hflip, vflip: probability of a horizontal and of a vertical flip.
+        crop: ``"random"``, of random size and aspect ratio; ``"fixed"``, the largest of the training size's aspect
+            ratio, at a random place; or ``"center"``, the same in the middle.
         color_jitter: strength s of brightness, contrast and saturation, each multiplied by a factor from 1 - s to
             1 + s, and of hue, turned by up to s / 4 of the circle (MoCo v2: 0.4, 0.4, 0.4, 0.1).
     """

@@ -21,16 +21,14 @@ _AXES = (), (3,), (2,), (2, 3)
 
 
 class Source(NamedTuple):
-    """The pixels of a sample: where they are, and which of them. Plain Python values, because each of them is read for
-    every image, and NumPy's scalars are ten times as slow.
+    """The pixels of a sample: where they are, and which box of them. Plain Python values: they are read for each image,
+    and NumPy's scalars take ten times as long.
 
     Attributes:
         sample_id: whose pixels these are.
-        file: name of the file that holds the image, as in the index.
-        offset, size: where the image is in the file, bytes.
+        file, offset, size: name of the file that holds the image, and which of its bytes.
         height, width: as stored.
-        orientation: EXIF.
-        format, mode: numbers, as in the index.
+        orientation, format, mode: as in the index.
         box: top, left, height, width in the upright image.
     """
 

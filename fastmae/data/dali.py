@@ -85,7 +85,10 @@ class DaliDecoder:
         encoded = self._read(plan)
         while True:
             self._leave_to_host(plan, encoded)
-            pipeline = self._idle.pop() if self._idle else self._build()
+            try:
+                pipeline = self._idle.pop()
+            except IndexError:
+                pipeline = self._build()
             try:
                 self._run(pipeline, plan, encoded, images)
             except RuntimeError as error:

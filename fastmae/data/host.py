@@ -76,8 +76,8 @@ class HostDecoder:
         self,
         planner: Planner,
         num_threads: int,
-        *,
         known_bad: Iterable[LateBad] = (),
+        *,
         limit_bad: bool = True,
         cache_bytes: int = 0,
     ):

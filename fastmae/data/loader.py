@@ -119,14 +119,11 @@ class Loader:
 
     Args:
         planner: what the batches are made of.
-        decoder: makes the images.
+        decoder: makes the images; ``kind`` is its kind.
         host: has the decoding threads, and replaces bad files; often the decoder itself.
         device: where batches are handed out.
         options: what to use of the machine.
         timeout: seconds without a batch after which ``next`` raises.
-
-    Attributes:
-        kind: ``"torch"`` or ``"dali"``.
     """
 
     def __init__(
@@ -283,16 +280,11 @@ class Upload:
     Memory is allocated and freed on the consumer's stream and hence reused in its order, however far the host is ahead
     of the device. Three things keep that right: the copy waits for what the consumer's stream has queued so far (it may
     still use this memory), the consumer's stream waits for the copy's event, and it does so too for a batch that nobody
-    takes. The host never waits.
-
-    Tensors that are on the device already, such as the images that DALI decodes there, are not copied.
+    takes. The host never waits. What is on the device already, such as images that DALI decodes there, is not copied.
 
     Args:
         device: a CUDA device.
         cuda: ``torch.cuda``; tests pass a stand-in.
-
-    Attributes:
-        pending: whether a batch is on its way.
     """
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
@@ -303,6 +295,7 @@ class Upload:
 
     @property
     def pending(self) -> bool:
+        """Whether a batch is on its way."""
         return self._batch is not None
 
     def start(self, batch: Batch) -> None:

@@ -271,24 +271,22 @@ def create_loader(
         dataset: from ``open_dataset``.
         loader: ``"dali"``, ``"torch"``, or ``"auto"`` (see ``choose_loader``).
         batch_size: samples per batch, on this rank; with ``samples_per_step``, at most.
-        img_size: height and width of the crops, or a function that gives them for an epoch; a global batch that
-            straddles epochs has the size of the one that it begins in.
+        img_size: height and width of the crops, or a function that gives them for an epoch; a step that straddles
+            epochs has the size of the one in which it begins.
         seed: of order, crops and flips; in [0, 2**63).
-        position: samples that all ranks together have consumed, whole steps; a run continued from here gets the very
+        position: samples that all ranks together have consumed, whole steps; a run resumed from here gets the very
             batches that it would have got.
         rank, world_size: which slice of each global batch is this one's.
         device: where batches are handed out.
-        augment: crop and flip; None for ``Augment()``.
-        num_threads: decoding threads; None for one a core, at most 16 (half the cores where ``device`` is the CPU,
-            which trains).
-        prefetch: finished batches that wait at most; None for 2.
+        augment: crop, flips and colours; None for ``Augment()``.
+        num_threads: decoding threads; None for one per core, at most 16 (half the cores where ``device`` is the CPU).
+        prefetch: most finished batches that wait; None for 2.
         timeout: seconds without a batch after which ``next`` raises.
-        known_bad: ``Loader.late_bad`` of the run that is continued.
+        known_bad: ``Loader.late_bad`` of the run that is resumed.
         limit_bad: raise once more files are bad than ``max_bad_fraction`` allows, ``known_bad`` included. False where
             the caller judges what several ranks have found.
         samples_per_step: samples of an optimiser step on all ranks, which divide them into batches that differ by at
-            most one sample (:func:`fastmae.data.sampler.micro_batches`). All of a step have the size of the epoch in
-            which it begins. None: ``batch_size * world_size``.
+            most one sample (:func:`fastmae.data.sampler.micro_batches`). None: ``batch_size * world_size``.
         hw_decoder_load: with DALI on a GPU that has a hardware JPEG decoder, its share of the files.
         cache_bytes: the torch loader decodes each image once and keeps it, if all of them together take no more.
 
@@ -297,25 +295,23 @@ def create_loader(
         DataError: DALI is asked for by name and is not installed.
     """
     samples_per_step = batch_size * world_size if samples_per_step is None else samples_per_step
-    counts = {"batch_size": batch_size, "world_size": world_size, "samples_per_step": samples_per_step}
-    if not callable(img_size):
-        counts["img_size"] = min(img_size)
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {img_size if name == 'img_size' else value}")
-    if position < 0:
-        raise ValueError(f"position: expected at least 0, got {position}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected a number from 0 to world_size - 1 = {world_size - 1}, got {rank}")
+    for name, good, expected, got in (
+        ("batch_size", batch_size >= 1, "at least 1", batch_size),
+        ("world_size", world_size >= 1, "at least 1", world_size),
+        ("samples_per_step", samples_per_step >= 1, "at least 1", samples_per_step),
+        ("img_size", callable(img_size) or min(img_size) >= 1, "at least 1", img_size),
+        ("position", position >= 0, "at least 0", position),
+        ("rank", 0 <= rank < world_size, f"a number from 0 to world_size - 1 = {world_size - 1}", rank),
+        ("timeout", timeout > 0, "seconds above 0", timeout),
+        ("hw_decoder_load", 0 <= hw_decoder_load <= 1, "a share from 0 to 1", hw_decoder_load),
+    ):
+        if not good:
+            raise ValueError(f"{name}: expected {expected}, got {got}")
     if not micro_batches(samples_per_step, batch_size, rank=world_size - 1, world_size=world_size)[-1]:
         raise ValueError(
             f"samples_per_step: expected at least one for each batch of {world_size} ranks, got {samples_per_step} "
             f"with batches of {batch_size}"
         )
-    if not timeout > 0:
-        raise ValueError(f"timeout: expected seconds above 0, got {timeout}")
-    if not 0 <= hw_decoder_load <= 1:
-        raise ValueError(f"hw_decoder_load: expected a share from 0 to 1, got {hw_decoder_load}")
     split_seed(seed)
     device, augment = torch.device(device), augment or Augment()
     if device.type == "cuda" and device.index is None:
@@ -330,9 +326,8 @@ def create_loader(
     planner = Planner(dataset, *order, augment, samples_per_step)
     batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels * dataset.dtype.itemsize
     machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
-    cached = {"cache_bytes": cache_bytes} if kind == "torch" else {}
-    host = HostDecoder(planner, machine.num_threads, known_bad=known_bad, limit_bad=limit_bad, **cached)
-    decoder = host
+    cached = cache_bytes if kind == "torch" else 0
+    host = decoder = HostDecoder(planner, machine.num_threads, known_bad, limit_bad=limit_bad, cache_bytes=cached)
     if kind == "dali":
         from fastmae.data.dali import DaliDecoder
 
@@ -343,15 +338,15 @@ def create_loader(
 def fixed_crops(
     dataset: Dataset, img_size: tuple[int, int], *, seed: int, epoch: int, count: int, augment: Augment | None = None
 ) -> Tensor:
-    """Crops that a loader with this seed would give from the beginning of an epoch on: always the same ones.
+    """The first crops of an epoch as a loader with this seed gives them: always the same ones.
 
     Args:
         dataset: where from.
         img_size: height and width.
         seed: another one than training's gives crops that training has not seen.
         epoch: where to begin.
-        count: n, how many; beyond the data set's size they go on into the next epoch.
-        augment: crop and flip; None for ``Augment()``.
+        count: n; beyond the data set's size they go on into the next epoch.
+        augment: crop, flips and colours; None for ``Augment()``.
 
     Returns:
         (n, C, height, width) of the data set's dtype, a channels-last view. Files that do not decode are replaced as in

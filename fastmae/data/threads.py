@@ -53,13 +53,7 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 class Threads(Executor):
-    """A pool of daemon threads.
-
-    Args:
-        count: number of threads.
-        name: prefix of the threads' names.
-        initializer: each thread calls it first.
-    """
+    """A pool of daemon threads, which call ``initializer`` first."""
 
     def __init__(self, count: int, name: str, initializer: Callable[[], None] | None = None):
         self._tasks: SimpleQueue[tuple[Future, Callable] | None] = SimpleQueue()
@@ -83,12 +77,8 @@ class Threads(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
-        """Start no more tasks. Whoever waits for a result gets ``CancelledError`` at once.
-
-        Args:
-            wait: give running tasks ``PATIENCE`` seconds to finish.
-            cancel_futures: only True is possible.
-        """
+        """Start no more tasks; whoever waits for a result gets ``CancelledError`` at once. ``wait`` gives what is
+        running ``PATIENCE`` seconds to finish."""
         with self._lock:
             if not self._stopped:
                 self._stopped = True
