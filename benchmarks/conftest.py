@@ -16,8 +16,6 @@ from results import JsonLines
 from fastmae.train.autotune import measure_products
 from fastmae.train.parallel import DTYPES
 
-_TABLES = pytest.StashKey[list[list[str]]]()
-
 
 class Replay:
     """A clock that plays measured times back: pytest-benchmark reads it before and after each round."""
@@ -33,7 +31,6 @@ _REPLAY = Replay()
 
 
 def pytest_configure(config):
-    config.stash[_TABLES] = []
     if threads := 1 if config.getoption("--tiny") else config.getoption("--threads"):
         torch.set_num_threads(threads)
 
@@ -49,13 +46,6 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.benchmark(timer=_REPLAY))
         if not compiles and "compile" in str(item.callspec.params["competitor"]):
             item.add_marker(pytest.mark.skip(reason="torch.compile: on the CPU only with --compile"))
-
-
-def pytest_terminal_summary(terminalreporter, config):
-    for lines in config.stash[_TABLES]:
-        terminalreporter.section(lines[0])
-        for line in lines[1:]:
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -166,9 +156,7 @@ def compete(request, benchmark, timer, results, progress, _current) -> Callable[
                 announce=lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
                 report=lambda name, s: results.write("round", group=job.group, competitor=name, seconds=s),
             )  # fmt: skip
-            lines = table(job, _current["results"])
-            config.stash[_TABLES].append(lines)
-            say(config, *lines[1:])
+            say(config, *table(job, _current["results"])[1:])
             for entry in _current["results"].entries.values():
                 results.write("benchmark", **entry)
         found: Results = _current["results"]

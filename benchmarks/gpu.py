@@ -38,7 +38,7 @@ class Stage:
     Attributes:
         name: for results and log.
         until: seconds from the start at which it is ended, so that it takes no time from those behind it.
-        commands: arguments of Python. They wait for a line on their standard input before they begin.
+        commands: arguments of Python. Those with --wait start early, and wait for a line on their standard input.
         limit: seconds that it may run, if that is earlier.
     """
 
@@ -85,7 +85,7 @@ FIRST = (
     Stage("choices", 140, (
         "benchmarks/report.py choices {out}/results.jsonl --out fastmae/ops/attention_choices.json",
     )),
-    Stage("large", 180, (steps("large:256", EAGER),)),
+    Stage("large", 185, (steps("large:256", EAGER),)),
     # Each compiles one model for the stages behind it.
     Stage("compilation", 290, tuple(
         f"{steps(model, name)} --benchmark-disable"
@@ -132,9 +132,10 @@ class Plan:
 
     def run(self, stages: tuple[Stage, ...]) -> None:
         try:
-            following = self.start(stages[0])
+            following: list[subprocess.Popen] = []
             for stage, after in zip(stages, (*stages[1:], None), strict=True):
-                processes, following = following, self.start(after) if after else []
+                processes = following or self.start(stage)
+                following = self.start(after) if after and "--wait" in after.commands[0] else []
                 end = "left out: its time was gone"
                 if self.seconds() < stage.until:
                     end = self.finish(stage, processes)

@@ -256,25 +256,20 @@ def loader_table(entries: dict[str, dict]) -> str:
     return table(["loader", "reads", "images/s", "speedup", "CPU time per image", "speedup"], rows)
 
 
-def end_to_end_tables(found: dict[str, dict]) -> str:
+def end_to_end_table(found: dict[str, dict]) -> str:
     """The trainer from JPEGs on a disk: rates, MFU, and where a step's time goes."""
     rows = []
     for name, one in found.items():
-        train, model, both = one["config"]["train"], one["model"], one["both"]
+        train, model, both, step = one["config"]["train"], one["model"], one["both"], one["step"]
         compiled = " compiled" if train["compile"] not in (False, "none") else ""
         rows.append([
             f"{name}: {one['config']['recipe']}{compiled}, batch {train['batch_size']}",
             *(f"{one[phase]['images_per_second']:,.0f}" for phase in ("loader", "model", "both")),
             f"{both['images_per_second'] / model['images_per_second']:.1%}", f"{model['mfu']:.1%}",
-            f"{both['mfu']:.1%}", one["sentence"],
+            f"{both['mfu']:.1%}", ", ".join(f"{what} {ms / step['ms']:.0%}" for what, ms in step["stages_ms"].items()),
         ])  # fmt: skip
-    head = ["", "loader, images/s", "model", "both", "both of model", "MFU, model", "MFU, both", "in words"]
-    stages = {name: one["step"] for name, one in found.items()}
-    cells = [
-        [what, *(f"{s['stages_ms'][what]:.2f} ms, {s['stages_ms'][what] / s['ms']:.1%}" for s in stages.values())]
-        for what in next(iter(stages.values()))["stages_ms"]
-    ]
-    return f"{table(head, rows)}\n\n{table(['stage', *stages], cells)}"
+    head = ["", "loader, images/s", "model", "both", "both of model", "MFU, model", "MFU, both", "stages of a step"]
+    return table(head, rows)
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
@@ -308,7 +303,7 @@ def benchmarks_block(machines: list[Machine]) -> str:
         if machine.failed:
             parts.append(f"**Not complete.** {'; '.join(machine.failed)}.")
         if machine.end_to_end:
-            parts += ["### From JPEGs to weights", end_to_end_tables(machine.end_to_end)]
+            parts += ["### From JPEGs to weights", end_to_end_table(machine.end_to_end)]
         for kind in machine.kinds():
             groups = machine.of(kind)
             parts.append(f"### {kind.capitalize() if kind in (STEP, LOADERS) else f'`{kind}`'}")

@@ -58,7 +58,7 @@ def test_stages_of_the_second_part(stage, tmp_path):
 
 def stage(name: str, then: str = "", until: float = 600, limit: float = 600) -> gpu.Stage:
     code = f"import os, sys, time; sys.stdin.readline(); print({name!r}, flush=True); {then}"
-    return gpu.Stage(name, until, (f'-c "{code}"',), limit)
+    return gpu.Stage(name, until, (f'-c "{code}" --wait',), limit)
 
 
 def test_a_stage_that_crashes_or_hangs_takes_no_other_with_it(tmp_path):
@@ -80,6 +80,14 @@ def test_a_stage_that_crashes_or_hangs_takes_no_other_with_it(tmp_path):
     }
     assert plan.bad == ["crashes", "hangs", "late"]
     assert (tmp_path / "log.txt").read_text().split() == ["crashes", "hangs", "fine"]
+
+
+def test_what_cannot_wait_starts_when_the_stage_before_it_has_ended(tmp_path):
+    made = tmp_path / "made"
+    reader = gpu.Stage("reads", 600, (f"-c \"open('{made}')\"",))
+    plan = gpu.Plan(tmp_path)
+    plan.run((stage("makes", f"time.sleep(0.5); open('{made}', 'w')"), reader))
+    assert not plan.bad
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
