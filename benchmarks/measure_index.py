@@ -33,7 +33,7 @@ from fastmae.data.table import ENTRY, NAMES, SMALL, Table, npy_header
 
 NAME_BYTES, CHUNK, ARROW_BATCH, ROW_GROUP = 24, 1 << 20, 1 << 24, 1 << 16
 BATCHES = (256, 1024)
-LOOKUPS = 200
+LOOKUPS, FIRST = 200, 10
 
 
 def main() -> None:
@@ -247,28 +247,30 @@ def forget(files: list[Path]) -> None:
 
 
 def measure_lookups(open_: Callable, files: list[Path], count: int, sparse: bool) -> dict[str, object]:
-    """Medians of a batch's rows and names in milliseconds: by the clock from disk, by CPU time from memory."""
+    """A batch's rows and names, in milliseconds: the first ones from a cold disk, by the clock; and later ones by CPU
+    time, when the files are in the page cache and most of their pages have been touched."""
     found: dict[str, object] = {"bytes_per_row": sum(path.stat().st_size for path in files) / count}
     for size in BATCHES:
         cold, warm = batches(count, size, 0), batches(count, size, 1)
+        look_up, timed = None, {}  # what is mapped cannot be dropped
         forget(files)
         begun = time.perf_counter()
         look_up = open_(files)
         found["open_ms"] = 1e3 * (time.perf_counter() - begun)
-        timed = {}
         if files[0].stat().st_size > SMALL:  # smaller ones are read when an index is opened
-            timed["from_disk_ms"] = repeat(look_up, cold, time.perf_counter)
-        for ids in warm if sparse else ():
-            look_up(ids)
+            timed["from_disk_ms"] = repeat(look_up, cold[:FIRST], time.perf_counter)
         for path in () if sparse else files:
             with path.open("rb", buffering=0) as file:
                 while file.read(1 << 24):
                     pass
+        for _ in range(1 if sparse else 5):
+            repeat(look_up, warm if sparse else batches(count, 4 * BATCHES[-1], 2), time.process_time)
         found[f"{size} rows"] = timed | {"from_memory_cpu_ms": repeat(look_up, warm, time.process_time)}
     return found
 
 
 def repeat(look_up: Callable[[np.ndarray], object], many: list[np.ndarray], clock: Callable[[], float]) -> float:
+    """The median of up to ten seconds."""
     times, end = [], time.monotonic() + 10
     for ids in many:
         begun = clock()

@@ -139,7 +139,8 @@ class Index:
         """Rows by number, ``ENTRY`` (n,); ``bad`` is what is known now."""
         rows = self.table.rows(ids)
         if len(self.verdicts):
-            rows["bad"] |= np.isin(ids, self.verdicts)
+            places = np.searchsorted(self.verdicts[:-1], ids)
+            rows["bad"] |= self.verdicts[places] == ids
         return rows
 
     def with_verdicts(self, verdicts: Mapping[int, str]) -> Index:
@@ -308,51 +309,42 @@ class _KnownRows:
     """
 
     def __init__(self, folders: Iterable[Path]):
-        self._windows = []
+        self._windows: list[tuple[Iterator, OrderedDict[bytes, tuple[bytes, int]]]] = []
         for folder in folders:
             with suppress(OSError, ValueError):
-                self._windows.append((_rows_by_name(folder), OrderedDict()))
+                table, times = _open_table(folder), Column((folder / _TIMES).open("rb"), TIMES)
+                self._windows.append((_rows_by_name(table, times), OrderedDict()))
 
     def find(self, names: list[bytes], ordered: bool) -> tuple[np.ndarray, np.ndarray]:
         """What :data:`fastmae.data.sources.Known` says."""
-        found: list[tuple[bytes, int]] = [(bytes(ENTRY.itemsize), 0)] * len(names)
-        missing = dict(zip(names, range(len(names)), strict=True))
-        for entries, window in self._windows:
+        found = [(bytes(ENTRY.itemsize), 0)] * len(names)
+        missing = {name: i for i, name in enumerate(names)}
+        for rows, window in self._windows:
             while len(window) < _REMEMBERED and not (ordered and window and next(reversed(window)) >= names[-1]):
-                more = list(islice(entries, len(names)))
-                window.update(more)
-                if not more:
+                before = len(window)
+                window.update(islice(rows, len(names)))
+                if len(window) == before:
                     break
             for name in [name for name in missing if name in window]:
                 found[missing.pop(name)] = window.pop(name)
-            if ordered:
-                while window:
-                    name, entry = window.popitem(last=False)
-                    if name > names[-1]:
-                        window[name] = entry
-                        window.move_to_end(name, last=False)
-                        break
-            elif len(window) >= _REMEMBERED:
-                for _ in missing:
-                    window.popitem(last=False)
-        rows = np.frombuffer(b"".join(row for row, _ in found), ENTRY)
-        return rows, np.array([when for _, when in found], np.int64)
+            passed = len(missing) if len(window) >= _REMEMBERED else 0
+            while window and (next(iter(window)) <= names[-1] if ordered else passed > 0):
+                window.popitem(last=False)
+                passed -= 1
+        times = np.array([when for _, when in found], np.int64)
+        return np.frombuffer(b"".join(row for row, _ in found), ENTRY), times
 
 
-def _rows_by_name(folder: Path) -> Iterator[tuple[bytes, tuple[bytes, int]]]:
-    table, times = _open_table(folder), Column((folder / _TIMES).open("rb"), TIMES)
-
-    def entries() -> Iterator[tuple[bytes, tuple[bytes, int]]]:
-        start = 0
-        for rows, names in table.scan_names():
-            modified = times.read(start, start + len(rows)).tolist()
-            good = ((rows["bad"] == 0) & (rows["mode"] < len(MODES))).tolist()
-            for name, row, when, is_good in zip(names, rows, modified, good, strict=False):
-                if is_good:
-                    yield name, (row.tobytes(), when)
-            start += len(rows)
-
-    return entries()
+def _rows_by_name(table: Table, times: Column) -> Iterator[tuple[bytes, tuple[bytes, int]]]:
+    """The rows of good images and their times."""
+    start = 0
+    for rows, names in table.scan_names():
+        modified = times.read(start, start + len(rows)).tolist()
+        good = ((rows["bad"] == 0) & (rows["mode"] < len(MODES))).tolist()
+        for name, row, when, is_good in zip(names, rows, modified, good, strict=False):
+            if is_good:
+                yield name, (row.tobytes(), when)
+        start += len(rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -458,6 +450,7 @@ def _set_aside(writing: Path) -> Path:
     """Move the rows of a build that was killed to where the next one does not overwrite them."""
     earlier = writing / "earlier"
     writing.mkdir(exist_ok=True)
+    (writing / _VERDICTS).unlink(missing_ok=True)
 
     def size(folder: Path) -> int:
         return (folder / _ROWS).stat().st_size if (folder / _ROWS).is_file() else 0
@@ -538,6 +531,8 @@ def publish_index(
         DataError: ``home`` cannot be written, or there is no room anywhere.
         OSError: the data cannot be read.
     """
+    if home and home.resolve() == root_of(path).resolve():
+        raise DataError(f"--data.index {home}: expected a folder other than that of the images")
     fingerprint = source.fingerprint(VERSION, accepts, *accepts.layout)
     homes = [_home(home, path, accepts)] if home else []
     if home is None and cache_dir is None and as_url(path) is None:

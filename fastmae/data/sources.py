@@ -12,6 +12,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header
-from fastmae.data.processes import in_processes
+from fastmae.data.processes import available_cores, in_processes
 from fastmae.data.table import Part, PartBuilder
 from fastmae.data.tar import read_shard_index, shard_part, write_shard_index
 from fastmae.data.threads import batched
@@ -36,6 +37,8 @@ _PER_PART = 64
 _READ_ALONE, _LISTED_ALONE, _SHARDS_ALONE = 4, 64, 8
 """Calls that are made in this process, because starting others takes longer: those for 4,096 headers, for the sizes of
 65,536 files, and for 8 shards."""
+_MOST_WORKERS = 32
+"""More processes read faster than one can list and write."""
 _KNOWN = ["height", "width", "channels", "format", "orientation", "mode", "bad"]
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
@@ -149,7 +152,7 @@ class FileSource(_Source):
                 before = known(names, not self._listed) if known is not None else None
                 yield _Files(os.fsencode(self.root), names, [number(label) for _, label in some], before, self._listed)
 
-        for count, parts in in_processes(read_files, calls(), workers, alone=_READ_ALONE):
+        for count, parts in in_processes(read_files, calls(), workers or _workers(), alone=_READ_ALONE):
             yield from parts
             if progress is not None:
                 progress(count)
@@ -260,22 +263,22 @@ def list_files(root: Path) -> Iterator[str]:
         if (status.st_dev, status.st_ino) in entered:
             continue
         entered.add((status.st_dev, status.st_ino))
-        found, is_index = [], False
-        with os.scandir(folder) as members:
-            for member in members:
-                is_index = is_index or member.name == INDEX_MARK
-                if name := _file_or_folder(member):
-                    found.append(name)
-        if path and is_index:
-            continue
-        # A folder counts with its slash, so that the paths below it come where they would in a list of all.
-        pending.extend(path + name for name in sorted(found, reverse=True))
+        names = with_retries(partial(_members, folder), folder, give_up_on=(PermissionError,))
+        if not path or INDEX_MARK not in names:
+            # A folder counts with its slash, so that the paths below it come where they would in a list of all.
+            pending.extend(path + name for name in names if not name.startswith("."))
+
+
+def _members(folder: str) -> list[str]:
+    """The names in a folder, in reverse order."""
+    with os.scandir(folder) as members:
+        return sorted((name for member in members if (name := _file_or_folder(member))), reverse=True)
 
 
 def _file_or_folder(member: os.DirEntry) -> str | None:
     """A name, of a folder with a slash; None for what is hidden, and for pipes and sockets."""
     if member.name.startswith("."):
-        return None
+        return INDEX_MARK if member.name == INDEX_MARK else None
     try:
         if member.is_dir():
             return member.name + "/"
@@ -286,13 +289,17 @@ def _file_or_folder(member: os.DirEntry) -> str | None:
         raise
 
 
+def _workers() -> int:
+    return min(available_cores(), _MOST_WORKERS)
+
+
 def _digest_files(
     root: Path, names: Iterable[str], workers: int | None = None, progress: Progress | None = None
 ) -> bytes:
     """A digest of names, sizes and modification times."""
     digest = hashlib.blake2b(digest_size=16)
     calls = ((os.fsencode(root), some) for some in batched(names, _AT_ONCE))
-    for count, some in in_processes(digest_some, calls, workers, alone=_LISTED_ALONE):
+    for count, some in in_processes(digest_some, calls, workers or _workers(), alone=_LISTED_ALONE):
         digest.update(some)
         if progress is not None:
             progress(count)
@@ -302,10 +309,14 @@ def _digest_files(
 def digest_some(call: tuple[bytes, list[str]]) -> tuple[int, bytes]:
     """One call of a worker for :func:`_digest_files`."""
     root, names = call
-    digest = hashlib.blake2b(digest_size=16)
-    for name in map(os.fsencode, names):
-        digest.update(name + b"\0%d\0%d\0" % _size_and_time(os.path.join(root, name)))  # noqa: PTH118
-    return len(names), digest.digest()
+
+    def digest() -> bytes:
+        digest = hashlib.blake2b(digest_size=16)
+        for name in map(os.fsencode, names):
+            digest.update(name + b"\0%d\0%d\0" % _size_and_time(os.path.join(root, name)))  # noqa: PTH118
+        return digest.digest()
+
+    return len(names), with_retries(digest, os.fsdecode(root), give_up_on=(PermissionError,))
 
 
 def _size_and_time(path: bytes) -> tuple[int, int]:
@@ -374,9 +385,9 @@ def _read_file(path: bytes) -> tuple[int, int, Header | str | None]:
 def _open_and_parse(path: str) -> tuple[int, int, Header | str | None]:
     try:
         file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
-    except IsADirectoryError:
-        return 0, 0, "not a file"
     except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ENXIO):
+            return 0, 0, "not a file"
         if error.errno in _NOT_THERE:
             return 0, 0, "dangling link" if os.path.islink(path) else "no such file"  # noqa: PTH114
         raise

@@ -368,6 +368,8 @@ def test_a_named_index_is_trusted_and_refused_where_it_cannot_be(folder, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"--data.index .*file/index: cannot be written"):
         open_dataset(moved, index=tmp_path / "file" / "index")
+    with pytest.raises(DataError, match=r"--data.index .*: expected a folder other than that of the images"):
+        open_dataset(moved, index=moved)
 
 
 def test_verdicts_follow_unchanged_images_into_a_new_index(folder, cache):

@@ -64,7 +64,8 @@ def looked_at(path: Path, first) -> tuple[set[str], data.Dataset]:
 
     with patch.object(os, "scandir", noted(os.scandir)), patch.object(os, "stat", noted(os.stat)):
         dataset = open_once(partial(open_dataset, path), first)
-    inside = {name for name in seen if name.startswith(f"{path}/") and ".fastmae" not in name}
+    asked = (".fastmae", "dataset_dict.json", "state.json")  # of an index, and of a folder of Hugging Face's
+    inside = {name for name in seen if name.startswith(f"{path}/") and not any(one in name for one in asked)}
     return inside, dataset
 
 
