@@ -66,7 +66,7 @@ def shard(config: ShardConfig, console: Console) -> int:
     dataset = _open(config.path, config.images, config.max_bad_fraction)
     total, workers = (len(dataset) - len(dataset.bad_ids)) // part[1], config.images.num_workers
     try:
-        with _counted_warnings(), _progress("Packing", total) as advance:
+        with _terminable(), _counted_warnings(), _progress("Packing", total) as advance:
             packed = write_shards(dataset, config.out, options, part=part, num_workers=workers, progress=advance)
     except KeyboardInterrupt:
         console.print(f"Complete shards stay in {config.out}; the same command resumes from there", style="bold")

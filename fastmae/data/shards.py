@@ -35,7 +35,7 @@ from PIL import Image, features
 from fastmae.data.dataset import Dataset, printable, upright_shapes
 from fastmae.data.decode import UndecodableImage, decode
 from fastmae.data.errors import DataError
-from fastmae.data.formats import MODES, BadImage, Format, Header, parse_header
+from fastmae.data.formats import MODES, BadImage, Format, parse_header
 from fastmae.data.open import open_dataset
 from fastmae.data.processes import Workers, available_cores
 from fastmae.data.sampler import permuted_ids
@@ -82,14 +82,12 @@ class ShardOptions:
     shuffle_seed: int | None = 0
 
     def __post_init__(self):
-        for name in ("short_side", "shard_bytes", "images_per_shard"):
+        for name, low, high in (("short_side", 1, None), ("shard_bytes", 1, None), ("images_per_shard", 1, None),
+                                ("quality", 1, 100), ("shuffle_seed", 0, 2**63 - 1)):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality: expected 1 to 100, got {self.quality}")
-        if self.shuffle_seed is not None and not 0 <= self.shuffle_seed < 1 << 63:
-            raise ValueError(f"shuffle_seed: expected an integer in [0, 2**63), got {self.shuffle_seed}")
+            if value is not None and (value < low or (high is not None and value > high)):
+                expected = f"at least {low}" if high is None else f"{low} to {high}"
+                raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,13 +130,19 @@ def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> Stor
     """An image as a shard is to hold it, or why it cannot be encoded anew.
 
     Raises:
-        DataError: it cannot be read, or is not what the index says any more.
+        DataError: it cannot be read, or has changed since it was indexed.
     """
     rows = dataset.rows(np.array([sample_id]))
     row = rows[0]
     (height,), (width,), (anew,) = (values.tolist() for values in stored_shapes(rows, options))
-    header, data = _read_unchanged(dataset, sample_id, row)
-    format_, stored = Format(int(row["format"])), data.tobytes()
+    format_, path = Format(int(row["format"])), dataset.path(sample_id)
+    try:
+        data = dataset.read(sample_id)
+        if format_ is Format.NPY:  # whoever reads the shard without channels_first takes the last axis for the channels
+            height, width = parse_header(BytesIO(data), "x.npy")[1:3]
+    except (UndecodableImage, BadImage) as error:
+        raise DataError(f"{printable(path)}: {error}; start again with another folder") from error
+    stored = data.tobytes()
     if anew:
         try:
             pixels = decode(data, int(row["orientation"]), channels=dataset.channels)
@@ -149,25 +153,8 @@ def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> Stor
             return f"decodes to {pixels.shape[:2]}, its header said {expected}"
         grey = row["channels"] == 1
         format_, stored = Format.JPEG, _encode(pixels[..., 0] if grey else pixels, height, width, options.quality)
-    elif format_ is Format.NPY:  # the reader of the shard takes the last axis for the channels
-        height, width = header.height, header.width
-    name = member_key(dataset, sample_id) + _SUFFIXES[format_]
+    name = _member_key(dataset, sample_id, path) + _SUFFIXES[format_]
     return StoredImage(name, stored, int(row["label"]), height, width, anew)
-
-
-def _read_unchanged(dataset: Dataset, sample_id: int, row: np.void) -> tuple[Header, np.ndarray]:
-    path = dataset.path(sample_id)
-    try:
-        data = dataset.read(sample_id)
-        header = parse_header(BytesIO(data), path)
-    except (BadImage, UndecodableImage) as error:
-        raise DataError(f"{printable(path)}: changed since it was indexed: {error}") from error
-    found = header and (len(data), header.format, header.height, header.width, header.orientation)
-    if found and header.format == Format.NPY and dataset.accepts.channels_first and header.channels != 1:
-        found = (*found[:2], header.width, header.channels, header.orientation)
-    if found != tuple(int(row[name]) for name in ("size", "format", "height", "width", "orientation")):
-        raise DataError(f"{printable(path)}: changed since it was indexed; start again with another folder")
-    return header, data
 
 
 def _encode(pixels: np.ndarray, height: int, width: int, quality: int) -> bytes:
@@ -180,14 +167,14 @@ def _encode(pixels: np.ndarray, height: int, width: int, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def member_key(dataset: Dataset, sample_id: int) -> str:
+def _member_key(dataset: Dataset, sample_id: int, path: str) -> str:
     """The name of a sample in a shard, without suffix: its number in the source, and the harmless part of its path.
 
     It has no dot, where a WebDataset key ends, fits into a plain tar header, and means nothing to a shell. The number
     tells ``a.jpg``, ``a.png`` and ``A/a.jpg`` apart.
     """
     digits = max(9, len(str(len(dataset) - 1)))
-    path = dataset.path(sample_id).removeprefix(f"{dataset.root}/").rpartition("::")[2]
+    path = path.removeprefix(f"{dataset.root}/").rpartition("::")[2]
     folder, slash, last = path.rpartition("/")
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", folder + slash + (last.rpartition(".")[0] or last))
     return f"{sample_id:0{digits}d}-{stem[-_NAME_CHARACTERS:]}"
@@ -263,14 +250,8 @@ def _read_back(path: Path, written: list[tuple], digest: str) -> Part:
 class ShardFolder:
     """Shards of one source, packed in one or several parts, each by one process at a time. Use as a context manager.
 
-    ``shards.json`` tells what is being packed, and in the end what was. Until then each part lists its complete shards
-    in a hidden file, which it holds locked.
-
-    Args:
-        path: the folder; made if it does not exist.
-        plan: what must be the same for all parts.
-        names: the shards of this part.
-        part: its number, from 1, and how many there are.
+    ``shards.json`` holds the plan, which is the same for all parts, and in the end what was packed. Until then each
+    part lists its complete shards in a hidden file, which it holds locked.
 
     Raises:
         DataError: the part is being packed, or the folder holds something else, or was begun with another plan.
@@ -317,7 +298,9 @@ class ShardFolder:
                         records.append(json.loads(line))
         # Read last: a part that finishes removes those files once this one is written.
         records = self._manifest().get("shards", []) + records
-        return {record["name"]: record for record in records if self._is_there(record)}
+        there = {path.name: path.stat().st_size for path in self.path.glob("*.tar*")}
+        return {record["name"]: record for record in records
+                if there.get(record["name"]) == record["bytes"] and record["name"] + INDEX_SUFFIX in there}  # fmt: skip
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write down that all parts are complete."""
@@ -362,11 +345,6 @@ class ShardFolder:
         except (ValueError, TypeError) as error:
             raise DataError(f"{self.path / MANIFEST}: is damaged: {error}; delete the folder to start again") from error
 
-    def _is_there(self, record: dict[str, Any]) -> bool:
-        path = self.path / record["name"]
-        index = path.with_name(path.name + INDEX_SUFFIX)
-        return path.is_file() and path.stat().st_size == record["bytes"] and index.is_file()
-
     def _remove_leftovers(self) -> None:
         for path in self.path.glob(".*.*"):  # .shard-000000.tar.<random>.partial, .shards.json.1-of-1.partial
             if f"{path.name.split('.')[1]}.tar" in self._names or path.name.endswith(f".{self._part}.partial"):
@@ -402,10 +380,10 @@ def write_shards(
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Packed:
-    """Pack a data set into ``out/shard-000000.tar`` and so on, or resume doing so.
+    """Pack a data set into ``out/shard-000000.tar`` and so on, each with its index, or resume doing so.
 
-    Each shard has its index beside it. ``shards.json`` holds the source's hash, the options, and each shard's size and
-    SHA-256; ``bad_files.jsonl`` lists what was left out, ``classes.txt`` the names of the classes.
+    ``shards.json`` then holds the source's hash, the options, and each shard's size and SHA-256; ``bad_files.jsonl``
+    what was left out, ``classes.txt`` the names of the classes.
 
     Args:
         dataset: what to pack, without the images known to be bad.
@@ -413,15 +391,14 @@ def write_shards(
         options: None for the defaults.
         part: (i, n), 1 <= i <= n, packs every n-th shard. Parts may run at the same time, on machines that share the
             folder. The last one to end, or a later run of any, writes the files about all shards.
-        num_workers: processes that each pack whole shards, or threads if there are few images or no index on disk.
-            None: one per core.
+        num_workers: processes that pack a shard each; threads if there are few images or no index on disk. None: one
+            per core.
         progress: called, in this thread, with how many more images and bytes are done.
 
     Raises:
         ValueError: a part out of range.
-        DataError: ``out`` holds something else or is in use; the source has changed or cannot be read; more of it is
-            bad than ``dataset.max_bad_fraction`` allows; the disk is full, or returns other bytes than it was given.
-            Complete shards stay, and running again resumes.
+        DataError: ``out`` holds something else or is in use; the source has changed or cannot be read, or too much of
+            it is bad; the disk is full, or returns other bytes than it was given. Complete shards stay.
     """
     if not 1 <= part[0] <= part[1]:
         raise ValueError(f"part: expected i/n with 1 <= i <= n, got {part[0]}/{part[1]}")

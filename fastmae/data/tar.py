@@ -41,7 +41,6 @@ _FIRST_SCAN, _LARGEST_SCAN = 4096, 1 << 20
 _MAX_LABEL_BYTES = 32
 _IDENTITY = 65536
 _NAMED = 5
-_OPEN_SHARDS = 256
 
 
 class Reader(NamedTuple):
@@ -199,8 +198,9 @@ def _member(shard: Reader, header: _Header, start: int, metadata: dict[str, byte
     while continued:
         block = shard.read(start, BLOCK)
         continued, start = len(block) == BLOCK and block[504] != 0, start + BLOCK
-    has_data = header.kind not in "123456" and kind != "folder"
-    return Member(name, start, size, kind), _end(shard, start, size * has_data, repr(os.fsdecode(name)))
+    if header.kind in "123456" or kind == "folder":  # has no data, whatever its size says
+        size = 0
+    return Member(name, start, size, kind), _end(shard, start, size, repr(os.fsdecode(name)))
 
 
 def _end(shard: Reader, start: int, size: int, what: str) -> int:

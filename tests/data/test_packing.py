@@ -182,7 +182,7 @@ def test_sizes_of_shards_and_options_out_of_range(source, open_, tmp_path):
         ({"quality": 101}, "quality: expected 1 to 100, got 101"),
         ({"images_per_shard": -1}, "images_per_shard: expected at least 1, got -1"),
         ({"shard_bytes": 0}, "shard_bytes: expected at least 1, got 0"),
-        ({"shuffle_seed": -1}, r"shuffle_seed: expected an integer in \[0, 2\*\*63\), got -1"),
+        ({"shuffle_seed": -1}, "shuffle_seed: expected 0 to 9223372036854775807, got -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             ShardOptions(**options)
