@@ -1,7 +1,7 @@
-"""Data sets that give an image for a number: map-style data sets, Hugging Face's, Parquet files.
+"""Map-style data sets: PyTorch's, Hugging Face's, Parquet files, and any object that reads an image by its number.
 
-All of them become a :class:`fastmae.data.storage.Records`. ``RecordSource`` indexes one by reading it once; from then
-on it is a data set like any other.
+Each becomes a :class:`fastmae.data.storage.Records`. ``RecordSource`` builds its index, which reads every image once;
+from then on it is a data set like any other.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from fastmae.data.threads import in_order
 
 _PART = 256
 _ROW_GROUP_BYTES = 4 << 30
-"""Of Parquet row groups kept in memory, uncompressed."""
+"""Size of the row groups of Parquet files that are kept in memory, uncompressed."""
 _ROW_GROUP = " row group "
 _WINDOW, _READS = 256, 8
-"""Most row groups whose images are mixed, and most that are read at once."""
+"""Most row groups that are shuffled together, and that are read at a time."""
 _LARGEST_LABEL = 2**31 - 1
 _ARRAY_MODES = ("L", "RGB", "I;16", "I", "F")
 
@@ -54,7 +54,7 @@ def as_records(source: Any) -> Records:
             - a map-style data set of PyTorch: see :class:`TorchRecords`.
 
     Raises:
-        DataError: it is something else, iterable-style for instance.
+        DataError: it is something else, such as an iterable-style data set.
     """
     if hasattr(source, "read") and hasattr(source, "__len__"):
         if not isinstance(getattr(source, "fingerprint", None), str):
@@ -66,8 +66,8 @@ def as_records(source: Any) -> Records:
     if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, dict):
         return HuggingFaceRecords(source) if is_hugging_face else TorchRecords(source)
     raise DataError(
-        f"{kind}: expected a map-style data set, with a length and images by number (read(i) or [i]). The order of "
-        "training depends on it: an iterable data set has no random access; save its images as files or shards"
+        f"{kind}: expected a map-style data set, with a length and read(i) or [i]. Iterable data sets are not read, "
+        "because the order of training needs random access: save the images as files or shards"
     )
 
 
@@ -86,14 +86,15 @@ def source_at(path: Path, workers: int | None = None, progress: Callable[[int], 
 
 
 def find_records(path: Any) -> RecordSource | None:
-    """A map-style data set (see :func:`as_records`), or at a path: Parquet files (one, or a pattern), or a folder saved
-    by Hugging Face's ``save_to_disk``. No folder of images is listed for it, unlike by :func:`source_at`.
+    """The source of what :func:`as_records` takes, of a Parquet file or pattern, or of a ``save_to_disk`` folder.
+
+    Never lists a folder, so a folder of Parquet files is left to :func:`source_at`.
 
     Returns:
-        None for paths of anything else.
+        None for other paths.
 
     Raises:
-        DataError: they cannot be used.
+        DataError: the data set cannot be used.
     """
     if not isinstance(path, str | os.PathLike):
         return RecordSource(as_records(path))
@@ -124,15 +125,15 @@ def _parquet(path: Path, files: list[Path]) -> RecordSource | None:
 
 
 class RecordSource:
-    """Images by number as a source of an index: see :class:`fastmae.data.sources.Source`.
+    """A map-style data set as a source of an index: see :class:`fastmae.data.sources.Source`.
 
     Args:
-        records: where from. All of them are read, each once, to build the index.
-        path: where they lie; None for an object in memory.
+        records: the data set; building the index reads all of it.
+        path: where it lies; None for an object in memory.
 
     Attributes:
-        shards: what is read together, so that the order of training can keep it together; empty if nothing is.
-        window: how many of them, if neither the user nor their number decides.
+        shards: names of the row groups of Parquet files, which windows of the order keep together; otherwise empty.
+        window: the default number of row groups in a window; None to choose as for tar shards.
     """
 
     def __init__(self, records: Records, path: Path | None = None):
@@ -152,19 +153,19 @@ class RecordSource:
         return hashlib.blake2b(found.encode(), digest_size=16).hexdigest()
 
     def parts(self, known: object, workers: int | None, progress: Callable[[int], None] | None) -> Iterator[Part]:
-        for part in in_order(self._part, self._parts, workers):  # threads: a data set may not survive being pickled
+        for part in in_order(self._part, self._parts, workers):  # threads: a data set may not be picklable
             yield part
             if progress is not None:
                 progress(len(part.rows))
 
     def storage(self, indexed: int) -> RecordStorage:
-        """Reads the records of an index of so many rows.
+        """The storage for an index of ``indexed`` images.
 
         Raises:
-            DataError: there are more or fewer by now.
+            DataError: the data set has another number of images.
         """
         if indexed != self._count:
-            raise DataError(f"{self.root}: has {self._count} images, its index {indexed}: refresh it")
+            raise DataError(f"{self.root}: has {self._count} images, its index {indexed}; refresh the index")
         return RecordStorage(self.records, self.root)
 
     def _part(self, numbers: range) -> Part:
@@ -185,7 +186,7 @@ class RecordSource:
 
 def _header(data: np.ndarray) -> Header | str:
     try:
-        return parse_header(BytesIO(data), "x.npy")  # an array is an image only if it is named so
+        return parse_header(BytesIO(data), "x.npy")  # .npy and TIFF count as images by their suffix only
     except BadImage as error:
         return str(error)
 
@@ -204,20 +205,21 @@ def _import(name: str, path: Path | str) -> ModuleType:
 class TorchRecords:
     """A map-style data set of PyTorch as :class:`fastmae.data.storage.Records`.
 
-    Its items are an image or (image, label, ...). The image is a PIL image, an array (height, width[, C]), a tensor
-    ([C, ]height, width), or the bytes of an image file. Pixels are passed on losslessly, as ``.npy`` in memory, so what
-    the data set does to them must not be random: cropping and flipping are the loader's.
+    Items are images or (image, label, ...). An image is a PIL image, an array (height, width[, C]), a tensor
+    ([C, ]height, width), or the bytes of an image file. Pixels are passed on losslessly, as ``.npy`` in memory. They
+    must be the same each time: leave random crops and flips to the loader.
 
     Args:
-        dataset: several threads read it at once.
-        fingerprint: changes when the images do; the index is then kept under it. None: it is built at each start.
+        dataset: read by several threads at a time.
+        fingerprint: a string that you change with the images; the index is kept under it. None: the index is built at
+            each start.
     """
 
     def __init__(self, dataset: Any, fingerprint: str | None = None):
         self.dataset, self.fingerprint = dataset, fingerprint or uuid.uuid4().hex
         self.name = "-".join(filter(None, (type(dataset).__name__, fingerprint)))
         self.classes = [str(name) for name in getattr(dataset, "classes", None) or []]
-        self._last = threading.local()  # label() follows read()
+        self._last = threading.local()  # the label of the item read last, since label(i) follows read(i)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -235,7 +237,7 @@ class TorchRecords:
 
 
 def _number(label: Any) -> int:
-    """A label; -1 for captions, boxes and other things that are no classes."""
+    """A class number; -1 for other targets, such as captions."""
     try:
         return operator.index(label)
     except (TypeError, ValueError):
@@ -243,12 +245,12 @@ def _number(label: Any) -> int:
 
 
 def _image_file(image: Any) -> bytes:
-    """An image as the bytes of a file, with the pixels as they are."""
+    """The bytes of a file that holds an image losslessly."""
     if isinstance(image, bytes):
         return image
     if isinstance(image, Image.Image):
         image = ImageOps.exif_transpose(image)
-        if image.mode not in _ARRAY_MODES:  # as files of these modes are read: no alpha, no palette
+        if image.mode not in _ARRAY_MODES:  # converted as files are: alpha is dropped, palettes are looked up
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
     elif hasattr(image, "movedim"):
         image = image.detach().cpu().movedim(0, -1) if image.ndim == 3 else image.detach().cpu()
@@ -260,9 +262,9 @@ def _image_file(image: Any) -> bytes:
 
 
 class HuggingFaceRecords:
-    """A ``datasets.Dataset`` as :class:`fastmae.data.storage.Records`: its first column of images, not decoded.
+    """A ``datasets.Dataset`` as :class:`fastmae.data.storage.Records`: the stored bytes of its first column of images.
 
-    A column of class labels, if there is one, gives labels and class names.
+    Labels come from its first ``ClassLabel`` column, which also names the classes, or from integers named ``label``.
 
     Raises:
         DataError: no column holds images.
@@ -274,11 +276,14 @@ class HuggingFaceRecords:
         images, labels = (
             [name for name, found in of_kind.items() if found is kind] for kind in (datasets.Image, datasets.ClassLabel)
         )
+        labels = labels or [
+            name for name in ("label",) if "int" in str(getattr(dataset.features.get(name), "dtype", ""))
+        ]
         if not images:
             raise DataError(f"expected a column of images, found {_columns(dataset.features)}")
         plain = dataset.with_format(None)
         self.fingerprint = dataset._fingerprint
-        self.classes = list(dataset.features[labels[0]].names or []) if labels else []
+        self.classes = list(getattr(dataset.features[labels[0]], "names", None) or []) if labels else []
         self._images = plain.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
         self._image = images[0]
         self._labels, self._label = (plain.select_columns(labels[:1]), labels[0]) if labels else (None, "")
@@ -298,15 +303,15 @@ class HuggingFaceRecords:
 class ParquetRecords:
     """Parquet files as :class:`fastmae.data.storage.Records`: images as Hugging Face writes them, or a binary column.
 
-    An image costs the reading of its whole row group, so groups are kept, the least recently used dropped first. Where
-    they do not all fit, the order of training is to go over windows of those that do.
+    Reading an image means reading its whole row group, so the row groups used last are kept. If they do not all fit
+    into ``cache_bytes``, ``window`` makes the order of training go over windows of row groups that do.
 
     Args:
-        files: in this order; of the same columns.
-        cache_bytes: of row groups to keep, uncompressed.
+        files: with the same columns, in the order of the images.
+        cache_bytes: bytes of row groups to keep, uncompressed.
 
     Raises:
-        DataError: a file cannot be read, or has no column of images.
+        DataError: a file cannot be read, has no column of images, or a row group that does not fit.
     """
 
     def __init__(self, files: Sequence[Path], cache_bytes: int = _ROW_GROUP_BYTES):
@@ -325,8 +330,8 @@ class ParquetRecords:
         largest = max(self._bytes, default=1)
         if largest > cache_bytes:
             raise DataError(
-                f"{names[self._bytes.index(largest)]}: {largest:,} bytes; expected at most {cache_bytes:,}, since an "
-                "image costs the reading of its group. Write the file again with row_group_size=100"
+                f"{names[self._bytes.index(largest)]}: expected at most {cache_bytes:,} bytes, got {largest:,}, "
+                "all of which are read for an image. Rewrite the file with row_group_size=100"
             )
         fitting = cache_bytes // largest
         self.window = None if sum(self._bytes) <= cache_bytes else max(1, min(fitting * 3 // 4, _WINDOW))

@@ -1,7 +1,7 @@
-"""Where encoded images are read from: files, or byte ranges of tar shards, local or in an object store.
+"""Where encoded images are read from: files, byte ranges of tar shards (local or in an object store), or records.
 
-Object stores are reached through fsspec, which has the credentials and shares its connections among threads. We retry
-what may succeed later, and check that an answer has the bytes that were asked for.
+Object stores are reached through fsspec, which handles credentials and shares connections among threads. This module
+adds retries, and checks that a response holds exactly the requested bytes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,16 @@ from fastmae.data.threads import in_order
 
 Result = TypeVar("Result")
 _OPEN_SHARDS = 256
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+"""Opening a FIFO that has replaced a file must not wait for a writer."""
+_CHANGED = "changed since it was indexed"
 _REQUESTS = 32
-"""Shards of an object store that are indexed at once."""
-_LIST_SUFFIXES = (".txt", ".tsv", ".lst")
+"""Shards of an object store that are indexed at a time."""
 _AHEAD = 1 << 18
-"""Bytes that indexing a shard asks for at once: as long as an image is smaller, its header and the next come along."""
+"""Bytes read ahead while a shard of an object store is indexed: one request for the headers of several small images."""
+_LIST_SUFFIXES = (".txt", ".tsv", ".lst")
+IN_MEMORY = "python://"
+"""Prefix of the name that stands for the path of a data set in memory. Nothing can be opened by it."""
 
 
 class Storage(Protocol):
@@ -76,16 +81,12 @@ def _read_file(path: str, size: int) -> np.ndarray:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise UndecodableImage("changed since it was indexed: it is not a regular file")
+            raise UndecodableImage(f"{_CHANGED}: not a regular file")
         if status.st_size != size:
-            raise UndecodableImage(f"changed since it was indexed: {status.st_size} bytes, {size} expected")
+            raise UndecodableImage(f"{_CHANGED}: expected {size} bytes, got {status.st_size}")
         return _read_range(descriptor, 0, size)
     finally:
         os.close(descriptor)
-
-
-_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-"""Opening a FIFO that has taken a file's place must not wait for a writer."""
 
 
 def _read_range(descriptor: int, offset: int, size: int) -> np.ndarray:
@@ -93,7 +94,7 @@ def _read_range(descriptor: int, offset: int, size: int) -> np.ndarray:
     while done < size:
         count = os.preadv(descriptor, [data[done:]], offset + done)
         if not count:
-            raise OSError(f"changed since it was indexed: it ends {size - done} bytes before the image does")
+            raise OSError(f"{_CHANGED}: it ends {size - done} bytes before the image does")
         done += count
     return data
 
@@ -129,10 +130,10 @@ class Shards(Files):
                 return file
         file = open(path, "rb", buffering=0, opener=lambda path, flags: os.open(path, _READ))  # noqa: SIM115
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError("changed since it was indexed: it is not a regular file")
+            raise OSError(f"{_CHANGED}: not a regular file")
         with self._lock:
             self._open[path] = file
-            # Dropped, not closed: another thread may be reading it. The last reference closes it.
+            # Dropped, not closed: another thread may be reading it. Its last reference closes it.
             while len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
         return file
@@ -143,7 +144,7 @@ class Shards(Files):
 
 
 class Records(Protocol):
-    """A data set that gives the bytes of an encoded image for a number; any thread may call it.
+    """A map-style data set of encoded images; any thread may call it.
 
     Optional: ``label(i) -> int``, -1 for none, and ``classes``, the names of the labels.
 
@@ -156,14 +157,14 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes:
-        """An image as the bytes of a file: JPEG, PNG, WebP, TIFF or ``.npy``."""
+        """The bytes of an image file: JPEG, PNG, WebP, TIFF or ``.npy``."""
 
 
 def read_record(records: Records, i: int, name: str) -> np.ndarray:
     """The bytes of a record: uint8 (n,).
 
     Raises:
-        UndecodableImage: it raised an error of its own.
+        UndecodableImage: ``records`` raised an error of its own.
         DataError: it raised ``OSError``, even after retries.
     """
 
@@ -173,13 +174,9 @@ def read_record(records: Records, i: int, name: str) -> np.ndarray:
         except (OSError, DataError):
             raise
         except Exception as error:
-            raise UndecodableImage(f"reading it fails: {error!r}") from error
+            raise UndecodableImage(f"cannot be read: {error!r}") from error
 
     return with_retries(read, name)
-
-
-IN_MEMORY = "python://"
-"""Begins what stands for the path of a data set in memory, which nothing can be opened by."""
 
 
 class RecordStorage:
@@ -196,7 +193,7 @@ class RecordStorage:
             raise DataError(f"{self._root}: had {self._count} images and now has {len(self._records)}")
         data = read_record(self._records, sample_id, f"{self._root}[{sample_id}]")
         if len(data) != size:
-            raise UndecodableImage(f"changed since it was indexed: {len(data)} bytes, {size} expected")
+            raise UndecodableImage(f"{_CHANGED}: expected {size} bytes, got {len(data)}")
         return data
 
 
@@ -205,7 +202,7 @@ class RecordStorage:
 
 
 def as_url(path: Path | str) -> str | None:
-    """The URL that a path was before ``Path`` took one of its slashes, ``s3:/bucket/train``; None if it is a path."""
+    """A URL, also one that ``Path`` has made ``s3:/bucket/train`` of; None for a path."""
     match = re.match(r"(?!file:)([a-z][a-z0-9+.-]+):/+(?=[^/])", str(path))
     return f"{match[1]}://{str(path)[match.end() :]}" if match else None
 
@@ -214,24 +211,22 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     """The bytes of a URL from ``start`` to ``stop``, in one request.
 
     Raises:
-        DataError: the store refuses, still fails after retries, or has other bytes than those.
+        DataError: the store refuses, still fails after retries, or returns another number of bytes.
     """
 
     def cat(fs: Any, path: str) -> bytes:
         data = fs.cat_file(path, start=start, end=stop)
         if len(data) > stop - start:
-            raise DataError(
-                f"{url}: {stop - start} bytes were asked for and {len(data)} came: the server has no ranges"
-            )
+            raise DataError(f"{url}: requested {stop - start} bytes, got {len(data)}: the server ignores ranges")
         if len(data) < stop - start:
-            raise OSError(f"changed since it was indexed: {stop - start - len(data)} bytes of the image are missing")
+            raise OSError(f"{_CHANGED}: it ends {stop - start - len(data)} bytes before the image does")
         return data
 
     return ask(url, cat) if stop > start else b""
 
 
 def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
-    """Call ``action(file system, path)`` for a URL; retry while the error may pass.
+    """Call ``action(file system, path)`` for a URL; retry transient errors.
 
     Raises:
         DataError: there is no such object, the store refuses, or still fails after retries.
@@ -239,7 +234,7 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
     try:
         origin = re.match(r"[^:]+://[^/]*", url)[0]
         fs = _file_system(origin)
-    except (ImportError, ValueError) as error:  # of a package that is not installed, of a protocol that is none
+    except (ImportError, ValueError) as error:  # a package that is not installed; an unknown protocol
         raise DataError(f"{url}: {error}. For s3://, gs://, https://: pip install 'fastmae[s3,gcs,http]'") from error
 
     def attempt() -> Result:
@@ -248,10 +243,10 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
         except DataError:
             raise
         except Exception as error:
-            # fsspec's HTTP says "not found" of whatever fails while it asks for a size.
+            # fsspec's HTTP client raises FileNotFoundError for any failure of a HEAD request.
             cause = (isinstance(error, FileNotFoundError) and error.__cause__) or error
             message = "no such object" if isinstance(cause, FileNotFoundError) else f"{type(cause).__name__}: {cause}"
-            if _may_pass(cause):
+            if _is_transient(cause):
                 raise OSError(message) from error
             raise DataError(f"{url}: {message}") from error
 
@@ -259,7 +254,7 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
 
 
 def _fetch_if_there(url: str) -> bytes | None:
-    """A whole object; None if there is none. Stores that may not be listed say "forbidden" instead of "not found"."""
+    """A whole object; None if there is none. Without permission to list, stores answer 403 instead of 404."""
     try:
         return ask(url, lambda fs, path: fs.cat_file(path))
     except DataError as error:
@@ -276,8 +271,8 @@ def _file_system(origin: str) -> Any:
     return url_to_fs(origin)[0]
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether a request may succeed later. The errors are the libraries' own: aiohttp's, botocore's, gcsfs's."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a request may succeed later. aiohttp, botocore and gcsfs raise errors of their own."""
     if (status := _status(error)) is not None:
         return status >= 500 or status in (408, 425, 429)
     if isinstance(error, OSError):
@@ -287,7 +282,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error is about."""
+    """The HTTP status of an error, if it has one."""
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
     found = getattr(error, "status", None), getattr(error, "code", None), metadata.get("HTTPStatusCode")
@@ -306,8 +301,8 @@ class RemoteShard:
         self._file = ask(url, lambda fs, path: fs.open(path, block_size=_AHEAD, cache_type="readahead"))
         self.size = self._file.size
         if self.size is None:
-            raise DataError(f"{url}: the server does not tell its size (Content-Length)")
-        self.read(1, 1)  # a server without ranges is found out here: fsspec does not wait for the body
+            raise DataError(f"{url}: expected a server that reports sizes (Content-Length)")
+        self.read(1, 1)  # fsspec refuses a server that ignores ranges here, before it has sent the body
 
     def read(self, offset: int, size: int) -> bytes:
         expected = max(0, min(size, self.size - offset))
@@ -316,7 +311,7 @@ class RemoteShard:
             self._file.seek(offset)
             data = self._file.read(expected)
             if len(data) < expected:
-                raise OSError(f"{expected} bytes were asked for and {len(data)} came")
+                raise OSError(f"requested {expected} bytes, got {len(data)}")
             return data
 
         return ask(self.name, read) if expected else b""
@@ -325,13 +320,13 @@ class RemoteShard:
 class StoreSource:
     """Shards in an object store as a source of an index: see :class:`fastmae.data.sources.Source`.
 
-    A shard's index is read if it lies beside the shard; else headers are read from the shard itself, by ranges.
+    Rows come from the index beside a shard if there is one, else from the headers in the shard, by range requests.
 
     Args:
         root: URL of the folder, without a slash at its end; or the folder of a list of URLs. ``classes.txt`` there
             names the classes.
         names: below the root, or URLs of their own.
-        versions: of some shards, by name, as ``_version`` has them; the others are asked for.
+        versions: of shards by name, from :func:`_version`; missing ones are requested.
     """
 
     def __init__(self, root: str, names: list[str], versions: Mapping[str, str]):
@@ -351,7 +346,7 @@ class StoreSource:
         return hashlib.blake2b(found.encode(), digest_size=16).hexdigest()
 
     def parts(self, known: object, workers: int | None, progress: Callable[[int], None] | None) -> Iterator[Part]:
-        for part in in_order(self._part, self.shards, workers or _REQUESTS):  # threads, since they wait for the store
+        for part in in_order(self._part, self.shards, workers or _REQUESTS):  # threads: they wait for the store
             yield part
             if progress is not None:
                 progress(1)
@@ -366,7 +361,7 @@ class StoreSource:
 
 
 def find_store(path: Path | str) -> StoreSource | None:
-    """The shards that a URL or a list of URLs names; None for anything else.
+    """The shards at a URL, or in a local list of URLs; None for other paths.
 
     Raises:
         DataError: there are none, or something else is there.
@@ -397,8 +392,8 @@ def find_store(path: Path | str) -> StoreSource | None:
     if not shards:
         some = f"{len(found)} other objects, such as {next(iter(found))}" if found else "nothing"
         raise DataError(
-            f"{url}: expected .tar shards, found {some}. Of an object store only shards are read, as each image of a "
-            "folder would be a request before the first step: pack them with fastmae data shard"
+            f"{url}: expected .tar shards, found {some}. Loose images in an object store are not read, because "
+            "indexing would take a request for each: pack them with fastmae data shard"
         )
     return StoreSource(url.rstrip("/"), list(shards), shards)
 
@@ -419,7 +414,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    """What changes when an object is replaced, as far as its store tells: S3, Google, HTTP and fsspec's memory."""
+    """The size of an object and what its store changes when it is replaced. Empty if there is no size."""
     names = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime", "created")
     known = next((info[name] for name in names if info.get(name)), "")
     return f"{info['size']} {known}" if info.get("size") is not None else ""

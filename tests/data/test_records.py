@@ -98,8 +98,12 @@ def test_every_kind_gives_the_same_rows_and_bytes(hugging_face, parquet, tmp_pat
         storage = source.storage(COUNT)
         for i in (5, 11, 0, 7):
             assert storage.read(str(i), 0, len(FILES[i]), i).tobytes() == FILES[i]
-        with pytest.raises(UndecodableImage, match=f"changed since it was indexed: {len(FILES[2])} bytes, 7 expected"):
+        with pytest.raises(
+            UndecodableImage, match=f"changed since it was indexed: expected 7 bytes, got {len(FILES[2])}"
+        ):
             storage.read("2", 0, 7, 2)
+    numbered = as_records(hugging_face.cast_column("label", datasets.Value("int64")))
+    assert (numbered.label(5), numbered.classes) == (2, [])
     for path, source in found.items():
         assert source.storage(COUNT).path("3") == f"{path}[3]"
         assert source_at(path).fingerprint() == source.fingerprint()
@@ -134,7 +138,7 @@ def test_bad_records_are_flagged_and_errors_of_reading_retried(monkeypatch):
     source.files[3:6] = [b"", ValueError("no image here"), b"GIF89a" + bytes(40)]
     part = next(RecordSource(source).parts(None, 1, None))
     assert sorted(part.bad) == [3, 4, 5]
-    assert part.bad[4] == "reading it fails: ValueError('no image here')"
+    assert part.bad[4] == "cannot be read: ValueError('no image here')"
     assert part.rows["bad"].nonzero()[0].tolist() == [3, 4, 5]
     source.files[8] = OSError("the disk is away")
     for read in (
