@@ -8,7 +8,7 @@ help:
 	@echo "make lint           ruff, style and format"
 	@echo "make format         let ruff fix what it can"
 	@echo "make bench          the benchmarks, on this machine"
-	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about ten minutes)"
+	@echo "make bench-cpu      the results that are committed for a CPU, into CPU_RESULTS (about fifteen minutes)"
 	@echo "make bench-data     the loaders of a CPU, into CPU_RESULTS; IMAGES=FOLDER of JPEGs (about three minutes)"
 	@echo "make report         write all generated tables from the committed results"
 	@echo "make gpu            on a CUDA machine: tests and benchmarks, in nine minutes, into OUT; FLAGS=--second for the rest"
@@ -51,7 +51,7 @@ bench-cpu:
 	$(CPU_BENCH) benchmarks/bench_attention.py --results $(CPU_RESULTS)/attention.jsonl
 	$(CPU_BENCH) benchmarks --compile --results $(CPU_RESULTS)/ops.jsonl \
 	  $(foreach name,step attention data quick ceilings,--ignore benchmarks/bench_$(name).py)
-	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --bf16-residual --model small-32px:128 --rounds 5 \
+	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --model small-32px:128 --rounds 5 \
 	  --results $(CPU_RESULTS)/step-small.jsonl
 	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --model base:8 --rounds 5 \
 	  --results $(CPU_RESULTS)/step-base.jsonl

@@ -22,7 +22,6 @@ def pytest_addoption(parser):
     group.addoption("--compile", action="store_true", help="torch.compile columns on the CPU too")
     group.addoption("--no-compile", action="store_true", help="no torch.compile columns on CUDA either")
     group.addoption("--changes", action="store_true", help="the step benchmark: each change on its own as well")
-    group.addoption("--bf16-residual", action="store_true", help="the step benchmark: it compiled, too")
     group.addoption("--only", metavar="NAME,...", help="these competitors and no others")
     group.addoption("--results", metavar="FILE", help="append a line of JSON for each result as soon as it is there")
     group.addoption("--tiny", action="store_true", help="rehearse on the CPU what is for GPUs; measures nothing")

@@ -8,7 +8,7 @@ normalised float images at no cost, fastmae the raw bytes. Loading, logging and 
                          ``-sdpa`` with that of today's timm; AdamW with PyTorch's defaults; ``-fp16`` with a GradScaler
                          as its training script
 ``reference-compile``    ``-sdpa`` with torch.compile and fused AdamW: the baseline to beat
-``*-bf16-residual``      the blocks' residual stream in bfloat16, another computation (compiled: --bf16-residual)
+``*-bf16-residual``      the blocks' residual stream in bfloat16, another computation
 ``*-xformers``, ``*-apex-adam``  fastmae with xformers' attention, with apex's FusedAdam, where they are installed
 ``transformers-fastmae`` Hugging Face's model after ``fastmae.accelerate``
 ``change: ...``          one change to ``facebookresearch-sdpa`` (with --changes)
@@ -136,9 +136,8 @@ def missing(competitor: str, recipe: Recipe, device: torch.device, cuda: Any = t
     if recipe.dtype == torch.float16 and device.type != "cuda":
         return "fp16 training is for CUDA"
     changes = recipe.changes or Changes()
-    if recipe.dtype == torch.float32 and (recipe.residual_dtype, changes.bf16_residual or changes.cast_once) != (
-        "float32", False
-    ):  # fmt: skip
+    in_bf16 = recipe.residual_dtype == "bfloat16" or changes.bf16_residual or changes.cast_once
+    if in_bf16 and recipe.dtype == torch.float32:
         return "a change to bf16 training"
     if recipe.in_graphs and device.type != "cuda" and cuda is torch.cuda:
         return "graphs are for CUDA"
@@ -331,8 +330,6 @@ def pytest_generate_tests(metafunc):
     recipes = MODES
     if steps:
         recipes = RECIPES | (CHANGES if config.getoption("--changes") else {})
-        if not config.getoption("--bf16-residual"):
-            recipes = {name: one for name, one in recipes.items() if not name.endswith("-compile-bf16-residual")}
     models = []
     default = ["large", "base"][0 if steps else 1 :] if CUDA else ["tiny-test"]
     for choice in config.getoption("--model") or default:
