@@ -10,35 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import (
-    KINDS,
-    OPTIONS,
-    assert_equal,
-    needs_dali,
-    picture_bytes,
-    refused_by_dali_alone,
-    smooth,
-    take,
-)
-from PIL import Image
+from loading import KINDS, OPTIONS, assert_equal, needs_dali, picture_bytes, png, refused_by_dali_alone, take
 
 from fastmae.data import Augment, DataError, Dataset, choose_loader, create_loader, open_dataset
-from fastmae.data import loader as loader_module
 
 
 @pytest.fixture
 def spoilt(tmp_path) -> Dataset:
     """Eight images, of which 2 and 5 are damaged in the middle, so that no check of header and end can tell."""
     for i in range(8):
-        Image.fromarray(smooth(64, 64, i)).save(tmp_path / f"{i}.png")
-    for i in (2, 5):
-        content = bytearray((tmp_path / f"{i}.png").read_bytes())
-        middle = len(content) // 2
-        content[middle : middle + 200] = bytes(200)
-        (tmp_path / f"{i}.png").write_bytes(content)
+        (tmp_path / f"{i}.png").write_bytes(png(damaged=i in (2, 5), seed=i, size=(64, 64)))
     dataset = open_dataset(tmp_path, max_bad_fraction=0.5, cache_dir=tmp_path / ".cache")
-    assert len(dataset) == 8
-    assert dataset.bad == []
+    assert (len(dataset), dataset.bad) == (8, [])
     return dataset
 
 
@@ -133,21 +116,6 @@ def test_batches_that_dali_cannot_make_are_made_on_the_host(dataset, monkeypatch
     failing.update(range(100))
     with pytest.raises(DataError, match="in a row: an error of DALI's own"):
         take(dataset, "dali", 15)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_error_in_planning_is_raised_at_its_step(dataset, kind, monkeypatch):
-    def failing_plan(self, step):
-        if step >= 3:
-            raise DataError("the plan failed")
-        return plan(self, step)
-
-    expected, plan = take(dataset, kind, 3), loader_module.Loader.plan
-    monkeypatch.setattr(loader_module.Loader, "plan", failing_plan)
-    with create_loader(dataset, loader=kind, **OPTIONS) as loader:
-        assert_equal([next(loader) for _ in range(3)], expected)
-        with pytest.raises(DataError, match="the plan failed"):
-            next(loader)
 
 
 # Beginning and end
