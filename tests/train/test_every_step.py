@@ -73,7 +73,7 @@ def test_with_a_file_that_is_found_bad_on_the_way(tmp_path, loader):
     dataset = data.open_dataset(images, cache_dir=tmp_path / "cache", max_bad_fraction=0.5)
     for name in ("2.jpg", "3.jpg"):  # after the index was made
         content = (images / name).read_bytes()
-        (images / name).write_bytes(content[: int(len(content) * 0.9)])
+        (images / name).write_bytes(content[: int(len(content) * 0.9)].ljust(len(content), b"\xff"))
     options = {"scale": (0.05, 0.3), "max_bad_fraction": 0.5}
     run = assert_every_step_resumes(
         tmp_path, images, (0, 4, 8), loader=loader, dataset=dataset, options=options, **PLAIN | {"global_batch_size": 2}
