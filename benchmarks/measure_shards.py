@@ -33,7 +33,7 @@ SIZE = 224
 
 def crop(pixels: np.ndarray, box: np.ndarray) -> np.ndarray:
     out = np.empty((SIZE, SIZE, 3), np.uint8)
-    resize_crop_into(out, pixels, box, (False, False))
+    resize_crop_into(out, pixels, box)
     return out.astype(np.int64)
 
 

@@ -33,10 +33,10 @@ from torch import Tensor
 
 from fastmae.data.batch import Plan, Planner, Source
 from fastmae.data.dataset import Dataset
-from fastmae.data.decode import UndecodableImage
+from fastmae.data.decode import UndecodableImage, crop_of
 from fastmae.data.errors import DataError
 from fastmae.data.formats import MODES, stored_size
-from fastmae.data.host import HostDecoder, crop_of, split
+from fastmae.data.host import HostDecoder, split
 
 _COLORS = ("brightness", "contrast", "saturation", "hue")
 _NO_JITTER = (1.0, 1.0, 1.0, 0.0)

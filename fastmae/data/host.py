@@ -19,16 +19,12 @@ from torch import Tensor
 
 from fastmae.data.augment import jitter_into
 from fastmae.data.batch import LateBad, Plan, Planner, Source
-from fastmae.data.decode import UndecodableImage
+from fastmae.data.decode import UndecodableImage, crop_of, interleaved, resize_into
 from fastmae.data.formats import Format
 from fastmae.data.threads import Threads
 
 _AT_ONCE = 8
 """Images that a thread takes at once."""
-_resize = torch._C._nn._upsample_bicubic2d_aa
-"""What ``torch.nn.functional.interpolate`` calls; it writes into ``out``, in half the Python."""
-_MAX_INTERLEAVED = 4
-"""PyTorch's resize of uint8 is vectorised for this many interleaved channels."""
 logger = logging.getLogger(__name__)
 
 
@@ -154,7 +150,7 @@ class HostDecoder:
             upright = (source.height, source.width)[:: -1 if source.orientation >= 5 else 1]
             if pixels.shape[:2] != upright:
                 raise UndecodableImage(f"decodes to {pixels.shape[:2]}, its header said {upright}")
-            image = torch.from_numpy(np.ascontiguousarray(pixels))
+            image = interleaved(pixels)
             if self._images is not None:
                 self._images[source.sample_id] = image
         return image
@@ -257,32 +253,3 @@ class HostDecoder:
 def split(images: Tensor) -> Sequence[Tensor]:
     """The images of a batch (N, H, W, C), as (1, C, H, W) each."""
     return images.permute(0, 3, 1, 2).split(1)
-
-
-def crop_of(image: Tensor, shape: Sequence[int], box: Sequence[int]) -> Tensor:
-    """A crop (1, C, h, w) of an image whose memory is (height, width, C), as ``shape`` says.
-
-    One call for crop, axes and batch axis. The stride of that must be at least the image's: else PyTorch does not see
-    that channels come last, and resizes planes in twice the time.
-    """
-    top, left, height, width = box
-    rows, columns, channels = shape
-    row = columns * channels
-    return image.as_strided((1, channels, height, width), (rows * row, 1, row, channels), top * row + left * channels)
-
-
-def resize_into(out: Tensor, crop: Tensor) -> None:
-    """Resize (bicubic, antialiased).
-
-    Args:
-        out: (1, C, H, W), interleaved, written.
-        crop: (1, C, h, w), interleaved: uint8, or float32 in [0, 1]; what bicubic overshoots is clipped.
-    """
-    shape = out.shape
-    if crop.shape == shape:
-        out.copy_(crop)
-    elif shape[1] <= _MAX_INTERLEAVED and crop.dtype == torch.uint8:
-        _resize(crop, shape[2:], False, None, out=out)
-    else:
-        planes = _resize(crop.transpose(0, 1).contiguous(), shape[2:], False, None)
-        out.copy_((planes if crop.dtype == torch.uint8 else planes.clamp_(0, 1)).transpose(0, 1))

@@ -110,5 +110,5 @@ def read_images(
             pixels = decode(encoded, header.orientation, **options)
         except (BadImage, UndecodableImage, PermissionError) as error:
             raise DataError(f"{path}: {error}") from error
-        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size), (False, False))
+        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], img_size))
     return images.permute(0, 3, 1, 2)

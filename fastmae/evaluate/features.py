@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmae.data import DataError, Dataset
 from fastmae.data.decode import UndecodableImage, center_box, resize_crop_into
+from fastmae.data.host import serial_threads
 from fastmae.data.loader import choose_options
 from fastmae.data.threads import Threads
 
@@ -143,7 +144,7 @@ def encode_images(
     device, batch_size = model.mean.device, min(batch_size, most)
     threads = num_threads or choose_options(device, 0, world_size=world_size).num_threads
     batches = partial(_batches, dataset, sample_ids, model.img_size, batch_size, -(-most // batch_size))
-    with evaluating(model), Threads(threads, "fastmae-features") as pool:
+    with evaluating(model), serial_threads(threads, "fastmae-features") as pool:
         for images, good in batches(pool, timeout, crop_ratio):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 yield model.encode(model.normalized(images.to(device))).float(), good
@@ -202,5 +203,5 @@ def _decode_into(out: np.ndarray, dataset: Dataset, sample_id: int, crop_ratio: 
         pixels = dataset.decode(sample_id)
     except (UndecodableImage, DataError, OSError):
         return False
-    resize_crop_into(out, pixels, center_box(*pixels.shape[:2], out.shape[:2], crop_ratio), (False, False))
+    resize_crop_into(out, pixels, center_box(*pixels.shape[:2], out.shape[:2], crop_ratio))
     return True

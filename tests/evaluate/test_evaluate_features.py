@@ -59,7 +59,7 @@ def test_features_are_those_of_the_central_crops_in_the_order_asked_for(dataset)
     images = torch.empty(5, 16, 24, 3, dtype=torch.uint8)
     for out, i in zip(images.numpy(), ids, strict=True):
         pixels = dataset.decode(int(i))
-        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], (16, 24)), (False, False))
+        resize_crop_into(out, pixels, center_box(*pixels.shape[:2], (16, 24)))
     with torch.no_grad():
         tokens = model.encode(images.permute(0, 3, 1, 2))
     torch.testing.assert_close(found.class_token, tokens[:, 0])
