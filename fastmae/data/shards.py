@@ -346,8 +346,8 @@ class ShardFolder:
             raise DataError(f"{self.path / MANIFEST}: is damaged: {error}; delete the folder to start again") from error
 
     def _remove_leftovers(self) -> None:
-        for path in self.path.glob(".*.*"):  # .shard-000000.tar.<random>.partial, .shards.json.1-of-1.partial
-            if f"{path.name.split('.')[1]}.tar" in self._names or path.name.endswith(f".{self._part}.partial"):
+        for path in self.path.glob(".*.tar.*"):  # .shard-000000.tar.<random>.partial or .index.npz
+            if f"{path.name.split('.')[1]}.tar" in self._names:
                 path.unlink(missing_ok=True)
 
 

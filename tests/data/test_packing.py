@@ -293,7 +293,7 @@ def test_a_stopped_run_resumes_and_damage_in_the_folder_is_repaired(source, open
     os.truncate(out / "shard-000001.tar", 5000)
     (out / "shard-000002.tar.index.npz").unlink()
     (out / "shard-000003.tar").unlink()
-    for name in (".shard-000003.tar.12345678.partial", ".shards.json.1-of-1.partial", ".shard-000000.tar.x.index.npz"):
+    for name in (".shard-000003.tar.12345678.partial", ".shards.json.1-of-1.partial", ".shard-000000.tar.1.index.npz"):
         (out / name).touch()
     write_shards(open_(source), out, OPTIONS)
     assert contents(out) == reference
@@ -334,7 +334,9 @@ def test_sigkill_at_any_moment(source, tmp_path, open_, reference):
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
         assert len(list(out.glob("*.tar"))) == shards
-    write_shards(open_(source), out, OPTIONS)
+    seen = []
+    write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
+    assert seen == [5] * 4  # nothing was left to pack
     assert contents(out) == reference
 
 
