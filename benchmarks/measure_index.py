@@ -33,7 +33,7 @@ from fastmae.data.table import ENTRY, NAMES, SMALL, Table, npy_header
 
 NAME_BYTES, CHUNK, ARROW_BATCH, ROW_GROUP = 24, 1 << 20, 1 << 24, 1 << 16
 BATCHES = (256, 1024)
-LOOKUPS, FIRST = 200, 10
+COLD, WARM = 10, 60
 
 
 def main() -> None:
@@ -126,7 +126,7 @@ def some_names(numbers: np.ndarray) -> np.ndarray:
 
 def batches(count: int, size: int, seed: int) -> list[np.ndarray]:
     random = np.random.default_rng(seed + size)
-    return [random.integers(0, count, size) for _ in range(LOOKUPS)]
+    return [random.integers(0, count, size) for _ in range(WARM if seed else COLD)]
 
 
 def measure_table(folder: Path, count: int, compared: bool) -> dict[str, object]:
@@ -258,13 +258,12 @@ def measure_lookups(open_: Callable, files: list[Path], count: int, sparse: bool
         look_up = open_(files)
         found["open_ms"] = 1e3 * (time.perf_counter() - begun)
         if files[0].stat().st_size > SMALL:  # smaller ones are read when an index is opened
-            timed["from_disk_ms"] = repeat(look_up, cold[:FIRST], time.perf_counter)
+            timed["from_disk_ms"] = repeat(look_up, cold, time.perf_counter)
         for path in () if sparse else files:
             with path.open("rb", buffering=0) as file:
                 while file.read(1 << 24):
                     pass
-        for _ in range(1 if sparse else 5):
-            repeat(look_up, warm if sparse else batches(count, 4 * BATCHES[-1], 2), time.process_time)
+        repeat(look_up, warm if sparse else 10 * batches(count, 4 * BATCHES[-1], 2), time.process_time)
         found[f"{size} rows"] = timed | {"from_memory_cpu_ms": repeat(look_up, warm, time.process_time)}
     return found
 
