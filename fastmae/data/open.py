@@ -34,7 +34,7 @@ _DALI_FORMATS = {Format.JPEG, Format.PNG, Format.WEBP}
 
 
 def open_once(open_: Callable[..., Dataset], first: Callable[[Callable[[], Any]], Any]) -> Dataset:
-    """Open a data set on rank 0, which lists it and publishes its index; the other ranks open that, and list nothing.
+    """Open a data set on all ranks: rank 0 lists it and publishes its index, the others open that and list nothing.
 
     Args:
         open_: ``open_dataset`` of a path; takes ``index``.
@@ -61,10 +61,10 @@ def open_once(open_: Callable[..., Dataset], first: Callable[[Callable[[], Any]]
 
 
 def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) -> None:
-    """Compare the data set's length and hash among the ranks; a collective that every rank has to call.
+    """Compare the data set's length and hash among the ranks. A collective: every rank has to call it.
 
-    Ranks whose folders differ (a copy that is not finished, another cache of full decodes) would train on different
-    samples under the same numbers, and nothing else would tell.
+    Ranks whose folders differ (a copy that is not finished, other verdicts of ``fastmae data verify``) would train on
+    different samples under the same numbers, and nothing else would notice.
 
     Args:
         dataset: this rank's.
@@ -117,9 +117,9 @@ def open_dataset(
             - a folder of images (JPEG, PNG, WebP, TIFF, ``.npy``), nested or flat. Hidden files are skipped, links
               followed. The folders directly below are the classes.
             - a folder of tar shards in the WebDataset convention, or one ``.tar``. ``.cls`` members are the classes,
-              ``classes.txt`` in the folder names them, a class a line.
-            - a list file (``.txt``, ``.tsv``, ``.lst``): a path a line, of an image or of a shard, relative to the
-              list's folder, and after a tab, for images, a class.
+              ``classes.txt`` in the folder names them, one per line.
+            - a list file (``.txt``, ``.tsv``, ``.lst``): one path per line, of an image or of a shard, relative to the
+              list's folder; for images optionally followed by a tab and a class.
             - shards in an object store: a folder, one ``.tar`` or a list file, by URL.
             - Parquet files (one, a folder or a pattern), or a folder saved by Hugging Face's ``save_to_disk``.
         channels: C. For 3, grey images become RGB; for 1, colour is refused; anything else is for TIFF and ``.npy``.
