@@ -19,8 +19,10 @@ import os
 import resource
 import shutil
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,6 +71,8 @@ def measure_build(folder: Path, count: int, workers: int | None) -> dict[str, ob
         write_files(folder, count)
     shutil.rmtree(folder / BESIDE, ignore_errors=True)
     found: dict[str, object] = {"files": count, "workers": workers or os.cpu_count()}
+    held, largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [0]
+    threading.Thread(target=watch_workers, args=[largest], daemon=True).start()
     for what in ("new", "unchanged", "changed"):
         if what == "changed":
             for number in range(0, count, 100):
@@ -81,10 +85,22 @@ def measure_build(folder: Path, count: int, workers: int | None) -> dict[str, ob
             "wall_us_per_file": 1e6 * wall / count,
             "cpu_us_per_file": {"this process": 1e6 * own / count, "workers": 1e6 * theirs / count},
         }
-    peaks = [resource.getrusage(who).ru_maxrss / 1e3 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    found["peak_mb"] = dict(zip(("this process", "largest worker"), peaks, strict=True))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+    found["memory_mb"] = {"this process grew by": grown / 1e3, "largest worker": largest[0] / 1e3}
     found["bytes_per_file"] = sum(path.stat().st_size for path in index.folder.iterdir()) / count
     return found
+
+
+def watch_workers(largest: list[int]) -> None:
+    """Keep the most kilobytes that a child process has held. Its own resource usage counts those that it was forked
+    with."""
+    while True:
+        for process in Path("/proc/self/task").glob("*/children"):
+            for child in process.read_text().split():
+                with suppress(OSError, StopIteration):
+                    status = Path(f"/proc/{child}/status").read_text().splitlines()
+                    largest[0] = max(largest[0], int(next(line for line in status if "VmHWM" in line).split()[1]))
+        time.sleep(0.2)
 
 
 def cpu_seconds() -> list[float]:
@@ -178,6 +194,9 @@ def write_sparse(folder: Path, count: int) -> None:
 
 
 def open_table(files: list[Path]) -> Callable[[np.ndarray], object]:
+    for file in files:
+        if file.stat().st_size <= SMALL:  # compared with its checksums
+            read_all(file)
     table = Table(*(file.open("rb") for file in files))
 
     def look_up(ids: np.ndarray) -> object:
@@ -238,6 +257,12 @@ def take(part: Callable[[int, object], object], ids: np.ndarray, size: int) -> l
     return [part(number, pa.array(ids[numbers == number] % size)) for number in np.unique(numbers).tolist()]
 
 
+def read_all(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        while file.read(1 << 24):
+            pass
+
+
 def forget(files: list[Path]) -> None:
     """Drop what the page cache holds of the files."""
     for path in files:
@@ -247,8 +272,8 @@ def forget(files: list[Path]) -> None:
 
 
 def measure_lookups(open_: Callable, files: list[Path], count: int, sparse: bool) -> dict[str, object]:
-    """A batch's rows and names, in milliseconds: the first ones from a cold disk, by the clock; and later ones by CPU
-    time, when the files are in the page cache and most of their pages have been touched."""
+    """A batch's rows and names, in milliseconds: the first ones together from a cold disk, by the clock; and later ones
+    by CPU time each, when the files are in the page cache and most of their pages have been touched."""
     found: dict[str, object] = {"bytes_per_row": sum(path.stat().st_size for path in files) / count}
     for size in BATCHES:
         cold, warm = batches(count, size, 0), batches(count, size, 1)
@@ -257,12 +282,13 @@ def measure_lookups(open_: Callable, files: list[Path], count: int, sparse: bool
         begun = time.perf_counter()
         look_up = open_(files)
         found["open_ms"] = 1e3 * (time.perf_counter() - begun)
-        if files[0].stat().st_size > SMALL:  # smaller ones are read when an index is opened
-            timed["from_disk_ms"] = repeat(look_up, cold, time.perf_counter)
+        if files[0].stat().st_size > SMALL:
+            begun = time.perf_counter()
+            for ids in cold:
+                look_up(ids)
+            timed[f"first_{COLD}_from_disk_ms"] = 1e3 * (time.perf_counter() - begun)
         for path in () if sparse else files:
-            with path.open("rb", buffering=0) as file:
-                while file.read(1 << 24):
-                    pass
+            read_all(path)
         repeat(look_up, warm if sparse else 10 * batches(count, 4 * BATCHES[-1], 2), time.process_time)
         found[f"{size} rows"] = timed | {"from_memory_cpu_ms": repeat(look_up, warm, time.process_time)}
     return found
