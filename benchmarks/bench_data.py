@@ -30,7 +30,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import loaders
@@ -140,9 +140,10 @@ def sources(request, tmp_path_factory) -> Iterator[dict[str, tuple[Dataset, Path
 
 def start(loader: str, dataset: Dataset, path: Path, plan: loaders.Plan) -> Iterator | Unavailable:
     """An endless iterator of batches on the device."""
-    for package in ("webdataset", "nvidia.nvimgcodec"):
-        if loader == package.rpartition(".")[2] and find_spec(package) is None:
-            return Unavailable(f"{package} is not installed: pip install 'fastmae[bench]'")
+    try:
+        import_module({"webdataset": "webdataset", "nvimgcodec": "nvidia.nvimgcodec"}.get(loader, "torch"))
+    except ImportError as error:
+        return Unavailable(f"{error}: pip install 'fastmae[bench]'")
     if "dali" in loader and not has_dali():
         return Unavailable("NVIDIA DALI is not installed")
     crops = {
