@@ -23,8 +23,8 @@ from fastmae.data.decode import UndecodableImage, crop_of, interleaved, resize_i
 from fastmae.data.formats import Format
 from fastmae.data.threads import Threads
 
-_AT_ONCE = 8
-"""Images that a thread takes at once."""
+_AT_ONCE, _BYTES_AT_ONCE = 8, 16 << 20
+"""Most images that a thread takes at once, and most bytes of them."""
 logger = logging.getLogger(__name__)
 
 
@@ -99,7 +99,8 @@ class HostDecoder:
             crops = self._crops(plan.sources[numbers.start : numbers.stop])
             self.finish(plan, numbers, crops, outs)
 
-        self.for_each(decode_some, len(plan))
+        largest = max(source.height * source.width for source in plan.sources) * 3
+        self.for_each(decode_some, len(plan), _BYTES_AT_ONCE // largest)
 
     def finish(
         self,
@@ -188,7 +189,7 @@ class HostDecoder:
 
     def _decoded(self, encoded: Tensor, source: Source) -> Tensor | None:
         try:
-            image = self._decoders[source.format](encoded, self._rgb, False)
+            image = self._decoders[source.format](encoded, self._rgb)
         except RuntimeError:
             return None
         return image if image.shape == (3, source.height, source.width) else None
@@ -225,10 +226,10 @@ class HostDecoder:
         if self._limit_bad:
             self.dataset.check_bad_fraction({late.sample_id: late.reason for late in self.late_bad})
 
-    def for_each(self, action: Callable[[range], object], count: int) -> None:
-        """Run ``action(numbers)`` for some of ``0..count-1`` at a time, on the decoding threads. Each takes the next
-        ones when it is done with some, so that large images hold up no others."""
-        size = max(1, min(_AT_ONCE, count // (2 * self.num_threads)))
+    def for_each(self, action: Callable[[range], object], count: int, most: int = _AT_ONCE) -> None:
+        """Run ``action(numbers)`` for at most ``most`` of ``0..count-1`` at a time, on the decoding threads. Each takes
+        the next ones when it is done with some, so that large images hold up no others."""
+        size = max(1, min(_AT_ONCE, most, count // (2 * self.num_threads)))
         parts = deque(range(start, min(start + size, count)) for start in range(0, count, size))
 
         def work() -> None:

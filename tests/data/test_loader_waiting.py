@@ -105,6 +105,26 @@ def test_memory_is_bounded(dataset, kind, monkeypatch):
     assert grown < 15e6, "50 batches are 30 MB"
 
 
+def test_a_thread_holds_no_more_than_one_large_image(dataset, monkeypatch):
+    held, most, decoded = weakref.WeakSet(), 0, host_module.HostDecoder._decoded
+
+    def counted(self, *args):
+        nonlocal most
+        image = decoded(self, *args)
+        held.add(image.untyped_storage())
+        most = max(most, len(held))
+        return image
+
+    monkeypatch.setattr(host_module.HostDecoder, "_decoded", counted)
+    options = {"batch_size": 22, "num_threads": 1, "cache_bytes": 0}
+    small = take(dataset, "torch", 2, **options)
+    assert most > 2
+    monkeypatch.setattr(host_module, "_BYTES_AT_ONCE", 1 << 14)
+    most = 0
+    assert_equal(take(dataset, "torch", 2, **options), small)
+    assert most == 1
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -156,9 +176,7 @@ def test_only_decoding_threads_lose_their_openmp_teams(dataset):
 
 
 def test_options_follow_the_machine(monkeypatch):
-    from fastmae.data import loader as options_module
-
-    monkeypatch.setattr(options_module, "available_cores", lambda: 24)
+    monkeypatch.setattr(loader_module, "available_cores", lambda: 24)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     assert choose_options(cpu, 1).num_threads == 12
@@ -166,7 +184,7 @@ def test_options_follow_the_machine(monkeypatch):
     assert choose_options(cuda, 1, world_size=2).num_threads == 12
     assert choose_options(cuda, 1, world_size=64).num_threads == 3
     assert choose_options(cuda, 1, num_threads=5, prefetch=4)[:2] == (5, 4)
-    monkeypatch.setattr(options_module, "physical_bytes", lambda: 64 << 30)
+    monkeypatch.setattr(loader_module, "physical_bytes", lambda: 64 << 30)
     assert choose_options(cuda, 1 << 29, world_size=8).prefetch == 2
     assert choose_options(cuda, 1 << 30, world_size=8).prefetch == 1
     assert choose_options(cuda, 1 << 30, world_size=8, prefetch=3).prefetch == 3
