@@ -47,6 +47,7 @@ from fastmae.data.threads import in_order
 MANIFEST, BAD_FILES, CLASSES = "shards.json", "bad_files.jsonl", "classes.txt"
 _PROGRESS = ".progress"
 _FORMAT = 1
+_NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)  # as some cluster file systems answer
 _SUFFIXES = {Format.JPEG: ".jpg", Format.PNG: ".png", Format.WEBP: ".webp", Format.TIFF: ".tif", Format.NPY: ".npy"}
 _PHOTOGRAPHS = (Format.JPEG, Format.PNG, Format.WEBP)
 _SIXTEEN_BITS = ("I", "I;16")
@@ -266,11 +267,7 @@ class ShardFolder:
         try:
             fcntl.flock(self._progress, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (
-                errno.ENOTSUP,
-                errno.ENOSYS,
-                errno.ENOLCK,
-            ):  # some cluster file systems have no locks
+            if error.errno not in _NO_LOCKS:
                 self._progress.close()
                 raise DataError(f"{path}: another process is packing part {part[0]}/{part[1]}: {error}") from error
 
@@ -298,7 +295,7 @@ class ShardFolder:
                         records.append(json.loads(line))
         # Read last: a part that finishes removes those files once this one is written.
         records = self._manifest().get("shards", []) + records
-        there = {path.name: path.stat().st_size for path in self.path.glob("*.tar*")}
+        there = {path.name: path.stat().st_size for path in self.path.glob("shard-*.tar*")}
         return {record["name"]: record for record in records
                 if there.get(record["name"]) == record["bytes"] and record["name"] + INDEX_SUFFIX in there}  # fmt: skip
 
