@@ -191,6 +191,10 @@ def test_row_groups_are_read_once_while_they_fit_and_in_windows_beyond(parquet, 
             list(RecordSource(found).parts(None, 1, None))
         assert sorted(loads) == sorted(expected)
         assert found.window == (None if found is everything else 1)
+    loads.clear()
+    for group in (0, 1, 0, 2, 0):  # the group used last stays
+        found.read(3 * group)
+    assert loads == [0, 1, 2]
     with pytest.raises(DataError, match=r"-of-00002\.parquet row group \d: .*expected at most .*row_group_size"):
         ParquetRecords(files, largest // 2)
 
