@@ -12,7 +12,9 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
+from fastmae.interop.facebook import ARGS
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
+from fastmae.interop.timm import is_timm, read_timm
 from fastmae.model import PRESETS, MaskedAutoencoderViT
 from fastmae.model.classifier import VisionTransformer, create_vision_transformer
 from fastmae.train.checkpoint import CheckpointError
@@ -28,7 +30,7 @@ class WeightsInfo:
 
     Attributes:
         path: where they are.
-        source: "fastmae", "transformers", or "facebookresearch/mae or timm", which use the same names.
+        source: "fastmae", "transformers", "timm", or "facebookresearch/mae or timm" of files, whose names are the same.
         architecture: the arguments that build the model: of ``MaskedAutoencoderViT``, or of ``VisionTransformer`` if
             there is a head.
         assumed: numbers of heads that neither shapes nor source tell, and that are those of the preset of this width.
@@ -66,8 +68,8 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
 
     Args:
         path: a run folder (its newest undamaged checkpoint), a checkpoint folder, a ``.safetensors`` file, a ``.pth``
-            file of facebookresearch/mae or a state dict of timm's, or a folder of ``save_pretrained`` of
-            transformers' ViTMAE.
+            file of facebookresearch/mae or a state dict of timm's, or a folder: ``save_pretrained``'s of
+            transformers' ViTMAE or ViT, or timm's of a ViT.
         return_info: return ``(model, WeightsInfo)``.
         architecture: arguments of the model that the weights do not tell (``num_heads``), or of an equal shape
             (``mean``, ``std``, ``norm_pix_loss``).
@@ -121,7 +123,7 @@ def create_classifier(
     if checkpoint is None:
         return create_vision_transformer(name, num_classes, **options)
     weights, info = read_weights(checkpoint)
-    for key in ("img_size", "patch_size", "in_chans", "mean", "std"):
+    for key in ("img_size", "patch_size", "in_chans", "mean", "std", "norm_eps"):
         options.setdefault(key, info.architecture.get(key))
     model = create_vision_transformer(name, num_classes, **options)
     here, there = model.architecture, info.architecture
@@ -146,15 +148,17 @@ def read_weights(path: Path | str, **architecture: Any) -> tuple[dict[str, Tenso
         CheckpointError: as :func:`load`.
     """
     path = Path(path)
-    if is_hugging_face(path):
+    read = read_hugging_face if is_hugging_face(path) else read_timm if is_timm(path) else None
+    if read is not None:
         try:
-            weights, told = read_hugging_face(path)
+            weights, told = read(path)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-        source, metadata = "transformers", {}
+        source, metadata = "timm" if read is read_timm else "transformers", {}
     else:
         weights, metadata = read_source(path)
-        told = metadata.get("architecture") or {}
+        args = metadata.get("args") or {}
+        told = metadata.get("architecture") or {name: args[name] for name in ARGS if name in args}
         source = "fastmae" if "architecture" in metadata else "facebookresearch/mae or timm"
     told = {**told, **architecture}
     try:

@@ -24,6 +24,7 @@ from fastmae.cli.arguments import parse
 from fastmae.cli.commands import (
     BenchConfig,
     ConsolidateConfig,
+    ConvertConfig,
     DataCommands,
     EnvConfig,
     EvaluateCommands,
@@ -99,6 +100,7 @@ def _commands(defaults: PretrainConfig) -> dict[str, Any]:
         "features": (FeaturesConfig, {}),
         "evaluate": (EvaluateCommands, {}),
         "consolidate": (ConsolidateConfig, {}),
+        "convert": (ConvertConfig, {}),
         "bench": (BenchConfig, {"default": BenchConfig(**_shared(defaults, BenchConfig))}),
         "plan": (PlanConfig, {"default": PlanConfig(**_shared(defaults, PlanConfig))}),
         "env": (EnvConfig, {}),
@@ -143,6 +145,8 @@ def _run(command: Any, defaults: PretrainConfig, given: Mapping[str, str], stop:
         return import_module("fastmae.cli.evaluate").run(getattr(command, "command", command))
     if isinstance(command, ReconstructConfig):
         return import_module("fastmae.cli.reconstruct").reconstruct(command)
+    if isinstance(command, ConvertConfig):
+        return import_module("fastmae.cli.convert").convert(command)
     if isinstance(command, ConsolidateConfig):
         return import_module("fastmae.cli.reconstruct").consolidate(command)
     print(import_module("fastmae.environment").report())

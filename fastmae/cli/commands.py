@@ -60,9 +60,26 @@ class InspectConfig:
     """Report what weights are, and what they can be used for."""
 
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
-    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
     json: bool = False
     """Print one JSON object."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Write weights for another library, load them there, and keep them only if it computes the same from them."""
+
+    weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """What to write, which must not exist: a folder (transformers, timm), or a file .pth (facebook), .safetensors or
+    .pt2 (torch-export)."""
+    to: Literal["facebook", "transformers", "timm", "safetensors", "torch-export"] = field(kw_only=True)
+    """Target. timm and torch-export take the encoder, without decoder."""
+    kind: Literal["auto", "pretraining", "encoder"] = "auto"
+    """auto: all of the weights that the target takes. pretraining: with the decoder, or an error. encoder: without."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder predicts normalised pixels, where the weights do not say."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class FeaturesConfig:
     the images."""
 
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
-    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
     path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
     """Folder of images, list file, .tar file or folder of .tar shards, URL of shards, or Parquet files."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
@@ -115,7 +132,7 @@ class ProbeConfig:
     """What the protocols on a frozen encoder share."""
 
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
-    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers' ViTMAE."""
+    """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
     data: LabelledConfig
     out: Path | None = None
     """Also write the result here, as one JSON object."""

@@ -157,6 +157,7 @@ def _initialize(model: nn.Module, seed: int) -> None:
 _RENAMED = (
     ("vit.embeddings.patch_embeddings.projection.", "patch_embed.proj."), ("vit.embeddings.", ""),
     ("vit.encoder.layer.", "blocks."), ("vit.layers.", "blocks."), ("vit.layernorm.", "norm."),
+    ("classifier.", "head."),
     ("decoder.decoder_layers.", "decoder_blocks."), ("decoder.", ""),
     (".layernorm_before.", ".norm1."), (".layernorm_after.", ".norm2."),
     (".attention.output.dense.", ".attn.proj."), (".attention.o_proj.", ".attn.proj."),

@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face ViTMAE from its folder, under facebookresearch/mae's names. Needs no transformers."""
+"""Weights of a Hugging Face ViTMAE or ViT folder, under facebookresearch/mae's names. Needs no transformers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from torch import Tensor
 
 from fastmae.interop.hugging_face import facebook_name
 
-_TABLES = {"vit.embeddings.position_embeddings": "pos_embed", "decoder.decoder_pos_embed": "decoder_pos_embed"}
-_PARTS = re.compile(r"\.(?:attention\.(query|key|value)|([qkv])_proj)\.")
+TABLES = {"vit.embeddings.position_embeddings": "pos_embed", "decoder.decoder_pos_embed": "decoder_pos_embed"}
+PARTS = re.compile(r"\.(?:attention\.(query|key|value)|([qkv])_proj)\.")
 _FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
 
 
 def is_hugging_face(path: Path) -> bool:
     """Whether this is a folder that ``save_pretrained`` of a transformers model has written."""
     try:
-        return "model_type" in json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError):
         return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a ``ViTMAEForPreTraining`` or a ``ViTMAEModel`` (which has no decoder), on the CPU.
+    """The weights of a ``ViTMAEForPreTraining``, ``ViTMAEModel``, ``ViTModel`` or ``ViTForImageClassification``, on the
+    CPU. A ``ViTModel``'s pooler, a layer that its users train, is left out.
 
     Args:
         folder: what ``save_pretrained`` wrote, or a local copy of a model from the hub: ``config.json`` with
@@ -40,10 +42,10 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ValueError: if it is another kind of model, or its files cannot be read.
     """
     config = json.loads((folder / "config.json").read_text())
-    for key, expected in (("model_type", "vit_mae"), ("hidden_act", "gelu")):
-        if config.get(key, expected) != expected:
-            raise ValueError(f"{folder / 'config.json'}: expected {key} {expected}, got {config[key]}")
-    named = _read_files(folder)
+    for key, expected in (("model_type", ("vit_mae", "vit")), ("hidden_act", ("gelu",))):
+        if config.get(key, expected[0]) not in expected:
+            raise ValueError(f"{folder / 'config.json'}: expected {key} {' or '.join(expected)}, got {config[key]}")
+    named = read_files(folder)
     if not any(name.startswith("vit.") for name in named):
         named = {f"vit.{name}": tensor for name, tensor in named.items()}
     weights: dict[str, Tensor] = {}
@@ -51,28 +53,59 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, tensor in named.items():
         # transformers 5 takes its decoder's layers for an encoder's when it gives them the names of version 4.
         name = name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
-        part = _PARTS.search(name)
+        part = PARTS.search(name)
+        if name.startswith("vit.pooler."):
+            continue
         if part:
             packed.setdefault(facebook_name(name), {})[(part[1] or part[2])[0]] = tensor
         else:
-            weights[_TABLES.get(name) or facebook_name(name)] = tensor
+            weights[TABLES.get(name) or facebook_name(name)] = tensor
     for name, parts in packed.items():
         if parts.keys() != set("qkv"):
             raise ValueError(f"{folder}: {name}: expected queries, keys and values, got {', '.join(sorted(parts))}")
         weights[name] = torch.cat([parts[key] for key in "qkv"])
-    for name in _TABLES.values():
+    for name in TABLES.values():
         if name in weights and not weights[name].any():
             # transformers 5 leaves them so in a model that is built from a config.
             raise ValueError(f"{folder}: {name} is all zeros, so no patch can be told from another")
-    # Where a config does not say, these are the defaults of transformers.ViTMAEConfig.
-    return weights, {
+    # Where a config does not say, these are the defaults of transformers' ViTMAEConfig and ViTConfig.
+    told = {
+        "img_size": _image_size(folder, config, weights),
         "num_heads": config.get("num_attention_heads", 12),
-        "decoder_num_heads": config.get("decoder_num_attention_heads", 16),
-        "norm_pix_loss": config.get("norm_pix_loss", False),
+        "norm_eps": config.get("layer_norm_eps", 1e-12),
     }
+    if "decoder_pred.weight" in weights:
+        told["decoder_num_heads"] = config.get("decoder_num_attention_heads", 16)
+        told["norm_pix_loss"] = config.get("norm_pix_loss", False)
+    return weights, told | _statistics(folder)
 
 
-def _read_files(folder: Path) -> dict[str, Tensor]:
+def _image_size(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> list[int] | None:
+    """[height, width] by the config; None where the weights do not have these tensors, which is reported elsewhere."""
+    size, shapes = config.get("image_size", 224), [weights.get(n) for n in ("patch_embed.proj.weight", "pos_embed")]
+    size = size if isinstance(size, list) else [size, size]
+    if any(tensor is None for tensor in shapes):
+        return None
+    (_, _, height, width), (_, positions, _) = (tensor.shape for tensor in shapes)
+    numbers = len(size) == 2 and all(isinstance(length, int) for length in size)
+    if not numbers or (size[0] // height) * (size[1] // width) + 1 != positions:
+        raise ValueError(f"{folder}: image_size {size} does not fit the {positions - 1} patches of the position table")
+    return size
+
+
+def _statistics(folder: Path) -> dict[str, Any]:
+    """Mean and standard deviation of the pixels that the folder's image processor subtracts and divides by."""
+    try:
+        processor = json.loads((folder / "preprocessor_config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(processor, dict) or not processor.get("do_normalize", True):
+        return {}
+    return {name: processor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in processor}
+
+
+def read_files(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder of transformers or timm, under its names; ValueError if they cannot be read."""
     found = next((name for name in _FILES if (folder / name).is_file()), None)
     if found is None:
         raise ValueError(f"{folder}: expected one of {', '.join(_FILES)}, found none")

@@ -247,7 +247,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm Transformer block (LayerNorm eps 1e-6, as in facebookresearch/mae).
+    """Pre-norm Transformer block (LayerNorm eps 1e-6 by default, as in facebookresearch/mae).
 
     Runs as ``norm_linear``, attention, ``linear``, ``norm_linear``, ``gelu_linear``: besides matrix products and
     attention, two passes over memory forward and two backward.
@@ -260,11 +260,11 @@ class Block(nn.Module):
 
     activation_checkpointing: str = "none"
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, backend: str, norm_eps: float = 1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, backend)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
 
     def forward(self, stream: Stream, ids: Tensor | None = None, shared: SharedTokens | None = None) -> Stream:

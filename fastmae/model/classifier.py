@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.model.blocks import Block, PatchEmbed, Stream, recompute
-from fastmae.model.image_model import ImageModel, check_weights
+from fastmae.model.image_model import NORM_EPS, ImageModel, check_weights
 from fastmae.model.initialization import initialize_parameters, sincos_positions
 from fastmae.model.mae import PRESETS
 from fastmae.ops._check import check
@@ -69,6 +69,7 @@ class VisionTransformer(ImageModel):
         mean, std: per-channel statistics of pixels in [0, 1], applied to ``uint8`` images only. None: ImageNet's for
             three channels, 0.5 otherwise.
         attention: backend of :func:`fastmae.ops.attention`.
+        norm_eps: added to the variance by every LayerNorm.
         seed: keys the initialisation, together with each parameter's name. None draws a seed.
 
     Attributes:
@@ -94,9 +95,10 @@ class VisionTransformer(ImageModel):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "auto",
+        norm_eps: float = NORM_EPS,
         seed: int | None = None,
     ):
-        super().__init__(img_size, patch_size, in_chans, mean, std, attention)
+        super().__init__(img_size, patch_size, in_chans, mean, std, attention, norm_eps)
         check(num_classes >= 0, "num_classes", "at least 0", num_classes)
         check(pool in POOLS, "pool", f"one of {', '.join(POOLS)}", pool)
         check(0 <= drop_path < 1, "drop_path", "a probability in [0, 1)", drop_path)
@@ -106,12 +108,14 @@ class VisionTransformer(ImageModel):
             "num_classes": num_classes, "img_size": list(self.img_size), "patch_size": list(self.patch_size),
             "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
             "mlp_ratio": mlp_ratio, "pool": pool, **self._statistics,
-        }  # fmt: skip
+        } | ({} if norm_eps == NORM_EPS else {"norm_eps": norm_eps})  # fmt: skip
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size))
-        self.blocks = nn.ModuleList(DropPathBlock(embed_dim, num_heads, mlp_ratio, attention) for _ in range(depth))
-        norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            DropPathBlock(embed_dim, num_heads, mlp_ratio, attention, norm_eps) for _ in range(depth)
+        )
+        norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self.norm, self.fc_norm = (norm, nn.Identity()) if pool == "cls" else (nn.Identity(), norm)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.initialize_weights(int(torch.randint(1 << 62, (), device="cpu")) if seed is None else seed)

@@ -14,6 +14,8 @@ from fastmae.ops.attention import BACKENDS
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+NORM_EPS = 1e-6
+"""LayerNorm's epsilon in the paper's code; other libraries have others. An architecture names it where it differs."""
 
 
 class ImageModel(nn.Module):
@@ -31,8 +33,10 @@ class ImageModel(nn.Module):
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         attention: str,
+        norm_eps: float,
     ):
         super().__init__()
+        check(norm_eps > 0, "norm_eps", "a positive number", norm_eps)
         check(attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)}", attention)
         self.img_size, self.patch_size = as_pair("img_size", img_size), as_pair("patch_size", patch_size)
         self.grid_size = grid_of(self.img_size, self.patch_size, "img_size")

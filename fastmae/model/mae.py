@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmae.model.blocks import Block, Linear, PatchEmbed, SharedTokens, Stream, cast_weights
-from fastmae.model.image_model import ImageModel
+from fastmae.model.image_model import NORM_EPS, ImageModel
 from fastmae.model.initialization import initialize_parameters, sincos_positions
 from fastmae.ops import Masking, masked_patch_mse, masking_from_noise, restore_tokens
 from fastmae.ops._check import as_pair, check, grid_of
@@ -73,6 +73,7 @@ class MaskedAutoencoderViT(ImageModel):
         mean, std: per-channel statistics of pixels in [0, 1], applied to ``uint8`` images only. None: ImageNet's for
             three channels, 0.5 otherwise.
         attention: backend of :func:`fastmae.ops.attention`.
+        norm_eps: added to the variance by every LayerNorm.
         residual_dtype: "float32" leaves the residual stream as the ops produce it, float32 under autocast. "bfloat16"
             rounds it after every addition: less memory traffic, and a different computation from the paper's code.
         seed: keys the initialisation, together with each parameter's name. None draws a seed from torch's default
@@ -109,10 +110,11 @@ class MaskedAutoencoderViT(ImageModel):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "auto",
+        norm_eps: float = NORM_EPS,
         residual_dtype: str = "float32",
         seed: int | None = None,
     ):
-        super().__init__(img_size, patch_size, in_chans, mean, std, attention)
+        super().__init__(img_size, patch_size, in_chans, mean, std, attention, norm_eps)
         known = residual_dtype in RESIDUAL_DTYPES
         check(known, "residual_dtype", f"one of {', '.join(RESIDUAL_DTYPES)}", residual_dtype)
         check(depth >= 1, "depth", "at least 1 block", depth)
@@ -131,22 +133,22 @@ class MaskedAutoencoderViT(ImageModel):
             "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, "decoder_embed_dim": decoder_embed_dim,
             "decoder_depth": decoder_depth, "decoder_num_heads": decoder_num_heads, "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss, **self._statistics,
-        }  # fmt: skip
+        } | ({} if norm_eps == NORM_EPS else {"norm_eps": norm_eps})  # fmt: skip
 
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attention) for _ in range(depth))
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, attention, norm_eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
 
         positions = sincos_positions(decoder_embed_dim, self.grid_size)
         self.decoder_embed = Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention) for _ in range(decoder_depth)
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, attention, norm_eps) for _ in range(decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=norm_eps)
         self.decoder_pred = Linear(decoder_embed_dim, self.patch_size[0] * self.patch_size[1] * in_chans)
         self.initialize_weights(seed)
 

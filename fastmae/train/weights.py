@@ -86,7 +86,7 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{', '.join(_PICKLES)} of weights"
         )
     if path.suffix in _PICKLES:
-        return _read_pickle(path), {}
+        return _read_pickle(path)
     metadata = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -98,7 +98,7 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: expected a .safetensors file: {error}") from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         # facebookresearch/mae's training checkpoints hold their command's arguments: a Namespace, which runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -106,8 +106,11 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged or hostile pickle raises anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: not read, as it is no file of tensors alone: {reason}") from error
+    args = {}
     if isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
+        args = loaded.get("args", {})
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
         loaded = loaded["model"]
     if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError(f"{path}: expected a state dict, or one under the key model")
-    return dict(loaded)
+    return dict(loaded), {"args": dict(args)} if isinstance(args, Mapping) else {}

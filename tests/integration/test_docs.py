@@ -99,7 +99,7 @@ def test_the_figures_of_the_data_page_are_those_of_the_committed_measurements():
         assert f"{torch_loader:.2f} {words} {dali:.2f} times" in page
 
 
-COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env", "inspect", "features"]
+COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env", "inspect", "features", "convert"]
 COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
 COMMANDS += [f"evaluate {name}" for name in ("knn", "linear", "attentive")]
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "ops": {"kernels", "fastmae"},
     "model": {"ops", "fastmae"},
     "data": {"ops", "model", "fastmae"},
-    "interop": {"ops", "model", "fastmae"},
+    "interop": {"ops", "model", "reference", "fastmae"},
     "train": {"ops", "model", "data", "fastmae"},
     "evaluate": {"ops", "model", "data", "fastmae", *(f"train.{name}" for name in ("callbacks", "config", "ranks"))},
     "environment": {"ops", "fastmae"},
@@ -26,7 +26,8 @@ ALLOWED = {
     "pretraining": {"ops", "model", "data", "train", "evaluate", "loading", "errors", "fastmae"},
     "loading": {"model", "interop", "train", "fastmae"},
     "run": {"data", "train", "pretraining", "loading", "fastmae"},
-    "cli": {"ops", "model", "data", "train", "evaluate", "loading", "environment", "errors", "pretraining", "fastmae"},
+    "cli": {"ops", "model", "data", "train", "evaluate", "interop", "loading", "environment", "errors", "pretraining"}
+    | {"fastmae"},
     "__main__": {"cli"},
     "fastmae": {"ops", "model", "interop", "loading", "run"},
 }

@@ -161,8 +161,8 @@ def test_a_folder_of_hugging_face_gives_the_same_model(tmp_path):
 
 
 def test_a_folder_of_another_library_or_with_unset_positions_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    with pytest.raises(ValueError, match="expected model_type vit_mae, got vit"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ValueError, match="expected model_type vit_mae or vit, got clip"):
         read_hugging_face(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit_mae"}))
     with pytest.raises(ValueError, match="expected one of model"):
