@@ -80,18 +80,23 @@ def test_the_photographs_page_describes_the_recipe():
 
 def test_the_figures_of_the_data_page_are_those_of_the_committed_measurements():
     page, results = (ROOT / "docs/data.md").read_text(), ROOT / "benchmarks/results"
-    shards, index = (json.loads((results / "counted" / name).read_text()) for name in ("shards.json", "index.json"))
+    shards, index = (
+        json.loads((results / name).read_text()) for name in ("counted/shards.json", "cpu-amd-epyc/index-build.json")
+    )
     assert f"on {shards['images']} of ImageNet's images" in page
     for name, numbers in shards["stored"].items():
         label, share = f"JPEG {name}", f"{numbers['share']:.1%}"
         if name == "uncompressed":
             label, share = "not compressed", ""
         assert f"| {label} | {numbers['difference']:.2f} | {share} |" in page
-    page = " ".join(page.split())
-    cache, disk = index["from_cache"], index["from_disk"]
-    assert index["images"] == 10**8
-    assert f"costs {cache['sizes_ms']:.1f} ms for sizes and {cache['names_ms']:.1f} ms for names" in page
-    assert f"{disk['sizes_ms']:.1f} and {disk['names_ms']:.1f} ms where the disk is read" in page
+    for kind, numbers in index["1e+08 rows"].items():
+        if kind != "sparse":
+            few, many = numbers["256 rows"], numbers["1024 rows"]["from_memory_cpu_ms"]
+            times = f"{few['first_10_from_disk_ms'] / 1e3:,.1f} | {few['from_memory_cpu_ms']:,.2f} | {many:,.2f} |"
+            assert f"| {numbers['bytes_per_row']:.0f} | {times}" in page
+    page, new = " ".join(page.split()), index["build"]["new"]["cpu_us_per_file"]
+    assert f"{new['workers']:.0f} µs of CPU time in a worker and {new['this process']:.0f} in the main process" in page
+    assert f"an unchanged one {sum(index['build']['unchanged']['cpu_us_per_file'].values()):.0f} in all" in page
     speeds = json.loads((results / "cpu-amd-epyc/data.json").read_text())["benchmarks"]
     (pillow,) = [entry for entry in speeds if entry["competitor"] == report.BASELINE_LOADER]
     for source, words in (("folder", "and DALI"), ("tar shards at 256", "and")):
