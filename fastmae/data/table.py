@@ -185,8 +185,8 @@ class Table:
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows by number: ``ENTRY`` (n,), a copy. One gather from the memory map.
 
-        256 random rows of 10^8 take 11 us of CPU time once their pages are mapped, and 400 us before; a ``pread`` per row
-        always takes 340 us, most of it with the interpreter lock.
+        256 random rows of 10^8 take 11 us of CPU time once their pages are mapped, and 400 us before; a ``pread`` per
+        row always takes 340 us, most of it with the interpreter lock.
         """
         self._rows.expect(ids)
         return self._rows.take(ids)
