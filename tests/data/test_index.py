@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from loading import image_file, noise
+from loading import image_file, noise, write_shards
 
 from fastmae.data import DataError, errors, open_dataset
 from fastmae.data import index as index_module
@@ -389,6 +389,16 @@ def test_verdicts_follow_unchanged_images_into_a_new_index(folder, cache):
     assert opened().bad == marked.bad[1:]
     with pytest.raises(DataError, match="1 of 4 images"):
         open_dataset(folder, max_bad_fraction=0.2, cache_dir=cache)
+
+
+def test_verdicts_follow_images_in_shards_that_are_joined_by_others(folder, cache, tmp_path):
+    files = [folder / "a.jpg", folder / "b" / "c.png"]
+    shards = write_shards(tmp_path / "shards", files, per_shard=1)
+    marked = open_dataset(shards, cache_dir=cache, max_bad_fraction=0.5).mark_bad({1: "does not decode"})
+    shutil.copy(shards / "part-000000.tar", shards / "a.tar")  # comes first
+    again = open_dataset(shards, cache_dir=cache, max_bad_fraction=0.5)
+    assert (len(again), again.bad) == (3, marked.bad)
+    assert again.bad_ids.tolist() == [2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
