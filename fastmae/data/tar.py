@@ -28,7 +28,7 @@ from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header
 from fastmae.data.table import ENTRY, Part, PartBuilder
 
 logger = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2  # version 1 lost what lies behind damage
 INDEX_SUFFIX = ".index.npz"
 BLOCK = 512
 DAMAGE = "damage"

@@ -12,6 +12,7 @@ import fake_cuda
 import pytest
 import torch
 from benchmark import Benchmark, Timer, gradient, run, table
+from commands import outside_xdist
 from results import collect, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -151,7 +152,7 @@ def test_pytest_benchmark_at_the_root_prints_and_stores_each_result_as_it_comes(
     selected = ["-k", "bench_random_masking and not 196", "--rounds", "2", "--threads", "1", "-p", "no:cacheprovider"]
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "pytest", "--benchmark", *others, *selected, f"--results={out}"]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=outside_xdist(), text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     begins, expected, header, ours, theirs, progress = done.stdout[done.stdout.index("[1 of 1, about ") :].splitlines()[
         :6

@@ -11,6 +11,7 @@ import gpu
 import pytest
 import report
 import torch
+from commands import outside_xdist
 from results import JsonLines, collect, read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 def run_script(out: Path, *flags: str) -> subprocess.CompletedProcess:
     script = ROOT / "benchmarks" / "gpu.py"
-    return subprocess.run([sys.executable, script, "--out", out, *flags], capture_output=True, text=True)
+    command = [sys.executable, script, "--out", out, *flags]
+    return subprocess.run(command, env=outside_xdist(), capture_output=True, text=True)
 
 
 STAGES = [stage.name for stage in gpu.FIRST]

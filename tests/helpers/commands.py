@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from fastmae.cli import main
 
 
@@ -12,3 +14,8 @@ def mistake(capsys, *arguments: object) -> str:
     assert error.startswith("fastmae: error: ")
     assert "Traceback" not in error
     return error
+
+
+def outside_xdist() -> dict[str, str]:
+    """The environment of a pytest that a test starts: inside a worker of pytest-xdist it would not measure."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
