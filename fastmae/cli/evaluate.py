@@ -71,7 +71,8 @@ def inspect(config: InspectConfig) -> int:
 def describe(info: WeightsInfo) -> dict[str, Any]:
     """What is known of weights, JSON-able."""
     size = info.architecture
-    uses = ["features", "evaluate", "create_classifier", *(["reconstruct", "init-from"] if info.has_decoder else [])]
+    uses = ["features", "evaluate", "create_classifier", "convert"]
+    uses += ["reconstruct", "init-from"] if info.has_decoder else []
     target = {True: "normalised pixels", False: "pixels", None: "unknown"}[info.norm_pix_loss]
     return {
         "path": str(info.path),

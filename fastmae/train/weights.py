@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastmae.model.image_model import check_weights
+from fastmae.model.image_model import NORM_EPS, check_weights
 from fastmae.train.checkpoint import CheckpointError, open_folder
 from fastmae.train.checkpoint.format import Chunk, replace_file
 
@@ -59,13 +59,15 @@ def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Ma
                 tensor = tensor.to(parameter.device)
                 tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(tensor)
+    there, here = (known.get("norm_eps", NORM_EPS) for known in (architecture, model.architecture))
+    notes = "" if there == here else f"; LayerNorm's epsilon was {there:g} there and is {here:g} here"
     if not has_decoder:
-        return "encoder only; they have no decoder, which is drawn anew"
+        return f"encoder only; they have no decoder, which is drawn anew{notes}"
     there, here = architecture.get("norm_pix_loss"), model.architecture["norm_pix_loss"]
     if there not in (None, here):
         targets = {True: "normalised pixels", False: "plain pixels"}
-        return f"encoder and decoder; the decoder was trained for {targets[there]} and goes on with {targets[here]}"
-    return "encoder and decoder"
+        notes += f"; the decoder was trained for {targets[there]} and goes on with {targets[here]}"
+    return f"encoder and decoder{notes}"
 
 
 def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -111,10 +111,13 @@ def test_half_a_decoder_and_damaged_numbers_are_refused():
         initialize(build(2), whole | {"norm.bias": whole["norm.bias"] * float("nan")}, {})
 
 
-def test_another_target_of_the_decoder_is_reported(tmp_path):
+def test_another_target_of_the_decoder_or_epsilon_is_reported(tmp_path):
     path = export_weights(build(1), tmp_path / "w.safetensors")
     reported = load_into(build(2, norm_pix_loss=True), path)
     assert "trained for plain pixels and goes on with normalised pixels" in reported
+    path = export_weights(build(1, norm_eps=1e-12), tmp_path / "w.safetensors")
+    expected = "encoder and decoder; LayerNorm's epsilon was 1e-12 there and is 1e-06 here"
+    assert load_into(build(2), path) == expected
 
 
 def test_a_source_without_weights_is_named(tmp_path):
