@@ -59,7 +59,7 @@ def test_colours_are_told_apart_and_the_result_is_one_object(weights, folders, t
     assert result["top1"] > 0.8
     assert "top5" not in result  # three classes
     assert (result["train_images"], result["val_images"]) == (36, 12)
-    assert result["seconds"] > 0
+    assert result["seconds"] >= 0  # rounded to tenths
     assert result["versions"]["torch"]
     assert f"top-1 {result['top1']:.2%} of 12 images, learned from 36" in printed
 
