@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastmae.train.weights import load_model
+import fastmae
 
 GOALS = {"bf16": (0.32, 0.29), "fp32": (0.36, 0.29)}
 """Errors on new crops and on a photograph that the model never saw, which the default run reaches in its time on two
@@ -31,7 +31,7 @@ def main() -> None:
         problems.append(f"losses are missing or not finite: {losses}")
     elif not losses[-1] < 0.8 * losses[0]:
         problems.append(f"the loss did not fall: {losses[0]:.3f} to {losses[-1]:.3f}")
-    load_model(run)
+    fastmae.load(run)
     with Image.open(summary["picture"]) as picture:
         picture.load()
         if min(picture.size) < 300:
