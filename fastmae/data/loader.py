@@ -16,6 +16,7 @@ from fastmae.data.batch import Batch, LateBad, Plan, Planner
 from fastmae.data.dataset import BadFile
 from fastmae.data.errors import DataError
 from fastmae.data.host import HostDecoder
+from fastmae.data.processes import available_cores
 from fastmae.data.threads import Threads, join
 
 PREFETCH = 2
@@ -83,11 +84,6 @@ def choose_options(
 def physical_bytes() -> int:
     """Memory of this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Decoder(Protocol):

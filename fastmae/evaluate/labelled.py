@@ -44,8 +44,8 @@ def choose_labelled(dataset: Dataset, count: int) -> LabelledImages:
     usable = (labels >= 0) & ~dataset.is_bad(ids)
     if not usable.any():
         raise ValueError(
-            f"the images of {dataset.name} have no labels; expected a folder a class, .cls members in shards, or a "
-            "list file with a class behind each path"
+            f"the images of {dataset.name} have no labels; expected a folder per class, .cls members in shards, or a "
+            "list file with a class after each path"
         )
     rows = np.flatnonzero(usable)
     rows = rows[_spread(len(rows), count)]

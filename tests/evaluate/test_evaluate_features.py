@@ -174,7 +174,7 @@ def test_images_without_label_and_bad_ones_are_not_chosen(dataset, tmp_path):
     (folder / "red" / "1.png").write_bytes(b"")
     some = choose_labelled(opened(folder, tmp_path, max_bad_fraction=0.1), 100)
     assert np.bincount(some.labels).tolist() == [10, 10, 8]
-    with pytest.raises(ValueError, match="images of photographs have no labels; expected a folder a class"):
+    with pytest.raises(ValueError, match="images of photographs have no labels; expected a folder per class"):
         choose_labelled(data.open_dataset(None), 10)
     with pytest.raises(ValueError, match="expected at least 10 labelled images to hold some out, got 9"):
         hold_out(choose_labelled(dataset, 9))
