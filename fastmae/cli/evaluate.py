@@ -7,8 +7,9 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,10 @@ def report(result: dict[str, Any], config: Any, train_images: int, val_images: i
     """Print a result, and write it as one JSON object where ``--out`` says."""
     result |= {"train_images": train_images, "val_images": val_images, "seconds": round(seconds, 1)}
     result |= {"weights": str(config.weights), "command": shlex.join(["fastmae", *sys.argv[1:]])}
-    result["versions"] = {"fastmae": fastmae.__version__, **{name: version(name) for name in _VERSIONS}}
+    result["versions"] = {"fastmae": fastmae.__version__}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            result["versions"][name] = version(name)
     settings = [f"{name} {value:g}" for name, value in result.items() if name in ("k", "temperature", "l2", "lr")]
     top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
     print(

@@ -60,11 +60,9 @@ def fit_linear_probe(
     Returns:
         The head, in evaluation mode.
     """
-    from timm.optim import Lars
-
     batch_size = min(batch_size or GLOBAL_BATCH[optimizer], images)
     head = create_head(dim, num_classes).to(device)
-    kind = Lars if optimizer == "lars" else torch.optim.SGD
+    kind = _lars() if optimizer == "lars" else torch.optim.SGD
     update = kind(head.parameters(), lr=0.0, momentum=0.9, weight_decay=0.0)
     seen, pending = 0, 0
     schedule = {"epochs": epochs, "warmup_epochs": warmup_epochs, "batch_size": batch_size}
@@ -81,3 +79,11 @@ def fit_linear_probe(
             pending = 0
         on_batch(float(loss.detach()))
     return head.eval()
+
+
+def _lars() -> type[torch.optim.Optimizer]:
+    try:
+        from timm.optim import Lars
+    except ImportError as error:
+        raise ValueError("--solver lars needs timm: pip install 'fastmae[eval]'") from error
+    return Lars

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -103,6 +104,12 @@ def test_the_linear_probe_has_the_schedule_and_optimiser_of_table_10():
     norm, linear = create_head(64, 10)
     assert not list(norm.parameters())
     assert float(linear.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_lars_without_timm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.optim", None)
+    with pytest.raises(ValueError, match=r"--solver lars needs timm: pip install 'fastmae\[eval\]'"):
+        fit_linear_probe(iter([]), 4, 2, images=4, device=torch.device("cpu"), epochs=20)
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd"])
