@@ -77,7 +77,7 @@ def shard(config: ShardConfig, console: Console) -> int:
         f"{packed.encoded:,} re-encoded, {packed.images - packed.encoded:,} with their bytes as they were"
     )
     if packed.missing:
-        console.print(f"Part {config.part} is complete; {packed.missing:,} shards of other parts are not yet")
+        console.print(f"Part {config.part} is complete; {packed.missing:,} shards of other parts are still missing")
     elif packed.bad:
         console.print(f"{packed.bad:,} left out: {packed.folder / 'bad_files.jsonl'}")
     return 0

@@ -110,7 +110,7 @@ def test_shard_resizes_and_resumes(images, tmp_path, capsys, monkeypatch):
 def test_shard_in_parts(images, tmp_path, capsys):
     arguments = "shard", images, tmp_path / "out", "--images-per-shard", 4, "--max-bad-fraction", 1
     assert run(*arguments, "--part", "2/2") == 0
-    assert "Part 2/2 is complete; 2 shards of other parts are not yet" in capsys.readouterr().out
+    assert "Part 2/2 is complete; 2 shards of other parts are still missing" in capsys.readouterr().out
     assert run(*arguments, "--part", "1/2") == 0
     assert "11 images in 3 shards" in capsys.readouterr().out
     for part in ("0/2", "3/2", "1", "a/b", "1/0"):
