@@ -120,7 +120,7 @@ def test_the_command_draws_probes_and_says_so(tmp_path, images, capsys, monkeypa
 
 def test_what_cannot_be_probed_is_an_error_before_the_training(tmp_path, images, capsys):
     assert pretrain("--out", tmp_path / "run") == 2  # the photographs
-    error = "--report.probe-every-epochs: the images of photographs have no labels; expected a folder a"
+    error = "--report.probe-every-epochs: the images of photographs have no labels; expected a folder per class"
     assert error in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
