@@ -92,17 +92,17 @@ def test_memory_is_bounded(dataset, kind, monkeypatch):
         monkeypatch.setattr("fastmae.data.dali.split", counted)
     options = {"batch_size": 4, "img_size": (224, 224), "seed": 0, "prefetch": 2, "cache_bytes": 0}
     with create_loader(dataset, loader=kind, **options) as loader:
-        for _ in range(10):
+        for _ in range(30):
             next(loader)
         gc.collect()
         before = resident_bytes()
-        for _ in range(50):
+        for _ in range(300):
             next(loader)
         gc.collect()
         grown = resident_bytes() - before
-    assert number >= 60
+    assert number >= 330
     assert most <= 2 + 1 + PRODUCERS  # waiting, handed out, and being made
-    assert grown < 15e6, "50 batches are 30 MB"
+    assert grown < 170e6, "300 batches are 180 MB; pools of DALI and the allocator take up to 100"
 
 
 def test_a_thread_holds_no_more_than_one_large_image(dataset, monkeypatch):
