@@ -101,8 +101,7 @@ class EncodingConfig:
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """Write the encoder's features of images to a file, in the order of their paths. Under torchrun the processes share
-    the images."""
+    """Write the encoder's features of images to a file, in the order of their paths."""
 
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
     """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""

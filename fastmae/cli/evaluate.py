@@ -277,15 +277,20 @@ def _trained_linear(
     loader = {"batch_size": batch_size, "img_size": model.img_size, "seed": config.seed, "augment": augment}
 
     def crops() -> Iterator[tuple[Tensor, Tensor]]:
+        features, numbers = [], []
         with create_loader(known.dataset, device=device, **loader) as batches:
             for batch in batches:
-                labels = known.dataset.labels(batch.sample_ids.cpu().numpy())
-                rows = np.flatnonzero(np.isin(labels, classes))
-                numbers = torch.from_numpy(np.searchsorted(classes, labels[rows])).to(device)
+                ids = batch.sample_ids.cpu().numpy()
+                rows = np.flatnonzero(np.isin(ids, known.sample_ids))  # the others are unlabelled, or held out to test
+                labels = np.searchsorted(classes, known.dataset.labels(ids[rows]))
                 with torch.no_grad(), torch.autocast(device.type, options["dtype"], options["dtype"] != torch.float32):
                     tokens = model.encode(model.normalized(batch.images)).float()
                 pooled = tokens[:, 0] if config.pool == "cls" else tokens[:, 1:].mean(1)
-                yield pooled[torch.from_numpy(rows).to(device)], numbers
+                features.append(pooled[torch.from_numpy(rows).to(device)])
+                numbers.append(torch.from_numpy(labels).to(device))
+                if sum(map(len, numbers)) >= batch_size:
+                    yield torch.cat(features), torch.cat(numbers)
+                    features, numbers = [], []
 
     torch.manual_seed(config.seed)
     settings = {"epochs": config.epochs, "warmup_epochs": config.warmup_epochs, "base_lr": config.base_lr}

@@ -46,6 +46,8 @@ class Split(NamedTuple):
         # At least one image of each class, rounded to the share otherwise.
         held = place < (counts * share).round().clamp(min=1).minimum(counts - 1)[self.labels[shuffled]]
         known, tests = shuffled[~held], shuffled[held]
+        if not len(tests):
+            raise ValueError("expected a class of at least two images to learn from, to choose settings on; found none")
         return Split(self.inputs[known], self.labels[known], self.inputs[tests], self.labels[tests], self.num_classes)
 
 

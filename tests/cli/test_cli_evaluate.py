@@ -70,6 +70,26 @@ def test_without_test_images_a_tenth_is_held_out(weights, folders, capsys):
     assert "of 3 images, learned from 33 (k 3" in printed
 
 
+def test_the_trained_probe_never_sees_held_out_images(weights, folders, capsys, monkeypatch):
+    seen = []
+
+    def fit(batches, *_, images, **options):
+        seen.append((images, len(next(batches)[1])))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr("fastmae.cli.evaluate.fit_linear_probe", fit)
+    flags = [
+        "--data.path",
+        folders / "train",
+        "--solver",
+        "sgd",
+        "--batch-size",
+        "36",
+    ]  # an epoch, of which 3 are held out
+    assert evaluate(capsys, "evaluate", "linear", weights, *flags)[0] == 2
+    assert seen == [(33, 2 * 33)]  # batches are put together until they have 36
+
+
 def test_labels_that_cannot_be_used_are_named(weights, folders, tmp_path, capsys):
     one, other = tmp_path / "one", tmp_path / "other"
     for folder, name in ((one, "red"), (other, "cats")):

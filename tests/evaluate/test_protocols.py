@@ -34,6 +34,8 @@ def test_the_held_out_images_are_a_tenth_of_each_class_and_none_of_the_tests():
     assert parts[0] | parts[1] == rows
     assert not parts[0] & parts[1]
     assert not torch.equal(split.held_out(seed=2).tests, inner.tests)
+    with pytest.raises(ValueError, match="expected a class of at least two images"):
+        Split(torch.eye(2), torch.arange(2), torch.eye(2), torch.arange(2), 2).held_out(0)
     lonely = Split(torch.eye(3), torch.tensor([0, 0, 1]), torch.eye(3), torch.tensor([0, 0, 1]), 2).held_out(0)
     assert sorted(lonely.labels.tolist()) == [0, 1]
 
