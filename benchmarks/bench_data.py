@@ -14,7 +14,7 @@ what is measured is work, not a disk.
 ``fastmae-dali-host``                on CUDA: decoding on the CPU all the same
 ``dali-bare``, ``dali-bare-no-engine``  on CUDA: a DALI pipeline alone, with and without the hardware JPEG engine
 
-Loaders take turns: while one is timed, the others stand still with full queues. A loader works ahead, so that its first
+Loaders take turns: while one is timed, the others wait with full queues. A loader works ahead, so that its first
 batches after a pause cost nothing and its last ones leave work behind. Hence a turn begins with batches that are not
 timed, more than any loader has ready, and ends when nobody works any more. Wall time is taken over the batches in
 between; CPU time (this process, its threads and its worker processes) over the whole turn, which begins and ends with
