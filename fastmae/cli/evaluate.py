@@ -7,7 +7,8 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -29,17 +31,19 @@ from fastmae.cli.commands import (
     LinearConfig,
     ProbeConfig,
 )
-from fastmae.data import Augment, Dataset, create_loader, open_dataset
+from fastmae.cli.output import replacing
+from fastmae.data import Augment, Dataset, create_loader, open_dataset, open_once
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate.attentive import evaluate_attentive
-from fastmae.evaluate.features import encode_images, extract_features
+from fastmae.evaluate.features import ImageFeatures, encode_images, extract_features, pool_tokens
 from fastmae.evaluate.frozen import Split, accuracies, split_of
 from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
 from fastmae.evaluate.linear import fit_linear_probe
 from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
 from fastmae.loading import WeightsInfo, load
+from fastmae.train.launcher import place
+from fastmae.train.ranks import Ranks
 
-_KINDS = {"avg": "pooled", "cls": "class_token"}
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
@@ -106,33 +110,67 @@ def features(config: FeaturesConfig) -> int:
             import pyarrow  # noqa: F401
         except ImportError as error:
             raise UsageError(f"OUT: {config.out} needs pyarrow: pip install pyarrow") from error
-    model, info, options = _encoder(config.weights, config.encoding)
-    dataset = _open(config.path, info)
-    begun = time.monotonic()
-    ids = np.arange(len(dataset))
-    found = extract_features(model, dataset, ids, **options, on_batch=_bar("Encoding", len(ids), options))
-    seconds = time.monotonic() - begun
-    rows = getattr(found, _KINDS[config.pool]).cpu().numpy()
-    good = found.readable.cpu().numpy()
-    paths = [dataset.path(i) for i in ids[good].tolist()]
-    partial_file = config.out.with_name(f".{config.out.name}.partial")
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    if config.out.suffix == ".npy":
-        with partial_file.open("wb") as file:
-            np.save(file, rows[good])
-        config.out.with_suffix(".paths.txt").write_text("".join(f"{path}\n" for path in paths))
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = {"path": paths, "label": dataset.labels(ids[good]), "feature": list(rows[good])}
-        pq.write_table(pa.table(columns), partial_file)
-    partial_file.replace(config.out)
-    print(
-        f"{len(paths):,} features of {rows.shape[1]} numbers in {config.out}, {len(ids) / seconds:,.1f} images/s"
-        + (f"; {len(ids) - len(paths):,} images could not be read" if len(paths) < len(ids) else "")
-    )
+    with _processes() as ranks:
+        model, info, options = _encoder(config.weights, config.encoding)
+        dataset = open_once(partial(_open, config.path, info), partial(ranks.first_in_hours, "opening the images"))
+        begun, own = time.monotonic(), []
+        options |= {"pool": config.pool, "rank": ranks.rank, "world_size": ranks.size}
+        if ranks.rank == 0:
+            options["on_batch"] = _bar("Encoding", -(-len(dataset) // ranks.size), options)
+        ranks.gather("encoding images", lambda: own.append(extract_features(model, dataset, **options)))
+        seconds = time.monotonic() - begun
+        if found := _joined(own[0], ranks):
+            _write_features(config.out, found, dataset.labels(found.ids))
+            lost = len(dataset) - len(found.ids)
+            print(
+                f"{len(found.ids):,} features of {found.features.shape[1]} numbers in {config.out}, "
+                f"{len(dataset) / seconds:,.1f} images/s" + (f"; {lost:,} images could not be read" if lost else "")
+            )
     return 0
+
+
+@contextmanager
+def _processes() -> Iterator[Ranks]:
+    """The processes that torchrun started, on a group that waits a day for the slowest; or this one alone."""
+    day, several = timedelta(days=1), place()[1] > 1
+    owns_group = several and not dist.is_initialized()
+    if owns_group:
+        dist.init_process_group("gloo", timeout=day)
+    try:
+        with Ranks.create(day.total_seconds()) as ranks:
+            yield ranks
+    finally:
+        if owns_group:
+            dist.destroy_process_group()
+
+
+def _joined(own: ImageFeatures, ranks: Ranks) -> ImageFeatures | None:
+    """The features of all ranks on rank 0, in the order of the images; None on the others."""
+    if ranks.size == 1:
+        return own
+    parts: Any = [None] * ranks.size if ranks.rank == 0 else None
+    dist.gather_object(own, parts, group=ranks.group, group_dst=0)
+    if parts is None:
+        return None
+    ids = np.concatenate([part.ids for part in parts])
+    order, paths = np.argsort(ids), [path for part in parts for path in part.paths]
+    features = np.concatenate([part.features for part in parts])[order]
+    return ImageFeatures(ids[order], [paths[i] for i in order.tolist()], features)
+
+
+def _write_features(out: Path, found: ImageFeatures, labels: np.ndarray) -> None:
+    if out.suffix == ".npy":
+        with replacing(out) as partial_file, replacing(out.with_suffix(".paths.txt")) as partial_paths:
+            with partial_file.open("wb") as file:
+                np.save(file, found.features)
+            partial_paths.write_text("".join(f"{path}\n" for path in found.paths))
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = pa.FixedSizeListArray.from_arrays(pa.array(found.features.ravel()), found.features.shape[1])
+    with replacing(out) as partial_file:
+        pq.write_table(pa.table({"path": found.paths, "label": labels, "feature": features}), partial_file)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,10 +216,8 @@ def report(result: dict[str, Any], config: Any, train_images: int, val_images: i
         f"learned from {train_images:,}" + (f" ({', '.join(settings)})" if settings else "")
     )
     if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = config.out.with_name(f".{config.out.name}.partial")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(config.out)
+        with replacing(config.out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def labelled_images(config: LabelledConfig, info: WeightsInfo) -> tuple[LabelledImages, LabelledImages]:
@@ -208,7 +244,9 @@ def labelled_images(config: LabelledConfig, info: WeightsInfo) -> tuple[Labelled
 def _encoder(weights: Path, config: EncodingConfig) -> tuple[nn.Module, WeightsInfo, dict[str, Any]]:
     """The model on its device, what is known of it, and the options of ``extract_features``."""
     model, info = load(weights, return_info=True)
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    name = config.device
+    if name == "auto":
+        name = f"cuda:{place()[2] % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         model = model.to(torch.device(name))
     except RuntimeError as error:
@@ -221,11 +259,11 @@ def _encoder(weights: Path, config: EncodingConfig) -> tuple[nn.Module, WeightsI
     return model, info, options | {"num_threads": config.num_workers}
 
 
-def _open(path: Path, info: WeightsInfo) -> Dataset:
+def _open(path: Path, info: WeightsInfo, index: Path | None = None) -> Dataset:
     """Images, read as those that the model was trained on."""
     trained = info.config.get("data", {})
     reading = {name: trained[name] for name in ("value_range", "channels_first") if trained.get(name)}
-    return open_dataset(path, channels=info.architecture["in_chans"], max_bad_fraction=1.0, **reading)
+    return open_dataset(path, channels=info.architecture["in_chans"], max_bad_fraction=1.0, index=index, **reading)
 
 
 def _bar(title: str, images: int, options: dict[str, Any]) -> Any:
@@ -248,23 +286,13 @@ def _cached(
     found = []
     for title, images in (("Encoding images to learn from", known), ("Encoding images to test on", tests)):
         advance = _bar(title, len(images.labels), options)
-        if kind == "tokens":
-            found += [images, *_tokens(model, images, options, advance)]
-        else:
-            own = extract_features(model, images.dataset, images.sample_ids, **options, on_batch=advance)
-            found += [images, getattr(own, _KINDS[kind]), own.readable]
+
+        def reduce(tokens: Tensor) -> Tensor:
+            return tokens[:, 1:].half().cpu() if kind == "tokens" else pool_tokens(model, tokens, kind)
+
+        rows = encode_images(model, images.dataset, images.sample_ids, reduce, **options, on_batch=advance)
+        found += [images, *rows]
     return split_of(*found)
-
-
-def _tokens(model: nn.Module, images: LabelledImages, options: dict[str, Any], advance: Any) -> tuple[Tensor, Tensor]:
-    """Patch tokens, float16 (n, L, D) on the CPU, and which images could be read."""
-    tokens, readable = [], []
-    for batch, good in encode_images(model, images.dataset, images.sample_ids, **options):
-        tokens.append(batch[:, 1:].half().cpu())
-        readable.append(good)
-        advance()
-    count = len(images.labels)
-    return torch.cat(tokens)[:count], torch.cat(readable)[:count]
 
 
 def _trained_linear(
@@ -285,7 +313,7 @@ def _trained_linear(
                 labels = np.searchsorted(classes, known.dataset.labels(ids[rows]))
                 with torch.no_grad(), torch.autocast(device.type, options["dtype"], options["dtype"] != torch.float32):
                     tokens = model.encode(model.normalized(batch.images)).float()
-                pooled = tokens[:, 0] if config.pool == "cls" else tokens[:, 1:].mean(1)
+                    pooled = pool_tokens(model, tokens, config.pool)
                 features.append(pooled[torch.from_numpy(rows).to(device)])
                 numbers.append(torch.from_numpy(labels).to(device))
                 if sum(map(len, numbers)) >= batch_size:
@@ -302,10 +330,10 @@ def _trained_linear(
         on_batch=lambda loss: advance(), **settings,
     )  # fmt: skip
     source.close()
-    own = extract_features(model, tests.dataset, tests.sample_ids, **options)
-    features = getattr(own, _KINDS[config.pool])
+    pool = partial(pool_tokens, model, pool=config.pool)
+    features, readable = encode_images(model, tests.dataset, tests.sample_ids, pool, **options)
     places = np.searchsorted(classes, tests.labels).clip(max=len(classes) - 1)
-    labels = torch.from_numpy(np.where(classes[places] == tests.labels, places, -1)).to(device)[own.readable]
-    split = Split(features[:0], labels[:0], features[own.readable], labels, len(classes))
+    labels = torch.from_numpy(np.where(classes[places] == tests.labels, places, -1)).to(device)[readable]
+    split = Split(features[:0], labels[:0], features[readable], labels, len(classes))
     with torch.no_grad():
         return accuracies(head(split.tests), split) | settings

@@ -1,4 +1,4 @@
-"""What is printed by several processes, and on streams that may go away."""
+"""What commands print and write: from several processes, on streams that may go away, into files that are whole."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, TextIO
 
 from fastmae.train.launcher import rank_and_size
@@ -70,6 +71,18 @@ def forgiving_output() -> Iterator[None]:
         out, err = _Forgiving(sys.stdout or null), _Forgiving(sys.stderr or null)
         with redirect_stdout(out), redirect_stderr(err):
             yield
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write beside a file, which takes its place once the block ends; an error leaves the file as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.partial")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def flush_output() -> None:

@@ -2,7 +2,7 @@
 labelled images, nearest neighbours and a linear classifier on them."""
 
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
-from fastmae.evaluate.features import Features, evaluating, extract_features, join_ranks
+from fastmae.evaluate.features import Features, ImageFeatures, evaluating, extract_features, join_ranks, pooled_features
 from fastmae.evaluate.figure import Block, Row, draw
 from fastmae.evaluate.knn import knn_scores, top_k_accuracy
 from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
@@ -15,6 +15,7 @@ __all__ = [
     "Block",
     "Features",
     "FixedSets",
+    "ImageFeatures",
     "LabelledImages",
     "LinearClassifier",
     "Reconstruction",
@@ -34,6 +35,7 @@ __all__ = [
     "masked_error",
     "masked_psnr",
     "match_classes",
+    "pooled_features",
     "probe",
     "reconstruct",
     "rows_of",

@@ -1,4 +1,4 @@
-"""Features of labelled images: the frozen encoder on whole, centrally cropped images."""
+"""Features of images: the frozen encoder on whole, centrally cropped images."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmae.data import DataError, Dataset
+from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.decode import UndecodableImage, center_box, resize_crop_into
 from fastmae.data.host import serial_threads
 from fastmae.data.loader import choose_options
@@ -24,8 +25,19 @@ _AHEAD = 2
 """Batches that are decoded while the model works on one."""
 
 
+class ImageFeatures(NamedTuple):
+    """Features of the images of a data set that could be read."""
+
+    ids: np.ndarray
+    """int64 (n,), their numbers in the data set."""
+    paths: list[str]
+    """Of a shard's member, the shard's path, ``::`` and the name."""
+    features: np.ndarray
+    """float32 (n, D)."""
+
+
 class Features(NamedTuple):
-    """What the encoder makes of n images, on the model's device."""
+    """What the encoder makes of n images to probe it with, on the model's device."""
 
     class_token: Tensor
     """float32 (n, D): what facebookresearch/mae's linear probe takes (``main_linprobe.py --cls_token``)."""
@@ -60,10 +72,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def extract_features(
+def encode_images(
     model: nn.Module,
     dataset: Dataset,
     sample_ids: np.ndarray,
+    reduce: Callable[[Tensor], Tensor],
     *,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
@@ -71,70 +84,35 @@ def extract_features(
     rank: int = 0,
     world_size: int = 1,
     timeout: float = 600.0,
-    on_batch: Callable[[], None] = lambda: None,
     crop_ratio: float = 1.0,
-) -> Features:
-    """The encoder's features of some images, after its last norm, nothing masked.
+    on_batch: Callable[[], None] = lambda: None,
+) -> tuple[Tensor, Tensor]:
+    """Encode images with nothing masked, and reduce the tokens of each batch to what is kept.
 
     An image is the largest centred crop of the model's aspect ratio, resized (bicubic, antialiased). All batches have
     one shape, and all ranks run as many, so that a sharded model, whose forward all ranks have to join, can be used.
 
     Args:
-        model: a ``MaskedAutoencoderViT``; afterwards as it was before (:func:`evaluating`).
+        model: a ``MaskedAutoencoderViT`` or ``VisionTransformer``; afterwards as it was before (:func:`evaluating`).
         dataset: where the images are.
         sample_ids: int64 (n,), which of them.
+        reduce: maps float32 tokens (N, 1 + L, D), behind the encoder's last norm, to (N, ...) on any device.
         dtype: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16`` to run the model under autocast.
-        batch_size: images a forward.
+        batch_size: images per forward.
         num_threads: that decode; None chooses.
-        rank, world_size: this process's features are those of ``sample_ids[rank::world_size]``, and so are the n rows
-            of what is returned. :func:`join_ranks` puts them together.
+        rank, world_size: this process encodes ``sample_ids[rank::world_size]``, which are the n rows returned.
         timeout: seconds to wait for a batch, whose missing images then count as unreadable.
-        on_batch: called after each forward, to show progress.
         crop_ratio: side of the crop relative to the largest; 0.875 is the usual 224 of 256 pixels.
+        on_batch: called after each forward, to show progress.
+
+    Returns:
+        The reduced tokens (n, ...), and bool (n,) on the model's device: False where an image could not be read or
+        decoded; its row means nothing.
 
     Raises:
         ValueError: no images, another number of channels than the model's, or ``batch_size`` not positive.
     """
-    own = sample_ids[rank::world_size]
-    options = {"dtype": dtype, "batch_size": batch_size, "num_threads": num_threads, "timeout": timeout}
-    options |= {"most": -(-len(sample_ids) // world_size), "world_size": world_size, "crop_ratio": crop_ratio}
-    classes, pooled, readable = [], [], []
-    for tokens, good in encode_images(model, dataset, own, **options):
-        classes.append(tokens[:, 0])
-        pooled.append(tokens[:, 1:].mean(1))
-        readable.append(good)
-        on_batch()
-    device = model.mean.device
-    joined = [torch.cat(parts)[: len(own)] for parts in (classes, pooled, readable)]
-    return Features(joined[0], joined[1], joined[2].to(device))
-
-
-def encode_images(
-    model: nn.Module,
-    dataset: Dataset,
-    sample_ids: np.ndarray,
-    *,
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 64,
-    num_threads: int | None = None,
-    most: int | None = None,
-    world_size: int = 1,
-    timeout: float = 600.0,
-    crop_ratio: float = 1.0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens of some images, after the encoder's last norm, batch by batch; arguments as for :func:`extract_features`.
-
-    Args:
-        most: images of the rank that has most: every rank runs as many forwards. None: those of ``sample_ids``.
-
-    Yields:
-        float32 (N, 1 + L, D) on the model's device, and bool (N,): which images were readable. The last batches are
-        filled up with grey images.
-
-    Raises:
-        ValueError: as :func:`extract_features`.
-    """
-    most = len(sample_ids) if most is None else most
+    own, most = sample_ids[rank::world_size], -(-len(sample_ids) // world_size)
     if most == 0 or batch_size < 1:
         raise ValueError(f"sample_ids and batch_size: expected at least 1, got {most} and {batch_size}")
     if dataset.channels != model.in_chans:
@@ -143,11 +121,79 @@ def encode_images(
         raise ValueError(f"crop_ratio: expected above 0 and at most 1, got {crop_ratio}")
     device, batch_size = model.mean.device, min(batch_size, most)
     threads = num_threads or choose_options(device, 0, world_size=world_size).num_threads
-    batches = partial(_batches, dataset, sample_ids, model.img_size, batch_size, -(-most // batch_size))
+    batches = partial(_batches, dataset, own, model.img_size, batch_size, -(-most // batch_size))
+    found, readable = [], []
     with evaluating(model), serial_threads(threads, "fastmae-features") as pool:
         for images, good in batches(pool, timeout, crop_ratio):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                yield model.encode(model.normalized(images.to(device))).float(), good
+                tokens = model.encode(model.normalized(images.to(device)))
+            found.append(reduce(tokens.float()))
+            readable.append(good)
+            on_batch()
+    return torch.cat(found)[: len(own)], torch.cat(readable)[: len(own)].to(device)
+
+
+def pool_tokens(model: nn.Module, tokens: Tensor, pool: str) -> Tensor:
+    """One feature (N, D) per image from tokens (N, 1 + L, D): "cls", the class token, or "avg", the mean of the others.
+
+    Of a classifier that pools the same way it is what the head takes.
+    """
+    if pool == "cls":
+        return tokens[:, 0]
+    mean = tokens[:, 1:].mean(1)
+    return model.fc_norm(mean) if hasattr(model, "fc_norm") else mean
+
+
+def pooled_features(model: nn.Module, dataset: Dataset, sample_ids: np.ndarray, **options: Any) -> Features:
+    """Both pooled features of images; options and errors are those of :func:`encode_images`."""
+
+    def pool_both(tokens: Tensor) -> Tensor:
+        return torch.stack([pool_tokens(model, tokens, pool) for pool in ("cls", "avg")], 1)
+
+    found, readable = encode_images(model, dataset, sample_ids, pool_both, **options)
+    return Features(found[:, 0], found[:, 1], readable)
+
+
+def extract_features(
+    model: nn.Module,
+    images: Path | str | Dataset | Any,
+    *,
+    pool: Literal["cls", "avg"] | None = None,
+    crop_ratio: float = 0.875,
+    rank: int = 0,
+    world_size: int = 1,
+    **options: Any,
+) -> ImageFeatures:
+    """Features of all images of a data set, by a frozen encoder, computed on the model's device.
+
+    Args:
+        model: what ``fastmae.load``, ``create_model`` or ``create_classifier`` return.
+        images: what :func:`fastmae.data.open_dataset` takes, such as a folder, or what it returns.
+        pool: the class token, or the mean of the patch tokens. None: what the head takes of a classifier; the mean for
+            a masked autoencoder.
+        crop_ratio: side of the centred crop relative to the largest; 0.875 is 224 of 256 pixels, 1 for small images.
+        rank, world_size: several processes share the images; this one encodes every ``world_size``-th from ``rank`` on.
+        options: ``dtype``, ``batch_size``, ``num_threads``, ``timeout`` and ``on_batch`` of :func:`encode_images`.
+
+    Returns:
+        Images that can be read, in the order of the data set.
+
+    Raises:
+        ValueError: an argument out of range.
+        DataError: no such path, or nothing usable in it.
+    """
+    pool = pool or getattr(model, "pool", "avg")
+    if pool not in ("cls", "avg"):
+        raise ValueError(f'pool: expected "cls" or "avg", got {pool!r}')
+    dataset = images
+    if not isinstance(images, Dataset):
+        dataset = open_dataset(images, channels=model.in_chans, max_bad_fraction=1.0)
+    ids = np.arange(len(dataset))
+    options |= {"crop_ratio": crop_ratio, "rank": rank, "world_size": world_size}
+    found, readable = encode_images(model, dataset, ids, lambda t: pool_tokens(model, t, pool).cpu(), **options)
+    good = readable.cpu().numpy()
+    ids = ids[rank::world_size][good]
+    return ImageFeatures(ids, [dataset.path(i) for i in ids.tolist()], found.numpy()[good])
 
 
 def join_ranks(parts: list[Features]) -> Features:

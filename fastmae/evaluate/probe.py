@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastmae.evaluate.features import Features, extract_features, join_ranks
+from fastmae.evaluate.features import Features, join_ranks, pooled_features
 from fastmae.evaluate.knn import knn_scores, top_k_accuracy
 from fastmae.evaluate.labelled import LabelledImages
 from fastmae.evaluate.linear_probe import fit_linear
@@ -41,7 +41,7 @@ def probe(
         model: a ``MaskedAutoencoderViT``, in any state of its training, sharded or not.
         known: the images to learn from.
         tests: the images to classify, of another data set or the same; labels by the numbers of ``known``'s.
-        dtype, batch_size, num_threads, timeout, on_batch: as for :func:`extract_features`.
+        dtype, batch_size, num_threads, timeout, on_batch: as for :func:`encode_images`.
         rank, world_size: of the processes that share the images; each of them calls this.
         gather: given this rank's features, those of all ranks on the first one, and None on the others.
 
@@ -49,11 +49,11 @@ def probe(
         The numbers of :func:`judge`; None where ``gather`` gave None.
 
     Raises:
-        ValueError: what :func:`extract_features` and :func:`judge` refuse.
+        ValueError: what :func:`encode_images` and :func:`judge` refuse.
     """
     options = {"dtype": dtype, "batch_size": batch_size, "num_threads": num_threads, "timeout": timeout}
     options |= {"rank": rank, "world_size": world_size, "on_batch": on_batch}
-    extract = partial(extract_features, model, **options)
+    extract = partial(pooled_features, model, **options)
     found = []
     for images in (known, tests):
         own = extract(images.dataset, images.sample_ids)

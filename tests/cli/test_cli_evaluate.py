@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -125,6 +126,18 @@ def test_features_are_written_with_their_paths(weights, folders, tmp_path, capsy
     assert not np.allclose(table["feature"], found)
     code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.csv")
     assert (code, "OUT: expected a .npy or .parquet file" in printed) == (2, True)
+
+
+def test_an_error_leaves_the_features_of_before_and_nothing_else(weights, folders, tmp_path, capsys, monkeypatch):
+    (tmp_path / "f.npy").write_text("before")
+    monkeypatch.setattr(np, "save", lambda file, rows: file.write(b"half") and full_disk())
+    code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.npy")
+    assert (code, "No space left" in printed) == (2, True), printed
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"f.npy": "before"}
+
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_inspect_tells_what_weights_are(weights, capsys):

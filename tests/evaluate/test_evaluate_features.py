@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from test_evaluate import TINY
 
+import fastmae
 from fastmae import data
 from fastmae.data import errors
 from fastmae.data.decode import center_box, resize_crop_into
@@ -15,15 +16,16 @@ from fastmae.evaluate import (
     Features,
     choose_labelled,
     evaluating,
-    extract_features,
     hold_out,
     join_ranks,
     judge,
     labelled,
     match_classes,
+    pooled_features,
     probe,
 )
 from fastmae.model import MaskedAutoencoderViT
+from fastmae.model.classifier import VisionTransformer
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
@@ -55,7 +57,7 @@ def tiny(img_size=(16, 24)):
 
 def test_features_are_those_of_the_central_crops_in_the_order_asked_for(dataset):
     model, ids = tiny(), np.array([7, 3, 29, 0, 12])
-    found = extract_features(model, dataset, ids, batch_size=2)
+    found = pooled_features(model, dataset, ids, batch_size=2)
     images = torch.empty(5, 16, 24, 3, dtype=torch.uint8)
     for out, i in zip(images.numpy(), ids, strict=True):
         pixels = dataset.decode(int(i))
@@ -67,14 +69,37 @@ def test_features_are_those_of_the_central_crops_in_the_order_asked_for(dataset)
     assert found.readable.all()
 
 
+def test_public_features_are_those_that_a_head_takes_with_ids_and_paths(dataset, tmp_path):
+    model = tiny()
+    found = fastmae.extract_features(model, dataset, crop_ratio=1)
+    np.testing.assert_array_equal(found.features, pooled_features(model, dataset, np.arange(30)).pooled)
+    assert [found.ids.tolist(), found.paths[:1]] == [list(range(30)), [f"{dataset.root}/blue/0.png"]]
+    cls = fastmae.extract_features(model, dataset, pool="cls", crop_ratio=1, rank=1, world_size=2)
+    np.testing.assert_allclose(
+        cls.features, pooled_features(model, dataset, np.arange(1, 30, 2)).class_token, atol=1e-6
+    )
+    assert cls.ids.tolist() == list(range(1, 30, 2))
+    pixels = torch.from_numpy(np.ascontiguousarray(dataset.decode(0)[:16, :24]))
+    for pool in ("cls", "avg"):
+        classifier = VisionTransformer(3, (16, 24), 8, embed_dim=16, depth=1, num_heads=2, pool=pool, seed=0).eval()
+        norm = classifier.norm if pool == "cls" else classifier.fc_norm
+        torch.nn.init.constant_(norm.bias, 0.5)
+        with torch.no_grad():
+            expected = classifier.forward_features(pixels.permute(2, 0, 1)[None])
+        found = fastmae.extract_features(classifier, [pixels.numpy()], crop_ratio=1)
+        torch.testing.assert_close(torch.from_numpy(found.features), expected)
+    with pytest.raises(ValueError, match='pool: expected "cls" or "avg", got \'max\''):
+        fastmae.extract_features(model, dataset, pool="max")
+
+
 def test_ranks_run_as_many_forwards_of_one_shape_and_their_features_together_are_those_of_one(dataset):
     model, ids, shapes = tiny(), np.arange(0, 30, 6), []
-    alone = extract_features(model, dataset, ids)
+    alone = pooled_features(model, dataset, ids)
     encode = model.encode
     model.encode = lambda images: shapes.append(tuple(images.shape)) or encode(images)
     for world_size, forwards in ((2, 4), (3, 3), (7, 7)):
         options = {"world_size": world_size, "batch_size": 2}
-        parts = [extract_features(model, dataset, ids, rank=rank, **options) for rank in range(world_size)]
+        parts = [pooled_features(model, dataset, ids, rank=rank, **options) for rank in range(world_size)]
         for joined, expected in zip(join_ranks(parts), alone, strict=True):
             torch.testing.assert_close(joined, expected)
         assert shapes == [shapes[0]] * forwards
@@ -83,12 +108,12 @@ def test_ranks_run_as_many_forwards_of_one_shape_and_their_features_together_are
 
 def test_floats_in_a_range_and_bfloat16_give_nearly_the_features_of_bytes(dataset, tmp_path):
     model, ids = tiny(), np.arange(6)
-    exact = extract_features(model, dataset, ids)
+    exact = pooled_features(model, dataset, ids)
     ranged = opened(dataset.root, tmp_path, value_range=(0, 1))
     assert ranged.decode(0).dtype == np.float32
-    found = extract_features(model, ranged, ids)
+    found = pooled_features(model, ranged, ids)
     torch.testing.assert_close(found.pooled, exact.pooled, rtol=0, atol=0.02)  # the bytes are rounded by resizing
-    found = extract_features(model, dataset, ids, dtype=torch.bfloat16)
+    found = pooled_features(model, dataset, ids, dtype=torch.bfloat16)
     assert found.pooled.dtype == torch.float32
     assert not torch.equal(found.pooled, exact.pooled)
     torch.testing.assert_close(found.pooled, exact.pooled, rtol=0, atol=0.05)
@@ -101,7 +126,7 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:60] + bytes(40))
     (tmp_path / "images" / "red" / "9.png").unlink()
     ids = np.arange(30)
-    found = extract_features(tiny(), dataset, ids, batch_size=8)
+    found = pooled_features(tiny(), dataset, ids, batch_size=8)
     lost = [dataset.path(i).rsplit("/", 2)[1:] for i in np.flatnonzero(~found.readable.numpy())]
     assert lost == [["green", "3.png"], ["red", "9.png"]]
     labels = dataset.labels(ids)
@@ -114,7 +139,7 @@ def test_a_model_in_training_is_left_as_it_was(dataset):
     model = tiny()
     model.set_input_size((32, 48))
     state = torch.get_rng_state()
-    extract_features(model, dataset, np.arange(3))
+    pooled_features(model, dataset, np.arange(3))
     assert model.training
     assert model.blocks[0].training
     assert model.input_size == (32, 48)
@@ -142,7 +167,7 @@ def test_nothing_is_compiled_for_looking_and_what_was_compiled_is_used_afterward
     images = torch.zeros(1, 3, 16, 24, dtype=torch.uint8)
     model.encode(images)
     before = len(graphs), len(runs)
-    extract_features(model, dataset, np.arange(3))
+    pooled_features(model, dataset, np.arange(3))
     assert (len(graphs), len(runs)) == before
     model.encode(images)
     assert (len(graphs), len(runs)) == (before[0], 2 * before[1])
@@ -241,9 +266,9 @@ def test_what_cannot_be_judged_or_does_not_fit_is_refused(dataset):
     with pytest.raises(ValueError, match="known: expected a label for each of 6 images, got 5"):
         judge(points, labels[:5], points, labels)
     with pytest.raises(ValueError, match="dataset: expected images of 1 channels, got 3"):
-        extract_features(MaskedAutoencoderViT(16, 8, 1, seed=0, **TINY), dataset, np.arange(3))
+        pooled_features(MaskedAutoencoderViT(16, 8, 1, seed=0, **TINY), dataset, np.arange(3))
     with pytest.raises(ValueError, match="sample_ids and batch_size: expected at least 1, got 0 and 64"):
-        extract_features(tiny(), dataset, np.arange(0))
+        pooled_features(tiny(), dataset, np.arange(0))
 
 
 @pytest.mark.gpu
@@ -251,9 +276,9 @@ def test_what_cannot_be_judged_or_does_not_fit_is_refused(dataset):
 def test_gpu_features_and_numbers_agree_with_the_cpus(dataset, dtype):
     known, tests = hold_out(choose_labelled(dataset, 100))
     model = tiny()
-    expected = extract_features(model, dataset, known.sample_ids)
+    expected = pooled_features(model, dataset, known.sample_ids)
     model = model.to("cuda")
-    found = extract_features(model, dataset, known.sample_ids, dtype=dtype)
+    found = pooled_features(model, dataset, known.sample_ids, dtype=dtype)
     assert found.pooled.is_cuda
     assert found.readable.is_cuda
     torch.testing.assert_close(found.pooled.cpu(), expected.pooled, rtol=0, atol=0.05)

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from distributed import run_ranks
 from pretrain_flags import FLAGS
 from training import write_images
 
+import fastmae
 from fastmae.cli import main
 from fastmae.loading import load
 from fastmae.train.checkpoint import Ranks, open_checkpoint
@@ -49,6 +51,10 @@ def job(rank: int, folder: Path) -> tuple[dict[str, int], dict[str, str]]:
     for name, options in RUNS.items():
         start(name, options)
         assert dist.is_initialized()  # by the helper, and so not to be ended here
+    extract = ["features", str(folder / "single"), str(folder / "images"), str(folder / "two.npy"), "--batch-size", "4"]
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        codes["features"] = main(extract)
+    errors["features"] = stdout.getvalue()
     if rank == 1:
         threading.Thread(target=end_once_training, args=(folder / "stopped",), daemon=True).start()
     start("stopped", "--train.steps 100000 --train.warmup-steps 3 --train.parallel fsdp")
@@ -78,7 +84,7 @@ def folder(tmp_path_factory, errors) -> Path:
     try:
         assert main([*FLAGS, "--data.path", str(folder / "images"), "--out", str(folder / "single")]) == 0
         for codes, printed in run_ranks(job, 2, folder, timeout=100):
-            assert codes == dict.fromkeys(RUNS, 0) | {"stopped": 75, "too-small": 2}
+            assert codes == dict.fromkeys([*RUNS, "features"], 0) | {"stopped": 75, "too-small": 2}
             errors.append(printed)
     finally:
         torch.set_num_threads(threads)
@@ -114,6 +120,14 @@ def test_exported_weights_are_those_of_a_single_process(folder, name):
         assert torch.equal(tensor, other), key
         if "qkv.bias" not in key:  # the keys' part of it is noise, see test_parallel.py
             torch.testing.assert_close(tensor, expected.state_dict()[key], rtol=0, atol=1e-5)
+
+
+def test_two_processes_write_the_features_of_one_in_order(folder, errors):
+    model = load(folder / "single")
+    expected = fastmae.extract_features(model, folder / "images", batch_size=4)
+    np.testing.assert_allclose(np.load(folder / "two.npy"), expected.features, atol=1e-5)
+    assert (folder / "two.paths.txt").read_text().splitlines() == expected.paths
+    assert [f"{len(expected.ids)} features of" in printed["features"] for printed in errors] == [True, False]
 
 
 def test_float16_scales_the_loss_and_saves_the_scale(folder):
