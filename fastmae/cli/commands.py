@@ -162,6 +162,8 @@ class LinearConfig(ProbeConfig):
     solver: Literal["logistic", "lars", "sgd"] = "logistic"
     """logistic: full-batch optimum, its penalty chosen on a tenth of the images to learn from. lars: Table 10, batch
     16,384. sgd: the same with batch 4,096."""
+    l2: float | None = None
+    """Penalty of the squared weights (logistic). None: chosen among 1e-6 to 10."""
     epochs: int = 90
     """Passes over the images (lars, sgd)."""
     warmup_epochs: int = 10
@@ -177,6 +179,8 @@ class AttentiveConfig(ProbeConfig):
 
     queries: int = 12
     """Learned queries; must divide the encoder's width."""
+    lr: float | None = None
+    """Peak learning rate for a batch of 256. None: chosen among 0.001, 0.003 and 0.01."""
     epochs: int = 30
     """Passes over the images."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -33,6 +34,7 @@ from fastmae.cli.commands import (
 )
 from fastmae.cli.output import replacing
 from fastmae.data import Augment, Dataset, create_loader, open_dataset, open_once
+from fastmae.data.loader import physical_bytes
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate.attentive import evaluate_attentive
 from fastmae.evaluate.features import ImageFeatures, encode_images, extract_features, pool_tokens
@@ -187,13 +189,22 @@ def evaluate(config: ProbeConfig) -> int:
         result = {"protocol": "knn", "features": config.pool}
         result |= evaluate_knn(split, k=config.k, temperature=config.temperature, seed=config.seed)
     elif isinstance(config, AttentiveConfig):
+        rows, width = math.prod(model.grid_size), model.cls_token.shape[-1]
+        cached = 2 * rows * width * (len(known.labels) + len(tests.labels))  # float16
+        if 2 * cached > physical_bytes():  # twice while the batches are put together
+            raise UsageError(
+                f"--data.limit: the patch tokens of all images take {cached / 1e9:,.0f} GB, for which "
+                f"{physical_bytes() / 1e9:,.0f} GB of memory are too little; expected fewer images"
+            )
         split = _cached(model, known, tests, "tokens", options)
         result = {"protocol": "attentive", "features": "patch tokens"}
-        result |= evaluate_attentive(split, epochs=config.epochs, num_queries=config.queries, seed=config.seed)
+        result |= evaluate_attentive(
+            split, lr=config.lr, epochs=config.epochs, num_queries=config.queries, seed=config.seed
+        )
     elif config.solver == "logistic":
         split = _cached(model, known, tests, config.pool, options)
         result = {"protocol": "linear", "solver": "logistic", "features": config.pool}
-        result |= evaluate_logistic(split, seed=config.seed)
+        result |= evaluate_logistic(split, l2=config.l2, seed=config.seed)
     else:
         result = {"protocol": "linear", "solver": config.solver, "features": config.pool}
         result |= _trained_linear(config, model, known, tests, options)
@@ -236,7 +247,7 @@ def labelled_images(config: LabelledConfig, info: WeightsInfo) -> tuple[Labelled
     except ValueError as error:
         raise ValueError(f"--data.path: {error}") from error
     try:
-        return images, match_classes(images, choose_labelled(_open(config.val, info), count))
+        return images, match_classes(images, choose_labelled(_open(config.val, info), count), strict=True)
     except ValueError as error:
         raise ValueError(f"--data.val: {error}") from error
 

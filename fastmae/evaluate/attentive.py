@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from fastmae.evaluate.frozen import Split, accuracies, choose
 
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
+
 
 class AttentivePool(nn.Module):
     """Tokens (N, L, D) to logits (N, K).
@@ -88,21 +90,20 @@ def attentive_scores(pool: AttentivePool, tokens: Tensor, *, batch_size: int = 1
 
 
 def evaluate_attentive(
-    split: Split, *, learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2), epochs: int = 30, num_queries: int = 12,
-    seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Accuracy of attentive probing; the learning rate is chosen on held-out images to learn from.
+    split: Split, *, lr: float | None = None, epochs: int = 30, num_queries: int = 12, seed: int = 0
+) -> dict[str, Any]:
+    """Accuracy of attentive probing.
 
     Args:
         split: patch tokens (n, L, D) and (m, L, D).
+        lr: peak learning rate for a batch of 256; None: chosen among ``LEARNING_RATES``.
+        epochs, num_queries, seed: as for :func:`fit_attentive`.
     """
     options = {"epochs": epochs, "num_queries": num_queries, "seed": seed}
-    inner = split.held_out(seed)
 
-    def accuracy(lr: float) -> float:
-        pool = fit_attentive(inner.inputs, inner.labels, split.num_classes, lr=lr, **options)
-        return accuracies(attentive_scores(pool, inner.tests), inner)["top1"]
+    def judge(split: Split, lr: float) -> dict[str, Any]:
+        pool = fit_attentive(split.inputs, split.labels, split.num_classes, lr=lr, **options)
+        return accuracies(attentive_scores(pool, split.tests), split)
 
-    lr, _ = choose(learning_rates, accuracy) if len(learning_rates) > 1 else (learning_rates[0], 0.0)
-    pool = fit_attentive(split.inputs, split.labels, split.num_classes, lr=lr, **options)
-    return accuracies(attentive_scores(pool, split.tests), split) | {"lr": lr, **options}
+    lr = choose(LEARNING_RATES if lr is None else [lr], judge, split, seed)
+    return judge(split, lr) | {"lr": lr, **options}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -47,7 +47,10 @@ class Split(NamedTuple):
         held = place < (counts * share).round().clamp(min=1).minimum(counts - 1)[self.labels[shuffled]]
         known, tests = shuffled[~held], shuffled[held]
         if not len(tests):
-            raise ValueError("expected a class of at least two images to learn from, to choose settings on; found none")
+            raise ValueError(
+                "expected a class of at least two images to learn from, to choose settings on, found one image of "
+                "each; give the settings: --k and --temperature, --l2, or --lr"
+            )
         return Split(self.inputs[known], self.labels[known], self.inputs[tests], self.labels[tests], self.num_classes)
 
 
@@ -82,9 +85,18 @@ def split_of(
     return Split(inputs[rows[0]], labels, test_inputs[rows[1]], test_labels, len(classes))
 
 
-def choose(settings: Iterable[Setting], accuracy: Callable[[Setting], float]) -> tuple[Setting, float]:
-    """The setting of the highest accuracy, the first of equal ones, and that accuracy."""
-    return max(((setting, accuracy(setting)) for setting in settings), key=lambda found: found[1])
+def choose(
+    settings: Sequence[Setting], judge: Callable[[Split, Setting], dict[str, Any]], split: Split, seed: int
+) -> Setting:
+    """The setting of the highest ``top1`` on held-out images to learn from, the first of equal ones.
+
+    Raises:
+        ValueError: there are several, and no images can be held out.
+    """
+    if len(settings) == 1:
+        return settings[0]
+    inner = split.held_out(seed)
+    return max(settings, key=lambda setting: judge(inner, setting)["top1"])
 
 
 def accuracies(scores: Tensor, split: Split) -> dict[str, Any]:

@@ -67,11 +67,13 @@ def hold_out(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
     return images.take(~tests), images.take(tests)
 
 
-def match_classes(known: LabelledImages, tests: LabelledImages) -> LabelledImages:
+def match_classes(known: LabelledImages, tests: LabelledImages, *, strict: bool = False) -> LabelledImages:
     """Test images of another data set, with the classes' numbers of the one to learn from.
 
-    Classes are the same if their names are; where neither data set has names, if their numbers are. Images of classes
-    that are not known are left out.
+    Classes are the same if their names are; where neither data set has names, if their numbers are.
+
+    Args:
+        strict: raise where a test image is of a class that is not known; otherwise it is left out.
 
     Raises:
         ValueError: one has names and the other numbers, or no class is in both.
@@ -93,6 +95,12 @@ def match_classes(known: LabelledImages, tests: LabelledImages) -> LabelledImage
     if not (labels >= 0).any():
         raise ValueError(
             f"expected classes of {known.dataset.name} ({_some(known)}) in {tests.dataset.name}, got {_some(tests)}"
+        )
+    unknown = tests.take(labels < 0)
+    if strict and len(unknown.labels):
+        raise ValueError(
+            f"expected only classes of {known.dataset.name} in {tests.dataset.name}, got {_some(unknown)} in "
+            f"{len(unknown.labels):,} of {len(tests.labels):,} images"
         )
     return tests._replace(labels=labels).take(labels >= 0)
 

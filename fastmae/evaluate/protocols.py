@@ -26,17 +26,14 @@ def evaluate_knn(
         k, temperature: None: chosen among ``NEIGHBOURS`` (those below n) and ``TEMPERATURES``.
         seed: of the images held out.
     """
-    inner, classes = split.held_out(seed), split.num_classes
-    numbers = [k] if k else [n for n in NEIGHBOURS if n <= len(inner.labels)] or [1]
 
-    def accuracy(setting: tuple[int, float]) -> float:
-        options = {"num_classes": classes, "k": setting[0], "temperature": setting[1]}
-        return accuracies(knn_scores(inner.inputs, inner.labels, inner.tests, **options), inner)["top1"]
+    def judge(split: Split, setting: tuple[int, float]) -> dict[str, Any]:
+        options = {"num_classes": split.num_classes, "k": setting[0], "temperature": setting[1]}
+        return accuracies(knn_scores(split.inputs, split.labels, split.tests, **options), split)
 
-    settings = list(product(numbers, [temperature] if temperature else TEMPERATURES))
-    (k, temperature), _ = choose(settings, accuracy) if len(settings) > 1 else (settings[0], None)
-    scores = knn_scores(split.inputs, split.labels, split.tests, num_classes=classes, k=k, temperature=temperature)
-    return accuracies(scores, split) | {"k": k, "temperature": temperature}
+    numbers = [n for n in NEIGHBOURS if n <= len(split.labels)] or [1] if k is None else [k]
+    setting = choose(list(product(numbers, TEMPERATURES if temperature is None else [temperature])), judge, split, seed)
+    return judge(split, setting) | {"k": setting[0], "temperature": setting[1]}
 
 
 def evaluate_logistic(split: Split, *, l2: float | None = None, seed: int = 0) -> dict[str, Any]:
@@ -47,13 +44,10 @@ def evaluate_logistic(split: Split, *, l2: float | None = None, seed: int = 0) -
         l2: penalty of the weights; None: chosen among ``PENALTIES``.
         seed: of the images held out.
     """
-    inner = split.held_out(seed)
 
-    def accuracy(penalty: float) -> float:
-        classifier = fit_linear(inner.inputs, inner.labels, num_classes=split.num_classes, l2=penalty)
-        return accuracies(classifier.scores(inner.tests), inner)["top1"]
+    def judge(split: Split, penalty: float) -> dict[str, Any]:
+        classifier = fit_linear(split.inputs, split.labels, num_classes=split.num_classes, l2=penalty)
+        return accuracies(classifier.scores(split.tests), split)
 
-    if l2 is None:
-        l2, _ = choose(PENALTIES, accuracy)
-    classifier = fit_linear(split.inputs, split.labels, num_classes=split.num_classes, l2=l2)
-    return accuracies(classifier.scores(split.tests), split) | {"l2": l2}
+    l2 = choose(PENALTIES if l2 is None else [l2], judge, split, seed)
+    return judge(split, l2) | {"l2": l2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,9 +104,47 @@ def test_labels_that_cannot_be_used_are_named(weights, folders, tmp_path, capsys
     code, printed = evaluate(capsys, "evaluate", "linear", weights, *flags)
     assert code == 2
     assert "--data.val: expected classes of train (blue, green, red) in other, got cats" in printed
+    shutil.copytree(folders / "val" / "red", other / "red")
+    for protocol in ("linear", "knn", "attentive"):
+        code, printed = evaluate(capsys, "evaluate", protocol, weights, *flags)
+        assert code == 2
+        assert "--data.val: expected only classes of train in other, got cats in 12 of 16 images" in printed
     code, printed = evaluate(capsys, "evaluate", "attentive", weights, "--data.path", folders / "train", "--queries", 5)
     assert code == 2
     assert "queries: expected a divisor of the width 32, got 5" in printed
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        (["knn"], ["--k", 1, "--temperature", 0.1]),
+        (["linear"], ["--l2", 0.01]),
+        (["attentive", "--queries", 4], ["--lr", 0.001]),
+    ],
+)
+def test_one_image_per_class_is_enough_once_the_settings_are_given(
+    weights, folders, tmp_path, capsys, command, settings
+):
+    for name in COLOURS:
+        (tmp_path / name).mkdir()
+        shutil.copy(folders / "train" / name / "0.png", tmp_path / name)
+    command = ["evaluate", command[0], weights, *command[1:], "--data.path", tmp_path, "--data.val", folders / "val"]
+    code, printed = evaluate(capsys, *command)
+    assert code == 2
+    assert "expected a class of at least two images to learn from" in printed
+    assert settings[0] in printed
+    code, printed = evaluate(capsys, *command, *settings)
+    assert code == 0, printed
+    assert "of 12 images, learned from 3" in printed
+
+
+def test_tokens_that_do_not_fit_into_memory_are_refused(weights, folders, capsys, monkeypatch):
+    monkeypatch.setattr("fastmae.cli.evaluate.physical_bytes", lambda: 20_000)  # 36 images of 4 tokens 32 wide: 9,216
+    flags = ["--data.path", folders / "train", "--queries", 4, "--epochs", 1]
+    code, printed = evaluate(capsys, "evaluate", "attentive", weights, *flags)
+    assert code == 0, printed
+    code, printed = evaluate(capsys, "evaluate", "attentive", weights, *flags, "--data.val", folders / "val")
+    assert (code, "--data.limit: the patch tokens of all images take" in printed) == (2, True), printed
 
 
 def test_features_are_written_with_their_paths(weights, folders, tmp_path, capsys):

@@ -78,9 +78,9 @@ def test_attention_finds_what_the_mean_of_the_tokens_hides():
     tokens[torch.arange(600), place, 31] = 12.0  # what says where to look
     split = Split(tokens[:400], labels[:400], tokens[400:], labels[400:], 4)
     mean = split._replace(inputs=split.inputs.mean(1), tests=split.tests.mean(1))
-    attentive = evaluate_attentive(split, learning_rates=(1e-2,), epochs=20, num_queries=4)
+    attentive = evaluate_attentive(split, lr=1e-2, epochs=20, num_queries=4)
     assert attentive["top1"] > evaluate_logistic(mean)["top1"] + 0.1
-    again = evaluate_attentive(split, learning_rates=(1e-2,), epochs=20, num_queries=4)
+    again = evaluate_attentive(split, lr=1e-2, epochs=20, num_queries=4)
     assert again == attentive
 
 
