@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fastmae.data.loader import Loader
     from fastmae.data.open import (
         LoaderKind,
-        check_agreement,
         choose_loader,
         create_loader,
         fixed_crops,
@@ -35,7 +34,6 @@ _NAMES = {
     "loader": ("Loader",),
     "open": (
         "LoaderKind",
-        "check_agreement",
         "choose_loader",
         "create_loader",
         "fixed_crops",

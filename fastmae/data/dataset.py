@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,13 +30,14 @@ class BadFile(NamedTuple):
     reason: str
 
 
+@dataclass(eq=False)
 class Dataset:
     """Images that can be trained on, numbered from 0 in the order of their paths (in shards: of shards and members).
 
     Bad images are numbered with the others; loaders put another image in their place. All methods may be called from
     several threads.
 
-    Args:
+    Attributes:
         index: of the images.
         root: the folder that the paths start from.
         name: what the data set is called in messages and captions.
@@ -44,8 +46,6 @@ class Dataset:
         embedded: whether these are the photographs that come with the installation.
         window: shards whose images are shuffled together; 0: all of them. None: 0 up to 4,096 shards, else 256.
         storage: reads the images. None: files, or shards, below ``root``.
-
-    Attributes:
         hash: hex digest of the index; equal for equal data sets, wherever they lie.
         classes: names of the labels; empty if there are none, or numbers only.
         formats: the formats that occur.
@@ -54,80 +54,133 @@ class Dataset:
         dtype: of the decoded images, uint8, or float32 in [0, 1] with a ``value_range``.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        root: Path,
-        *,
-        name: str,
-        accepts: Accepts | None = None,
-        max_bad_fraction: float = 0.01,
-        embedded: bool = False,
-        window: int | None = None,
-        storage: Storage | None = None,
-    ):
-        if not 0 <= max_bad_fraction <= 1:
-            raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {max_bad_fraction}")
+    index: Index
+    root: Path
+    name: str
+    accepts: Accepts = field(default_factory=Accepts)
+    max_bad_fraction: float = 0.01
+    embedded: bool = False
+    window: int | None = None
+    storage: Storage | None = None
+
+    def __post_init__(self):
+        index, root, window = self.index, self.root, self.window
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction: expected a share from 0 to 1, got {self.max_bad_fraction}")
         if window is None:
-            window = WINDOW if len(index.shards) > MOST_WITHOUT_WINDOW else 0
-        if window < 0 or (window and not index.shards):
+            self.window = WINDOW if len(index.shards) > MOST_WITHOUT_WINDOW else 0
+        elif window < 0 or (window and not index.shards):
             expected = "at least 0" if window < 0 else f"0, because {root} holds no shards"
             raise ValueError(f"window: expected {expected}, got {window}")
-        self.index, self.root, self.name, self.embedded, self.window = index, root, name, embedded, window
         self.hash, self.classes, self.formats = index.hash, index.classes, index.formats
-        self.accepts, self.max_bad_fraction = accepts or Accepts(), max_bad_fraction
         self.channels, self.value_range = self.accepts.channels, self.accepts.value_range
         self.dtype = np.dtype(np.uint8 if self.value_range is None else np.float32)
-        self.storage: Storage = storage or (Shards(root) if index.shards else Files(root))
+        self.storage = self.storage or (Shards(root) if index.shards else Files(root))
 
     def __len__(self) -> int:
         return len(self.index.table)
 
+    # Bad images, as far as they are known
+
     @property
     def bad(self) -> list[BadFile]:
-        """Images that cannot be trained on, as far as is known, in the order of their numbers."""
+        """In the order of their numbers."""
         return [BadFile(self.path(i), reason) for i, reason in self.index.bad.items()]
 
     @property
     def bad_ids(self) -> np.ndarray:
-        """The numbers of the images in ``bad``: int64 (n,)."""
+        """Their numbers: int64 (n,)."""
         return np.fromiter(self.index.bad, np.int64, len(self.index.bad))
 
     def is_bad(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Which samples are known to be bad: bool (n,)."""
+        """Which samples are: bool (n,)."""
         bad = self.index.bad
         return np.fromiter((i in bad for i in sample_ids.tolist()), bool, len(sample_ids))
 
+    def mark_bad(self, verdicts: Mapping[int, str]) -> Dataset:
+        """The data set with more bad samples, which its cached index remembers from now on.
+
+        Args:
+            verdicts: reasons by sample id; those that are known already keep their reason.
+        """
+        return replace(self, index=self.index.with_verdicts(verdicts))
+
+    def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:
+        """Refuse a data set in which too much is bad.
+
+        Args:
+            more: reasons, by sample id, of images found bad since the index was made.
+
+        Raises:
+            DataError: naming some of them.
+        """
+        bad = self.index.bad | dict(more or {})
+        if len(bad) > self.max_bad_fraction * len(self) or len(bad) >= len(self):
+            raise DataError(
+                f"{self._found(bad)}\nFix or delete them, or allow more: --data.max-bad-fraction "
+                f"(now {self.max_bad_fraction:g}); bad images are then replaced by others."
+            )
+
+    def log_bad(self) -> None:
+        """Log which images are left out."""
+        if self.index.bad:
+            logger.warning("%s\nThey are replaced by others.", self._found(self.index.bad))
+
+    def _found(self, bad: Mapping[int, str]) -> str:
+        listed = "".join(f"\n  {printable(self.path(i))}: {bad[i]}" for i in list(bad)[:_LISTED])
+        more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
+        return f"{self.root}: {len(bad)} of {len(self)} images cannot be used:{listed}{more}"
+
+    # What the index says
+
     def order(self, seed: int) -> Order:
         """The order of a run's samples."""
-        return Order(len(self), seed, starts=self._shard_starts() if self.window else None, window=self.window)
-
-    def _shard_starts(self) -> np.ndarray:
-        """The first sample of each shard, int64 (shards,), by bisection: rows are in the order of the shards."""
-        shards = np.arange(len(self.index.shards))
-        low, high = np.zeros_like(shards), np.full_like(shards, len(self))
-        while (open_ := np.flatnonzero(low < high)).size:
-            middle = (low[open_] + high[open_]) // 2
-            before = self.rows(middle)["shard"] < shards[open_]
-            low[open_] = np.where(before, middle + 1, low[open_])
-            high[open_] = np.where(before, high[open_], middle)
-        return low
+        starts = self.index.table.shard_starts(len(self.index.shards)) if self.window else None
+        return Order(len(self), seed, starts=starts, window=self.window)
 
     def rows(self, sample_ids: np.ndarray) -> np.ndarray:
-        """The index's rows of samples: ``table.ENTRY`` (n,), a copy."""
-        return self.index.rows(sample_ids)
+        """The index's rows of samples: ``table.ENTRY`` (n,), a copy, in which ``bad`` is what is known now."""
+        rows = self.index.table.rows(sample_ids)
+        if self.index.verdicts:
+            rows["bad"] |= self.is_bad(sample_ids)
+        return rows
 
     def files(self, rows: np.ndarray) -> list[str]:
         """Names of the files that hold the images of some rows: the images themselves, or shards."""
         if self.index.shards:
             return [self.index.shards[number] for number in rows["shard"].tolist()]
-        return self._names(rows)
+        return list(map(os.fsdecode, self.index.table.names(rows)))
 
     def path(self, sample_id: int) -> str:
         """What a sample is called: its file's path, or its shard's with the member's name behind ``::``."""
         rows = self.rows(np.array([sample_id]))
         path = self.storage.path(self.files(rows)[0])
-        return f"{path}::{self._names(rows)[0]}" if self.index.shards else path
+        return f"{path}::{os.fsdecode(self.index.table.names(rows)[0])}" if self.index.shards else path
+
+    def shape(self, sample_id: int) -> tuple[int, int]:
+        """Height and width of the upright image."""
+        heights, widths = self.shapes(np.array([sample_id]))
+        return int(heights[0]), int(widths[0])
+
+    def shapes(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Heights and widths, int64 (n,), of upright images."""
+        return upright_shapes(self.rows(sample_ids))
+
+    def labels(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Class numbers, int64 (n,); -1 where there is none."""
+        return self.rows(sample_ids)["label"].astype(np.int64)
+
+    def decoded_bytes(self, at_most: int) -> int:
+        """Bytes of all images decoded, or any number above ``at_most`` if there are more."""
+        total = 0
+        for rows in self.index.table.scan():
+            pixels = int((rows["height"].astype(np.int64) * rows["width"]).sum())
+            total += pixels * self.channels * self.dtype.itemsize
+            if total > at_most:
+                break
+        return total
+
+    # Images
 
     def read(self, sample_id: int) -> np.ndarray:
         """A sample's encoded bytes, uint8 (bytes,).
@@ -153,73 +206,6 @@ class Dataset:
         """The upright pixels of an encoded image, as :meth:`decode` returns them."""
         options = {"value_range": self.value_range, "channels_first": self.accepts.channels_first}
         return decode(encoded, orientation, channels=self.channels, **options)
-
-    def shape(self, sample_id: int) -> tuple[int, int]:
-        """Height and width of the upright image."""
-        heights, widths = self.shapes(np.array([sample_id]))
-        return int(heights[0]), int(widths[0])
-
-    def shapes(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Heights and widths, int64 (n,), of upright images."""
-        return upright_shapes(self.rows(sample_ids))
-
-    def labels(self, sample_ids: np.ndarray) -> np.ndarray:
-        """Class numbers, int64 (n,); -1 where there is none."""
-        return self.rows(sample_ids)["label"].astype(np.int64)
-
-    def decoded_bytes(self, at_most: int) -> int:
-        """Bytes of all images decoded, or any number above ``at_most`` if there are more."""
-        total = 0
-        for rows in self.index.table.scan():
-            pixels = int((rows["height"].astype(np.int64) * rows["width"]).sum())
-            total += pixels * self.channels * self.dtype.itemsize
-            if total > at_most:
-                break
-        return total
-
-    def mark_bad(self, verdicts: Mapping[int, str]) -> Dataset:
-        """The data set with more samples known to be bad, which its cached index remembers from now on.
-
-        Args:
-            verdicts: reasons by sample id; those that are known already keep their reason.
-
-        Raises:
-            DataError: more images are bad then than ``max_bad_fraction`` allows.
-        """
-        index = self.index.with_verdicts(verdicts)
-        same = ("name", "accepts", "max_bad_fraction", "embedded", "window", "storage")
-        return Dataset(index, self.root, **{name: getattr(self, name) for name in same})
-
-    def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:
-        """Refuse a data set in which too much is bad.
-
-        Args:
-            more: reasons, by sample id, of images found bad since the index was made.
-
-        Raises:
-            DataError: naming some of them.
-        """
-        bad = self.index.bad | dict(more or {})
-        if len(bad) <= self.max_bad_fraction * len(self) and len(bad) < len(self):
-            return
-        raise DataError(
-            f"{self._found(bad)}\nFix or delete them, or allow more: --data.max-bad-fraction "
-            f"(now {self.max_bad_fraction:g}); bad images are then replaced by others."
-        )
-
-    def log_bad(self) -> None:
-        """Say which images are left out."""
-        if self.index.bad:
-            logger.warning("%s\nThey are replaced by others.", self._found(self.index.bad))
-
-    def _found(self, bad: Mapping[int, str]) -> str:
-        some = list(bad.items())[:_LISTED]
-        listed = "".join(f"\n  {printable(self.path(i))}: {reason}" for i, reason in some)
-        more = f"\n  and {len(bad) - _LISTED} more" if len(bad) > _LISTED else ""
-        return f"{self.root}: {len(bad)} of {len(self)} images cannot be used:{listed}{more}"
-
-    def _names(self, rows: np.ndarray) -> list[str]:
-        return list(map(os.fsdecode, self.index.table.names(rows)))
 
 
 def upright_shapes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

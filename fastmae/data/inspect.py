@@ -23,12 +23,9 @@ from fastmae.data.sampler import permuted_ids
 from fastmae.data.threads import in_order
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-_SCANNED_ROWS = 1 << 16
-_MAX_ROWS = 1 << 20
+_SCANNED_ROWS, _MAX_ROWS = 1 << 16, 1 << 20
 _PER_THREAD = 16
-_PIXELS_AT_ONCE = 1 << 20
-_PIXELS_FOR_RANGE = 1024
-_OUTSIDE_RANGE = 0.001
+_PIXELS_FOR_RANGE, _OUTSIDE_RANGE = 1024, 0.001
 
 
 class Verdict(NamedTuple):
@@ -155,13 +152,13 @@ def measure(
     """
     if sample < 0:
         raise ValueError(f"sample: expected at least 0, got {sample}")
-    total, rotated, labelled, formats, modes = 0, 0, 0, np.zeros(256, np.int64), np.zeros(256, np.int64)
+    total, rotated, labelled, formats, modes = 0, 0, 0, Counter(), Counter()
     for start in range(0, len(dataset), _SCANNED_ROWS):
         rows = dataset.rows(np.arange(start, min(start + _SCANNED_ROWS, len(dataset))))
         rows = rows[rows["bad"] == 0]
         total += int(rows["size"].sum())
-        formats += np.bincount(rows["format"], minlength=256)
-        modes += np.bincount(rows["mode"], minlength=256)
+        formats.update(rows["format"].tolist())
+        modes.update(rows["mode"].tolist())
         rotated += int((rows["orientation"] != 1).sum())
         labelled += int((rows["label"] >= 0).sum())
 
@@ -184,8 +181,8 @@ def measure(
         images=len(dataset) - len(reasons),
         bytes=total,
         quantiles=_quantiles(dataset, seed),
-        formats={Format(number).name: count for number, count in _most_common(formats)},
-        modes={MODES[number] or "other": count for number, count in _most_common(modes)},
+        formats={Format(number).name: count for number, count in formats.most_common()},
+        modes={MODES[number] or "other": count for number, count in modes.most_common()},
         rotated=rotated,
         labelled=labelled,
         bad=dict(Counter(map(_kind, reasons)).most_common()),
@@ -238,10 +235,6 @@ def _bounds(values: np.ndarray) -> tuple[float, float]:
     return float(np.floor(low / step) * step), float(np.ceil(high / step) * step)
 
 
-def _most_common(counts: np.ndarray) -> list[tuple[int, int]]:
-    return Counter({number: count for number, count in enumerate(counts.tolist()) if count}).most_common()
-
-
 def _kind(reason: str) -> str:
     kind, _, detail = reason.partition(":")
     return kind if any(character.isdigit() for character in detail) else reason
@@ -261,15 +254,8 @@ def _quantiles(dataset: Dataset, seed: int) -> dict[str, list[float]]:
 
 
 def _image_moments(pixels: np.ndarray) -> np.ndarray:
-    """Mean and mean square of an image's channels: float64 (2, C), of pixels in [0, 1]. Exact sums, in pieces."""
-    if pixels.dtype != np.uint8:
-        return np.stack([pixels.mean((0, 1), np.float64), np.square(pixels, dtype=np.float64).mean((0, 1))])
-    height, width, channels = pixels.shape
-    sums = np.zeros((2, channels), np.uint64)
-    rows_at_once = max(1, min(_PIXELS_AT_ONCE // width, 1 << 16))
-    for top in range(0, height, rows_at_once):
-        # Rows are added up as they lie in memory, which is fast; 2**16 squares of a byte fit into 32 bits.
-        lines = np.ascontiguousarray(pixels[top : top + rows_at_once]).reshape(-1, width * channels)
-        for power, values in enumerate((lines, np.square(lines, dtype=np.uint16))):
-            sums[power] += values.sum(0, dtype=np.uint32).reshape(width, channels).sum(0, dtype=np.uint64)
-    return sums / (height * width) / np.array([[255.0], [255.0**2]])
+    """Mean and mean square of an image's channels: float64 (2, C), of pixels in [0, 1]."""
+    kind, white = (np.uint64, 255.0) if pixels.dtype == np.uint8 else (np.float64, 1.0)
+    # By columns first, which is three times as fast as all at once.
+    sums = np.einsum("hwc->wc", pixels, dtype=kind), np.einsum("hwc,hwc->wc", pixels, pixels, dtype=kind)
+    return np.stack(sums).sum(1) / pixels[..., 0].size / np.array([[white], [white**2]])

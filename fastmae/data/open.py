@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from fastmae.data.augment import Augment
@@ -60,40 +59,6 @@ def open_once(open_: Callable[..., Dataset], first: Callable[[Callable[[], Any]]
     return dataset
 
 
-def check_agreement(dataset: Dataset, group: dist.ProcessGroup | None = None) -> None:
-    """Compare the data set's length and hash among the ranks. A collective: every rank has to call it.
-
-    Ranks whose folders differ (a copy that is not finished, other verdicts of ``fastmae data verify``) would train on
-    different samples under the same numbers, and nothing else would notice.
-
-    Args:
-        dataset: this rank's.
-        group: the ranks to compare; None for all. Without ``torch.distributed`` initialised nothing is done.
-
-    Raises:
-        DataError: on every rank, naming those that differ from the majority.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
-    digest = bytes.fromhex(dataset.hash)
-    own = torch.tensor([len(dataset), *digest], dtype=torch.int64, device=device)
-    every = torch.empty(dist.get_world_size(group) * len(own), dtype=torch.int64, device=device)
-    # PyTorch 2.14 renames it, and warns of the old name on every rank.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(every, own, group=group)
-    seen = [(length, bytes(rest).hex()) for length, *rest in every.view(-1, len(own)).tolist()]
-    usual = max(seen, key=seen.count)
-    odd = [rank for rank, found in enumerate(seen) if found != usual]
-    if odd:
-        some = "; ".join(f"rank {rank} has {seen[rank][0]:,} images, hash {seen[rank][1]}" for rank in odd[:4])
-        more = f"; and {len(odd) - 4} more ranks" if len(odd) > 4 else ""
-        raise DataError(
-            f"{dataset.root}: the ranks see different data. {len(seen) - len(odd)} of {len(seen)} "
-            f"have {usual[0]:,} images, hash {usual[1]}; {some}{more}. Expected the same files everywhere"
-        )
-
-
 def open_dataset(
     path: Path | str | Any | None,
     *,
@@ -112,16 +77,9 @@ def open_dataset(
 
     Args:
         path: None for the embedded photographs; a map-style data set, as :func:`fastmae.data.records.as_records` takes
-            it; else the path or URL of
-
-            - a folder of images (JPEG, PNG, WebP, TIFF, ``.npy``), nested or flat. Hidden files are skipped, links
-              followed. The folders directly below are the classes.
-            - a folder of tar shards in the WebDataset convention, or one ``.tar``. ``.cls`` members are the classes,
-              ``classes.txt`` in the folder names them, one per line.
-            - a list file (``.txt``, ``.tsv``, ``.lst``): one path per line, of an image or of a shard, relative to the
-              list's folder; for images optionally followed by a tab and a class.
-            - shards in an object store: a folder, one ``.tar`` or a list file, by URL.
-            - Parquet files (one, a folder or a pattern), or a folder saved by Hugging Face's ``save_to_disk``.
+            it; else the path or URL of a folder of images, of WebDataset tar shards (a folder or one), of a list file
+            of images or shards, of Parquet files (a folder, one, or a pattern), or of a folder saved by Hugging Face's
+            ``save_to_disk``. docs/data.md says what each of them may hold, and where labels come from.
         channels: C. For 3, grey images become RGB; for 1, colour is refused; anything else is for TIFF and ``.npy``.
         value_range: (low, high) of 16-bit and float TIFF and ``.npy``, and of 16-bit PNG, or one pair for each channel
             in turn, 2 * C numbers. Decoded images are then float32: this range mapped to [0, 1] and clipped, 8-bit
@@ -130,9 +88,8 @@ def open_dataset(
         max_bad_fraction: the share of bad images from which on the data set is refused.
         max_pixels: the largest height x width; more is taken for a decompression bomb.
         window: shards whose images are shuffled together; 0: all. None: 0 up to 4,096 shards, else 256.
-        index: where the index is, or is to be kept: an existing one is trusted, and nothing is listed;
-            ``fastmae data index`` refreshes it. None: in ``.fastmae`` beside the data, else in ``~/.cache/fastmae``;
-            the data are then listed, and the index is built again if they have changed.
+        index: where the index is, or is to be kept: an existing one is trusted, and nothing is listed. None: in
+            ``.fastmae`` beside the data, else in ``~/.cache/fastmae``, and built again if the data have changed.
         cache_dir: keep the index here instead of those two.
 
     Raises:
@@ -147,10 +104,10 @@ def open_dataset(
             raise ValueError(f"window: expected 0, because the embedded photographs are not shards, got {window}")
         return open_photographs()
     source = find_records(path)
-    path = Path(path).expanduser() if source is None else source.root
+    path = source.root if source else Path(path).expanduser()
     home = index.expanduser() if index else None
     try:
-        is_there = source is not None or as_url(path) or path.exists()
+        is_there = source or as_url(path) or path.exists()
         opened = trusted_index(home, path, accepts) if home and is_there else None
         if source is None and (opened is None or is_parquet(opened.shards)):
             source = source_at(path)
@@ -162,12 +119,10 @@ def open_dataset(
     if isinstance(source, RecordSource):
         root, storage = path, source.storage(len(opened.table))
         window = source.window if window is None else window
-    options = {"name": name, "accepts": accepts, "max_bad_fraction": max_bad_fraction, "window": window}
-    dataset = Dataset(opened, root, storage=storage, **options)
-    good = len(dataset) - len(opened.bad)
-    if not good:
+    dataset = Dataset(opened, root, name, accepts, max_bad_fraction, window=window, storage=storage)
+    if len(opened.bad) == len(dataset):
         reasons = "".join(f"\n  {printable(bad.path)}: {bad.reason}" for bad in dataset.bad[:5])
-        found = f"only {len(opened.bad)} unusable files, among them:{reasons}" if opened.bad else "no image at all"
+        found = f"only {len(opened.bad)} unusable files, among them:{reasons}" if reasons else "no image at all"
         raise DataError(f"{path}: expected {EXPECTED}; found {found}")
     dataset.check_bad_fraction()
     dataset.log_bad()
@@ -181,17 +136,12 @@ def open_dataset(
 
 
 def check_accepts(channels: int, value_range: Sequence[float] | None, channels_first: bool, max_pixels: int) -> Accepts:
-    """Which images are good, from arguments of :func:`open_dataset`.
-
-    Raises:
-        ValueError: an argument out of range.
-    """
+    """Which images are good, from arguments of :func:`open_dataset`; raises ValueError if one is out of range."""
     if channels < 1:
         raise ValueError(f"channels: expected at least 1, got {channels}")
     if not 1 <= max_pixels <= Accepts.max_pixels:
         raise ValueError(f"max_pixels: expected 1 to {Accepts.max_pixels} (Pillow's limit), got {max_pixels}")
-    if value_range is not None:
-        value_range = check_value_range(value_range, channels)
+    value_range = check_value_range(value_range, channels) if value_range is not None else None
     return Accepts(channels, value_range, max_pixels, channels_first)
 
 
@@ -222,10 +172,15 @@ def choose_loader(dataset: Dataset, loader: LoaderKind = "auto") -> Literal["dal
     """
     if loader not in ("auto", "dali", "torch"):
         raise ValueError(f"loader: expected 'auto', 'dali' or 'torch', got {loader!r}")
-    refused = _not_for_dali(dataset)
+    arrays = sorted(format_.name for format_ in dataset.formats - _DALI_FORMATS)
+    refused = (
+        (dataset.channels != 3 and f"is opened for {dataset.channels} channels")
+        or (dataset.value_range is not None and f"is opened with a range of values, {dataset.value_range}")
+        or (arrays and f"has {' and '.join(arrays)} files")
+    )
     if loader == "auto":
-        return "dali" if has_dali() and not dataset.embedded and refused is None else "torch"
-    if loader == "dali" and refused is not None:
+        return "dali" if has_dali() and not dataset.embedded and not refused else "torch"
+    if loader == "dali" and refused:
         raise DataError(f"the DALI loader reads 8-bit RGB from JPEG, PNG and WebP; {dataset.root} {refused}: use torch")
     if loader == "dali" and not has_dali():
         raise DataError(
@@ -233,15 +188,6 @@ def choose_loader(dataset: Dataset, loader: LoaderKind = "auto") -> Literal["dal
             "(or 'fastmae[dali-cuda12]' for CUDA 12 drivers; both work without a GPU), or use the torch loader"
         )
     return loader
-
-
-def _not_for_dali(dataset: Dataset) -> str | None:
-    if dataset.channels != 3:
-        return f"is opened for {dataset.channels} channels"
-    if dataset.value_range is not None:
-        return f"is opened with a range of values, {dataset.value_range}"
-    arrays = dataset.formats - _DALI_FORMATS
-    return f"has {' and '.join(sorted(format_.name for format_ in arrays))} files" if arrays else None
 
 
 def create_loader(

@@ -60,12 +60,8 @@ class Order:
     """
 
     def __init__(self, num_samples: int, seed: int, *, starts: np.ndarray | None = None, window: int = 0):
-        if window < 0:
-            raise ValueError(f"window: expected at least 0 shards, got {window}")
-        self.num_samples, self.seed = num_samples, seed
-        # With a single window the order is the whole data set's: nothing is read any more locally.
-        self._starts = starts if window and len(starts) > 1 and round(len(starts) / window) > 1 else None
-        self._window = window
+        self.num_samples, self.seed, self._starts = num_samples, seed, starts
+        self._num_windows = round(len(starts) / window) if window else 1
         self._windows = lru_cache(maxsize=2)(self._windows_of_epoch)  # a batch lies in one epoch or two
 
     def ids(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -77,37 +73,36 @@ class Order:
         Returns:
             ``sample_ids`` and ``epochs``, both int64 (n,).
         """
-        if self._starts is None:
+        if self._num_windows <= 1:  # with a single window nothing would be read more locally
             return permuted_ids(positions, self.num_samples, self.seed)
         epochs, places = np.divmod(positions, self.num_samples)
         ids = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = np.flatnonzero(epochs == epoch)
-            starts, ends, windows = self._windows(epoch)
+            behind, ends, windows = self._windows(epoch)
             numbers = np.searchsorted(windows, places[here], "right") - 1
             for window in np.unique(numbers).tolist():
                 inside = here[numbers == window]
                 first, size = int(windows[window]), int(windows[window + 1] - windows[window])
-                key = np.full(len(inside), epoch)
-                mixed = first + _permuted(places[inside] - first, size, self.seed, key, _FIRST_WINDOW + window)
+                keys = self.seed, epochs[inside], _FIRST_WINDOW + window
+                mixed = first + _permuted(places[inside] - first, size, *keys)
                 shards = np.searchsorted(ends, mixed, "right")
-                ids[inside] = starts[shards + 1] - (ends[shards] - mixed)
+                ids[inside] = behind[shards] - (ends[shards] - mixed)
         return ids, epochs
 
     def _windows_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The shards of an epoch in their order.
 
         Returns:
-            For each shard the sample behind its last (from index 1 on), the place behind its last, and the places where
-            the windows begin, with the end of the epoch.
+            For each shard the sample behind its last and the place behind its last; and the places where the windows
+            begin, with the end of the epoch.
         """
         count = len(self._starts)
         shards = _permuted(np.arange(count), count, self.seed, np.full(count, epoch), _SHARDS)
         behind = np.append(self._starts[1:], self.num_samples)[shards]
         ends = np.cumsum(behind - self._starts[shards])
-        num_windows = round(count / self._window)
-        last = np.arange(1, num_windows + 1) * count // num_windows - 1
-        return np.append(0, behind), ends, np.append(0, ends[last])
+        last = np.arange(1, self._num_windows + 1) * count // self._num_windows - 1
+        return behind, ends, np.append(0, ends[last])
 
 
 def _permuted(places: np.ndarray, size: int, seed: int, epochs: np.ndarray, which: int) -> np.ndarray:
@@ -124,12 +119,12 @@ def _permuted(places: np.ndarray, size: int, seed: int, epochs: np.ndarray, whic
 
 def _feistel(values: np.ndarray, keys: np.ndarray, bits: int) -> np.ndarray:
     """A permutation of [0, 2**bits): ``values`` uint64 (n,), ``keys`` uint64 (rounds, n) of 32-bit words."""
-    low_bits, high_bits = bits // 2, bits - bits // 2
-    low, high = values & _mask(low_bits), values >> np.uint64(low_bits)
-    for key in keys:
+    low_bits = bits // 2
+    masks = [np.uint64((1 << width) - 1) for width in (bits - low_bits, low_bits)]
+    low, high = values & masks[1], values >> np.uint64(low_bits)
+    for number, key in enumerate(keys):
         # The halves change places, and so do their widths; an even number of rounds brings the widths back.
-        low, high = high ^ (_mix(low, key) & _mask(high_bits)), low
-        low_bits, high_bits = high_bits, low_bits
+        low, high = high ^ (_mix(low, key) & masks[number % 2]), low
     return (high << np.uint64(low_bits)) | low
 
 
@@ -140,10 +135,6 @@ def _mix(words: np.ndarray, key: np.ndarray) -> np.ndarray:
     mixed *= np.uint64(0xC4CEB9FE1A85EC53)
     mixed ^= mixed >> np.uint64(33)
     return mixed >> np.uint64(24)
-
-
-def _mask(bits: int) -> np.uint64:
-    return np.uint64((1 << bits) - 1)
 
 
 def micro_batches(total: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[range]:

@@ -15,7 +15,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fastmae.data.open import check_agreement
 from fastmae.train.autotune import StepFit, divide_batch, loss_weights, measured_batch_size, with_length
 from fastmae.train.bad_files import BadFiles
 from fastmae.train.callbacks import Callback
@@ -138,7 +137,7 @@ class Trainer:
 
         Raises:
             CheckpointError: if the first checkpoint cannot be written, the last, or three in a row.
-            DataError: if the images cannot be read, too many are bad, or ranks see different ones.
+            DataError: if the images cannot be read, or too many are bad.
             FloatingPointError: after many steps in a row without a finite gradient, if going back does not help.
         """
         train = self.config.train
@@ -151,7 +150,6 @@ class Trainer:
             stack.callback(self.model.set_input_size)
             stack.callback(self.reporter.close)
             stack.enter_context(self.run.failure_noted(lambda: self.step))
-            check_agreement(self.dataset)
             stop = self._stop or stack.enter_context(StopRequest())
             self.loader = self.loader_at(self.samples)
             self.console.print(f"Images: {self.loader.describe()}")

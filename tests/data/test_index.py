@@ -135,7 +135,7 @@ def test_files_that_vanish_or_are_replaced_between_listing_and_reading_are_named
     source._files = listed
     index = build_index(source, Accepts())
     assert index.bad == {0: "no such file", 1: "not a file", 2: "not a file"}
-    row = index.rows(np.array([3]))[0]  # of the file that is there now
+    row = index.table.rows(np.array([3]))[0]  # of the file that is there now
     assert (row["height"], row["width"], row["size"]) == (50, 60, (folder / "3.jpg").stat().st_size)
 
 
@@ -302,8 +302,8 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
         with pytest.raises(KeyboardInterrupt):
             publish(progress)
         assert not list(cache.glob("index-*"))
-        [path] = cache.glob("writing-*/names.npy")
-        os.truncate(path, path.stat().st_size - 3)  # a kill leaves any part of what was being written
+        for path in cache.glob("writing-*/names.npy"):
+            os.truncate(path, path.stat().st_size - 3)  # a kill leaves any part of what was being written
 
     with monkeypatch.context() as patch:
         patch.setattr(sources_module, "parse_header", killed_at_500)
@@ -412,7 +412,7 @@ def test_any_flipped_bit_is_found(folder, cache, caplog):
     expected = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache).mark_bad({3: "does not decode"})
     root, random = expected.index.folder, np.random.default_rng(0)
     files = [*root.iterdir()]
-    assert len(files) == 6
+    assert len(files) == 5
     weights = np.array([path.stat().st_size for path in files], float)
     trials = [*files, *random.choice(np.array(files), 294, p=weights / weights.sum())]
     for path in trials:
@@ -421,7 +421,7 @@ def test_any_flipped_bit_is_found(folder, cache, caplog):
         damaged[random.integers(len(content))] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
         caplog.clear()
-        index = index_module._home(cache, folder, Accepts(), os.fsencode(folder)).current()
+        index = index_module._Home(cache, folder, Accepts(), str(folder)).current()
         found = "damaged" in caplog.text or "another version" in caplog.text or "other channels" in caplog.text
         assert found, (path.name, index and index.bad == expected.index.bad)
         path.write_bytes(content)
@@ -447,7 +447,7 @@ def test_damage_is_repaired_or_named_and_not_taken_over(folder, cache, tmp_path,
     damage()
     arguments = find_source(folder), folder, Accepts()
     repaired = publish_index(*arguments, home=tmp_path / "home", verify=True)
-    assert np.array_equal(repaired.rows(ids), expected)
+    assert np.array_equal(repaired.table.rows(ids), expected)
 
 
 def test_an_index_of_another_version_is_said_to_be_one_and_built_again(folder, cache, caplog):
@@ -455,7 +455,7 @@ def test_an_index_of_another_version_is_said_to_be_one_and_built_again(folder, c
     path = first.index.folder / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
     assert open_dataset(folder, cache_dir=cache).hash == first.hash
-    assert "was written by another version of fastmae (format 2, not 3)" in caplog.text
+    assert "was written by another version of fastmae (format 2, not 4)" in caplog.text
 
 
 @pytest.mark.parametrize("at", ["create", "write"])
@@ -501,7 +501,7 @@ def test_a_file_system_that_fails_while_headers_are_read_is_retried_and_named(fo
 def test_numpy_opens_the_table(folder, cache):
     index = open_dataset(folder, cache_dir=cache).index
     rows, heap, times = (np.load(index.folder / f"{name}.npy", mmap_mode="r") for name in ("rows", "names", "times"))
-    assert np.array_equal(rows, index.rows(np.arange(3)))
+    assert np.array_equal(rows, index.table.rows(np.arange(3)))
     first = rows[1]
     assert bytes(heap[first["name"] : first["name"] + first["name_size"]]) == b"b/c.png"
     assert times[0] == (folder / "a.jpg").stat().st_mtime_ns

@@ -7,7 +7,7 @@ import pytest
 from loading import png, rotated, smooth, write_mixed, write_shards
 from PIL import Image
 
-from fastmae.data import DataError, errors, inspect
+from fastmae.data import DataError, errors
 from fastmae.data.inspect import QUANTILES, Verdict, measure, suggest_range, verify_images
 
 
@@ -44,9 +44,7 @@ def expected(dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, np.sqrt((weights * (pixels - mean) ** 2).sum(0)), np.mean([image.std(0) for image in images], 0)
 
 
-@pytest.mark.parametrize("pixels_at_once", [1 << 20, 700])
-def test_mean_and_standard_deviation(folder, open_, tmp_path, monkeypatch, pixels_at_once):
-    monkeypatch.setattr(inspect, "_PIXELS_AT_ONCE", pixels_at_once)
+def test_mean_and_standard_deviation(folder, open_, tmp_path):
     generator, datasets = np.random.default_rng(0), [open_(folder)]
     for channels, dtype in ((1, np.uint8), (5, np.uint8), (2, np.uint16)):
         (tmp_path / str(channels)).mkdir()

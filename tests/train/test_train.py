@@ -13,7 +13,7 @@ import pytest
 import torch
 from training import MODEL, fitted, make_trainer, write_images
 
-from fastmae.data import DataError, has_dali
+from fastmae.data import has_dali
 from fastmae.train import trainer as loop
 from fastmae.train.liveness import StopRequest
 
@@ -153,20 +153,6 @@ def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
     assert trainer.run.read_json("status.json")["reason"] == "time limit"
     text = f"Time limit of 0.00833333 minutes reached at step {trainer.step:,} of 1,000,000\n"
     assert text in trainer.console.file.getvalue()
-
-
-def test_ranks_agree_on_the_images_before_anything_else(tmp_path, images, monkeypatch):
-    def disagree(dataset):
-        assert dataset is trainer.dataset
-        raise DataError("the ranks see different data")
-
-    trainer = make_trainer(tmp_path / "run", images)
-    monkeypatch.setattr(loop, "check_agreement", disagree)
-    with pytest.raises(DataError, match="different data"):
-        trainer.fit()
-    assert trainer.step == 0
-    assert list(trainer.run.checkpoints.iterdir()) == []
-    assert trainer.run.read_json("status.json")["status"] == "failed"
 
 
 def test_the_first_signal_asks_and_the_second_leaves():
