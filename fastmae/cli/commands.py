@@ -185,10 +185,33 @@ class AttentiveConfig(ProbeConfig):
     """Passes over the images."""
 
 
+@dataclass(frozen=True)
+class RobustnessConfig:
+    """Accuracy of a classifier on other images of its classes (as ImageNet-A, -R and -Sketch), and its mean corruption
+    error (as ImageNet-C)."""
+
+    weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
+    """Weights with a classifier's head: a fine-tuned run, or a file or folder of another library."""
+    images: tuple[Path, ...] = ()
+    """Folders of images by class, each with all classes of the classifier or some of them."""
+    corruptions: Path | None = None
+    """Folder of corruption/severity/class/image. These images are not cropped, except to the model's aspect ratio."""
+    reference: Path | None = None
+    """JSON object of another classifier's error, a share from 0 to 1, by corruption. None: no mean corruption error,
+    only the mean of the errors."""
+    classes: Path | None = None
+    """Names of the classifier's outputs in their order: a file with one per line, or the training folder. None: the
+    folder that the run was trained on."""
+    out: Path | None = None
+    """Also write the result here, as one JSON object."""
+    encoding: tyro.conf.OmitArgPrefixes[EncodingConfig] = field(default_factory=EncodingConfig, kw_only=True)
+
+
 Protocol = (
     Annotated[KnnConfig, tyro.conf.subcommand("knn")]
     | Annotated[LinearConfig, tyro.conf.subcommand("linear")]
     | Annotated[AttentiveConfig, tyro.conf.subcommand("attentive")]
+    | Annotated[RobustnessConfig, tyro.conf.subcommand("robustness")]
 )
 
 

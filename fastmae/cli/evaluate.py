@@ -31,6 +31,7 @@ from fastmae.cli.commands import (
     LabelledConfig,
     LinearConfig,
     ProbeConfig,
+    RobustnessConfig,
 )
 from fastmae.cli.output import replacing
 from fastmae.data import Augment, Dataset, create_loader, open_dataset, open_once
@@ -42,6 +43,14 @@ from fastmae.evaluate.frozen import Split, accuracies, split_of
 from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
 from fastmae.evaluate.linear import fit_linear_probe
 from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
+from fastmae.evaluate.robustness import (
+    classify,
+    corruption_folders,
+    mean_corruption_error,
+    number_classes,
+    read_class_names,
+    read_reference,
+)
 from fastmae.loading import WeightsInfo, load
 from fastmae.train.launcher import place
 from fastmae.train.ranks import Ranks
@@ -49,11 +58,13 @@ from fastmae.train.ranks import Ranks
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
 
-def run(command: InspectConfig | FeaturesConfig | ProbeConfig) -> int:
+def run(command: InspectConfig | FeaturesConfig | ProbeConfig | RobustnessConfig) -> int:
     """Run one of the commands; return its exit code."""
     if isinstance(command, InspectConfig):
         return inspect(command)
     with usage_errors():
+        if isinstance(command, RobustnessConfig):
+            return robustness(command)
         return features(command) if isinstance(command, FeaturesConfig) else evaluate(command)
 
 
@@ -213,22 +224,75 @@ def evaluate(config: ProbeConfig) -> int:
 
 
 def report(result: dict[str, Any], config: Any, train_images: int, val_images: int, seconds: float) -> None:
-    """Print a result, and write it as one JSON object where ``--out`` says."""
-    result |= {"train_images": train_images, "val_images": val_images, "seconds": round(seconds, 1)}
-    result |= {"weights": str(config.weights), "command": shlex.join(["fastmae", *sys.argv[1:]])}
-    result["versions"] = {"fastmae": fastmae.__version__}
-    for name in _VERSIONS:
-        with suppress(PackageNotFoundError):
-            result["versions"][name] = version(name)
+    """Print a result, and write it where ``--out`` says."""
+    result |= {"train_images": train_images, "val_images": val_images}
     settings = [f"{name} {value:g}" for name, value in result.items() if name in ("k", "temperature", "l2", "lr")]
     top5 = f", top-5 {result['top5']:.2%}" if "top5" in result else ""
     print(
         f"{result['protocol']} on {result['features']}: top-1 {result['top1']:.2%}{top5} of {val_images:,} images, "
         f"learned from {train_images:,}" + (f" ({', '.join(settings)})" if settings else "")
     )
+    write_result(result, config, seconds)
+
+
+def write_result(result: dict[str, Any], config: Any, seconds: float) -> None:
+    """Write a result as one JSON object where ``--out`` says, with what it was made by."""
+    result |= {"seconds": round(seconds, 1), "weights": str(config.weights)}
+    result |= {"command": shlex.join(["fastmae", *sys.argv[1:]]), "versions": {"fastmae": fastmae.__version__}}
+    for name in _VERSIONS:
+        with suppress(PackageNotFoundError):
+            result["versions"][name] = version(name)
     if config.out is not None:
         with replacing(config.out) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastmae evaluate robustness
+
+
+def robustness(config: RobustnessConfig) -> int:
+    """Print and write a classifier's accuracy on each folder, and its error under each corruption."""
+    begun = time.monotonic()
+    if not config.images and config.corruptions is None:
+        raise UsageError("--images: expected folders of images, or --corruptions, got neither")
+    if config.reference is not None and config.corruptions is None:
+        raise UsageError("--reference: expected --corruptions with it, got none")
+    severities = corruption_folders(config.corruptions) if config.corruptions else {}
+    reference = read_reference(config.reference, list(severities)) if config.reference else None
+    model, info, options = _encoder(config.weights, config.encoding)
+    if not info.num_classes:
+        raise UsageError(f"WEIGHTS: expected a classifier, got {config.weights}, which has no head; fine-tune it first")
+    trained = info.config.get("data", {}).get("path")
+    if config.classes is None and trained is None:
+        raise UsageError("--classes: expected a file of names or the training folder, since the weights do not say")
+    names = read_class_names(config.classes or Path(trained))
+    if len(names) != info.num_classes:
+        raise UsageError(f"--classes: expected {info.num_classes} names, one per output, got {len(names)}")
+
+    def accuracy(folder: Path, **changed: Any) -> dict[str, Any]:
+        images = number_classes(choose_labelled(_open(folder, info), sys.maxsize // 8), names)
+        advance = _bar(f"Classifying {folder}", len(images.labels), options)
+        return classify(model, images, **options | changed, on_batch=advance)
+
+    result: dict[str, Any] = {"protocol": "robustness", "sets": {}, "corruptions": {}}
+    for folder in config.images:
+        found = result["sets"][str(folder)] = accuracy(folder)
+        among = f"; {found['top1_all_classes']:.2%} among all {info.num_classes}"
+        print(f"{folder}: top-1 {found['top1']:.2%} of {found['images']:,} images, {found['classes']} classes{among}")
+    for name, folders in severities.items():
+        errors = [1 - accuracy(folder, crop_ratio=1.0)["top1_all_classes"] for folder in folders]
+        result["corruptions"][name] = float(np.mean(errors))
+        print(f"{name}: error {result['corruptions'][name]:.2%}, mean of {len(folders)} severities")
+    if severities:
+        result["mean_error"] = float(np.mean(list(result["corruptions"].values())))
+        text = f"mean error {result['mean_error']:.2%} of {len(severities)} corruptions"
+        if reference:
+            result["mean_corruption_error"] = mean_corruption_error(result["corruptions"], reference)
+            text += f", mean corruption error {result['mean_corruption_error']:.1%} of the reference"
+        print(text)
+    write_result(result, config, time.monotonic() - begun)
+    return 0
 
 
 def labelled_images(config: LabelledConfig, info: WeightsInfo) -> tuple[LabelledImages, LabelledImages]:
