@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from io import BytesIO
 
@@ -31,12 +31,12 @@ from nvidia.dali.tensors import TensorCPU, TensorListCPU
 from PIL import Image
 from torch import Tensor
 
-from fastmae.data.batch import Plan, Planner, Source
+from fastmae.data.batch import LateBad, Plan, Planner, Source
 from fastmae.data.dataset import Dataset
-from fastmae.data.decode import UndecodableImage, crop_of
+from fastmae.data.decode import UndecodableImage
 from fastmae.data.errors import DataError
 from fastmae.data.formats import MODES, stored_size
-from fastmae.data.host import HostDecoder, split
+from fastmae.data.host import HostDecoder
 
 _COLORS = ("brightness", "contrast", "saturation", "hue")
 _NO_JITTER = (1.0, 1.0, 1.0, 0.0)
@@ -47,27 +47,37 @@ _CMYK = MODES.index("CMYK")
 logger = logging.getLogger(__name__)
 
 
-class DaliDecoder:
+class DaliDecoder(HostDecoder):
     """Decodes with DALI: on the CPU, or with nvJPEG where ``device`` is a GPU.
 
+    The host reads the files, finishes what DALI decodes on a CPU, and decodes what DALI cannot.
+
     Args:
-        planner: what the batches are made of.
-        host: reads the files, finishes what DALI decodes on a CPU, and decodes what DALI cannot.
+        planner, num_threads, known_bad, limit_bad: as for ``HostDecoder``.
         device: where the images are made.
         hw_decoder_load: with a GPU, the share of JPEG files for the hardware decoder, if there is one.
     """
 
     kind = "dali"
 
-    def __init__(self, planner: Planner, host: HostDecoder, device: torch.device, *, hw_decoder_load: float = 0.65):
-        self.device, self._host, self._dataset, self._batch_size = device, host, planner.dataset, planner.batch_size
-        self._on_gpu = device.type == "cuda"
+    def __init__(
+        self,
+        planner: Planner,
+        num_threads: int,
+        known_bad: Iterable[LateBad] = (),
+        *,
+        device: torch.device,
+        hw_decoder_load: float = 0.65,
+        limit_bad: bool = True,
+    ):
+        super().__init__(planner, num_threads, known_bad, limit_bad=limit_bad)
+        self.device, self._on_gpu = device, device.type == "cuda"
         self._hints = decoder_hints(planner.dataset, hw_decoder_load) if self._on_gpu else {}
         self._names = input_names(self._on_gpu, planner.augment.color_jitter > 0)
         self._idle: list[Pipeline] = []  # one for each batch in the making
         self._single: Pipeline | None = None
         self._asking = threading.Lock()
-        self._suspects = {late.sample_id for late in host.late_bad}
+        self._suspects = {late.sample_id for late in self.late_bad}
         self._failures = 0
 
     def describe(self) -> str:
@@ -113,14 +123,14 @@ class DaliDecoder:
             for j in numbers:
                 encoded[j] = self._read_one(plan.sources[j])
 
-        self._host.for_each(read, len(plan))
+        self.for_each(read, len(plan))
         return encoded
 
     def _read_one(self, source: Source) -> np.ndarray | None:
         if source.mode == _CMYK:
             return None
         try:
-            data = self._host.read(source)
+            data = self.read(source)
         except UndecodableImage:  # the host finds so, too
             return None
         return data if stored_size(data) == (source.height, source.width) else None
@@ -139,18 +149,16 @@ class DaliDecoder:
         if self._on_gpu:
             self._copy_from_gpu(crops, plan, encoded, images)
             return
-        outs = split(images)
 
-        def finish(numbers: range) -> None:
-            self._host.finish(plan, numbers, [crop(j) for j in numbers], outs)
+        def finish_some(numbers: range) -> None:
+            # DALI's own memory; at(j) would copy.
+            mine = {j: torch.from_numpy(np.asarray(crops[j])) for j in numbers if encoded[j] is not None}
+            self.finish(plan, mine, images)
+            for j in numbers:
+                if j not in mine:
+                    self.render(plan, j, images)
 
-        def crop(j: int) -> Tensor | None:
-            if encoded[j] is None:
-                return None
-            pixels = np.asarray(crops[j])  # DALI's own memory; at(j) would copy
-            return crop_of(torch.from_numpy(pixels), pixels.shape, (0, 0, *pixels.shape[:2]))
-
-        self._host.for_each(finish, len(plan))
+        self.for_each(finish_some, len(plan))
 
     def _copy_from_gpu(self, crops, plan: Plan, encoded: list[np.ndarray | None], images: Tensor) -> None:
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -166,21 +174,20 @@ class DaliDecoder:
 
     def _render(self, plan: Plan, left: list[int], images: Tensor) -> None:
         """Make some images of a batch on the host, and copy them where they belong."""
-        made = torch.empty(len(left), *images.shape[1:], dtype=torch.uint8)
-        outs = dict(zip(left, split(made), strict=True))
+        made = torch.empty_like(images, device="cpu")
 
-        def finish(numbers: range) -> None:
-            some = left[numbers.start : numbers.stop]
-            self._host.finish(plan, some, [None] * len(some), outs)
+        def render_some(numbers: range) -> None:
+            for number in numbers:
+                self.render(plan, left[number], made)
 
-        self._host.for_each(finish, len(left))
-        images[left] = made.to(self.device)
+        self.for_each(render_some, len(left))
+        images[left] = made[left].to(self.device)
 
     def _build(self) -> Pipeline:
         # It runs one batch at a time: the next one is under way in another thread, and in a pipeline of its own.
         device_id = self.device.index if self._on_gpu else None
         options = {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}
-        pipeline = Pipeline(self._batch_size, self._host.num_threads, device_id, **options)
+        pipeline = Pipeline(self.planner.batch_size, self.num_threads, device_id, **options)
         with pipeline:
             # DALI would copy the files while it holds the interpreter lock.
             inputs = {name: fn.external_source(name=name, no_copy=True) for name in self._names}
@@ -202,7 +209,7 @@ class DaliDecoder:
         with self._asking:
             new, self._suspects = found - self._suspects, self._suspects | found
         for sample_id in sorted(new):
-            logger.warning("%s: DALI refuses it, so the host decodes it", self._dataset.path(sample_id))
+            logger.warning("%s: DALI refuses it, so the host decodes it", self.dataset.path(sample_id))
         return bool(found)
 
     def _refuses(self, plan: Plan, j: int, encoded: np.ndarray) -> bool:
@@ -233,7 +240,7 @@ class DaliDecoder:
         if self._on_gpu:
             self._render(plan, list(range(len(plan))), images)
         else:
-            self._host.decode(plan, images)
+            super().decode(plan, images)
 
 
 def input_names(finished: bool, jitter: bool) -> list[str]:

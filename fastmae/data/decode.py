@@ -6,11 +6,13 @@ within 1 of DALI's). tifffile decodes TIFF, NumPy reads arrays.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from io import BytesIO
 
@@ -21,14 +23,11 @@ from torch import Tensor
 
 from fastmae.data.formats import DEFLATE, NPY_HEADER, PACKBITS, Format, detect_format, npy_header
 
-_resize = torch._C._nn._upsample_bicubic2d_aa
-"""What ``torch.nn.functional.interpolate`` calls; it writes into ``out``, in half the Python."""
-_MAX_INTERLEAVED = 4
-"""PyTorch's resize of uint8 is vectorised for up to this many interleaved channels; more are resized as planes."""
 _PADDING = 32 << 20
 """Bytes by which a TIFF's tiles may go beyond the image."""
 _PNG_BIT_DEPTH = 24
 """Position of the bit depth in a PNG file, whose header always comes first."""
+logger = logging.getLogger(__name__)
 _SOURCE_LINE = re.compile(r"^\w+, \S+:\d+, ")
 
 
@@ -234,6 +233,12 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels
 
 
+def interleaved(pixels: np.ndarray) -> Tensor:
+    """Pixels (height, width, C) as a contiguous tensor."""
+    # PyTorch has no tensors that cannot be written, and warns.
+    return torch.from_numpy(np.require(pixels, requirements=("C", "W")))
+
+
 def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray) -> None:
     """Write a crop, resized (bicubic, antialiased).
 
@@ -242,43 +247,82 @@ def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray) -> No
         pixels: uint8 (H, W, C), or float32 in [0, 1], any strides; what bicubic overshoots is clipped.
         box: top, left, height, width of the crop within ``pixels``.
     """
-    image, target = interleaved(pixels), torch.from_numpy(out)
-    resize_into(crop_of(target, target.shape, (0, 0, *target.shape[:2])), crop_of(image, image.shape, box.tolist()))
+    render_crops([interleaved(pixels)], [box.tolist()], [()], torch.from_numpy(out)[None], [0])
 
 
-def interleaved(pixels: np.ndarray) -> Tensor:
-    """Pixels (height, width, C) as a contiguous tensor."""
-    # PyTorch has no tensors that cannot be written, and warns.
-    return torch.from_numpy(np.require(pixels, requirements=("C", "W")))
-
-
-def crop_of(image: Tensor, shape: Sequence[int], box: Sequence[int]) -> Tensor:
-    """A crop (1, C, h, w) of an image whose memory is (height, width, C), as ``shape`` says.
-
-    One call for crop, axes and batch axis. The stride of that must be at least the image's: else PyTorch does not see
-    that channels come last, and resizes planes in twice the time.
-    """
-    top, left, height, width = box
-    rows, columns, channels = shape
-    row = columns * channels
-    return image.as_strided((1, channels, height, width), (rows * row, 1, row, channels), top * row + left * channels)
-
-
-def resize_into(out: Tensor, crop: Tensor) -> None:
-    """Resize (bicubic, antialiased).
+def render_crops(
+    images: list[Tensor], boxes: list[list[int]], mirrored: list[list[int]], batch: Tensor, rows: list[int]
+) -> None:
+    """Crop images, resize them (bicubic, antialiased) into rows of a batch, and mirror them.
 
     Args:
-        out: (1, C, H, W), interleaved, written.
-        crop: (1, C, h, w), interleaved: uint8, or float32 in [0, 1]; what bicubic overshoots is clipped.
+        images: (height, width, C) each, contiguous: uint8, or float32 in [0, 1]; what bicubic overshoots is clipped.
+        boxes: top, left, height, width of the crops.
+        mirrored: the axes of (1, C, H, W) along which to mirror.
+        batch: (N, H, W, C), written.
+        rows: of the batch, one for each image.
     """
-    shape = out.shape
-    if crop.shape == shape:
-        out.copy_(crop)
-    elif shape[1] <= _MAX_INTERLEAVED and crop.dtype == torch.uint8:
-        _resize(crop, shape[2:], False, None, out=out)
-    else:
-        planes = _resize(crop.transpose(0, 1).contiguous(), shape[2:], False, None)
-        out.copy_((planes if crop.dtype == torch.uint8 else planes.clamp_(0, 1)).transpose(0, 1))
+    for image, box, axes, row in zip(images, boxes, mirrored, rows):  # noqa: B905 - TorchScript has no strict
+        top, left, height, width = box
+        _, columns, channels = image.shape
+        # The stride of the first axis must be at least the image's: else PyTorch does not see that channels come last.
+        strides = [image.numel(), 1, columns * channels, channels]
+        crop = image.as_strided([1, channels, height, width], strides, (top * columns + left) * channels)
+        out = batch[row : row + 1].permute(0, 3, 1, 2)
+        if crop.shape == out.shape:
+            out.copy_(crop)
+        elif crop.dtype == torch.uint8 and channels <= 4:  # what PyTorch's resize vectorises, in half the time
+            torch.ops.aten._upsample_bicubic2d_aa(crop, out.shape[2:], False, None, None, out=out)
+        else:
+            planes = crop.transpose(0, 1).contiguous()
+            planes = torch.ops.aten._upsample_bicubic2d_aa(planes, out.shape[2:], False, None, None)
+            out.copy_((planes if crop.dtype == torch.uint8 else planes.clamp(0, 1)).transpose(0, 1))
+        if len(axes) > 0:
+            out.copy_(out.flip(axes))
+
+
+def render_photographs(
+    encoded: list[Tensor],
+    headers: list[tuple[bool, int, int]],
+    boxes: list[list[int]],
+    mirrored: list[list[int]],
+    batch: Tensor,
+    rows: list[int],
+) -> None:
+    """Decode JPEG and WebP files to RGB, one by one, and render their crops.
+
+    Args:
+        encoded: files, uint8 (bytes,).
+        webp: which of them are WebP.
+        headers: whether it is WebP, height and width.
+        boxes, mirrored, batch, rows: as for :func:`render_crops`.
+
+    Raises:
+        RuntimeError: one of them does not decode, or to another size.
+    """
+    for i, data in enumerate(encoded):
+        webp, height, width = headers[i]
+        image = torch.ops.image.decode_webp(data, 3) if webp else torch.ops.image.decode_jpeg(data, 3)
+        image = image.permute(1, 2, 0)  # contiguous
+        if list(image.shape) != [height, width, 3]:
+            raise RuntimeError("decodes to another size than its header said")
+        render_crops([image], boxes[i : i + 1], mirrored[i : i + 1], batch, rows[i : i + 1])
+
+
+@cache
+def compiled(render: Callable[..., None]) -> Callable[..., None]:
+    """``render_crops`` or ``render_photographs`` by TorchScript, which gives up the interpreter lock once for a call
+    and not for each of its operations; the function itself where TorchScript cannot, as in Python 3.14."""
+    if sys.version_info >= (3, 14):
+        return render
+    _torchvision_io()  # has the decoders
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")
+        try:
+            return torch.jit.script(render)
+        except (AttributeError, OSError, RuntimeError) as error:
+            logger.debug("TorchScript cannot compile %s: %s", render.__name__, error)
+            return render
 
 
 def center_box(height: int, width: int, img_size: tuple[int, int], ratio: float = 1.0) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A decoder thread holds the interpreter lock while it runs Python, so that all threads together make no more images per
 second than the Python per image allows. Everything that can be looked up for a whole batch is in its plan. What is left
-per image are a handful of calls that release the lock: open, read, decode, resize, mirror.
+per image is to read it; one call decodes, crops, resizes and mirrors several, without the lock.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -19,12 +18,12 @@ from torch import Tensor
 
 from fastmae.data.augment import jitter_into
 from fastmae.data.batch import LateBad, Plan, Planner, Source
-from fastmae.data.decode import UndecodableImage, crop_of, interleaved, resize_into
+from fastmae.data.decode import UndecodableImage, compiled, interleaved, render_crops, render_photographs
 from fastmae.data.formats import Format
 from fastmae.data.threads import Threads
 
-_AT_ONCE, _BYTES_AT_ONCE = 8, 16 << 20
-"""Most images that a thread takes at once, and most bytes of them."""
+_AT_ONCE, _BYTES_AT_ONCE = 16, 16 << 20
+"""Most images that a thread takes at once, and bytes of files after which it takes no more."""
 logger = logging.getLogger(__name__)
 
 
@@ -60,7 +59,8 @@ class HostDecoder:
         cache_bytes: each image is decoded once and kept, if all of them together take no more.
 
     Attributes:
-        kind: ``"torch"``.
+        kind: ``"torch"``, or ``"dali"`` for :class:`fastmae.data.dali.DaliDecoder`.
+        device: where the images are made.
         pool: the decoding threads.
         reading: the sample that each thread is reading or decoding, by thread.
     """
@@ -84,46 +84,66 @@ class HostDecoder:
         self._limit_bad, self._lock = limit_bad, threading.Lock()
         small = cache_bytes and self.dataset.decoded_bytes(cache_bytes) <= cache_bytes
         self._images: dict[int, Tensor] | None = {} if small else None
+        ordinary = self.dataset.channels == 3 and self.dataset.value_range is None and not small
+        self._photographs = (Format.JPEG, Format.WEBP) if ordinary else ()
+        self._render_crops, self._render_photographs = compiled(render_crops), compiled(render_photographs)
 
     def describe(self) -> str:
+        """For a log: how images are decoded."""
         return "torch loader"
 
     def close(self) -> None:
-        pass
+        """Free what the decoder holds; no thread is decoding any more."""
 
     def decode(self, plan: Plan, images: Tensor) -> None:
-        """Make the images of a plan: (N, H, W, C), written."""
-        outs = split(images)
+        """Make the images of a plan: (N, H, W, C) on ``device``, written. Several threads call this."""
+        self.for_each(lambda numbers: self._decode_some(plan, numbers, images), len(plan))
 
-        def decode_some(numbers: range) -> None:
-            crops = self._crops(plan.sources[numbers.start : numbers.stop])
-            self.finish(plan, numbers, crops, outs)
-
-        largest = max(source.height * source.width for source in plan.sources) * 3
-        self.for_each(decode_some, len(plan), _BYTES_AT_ONCE // largest)
-
-    def finish(
-        self,
-        plan: Plan,
-        numbers: Sequence[int],
-        crops: Sequence[Tensor | None],
-        outs: Sequence[Tensor] | Mapping[int, Tensor],
-    ) -> None:
-        """Resize some samples' crops (1, C, height, width) into ``outs[j]``; mirror them and change their colours as
-        planned. Samples without a crop are decoded one by one."""
-        for j, crop in zip(numbers, crops, strict=True):
-            if crop is None:
-                self.render(plan, j, outs[j])
-            else:
-                resize_into(outs[j], crop)
+    def _decode_some(self, plan: Plan, numbers: Iterable[int], images: Tensor) -> None:
+        encoded: dict[int, Tensor] = {}
+        size = 0
         for j in numbers:
-            if plan.mirrored[j]:
-                outs[j].copy_(outs[j].flip(plan.mirrored[j]))
-            if plan.jitter is not None:
-                jitter_into(outs[j][0].permute(1, 2, 0).numpy(), plan.jitter[j])
+            data = self._photograph(plan.sources[j])
+            if data is None:
+                self.render(plan, j, images)
+                continue
+            encoded[j] = data
+            size += len(data)
+            if size > _BYTES_AT_ONCE:
+                self._decode_photographs(plan, encoded, images)
+                encoded, size = {}, 0
+        self._decode_photographs(plan, encoded, images)
 
-    def render(self, plan: Plan, j: int, out: Tensor) -> None:
-        """Decode sample ``j`` of a plan and resize its crop into ``out`` (1, C, H, W); replace it if it is bad.
+    def _photograph(self, source: Source) -> Tensor | None:
+        """The encoded bytes of an ordinary photograph; None for all others, which ``render`` decodes."""
+        if source.orientation != 1 or source.format not in self._photographs or source.sample_id in self._late:
+            return None
+        try:
+            encoded = self.read(source)
+        except UndecodableImage:
+            return None
+        return torch.from_numpy(encoded if encoded.flags.writeable else encoded.copy())
+
+    def _decode_photographs(self, plan: Plan, encoded: dict[int, Tensor], images: Tensor) -> None:
+        sources = [plan.sources[j] for j in encoded]
+        headers = [(source.format == Format.WEBP, source.height, source.width) for source in sources]
+        boxes, mirrored = [source.box for source in sources], [plan.mirrored[j] for j in encoded]
+        try:
+            self._render_photographs([*encoded.values()], headers, boxes, mirrored, images, [*encoded])
+        except (RuntimeError, torch.jit.Error):  # of one that does not decode, not saying which
+            for j in encoded:
+                self.render(plan, j, images)
+        else:
+            self._jitter(plan, encoded, images)
+
+    def finish(self, plan: Plan, crops: dict[int, Tensor], images: Tensor) -> None:
+        """Resize the decoded crops (height, width, C) of some samples, mirror them and change their colours."""
+        boxes = [(0, 0, *crop.shape[:2]) for crop in crops.values()]
+        self._render_crops([*crops.values()], boxes, [plan.mirrored[j] for j in crops], images, [*crops])
+        self._jitter(plan, crops, images)
+
+    def render(self, plan: Plan, j: int, images: Tensor) -> None:
+        """Make ``images[j]`` of a plan; replace it if it is bad.
 
         Which one takes its place depends on the files alone: one known to be bad is not tried again, and would fail
         again.
@@ -141,7 +161,13 @@ class HostDecoder:
             self._record(late._replace(position=int(plan.positions[j])))
             excluded.add(source.sample_id)
             source = self.planner.replace(plan, j, excluded)
-        resize_into(out, crop_of(image, image.shape, source.box))
+        self._render_crops([image], [source.box], [plan.mirrored[j]], images, [j])
+        self._jitter(plan, [j], images)
+
+    def _jitter(self, plan: Plan, numbers: Iterable[int], images: Tensor) -> None:
+        if plan.jitter is not None:
+            for j in numbers:
+                jitter_into(images[j].numpy(), plan.jitter[j])
 
     def image(self, source: Source) -> Tensor:
         """The upright pixels of a source: (height, width, C) of the data set's dtype, contiguous."""
@@ -160,50 +186,6 @@ class HostDecoder:
         """The encoded bytes of a source: uint8 (bytes,)."""
         self.reading[threading.get_ident()] = source.sample_id
         return self.dataset.storage.read(source.file, source.offset, source.size, source.sample_id)
-
-    def _crops(self, sources: Sequence[Source]) -> list[Tensor | None]:
-        """The crops of ordinary photographs; None for all others, and for those that do not decode.
-
-        One stage after the other for all of them: behind a decoder the interpreter's code and data have left the
-        processor's caches, and the same Python takes several times as long.
-        """
-        if self._images is not None:
-            return [None] * len(sources)
-        encoded = [self._photograph(source) for source in sources]
-        images = [
-            None if data is None else self._decoded(data, source) for data, source in zip(encoded, sources, strict=True)
-        ]
-        return [
-            None if image is None else crop_of(image, (source.height, source.width, 3), source.box)
-            for image, source in zip(images, sources, strict=True)
-        ]
-
-    def _photograph(self, source: Source) -> Tensor | None:
-        if source.orientation != 1 or source.format not in self._decoders:
-            return None
-        try:
-            encoded = self.read(source)
-        except UndecodableImage:
-            return None
-        return torch.from_numpy(encoded if encoded.flags.writeable else encoded.copy())
-
-    def _decoded(self, encoded: Tensor, source: Source) -> Tensor | None:
-        try:
-            image = self._decoders[source.format](encoded, self._rgb)
-        except RuntimeError:
-            return None
-        return image if image.shape == (3, source.height, source.width) else None
-
-    @cached_property
-    def _decoders(self) -> dict[int, Callable[..., Tensor]]:
-        if self.dataset.channels != 3 or self.dataset.value_range is not None:
-            return {}
-        from torchvision.io import ImageReadMode
-
-        self._rgb = ImageReadMode.RGB.value
-        # Their images are (3, height, width), interleaved. torchvision's public functions take 7 us more.
-        image = torch.ops.image
-        return {Format.JPEG: image.decode_jpeg.default, Format.WEBP: image.decode_webp.default}
 
     @property
     def late_bad(self) -> list[LateBad]:
@@ -226,10 +208,10 @@ class HostDecoder:
         if self._limit_bad:
             self.dataset.check_bad_fraction({late.sample_id: late.reason for late in self.late_bad})
 
-    def for_each(self, action: Callable[[range], object], count: int, most: int = _AT_ONCE) -> None:
-        """Run ``action(numbers)`` for at most ``most`` of ``0..count-1`` at a time, on the decoding threads. Each takes
-        the next ones when it is done with some, so that large images hold up no others."""
-        size = max(1, min(_AT_ONCE, most, count // (2 * self.num_threads)))
+    def for_each(self, action: Callable[[range], object], count: int) -> None:
+        """Run ``action(numbers)`` for a few of ``0..count-1`` at a time, on the decoding threads. Each takes the next
+        ones when it is done with some, so that large images hold up no others."""
+        size = max(1, min(_AT_ONCE, count // (2 * self.num_threads)))
         parts = deque(range(start, min(start + size, count)) for start in range(0, count, size))
 
         def work() -> None:
@@ -249,8 +231,3 @@ class HostDecoder:
         tasks = [self.pool.submit(work) for _ in range(min(len(parts), self.num_threads))]
         for task in tasks:
             task.result()
-
-
-def split(images: Tensor) -> Sequence[Tensor]:
-    """The images of a batch (N, H, W, C), as (1, C, H, W) each."""
-    return images.permute(0, 3, 1, 2).split(1)

@@ -7,10 +7,9 @@ import os
 import weakref
 from collections import deque
 from concurrent.futures import Future
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
 
 from fastmae.data.batch import Batch, LateBad, Plan, Planner
 from fastmae.data.dataset import BadFile
@@ -86,27 +85,6 @@ def physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-class Decoder(Protocol):
-    """Makes the images of a plan; called from several threads.
-
-    Attributes:
-        kind: ``"torch"`` or ``"dali"``.
-        device: where it makes them.
-    """
-
-    kind: str
-    device: torch.device
-
-    def decode(self, plan: Plan, images: Tensor) -> None:
-        """Make the images of a plan: (N, H, W, C) on ``device``, written."""
-
-    def describe(self) -> str:
-        """For a log: how images are decoded."""
-
-    def close(self) -> None:
-        """Free what the decoder holds; no thread is decoding any more."""
-
-
 class Loader:
     """An endless iterator of batches, made ahead in background threads.
 
@@ -115,8 +93,7 @@ class Loader:
 
     Args:
         planner: what the batches are made of.
-        decoder: makes the images; ``kind`` is its kind.
-        host: has the decoding threads, and replaces bad files; often the decoder itself.
+        decoder: makes the images.
         device: where batches are handed out.
         options: what to use of the machine.
         timeout: seconds without a batch after which ``next`` raises.
@@ -125,8 +102,7 @@ class Loader:
     def __init__(
         self,
         planner: Planner,
-        decoder: Decoder,
-        host: HostDecoder,
+        decoder: HostDecoder,
         *,
         device: torch.device,
         options: LoaderOptions,
@@ -134,14 +110,14 @@ class Loader:
     ):
         self.planner, self.options, self.timeout, self.device = planner, options, timeout, device
         self.dataset, self.batch_size, self.kind = planner.dataset, planner.batch_size, decoder.kind
-        self._decoder, self._host = decoder, host
+        self._decoder = decoder
         on_gpu = device.type == "cuda"
         self._upload = Upload(device) if on_gpu else None
         self._producers = Threads(PRODUCERS, "fastmae-batch", (lambda: _use_gpu(device)) if on_gpu else None)
         self._pending: deque[Future[Batch]] = deque()
         self._next_step = 0
         self._error: BaseException | None = None
-        self._finalizer = weakref.finalize(self, _shut_down, self._producers, host.pool, self._upload)
+        self._finalizer = weakref.finalize(self, _shut_down, self._producers, decoder.pool, self._upload)
 
     def describe(self) -> str:
         """For a log: how images are decoded, and what is used of the machine."""
@@ -197,7 +173,7 @@ class Loader:
         self._next_step += 1
 
     def _late_batch(self) -> DataError:
-        reading = sorted(set(self._host.reading.copy().values()))
+        reading = sorted(set(self._decoder.reading.copy().values()))
         paths = "".join(f"\n  {self.dataset.path(i)}" for i in reading[:5]) or " none"
         return DataError(
             f"{self.dataset.root}: no batch came within {self.timeout:g} s. Files being read or decoded:{paths}\n"
@@ -222,7 +198,7 @@ class Loader:
         """Stop the background threads; one that waits for a file is left behind. Closing twice does no harm."""
         self._finalizer()
         self._pending.clear()
-        if join([self._producers, self._host.pool]):
+        if join([self._producers, self._decoder.pool]):
             self._decoder.close()
         else:
             logger.warning("%s: a thread still waits for a file; it is left behind", self.dataset.root)
@@ -240,7 +216,7 @@ class Loader:
         They are for reports and for the limit on bad files. Batches do not depend on them, so that a loader started
         anywhere in the run gives what one that ran all along does.
         """
-        return self._host.late_bad
+        return self._decoder.late_bad
 
     @property
     def bad_files(self) -> list[BadFile]:

@@ -272,13 +272,14 @@ def create_loader(
     planner = Planner(dataset, *order, augment, samples_per_step)
     batch_bytes = batch_size * math.prod(planner.size(0)) * dataset.channels * dataset.dtype.itemsize
     machine = choose_options(device, batch_bytes, world_size=world_size, num_threads=num_threads, prefetch=prefetch)
-    cached = cache_bytes if kind == "torch" else 0
-    host = decoder = HostDecoder(planner, machine.num_threads, known_bad, limit_bad=limit_bad, cache_bytes=cached)
     if kind == "dali":
         from fastmae.data.dali import DaliDecoder
 
-        decoder = DaliDecoder(planner, host, device, hw_decoder_load=hw_decoder_load)
-    return Loader(planner, decoder, host, device=device, options=machine, timeout=timeout)
+        special = {"device": device, "hw_decoder_load": hw_decoder_load}
+        decoder = DaliDecoder(planner, machine.num_threads, known_bad, limit_bad=limit_bad, **special)
+    else:
+        decoder = HostDecoder(planner, machine.num_threads, known_bad, limit_bad=limit_bad, cache_bytes=cache_bytes)
+    return Loader(planner, decoder, device=device, options=machine, timeout=timeout)
 
 
 def fixed_crops(

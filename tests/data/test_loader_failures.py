@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from loading import KINDS, OPTIONS, assert_equal, needs_dali, picture_bytes, png, refused_by_dali_alone, take
+from loading import (
+    KINDS,
+    OPTIONS,
+    assert_equal,
+    image_file,
+    needs_dali,
+    picture_bytes,
+    png,
+    refused_by_dali_alone,
+    smooth,
+    take,
+)
 
 from fastmae.data import Augment, DataError, Dataset, choose_loader, create_loader, open_dataset
 
@@ -37,6 +48,27 @@ def test_a_file_found_bad_late_is_replaced(spoilt, kind):
     # A new loader does not know yet what is bad, and both loaders replace alike.
     assert_equal(take(spoilt, kind, 5, position=15, num_threads=3), batches[3:])
     assert_equal(take(spoilt, "torch", 8), batches)
+
+
+def test_photographs_found_bad_late_spoil_none_of_those_decoded_with_them(tmp_path):
+    for i in range(8):
+        (tmp_path / f"{i}.jpg").write_bytes(picture_bytes(i))
+    dataset = open_dataset(tmp_path, max_bad_fraction=0.5, cache_dir=tmp_path / ".cache")
+    options = {"batch_size": 8, "num_threads": 1, "cache_bytes": 0}
+    before = take(dataset, "torch", 3, **options)
+    whole, smaller = picture_bytes(2), image_file("JPEG", smooth(32, 32, 5))
+    (tmp_path / "2.jpg").write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\xff"))
+    (tmp_path / "5.jpg").write_bytes(smaller.ljust(len(picture_bytes(5)), b"\0"))
+    with create_loader(dataset, loader="torch", **OPTIONS | options) as loader:
+        after = [next(loader) for _ in range(3)]
+        reasons = {Path(path).name: reason for path, reason in loader.bad_files}
+    assert list(reasons) == ["2.jpg", "5.jpg"]
+    assert "does not decode" in reasons["2.jpg"]
+    assert "decodes to (32, 32), its header said (64, 64)" in reasons["5.jpg"]
+    for ours, earlier in zip(after, before, strict=True):
+        good = ~torch.isin(ours.sample_ids, torch.tensor([2, 5]))
+        assert torch.equal(ours.images[good], earlier.images[good])
+        assert not torch.equal(ours.images, earlier.images)
 
 
 @needs_dali

@@ -77,21 +77,20 @@ def test_the_loader_works_ahead_while_the_consumer_does_not_ask(dataset, kind, p
 def test_memory_is_bounded(dataset, kind, monkeypatch):
     """Counted: batches whose memory is alive at once, over many steps; and what the process holds."""
     alive: set[int] = set()
-    most, number, split = 0, 0, host_module.split
+    most = number = 0
 
-    def counted(images):
+    def counted(plan, images):
         nonlocal most, number
         number += 1
         alive.add(number)
         weakref.finalize(images.untyped_storage(), alive.discard, number)
         most = max(most, len(alive))
-        return split(images)
+        decode(plan, images)
 
-    monkeypatch.setattr(host_module, "split", counted)
-    if kind == "dali":
-        monkeypatch.setattr("fastmae.data.dali.split", counted)
     options = {"batch_size": 4, "img_size": (224, 224), "seed": 0, "prefetch": 2, "cache_bytes": 0}
     with create_loader(dataset, loader=kind, **options) as loader:
+        decode = loader._decoder.decode
+        monkeypatch.setattr(loader._decoder, "decode", counted)
         for _ in range(30):
             next(loader)
         gc.collect()
@@ -105,24 +104,20 @@ def test_memory_is_bounded(dataset, kind, monkeypatch):
     assert grown < 170e6, "300 batches are 180 MB; pools of DALI and the allocator take up to 100"
 
 
-def test_a_thread_holds_no_more_than_one_large_image(dataset, monkeypatch):
-    held, most, decoded = weakref.WeakSet(), 0, host_module.HostDecoder._decoded
-
-    def counted(self, *args):
-        nonlocal most
-        image = decoded(self, *args)
-        held.add(image.untyped_storage())
-        most = max(most, len(held))
-        return image
-
-    monkeypatch.setattr(host_module.HostDecoder, "_decoded", counted)
+def test_a_thread_holds_few_files_if_they_are_large(dataset, monkeypatch):
+    held, decode = [], host_module.HostDecoder._decode_photographs
+    monkeypatch.setattr(
+        host_module.HostDecoder,
+        "_decode_photographs",
+        lambda self, plan, encoded, images: (held.append(len(encoded)), decode(self, plan, encoded, images)),
+    )
     options = {"batch_size": 22, "num_threads": 1, "cache_bytes": 0}
     small = take(dataset, "torch", 2, **options)
-    assert most > 2
-    monkeypatch.setattr(host_module, "_BYTES_AT_ONCE", 1 << 14)
-    most = 0
+    assert max(held) > 2
+    monkeypatch.setattr(host_module, "_BYTES_AT_ONCE", 0)
+    held.clear()
     assert_equal(take(dataset, "torch", 2, **options), small)
-    assert most == 1
+    assert max(held) == 1
 
 
 def resident_bytes() -> int:
@@ -162,7 +157,7 @@ def test_only_decoding_threads_lose_their_openmp_teams(dataset):
     try:
         with create_loader(dataset, loader="torch", num_threads=2, **OPTIONS) as loader:
             next(loader)
-            pool, found = loader._host.pool, threading.Barrier(2)
+            pool, found = loader._decoder.pool, threading.Barrier(2)
             counts = [pool.submit(lambda: (found.wait(20), torch.get_num_threads())[1]) for _ in range(2)]
             assert [count.result(20) for count in counts] == [1, 1]
             later = Threads(1, "fastmae-test")

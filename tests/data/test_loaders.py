@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from loading import KINDS, OPTIONS, assert_equal, needs_dali, smooth, take
 from PIL import Image, ImageOps
 
-from fastmae.data import Augment, DataError, choose_loader, create_loader, crop_boxes, flips, open_dataset
+from fastmae.data import Augment, DataError, choose_loader, create_loader, crop_boxes, flips, host, open_dataset
 from fastmae.data.augment import jitter_factors, jitter_into
+from fastmae.data.decode import compiled, render_photographs
 from fastmae.data.shards import write_shards
 
 
@@ -62,6 +65,15 @@ def test_batch_size_and_threads_do_not_matter(mixed, kind):
     large = take(mixed, kind, 2, batch_size=6, num_threads=5)
     for i, tensor in enumerate(zip(*large, strict=True)):
         assert torch.equal(torch.cat(tensor), torch.cat([batch[i] for batch in small]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torchscript_changes_no_pixel(mixed, kind, monkeypatch):
+    if sys.version_info < (3, 14):
+        assert isinstance(compiled(render_photographs), torch.jit.ScriptFunction)
+    scripted = take(mixed, kind, 9, cache_bytes=0)
+    monkeypatch.setattr(host, "compiled", lambda render: render)
+    assert_equal(take(mixed, kind, 9, cache_bytes=0), scripted)
 
 
 def test_images_that_fit_are_decoded_once(mixed, monkeypatch):
