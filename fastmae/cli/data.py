@@ -8,8 +8,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, fields, replace
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ EXIT_TOO_MANY_BAD, EXIT_INTERRUPTED = 1, 130
 _LISTED = 20
 _SECONDS_BETWEEN_LINES = 60.0
 """In the log of a batch job, which cannot show a bar."""
-_QUANTILE_NAMES = ["min", "5 %", "25 %", "median", "75 %", "95 %", "max"]
+_QUANTILE_NAMES = ("min", "5 %", "25 %", "median", "75 %", "95 %", "max")
 
 
 def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
@@ -45,10 +45,13 @@ def run(command: ShardConfig | IndexConfig | VerifyConfig | StatsConfig) -> int:
     workers = command.images.num_workers
     if workers is not None and workers < 1:
         raise UsageError(f"--num-workers: expected at least 1, got {workers}")
+    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems send it: as Ctrl-C
     try:
         return commands[type(command)](command, console)
     except DataError as error:  # the data room's errors name flags of ``fastmae pretrain``; here they are shorter
         raise UsageError(str(error).replace("--data.", "--").replace("--model.in-chans", "--channels")) from error
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def shard(config: ShardConfig, console: Console) -> int:
@@ -60,13 +63,13 @@ def shard(config: ShardConfig, console: Console) -> int:
     number, _, count = config.part.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
         raise UsageError(f"--part: expected i/n with 1 <= i <= n, such as 2/4, got {config.part}")
-    part = int(number), int(count)
+    part, workers = (int(number), int(count)), config.images.num_workers
     with usage_errors():
         options = ShardOptions(**{field.name: getattr(config, field.name) for field in fields(ShardOptions)})
     dataset = _open(config.path, config.images, config.max_bad_fraction)
-    total, workers = (len(dataset) - len(dataset.bad_ids)) // part[1], config.images.num_workers
     try:
-        with _terminable(), _counted_warnings(), _progress("Packing", total) as advance:
+        total = (len(dataset) - len(dataset.bad_ids)) // part[1]
+        with _counted_warnings(), _progress("Packing", total) as advance:
             packed = write_shards(dataset, config.out, options, part=part, num_workers=workers, progress=advance)
     except KeyboardInterrupt:
         console.print(f"Complete shards stay in {config.out}; the same command resumes from there", style="bold")
@@ -85,26 +88,22 @@ def shard(config: ShardConfig, console: Console) -> int:
 
 def index(config: IndexConfig, console: Console) -> int:
     """``fastmae data index``."""
-    images, path = config.images, config.path.expanduser()
-    with usage_errors():
-        accepts = check_accepts(images.channels, images.value_range, images.channels_first, images.max_pixels)
-    home = images.index and images.index.expanduser()
+    images, path, workers = config.images, config.path.expanduser(), config.images.num_workers
     try:
-        with usage_errors(), _terminable():
+        with usage_errors():
+            accepts = check_accepts(images.channels, images.value_range, images.channels_first, images.max_pixels)
             with _progress("Listing", None) as advance:
-                source = source_at(path, images.num_workers, advance)
+                source = source_at(path, workers, advance)
             if isinstance(source, ShardSource):
-                paths = [source.root / name for name in source.shards]
+                paths, written = [source.root / name for name in source.shards], 0
                 with _progress("Indexing shards", len(paths)) as advance:
-                    written = 0
-                    for new in in_processes(index_shard, paths, images.num_workers, alone=1):
+                    for new in in_processes(index_shard, paths, workers, alone=1):
                         written += new
                         advance(1)
-                console.print(
-                    f"{written:,} indexes written beside {len(paths):,} shards, {len(paths) - written:,} were there"
-                )
+                there = f"{len(paths) - written:,} were there"
+                console.print(f"{written:,} indexes written beside {len(paths):,} shards, {there}")
             with _progress("Reading headers", len(source)) as advance:
-                options = {"home": home, "workers": images.num_workers, "progress": advance}
+                options = {"home": images.index and images.index.expanduser(), "workers": workers, "progress": advance}
                 published = publish_index(source, path, accepts, verify=True, **options)
     except KeyboardInterrupt:
         console.print("Interrupted; the same command continues from there", style="bold")
@@ -112,7 +111,7 @@ def index(config: IndexConfig, console: Console) -> int:
     dataset = _open(path, replace(images, index=published.folder))
     console.print(
         f"{len(dataset):,} images, {len(dataset.bad_ids):,} of them unusable, {len(dataset.classes):,} named classes\n"
-        f"Hash:  {dataset.hash}\nIndex: {dataset.index.folder or 'not cached'}"
+        f"Hash:  {dataset.hash}\nIndex: {published.folder or 'not cached'}"
     )
     return 0
 
@@ -126,17 +125,16 @@ def verify(config: VerifyConfig, console: Console) -> int:
     total = len(dataset) - config.start - int((dataset.bad_ids >= config.start).sum())
     interrupted, stored = False, dataset.index.keeps_verdicts
     with usage_errors():
-        file = config.out.open("w") if config.out else nullcontext()
-    with file as out:
+        file = open(config.out or os.devnull, "w")  # noqa: PTH123, SIM115
 
-        def note(path: str, reason: str, bad: bool = True) -> None:
-            if out is not None:
-                print(json.dumps({"path": path, "bad": bad, "reason": reason}), file=out, flush=True)
+    def note(path: str, reason: str, bad: bool = True) -> None:
+        print(json.dumps({"path": path, "bad": bad, "reason": reason}), file=file, flush=True)
 
+    with file:
         for bad in dataset.bad:
             note(*bad)
         try:
-            with _terminable(), decoder_warnings() as take_warnings, _progress("Decoding", total) as advance:
+            with decoder_warnings() as take_warnings, _progress("Decoding", total) as advance:
                 options = {"num_threads": config.images.num_workers, "take_warnings": take_warnings}
                 for verdict in verify_images(dataset, start=config.start, **options):
                     checked, next_id = checked + 1, verdict.sample_id + 1
@@ -144,12 +142,11 @@ def verify(config: VerifyConfig, console: Console) -> int:
                         is_bad = config.strict or verdict.reason is not None
                         (found if is_bad else damaged)[verdict.sample_id] = reason
                         note(dataset.path(verdict.sample_id), reason, is_bad)
-                    advance(1, verdict.size)
+                    advance(1)
         except KeyboardInterrupt:
             interrupted = True
         finally:  # however the verification ends, the index keeps its verdicts
-            if found:
-                dataset.mark_bad(found)
+            dataset.mark_bad(found)
     for title, reasons in (("", found), ("decode in spite of damage; --strict counts them as bad:", damaged)):
         if title and reasons:
             console.print(f"Images that {title}")
@@ -173,13 +170,11 @@ def verify(config: VerifyConfig, console: Console) -> int:
 
 def stats(config: StatsConfig, console: Console) -> int:
     """``fastmae data stats``."""
-    if config.sample < 0:
-        raise UsageError(f"--sample: expected at least 0, got {config.sample}")
-    dataset = _open_with_range(config)
+    drawn = {"sample": config.sample, "seed": config.seed, "num_threads": config.images.num_workers}
+    dataset = _open_with_range(config.path, config.images, drawn)
     sampled = min(config.sample, len(dataset) - len(dataset.bad_ids))
-    with _counted_warnings(), _progress("Decoding a sample", sampled) as advance:
-        options = {"sample": config.sample, "seed": config.seed, "num_threads": config.images.num_workers}
-        statistics = measure(dataset, progress=advance, **options)
+    with usage_errors({"sample": "--sample"}), _counted_warnings(), _progress("Decoding a sample", sampled) as advance:
+        statistics = measure(dataset, progress=advance, **drawn)
     flags = pretrain_flags(statistics, dataset)
     if config.json:
         values = {"path": str(dataset.root), "hash": dataset.hash, **asdict(statistics)}
@@ -195,20 +190,18 @@ def stats(config: StatsConfig, console: Console) -> int:
     return 0
 
 
-def _open_with_range(config: StatsConfig) -> Dataset:
+def _open_with_range(path: Path, images: ImagesConfig, drawn: dict[str, int | None]) -> Dataset:
     """The data set, with a suggested value range if most images need one and none is given."""
-    images = config.images
     try:
-        dataset = _open(config.path, images)
+        dataset = _open(path, images)
         need = sum("--data.value-range" in reason for reason in dataset.index.bad.values())
         if images.value_range is not None or (2 * need < len(dataset) and not dataset.index.modes <= {"I", "I;16"}):
             return dataset
     except DataError as error:
         if "--data.value-range" not in str(error):
             raise
-    dataset = _open(config.path, replace(images, value_range=(0.0, 1.0)))  # any range, since its values are not used
-    found = suggest_range(dataset, sample=config.sample, seed=config.seed, num_threads=images.num_workers)
-    return _open(config.path, replace(images, value_range=found or None))
+    dataset = _open(path, replace(images, value_range=(0.0, 1.0)))  # any range, since its values are not used
+    return _open(path, replace(images, value_range=suggest_range(dataset, **drawn) or None))
 
 
 def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
@@ -231,7 +224,7 @@ def pretrain_flags(statistics: Statistics, dataset: Dataset) -> str:
 
 
 def _print_statistics(found: Statistics, name: str, console: Console) -> None:
-    def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    def print_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         table = Table(*header)
         for column in table.columns[1:]:
             column.justify = "right"
@@ -264,42 +257,27 @@ def _print_statistics(found: Statistics, name: str, console: Console) -> None:
 
 
 def _open(path: Path, images: ImagesConfig, max_bad_fraction: float = 1.0) -> Dataset:
-    names = ("channels", "value_range", "channels_first", "max_pixels", "index")
+    options = {name: value for name, value in vars(images).items() if name != "num_workers"}
     with usage_errors():
-        options = {name: getattr(images, name) for name in names}
         return open_dataset(path, max_bad_fraction=max_bad_fraction, **options)
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Treat SIGTERM, which batch systems send, like Ctrl-C."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _progress(title: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; the yielded function advances it by a number of images and of bytes."""
-    size, console = TextColumn("{task.fields[size]}"), Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), size, TimeRemainingColumn())
+    """A bar on stderr, or lines in a log; the yielded function advances it by a number of images."""
+    console, said = Console(stderr=True), time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as bar:
-        task, images_done, bytes_done, said = bar.add_task(title, total=total, size=""), 0, 0, time.monotonic()
+        number = bar.add_task(title, total=total)
+        [task] = bar.tasks
 
-        def advance(images: int, size: int = 0) -> None:
-            nonlocal images_done, bytes_done, said
-            images_done, bytes_done = images_done + images, bytes_done + size
-            bar.update(task, advance=images, size=f"{bytes_done / 1e6:,.0f} MB" if bytes_done else "")
+        def advance(images: int, _bytes: int = 0) -> None:
+            nonlocal said
+            bar.advance(number, images)
             if not console.is_terminal and time.monotonic() >= said + _SECONDS_BETWEEN_LINES:
                 said = time.monotonic()
                 of = "" if total is None else f" of {total:,}"
-                print(f"{title}: {images_done:,}{of}", file=sys.stderr)
+                print(f"{title}: {task.completed:,}{of}", file=sys.stderr)
 
         yield advance
 
@@ -312,13 +290,14 @@ def decoder_warnings() -> Iterator[Callable[[], list[str]]]:
     to stderr. Only one thread at a time may use this. If an exception leaves the context, lines that were not taken are
     printed.
     """
-    python, real, at = sys.stderr, os.dup(2), 0
-    python.flush()
+    real = os.dup(2)
+    sys.stderr.flush()
     try:
-        redirected = python.fileno() != 2
+        is_real = sys.stderr.fileno() == 2
     except (OSError, AttributeError):  # not a file, as in a notebook
-        redirected = True
+        is_real = False
     with tempfile.TemporaryFile() as file, open(real, "w", buffering=1, errors="backslashreplace") as stderr:  # noqa: PTH123
+        at = 0
 
         def take() -> list[str]:
             nonlocal at
@@ -326,16 +305,14 @@ def decoder_warnings() -> Iterator[Callable[[], list[str]]]:
             at += len(text)
             return text.decode(errors="replace").splitlines()
 
-        if not redirected:
-            sys.stderr = stderr
         os.dup2(file.fileno(), 2)
         try:
-            yield take
+            with redirect_stderr(stderr) if is_real else nullcontext():
+                yield take
         except BaseException:
             stderr.writelines(f"{line}\n" for line in take())
             raise
         finally:
-            sys.stderr = python
             os.dup2(real, 2)
 
 
