@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import UserList
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -115,8 +116,7 @@ def test_bad_files_are_found_and_numbered_with_the_others(folder, cache):
         assert [bad.path for bad in dataset.bad] == [str(folder / name) for name in sorted(BAD)]
         assert all(BAD[Path(bad.path).name][1] in bad.reason for bad in dataset.bad)
         assert [dataset.path(int(i)) for i in dataset.bad_ids] == [bad.path for bad in dataset.bad]
-        assert np.array_equal(np.flatnonzero(dataset.is_bad(ids)), dataset.bad_ids)
-        assert np.array_equal(dataset.is_bad(ids), dataset.rows(ids)["bad"] != 0)
+        assert np.flatnonzero(dataset.is_bad(ids)).tolist() == dataset.bad_ids.tolist() == [3, 4, 5]
     with pytest.raises(DataError, match=r"(?s)3 of 6 images.*text.png.*--data.max-bad-fraction"):
         open_dataset(folder, max_bad_fraction=0.4, cache_dir=cache)
 
@@ -139,48 +139,55 @@ def test_files_that_vanish_or_are_replaced_between_listing_and_reading_are_named
     assert (row["height"], row["width"], row["size"]) == (50, 60, (folder / "3.jpg").stat().st_size)
 
 
-def test_unusable_folders_are_clear_errors(tmp_path, cache):
-    (tmp_path / "a.jpg").write_bytes(JPEG)
-    for name in ("empty", "text", "bad"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "text" / "readme.txt").write_text("hello")
-    (tmp_path / "bad" / "empty.jpg").touch()
-    for name, message in {
-        "missing": "no such folder or file",
-        "a.jpg": "is a file",
-        "empty": "no image",
-        "text": "no image",
-        "bad": "(?s)only 1 unusable.*empty file",
-    }.items():
-        with pytest.raises(DataError, match=message) as caught:
-            open_dataset(tmp_path / name, cache_dir=cache)
-        assert str(tmp_path / name) in str(caught.value)
-        assert "expected a folder" in str(caught.value)
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing", None, "no such folder or file"),
+        ("a.jpg", JPEG, "is a file"),
+        ("empty", {}, "no image"),
+        ("text", {"readme.txt": b"hello"}, "no image"),
+        ("bad", {"empty.jpg": b""}, "(?s)only 1 unusable.*empty file"),
+    ],
+)
+def test_what_holds_no_images_is_a_clear_error(tmp_path, cache, name, content, message):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        path.mkdir()
+        for file, data in content.items():
+            (path / file).write_bytes(data)
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset(path, cache_dir=cache)
+    assert str(path) in str(caught.value)
+    assert "expected a folder" in str(caught.value)
 
 
-def test_options_out_of_range(folder, cache):
-    refused = {
-        "max_bad_fraction": [1.5],
-        "channels": [0],
-        "max_pixels": [0, 1 << 30],
-        "value_range": [(2, 1), (0, 1, 2), (0, 1, 0, 1), (0, float("inf"))],
-    }
-    for option, values in refused.items():
-        for value in values:
-            with pytest.raises(ValueError, match=option):
-                open_dataset(folder, cache_dir=cache, **{option: value})
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("max_bad_fraction", 1.5), ("channels", 0), ("max_pixels", 0), ("max_pixels", 1 << 30)),
+        *(("value_range", value) for value in [(2, 1), (0, 1, 2), (0, 1, 0, 1), (0, float("inf"))]),
+    ],
+)
+def test_options_out_of_range(folder, cache, option, value):
+    with pytest.raises(ValueError, match=option):
+        open_dataset(folder, cache_dir=cache, **{option: value})
 
 
-def test_labels_of_a_list_are_numbers_or_names(tmp_path, cache):
-    (tmp_path / "a.jpg").write_bytes(JPEG)
-    for labels, classes, expected in [
+@pytest.mark.parametrize(
+    ("labels", "classes", "expected"),
+    [
         (["3", "", "0"], [], [3, -1, 0]),
         (["cat", "10", ""], ["10", "cat"], [1, 0, -1]),
         (["4294967296", "1", ""], ["1", "4294967296"], [1, 0, -1]),  # more than a row holds
-    ]:
-        (tmp_path / "list.txt").write_text("".join(f"a.jpg\t{label}\n" for label in labels))
-        dataset = open_dataset(tmp_path / "list.txt", cache_dir=cache)
-        assert (dataset.classes, dataset.labels(np.arange(3)).tolist()) == (classes, expected)
+    ],
+)
+def test_labels_of_a_list_are_numbers_or_names(tmp_path, cache, labels, classes, expected):
+    (tmp_path / "a.jpg").write_bytes(JPEG)
+    (tmp_path / "list.txt").write_text("".join(f"a.jpg\t{label}\n" for label in labels))
+    dataset = open_dataset(tmp_path / "list.txt", cache_dir=cache)
+    assert (dataset.classes, dataset.labels(np.arange(3)).tolist()) == (classes, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -209,13 +216,12 @@ def test_processes_build_what_threads_build_and_a_listing_is_never_held(folder, 
         read = 0
 
         def __iter__(self):
-            for i in range(10_000):
+            for i in range(2000):
                 self.read = i
                 yield ("a.jpg", "b/c.png", "gone.jpg")[i % 3] if i < 300 else "a.jpg", ""
 
-    one = build_index(FileSource(folder, Lines(), listed=listed, workers=1), Accepts(), workers=1)
-    for name in ("_READ_ALONE", "_LISTED_ALONE"):
-        monkeypatch.setattr(sources_module, name, 1)
+    monkeypatch.setattr(sources_module, "_AT_ONCE", 64)
+    monkeypatch.setattr(sources_module, "_READ_ALONE", 1)
     lines, done, ahead = Lines(), 0, []
 
     def progress(count: int) -> None:
@@ -223,9 +229,10 @@ def test_processes_build_what_threads_build_and_a_listing_is_never_held(folder, 
         ahead.append(lines.read - done)
         done += count
 
-    source = FileSource(folder, lines, listed=listed, workers=2)
+    source = FileSource(folder, lines, listed=listed)
     two = build_index(source, Accepts(), workers=2, progress=progress)
-    assert (done, max(ahead) < 7000) == (10_000, True)
+    assert (done, max(ahead) < 1000) == (2000, True)
+    one = build_index(source, Accepts(), workers=1)
     assert len(one.bad) == 100
     assert (one.hash, one.bad) == (two.hash, two.bad)
 
@@ -281,10 +288,10 @@ def test_only_new_and_changed_files_are_read_again(tmp_path, cache, headers, lis
 
 
 def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypatch):
-    monkeypatch.setattr(sources_module, "_AT_ONCE", 64)
+    monkeypatch.setattr(sources_module, "_AT_ONCE", 32)
     root = tmp_path / "many"
     root.mkdir()
-    for i in range(700):
+    for i in range(350):
         (root / f"{i:03}.jpg").write_bytes(JPEG)
     source = find_source(root)
     expected = build_index(source, Accepts())
@@ -295,8 +302,8 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
     def kill(*_):
         raise KeyboardInterrupt
 
-    def killed_at_500(file, name):
-        return kill() if name.endswith("500.jpg") else parse_header(file, name)
+    def killed_at_250(file, name):
+        return kill() if name.endswith("250.jpg") else parse_header(file, name)
 
     def assert_killed(progress=None):
         with pytest.raises(KeyboardInterrupt):
@@ -306,12 +313,12 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
             os.truncate(path, path.stat().st_size - 3)  # a kill leaves any part of what was being written
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources_module, "parse_header", killed_at_500)
+        patch.setattr(sources_module, "parse_header", killed_at_250)
         assert_killed()
     assert_killed(kill)  # while the rows of the first build are copied
     headers.clear()
     assert publish().hash == expected.hash
-    assert 252 <= len(headers) < 300
+    assert 126 <= len(headers) < 160
     assert not list(cache.glob("writing-*/*"))
 
 
@@ -383,6 +390,8 @@ def test_verdicts_follow_unchanged_images_into_a_new_index(folder, cache):
     assert marked.rows(np.arange(3))["bad"].tolist() == [1, 1, 0]
     assert (opened().bad, opened().hash) == (marked.bad, marked.hash)
     assert opened().mark_bad({1: "something else"}).bad == marked.bad
+    assert dataset.mark_bad({1: "first"}).mark_bad({0: "then"}).hash == marked.hash  # in whatever order
+    marked = opened()
     (folder / "0.jpg").write_bytes(JPEG)  # moves the others by one
     assert opened().bad == marked.bad
     os.utime(folder / "a.jpg", (1, 1))  # may have been repaired
@@ -401,30 +410,46 @@ def test_verdicts_follow_images_in_shards_that_are_joined_by_others(folder, cach
     assert again.bad_ids.tolist() == [2]
 
 
+def test_verdicts_follow_records_whose_version_changes(cache):
+    class Images(UserList):
+        name, fingerprint = "images", "1"
+
+        def read(self, i):
+            return self[i]
+
+    images, options = Images([JPEG] * 3), {"cache_dir": cache, "max_bad_fraction": 0.5}
+    marked = open_dataset(images, **options).mark_bad({1: "does not decode"})
+    images.fingerprint = "2"
+    assert open_dataset(images, **options).bad == marked.bad != []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damage, full disks
 
 
 def test_any_flipped_bit_is_found(folder, cache, caplog):
-    """300 of them, in every file of the index: it is built again, or verdicts are said to be damaged."""
+    """In every file of the index: it is refused, or its verdicts are reported to be damaged."""
     for i in range(40):
         (folder / f"{i}.jpg").write_bytes(JPEG if i else b"")
-    expected = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache).mark_bad({3: "does not decode"})
-    root, random = expected.index.folder, np.random.default_rng(0)
-    files = [*root.iterdir()]
+    dataset = open_dataset(folder, max_bad_fraction=0.5, cache_dir=cache).mark_bad({3: "does not decode"})
+    root, random = dataset.index.folder, np.random.default_rng(0)
+    files = sorted(root.iterdir())
     assert len(files) == 5
-    weights = np.array([path.stat().st_size for path in files], float)
-    trials = [*files, *random.choice(np.array(files), 294, p=weights / weights.sum())]
-    for path in trials:
+    sizes = np.array([path.stat().st_size for path in files], float)
+    for path in [*files, *random.choice(np.array(files), 95, p=sizes / sizes.sum())]:
         content = path.read_bytes()
         damaged = bytearray(content)
         damaged[random.integers(len(content))] ^= 1 << random.integers(8)
         path.write_bytes(damaged)
         caplog.clear()
-        index = index_module._Home(cache, folder, Accepts(), str(folder)).current()
-        found = "damaged" in caplog.text or "another version" in caplog.text or "other channels" in caplog.text
-        assert found, (path.name, index and index.bad == expected.index.bad)
+        try:
+            trusted_index(root, folder, Accepts())
+        except DataError:
+            pass
+        else:
+            assert (path.name, "is damaged" in caplog.text) == ("verdicts.json", True)
         path.write_bytes(content)
+    assert trusted_index(root, folder, Accepts()).bad == dataset.index.bad
 
 
 def test_damage_is_repaired_or_named_and_not_taken_over(folder, cache, tmp_path, monkeypatch, caplog):

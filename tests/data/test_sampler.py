@@ -115,17 +115,18 @@ def test_two_levels_give_each_sample_once_per_epoch_and_windows_of_whole_shards(
 
 
 def test_two_levels_are_uniform_over_epochs():
-    sizes, epochs = [3, 5, 4, 4, 2, 6], 4_000
+    sizes, epochs = [3, 5, 4, 6], 600
     order, starts = windowed(sizes, 2, seed=9)
     orders = order.ids(np.arange(sum(sizes) * epochs))[0].reshape(epochs, -1)
     shards = np.searchsorted(starts, orders, "right") - 1
-    window = np.array([[list(dict.fromkeys(row)).index(s) // 2 for s in range(6)] for row in shards.tolist()])
-    counts = np.stack([np.bincount(window[:, s], minlength=3) for s in range(6)])
-    assert chisquare(counts.ravel()).pvalue > 1e-3  # each shard is as likely in each of the three windows
-    together = orders[(np.sort(shards[:, :8]) == [0, 0, 0, 1, 1, 1, 1, 1]).all(1)][:, :8]
+    firsts = np.argmax(shards[:, None] == np.arange(4)[:, None], 2)  # where each shard's first sample comes
+    window = firsts.argsort(1).argsort(1) // 2
+    counts = np.stack([np.bincount(window[:, s], minlength=2) for s in range(4)])
+    assert chisquare(counts.ravel()).pvalue > 1e-3  # each shard is as likely in either window
+    together = orders[window[:, :2].sum(1) == 0][:, :8]  # the first two shards are the first window
     counts = np.zeros((8, 8))
     np.add.at(counts, (np.broadcast_to(np.arange(8), together.shape), together), 1)
-    assert len(together) > 100
+    assert len(together) > 60
     assert chisquare(counts.ravel()).pvalue > 1e-3  # and each sample of a window in each of its places
 
 
