@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from fastmae import data
-from fastmae.data.storage import Records
+from fastmae.data.records import Records
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets
 from fastmae.evaluate.callbacks import Pictures, Probe, reconstruction_sets

@@ -94,8 +94,8 @@ def index(config: IndexConfig, console: Console) -> int:
             accepts = check_accepts(images.channels, images.value_range, images.channels_first, images.max_pixels)
             with _progress("Listing", None) as advance:
                 source = source_at(path, workers, advance)
-            if isinstance(source, ShardSource):
-                paths, written = [source.root / name for name in source.shards], 0
+            if isinstance(source, ShardSource) and source.is_local:
+                paths, written = source.places, 0
                 with _progress("Indexing shards", len(paths)) as advance:
                     for new in in_processes(index_shard, paths, workers, alone=1):
                         written += new

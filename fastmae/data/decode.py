@@ -21,6 +21,7 @@ import torch
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
+from fastmae.data.errors import UndecodableImage
 from fastmae.data.formats import DEFLATE, NPY_HEADER, PACKBITS, Format, detect_format, npy_header
 
 _PADDING = 32 << 20
@@ -29,10 +30,6 @@ _PNG_BIT_DEPTH = 24
 """Position of the bit depth in a PNG file, whose header always comes first."""
 logger = logging.getLogger(__name__)
 _SOURCE_LINE = re.compile(r"^\w+, \S+:\d+, ")
-
-
-class UndecodableImage(Exception):
-    """The bytes are there, but they are not an image that can be used."""
 
 
 def decode(

@@ -17,6 +17,10 @@ class DataError(Exception):
     """A problem with the data that its owner can solve; the message says what came and what was expected."""
 
 
+class UndecodableImage(Exception):
+    """An image cannot be used, which says nothing about others: its bytes are none, or have changed since."""
+
+
 def with_retries(action: Callable[[], Result], path: str, give_up_on: tuple[type[BaseException], ...] = ()) -> Result:
     """Run an action on a file; on an ``OSError`` wait and try again, a few times.
 

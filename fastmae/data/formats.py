@@ -11,11 +11,14 @@ Index workers import this module, so it imports neither PyTorch nor Pillow nor t
 from __future__ import annotations
 
 import math
+import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
-from io import BufferedIOBase, BytesIO
+from importlib.util import find_spec
+from io import BufferedIOBase, BytesIO, FileIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -92,31 +95,49 @@ class BadImage(Exception):
 
 
 Read = Callable[[int, int], bytes]
-"""Reads a number of bytes from a position, fewer at the end of the file."""
+
+
+class Reader(NamedTuple):
+    """A file that is read by position.
+
+    Attributes:
+        name: what messages call it.
+        size: its bytes.
+        read: called with an offset and a number of bytes; returns fewer only at the end of the file.
+    """
+
+    name: str
+    size: int
+    read: Read
+
+
+def reader_of(file: BufferedIOBase | FileIO) -> Reader:
+    """An open file of this machine."""
+    descriptor = file.fileno()
+    return Reader(file.name, os.fstat(descriptor).st_size, lambda at, count: os.pread(descriptor, count, at))
+
+
+def reader_over(data: np.ndarray | bytes, name: str = "") -> Reader:
+    """A file in memory."""
+    data = memoryview(data)
+    return Reader(name, len(data), lambda at, count: bytes(data[at : at + count]))
 
 
 def detect_format(start: bytes) -> Format | None:
     """The format by the first 12 bytes of a file; None if it is not supported."""
     if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         return Format.WEBP
-    for format_, starts in _STARTS.items():
-        if start.startswith(starts):
-            return format_
-    return None
+    return next((format_ for format_, starts in _STARTS.items() if start.startswith(starts)), None)
 
 
 def read_header(path: Path | str) -> Header | None:
     """The header of an image file; see :func:`parse_header`."""
-    with open(path, "rb") as file:  # noqa: PTH123 - called a million times, and a Path costs more than opening
-        return parse_header(file, str(path))
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+        return parse_header(reader_of(file))
 
 
-def parse_header(file: BufferedIOBase, name: str) -> Header | None:
+def parse_header(file: Reader) -> Header | None:
     """The header of an image.
-
-    Args:
-        file: the image, at position 0, seekable.
-        name: of the file; only its suffix matters.
 
     Returns:
         The header, or None for a file that neither is an image nor is named like one.
@@ -126,23 +147,21 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
             nothing else.
         OSError: the file system failed.
     """
-    start = file.read(_FIRST_READ)
+    size, start = file.size, file.read(0, _FIRST_READ)
     format_ = detect_format(start)
-    if format_ in (None, Format.TIFF, Format.NPY) and PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+    if format_ in (None, Format.TIFF, Format.NPY) and PurePosixPath(file.name).suffix.lower() not in IMAGE_SUFFIXES:
         return None  # raw files of cameras begin like a TIFF, and an array is an image only if its name says so
     if format_ is None:
         raise BadImage(_refusal(start))
 
-    def read_more(at: int, count: int) -> bytes:
-        file.seek(at)
-        return file.read(count)
+    def read(at: int, count: int) -> bytes:
+        return start[at : at + count] if at + count <= len(start) else file.read(at, count)
 
-    size, read = file.seek(0, 2), _reader(start, read_more)
     try:
         if format_ in _PARSERS:
             header, data_start = _PARSERS[format_](read)
         else:
-            header = _parse_npy(read(0, NPY_HEADER), size) if format_ is Format.NPY else _parse_tiff(file, size)
+            header = _parse_npy(read(0, NPY_HEADER), size) if format_ is Format.NPY else _parse_tiff(file)
     except Exception as error:  # tifffile and NumPy raise anything at damaged bytes
         if isinstance(error, BadImage) or getattr(error, "errno", None) is not None:  # the file system's own
             raise
@@ -160,21 +179,12 @@ def parse_header(file: BufferedIOBase, name: str) -> Header | None:
 def stored_size(encoded: np.ndarray) -> tuple[int, int] | None:
     """Height and width by the header of a JPEG, PNG or WebP file, uint8 (bytes,), before any EXIF orientation; None if
     there is no valid header."""
-    start = encoded[:_FIRST_READ].tobytes()
-    if (format_ := detect_format(start)) not in _PARSERS:
-        return None
+    format_ = detect_format(encoded[:12].tobytes())
     try:
-        header, _ = _PARSERS[format_](_reader(start, lambda at, count: encoded[at : at + count].tobytes()))
-    except BadImage:
+        header, _ = _PARSERS[format_](lambda at, count: encoded[at : at + count].tobytes())
+    except (KeyError, BadImage):
         return None
     return header.height, header.width
-
-
-def _reader(start: bytes, read_more: Read) -> Read:
-    def read(at: int, count: int) -> bytes:
-        return start[at : at + count] if at + count <= len(start) else read_more(at, count)
-
-    return read
 
 
 def _refusal(start: bytes) -> str:
@@ -272,27 +282,20 @@ def _parse_webp(read: Read) -> tuple[Header, int]:
         width, height, alpha = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF), bits >> 28 & 1
     elif kind == b"VP8X" and len(data) == 10:
         flags, width, height = data[0], *(1 + int.from_bytes(data[i : i + 3], "little") for i in (4, 7))
-        alpha = flags & 0x10
+        alpha, at = flags & 0x10, 12
         if flags & 0x02:
             raise BadImage("an animation, not a photograph")
-        if flags & 0x08:
-            orientation = _webp_orientation(read)
+        for _ in range(_MAX_SEGMENTS if flags & 0x08 else 0):
+            chunk = read(at, 8)
+            if chunk[:4] == b"EXIF":
+                orientation = _orientation(read, at + 8)
+            if chunk[:4] == b"EXIF" or len(chunk) < 8:
+                break
+            length = int.from_bytes(chunk[4:], "little")
+            at += 8 + length + length % 2
     else:
         raise BadImage("unreadable header: no WebP image")
     return _photograph(Format.WEBP, height, width, "RGBA" if alpha else "RGB", orientation), 0
-
-
-def _webp_orientation(read: Read) -> int:
-    at = 12
-    for _ in range(_MAX_SEGMENTS):
-        chunk = read(at, 8)
-        if chunk[:4] == b"EXIF":
-            return _orientation(read, at + 8)
-        if len(chunk) < 8:
-            break
-        length = int.from_bytes(chunk[4:], "little")
-        at += 8 + length + length % 2
-    return 1
 
 
 _PARSERS = {Format.JPEG: _parse_jpeg, Format.PNG: _parse_png, Format.WEBP: _parse_webp}
@@ -324,14 +327,13 @@ def _valid_orientation(value: object) -> int:
     return int(value) if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
+def _parse_tiff(file: Reader) -> Header:
     import tifffile
 
-    file.seek(0)
-    bounded = _Bounded(file, _MAX_TIFF_HEADER)
+    bounded = _Bounded(file)
     try:
         with tifffile.TiffFile(bounded) as tiff:
-            return _tiff_header(tiff, size)
+            return _tiff_header(tiff, file.size)
     finally:
         if bounded.failure is not None:  # tifffile takes it for damage
             raise bounded.failure
@@ -339,12 +341,17 @@ def _parse_tiff(file: BufferedIOBase, size: int) -> Header:
 
 def _tiff_header(tiff, size: int) -> Header:
     page = tiff.pages[0]
-    same = sum(other.shape == page.shape for other in _other_pages(tiff))
-    if same:
-        raise BadImage(f"{1 + same} pages of one size: expected a single image; split it")
+    same = 1
+    with suppress(IndexError):  # thumbnails may follow
+        for number in range(1, _MAX_PAGES):
+            same += tiff.pages[number].shape == page.shape
+        raise BadImage(f"{_MAX_PAGES} pages or more: expected a single image")
+    if same > 1:
+        raise BadImage(f"{same} pages of one size: expected a single image; split it")
     if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
         raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
-    if not _can_decompress(page.compression):
+    # imagecodecs is told a size that its decoders do not exceed, unlike others that tifffile may find.
+    if page.compression not in (1, *DEFLATE, PACKBITS) and find_spec("imagecodecs") is None:
         name = getattr(page.compression, "name", page.compression)
         raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'")
     if page.imagedepth != 1:
@@ -358,45 +365,29 @@ def _tiff_header(tiff, size: int) -> Header:
 
 
 class _Bounded:
-    """A file of which only so much can be read: a damaged TIFF claims tags of any length."""
+    """What tifffile needs of a file, of which only so much can be read: a damaged TIFF claims tags of any length."""
 
-    def __init__(self, file: BufferedIOBase, most: int):
-        self.seek, self.tell, self._read, self._left = file.seek, file.tell, file.read, most
+    def __init__(self, file: Reader):
+        self._file, self._at, self._left = file, 0, _MAX_TIFF_HEADER
         self.failure: OSError | None = None
 
+    def seek(self, position: int, whence: int = 0) -> int:
+        self._at = position + (0, self._at, self._file.size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self._left:
+        if not 0 <= size <= self._left or self._at < 0:
             raise BadImage("unreadable header: too long")
-        self._left -= size
         try:
-            return self._read(size)
+            data = self._file.read(self._at, size)
         except OSError as error:
             self.failure = error
             raise
-
-
-def _other_pages(tiff) -> Iterator:
-    for number in range(1, _MAX_PAGES):
-        try:
-            yield tiff.pages[number]
-        except IndexError:
-            return
-    raise BadImage(f"{_MAX_PAGES} pages or more: expected a single image")
-
-
-def _can_decompress(compression: int) -> bool:
-    if compression in (1, *DEFLATE, PACKBITS):
-        return True
-    try:
-        import imagecodecs  # noqa: F401 - whose decoders are given a size, unlike others that tifffile may find
-        import tifffile
-
-        tifffile.TIFF.DECOMPRESSORS[compression](b"")
-    except (KeyError, ImportError):
-        return False
-    except Exception:  # nothing is no compressed data
-        return True
-    return True
+        self._at, self._left = self._at + len(data), self._left - size
+        return data
 
 
 def _parse_npy(start: bytes, size: int) -> Header:

@@ -1,7 +1,7 @@
 """Map-style data sets: PyTorch's, Hugging Face's, Parquet files, and any object that reads an image by its number.
 
-Each becomes a :class:`fastmae.data.storage.Records`. ``RecordSource`` builds its index, which reads every image once;
-from then on it is a data set like any other.
+Each becomes a :class:`Records`. ``RecordSource`` builds its index, which reads every image once; from then on it is a
+data set like any other.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import os
 import re
 import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastmae.data.errors import DataError
-from fastmae.data.formats import BadImage, Header, parse_header
-from fastmae.data.sources import find_source
-from fastmae.data.storage import IN_MEMORY, Records, RecordStorage, UndecodableImage, find_store, read_record
+from fastmae.data.errors import DataError, UndecodableImage, with_retries
+from fastmae.data.formats import BadImage, parse_header, reader_over
+from fastmae.data.sources import IN_MEMORY, Source, find_source
+from fastmae.data.storage import CHANGED, as_url
 from fastmae.data.table import Part, PartBuilder
 from fastmae.data.threads import in_order
 
@@ -41,6 +41,23 @@ _WINDOW, _READS = 256, 8
 """Most row groups that are shuffled together, and that are read at a time."""
 _LARGEST_LABEL = 2**31 - 1
 _ARRAY_MODES = ("L", "RGB", "I;16", "I", "F")
+
+
+class Records(Protocol):
+    """A map-style data set of encoded images; any thread may call it.
+
+    Optional: ``label(i) -> int``, -1 for none, and ``classes``, the names of the labels.
+
+    Attributes:
+        fingerprint: changes when the images do.
+    """
+
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> bytes:
+        """The bytes of an image file: JPEG, PNG, WebP, TIFF or ``.npy``."""
 
 
 def as_records(source: Any) -> Records:
@@ -78,7 +95,7 @@ def source_at(path: Path, workers: int | None = None, progress: Callable[[int], 
         DataError: nothing that is images.
         OSError: the file system failed.
     """
-    found = find_store(path) or find_records(path)
+    found = find_records(path)
     if found is None and path.is_dir():
         with os.scandir(path) as files:
             found = _parquet(path, [path / file.name for file in files if file.name.endswith(".parquet")])
@@ -124,8 +141,8 @@ def _parquet(path: Path, files: list[Path]) -> RecordSource | None:
     return RecordSource(ParquetRecords(files), path) if files else None
 
 
-class RecordSource:
-    """A map-style data set as a source of an index: see :class:`fastmae.data.sources.Source`.
+class RecordSource(Source):
+    """A map-style data set as a source of an index.
 
     Args:
         records: the data set; building the index reads all of it.
@@ -137,26 +154,18 @@ class RecordSource:
     """
 
     def __init__(self, records: Records, path: Path | None = None):
-        self.records, self.classes = records, list(getattr(records, "classes", []))
         digest = hashlib.blake2b(records.fingerprint.encode(), digest_size=4).hexdigest()
-        self.root = path or Path(IN_MEMORY + getattr(records, "name", f"{type(records).__name__}-{digest}"))
-        blocks, self._count = getattr(records, "blocks", {}), len(records)
-        self.shards, self.window = list(blocks), getattr(records, "window", None)
+        root = path or Path(IN_MEMORY + getattr(records, "name", f"{type(records).__name__}-{digest}"))
+        blocks, self.window = getattr(records, "blocks", {}), getattr(records, "window", None)
+        super().__init__(root, blocks, getattr(records, "classes", []))
+        self.records, self._count = records, len(records)
+        self._digest = repr((records.fingerprint, self._count)).encode()
         ends = list(accumulate(blocks.values())) or [*range(_PART, self._count, _PART), self._count]
         self._parts = [range(*limits) for limits in pairwise([0, *ends])]
 
-    def __len__(self) -> int:
-        return self._count
-
-    def fingerprint(self, *more: object) -> str:
-        found = repr((self.records.fingerprint, self._count, self.classes, more))
-        return hashlib.blake2b(found.encode(), digest_size=16).hexdigest()
-
-    def parts(self, known: object, workers: int | None, progress: Callable[[int], None] | None) -> Iterator[Part]:
-        for part in in_order(self._part, self._parts, workers):  # threads: a data set may not be picklable
-            yield part
-            if progress is not None:
-                progress(len(part.rows))
+    def _counted_parts(self, known: object, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
+        # Threads, because a data set may not be picklable.
+        return ((len(part.rows), [part]) for part in in_order(self._part, self._parts, workers))
 
     def storage(self, indexed: int) -> RecordStorage:
         """The storage for an index of ``indexed`` images.
@@ -169,26 +178,51 @@ class RecordSource:
         return RecordStorage(self.records, self.root)
 
     def _part(self, numbers: range) -> Part:
-        builder, label = PartBuilder(), getattr(self.records, "label", lambda i: -1)
+        builder, storage = PartBuilder(), RecordStorage(self.records, self.root)
+        label_of = getattr(self.records, "label", lambda i: -1)
         for i in numbers:
-            size, number = 0, -1
+            data, label = b"", -1
             try:
-                data = read_record(self.records, i, f"{self.root}[{i}]")
-                size, header = len(data), _header(data)
-                number = label(i)
-            except UndecodableImage as error:
+                data = storage.read_any(i)
+                label = label_of(i)
+                header = parse_header(reader_over(data, "x.npy"))  # .npy and TIFF are images by their suffix only
+            except (UndecodableImage, BadImage) as error:
                 header = str(error)
-            builder.add(b"%d" % i, header, size=size, label=number if 0 <= number <= _LARGEST_LABEL else -1)
+            builder.add(b"%d" % i, header, size=len(data), label=label if 0 <= label <= _LARGEST_LABEL else -1)
         if len(self.records) != self._count:
             raise DataError(f"{self.root}: had {self._count} images and now has {len(self.records)}")
         return builder.build()
 
 
-def _header(data: np.ndarray) -> Header | str:
-    try:
-        return parse_header(BytesIO(data), "x.npy")  # .npy and TIFF count as images by their suffix only
-    except BadImage as error:
-        return str(error)
+class RecordStorage:
+    """Images of a map-style data set; see :class:`fastmae.data.storage.Storage`."""
+
+    def __init__(self, records: Records, root: Path | str):
+        self._records, self._root, self._count = records, as_url(root) or root, len(records)
+
+    def path(self, name: str) -> str:
+        return f"{self._root}[{name}]"
+
+    def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
+        if len(self._records) != self._count:
+            raise DataError(f"{self._root}: had {self._count} images and now has {len(self._records)}")
+        data = self.read_any(sample_id)
+        if len(data) != size:
+            raise UndecodableImage(f"{CHANGED}: expected {size} bytes, got {len(data)}")
+        return data
+
+    def read_any(self, i: int) -> np.ndarray:
+        """The bytes of a record, however many: uint8 (n,)."""
+
+        def read() -> np.ndarray:
+            try:
+                return np.frombuffer(self._records.read(i), np.uint8)
+            except (OSError, DataError):
+                raise
+            except Exception as error:  # the data set's own
+                raise UndecodableImage(f"cannot be read: {error!r}") from error
+
+        return with_retries(read, self.path(str(i)))
 
 
 def _import(name: str, path: Path | str) -> ModuleType:
@@ -257,12 +291,12 @@ def _image_file(image: Any) -> bytes:
     elif not isinstance(image, np.ndarray):
         raise TypeError(f"expected an image (PIL, array, tensor or bytes of a file), got {type(image).__name__}")
     file = BytesIO()
-    np.lib.format.write_array(file, np.ascontiguousarray(image), allow_pickle=False)
+    np.save(file, np.ascontiguousarray(image), allow_pickle=False)
     return file.getvalue()
 
 
 class HuggingFaceRecords:
-    """A ``datasets.Dataset`` as :class:`fastmae.data.storage.Records`: the stored bytes of its first column of images.
+    """A ``datasets.Dataset`` as :class:`Records`: the stored bytes of its first column of images.
 
     Labels come from its first ``ClassLabel`` column, which also names the classes, or from integers named ``label``.
 
@@ -272,21 +306,17 @@ class HuggingFaceRecords:
 
     def __init__(self, dataset: Any):
         datasets = _import("datasets", "a Hugging Face data set")
-        of_kind = {name: type(feature) for name, feature in dataset.features.items()}
-        images, labels = (
-            [name for name, found in of_kind.items() if found is kind] for kind in (datasets.Image, datasets.ClassLabel)
-        )
-        labels = labels or [
-            name for name in ("label",) if "int" in str(getattr(dataset.features.get(name), "dtype", ""))
-        ]
-        if not images:
-            raise DataError(f"expected a column of images, found {_columns(dataset.features)}")
-        plain = dataset.with_format(None)
+        features, plain = dataset.features, dataset.with_format(None)
+        image = next((name for name, kind in features.items() if isinstance(kind, datasets.Image)), None)
+        label = next((name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)), "label")
+        if image is None:
+            raise DataError(f"expected a column of images, found {_columns(features)}")
         self.fingerprint = dataset._fingerprint
-        self.classes = list(getattr(dataset.features[labels[0]], "names", None) or []) if labels else []
-        self._images = plain.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
-        self._image = images[0]
-        self._labels, self._label = (plain.select_columns(labels[:1]), labels[0]) if labels else (None, "")
+        self.classes = list(getattr(features.get(label), "names", None) or [])
+        self._images = plain.select_columns(image).cast_column(image, datasets.Image(decode=False))
+        is_number = "int" in str(getattr(features.get(label), "dtype", ""))
+        self._labels = plain.select_columns(label) if is_number else None
+        self._image, self._label = image, label
 
     def __len__(self) -> int:
         return len(self._images)
@@ -296,12 +326,12 @@ class HuggingFaceRecords:
         return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
 
     def label(self, i: int) -> int:
-        label = self._labels[i][self._label] if self._labels is not None else None
+        label = None if self._labels is None else self._labels[i][self._label]
         return -1 if label is None else label
 
 
 class ParquetRecords:
-    """Parquet files as :class:`fastmae.data.storage.Records`: images as Hugging Face writes them, or a binary column.
+    """Parquet files as :class:`Records`: images as Hugging Face writes them, or a binary column.
 
     Reading an image means reading its whole row group, so the row groups used last are kept. If they do not all fit
     into ``cache_bytes``, ``window`` makes the order of training go over windows of row groups that do.
@@ -315,30 +345,37 @@ class ParquetRecords:
     """
 
     def __init__(self, files: Sequence[Path], cache_bytes: int = _ROW_GROUP_BYTES):
-        self._parquet = _import("pyarrow.parquet", files[0])
-        self._files = [(file, self._metadata(file)) for file in files]
-        self._image, self._label, self.classes = self._find_columns(files[0])
-        for file in files[1:]:
-            if self._find_columns(file) != (self._image, self._label, self.classes):
+        self._parquet, columns = _import("pyarrow.parquet", files[0]), None
+        self._groups, self.blocks, sizes = [], {}, []
+        for file in files:
+            try:
+                metadata = self._parquet.read_metadata(file)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{file}: expected a Parquet file: {error}") from error
+            found = _find_columns(file, metadata.schema.to_arrow_schema())
+            columns = columns or found
+            if found != columns:
                 raise DataError(f"{file}: expected the columns and class names of {files[0]}, got others")
-        self._groups = [(n, g) for n, (_, found) in enumerate(self._files) for g in range(found.num_row_groups)]
-        sizes = [self._files[n][1].row_group(g) for n, g in self._groups]
-        self._ends = list(accumulate(size.num_rows for size in sizes))
-        self._bytes = [size.total_byte_size for size in sizes]
-        names = [f"{files[n].name}{_ROW_GROUP}{g}" for n, g in self._groups]
-        self.blocks = {name: size.num_rows for name, size in zip(names, sizes, strict=True)}
-        largest = max(self._bytes, default=1)
+            for g in range(metadata.num_row_groups):
+                self.blocks[f"{file.name}{_ROW_GROUP}{g}"] = metadata.row_group(g).num_rows
+                sizes.append(metadata.row_group(g).total_byte_size)
+                self._groups.append((file, metadata, g))
+        self._image, self._label, self.classes = columns
+        self._ends = list(accumulate(self.blocks.values()))
+        self.fingerprint = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
+        largest = max(sizes, default=1)
         if largest > cache_bytes:
             raise DataError(
-                f"{names[self._bytes.index(largest)]}: expected at most {cache_bytes:,} bytes, got {largest:,}, "
+                f"{list(self.blocks)[sizes.index(largest)]}: expected at most {cache_bytes:,} bytes, got {largest:,}, "
                 "all of which are read for an image. Rewrite the file with row_group_size=100"
             )
-        fitting = cache_bytes // largest
-        self.window = None if sum(self._bytes) <= cache_bytes else max(1, min(fitting * 3 // 4, _WINDOW))
-        self.fingerprint = repr([(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files])
-        self._cache_bytes, self._lock = cache_bytes, threading.Lock()
-        self._cache: OrderedDict[int, Future] = OrderedDict()
-        self._threads = ThreadPoolExecutor(_READS, "fastmae-parquet")
+        fitting, self.window = len(sizes), None
+        if sum(sizes) > cache_bytes:
+            fitting = cache_bytes // largest
+            self.window = max(1, min(fitting * 3 // 4, _WINDOW))
+        threads = ThreadPoolExecutor(_READS, "fastmae-parquet")
+        # Futures are kept, so that threads that want the same row group wait for one reading.
+        self._cached = lru_cache(fitting)(lambda number: threads.submit(self._read_group, number))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -355,50 +392,34 @@ class ParquetRecords:
         label = None if labels is None else labels[row].as_py()
         return -1 if label is None else label
 
-    def _metadata(self, file: Path) -> Any:
-        try:
-            return self._parquet.read_metadata(file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file}: expected a Parquet file: {error}") from error
-
-    def _find_columns(self, file: Path) -> tuple[str, str | None, list[str]]:
-        """Names of the columns with images (dots between levels) and with labels, and the names of the classes."""
-        schema = self._parquet.read_schema(file)
-        nested = [f"{field.name}.bytes" for field in schema if "bytes" in _children(field)]
-        binary = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
-        if not nested and len(binary) != 1:
-            raise DataError(f"{file}: expected a column of images (struct with bytes), found {_columns(schema.names)}")
-        metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        features = metadata.get("info", {}).get("features", {})
-        label = next((n for n in ("label", "labels") if n in schema.names and "int" in str(schema.field(n).type)), None)
-        label = next((name for name, found in features.items() if found.get("_type") == "ClassLabel"), label)
-        return (nested or binary)[0], label, features.get(label, {}).get("names", [])
-
     def _row(self, i: int) -> tuple[Any, Any, int]:
         """The columns of the row group that holds record ``i``, images and labels, and its row there."""
         number = bisect.bisect_right(self._ends, i)
-        row = i - (self._ends[number - 1] if number else 0)
-        with self._lock:
-            if number not in self._cache:
-                self._cache[number] = self._threads.submit(self._read_group, number)
-                while sum(self._bytes[n] for n in self._cache) > self._cache_bytes:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(number)
-            group = self._cache[number]
         try:
-            return *group.result(), row
+            images, labels = self._cached(number).result()
         except BaseException:
-            with self._lock:
-                self._cache.pop(number, None)
+            self._cached.cache_clear()  # of the failure, so that the next try reads again
             raise
+        return images, labels, i - (self._ends[number - 1] if number else 0)
 
     def _read_group(self, number: int) -> tuple[Any, Any]:
-        n, group = self._groups[number]
-        path, metadata = self._files[n]
+        path, metadata, group = self._groups[number]
         columns = [self._image] + [self._label] * (self._label is not None)
         with self._parquet.ParquetFile(path, metadata=metadata) as file:
             table = file.read_row_group(group, columns=columns, use_threads=False).flatten()
         return table.column(self._image), table.column(self._label) if self._label is not None else None
+
+
+def _find_columns(file: Path, schema: Any) -> tuple[str, str | None, list[str]]:
+    """Names of the columns with images (dots between levels) and with labels, and the names of the classes."""
+    nested = [f"{field.name}.bytes" for field in schema if "bytes" in _children(field)]
+    binary = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
+    if not nested and len(binary) != 1:
+        raise DataError(f"{file}: expected a column of images (struct with bytes), found {_columns(schema.names)}")
+    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    label = next((n for n in ("label", "labels") if n in schema.names and "int" in str(schema.field(n).type)), None)
+    label = next((name for name, found in features.items() if found.get("_type") == "ClassLabel"), label)
+    return (nested or binary)[0], label, features.get(label, {}).get("names", [])
 
 
 def _children(field: Any) -> list[str]:

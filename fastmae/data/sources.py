@@ -11,25 +11,28 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fastmae.data.errors import DataError, with_retries
-from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header
+from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header, reader_of
 from fastmae.data.processes import available_cores, in_processes
+from fastmae.data.storage import Files, as_url, ask, fetch_if_there, open_file
 from fastmae.data.table import Part, PartBuilder
 from fastmae.data.tar import read_shard_index, shard_part, write_shard_index
-from fastmae.data.threads import batched
+from fastmae.data.threads import batched, in_order
 
 LIST_SUFFIXES = (".txt", ".tsv", ".lst")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 EXPECTED = "a folder of images (JPEG, PNG, WebP, TIFF, .npy), a folder of .tar shards, a .tar, or a list file"
 INDEX_MARK = ".fastmae-index"
 """A file in a folder of indexes: one that lies among the images is no part of them."""
+IN_MEMORY = "python://"
+"""Prefix of the name that stands for the path of a data set in memory. Nothing can be opened by it."""
 _AT_ONCE = 1024
 """Files per call of a worker."""
 _PER_PART = 64
@@ -38,34 +41,41 @@ _READ_ALONE, _LISTED_ALONE, _SHARDS_ALONE = 4, 64, 8
 """Calls that are made in this process, because starting others takes longer: those for 4,096 headers, for the sizes of
 65,536 files, and for 8 shards."""
 _MOST_WORKERS = 32
-"""More processes read faster than one can list and write."""
+"""More processes read faster than one can list and write; of an object store, as many shards are indexed at a time."""
 _KNOWN = ["height", "width", "channels", "format", "orientation", "mode", "bad"]
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 
 Progress = Callable[[int], None]
+"""Called with a number of files that have been listed or read."""
 Known = Callable[[list[bytes], bool], tuple[np.ndarray, np.ndarray]]
 """Rows and modification times from an earlier index, by name, with format 0 for names that it does not have. The flag
 says whether names are asked for in their order."""
 
 
-class Source(Protocol):
+class Source:
     """What a data set is made of.
 
     Attributes:
-        root: what names are relative to.
+        root: what names are relative to: a folder, or a URL.
         classes: the names of the labels, in the order of their numbers; empty if unknown.
         shards: the names of the files that hold several images each; empty if each image is a file of its own.
     """
 
-    root: Path
-    classes: list[str]
-    shards: list[str]
+    _count = 0
+    _digest = b""
+    """Of names, sizes, modification times and labels."""
+
+    def __init__(self, root: Path | str, shards: Sequence[str] = (), classes: Sequence[str] = ()):
+        self.root, self.shards, self.classes = root, list(shards), list(classes)
 
     def __len__(self) -> int:
         """How many files; some of a folder's may be no images."""
+        return self._count
 
     def fingerprint(self, *more: object) -> str:
-        """A digest of names, sizes, modification times and labels, and of ``more``."""
+        """A digest of the listing and of ``more``."""
+        kind = repr((type(self).__name__, self.classes, *more)).encode()
+        return hashlib.blake2b(kind + self._digest, digest_size=16).hexdigest()
 
     def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
         """The rows of the index, in order. They are the same whatever the number of workers.
@@ -73,26 +83,18 @@ class Source(Protocol):
         Args:
             known: rows that need not be read again while size and time are the same.
             workers: processes; None for one per core.
-            progress: called with a number of files that have been read.
+            progress: of reading.
         """
+        for count, parts in self._counted_parts(known, workers):
+            yield from parts
+            if progress is not None:
+                progress(count)
+
+    def _counted_parts(self, known: Known | None, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
+        raise NotImplementedError
 
 
-class _Source:
-    """What the sources here share; ``_digest`` is that of the listing."""
-
-    def __init__(self, root: Path, shards: Sequence[str] = (), classes: Sequence[str] = ()):
-        self.root, self.shards, self.classes = root, list(shards), list(classes)
-        self._count, self._digest = len(shards), b""
-
-    def __len__(self) -> int:
-        return self._count
-
-    def fingerprint(self, *more: object) -> str:
-        kind = repr((type(self).__name__, self.classes, *more)).encode()
-        return hashlib.blake2b(kind + self._digest, digest_size=16).hexdigest()
-
-
-class FileSource(_Source):
+class FileSource(Source):
     """Images that are files of their own.
 
     Args:
@@ -120,13 +122,14 @@ class FileSource(_Source):
         super().__init__(root)
         self._files, self._listed = files, listed
         self.tars, self.images, self.image, self.compressed = [], 0, "", ""
-        labels, digest = set(), hashlib.blake2b(repr(listed).encode(), digest_size=16)
+        labels, digest = set(), hashlib.blake2b(digest_size=16)
+        label_digest = hashlib.blake2b(repr(listed).encode(), digest_size=16)
 
         def listing() -> Iterator[str]:
             for name, label in files:
                 self._count += 1
                 labels.add(label)
-                digest.update(os.fsencode(label) + b"\0")
+                label_digest.update(os.fsencode(label) + b"\0")
                 if name.endswith(".tar"):
                     self.tars.append(name)
                 elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
@@ -135,12 +138,17 @@ class FileSource(_Source):
                     self.compressed = name
                 yield name
 
-        self._digest = _digest_files(root, listing(), workers, progress) + digest.digest()
+        calls = ((os.fsencode(root), some) for some in batched(listing(), _AT_ONCE))
+        for count, some in in_processes(digest_some, calls, workers or _workers(), alone=_LISTED_ALONE):
+            digest.update(some)
+            if progress is not None:
+                progress(count)
+        self._digest = digest.digest() + label_digest.digest()
         labels.discard("")
         if not (listed and all(label.isdecimal() and len(label) < 10 for label in labels)):  # a row holds 32 bits
             self.classes = sorted(labels)
 
-    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
+    def _counted_parts(self, known: Known | None, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
         numbers = {name: i for i, name in enumerate(self.classes)}
 
         def number(label: str) -> int:
@@ -152,75 +160,137 @@ class FileSource(_Source):
                 before = known(names, not self._listed) if known is not None else None
                 yield _Files(os.fsencode(self.root), names, [number(label) for _, label in some], before, self._listed)
 
-        for count, parts in in_processes(read_files, calls(), workers or _workers(), alone=_READ_ALONE):
-            yield from parts
-            if progress is not None:
-                progress(count)
+        yield from in_processes(read_files, calls(), workers or _workers(), alone=_READ_ALONE)
 
 
-class ShardSource(_Source):
-    """Tar shards, in the order of ``names``. ``classes.txt`` beside them names the classes.
+class ShardSource(Source):
+    """Tar shards, of this machine or of object stores.
+
+    Args:
+        root: a folder or a URL. ``classes.txt`` there names the classes.
+        names: of shards, relative to the root, absolute, or URLs.
+        versions: what changes when a shard does, by name, as far as it is known.
+
+    Attributes:
+        places: paths or URLs of the shards.
+        is_local: whether all are files of this machine.
 
     Raises:
         DataError: a shard is not there.
     """
 
-    def __init__(self, root: Path, names: list[str]):
-        for name in names:
-            if not (root / name).is_file():
-                raise DataError(f"{root / name}: no such shard")
-        path = root / "classes.txt"
-        super().__init__(root, names, path.read_text().splitlines() if path.is_file() else ())
-        self._digest = _digest_files(root, names)
+    def __init__(self, root: Path | str, names: Sequence[str], versions: Mapping[str, str] | None = None):
+        path, versions = f"{root}/classes.txt", versions or {}
+        if as_url(root):
+            classes = fetch_if_there(path) or b""
+        else:
+            classes = Path(path).read_bytes() if Path(path).is_file() else b""
+        super().__init__(root, names, classes.decode().splitlines())
+        self._count, self.places = len(names), list(map(Files(root).path, names))
+        self.is_local = not any("://" in place for place in self.places)
+        found = in_order(lambda i: versions.get(names[i]) or _version(self.places[i]), range(len(names)), _MOST_WORKERS)
+        self._digest = repr(("" if self.is_local else str(root), self.shards, list(found))).encode()
 
-    def parts(self, known: Known | None, workers: int | None, progress: Progress | None) -> Iterator[Part]:
-        paths = (self.root / name for name in self.shards)
-        for part in in_processes(shard_part, paths, workers, alone=_SHARDS_ALONE):
-            yield part
-            if progress is not None:
-                progress(1)
+    def _counted_parts(self, known: Known | None, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
+        if self.is_local:
+            parts = in_processes(shard_part, self.places, workers, alone=_SHARDS_ALONE)
+        else:
+            parts = in_order(shard_part, self.places, workers or _MOST_WORKERS)  # threads: they wait for the store
+        return ((1, [part]) for part in parts)
 
 
-def index_shard(path: Path) -> bool:
-    """Write the index beside a shard unless it is there; whether it was written."""
-    return read_shard_index(path) is None and bool(write_shard_index(path))
+def _version(place: str) -> str:
+    if "://" in place:
+        return ask(place, lambda fs, path: _object_version(fs.info(path)))
+    size, time = _size_and_time(place)
+    if size < 0:
+        raise DataError(f"{place}: no such shard")
+    return f"{size} {time}"
 
 
-def find_source(path: Path, workers: int | None = None, progress: Progress | None = None) -> Source:
-    """What lies at a path.
+def _object_version(info: dict[str, Any]) -> str:
+    """The size of an object and what its store changes when it is replaced. Empty if there is no size."""
+    names = ("ETag", "etag", "md5Hash", "generation", "Last-Modified", "LastModified", "mtime", "created")
+    known = next((info[name] for name in names if info.get(name)), "")
+    return f"{info['size']} {known}" if info.get("size") is not None else ""
+
+
+def index_shard(place: str) -> bool:
+    """Write the index beside a local shard unless it is there; whether it was written."""
+    return read_shard_index(place) is None and bool(write_shard_index(Path(place)))
+
+
+def find_source(path: Path, workers: int | None = None, progress: Progress | None = None) -> FileSource | ShardSource:
+    """What lies at a path or URL.
 
     Args:
         path: a folder is listed, the size and time of each of its files asked for.
         workers: processes, for more than some ten thousand files; None for one per core.
-        progress: called with a number of files that have been listed.
+        progress: of listing.
 
     Raises:
         DataError: nothing, nothing that is images, or images and shards side by side.
         OSError: the file system failed.
     """
+    if url := as_url(path):
+        return _find_store(url)
     if not path.exists():
         raise DataError(f"{path}: no such folder or file; expected {EXPECTED}")
     if path.name.endswith(".tar") and path.is_file():
         return ShardSource(path.parent, [path.name])
-    options = {"workers": workers, "progress": progress}
-    if path.is_dir():
-        source = FileSource(path, _Folder(path), listed=False, **options)
-        if source.tars and source.image:
-            raise DataError(
-                f"{path}: holds {source.images} images ({source.image}, ...) and {len(source.tars)} .tar files "
-                f"({source.tars[0]}, ...); expected one kind. Move one of them away, or name the files in a list file"
-            )
-        if source.compressed and not source.image and not source.tars:
-            raise DataError(f"{path / source.compressed}: is compressed; expected plain .tar shards")
-        return ShardSource(path, source.tars) if source.tars else source
     if path.name.endswith(_COMPRESSED):
         raise DataError(f"{path}: is compressed; expected a plain .tar, out of which an image can be read by position")
-    if path.suffix not in LIST_SUFFIXES:
+    if not path.is_dir() and path.suffix not in LIST_SUFFIXES:
         raise DataError(f"{path}: is a file; expected {EXPECTED}")
-    source = FileSource(path.parent, _ListFile(path), listed=True, **options)
-    if not len(source):
+    is_list = not path.is_dir()
+    files, root = (_ListFile(path), path.parent) if is_list else (_Folder(path), path)
+    source = FileSource(root, files, listed=is_list, workers=workers, progress=progress)
+    if is_list and not len(source):
         raise DataError(f"{path}: expected one path per line, found none")
-    return ShardSource(path.parent, source.tars) if len(source.tars) == len(source) else source
+    if source.tars and source.image:
+        raise DataError(
+            f"{path}: holds {source.images} images ({source.image}, ...) and {len(source.tars)} .tar files "
+            f"({source.tars[0]}, ...); expected one kind. Move the others away, or name one kind in a list file"
+        )
+    if source.compressed and not source.image and not source.tars:
+        raise DataError(f"{path / source.compressed}: is compressed; expected plain .tar shards")
+    if as_url(source.image):
+        raise DataError(f"{path}: expected .tar shards, found {source.image}. {_LOOSE}")
+    if not source.tars or (is_list and len(source.tars) < len(source)):
+        return source
+    return ShardSource(root, source.tars)
+
+
+_LOOSE = (
+    "Loose images in an object store are not read, because indexing would take a request for each: pack them with "
+    "fastmae data shard"
+)
+
+
+def _find_store(url: str) -> ShardSource:
+    """The shards at a URL: a folder, one ``.tar``, or a list file."""
+    root, _, name = url.rpartition("/")
+    if url.startswith(IN_MEMORY):
+        raise DataError(f"{url}: was a data set in Python; resume with fastmae.pretrain(data=..., resume=True)")
+    if url.endswith(".tar"):
+        return ShardSource(root, [name])
+    if url.endswith(LIST_SUFFIXES):
+        names = [name for name, _ in _listed(ask(url, lambda fs, path: fs.cat_file(path)).decode().splitlines())]
+        if wrong := [name for name in names if not name.endswith(".tar")] or (not names and ["nothing"]):
+            raise DataError(f"{url}: expected a list of .tar shards, found {wrong[0]} in it")
+        return ShardSource(root, names)
+
+    def find(fs: Any, path: str) -> dict[str, str]:
+        start = len(path.rstrip("/")) + 1
+        found = fs.find(path, detail=True).items()
+        return {name[start:]: _object_version(info) for name, info in sorted(found)}
+
+    found = ask(url, find)
+    shards = {name: version for name, version in found.items() if name.endswith(".tar")}
+    if not shards:
+        some = f"{len(found)} other objects, such as {next(iter(found))}" if found else "nothing"
+        raise DataError(f"{url}: expected .tar shards, found {some}. {_LOOSE}")
+    return ShardSource(url.rstrip("/"), list(shards), shards)
 
 
 class _Folder(NamedTuple):
@@ -235,16 +305,19 @@ class _Folder(NamedTuple):
 
 
 class _ListFile(NamedTuple):
-    """One path per line, relative to the list's folder or absolute; after a tab, a label; ``#`` begins a comment."""
-
     path: Path
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            for line in file:
-                if line.strip() and not line.startswith("#"):
-                    name, _, label = line.partition("\t")
-                    yield name.strip(), label.strip()
+            yield from _listed(file)
+
+
+def _listed(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """One path per line, relative to the list's folder or absolute; after a tab, a label; ``#`` begins a comment."""
+    for line in lines:
+        if line.strip() and not line.startswith("#"):
+            name, _, label = line.partition("\t")
+            yield name.strip(), label.strip()
 
 
 def list_files(root: Path) -> Iterator[str]:
@@ -289,25 +362,16 @@ def _file_or_folder(member: os.DirEntry) -> str | None:
         raise
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Work for processes
+
+
 def _workers() -> int:
     return min(available_cores(), _MOST_WORKERS)
 
 
-def _digest_files(
-    root: Path, names: Iterable[str], workers: int | None = None, progress: Progress | None = None
-) -> bytes:
-    """A digest of names, sizes and modification times."""
-    digest = hashlib.blake2b(digest_size=16)
-    calls = ((os.fsencode(root), some) for some in batched(names, _AT_ONCE))
-    for count, some in in_processes(digest_some, calls, workers or _workers(), alone=_LISTED_ALONE):
-        digest.update(some)
-        if progress is not None:
-            progress(count)
-    return digest.digest()
-
-
 def digest_some(call: tuple[bytes, list[str]]) -> tuple[int, bytes]:
-    """One call of a worker for :func:`_digest_files`."""
+    """How many files, and a digest of their names, sizes and modification times."""
     root, names = call
 
     def digest() -> bytes:
@@ -319,7 +383,7 @@ def digest_some(call: tuple[bytes, list[str]]) -> tuple[int, bytes]:
     return len(names), with_retries(digest, os.fsdecode(root), give_up_on=(PermissionError,))
 
 
-def _size_and_time(path: bytes) -> tuple[int, int]:
+def _size_and_time(path: bytes | str) -> tuple[int, int]:
     """(-1, 0) for what is not there."""
     try:
         status = os.stat(path)  # noqa: PTH116
@@ -343,11 +407,11 @@ class _Files(NamedTuple):
 
 
 def read_files(files: _Files) -> tuple[int, list[Part]]:
-    """One call of a worker: how many files, and their rows."""
-    if files.known is None:
-        known: list[tuple] = [(0,) * len(_KNOWN)] * len(files.names)
-        identities = [(-1, 0)] * len(files.names)
-    else:
+    """How many files, and their rows."""
+    count = len(files.names)
+    known: list[tuple] = [(0,) * len(_KNOWN)] * count
+    identities = [(-1, 0)] * count
+    if files.known is not None:
         rows, times = files.known
         known, identities = rows[_KNOWN].tolist(), list(zip(rows["size"].tolist(), times.tolist(), strict=True))
     parts, everything = [], zip(files.names, files.labels, known, identities, strict=True)
@@ -367,7 +431,7 @@ def read_files(files: _Files) -> tuple[int, list[Part]]:
             modified.append(time)
             fresh.append(not same)
         parts.append(builder.build(modified, fresh))
-    return len(files.names), parts
+    return count, parts
 
 
 def _read_file(path: bytes) -> tuple[int, int, Header | str | None]:
@@ -384,7 +448,7 @@ def _read_file(path: bytes) -> tuple[int, int, Header | str | None]:
 
 def _open_and_parse(path: str) -> tuple[int, int, Header | str | None]:
     try:
-        file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+        file = open_file(path)
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.ENXIO):
             return 0, 0, "not a file"
@@ -396,7 +460,7 @@ def _open_and_parse(path: str) -> tuple[int, int, Header | str | None]:
         if not stat.S_ISREG(status.st_mode):  # a FIFO, which opens at once and is not waited for
             return 0, 0, "not a file"
         try:
-            header = parse_header(file, path)
+            header = parse_header(reader_of(file))
         except BadImage as error:
             header = str(error)
     return status.st_size, status.st_mtime_ns, header

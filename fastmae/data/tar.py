@@ -14,17 +14,16 @@ import hashlib
 import json
 import logging
 import os
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import BufferedReader, RawIOBase
+from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fastmae.data.errors import DataError, with_retries
-from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header
+from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, Reader, parse_header
+from fastmae.data.storage import fetch_if_there, open_reader, write_whole
 from fastmae.data.table import ENTRY, Part, PartBuilder
 
 logger = logging.getLogger(__name__)
@@ -34,58 +33,13 @@ BLOCK = 512
 DAMAGE = "damage"
 _KINDS = {"1": "hard link", "2": "symbolic link", "3": "device", "4": "device", "5": "folder", "6": "pipe",
           "S": "sparse file"}  # fmt: skip
+_METADATA = "LKxXg"  # kinds of headers whose data describe the next member or, ignored here, a link or all members
+_MAX_METADATA = 1 << 20  # bytes of them; more is taken for damage
 _CHECKSUM = slice(148, 156)
 _CHECKSUM_BYTES = np.isin(np.arange(256), list(b" \x0001234567"))
-_MAX_METADATA = 1 << 20  # bytes of a long name or of pax records; more is taken for damage
 _FIRST_SCAN, _LARGEST_SCAN = 4096, 1 << 20
 _MAX_LABEL_BYTES = 32
 _IDENTITY = 65536
-_NAMED = 5
-
-
-class Reader(NamedTuple):
-    """A file that is read by position.
-
-    Attributes:
-        name: what messages call it.
-        size: its bytes.
-        read: called with an offset and a number of bytes; returns fewer only at the end of the file.
-    """
-
-    name: str
-    size: int
-    read: Callable[[int, int], bytes]
-
-
-@contextmanager
-def open_reader(path: Path) -> Iterator[Reader]:
-    """A local file as a :class:`Reader`."""
-    with path.open("rb", buffering=0) as file:
-        descriptor = file.fileno()
-        yield Reader(str(path), os.fstat(descriptor).st_size, lambda offset, size: os.pread(descriptor, size, offset))
-
-
-class _Section(RawIOBase):
-    """A stretch of a file as a file of its own."""
-
-    def __init__(self, reader: Reader, offset: int, size: int):
-        self._reader, self._offset, self._size, self._at = reader, offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        data = self._reader.read(self._offset + self._at, min(len(buffer), max(self._size - self._at, 0)))
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
-
-    def seek(self, position: int, whence: int = 0) -> int:
-        self._at = max(0, position + (0, self._at, self._size)[whence])
-        return self._at
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,13 +61,6 @@ class Member(NamedTuple):
     kind: str
 
 
-class _Header(NamedTuple):
-    name: bytes
-    size: int
-    kind: str
-    continued: bool  # the map of a sparse file goes on in the next block
-
-
 def members(shard: Reader) -> Iterator[Member]:
     """The members of one archive, or of several concatenated ones, in order; those behind damage are found again.
 
@@ -121,29 +68,30 @@ def members(shard: Reader) -> Iterator[Member]:
         DataError: the file is truncated, or no tar archive.
         OSError: the file system failed.
     """
-    at, own, shared = 0, {}, {}  # metadata of the next member, and of all that follow
+    at, known = 0, {}  # what metadata say of the next member
     while at is not None:
-        block = shard.read(at, BLOCK)
-        header = _parse_header(block)
-        if header is None or (header.kind in "LKxXg" and header.size > _MAX_METADATA):
-            at, found = _skip(shard, at, block)
-            own = {}
-        elif header.kind in "LKxXg":
-            start, at = at, _end(shard, at + BLOCK, header.size, "the name of a member")
-            metadata = _read_metadata(header.kind, shard.read(start + BLOCK, header.size))
-            found = _damage(start, at) if metadata is None else None
-            if header.kind == "g":
-                shared |= metadata or {}
-            else:
-                own = (metadata or {}) | own
+        start, block = at, shard.read(at, BLOCK)
+        name, size, kind = _parse_header(block) or (b"", 0, None)
+        if kind is None or (kind in _METADATA and size > _MAX_METADATA):
+            (at, found), known = _skip(shard, start, block), {}
+        elif kind in _METADATA:
+            at = _end(shard, start + BLOCK, size, "the name of a member")
+            metadata = _read_metadata(kind, shard.read(start + BLOCK, size))
+            known, found = (metadata or {}) | known, _damage(start, at) if metadata is None else None
         else:
-            found, at = _member(shard, header, at + BLOCK, shared | own)
-            own = {}
+            name, size = known.get("path", name), int(known.get("size", size))
+            what = _KINDS.get(kind, "unknown kind")
+            if kind in "0\x007":
+                what = "folder" if name.endswith(b"/") else "sparse file" if "sparse" in known else ""
+            # Links and folders have no data, whatever their size says.
+            found = Member(name, start + BLOCK, 0 if kind in "123456" or what == "folder" else size, what)
+            at, known = _end(shard, found.offset, found.size, repr(os.fsdecode(name))), {}
         if found is not None:
             yield found
 
 
-def _parse_header(block: bytes) -> _Header | None:
+def _parse_header(block: bytes) -> tuple[bytes, int, str] | None:
+    """Name, size and kind by the block of a header."""
     if len(block) < BLOCK:
         return None
     size, checksum = _number(block[124:136]), block[_CHECKSUM]
@@ -152,7 +100,7 @@ def _parse_header(block: bytes) -> _Header | None:
     name, prefix = _text(block[:100]), _text(block[345:500])
     if prefix and block[257:263] == b"ustar\0":  # GNU tar keeps times there
         name = prefix + b"/" + name
-    return _Header(name, size, chr(block[156]), block[482] != 0)
+    return name, size, chr(block[156])
 
 
 def _text(field: bytes) -> bytes:
@@ -169,7 +117,7 @@ def _number(field: bytes) -> int | None:
 
 def _read_metadata(kind: str, content: bytes) -> dict[str, bytes] | None:
     """What a long name or pax records say of a member's name, size and sparseness; None if they make no sense."""
-    if kind in "LK":
+    if kind in "LKg":
         return {"path": _text(content)} if kind == "L" else {}
     known, at = {}, 0
     while at < len(content) and content[at]:
@@ -186,21 +134,6 @@ def _read_metadata(kind: str, content: bytes) -> dict[str, bytes] | None:
             known["sparse"] = b""
         at = end
     return known
-
-
-def _member(shard: Reader, header: _Header, start: int, metadata: dict[str, bytes]) -> tuple[Member, int]:
-    """A member, and where the next header is."""
-    name, size = metadata.get("path", header.name), int(metadata.get("size", header.size))
-    kind = _KINDS.get(header.kind, "unknown kind")
-    if header.kind in "0\x007":
-        kind = "folder" if name.endswith(b"/") else "sparse file" if "sparse" in metadata else ""
-    continued = header.kind == "S" and header.continued
-    while continued:
-        block = shard.read(start, BLOCK)
-        continued, start = len(block) == BLOCK and block[504] != 0, start + BLOCK
-    if header.kind in "123456" or kind == "folder":  # has no data, whatever its size says
-        size = 0
-    return Member(name, start, size, kind), _end(shard, start, size, repr(os.fsdecode(name)))
 
 
 def _end(shard: Reader, start: int, size: int, what: str) -> int:
@@ -243,48 +176,51 @@ def _skip(shard: Reader, start: int, block: bytes) -> tuple[int | None, Member |
 # Images and their index
 
 
-def shard_part(path: Path) -> Part:
+def shard_part(place: Path | str) -> Part:
     """The images in a shard, from the index beside it if it is of this very shard, else from the shard itself.
+
+    Args:
+        place: a path or URL, as for the functions below.
 
     Raises:
         DataError: it is no tar file, is truncated, or cannot be read.
     """
-    return read_shard_index(path) or with_retries(lambda: parse_shard(path), str(path), give_up_on=(PermissionError,))
+    part = read_shard_index(place)
+    return part or with_retries(lambda: parse_shard(place), str(place), give_up_on=(PermissionError,))
 
 
-def parse_shard(shard: Path | Reader) -> Part:
+def parse_shard(place: Path | str) -> Part:
     """The images in a shard, in the order of its members. Damage between members is a bad image named by its bytes.
 
     Raises:
         DataError: it is no tar file, or is truncated.
         OSError: the file system failed.
     """
-    if isinstance(shard, Path):
-        with open_reader(shard) as reader:
-            return parse_shard(reader)
     images: list[tuple[str, Member]] = []
     skipped: list[str] = []
     labels: dict[str, int] = {}
-    whole = 0
-    for member in members(shard):
-        name = os.fsdecode(member.name)
-        key, suffix = split_key(name)
-        whole += member.kind != DAMAGE
-        if member.kind == DAMAGE or (suffix in IMAGE_SUFFIXES and not member.kind):
-            images.append((key, member))
-        elif suffix in IMAGE_SUFFIXES:
-            skipped.append(f"{name!r} ({member.kind})")
-        elif suffix == ".cls" and not member.kind and member.size <= _MAX_LABEL_BYTES:
-            labels[key] = _label(shard.read(member.offset, member.size))
-    if images and not whole:
-        raise _no_tar(shard, "no member found")
+    whole, builder = 0, PartBuilder()
+    with open_reader(str(place)) as shard:
+        for member in members(shard):
+            name = os.fsdecode(member.name)
+            key, suffix = split_key(name)
+            whole += member.kind != DAMAGE
+            if member.kind == DAMAGE or (suffix in IMAGE_SUFFIXES and not member.kind):
+                images.append((key, member))
+            elif suffix in IMAGE_SUFFIXES:
+                skipped.append(f"{name!r} ({member.kind})")
+            elif suffix == ".cls" and not member.kind and member.size <= _MAX_LABEL_BYTES:
+                text = shard.read(member.offset, member.size).strip()
+                labels[key] = int(text) if text.isdigit() and int(text) < 2**31 else -1
+        if images and not whole:
+            raise _no_tar(shard, "no member found")
+        for key, member in images:
+            numbers = {"size": member.size, "offset": member.offset, "label": labels.get(key, -1)}
+            builder.add(member.name, _header(shard, member), **numbers)
     if skipped:
-        some = ", ".join(skipped[:_NAMED]) + ", ..." * (len(skipped) > _NAMED)
-        logger.warning("%s: skipped %d members that are no plain files: %s", shard.name, len(skipped), some)
-    builder = PartBuilder()
-    for key, member in images:
-        label = labels.get(key, -1)
-        builder.add(member.name, _inspect(shard, member), size=member.size, offset=member.offset, label=label)
+        logger.warning(
+            "%s: skipped %d members that are no plain files, the first %s", shard.name, len(skipped), skipped[0]
+        )
     return builder.build()
 
 
@@ -295,67 +231,49 @@ def split_key(name: str) -> tuple[str, str]:
     return folder + slash + stem, (dot + suffix).lower()
 
 
-def _label(text: bytes) -> int:
-    text = text.strip()
-    return int(text) if text.isdigit() and int(text) < 2**31 else -1
-
-
-def _inspect(shard: Reader, member: Member) -> Header | str:
+def _header(shard: Reader, member: Member) -> Header | str:
     if member.kind == DAMAGE:
         return f"damaged tar: {member.size} bytes are not understood, members may be lost"
+
+    def read(at: int, count: int) -> bytes:
+        return shard.read(member.offset + at, max(0, min(count, member.size - at)))
+
     try:
-        file = BufferedReader(_Section(shard, member.offset, member.size), 4096)
-        return parse_header(file, os.fsdecode(member.name)) or "not an image"
+        return parse_header(Reader(os.fsdecode(member.name), member.size, read)) or "not an image"
     except BadImage as error:
         return str(error)
 
 
 def write_shard_index(path: Path, part: Part | None = None) -> Path:
-    """Store what a shard holds beside it, whole or not at all.
+    """Store what a local shard holds beside it, in ``<shard>.index.npz``, whole or not at all.
 
     Args:
         path: the shard.
         part: what it holds; None to parse it.
 
-    Returns:
-        The index, ``<shard>.index.npz``.
-
     Raises:
         DataError: the shard is no tar file, is truncated, or cannot be read.
         OSError: the index cannot be written.
     """
-    path = Path(path)
     part = part or with_retries(lambda: parse_shard(path), str(path), give_up_on=(PermissionError,))
     arrays = {"rows": part.rows.tobytes(), "names": part.names, "bad": json.dumps(sorted(part.bad.items())).encode()}
-    with open_reader(path) as shard:
-        arrays = {"shard": _identity(shard), **arrays}
-    target = path.with_name(path.name + INDEX_SUFFIX)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{INDEX_SUFFIX}")
-    try:
-        with partial.open("wb") as file:
-            named = {name: np.frombuffer(content, np.uint8) for name, content in arrays.items()}
-            np.savez(file, version=np.int64(VERSION), **named)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    named = {name: np.frombuffer(content, np.uint8) for name, content in arrays.items()}
+    file, target = BytesIO(), path.with_name(path.name + INDEX_SUFFIX)
+    np.savez(file, version=np.int64(VERSION), shard=np.frombuffer(_identity(path), np.uint8), **named)
+    write_whole(target, file.getvalue())
     return target
 
 
-def read_shard_index(shard: Path | Reader, index: BinaryIO | None = None) -> Part | None:
-    """What the index of a shard says; None if there is none, or a damaged one, or one of another version or shard.
+def read_shard_index(place: Path | str) -> Part | None:
+    """What the index beside a shard says; None if there is none, or a damaged one, or one of another version or shard.
 
-    Args:
-        shard: identified by its size, beginning and end.
-        index: its index; None for the file beside it.
+    A shard is told by its size, beginning and end.
     """
+    beside = f"{place}{INDEX_SUFFIX}"
     try:
-        if isinstance(shard, Path):
-            with open_reader(shard) as reader, shard.with_name(shard.name + INDEX_SUFFIX).open("rb") as file:
-                return read_shard_index(reader, file)
-        with np.load(index, allow_pickle=False) as arrays:
-            if int(arrays["version"]) != VERSION or arrays["shard"].tobytes() != _identity(shard):
+        content = fetch_if_there(beside) if "://" in beside else Path(beside).read_bytes()
+        with np.load(BytesIO(content), allow_pickle=False) as arrays:
+            if int(arrays["version"]) != VERSION or arrays["shard"].tobytes() != _identity(place):
                 return None
             rows = arrays["rows"].reshape(-1).view(ENTRY)
             names, bad = arrays["names"].tobytes(), json.loads(arrays["bad"].tobytes())
@@ -364,7 +282,8 @@ def read_shard_index(shard: Path | Reader, index: BinaryIO | None = None) -> Par
         return None
 
 
-def _identity(shard: Reader) -> bytes:
+def _identity(place: Path | str) -> bytes:
     """Tells a shard from another without reading it: size, beginning and end. Times do not survive a copy."""
-    ends = shard.read(0, _IDENTITY) + shard.read(max(0, shard.size - _IDENTITY), _IDENTITY)
-    return hashlib.blake2b(b"%d" % shard.size + ends, digest_size=16).digest()
+    with open_reader(str(place)) as shard:
+        ends = shard.read(0, _IDENTITY) + shard.read(max(0, shard.size - _IDENTITY), _IDENTITY)
+        return hashlib.blake2b(b"%d" % shard.size + ends, digest_size=16).digest()

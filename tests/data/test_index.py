@@ -49,9 +49,9 @@ def headers(monkeypatch) -> list[str]:
     """The names of the files whose headers are read."""
     read: list[str] = []
 
-    def parse(file, name):
-        read.append(Path(name).name)
-        return parse_header(file, name)
+    def parse(file):
+        read.append(Path(file.name).name)
+        return parse_header(file)
 
     monkeypatch.setattr(sources_module, "parse_header", parse)
     return read
@@ -302,8 +302,8 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
     def kill(*_):
         raise KeyboardInterrupt
 
-    def killed_at_250(file, name):
-        return kill() if name.endswith("250.jpg") else parse_header(file, name)
+    def killed_at_250(file):
+        return kill() if file.name.endswith("250.jpg") else parse_header(file)
 
     def assert_killed(progress=None):
         with pytest.raises(KeyboardInterrupt):

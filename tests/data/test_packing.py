@@ -12,20 +12,21 @@ import re
 import resource
 import signal
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from distributed import start_process
-from loading import needs_dali, png, rotated, save_16_bit, smooth
+from loading import needs_dali, noise, png, rotated, save_16_bit, smooth
 from PIL import Image
 from sharding import by_source, contents, members, write_source
 
-from fastmae.data import DataError, open_dataset
+from fastmae.data import DataError, open_dataset, processes
 from fastmae.data import shards as shards_module
 from fastmae.data.inspect import measure
 from fastmae.data.processes import Workers
-from fastmae.data.shards import ShardFolder, ShardOptions, StoredImage, write_shards
+from fastmae.data.shards import MANIFEST, ShardOptions, store_image, write_shards
 from fastmae.data.tar import read_shard_index
 
 OPTIONS = ShardOptions(short_side=50, images_per_shard=5)
@@ -173,19 +174,25 @@ def test_names_are_harmless_and_tell_everything_apart(open_, tmp_path):
     assert next(name for name in found if "wrong" in name).endswith(".jpg")
 
 
-def test_sizes_of_shards_and_options_out_of_range(source, open_, tmp_path):
+def test_sizes_of_shards(source, open_, tmp_path):
     total = write_shards(open_(source), tmp_path / "one").bytes
     packed = write_shards(open_(source), tmp_path / "several", ShardOptions(shard_bytes=total // 4))
     assert 4 <= packed.shards <= 5
-    for options, message in [
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"short_side": 0}, "short_side: expected at least 1, got 0"),
         ({"quality": 101}, "quality: expected 1 to 100, got 101"),
         ({"images_per_shard": -1}, "images_per_shard: expected at least 1, got -1"),
         ({"shard_bytes": 0}, "shard_bytes: expected at least 1, got 0"),
         ({"shuffle_seed": -1}, "shuffle_seed: expected 0 to 9223372036854775807, got -1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            ShardOptions(**options)
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShardOptions(**options)
 
 
 # Several processes and machines
@@ -228,24 +235,26 @@ def test_processes_pack_the_same_shards_and_can_be_stopped(source, open_, tmp_pa
     monkeypatch.setattr(shards_module, "_IMAGES_PER_PROCESS", 1)
     with pytest.raises(Stop):
         write_shards(open_(source), out, OPTIONS, num_workers=2, progress=stop_after(14))
-    assert not list(out.glob(".*.partial"))
+    in_memory = open_([(noise(20, 30, i), i) for i in range(6)])  # which no other process can open
+    assert write_shards(in_memory, tmp_path / "memory", OPTIONS, num_workers=2).images == 6
     monkeypatch.undo()
     packed = write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
     assert (packed.images, packed.missing) == (20, 0)
-    assert seen == [5, 5] + [1] * 10  # two shards were complete
+    assert (seen[:3], sum(seen)) == ([5] * 3, 20)  # at least three shards were complete
     assert contents(out) == reference
 
 
 def test_a_process_that_is_killed_is_an_error(source, open_, tmp_path, monkeypatch):
     """As the kernel does when memory runs out."""
 
-    class OneDies(Workers):
+    class Killed(Workers):
         def __init__(self, count: int):
             super().__init__(count)
-            self._all[0].kill()
+            for process in self._all:
+                process.kill()
 
     monkeypatch.setattr(shards_module, "_IMAGES_PER_PROCESS", 1)
-    monkeypatch.setattr(shards_module, "Workers", OneDies)
+    monkeypatch.setattr(processes, "Workers", Killed)
     with pytest.raises(DataError, match=r"ended with exit code -9\..*the same command resumes"):
         write_shards(open_(source), tmp_path / "out", OPTIONS, num_workers=2)
 
@@ -261,75 +270,43 @@ def test_parts_at_the_same_time_or_one_after_the_other(source, open_, tmp_path, 
     assert (packed.shards, packed.images, packed.missing) == (4, 20, 0)
     assert contents(out) == reference
     assert write_shards(open_(source), out, OPTIONS, part=(1, 3)) == packed
-    together, arguments = tmp_path / "together", (source, tmp_path / "together", tmp_path / "cache")
-    processes = [start_process(pack_part, *arguments, (i, 2)) for i in (1, 2)]
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
+    together = tmp_path / "together"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda i: write_shards(open_(source), together, OPTIONS, part=(i, 2)), (1, 2)))
     assert contents(together) == reference
     with pytest.raises(ValueError, match="part: expected i/n with 1 <= i <= n, got 3/2"):
         write_shards(open_(source), out, OPTIONS, part=(3, 2))
 
 
-def pack_part(source: Path, out: Path, cache: Path, part: tuple[int, int]) -> None:
-    write_shards(open_dataset(source, cache_dir=cache), out, OPTIONS, part=part)
-
-
-# Stopped, killed, repeated, or on a bad disk
-
-
-def test_a_stopped_run_resumes_and_damage_in_the_folder_is_repaired(source, open_, tmp_path, reference):
-    out = tmp_path / "out"
-    with pytest.raises(Stop):
-        write_shards(open_(source), out, OPTIONS, progress=stop_after(14))
-    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert len(before) == 2
-    assert not list(out.glob(".*.partial"))
-    seen = []
-    write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
-    assert seen == [5, 5] + [1] * 10
-    assert contents(out) == reference
-    assert before == {name: (out / name).stat().st_mtime_ns for name in before}
-    os.truncate(out / "shard-000001.tar", 5000)
-    (out / "shard-000002.tar.index.npz").unlink()
-    (out / "shard-000003.tar").unlink()
-    for name in (".shard-000003.tar.12345678.partial", ".shards.json.1-of-1.partial", ".shard-000000.tar.1.index.npz"):
-        (out / name).touch()
-    write_shards(open_(source), out, OPTIONS)
-    assert contents(out) == reference
+# Killed, repeated, or on a bad disk
 
 
 def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> None:
-    """Pack, and be killed after a number of images or within a step of the packing."""
-
-    def die(*arguments):
-        os.kill(os.getpid(), signal.SIGKILL)
+    """Pack, and be killed after a number of images or where a file is about to be written."""
+    write_index, write_whole = shards_module.write_shard_index, shards_module.write_whole
 
     def die_after(images: int, size: int) -> None:
         nonlocal moment
-        moment -= images
-        if moment < 0:
-            die()
+        if isinstance(moment, int):
+            moment -= images
+            if moment < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    def die_in_a_record(self, record):
-        with (self.path / ".progress-1-of-1.jsonl").open("a") as file:
-            file.write('\n{"name": "shard-0000')
-            file.flush()
-            die()
+    def die_at(write):
+        def writing(path, content):
+            if moment == path.name:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write(path, content)
 
-    if moment == "index":
-        shards_module.write_shard_index = die
-    elif moment == "record":
-        ShardFolder.add = die_in_a_record
-    elif moment == "finish":
-        ShardFolder.finish = die
-    progress = die_after if isinstance(moment, int) else None
-    write_shards(open_dataset(source, cache_dir=cache), out, OPTIONS, progress=progress)
+        return writing
+
+    shards_module.write_shard_index, shards_module.write_whole = die_at(write_index), die_at(write_whole)
+    write_shards(open_dataset(source, cache_dir=cache), out, OPTIONS, progress=die_after)
 
 
 def test_sigkill_at_any_moment(source, tmp_path, open_, reference):
-    out = tmp_path / "out"
-    for moment, shards in [(3, 0), (8, 1), ("index", 2), ("record", 2), (17, 3), ("finish", 4)]:
+    out, index, record = tmp_path / "out", "shard-000001.tar", ".shard-000001.tar.json"
+    for moment, shards in [(3, 0), (8, 1), (index, 2), (record, 2), (17, 3), (MANIFEST, 4)]:
         process = start_process(pack_and_die, source, out, tmp_path / "cache", moment)
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
@@ -338,6 +315,22 @@ def test_sigkill_at_any_moment(source, tmp_path, open_, reference):
     write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
     assert seen == [5] * 4  # nothing was left to pack
     assert contents(out) == reference
+
+
+def test_damage_in_the_folder_is_repaired_and_the_rest_stays(source, open_, tmp_path, reference):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in reference.items():
+        (out / name).write_bytes(content)
+    before = (out / "shard-000000.tar").stat().st_mtime_ns
+    os.truncate(out / "shard-000001.tar", 5000)
+    (out / "shard-000002.tar.index.npz").unlink()
+    (out / "shard-000003.tar").unlink()
+    for name in (".shard-000003.tar.12345678.partial", ".shard-000000.tar.index.npz.12345678.partial"):
+        (out / name).touch()
+    write_shards(open_(source), out, OPTIONS)
+    assert contents(out) == reference
+    assert (out / "shard-000000.tar").stat().st_mtime_ns == before
 
 
 def test_other_options_another_source_and_other_files_are_refused(source, open_, tmp_path):
@@ -360,8 +353,11 @@ def test_other_options_another_source_and_other_files_are_refused(source, open_,
 
 
 def test_one_process_at_a_time_where_the_file_system_has_locks(source, open_, tmp_path, monkeypatch):
-    with ShardFolder(tmp_path / "locked", {}), pytest.raises(DataError, match="another process is packing part 1/1"):
-        ShardFolder(tmp_path / "locked", {})
+    def pack_again(images: int, size: int) -> None:
+        with pytest.raises(DataError, match="another process is packing part 1/1"):
+            write_shards(open_(source), tmp_path / "locked", OPTIONS)
+
+    write_shards(open_(source), tmp_path / "locked", OPTIONS, progress=pack_again)
 
     def flock(*arguments):
         raise OSError(errno.ENOSYS, "Function not implemented")
@@ -402,7 +398,7 @@ def test_a_full_disk_leaves_no_half_shard(source, open_, tmp_path):
             write_shards(dataset, out, options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert sorted(contents(out)) == [".progress-1-of-1.jsonl", "shards.json"]
+    assert [name for name in contents(out) if ".tar" in name] == []
     write_shards(dataset, out, options)
     write_shards(dataset, tmp_path / "undisturbed", options)
     assert contents(out) == contents(tmp_path / "undisturbed")
@@ -426,12 +422,9 @@ def test_a_disk_that_gives_back_something_else(source, open_, tmp_path, monkeypa
     assert not list((tmp_path / "out").glob("*.tar*"))
 
 
-def test_what_does_not_read_as_it_was_meant(tmp_path):
-    buffer = io.BytesIO()
-    Image.fromarray(smooth(20, 30, 0)).save(buffer, "JPEG")
-    image = StoredImage("0.jpg", buffer.getvalue(), 3, 20, 30, False)
-    shards_module.write_shard(tmp_path / "good.tar", [image])
-    for number, change in enumerate(({"height": 21}, {"data": b"no image"}, {"label": 10**40})):
-        with pytest.raises(DataError, match=r"wrote 1 images, read back 1; the first to differ: \('0\.jpg'"):
-            shards_module.write_shard(tmp_path / f"{number}.tar", [image._replace(**change)])
-    assert sorted(contents(tmp_path)) == ["good.tar", "good.tar.index.npz"]
+@pytest.mark.parametrize("change", [{"data": b"no image"}, {"label": 10**40}], ids=str)
+def test_what_does_not_read_as_it_was_meant(source, open_, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(shards_module, "store_image", lambda *call: store_image(*call)._replace(**change))
+    with pytest.raises(DataError, match=r"wrote 20 images, read back 20; the first to differ"):
+        write_shards(open_(source), tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tar*"))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from loading import KINDS, assert_equal, image_file, noise, rotated, take
@@ -16,8 +17,7 @@ from PIL import Image
 
 from fastmae.data import DataError, errors, open_once, records
 from fastmae.data.decode import UndecodableImage, decode
-from fastmae.data.records import ParquetRecords, RecordSource, TorchRecords, as_records, source_at
-from fastmae.data.storage import RecordStorage
+from fastmae.data.records import ParquetRecords, RecordSource, RecordStorage, TorchRecords, as_records, source_at
 
 COUNT = 12
 FILES = [image_file(("JPEG", "PNG", "WEBP")[i % 3], noise(30 + i, 40, i)) for i in range(COUNT)]
@@ -182,8 +182,8 @@ def test_row_groups_are_read_once_while_they_fit_and_in_windows_beyond(parquet, 
     files, loads = sorted(parquet.iterdir()), []
     read_group = ParquetRecords._read_group
     monkeypatch.setattr(ParquetRecords, "_read_group", lambda self, n: loads.append(n) or read_group(self, n))
-    everything = ParquetRecords(files)
-    largest = max(everything._bytes)
+    everything, metadata = ParquetRecords(files), [pq.read_metadata(file) for file in files]
+    largest = max(found.row_group(g).total_byte_size for found in metadata for g in range(2))
     assert list(everything.blocks.values()) == [3] * 4
     for found, expected in ((everything, [0, 1, 2, 3]), (ParquetRecords(files, 2 * largest), [0, 1, 2, 3] * 2)):
         loads.clear()

@@ -15,7 +15,8 @@ from object_store import ObjectStore, serve
 
 from fastmae.data import DataError, errors, open_dataset
 from fastmae.data.decode import UndecodableImage
-from fastmae.data.storage import Files, RemoteShard, Shards, as_url, find_store
+from fastmae.data.sources import find_source
+from fastmae.data.storage import Files, Shards, as_url, open_reader
 from fastmae.data.tar import parse_shard, shard_part, write_shard_index
 
 TERABYTE = 1 << 40
@@ -68,7 +69,7 @@ def test_a_shard_that_has_changed_since_is_named_and_only_the_image_is_read(tmp_
     assert shards.read("a", 4000, 1000, 0).tobytes() == content[4000:]
     (tmp_path / "a").unlink()
     os.mkfifo(tmp_path / "a")
-    with pytest.raises(DataError, match=r"/a: .*not a regular file"):
+    with pytest.raises(DataError, match=r"/a: cannot be read after 2 tries"):
         Shards(tmp_path).read("a", 0, 10, 0)
 
 
@@ -114,11 +115,10 @@ def test_what_will_not_pass_is_named_at_once(store, fault, message):
 
 
 def test_a_server_without_ranges_is_refused_before_a_body_has_come(store, tmp_path):
-    RemoteShard(f"{store.url}/a")
     os.truncate(tmp_path / "a", 1 << 26)
     store.always = "whole"
-    with pytest.raises(DataError, match=f"{store.url}/a: .*support range requests"):
-        RemoteShard(f"{store.url}/a")
+    with pytest.raises(DataError, match=f"{store.url}/a: .*support range requests"), open_reader(f"{store.url}/a"):
+        pass
     assert store.sent < 1 << 26
 
 
@@ -161,38 +161,36 @@ def packed(tmp_path) -> Path:
 def test_shards_of_a_store_are_those_of_the_folder(packed, store, monkeypatch):
     """As a folder, as a list of names, as a local list of URLs, and one alone. Indexes beside them are used."""
     parsed = []
-    monkeypatch.setattr(
-        "fastmae.data.storage.parse_shard", lambda shard: parsed.append(shard.name) or parse_shard(shard)
-    )
+    monkeypatch.setattr("fastmae.data.tar.parse_shard", lambda place: parsed.append(place) or parse_shard(place))
     names = ["a.tar", "b.tar", "more/c.tar"]
     url = f"{store.url}/shards"
     (packed / "names.txt").write_text("# comment\n" + "\n".join(names))
     (packed / "urls.txt").write_text("\n".join(f"{url}/{name}" for name in names))
     expected = [shard_part(packed / name) for name in names]
-    folder = find_store(url)
+    folder = find_source(url)
     assert (folder.root, folder.shards, folder.classes) == (url, names, ["ant", "bee"])
-    for source in (folder, find_store(f"{url}/names.txt"), find_store(packed / "urls.txt")):
+    for source in (folder, find_source(f"{url}/names.txt"), find_source(packed / "urls.txt")):
         parsed.clear()
         for found, part in zip(source.parts(None, 2, None), expected, strict=True):
             assert np.array_equal(found.rows, part.rows)
             assert (found.names, found.bad) == (part.names, part.bad)
         assert sorted(parsed) == [f"{url}/a.tar", f"{url}/more/c.tar"]
-    assert find_store(f"{url}/more/c.tar").shards == ["c.tar"]
+    assert find_source(f"{url}/more/c.tar").shards == ["c.tar"]
     store.faults.append(403)  # how stores that may not be listed say that there is none
-    assert find_store(url).classes == []
+    assert find_source(url).classes == []
     before = folder.fingerprint()
-    assert find_store(url).fingerprint() == before
+    assert find_source(url).fingerprint() == before
     os.utime(packed / "a.tar")
-    assert find_store(url).fingerprint() != before
+    assert find_source(url).fingerprint() != before
 
 
 def test_indexing_survives_failures_and_reports_a_shard_that_is_none(packed, store, monkeypatch):
     monkeypatch.setattr("fastmae.data.storage._AHEAD", 1)  # a request per header
     store.faults.extend([503, None, "reset", None, "short", None] * 3)
-    assert [len(part.rows) for part in find_store(f"{store.url}/shards").parts(None, 1, None)] == [4, 4, 3]
+    assert [len(part.rows) for part in find_source(f"{store.url}/shards").parts(None, 1, None)] == [4, 4, 3]
     os.truncate(packed / "a.tar", 3000)
     with pytest.raises(DataError, match=f"{store.url}/shards/a.tar: expected a whole, plain tar file"):
-        list(find_store(f"{store.url}/shards").parts(None, 1, None))
+        list(find_source(f"{store.url}/shards").parts(None, 1, None))
 
 
 def test_what_is_no_shard_in_a_store_is_refused(store, tmp_path):
@@ -201,14 +199,18 @@ def test_what_is_no_shard_in_a_store_is_refused(store, tmp_path):
     with pytest.raises(
         DataError, match=r"images: expected .tar shards, found 1 other objects, such as a.jpg.*data shard"
     ):
-        find_store(f"{store.url}/images")
+        find_source(f"{store.url}/images")
     with pytest.raises(DataError, match=r"memory://nothing: expected \.tar shards, found nothing"):
-        find_store("memory://nothing")
-    (tmp_path / "mixed.txt").write_text("s3://bucket/a.tar\ns3://bucket/b.jpg\n")
-    with pytest.raises(DataError, match=r"expected a list of \.tar shards, found s3://bucket/b\.jpg in it"):
-        find_store(tmp_path / "mixed.txt")
-    (tmp_path / "paths.txt").write_text("a.jpg\n")
-    assert find_store(tmp_path / "paths.txt") is find_store(tmp_path) is None
+        find_source("memory://nothing")
+    for names, message in (
+        ("s3://bucket/a.tar\ns3://bucket/b.jpg\n", r"1 images \(s3://bucket/b.jpg, ...\) and 1 .tar files"),
+        ("s3://bucket/b.jpg\n", r"expected .tar shards, found s3://bucket/b.jpg.*data shard"),
+    ):
+        (tmp_path / "list.txt").write_text(names)
+        with pytest.raises(DataError, match=message):
+            find_source(tmp_path / "list.txt")
+    with pytest.raises(DataError, match=r"list.txt: expected a list of .tar shards, found s3://bucket/b.jpg in it"):
+        find_source(f"{store.url}/list.txt")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -247,8 +247,6 @@ def test_metadata_that_make_no_sense_are_reported_or_refused():
     records = b"9 size=3\n14 path=a.png\n"
     content = block(b"pax", len(records), b"x") + padded(records) + block(b"b.jpg") + padded(b"abc") + end
     assert [member[::2] for member in read_members(content)] == [(b"a.png", 3)]
-    content = block(b"for all", len(records), b"g") + padded(records) + image + image + end
-    assert [member.name for member in read_members(content)] == [b"a.png"] * 2
     for kind in (b"L", b"x", b"g"):
         content = image + block(b"long", 2 << 20, kind) + image + end
         assert [member.kind for member in read_members(content)] == ["", DAMAGE, ""]
@@ -267,19 +265,16 @@ def test_metadata_that_make_no_sense_are_reported_or_refused():
 
 def test_members_that_are_no_plain_files_are_skipped_by_name(tmp_path, caplog):
     path = tmp_path / "a.tar"
-    sparse = bytearray(block(b"old.jpg", 3, b"S"))
-    sparse[482] = 1
-    map_ = bytes(504) + b"\1" + bytes(7) + bytes(512)
     records = b"22 GNU.sparse.major=1\n"
     pax = block(b"pax", len(records), b"x") + padded(records)
     links = b"".join(block(b"link.jpg", kind=kind) for kind in SPECIAL)
     image = padded(jpeg())
     good = block(b"good.jpg", len(jpeg())) + image
-    sparse = signed(sparse) + map_ + padded(b"abc") + pax + block(b"new.jpg", 3) + padded(b"abc")
+    sparse = block(b"old.jpg", 3, b"S") + padded(b"abc") + pax + block(b"new.jpg", 3) + padded(b"abc")
     path.write_bytes(sparse + links + good + bytes(1024))
     part = parse_shard(path)
     assert (part.names, part.bad) == (b"good.jpg", {})
-    assert f"{path}: skipped 6 members that are no plain files: 'old.jpg' (sparse file)" in caplog.text
+    assert f"{path}: skipped 6 members that are no plain files, the first 'old.jpg' (sparse file)" in caplog.text
 
 
 def test_whatever_is_damaged_ends_in_members_or_a_data_error():
