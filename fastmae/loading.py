@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fastmae.interop.facebook import ARGS
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.interop.timm import is_timm, read_timm
-from fastmae.model import PRESETS, MaskedAutoencoderViT
+from fastmae.model import PRESETS, MaskedAutoencoderViT, build_model
+from fastmae.model.ablations import OPTIONS
 from fastmae.model.classifier import VisionTransformer, create_vision_transformer
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.weights import read_source
@@ -82,13 +83,13 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
         CheckpointError: nothing of the kind is there, or what is there does not fit together; names it.
     """
     weights, info = read_weights(path, **architecture)
-    kind = MaskedAutoencoderViT if info.num_classes is None else VisionTransformer
     for name in ("img_size", "num_heads", "decoder_num_heads")[: 2 + info.has_decoder]:
         if name not in info.architecture:
             raise CheckpointError(f"{path}: neither its shapes nor its metadata tell {name}; give {name}=")
     try:
-        model = kind(**info.architecture)
-        if info.num_classes is not None:
+        classifies = info.num_classes is not None
+        model = VisionTransformer(**info.architecture) if classifies else build_model(info.architecture)
+        if classifies:
             model.load_encoder(weights, positions="interpolate")
         else:
             missing, unknown = model.load_state_dict(weights, strict=False)
@@ -123,7 +124,7 @@ def create_classifier(
     if checkpoint is None:
         return create_vision_transformer(name, num_classes, **options)
     weights, info = read_weights(checkpoint)
-    for key in ("img_size", "patch_size", "in_chans", "mean", "std", "norm_eps"):
+    for key in ("img_size", "patch_size", "in_chans", "mean", "std", "norm_eps", "class_token"):
         options.setdefault(key, info.architecture.get(key))
     model = create_vision_transformer(name, num_classes, **options)
     here, there = model.architecture, info.architecture
@@ -188,7 +189,8 @@ def _architecture(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> tup
         found["decoder_depth"] = _count(weights, r"decoder_blocks\.(\d+)\.")
     else:
         found |= _NO_DECODER  # which the source's metadata may replace
-    found |= {name: value for name, value in told.items() if value is not None and name in signature(kind).parameters}
+    known = signature(kind).parameters.keys() | (OPTIONS if kind is MaskedAutoencoderViT else {})
+    found |= {name: value for name, value in told.items() if value is not None and name in known}
     assumed = []
     for name, width in widths.items():
         if name not in found:

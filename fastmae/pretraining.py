@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -235,7 +236,7 @@ class _Pretraining:
         """What ``--report`` asks for; the same on all ranks."""
         config, report = self.config, self.config.report
         asked = {
-            Pictures: report.picture_every_steps and (config, dataset),
+            Pictures: config.model.target == "pixels" and report.picture_every_steps and (config, dataset),
             Probe: report.probe_every_epochs and (config, dataset, self.ranks),
             Profile: report.profile_at_step and (report.profile_at_step, report.profile_steps),
         }
@@ -310,15 +311,11 @@ class _Pretraining:
     def evaluate(self, trainer: Trainer, model: nn.Module, weights: Path, timing: dict[str, float]) -> None:
         """Reconstruct images that were not trained on; write ``final.png`` and ``summary.json``."""
         config, folder, say = trainer.config, self.folder, self.console.print
-        say("Evaluating: reconstructing images that were not trained on")
-        sets, names = reconstruction_sets(config, trainer.dataset, _CROPS)
-        picture = folder.reconstructions / "final.png"
-        masks = {"mask_ratio": config.model.mask_ratio, "mask_strategy": config.model.mask_strategy}
-        drawing = {"path": picture, "names": names, "num_rows": _ROWS, "when": f"after {trainer.step:,} steps"}
-        dtype = DTYPES[config.train.precision]
-        errors = evaluate_sets(model, sets, **masks, **drawing, seed=config.train.seed, dtype=dtype)
-        for values in errors.values():
-            values["worse_than"] = [name for name, key in _BASELINES.items() if not values["mse"] < values[key]]
+        errors, picture = {}, None
+        if config.model.target == "pixels":
+            say("Evaluating: reconstructing images that were not trained on")
+            picture = folder.reconstructions / "final.png"
+            errors = self.reconstruct(trainer, model, picture)
         losses = [row["loss"] for row in folder.read_metrics()] or [None]
         newest = {name: value for row in folder.read_evaluations() for name, value in row.items()}
         summary = {
@@ -334,7 +331,7 @@ class _Pretraining:
             "bad_files": len(trainer.bad_files),
             "sets": errors,
             "evaluations": {k: v for k, v in newest.items() if k != "step" and isinstance(v, int | float)},
-            "picture": str(picture),
+            "picture": picture and str(picture),
             "weights": str(weights),
         }
         folder.write_json("summary.json", without_nan(summary))
@@ -347,9 +344,21 @@ class _Pretraining:
             )
             if values["worse_than"]:
                 say(f"{name}: WORSE THAN {' and '.join(values['worse_than'])}, without a model")
-        say(f"Weights: {weights}\nPicture: {picture}")
+        say(f"Weights: {weights}" + (f"\nPicture: {picture}" if picture else ""))
         if not all(math.isfinite(values["mse"]) for values in errors.values()):
             self.warn("THE MODEL'S PREDICTIONS ARE NOT FINITE: its weights are of no use")
+
+    def reconstruct(self, trainer: Trainer, model: nn.Module, picture: Path) -> dict[str, dict[str, Any]]:
+        """Errors of reconstructions by set of images, beside those of the baselines; draws the picture."""
+        config = trainer.config
+        sets, names = reconstruction_sets(config, trainer.dataset, _CROPS)
+        masks = {"mask_ratio": config.model.mask_ratio, "mask_strategy": config.model.mask_strategy}
+        drawing = {"path": picture, "names": names, "num_rows": _ROWS, "when": f"after {trainer.step:,} steps"}
+        dtype = DTYPES[config.train.precision]
+        errors = evaluate_sets(model, sets, **masks, **drawing, seed=config.train.seed, dtype=dtype)
+        for values in errors.values():
+            values["worse_than"] = [name for name, key in _BASELINES.items() if not values["mse"] < values[key]]
+        return errors
 
 
 # ---------------------------------------------------------------------------------------------------------------------

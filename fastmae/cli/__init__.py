@@ -22,6 +22,7 @@ import tyro
 import fastmae
 from fastmae.cli.arguments import parse
 from fastmae.cli.commands import (
+    AblateConfig,
     BenchConfig,
     ConsolidateConfig,
     ConvertConfig,
@@ -29,6 +30,7 @@ from fastmae.cli.commands import (
     EnvConfig,
     EvaluateCommands,
     FeaturesConfig,
+    FitTargetConfig,
     InspectConfig,
     ReconstructConfig,
 )
@@ -99,6 +101,8 @@ def _commands(defaults: PretrainConfig) -> dict[str, Any]:
         "inspect": (InspectConfig, {}),
         "features": (FeaturesConfig, {}),
         "evaluate": (EvaluateCommands, {}),
+        "ablate": (AblateConfig, {}),
+        "fit-target": (FitTargetConfig, {}),
         "consolidate": (ConsolidateConfig, {}),
         "convert": (ConvertConfig, {}),
         "bench": (BenchConfig, {"default": BenchConfig(**_shared(defaults, BenchConfig))}),
@@ -143,6 +147,10 @@ def _run(command: Any, defaults: PretrainConfig, given: Mapping[str, str], stop:
         return import_module("fastmae.cli.data").run(command.command)
     if isinstance(command, InspectConfig | FeaturesConfig | EvaluateCommands):
         return import_module("fastmae.cli.evaluate").run(getattr(command, "command", command))
+    if isinstance(command, AblateConfig):
+        return import_module("fastmae.cli.ablate").ablate(command)
+    if isinstance(command, FitTargetConfig):
+        return import_module("fastmae.cli.ablate").fit_target(command)
     if isinstance(command, ReconstructConfig):
         return import_module("fastmae.cli.reconstruct").reconstruct(command)
     if isinstance(command, ConvertConfig):

@@ -32,7 +32,7 @@ class ReconstructConfig:
     None: 0 1 2."""
     mask_ratio: float | None = None
     """Share of patches to hide, strictly between 0 and 1. None: the run's."""
-    mask_strategy: Literal["random", "block", "grid"] | None = None
+    mask_strategy: Literal["random", "block", "grid", "fixed-grid"] | None = None
     """Which patches are hidden, as for fastmae pretrain. None: the run's."""
     seed: int = 0
     """Seed of the masks."""
@@ -221,6 +221,49 @@ class EvaluateCommands:
 
     command: Annotated[tyro.conf.OmitSubcommandPrefixes[Protocol], tyro.conf.arg(name="")]
     """The protocol."""
+
+
+@dataclass(frozen=True)
+class AblateConfig:
+    """Pretrain and evaluate variants of a run, each with several seeds, and write a table. Run it again to continue.
+
+    The specification is a TOML file. [pretrain]: flags of fastmae pretrain for all variants. [variants]: a name for
+    each, with the flags that it changes. [evaluate]: a protocol of fastmae evaluate for each entry, with its flags.
+    seeds: a list, [0] if it is missing. command: what starts fastmae, such as "torchrun --nproc-per-node 8 -m fastmae".
+    """
+
+    spec: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SPEC.toml")]
+    """The specification."""
+    out: Path = field(kw_only=True)
+    """Folder of the runs, of results.csv (a row per run and protocol) and of table.md."""
+
+
+@dataclass(frozen=True)
+class FitTargetConfig:
+    """Fit what --model.target can name: principal components of patches, or a codebook of patches."""
+
+    path: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IMAGES")]
+    """Folder of images, list file, .tar file or folder of .tar shards."""
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT.safetensors")]
+    """What to write."""
+    kind: Literal["pca", "codebook"] = field(kw_only=True)
+    """pca: coefficients in patch space (paper, table 1d). codebook: tokens, by k-means."""
+    size: int = 96
+    """Coefficients (96 in the paper), or tokens."""
+    images: int = 2_048
+    """Images whose patches are used, one random crop of each."""
+    img_size: int = 224
+    """Image size in pixels."""
+    patch_size: int = 16
+    """Patch size in pixels."""
+    in_chans: int = 3
+    """Channels of the images."""
+    mean: tuple[float, ...] | None = None
+    """As --model.mean."""
+    std: tuple[float, ...] | None = None
+    """As --model.std."""
+    seed: int = 0
+    """Seed of the images and crops."""
 
 
 @dataclass(frozen=True)

@@ -90,8 +90,10 @@ def describe(info: WeightsInfo) -> dict[str, Any]:
     """What is known of weights, JSON-able."""
     size = info.architecture
     uses = ["features", "evaluate", "create_classifier", "convert"]
-    uses += ["reconstruct", "init-from"] if info.has_decoder else []
+    outputs = size.get("num_outputs")
+    uses += ["reconstruct", "init-from"] if info.has_decoder and not outputs else []
     target = {True: "normalised pixels", False: "pixels", None: "unknown"}[info.norm_pix_loss]
+    target = f"{outputs} values per patch" if outputs else target
     return {
         "path": str(info.path),
         "source": info.source,

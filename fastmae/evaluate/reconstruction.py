@@ -68,6 +68,8 @@ def reconstruct(
             f"model: expected a masked autoencoder with its decoder (decoder_pred), got {type(model).__name__} without "
             "one; an encoder alone cannot reconstruct pixels, so load a pretraining checkpoint"
         )
+    if getattr(model, "num_outputs", None) is not None:
+        raise ValueError(f"model: expected one that predicts pixels, got one of {model.num_outputs} values per patch")
     if len(masking.mask) != len(images):
         raise ValueError(f"masking: expected one mask for each of {len(images)} images, got {len(masking.mask)} masks")
     if visible not in get_args(Visible):

@@ -19,7 +19,7 @@ _MOST_MASKS = 64
 _FEWEST_ROWS = 3
 _QUANTILES = (0.02, 0.98)
 """Of a band's original pixels; what lies between is shown from black to white."""
-_STRATEGIES = {"random": "at random", "block": "in blocks", "grid": "in a grid"}
+_STRATEGIES = {"random": "at random", "block": "in blocks", "grid": "in a grid", "fixed-grid": "in a grid"}
 _BASELINES = {"_mean_color": fill_mean_color, "_inverse_distance": fill_inverse_distance}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastmae.model.blocks import Block, PatchEmbed, Stream, recompute
 from fastmae.model.image_model import NORM_EPS, ImageModel, check_weights
 from fastmae.model.initialization import initialize_parameters, sincos_positions
-from fastmae.model.mae import PRESETS
+from fastmae.model.presets import PRESETS
 from fastmae.ops._check import check
 
 POOLS = ("cls", "avg")
@@ -66,6 +66,7 @@ class VisionTransformer(ImageModel):
             norm of its own, ``fc_norm`` (both as in the paper's code).
         drop_path: probability that training leaves out a branch of the last block for an image; it rises linearly
             from 0 in the first.
+        class_token: False for an encoder that was pretrained without one; then ``pool`` is "avg".
         mean, std: per-channel statistics of pixels in [0, 1], applied to ``uint8`` images only. None: ImageNet's for
             three channels, 0.5 otherwise.
         attention: backend of :func:`fastmae.ops.attention`.
@@ -92,6 +93,7 @@ class VisionTransformer(ImageModel):
         *,
         pool: str = "cls",
         drop_path: float = 0.0,
+        class_token: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         attention: str = "auto",
@@ -103,14 +105,17 @@ class VisionTransformer(ImageModel):
         check(pool in POOLS, "pool", f"one of {', '.join(POOLS)}", pool)
         check(0 <= drop_path < 1, "drop_path", "a probability in [0, 1)", drop_path)
         check(embed_dim % num_heads == 0, "embed_dim", f"a multiple of num_heads={num_heads}", embed_dim)
+        check(class_token or pool == "avg", "pool", "avg without a class token", pool)
         self.num_classes, self.pool, self.drop_path = num_classes, pool, drop_path
+        self.num_prefix_tokens = int(class_token)
         self.architecture: dict[str, Any] = {
             "num_classes": num_classes, "img_size": list(self.img_size), "patch_size": list(self.patch_size),
             "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
             "mlp_ratio": mlp_ratio, "pool": pool, **self._statistics,
         } | ({} if norm_eps == NORM_EPS else {"norm_eps": norm_eps})  # fmt: skip
+        self.architecture |= {} if class_token else {"class_token": False}
         self.patch_embed = PatchEmbed(self.patch_size, in_chans, embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim)) if class_token else None
         self.pos_embed = nn.Parameter(sincos_positions(embed_dim, self.grid_size))
         self.blocks = nn.ModuleList(
             DropPathBlock(embed_dim, num_heads, mlp_ratio, attention, norm_eps) for _ in range(depth)
@@ -153,7 +158,7 @@ class VisionTransformer(ImageModel):
             stream = block(stream, None if path_scales is None else path_scales[i])
         x = stream.sum()
         if self.pool == "avg":
-            return self.fc_norm(x[:, 1:].mean(1))
+            return self.fc_norm(x[:, self.num_prefix_tokens :].mean(1))
         return self.norm(x[:, 0])
 
     def encode(self, images: Tensor) -> Tensor:
@@ -182,7 +187,7 @@ class VisionTransformer(ImageModel):
             stream = block(stream)
             if i in wanted:
                 tokens = self.norm(stream.sum()) if norm else stream.sum()
-                maps[i] = tokens[:, 1:].transpose(1, 2).unflatten(2, self.grid_size)
+                maps[i] = tokens[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, self.grid_size)
         return [maps[i] for i in wanted]
 
     def embed(self, images: Tensor) -> Tensor:
@@ -191,8 +196,9 @@ class VisionTransformer(ImageModel):
         fits = tuple(images.shape[1:]) == expected and (images.dtype == torch.uint8 or images.is_floating_point())
         check(fits, "images", f"(N, {', '.join(map(str, expected))}), uint8 or floating point", images)
         patches = self.embed_patches(images, self._all_ids(len(images), images.device))
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
-        return x + self.pos_embed
+        if self.cls_token is None:
+            return patches + self.pos_embed[:, 1:]
+        return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1) + self.pos_embed
 
     @torch.no_grad()
     def load_encoder(self, weights: Mapping[str, Tensor], *, positions: str = "recompute") -> list[str]:
@@ -212,7 +218,7 @@ class VisionTransformer(ImageModel):
             ValueError: a tensor that is missing, unknown, not finite or of another shape; names it.
         """
         check(positions in POSITIONS, "positions", f"one of {', '.join(POSITIONS)}", positions)
-        given = {n: t for n, t in weights.items() if not n.startswith("decoder_") and n != "mask_token"}
+        given = {n: t for n, t in weights.items() if not n.startswith("decoder_") and not n.endswith("mask_token")}
         if "pos_embed" in given:
             given["pos_embed"] = self._positions_from(given["pos_embed"], positions)
         if self.pool == "avg":  # its norm is of the pooled feature, and the encoder's last one is not used

@@ -14,7 +14,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,23 +28,6 @@ from fastmae.ops._check import as_pair, check, grid_of
 from fastmae.ops._linear import linear
 
 RESIDUAL_DTYPES = ("float32", "bfloat16")
-
-# The paper's encoders (section 4; ViT, table 1) and its default decoder (section 4.1). It has no tiny or small model:
-# those encoders are DeiT's, and their decoders keep the paper's 32 channels per head.
-_PAPER_DECODER = {"decoder_embed_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
-PRESETS: dict[str, dict[str, Any]] = {
-    "mae_vit_tiny_patch16": {
-        "patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3,
-        "decoder_embed_dim": 128, "decoder_depth": 4, "decoder_num_heads": 4,
-    },
-    "mae_vit_small_patch16": {
-        "patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6,
-        "decoder_embed_dim": 256, "decoder_depth": 4, "decoder_num_heads": 8,
-    },
-    "mae_vit_base_patch16": {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **_PAPER_DECODER},
-    "mae_vit_large_patch16": {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **_PAPER_DECODER},
-    "mae_vit_huge_patch14": {"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **_PAPER_DECODER},
-}  # fmt: skip
 
 
 class MAEOutput(NamedTuple):
@@ -92,6 +74,8 @@ class MaskedAutoencoderViT(ImageModel):
 
     has_decoder = True
     """False where only an encoder's weights were loaded: the decoder raises."""
+    num_prefix_tokens = 1
+    """Tokens before the patches: the class token."""
 
     def __init__(
         self,
@@ -205,7 +189,7 @@ class MaskedAutoencoderViT(ImageModel):
         return cast_weights(self, dtype)
 
     def _autocast_weights(self) -> AbstractContextManager[None]:
-        device_type = self.cls_token.device.type
+        device_type = self.pos_embed.device.type
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):
             return nullcontext()
         return cast_weights(self, torch.get_autocast_dtype(device_type))
@@ -239,20 +223,22 @@ class MaskedAutoencoderViT(ImageModel):
         """
         if not self.has_decoder:
             raise ValueError("the weights are of an encoder alone, which cannot reconstruct images; use model.encode")
-        _, positions = self._positions()
-        x = restore_tokens(visible, self.mask_token, ids_restore, positions, num_prefix_tokens=1)
+        prefix, positions = self.num_prefix_tokens, self._positions()[1]
+        own = positions[:, 1 - prefix :]
+        x = restore_tokens(visible, self.mask_token, ids_restore, own, num_prefix_tokens=prefix)
         stream, shared = Stream(self._to_residual(x)), None
         if ids_keep is not None and len(self.decoder_blocks) > 1:
-            visible = visible + F.embedding(F.pad(ids_keep + 1, (1, 0)), positions[0])
+            visible = visible + F.embedding(F.pad(ids_keep + 1, (prefix, 0)), positions[0])
             table = self.mask_token + positions[:, 1:]
             shared = SharedTokens(*map(self._to_residual, (visible, table)), ids_restore)
         for block in self.decoder_blocks[:-1]:
             stream, shared = block(stream, shared=shared), None
-        stream = self.decoder_blocks[-1](stream, None if ids is None else ids + 1)
-        if ids is None:
-            stream = Stream(stream.sum()[:, 1:])
+        stream = self.decoder_blocks[-1](stream, None if ids is None else ids + prefix)
+        return self._predict(stream if ids is not None else Stream(stream.sum()[:, prefix:]), self.decoder_norm)
+
+    def _predict(self, stream: Stream, norm: nn.LayerNorm) -> Tensor:
         head = self.decoder_pred
-        return stream.norm_linear(self.decoder_norm, head.weight, head.bias, head.weight_cast, head.bias_cast)[1]
+        return stream.norm_linear(norm, head.weight, head.bias, head.weight_cast, head.bias_cast)[1]
 
     def _to_residual(self, x: Tensor) -> Tensor:
         return x.to(torch.bfloat16) if self.residual_dtype == "bfloat16" else x
@@ -366,21 +352,3 @@ class MaskedAutoencoderViT(ImageModel):
         check(fits, "patches", f"shape (N, {expected[0]}, {expected[1]})", patches)
         x = patches.reshape(len(patches), rows, cols, ph, pw, self.in_chans).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(patches), self.in_chans, *self.input_size)
-
-
-def create_model(name: str, **overrides: Any) -> MaskedAutoencoderViT:
-    """A preset by name, with any argument of :class:`MaskedAutoencoderViT` overridden; None keeps the preset's value.
-
-    Raises:
-        ValueError: an unknown name (the message lists the presets), or what the constructor raises.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"name: unknown model {name!r}; the presets are {', '.join(PRESETS)}")
-    return MaskedAutoencoderViT(**PRESETS[name] | {key: v for key, v in overrides.items() if v is not None})
-
-
-mae_vit_tiny_patch16 = partial(create_model, "mae_vit_tiny_patch16")
-mae_vit_small_patch16 = partial(create_model, "mae_vit_small_patch16")
-mae_vit_base_patch16 = partial(create_model, "mae_vit_base_patch16")
-mae_vit_large_patch16 = partial(create_model, "mae_vit_large_patch16")
-mae_vit_huge_patch14 = partial(create_model, "mae_vit_huge_patch14")

@@ -18,7 +18,7 @@ _kernels = load_kernels("masking")
 _MAX_BLOCK = 2048
 _MAX_DRAWS = 256
 
-STRATEGIES = ("random", "block", "grid")
+STRATEGIES = ("random", "block", "grid", "fixed-grid")
 """What ``random_masking`` can draw."""
 
 
@@ -71,6 +71,7 @@ def random_masking(
     - "grid" keeps one of every four patches, the same corner of all 2 x 2 cells. Which one the paper does not say;
       here it is drawn for each mask, since with a fixed one the encoder would never see three quarters of the
       positions.
+    - "fixed-grid" always keeps the upper left corner of the cells.
 
     Args:
         n: number of samples, N; may be 0.
@@ -81,9 +82,9 @@ def random_masking(
         sample_ids: int64 (N,), values in [0, 2**48); None means 0 .. N - 1.
         draw: in [0, 256): independent masks of the same sample in the same epoch.
         device: of the result; None means that of ``sample_ids`` or ``epoch``, else torch's default device.
-        strategy: "random", "block" or "grid".
-        grid_size: (rows, columns) of patches, or an int for a square, L in all; needed by "block" and "grid". "grid"
-            takes even numbers and a mask ratio of 0.75.
+        strategy: "random", "block", "grid" or "fixed-grid".
+        grid_size: (rows, columns) of patches, or an int for a square, L in all; needed by all but "random". Grids
+            take even numbers and a mask ratio of 0.75.
         masks_per_image: R: row n * R + r of the result is draw ``draw + r`` of sample n; ``draw + R`` is at most 256.
 
     Returns:
@@ -140,9 +141,10 @@ def check_strategy(
         return 1, num_patches
     rows, columns = as_pair("grid_size", grid_size)
     check(rows * columns == num_patches, "grid_size", f"rows * columns == num_patches ({num_patches})", grid_size)
-    if strategy == "grid":
-        check(mask_ratio == 0.75, "mask_ratio", "0.75 for strategy 'grid', which keeps one of every four", mask_ratio)
-        check(rows % 2 == columns % 2 == 0, "grid_size", "even numbers for strategy 'grid'", grid_size)
+    if strategy.endswith("grid"):
+        what = f"strategy {strategy!r}"
+        check(mask_ratio == 0.75, "mask_ratio", f"0.75 for {what}, which keeps one of every four", mask_ratio)
+        check(rows % 2 == columns % 2 == 0, "grid_size", f"even numbers for {what}", grid_size)
     return rows, columns
 
 
@@ -170,7 +172,7 @@ def _random_masking(
     _check_values("epoch", epochs, (1 << 32) - 1)
     rows = n * masks_per_image
     mask = torch.empty(rows, num_patches, dtype=torch.float32, device=device)
-    if not takes_triton(mask, _kernels):
+    if strategy == "fixed-grid" or not takes_triton(mask, _kernels):  # nothing is drawn, so no kernel
         keys = masking_plain.keys_of_rows(n, seed, epoch, epochs, sample_ids, draw, masks_per_image, device)
         return masking_plain.draw_masks(keys, num_patches, num_kept, strategy, grid_h, grid_w)
     ids_keep, ids_mask, ids_restore = (

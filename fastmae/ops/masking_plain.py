@@ -65,7 +65,8 @@ def draw_masks(
     elif strategy == "block":
         keep = ~_block(keys, num_patches - num_kept, grid_h, grid_w)
     else:
-        keep = _grid(keys, num_patches, grid_w)
+        corner = keys.words(1) >> 30
+        keep = _grid(corner * (strategy == "grid"), num_patches, grid_w)
     index = torch.arange(num_patches, device=keep.device)
     position = keep.cumsum(1)
     ids_restore = torch.where(keep, position - 1, num_kept + index - position)
@@ -82,8 +83,7 @@ def _random(keys: RowKeys, num_patches: int, num_kept: int) -> Tensor:
     return words <= words.sort(dim=1).values[:, num_kept - 1 : num_kept]
 
 
-def _grid(keys: RowKeys, num_patches: int, grid_w: int) -> Tensor:
-    corner = keys.words(1) >> 30
+def _grid(corner: Tensor, num_patches: int, grid_w: int) -> Tensor:
     index = torch.arange(num_patches, device=corner.device)
     return (index // grid_w % 2 == corner // 2) & (index % grid_w % 2 == corner % 2)
 

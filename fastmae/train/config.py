@@ -97,9 +97,10 @@ class ModelConfig:
     """Standard deviation of the pixels, likewise. None: ImageNet's for three channels, else 0.5."""
     mask_ratio: Annotated[float, Rule("a number strictly between 0 and 1", lambda v: 0 < v < 1)] = 0.75
     """Fraction of the patches that is hidden from the encoder."""
-    mask_strategy: Literal["random", "block", "grid"] = "random"
+    mask_strategy: Literal["random", "block", "grid", "fixed-grid"] = "random"
     """Which patches are masked (paper, table 1f). random: any. block: rectangles, as in BEiT; the paper finds it worse
-    at a ratio of 0.75 than at 0.5. grid: all but one of every four, ratio 0.75 only."""
+    at a ratio of 0.75 than at 0.5. grid: all but one of every four, ratio 0.75 only; which one is drawn for each image.
+    fixed-grid: always the same one."""
     norm_pix_loss: bool = False
     """Predict pixels normalised by each patch's own mean and standard deviation (paper, section 3)."""
     embed_dim: PositiveInt | None = None
@@ -110,10 +111,20 @@ class ModelConfig:
     """Encoder attention heads."""
     decoder_embed_dim: PositiveInt | None = None
     """Decoder width."""
-    decoder_depth: PositiveInt | None = None
-    """Decoder blocks."""
+    decoder_depth: NonNegativeInt | None = None
+    """Decoder blocks. 0, with encoder_mask_tokens: predict from the encoder (table 2's smallest)."""
     decoder_num_heads: PositiveInt | None = None
     """Decoder attention heads."""
+    target: str = "pixels"
+    """What is predicted (table 1d). pixels. mean-color, low-resolution-N: means of a patch, or of its N x N cells. A
+    file of fastmae fit-target: PCA coefficients, or tokens of a codebook. package.module:name: tokens of a tokenizer
+    that name() returns, a function of images with an attribute vocab_size."""
+    encoder_mask_tokens: bool = False
+    """Let the encoder see masked patches as mask tokens (table 1c): about 3.3 times its work, and less accurate."""
+    class_token: bool = True
+    """Give the encoder a class token. Without one, features are means of patch tokens."""
+    loss_on_all_patches: bool = False
+    """Let the error of visible patches count as well, half a per cent less accurate in the paper (section 3)."""
     attention: Literal["auto", "plain", "sdpa", "xformers", "triton"] = "auto"
     """Attention backend. auto picks by shape, precision and device; a named one that is missing is an error."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -290,7 +301,7 @@ class ReportConfig:
     """What a run reports beside its rows of metrics. None of it changes the training."""
 
     picture_every_steps: PositiveInt | None = None
-    """Steps between two reconstruction pictures of the same images. None: one at the end."""
+    """Steps between two reconstruction pictures of the same images, if pixels are predicted. None: one at the end."""
     probe_every_epochs: PositiveFloat | None = None
     """Epochs between two probes of the features, by nearest neighbours and a linear classifier, for images that have
     labels. None: no probe."""
@@ -334,8 +345,22 @@ class PretrainConfig:
     def model_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``fastmae.create_model``."""
         arguments = asdict(self.model)
-        del arguments["mask_ratio"], arguments["mask_strategy"]
-        return arguments | {"img_size": self.img_size, "seed": self.train.seed}
+        for name in ("mask_ratio", "mask_strategy", "target"):
+            del arguments[name]
+        target = self.target()
+        more = {"num_outputs": target.size if target else None, "seed": self.train.seed}
+        return arguments | {"img_size": self.img_size} | more
+
+    def target(self) -> Any:
+        """What is predicted, as ``fastmae.train.targets.Target``; None for pixels. Raises ValueError."""
+        if self.model.target == "pixels":
+            return None
+        from fastmae.model import PRESETS
+        from fastmae.train.targets import create_target
+
+        patch_size = self.model.patch_size or PRESETS.get(self.model.name, {}).get("patch_size", 16)
+        sides = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        return create_target(self.model.target, sides, self.model.in_chans)
 
     def dataset_arguments(self) -> dict[str, Any]:
         """Keyword arguments of ``fastmae.data.open_dataset``."""

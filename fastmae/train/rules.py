@@ -144,6 +144,12 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     expected = f"more than --data.timeout {data.timeout:g}, whose error names the cause"
     yield "train.timeout", data.timeout < train.timeout, expected
 
+    yield (
+        "model.norm_pix_loss",
+        model.target == "pixels" or not model.norm_pix_loss,
+        "False with another --model.target than pixels",
+    )
+
     compiled = train.compile != "none" or train.compile_mode == "default"
     yield "train.compile_mode", compiled, "default without --train.compile blocks or model"
     adamw = train.optimizer == "adamw"

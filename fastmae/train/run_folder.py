@@ -102,7 +102,7 @@ class RunFolder:
         """Replace a JSON file of the folder atomically: readers never see half of it, nor does a power cut leave it."""
         path = self.path / name
         if self.leader:
-            _replace(path, json.dumps(values, indent=1) + "\n")
+            replace_text(path, json.dumps(values, indent=1) + "\n")
         return path
 
     def read_json(self, name: str) -> dict[str, Any] | None:
@@ -135,7 +135,7 @@ class RunFolder:
         """Drop the rows of metrics and evaluations after a step, which a resumed run writes again."""
         for path in (self.metrics, self.evaluations):
             if self.leader and path.exists():
-                _replace(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
+                replace_text(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -152,7 +152,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.tmp")
     partial.write_text(text)
     sync(partial)

@@ -71,7 +71,7 @@ class MaskedAutoencoding:
     ) -> None:
         self.config, self.model, self.dataset, self._create_loader = config, model, dataset, create_loader
         self.samples_per_step = config.train.global_batch_size // config.train.masks_per_image
-        self.resolution = Resolution((config.img_size,))
+        self.resolution, self.target = Resolution((config.img_size,)), config.target()
 
     def begin(self, total_steps: int) -> None:
         """As :class:`Task`; raises ValueError if there are more image sizes than passes over the images."""
@@ -101,8 +101,8 @@ class MaskedAutoencoding:
             samples_per_step=self.samples_per_step,
         )
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, ops.Masking]:
-        """Images and masks; the model takes on the size of the images."""
+    def prepare(self, batch: Batch) -> tuple[Any, ...]:
+        """Images and masks, and the targets if they are not pixels; the model takes on the size of the images."""
         size = tuple(batch.images.shape[-2:])
         if size != self.model.input_size:
             self.model.set_input_size(size)
@@ -117,12 +117,20 @@ class MaskedAutoencoding:
             grid_size=self.model.grid_size,
             masks_per_image=self.config.train.masks_per_image,
         )
-        return self.model.normalized(batch.images), masking
+        images = self.model.normalized(batch.images)
+        if self.target is None:
+            return images, masking
+        ids = masking.ids_mask
+        if self.config.model.loss_on_all_patches:
+            ids = torch.arange(self.model.num_patches, device=ids.device).repeat(len(ids), 1)
+        with torch.no_grad():
+            return images, masking, self.target(self.model, batch.images, ids)
 
     def loss(self, forward: Callable[..., Any], *inputs: Any) -> Tensor:
         """As :class:`Task`; predictions are made for masked patches only."""
-        images, masking = inputs
-        return forward(images, masking=masking, full_pred=False).loss
+        images, masking, *targets = inputs
+        named = {"targets": targets[0]} if targets else {}
+        return forward(images, masking=masking, full_pred=False, **named).loss
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """As :class:`Task`: biases and norms do not decay."""

@@ -105,6 +105,7 @@ def test_the_figures_of_the_data_page_are_those_of_the_committed_measurements():
 
 
 COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env", "inspect", "features", "convert"]
+COMMANDS += ["ablate", "fit-target"]
 COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
 COMMANDS += [f"evaluate {name}" for name in ("knn", "linear", "attentive", "robustness")]
 
@@ -123,7 +124,7 @@ def test_every_flag_and_command_that_is_named_exists(capsys):
         text = re.sub(r"<!--.*?-->|```python.*?```|torchrun .*? -m fastmae", "", page.read_text(), flags=re.DOTALL)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text))
         assert named <= flags, f"{page.name}: {named - flags}"
-        commands = set(re.findall(r"^fastmae ((?:(?:data|evaluate) )?[a-z]+)", text, re.MULTILINE))
+        commands = set(re.findall(r"^fastmae ((?:(?:data|evaluate) )?[a-z-]+)", text, re.MULTILINE))
         assert commands <= set(COMMANDS), f"{page.name}: {commands - set(COMMANDS)}"
 
 

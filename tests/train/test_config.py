@@ -78,7 +78,7 @@ model.mask_ratio=0.999               | --model.mask-ratio: .*0.999 of 64 patches
 model.img_size=(64, 60)              | --model.img-size: size 64x60 does not divide into patches of 8x8
 model.img_size='large'               | --model.img-size: expected an integer, got 'large'
 model.patch_size=-8                  | --model.patch-size: expected a positive int .*got -8
-model.mask_strategy='tube'           | --model.mask-strategy: .*one of random, block, grid, got 'tube'
+model.mask_strategy='tube'           | --model.mask-strategy: .*one of random, block, grid, fixed-grid, got 'tube'
 model.mask_strategy='grid', model.mask_ratio=0.5     | --model.mask-strategy: .*0.75 .*got 0.5
 model.mask_strategy='grid', model.img_size=(64, 72)  | --model.mask-strategy: .*even .*got \(8, 9\)
 model.depth=-1                       | --model.depth: expected a positive number, got -1
