@@ -23,7 +23,6 @@ from fastmae.data import DataError, Dataset, open_dataset
 from fastmae.data.dataset import printable
 from fastmae.data.index import Accepts, publish_index
 from fastmae.data.inspect import QUANTILES, Statistics, measure, suggest_range, verify_images
-from fastmae.data.open import check_accepts
 from fastmae.data.processes import in_processes
 from fastmae.data.records import source_at
 from fastmae.data.shards import ShardOptions, write_shards
@@ -91,7 +90,7 @@ def index(config: IndexConfig, console: Console) -> int:
     images, path, workers = config.images, config.path.expanduser(), config.images.num_workers
     try:
         with usage_errors():
-            accepts = check_accepts(images.channels, images.value_range, images.channels_first, images.max_pixels)
+            accepts = Accepts(images.channels, images.value_range, images.max_pixels, images.channels_first)
             with _progress("Listing", None) as advance:
                 source = source_at(path, workers, advance)
             if isinstance(source, ShardSource) and source.is_local:

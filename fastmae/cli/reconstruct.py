@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmae.cli.commands import ConsolidateConfig, ReconstructConfig
 from fastmae.data import DataError, read_images
 from fastmae.data.formats import IMAGE_SUFFIXES
-from fastmae.data.open import check_value_range
+from fastmae.data.index import check_value_range
 from fastmae.data.sources import list_files
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets

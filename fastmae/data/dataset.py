@@ -38,10 +38,8 @@ class Dataset:
     several threads.
 
     Attributes:
-        index: of the images.
         root: the folder that the paths start from.
         name: what the data set is called in messages and captions.
-        accepts: which images are good.
         max_bad_fraction: the share of bad images above which a run stops.
         embedded: whether these are the photographs that come with the installation.
         window: shards whose images are shuffled together; 0: all of them. None: 0 up to 4,096 shards, else 256.
@@ -98,21 +96,14 @@ class Dataset:
         return np.fromiter((i in bad for i in sample_ids.tolist()), bool, len(sample_ids))
 
     def mark_bad(self, verdicts: Mapping[int, str]) -> Dataset:
-        """The data set with more bad samples, which its cached index remembers from now on.
-
-        Args:
-            verdicts: reasons by sample id; those that are known already keep their reason.
-        """
+        """The data set with more bad samples, reasons by id, which its cached index remembers from now on."""
         return replace(self, index=self.index.with_verdicts(verdicts))
 
     def check_bad_fraction(self, more: Mapping[int, str] | None = None) -> None:
-        """Refuse a data set in which too much is bad.
+        """Raise DataError, naming some of the bad images, if they are too many.
 
         Args:
             more: reasons, by sample id, of images found bad since the index was made.
-
-        Raises:
-            DataError: naming some of them.
         """
         bad = self.index.bad | dict(more or {})
         if len(bad) > self.max_bad_fraction * len(self) or len(bad) >= len(self):

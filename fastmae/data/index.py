@@ -15,13 +15,14 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
 import time
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,7 +61,7 @@ _FEW = 64
 
 @dataclass(frozen=True)
 class Accepts:
-    """What images a data set is for; anything else is bad.
+    """What images a data set is for; anything else is bad. Raises ValueError for values out of range.
 
     Attributes:
         channels: of the decoded images.
@@ -75,6 +76,14 @@ class Accepts:
     max_pixels: int = 178_956_970
     channels_first: bool = field(default=False, repr=False)
 
+    def __post_init__(self):
+        if self.channels < 1:
+            raise ValueError(f"channels: expected at least 1, got {self.channels}")
+        if not 1 <= self.max_pixels <= Accepts.max_pixels:
+            raise ValueError(f"max_pixels: expected 1 to {Accepts.max_pixels} (Pillow's limit), got {self.max_pixels}")
+        if self.value_range is not None:
+            object.__setattr__(self, "value_range", check_value_range(self.value_range, self.channels))
+
     @property
     def layout(self) -> tuple[str, ...]:
         """Part of the index's hash only where it is not the usual one."""
@@ -82,6 +91,19 @@ class Accepts:
 
     def __str__(self) -> str:
         return repr((self, *self.layout))
+
+
+def check_value_range(value_range: Sequence[float], channels: int) -> tuple[float, ...]:
+    """Low and high, for all channels or for each in turn, as a tuple.
+
+    Raises:
+        ValueError: another number of values, or some that are not finite or not in order.
+    """
+    pairs = list(zip(value_range[::2], value_range[1::2], strict=False))
+    if len(value_range) not in (2, 2 * channels) or not all(-math.inf < low < high < math.inf for low, high in pairs):
+        each = f", or {2 * channels} with those of each channel in turn" if channels > 1 else ""
+        raise ValueError(f"value_range: expected finite LOW HIGH, smallest first{each}, got {tuple(value_range)}")
+    return tuple(map(float, value_range))
 
 
 @dataclass(frozen=True)
@@ -156,15 +178,10 @@ def build_index(
     known: Known | None = None,
     progress: Progress | None = None,
 ) -> Index:
-    """Read every image's header and write the index.
+    """Read every image's header and write the index into a folder.
 
-    Args:
-        source: where the images are.
-        accepts: which of them are good.
-        folder: where to write; None keeps the index in memory, or in a temporary file from a million images on.
-        workers: processes that read; None for one per core.
-        known: rows that need not be read again.
-        progress: called with a number of files that have been read.
+    Without a folder it is kept in memory, or in a temporary file from a million images on. The other arguments are
+    those of ``source.parts``.
 
     Raises:
         OSError: the index cannot be written.
@@ -264,12 +281,8 @@ def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
 
 
 class _KnownRows:
-    """Rows of earlier indexes by name, perhaps of half of one. A window moves over each, so that memory is bounded; a
-    name that the window does not hold is read again from its file.
-
-    Args:
-        folders: of the indexes, the one to prefer first.
-    """
+    """Rows of earlier indexes by name, of the first folder that has them; one may be half of an index. A window moves
+    over each, so that memory is bounded; a file whose name it does not hold is read again."""
 
     def __init__(self, folders: Iterable[Path]):
         self._windows = [(_rows_by_name(folder), OrderedDict()) for folder in folders]
@@ -420,10 +433,9 @@ def location(path: Path | str) -> str:
 
 
 def trusted_index(place: Path, path: Path, accepts: Accepts) -> Index | None:
-    """The index that a home names as the newest for a path, or the one in this very folder; the data are not looked at.
+    """The index that a home names as the newest for a path, or the one in this very folder; None if there is none.
 
-    Returns:
-        None if there is none.
+    The data are not looked at.
 
     Raises:
         DataError: the folder is an index, but a damaged one or one for other images.
@@ -455,9 +467,8 @@ def publish_index(
     """The index of a source as it is now: as it was kept if the listing has not changed since, else built and kept.
 
     Args:
-        source: what lies at the path.
-        path: as given by the user.
-        accepts: which images are good.
+        source: what lies at ``path``.
+        path: as the user has given it.
         home: where to keep it. None: beside the data, else in the cache, else, with a line in the log, nowhere.
         cache_dir: keep it only there, for any number of data sets.
         verify: compare all of a kept index with its checksums, however large it is.
@@ -570,15 +581,10 @@ def _checksums(path: Path) -> list[int]:
 
 
 def _load(folder: Path, accepts: Accepts, *, verify: bool = False) -> Index:
-    """Open an index.
+    """Open an index; raises _Unusable if there is none that can be used.
 
     Args:
-        folder: where it lies.
-        accepts: which images it has to be for.
         verify: compare every byte with the checksums; else only files of up to ``SMALL`` bytes.
-
-    Raises:
-        _Unusable: there is none, or it is damaged or of another version.
     """
     manifest = _read_json(folder / MANIFEST)
     if manifest["accepts"] != str(accepts):

@@ -31,16 +31,11 @@ _PIXELS_FOR_RANGE, _OUTSIDE_RANGE = 1024, 0.001
 class Verdict(NamedTuple):
     """The outcome of decoding an image in full.
 
-    Attributes:
-        sample_id: of the image.
-        size: bytes of the file.
-        reason: why it cannot be trained on, or None.
-        warning: the decoder's warning about damage that it worked around, after which part of the pixels may be grey or
-            shifted.
+    ``reason`` says why it cannot be trained on. ``warning`` is the decoder's, of damage that it worked around, after
+    which part of the pixels may be grey or shifted.
     """
 
     sample_id: int
-    size: int
     reason: str | None
     warning: str | None = None
 
@@ -54,10 +49,9 @@ def verify_images(
 ) -> Iterator[Verdict]:
     """Decode images in full, as the torch loader does, and compare their shapes with their headers.
 
-    Nothing is stored: pass the reasons to ``Dataset.mark_bad``.
+    Nothing is stored: pass the reasons to ``Dataset.mark_bad``. Images that are known to be bad are skipped.
 
     Args:
-        dataset: the images, of which those that are known to be bad are skipped.
         start: id of the first image.
         num_threads: decoding threads, each of which holds one image; None for one per core.
         take_warnings: returns the decoders' warnings since the last call. A JPEG that lacks data in the middle decodes,
@@ -72,14 +66,11 @@ def verify_images(
     """
 
     def verify(sample_id: int) -> Verdict:
-        [row], reason = dataset.rows(np.array([sample_id])), None
         try:
             shape, expected = dataset.decode(sample_id).shape, (*dataset.shape(sample_id), dataset.channels)
-            if shape != expected:
-                reason = f"decodes to {shape}, its header said {expected}"
         except UndecodableImage as error:
-            reason = str(error)
-        return Verdict(sample_id, int(row["size"]), reason)
+            return Verdict(sample_id, str(error))
+        return Verdict(sample_id, None if shape == expected else f"decodes to {shape}, its header said {expected}")
 
     num_threads = num_threads or available_cores()
     at_once = _PER_THREAD * num_threads
@@ -101,13 +92,11 @@ class Statistics:
     """A data set in numbers. Images that cannot be used are only counted.
 
     Attributes:
-        images: images that can be trained on.
-        bytes: size of their files.
+        images: images that can be trained on; ``bytes``: of their files.
         quantiles: height and width (pixels, upright), megapixels and kilobytes at ``QUANTILES``; of a million images
             drawn at random if there are more.
         formats, modes: number of images per format and per mode (``formats.Header.mode``).
-        rotated: images that EXIF turns or mirrors.
-        labelled: images with a class.
+        rotated: images that EXIF turns or mirrors; ``labelled``: with a class.
         bad: number of unusable images per reason; numbers within reasons are left out.
         sampled: images decoded for the statistics below.
         mean: per channel, in [0, 1].
@@ -140,9 +129,7 @@ def measure(
     """Describe a data set.
 
     Args:
-        dataset: of any number of channels.
-        sample: number of images to decode, drawn without repetition; 0 for none.
-        seed: of the draw.
+        sample: number of images to decode, drawn without repetition by ``seed``; 0 for none.
         num_threads: decoding threads; None for one per core.
         progress: called from this thread with the number of images decoded since the last call.
 
@@ -199,11 +186,8 @@ def suggest_range(
     """A value range per channel for images that are not of 8 bits. It leaves out 0.1 % of the values at each end.
 
     Each image weighs the same. Values that are not finite do not count. Bounds are rounded outwards to the third digit
-    of the range.
-
-    Args:
-        dataset: opened with any ``value_range``, which is not used.
-        sample, seed, num_threads: as for :func:`measure`; at least one image is decoded.
+    of the range. The data set is opened with any range, which is not used; the other arguments are those of
+    :func:`measure`, but at least one image is decoded.
 
     Returns:
         2 * C numbers, as ``--data.value-range`` takes them; empty if all sampled images are of 8 bits or do not decode.

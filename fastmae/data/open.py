@@ -96,7 +96,7 @@ def open_dataset(
         ValueError: an argument out of range.
         DataError: no such path, nothing usable in it, or too much that is not; ``index`` cannot be written or read.
     """
-    accepts = check_accepts(channels, value_range, channels_first, max_pixels)
+    accepts = Accepts(channels, value_range, max_pixels, channels_first)
     if path is None:
         if channels != 3:
             raise DataError(f"channels: the embedded photographs have 3, got {channels}")
@@ -133,29 +133,6 @@ def open_dataset(
             path,
         )
     return dataset
-
-
-def check_accepts(channels: int, value_range: Sequence[float] | None, channels_first: bool, max_pixels: int) -> Accepts:
-    """Which images are good, from arguments of :func:`open_dataset`; raises ValueError if one is out of range."""
-    if channels < 1:
-        raise ValueError(f"channels: expected at least 1, got {channels}")
-    if not 1 <= max_pixels <= Accepts.max_pixels:
-        raise ValueError(f"max_pixels: expected 1 to {Accepts.max_pixels} (Pillow's limit), got {max_pixels}")
-    value_range = check_value_range(value_range, channels) if value_range is not None else None
-    return Accepts(channels, value_range, max_pixels, channels_first)
-
-
-def check_value_range(value_range: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Low and high, for all channels or for each in turn, as a tuple.
-
-    Raises:
-        ValueError: another number of values, or some that are not finite or not in order.
-    """
-    pairs = list(zip(value_range[::2], value_range[1::2], strict=False))
-    if len(value_range) not in (2, 2 * channels) or not all(-math.inf < low < high < math.inf for low, high in pairs):
-        each = f", or {2 * channels} with those of each channel in turn" if channels > 1 else ""
-        raise ValueError(f"value_range: expected finite LOW HIGH, smallest first{each}, got {tuple(value_range)}")
-    return tuple(map(float, value_range))
 
 
 def has_dali() -> bool:

@@ -51,8 +51,7 @@ class Order:
     """The order of a run's samples.
 
     Args:
-        num_samples: N, from 1 to 2**40.
-        seed: in [0, 2**63).
+        num_samples, seed: as for :func:`permuted_ids`.
         starts: the first sample of each shard, ascending from 0, int64 (shards,); needed with a ``window``.
         window: shards whose samples are mixed. An epoch has ``shards / window`` windows, rounded, whose shares of the
             shards differ by at most one, so that no window is much smaller than the others. 0: one order over the
@@ -65,14 +64,7 @@ class Order:
         self._windows = lru_cache(maxsize=2)(self._windows_of_epoch)  # a batch lies in one epoch or two
 
     def ids(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at some global positions.
-
-        Args:
-            positions: int64 (n,), each at least 0.
-
-        Returns:
-            ``sample_ids`` and ``epochs``, both int64 (n,).
-        """
+        """``sample_ids`` and ``epochs`` at some global positions, all int64 (n,)."""
         if self._num_windows <= 1:  # with a single window nothing would be read more locally
             return permuted_ids(positions, self.num_samples, self.seed)
         epochs, places = np.divmod(positions, self.num_samples)
@@ -91,12 +83,8 @@ class Order:
         return ids, epochs
 
     def _windows_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The shards of an epoch in their order.
-
-        Returns:
-            For each shard the sample behind its last and the place behind its last; and the places where the windows
-            begin, with the end of the epoch.
-        """
+        """For the shards of an epoch in their order, the sample behind the last and the place behind the last; and the
+        places where the windows begin, with the end of the epoch."""
         count = len(self._starts)
         shards = _permuted(np.arange(count), count, self.seed, np.full(count, epoch), _SHARDS)
         behind = np.append(self._starts[1:], self.num_samples)[shards]

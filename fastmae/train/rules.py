@@ -106,7 +106,7 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
 
 def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     """(field to name, whether its value fits, what was expected); later rules rely on the earlier ones."""
-    from fastmae.data.open import check_value_range
+    from fastmae.data.index import check_value_range
 
     model, data, train, report = config.model, config.data, config.train, config.report
     embedded = data.path is None and model.in_chans != 3

@@ -129,9 +129,7 @@ def test_damage_behind_the_header_is_found(damaged, open_):
     assert dataset.bad_ids.tolist() == [6]
     for num_threads in (1, 4):
         verdicts = list(verify_images(dataset, num_threads=num_threads))
-        assert [(verdict.sample_id, verdict.size) for verdict in verdicts] == [
-            (i, len(png(i in (2, 5), i))) for i in (0, 1, 2, 3, 4, 5, 7)
-        ]
+        assert [verdict.sample_id for verdict in verdicts] == [0, 1, 2, 3, 4, 5, 7]
         assert [verdict.sample_id for verdict in verdicts if "does not decode" in (verdict.reason or "")] == [2, 5]
     assert [verdict.sample_id for verdict in verify_images(dataset, start=4)] == [4, 5, 7]
 
@@ -155,7 +153,7 @@ def test_another_shape_is_bad_and_a_file_that_is_gone_is_an_error(damaged, open_
     monkeypatch.setattr(type(dataset), "decode", lambda self, i: np.zeros((40, 50 + i % 2, 3), np.uint8))
     good, bad, *_ = verify_images(dataset)
     assert good.reason is None
-    assert bad == Verdict(1, len(png(False, 1)), "decodes to (40, 51, 3), its header said (40, 50, 3)")
+    assert bad == Verdict(1, "decodes to (40, 51, 3), its header said (40, 50, 3)")
 
 
 def test_warnings_are_attributed_to_their_files(open_, tmp_path):
