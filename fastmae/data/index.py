@@ -54,6 +54,7 @@ _PIECE = 4 << 20
 """Bytes per checksum. CRC-32 finds any flipped bit and reads 2.4 GB/s on one core, three times as fast as BLAKE2."""
 _REMEMBERED = 1 << 20
 """Names of an earlier index that are held while a list file is compared with it, about 250 MB."""
+_READY, _COLOR_16 = ([MODES.index(mode) for mode in modes] for modes in (READY_MODES, COLOR_16))
 _MOST_CHANNELS = np.iinfo(ENTRY["channels"]).max
 _FEW = 64
 """An array whose first axis is shorter than this and than its last is more likely to have its channels there."""
@@ -256,18 +257,18 @@ def _turn_arrays(rows: np.ndarray, fresh: np.ndarray | bool) -> None:
 def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
     """Why images whose headers are good are not what the data set is for: reason by number."""
     arrays = (rows["format"] == Format.TIFF) | (rows["format"] == Format.NPY)
-    grey, modes = rows["channels"] == 1, np.array(MODES)[rows["mode"]]
-    fits = (rows["channels"] == accepts.channels) | ((grey | ~arrays) & (accepts.channels == 3))
+    as_rgb = (rows["channels"] == 1) | ~arrays
+    fits = (rows["channels"] == accepts.channels) | (as_rgb & (accepts.channels == 3))
     huge = rows["height"].astype(np.int64) * rows["width"] > accepts.max_pixels
-    wide = arrays & ~np.isin(modes, list(READY_MODES)) & (accepts.value_range is None)
-    colour = np.isin(modes, list(COLOR_16)) & (accepts.value_range is not None)
+    wide = arrays & ~np.isin(rows["mode"], _READY) & (accepts.value_range is None)
+    colour = np.isin(rows["mode"], _COLOR_16) & (accepts.value_range is not None)
     reasons: dict[int, str] = {}
     for i in np.flatnonzero((rows["bad"] == 0) & (huge | wide | colour | ~fits)).tolist():
         height, width, channels = (int(rows[name][i]) for name in ("height", "width", "channels"))
         if huge[i]:
             reason = f"huge: {height} x {width} pixels, more than --data.max-pixels {accepts.max_pixels}"
         elif wide[i]:
-            reason = f"{modes[i]} pixels: expected uint8, or --data.value-range that they are mapped from"
+            reason = f"{MODES[rows['mode'][i]]} pixels: expected uint8, or --data.value-range that they are mapped from"
         elif colour[i]:
             reason = "16-bit colour PNG: expected 8 bits or grey with --data.value-range; convert it to TIFF"
         else:
@@ -336,27 +337,19 @@ class _Home:
 
     def current(self, fingerprint: str | None = None, *, verify: bool = False) -> Index | None:
         """The newest index; None if there is none, it cannot be used, or is of another listing than ``fingerprint``."""
-        if not self._current.is_file():
-            return None
-        folder = self._current
-        try:
+        with suppress(_Unusable):
             pointer = _read_json(self._current)
-            if fingerprint is not None and pointer["fingerprint"] != fingerprint:
-                return None
             folder = self.folder / pointer["folder"]
-            return _load(folder, self.accepts, verify=verify)
-        except _Unusable as error:
-            if fingerprint is None:  # else it is looked at once more before it is built again
-                logger.warning("The index %s cannot be used, and is built again: it %s", folder, error)
-            return None
+            try:
+                if fingerprint in (None, pointer["fingerprint"]):
+                    return _load(folder, self.accepts, verify=verify)
+            except _Unusable as error:
+                if fingerprint is None:  # else it is looked at once more before it is built again
+                    logger.warning("The index %s cannot be used, and is built again: it %s", folder, error)
+        return None
 
     def build(self, fingerprint: str, source: Source, **options) -> Index:
-        """Build an index here, with the rows of a build that was killed and of the index before.
-
-        Raises:
-            OSError: there is no room, or no permission.
-            DataError: the data cannot be read.
-        """
+        """:func:`build_index` here, with the rows of a build that was killed and of the index before."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / INDEX_MARK).touch()
         killed: list[Path] = []
