@@ -74,9 +74,10 @@ class DaliDecoder(HostDecoder):
         self.device, self._on_gpu = device, device.type == "cuda"
         self._hints = decoder_hints(planner.dataset, hw_decoder_load) if self._on_gpu else {}
         self._names = input_names(self._on_gpu, planner.augment.color_jitter > 0)
-        self._idle: list[Pipeline] = []  # one for each batch in the making
+        # The batches in the making take turns with one pipeline: a second one would take as much memory again.
+        self._pipeline: Pipeline | None = None
         self._single: Pipeline | None = None
-        self._asking = threading.Lock()
+        self._running, self._asking = threading.Lock(), threading.Lock()
         self._suspects = {late.sample_id for late in self.late_bad}
         self._failures = 0
 
@@ -88,28 +89,33 @@ class DaliDecoder(HostDecoder):
         return f"DALI loader, decoding on {where}"
 
     def close(self) -> None:
-        self._idle.clear()
-        self._single = None
+        self._pipeline = self._single = None
 
     def decode(self, plan: Plan, images: Tensor) -> None:
         encoded = self._read(plan)
         while True:
             self._leave_to_host(plan, encoded)
             try:
-                pipeline = self._idle.pop()
-            except IndexError:
-                pipeline = self._build()
-            try:
-                self._run(pipeline, plan, encoded, images)
+                crops = self._run(plan, encoded)
+                break
             except RuntimeError as error:
-                del pipeline  # it is of no use any more
                 if not self._find_suspects(plan, encoded):
                     self._without_dali(plan, images, error)
                     return
-            else:
-                self._failures = 0
-                self._idle.append(pipeline)
-                return
+        self._failures = 0
+        if self._on_gpu:
+            self._copy_from_gpu(crops, plan, encoded, images)
+            return
+
+        def finish_some(numbers: range) -> None:
+            # DALI's own memory; at(j) would copy.
+            mine = {j: torch.from_numpy(np.asarray(crops[j])) for j in numbers if encoded[j] is not None}
+            self.finish(plan, mine, images)
+            for j in numbers:
+                if j not in mine:
+                    self.render(plan, j, images)
+
+        self.for_each(finish_some, len(plan))
 
     def _read(self, plan: Plan) -> list[np.ndarray | None]:
         """The files of a batch; None for those that DALI must not get.
@@ -141,24 +147,16 @@ class DaliDecoder(HostDecoder):
             if encoded[j] is not None and self._refuses(plan, j, encoded[j]):
                 encoded[j] = None
 
-    def _run(self, pipeline: Pipeline, plan: Plan, encoded: list[np.ndarray | None], images: Tensor) -> None:
+    def _run(self, plan: Plan, encoded: list[np.ndarray | None]):
+        """What DALI makes of a batch: crops, on a GPU finished images. They own their memory."""
         inputs = input_values(plan, encoded)
-        for name in self._names:
-            pipeline.feed_input(name, inputs[name])
-        (crops,) = pipeline.run()
-        if self._on_gpu:
-            self._copy_from_gpu(crops, plan, encoded, images)
-            return
-
-        def finish_some(numbers: range) -> None:
-            # DALI's own memory; at(j) would copy.
-            mine = {j: torch.from_numpy(np.asarray(crops[j])) for j in numbers if encoded[j] is not None}
-            self.finish(plan, mine, images)
-            for j in numbers:
-                if j not in mine:
-                    self.render(plan, j, images)
-
-        self.for_each(finish_some, len(plan))
+        with self._running:
+            pipeline, self._pipeline = self._pipeline or self._build(), None
+            for name in self._names:
+                pipeline.feed_input(name, inputs[name])
+            (crops,) = pipeline.run()
+            self._pipeline = pipeline  # one that has raised is of no use any more
+        return crops
 
     def _copy_from_gpu(self, crops, plan: Plan, encoded: list[np.ndarray | None], images: Tensor) -> None:
         from nvidia.dali.plugin.pytorch import feed_ndarray
@@ -184,9 +182,9 @@ class DaliDecoder(HostDecoder):
         images[left] = made[left].to(self.device)
 
     def _build(self) -> Pipeline:
-        # It runs one batch at a time: the next one is under way in another thread, and in a pipeline of its own.
         device_id = self.device.index if self._on_gpu else None
-        options = {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False}
+        # Batch by batch. Only the dynamic executor leaves their memory to the outputs when the next batch is made.
+        options = {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False, "exec_dynamic": True}
         pipeline = Pipeline(self.planner.batch_size, self.num_threads, device_id, **options)
         with pipeline:
             # DALI would copy the files while it holds the interpreter lock.

@@ -95,13 +95,13 @@ def test_memory_is_bounded(dataset, kind, monkeypatch):
             next(loader)
         gc.collect()
         before = resident_bytes()
-        for _ in range(300):
+        for _ in range(150):
             next(loader)
         gc.collect()
         grown = resident_bytes() - before
-    assert number >= 330
+    assert number >= 180
     assert most <= 2 + 1 + PRODUCERS  # waiting, handed out, and being made
-    assert grown < 170e6, "300 batches are 180 MB; pools of DALI and the allocator take up to 100"
+    assert grown < 30e6, "150 batches are 90 MB"
 
 
 def test_a_thread_holds_few_files_if_they_are_large(dataset, monkeypatch):
