@@ -32,6 +32,7 @@ from fastmae.cli.commands import (
     FeaturesConfig,
     FitTargetConfig,
     InspectConfig,
+    PlotConfig,
     ReconstructConfig,
 )
 from fastmae.cli.output import flush_output, forgiving_output, print_error
@@ -101,6 +102,7 @@ def _commands(defaults: PretrainConfig) -> dict[str, Any]:
         "inspect": (InspectConfig, {}),
         "features": (FeaturesConfig, {}),
         "evaluate": (EvaluateCommands, {}),
+        "plot": (PlotConfig, {}),
         "ablate": (AblateConfig, {}),
         "fit-target": (FitTargetConfig, {}),
         "consolidate": (ConsolidateConfig, {}),
@@ -147,6 +149,8 @@ def _run(command: Any, defaults: PretrainConfig, given: Mapping[str, str], stop:
         return import_module("fastmae.cli.data").run(command.command)
     if isinstance(command, InspectConfig | FeaturesConfig | EvaluateCommands):
         return import_module("fastmae.cli.evaluate").run(getattr(command, "command", command))
+    if isinstance(command, PlotConfig):
+        return import_module("fastmae.cli.plot").plot(command)
     if isinstance(command, AblateConfig):
         return import_module("fastmae.cli.ablate").ablate(command)
     if isinstance(command, FitTargetConfig):

@@ -267,6 +267,18 @@ class FitTargetConfig:
 
 
 @dataclass(frozen=True)
+class PlotConfig:
+    """Draw the loss of one or more runs, and the accuracies that were measured during them."""
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    """Run folders, finished or still training."""
+    out: Path = Path("curves.png")
+    """The figure to write: .png, .pdf or .svg."""
+    x: Literal["epoch", "step", "samples"] = "epoch"
+    """Abscissa: passes over the images, optimiser steps, or images."""
+
+
+@dataclass(frozen=True)
 class EnvConfig:
     """Print versions, devices, kernels and attention backends: paste it into a bug report."""
 

@@ -104,7 +104,7 @@ def test_the_figures_of_the_data_page_are_those_of_the_committed_measurements():
         assert f"{torch_loader:.2f} {words} {dali:.2f} times" in page
 
 
-COMMANDS = ["pretrain", "bench", "plan", "reconstruct", "consolidate", "env", "inspect", "features", "convert"]
+COMMANDS = ["pretrain", "bench", "plan", "plot", "reconstruct", "consolidate", "env", "inspect", "features", "convert"]
 COMMANDS += ["ablate", "fit-target"]
 COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
 COMMANDS += [f"evaluate {name}" for name in ("knn", "linear", "attentive", "robustness")]
