@@ -119,28 +119,22 @@ class Column:
 
     def __init__(self, file: BinaryIO, dtype: np.dtype):
         self._file, header = file, npy_header(dtype, 0)  # the file is open as long as this object lives
-        self._start, size = len(header), os.fstat(file.fileno()).st_size
-        found = os.pread(file.fileno(), self._start, 0)
+        self.start, size = len(header), os.fstat(file.fileno()).st_size
+        found = os.pread(file.fileno(), self.start, 0)
         if found.partition(b"'shape'")[0] != header.partition(b"'shape'")[0]:
             raise ValueError(f"expected values of {dtype}, found {found[:80]}")
-        self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        if hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_RANDOM)  # else a fault reads 128 KB for a row of 48 bytes
-        self.values = np.frombuffer(self._map, dtype, (size - self._start) // dtype.itemsize, self._start)
+        self.map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        if hasattr(self.map, "madvise"):
+            self.map.madvise(mmap.MADV_RANDOM)  # else a fault reads 128 KB for a row of 48 bytes
+        self.values = np.frombuffer(self.map, dtype, (size - self.start) // dtype.itemsize, self.start)
         self._asks = size > SMALL and hasattr(os, "posix_fadvise")
         self._read_ahead = self._asks and size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
-
-    def slices(self, starts: np.ndarray, sizes: np.ndarray) -> list[bytes]:
-        """Values from several places, of a column of bytes."""
-        self.values.take(starts)  # whoever has to wait for a disk does so here, without the interpreter lock
-        data, starts = self._map, starts + self._start
-        return [data[start : start + size] for start, size in zip(starts.tolist(), sizes.tolist(), strict=True)]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Consecutive values. They are read, not mapped, so that a scan does not leave its pages in the process."""
         size = self.values.itemsize
         data = bytearray(max(0, min(stop, len(self.values)) - start) * size)
-        if os.preadv(self._file.fileno(), [data], self._start + start * size) != len(data):
+        if os.preadv(self._file.fileno(), [data], self.start + start * size) != len(data):
             raise OSError(f"{self._file.name}: ends too early")
         return np.frombuffer(data, self.values.dtype)
 
@@ -154,12 +148,12 @@ class Column:
             threading.Thread(target=self._ask_for_all, daemon=True).start()
         if self._asks:
             size = self.values.itemsize
-            places = (starts.astype(np.int64) * size + self._start).tolist()
+            places = (starts.astype(np.int64) * size + self.start).tolist()
             for place, length in zip(places, np.broadcast_to(count * size, len(places)).tolist(), strict=True):
                 os.posix_fadvise(self._file.fileno(), place, length, os.POSIX_FADV_WILLNEED)
 
     def _ask_for_all(self) -> None:
-        for place in range(0, len(self._map), _AHEAD):
+        for place in range(0, len(self.map), _AHEAD):
             os.posix_fadvise(self._file.fileno(), place, _AHEAD, os.POSIX_FADV_WILLNEED)
         self._asks = False
 
@@ -186,7 +180,9 @@ class Table:
         """The names of rows: 30 us for 256."""
         starts, sizes = rows["name"].astype(np.int64), rows["name_size"].astype(np.int64)
         self._names.expect(starts, sizes)
-        return self._names.slices(starts, sizes)
+        self._names.values.take(starts)  # whoever has to wait for a disk does so here, without the interpreter lock
+        data, places = self._names.map, zip((starts + self._names.start).tolist(), sizes.tolist(), strict=True)
+        return [data[start : start + size] for start, size in places]
 
     def shard_starts(self, count: int) -> np.ndarray:
         """The first row of each of ``count`` shards: int64 (count,)."""
