@@ -200,12 +200,12 @@ class Dataset:
 
 
 def upright_shapes(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Heights and widths, int64 (n,), as orientation means the images of some rows to be seen."""
+    """Heights and widths, int64 (n,), of the images of some rows, turned upright."""
     heights, widths = rows["height"].astype(np.int64), rows["width"].astype(np.int64)
     turned = rows["orientation"] >= 5
     return np.where(turned, widths, heights), np.where(turned, heights, widths)
 
 
 def printable(name: str) -> str:
-    """A name with whatever a terminal would obey, or could not show, escaped: members of a tar are called anything."""
+    """A name, which may be that of any tar member, with whatever a terminal would obey or could not show escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)

@@ -37,7 +37,7 @@ from fastmae.data.errors import DataError
 from fastmae.data.formats import COLOR_16, MODES, READY_MODES, Format
 from fastmae.data.sources import INDEX_MARK, LIST_SUFFIXES, Known, Progress, Source
 from fastmae.data.storage import as_url
-from fastmae.data.table import ENTRY, NAMES, SMALL, TIMES, Column, Part, Table, npy_header
+from fastmae.data.table import ENTRY, MOST_CHANNELS, NAMES, SMALL, TIMES, Column, Part, Table, npy_header
 
 logger = logging.getLogger(__name__)
 VERSION = 4
@@ -55,7 +55,6 @@ _PIECE = 4 << 20
 _REMEMBERED = 1 << 20
 """Names of an earlier index that are held while a list file is compared with it, about 250 MB."""
 _READY, _COLOR_16 = ([MODES.index(mode) for mode in modes] for modes in (READY_MODES, COLOR_16))
-_MOST_CHANNELS = np.iinfo(ENTRY["channels"]).max
 _FEW = 64
 """An array whose first axis is shorter than this and than its last is more likely to have its channels there."""
 
@@ -251,7 +250,7 @@ def _turn_arrays(rows: np.ndarray, fresh: np.ndarray | bool) -> None:
     arrays = fresh & (rows["format"] == Format.NPY) & (rows["channels"] != 1)
     channels, height, width = (rows[name][arrays] for name in ("height", "width", "channels"))
     rows["height"][arrays], rows["width"][arrays] = height, width
-    rows["channels"][arrays] = np.minimum(channels, _MOST_CHANNELS)
+    rows["channels"][arrays] = np.minimum(channels, MOST_CHANNELS)
 
 
 def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:

@@ -43,7 +43,7 @@ SMALL = 256 << 20
 _SCANNED = 1 << 16
 _AHEAD = 128 << 10
 """Bytes that the kernel reads for one request, however much is asked for."""
-_LONGEST_NAME = np.iinfo(ENTRY["name_size"]).max
+_LONGEST_NAME, MOST_CHANNELS = 65535, 65535
 
 
 class Part(NamedTuple):
@@ -80,7 +80,7 @@ class PartBuilder:
             values = (0, 0, 0, 0, 1, 0, 1)
         else:
             mode = MODES.index(header.mode) if header.mode in MODES else 0
-            channels = min(header.channels, 65535)
+            channels = min(header.channels, MOST_CHANNELS)
             values = (header.height, header.width, channels, header.format, header.orientation, mode, 0)
         self.add_values(name, values, size=size, offset=offset, label=label)
 
@@ -124,8 +124,7 @@ class Column:
         if found.partition(b"'shape'")[0] != header.partition(b"'shape'")[0]:
             raise ValueError(f"expected values of {dtype}, found {found[:80]}")
         self.map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        if hasattr(self.map, "madvise"):
-            self.map.madvise(mmap.MADV_RANDOM)  # else a fault reads 128 KB for a row of 48 bytes
+        self.map.madvise(mmap.MADV_RANDOM)  # else a fault reads 128 KB for a row of 48 bytes
         self.values = np.frombuffer(self.map, dtype, (size - self.start) // dtype.itemsize, self.start)
         self._asks = size > SMALL and hasattr(os, "posix_fadvise")
         self._read_ahead = self._asks and size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
