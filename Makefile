@@ -51,9 +51,9 @@ bench-cpu:
 	$(CPU_BENCH) benchmarks/bench_attention.py --results $(CPU_RESULTS)/attention.jsonl
 	$(CPU_BENCH) benchmarks --compile --results $(CPU_RESULTS)/ops.jsonl \
 	  $(foreach name,step attention data quick ceilings,--ignore benchmarks/bench_$(name).py)
-	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --model small-32px:128 --rounds 5 \
+	$(CPU_BENCH) benchmarks/bench_step.py --changes --compile --model small-32px:128 --rounds 5 \
 	  --results $(CPU_RESULTS)/step-small.jsonl
-	$(CPU_BENCH) benchmarks/bench_step.py::bench_step --changes --compile --model base:8 --rounds 5 \
+	$(CPU_BENCH) benchmarks/bench_step.py --changes --compile --model base:8 --rounds 5 \
 	  --results $(CPU_RESULTS)/step-base.jsonl
 	$(PYTHON) benchmarks/report.py collect $(CPU_RESULTS)/*.jsonl
 

@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmae.ops import _attention_triton, _xformers, attention_kvpacked, attention_qkvpacked
-from fastmae.ops._attention_autograd import AddedBias
 from fastmae.ops._attention_choice import device_key
 
-# Encoders keep a quarter of 196 or 256 patches, decoders see all, each with a class token; 80 channels are ViT-H's.
-SHAPES = [(tokens, dim) for tokens in (50, 65, 197, 257) for dim in (32, 64, 80)]
-CASES = [(dtype, *shape) for dtype in ("bfloat16", "float32") for shape in SHAPES]
+# dtype, tokens, channels per head, and queries if not of all tokens. Encoders keep a quarter of 196 or 256 patches,
+# decoders see all, each with a class token; 80 channels are ViT-H's.
+CASES = list(product(("bfloat16", "float32"), (50, 65, 197, 257), (32, 64, 80)))
 if CUDA:
     # Encoders, decoders and unmasked encoders of ViT-B, L and H, and one small model; compiling takes the time. Nobody
     # trains in full precision there: two shapes, to know.
@@ -40,7 +39,6 @@ KERNELS = {
     "sdpa-cudnn": (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.can_use_cudnn_attention),
     "sdpa-efficient": (SDPBackend.EFFICIENT_ATTENTION, torch.backends.cuda.can_use_efficient_attention),
 }
-BIASES = ("bias in the kernel", "bias by a pass")
 COMPETITORS = ["sdpa", "plain", "triton", "xformers", *KERNELS]
 
 
@@ -69,38 +67,6 @@ def attend(name: str, inputs: Sequence[Tensor]) -> Tensor:
         return attention(*inputs, "sdpa" if name in KERNELS else name)
 
 
-def unpacked(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Queries, keys and values."""
-    return inputs[0].unbind(2) if len(inputs) == 1 else (inputs[0], *inputs[1].unbind(2))
-
-
-class Tiled(torch.autograd.Function):
-    """Our kernels in given tiles; None means the default."""
-
-    @staticmethod
-    def forward(ctx, forward_tile, backward_tile, *inputs):
-        out, lse = _attention_triton.forward(*unpacked(inputs), forward_tile)
-        ctx.save_for_backward(lse, *inputs)
-        ctx.tile = backward_tile
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        lse, *inputs = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in inputs]
-        _attention_triton.backward(grad, lse, *unpacked(inputs), *unpacked(grads), ctx.tile)
-        return None, None, *grads
-
-
-def tiles(dtype_name: str, tokens: int, dim: int, queries: int | None = None, *, backward: bool) -> dict[str, tuple]:
-    """Candidates by name, the default first."""
-    size, itemsize = (queries or tokens, tokens), getattr(torch, dtype_name).itemsize
-    found = _attention_triton.forward_tiles(*size, itemsize)
-    if backward:
-        found = _attention_triton.backward_tiles(*size, dim, itemsize)
-    return {f"{tile.queries} queries, {tile.warps} warps, {tile.stages} stages": tile for tile in found}
-
-
 def make_inputs(
     n: int, heads: int, dtype: torch.dtype, tokens: int, dim: int, device: torch.device, queries: int | None = None
 ) -> list[Tensor]:
@@ -114,7 +80,6 @@ def case_name(dtype: str, tokens: int, dim: int, queries: int | None = None) -> 
 
 
 def build(device: torch.device, dtype_name: str, tokens: int, dim: int, queries: int | None = None) -> Benchmark:
-    """``queries``: only that many rows attend, to all tokens."""
     dtype, rows = getattr(torch, dtype_name), queries or tokens
     inputs = make_inputs(BATCH, HEADS, dtype, tokens, dim, device, queries)
     grad = torch.randn(BATCH, rows, HEADS, dim, device=device).to(dtype)
@@ -140,24 +105,6 @@ def build(device: torch.device, dtype_name: str, tokens: int, dim: int, queries:
     )
 
 
-def build_tiles(
-    device: torch.device, backward: bool, dtype_name: str, tokens: int, dim: int, queries: int | None = None
-) -> Benchmark:
-    """Each tile of our kernels, forward alone or backward alone; there, the gradient of a bias both ways."""
-    inputs = make_inputs(BATCH, HEADS, getattr(torch, dtype_name), tokens, dim, device, queries)
-    calls = {}
-    for name, tile in tiles(dtype_name, tokens, dim, queries, backward=backward).items():
-        function = partial(Tiled.apply, *((None, tile) if backward else (tile, None)), *inputs)
-        calls[name] = gradient(function, inputs) if backward else torch.no_grad()(function)
-    if backward and queries is None:
-        (qkv,), bias = inputs, torch.randn(3 * HEADS * dim, device=device, requires_grad=True)
-        in_kernel = lambda: attention_qkvpacked(qkv, "triton", bias)  # noqa: E731
-        by_a_pass = lambda: attention_qkvpacked(AddedBias.apply(qkv, bias), "triton")  # noqa: E731
-        calls |= {name: gradient(way, [qkv, bias]) for name, way in zip(BIASES, (in_kernel, by_a_pass), strict=True)}
-    direction, shape = "backward" if backward else "forward", case_name(dtype_name, tokens, dim, queries)
-    return Benchmark(f"attention tiles, {direction}, {shape}", calls, seconds=0.2)
-
-
 @pytest.mark.parametrize("competitor", COMPETITORS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
 def bench_attention(compete, device, request, case, competitor):
@@ -166,14 +113,56 @@ def bench_attention(compete, device, request, case, competitor):
     compete(build, device, *case)
 
 
-def tiled_cases() -> list[tuple[tuple, bool, str]]:
-    found = []
-    for case, backward in product(TILED, (False, True)):
-        ways = BIASES if backward and len(case) == 3 else ()
-        found += [(case, backward, name) for name in (*tiles(*case, backward=backward), *ways)]
-    return found
+# --- The tiles that our kernels could run in --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "backward", "competitor"), tiled_cases(), ids=str)
+class Tiled(torch.autograd.Function):
+    """Our kernels in given tiles; None means the default."""
+
+    @staticmethod
+    def forward(ctx, forward_tile, backward_tile, *inputs):
+        out, lse = _attention_triton.forward(*_unpacked(inputs), forward_tile)
+        ctx.save_for_backward(lse, *inputs)
+        ctx.tile = backward_tile
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        lse, *inputs = ctx.saved_tensors
+        grads = [torch.empty_like(x) for x in inputs]
+        _attention_triton.backward(grad, lse, *_unpacked(inputs), *_unpacked(grads), ctx.tile)
+        return None, None, *grads
+
+
+def _unpacked(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return inputs[0].unbind(2) if len(inputs) == 1 else (inputs[0], *inputs[1].unbind(2))
+
+
+def tiles(dtype_name: str, tokens: int, dim: int, queries: int | None = None, *, backward: bool) -> dict[str, tuple]:
+    """Candidates by name, the default first; each with the other direction's default, as ``Tiled`` takes them."""
+    size, itemsize = (queries or tokens, tokens), getattr(torch, dtype_name).itemsize
+    found = _attention_triton.forward_tiles(*size, itemsize)
+    if backward:
+        found = _attention_triton.backward_tiles(*size, dim, itemsize)
+    pairs = [((None, tile) if backward else (tile, None), tile) for tile in found]
+    return {f"{tile.queries} queries, {tile.warps} warps, {tile.stages} stages": pair for pair, tile in pairs}
+
+
+def build_tiles(device: torch.device, backward: bool, dtype_name: str, *shape: int) -> Benchmark:
+    """Each tile of our kernels, forward alone or backward alone."""
+    tokens, dim, *queries = shape
+    inputs = make_inputs(BATCH, HEADS, getattr(torch, dtype_name), tokens, dim, device, *queries)
+    calls = {}
+    for name, pair in tiles(dtype_name, *shape, backward=backward).items():
+        function = partial(Tiled.apply, *pair, *inputs)
+        calls[name] = gradient(function, inputs) if backward else torch.no_grad()(function)
+    direction = "backward" if backward else "forward"
+    return Benchmark(f"attention tiles, {direction}, {case_name(dtype_name, *shape)}", calls, seconds=0.2)
+
+
+TILES = [(case, b, name) for case in TILED for b in (False, True) for name in tiles(*case, backward=b)]
+
+
+@pytest.mark.parametrize(("case", "backward", "competitor"), TILES, ids=str)
 def bench_attention_tiles(compete, device, case, backward, competitor):
     compete(build_tiles, device, backward, *case)

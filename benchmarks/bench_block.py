@@ -9,16 +9,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from benchmark import Benchmark, Unavailable, compiled
+from bench_attention import missing
+from benchmark import Benchmark, Unavailable
 from facebook import SDPAttention, with_attention
-from op_benchmark import CUDA, apex_layer_norm, under_autocast
+from op_benchmark import CUDA, apex_layer_norm, compiled, under_autocast
 from torch import nn
 
 from fastmae import reference
 from fastmae.model.blocks import Block, run_blocks
-from fastmae.ops import _xformers
 
 DEPTH = 2
 # (name, N, L, D, heads)
@@ -28,7 +30,7 @@ if CUDA:
 COMPETITORS = ["fastmae", "fastmae-compile", "fastmae-xformers", "plain", "sdpa", "sdpa-compile", "apex"]
 
 
-def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Benchmark:
+def build(shape: tuple, device: torch.device, dtype: torch.dtype) -> Benchmark:
     name, n, length, dim, heads = shape
     x = torch.randn(n, length, dim, device=device, requires_grad=True)
     grad = torch.randn_like(x)
@@ -37,37 +39,30 @@ def build(shape: tuple, device: torch.device, dtype: torch.dtype = torch.bfloat1
 
     def on_shared(make) -> nn.ModuleList:
         with torch.device("meta"):
-            blocks = nn.ModuleList(make() for _ in range(DEPTH))
+            blocks = nn.ModuleList(make(dim, heads, 4.0) for _ in range(DEPTH))
         blocks.load_state_dict(shared.state_dict(keep_vars=True), assign=True)
         return blocks
 
     def plain(attention=reference.Attention, layer_norm=None):
-        blocks = on_shared(lambda: reference.Block(dim, heads, 4.0))
+        blocks = on_shared(reference.Block)
         with_attention(blocks, attention)
         for norm in (norm for block in blocks for norm in (block.norm1, block.norm2) if layer_norm):
             norm.forward = lambda x, norm=norm: layer_norm(x, norm.weight, norm.bias)
         return lambda: nn.Sequential(*blocks)(x)
 
-    def ours(backend):
-        blocks = on_shared(lambda: Block(dim, heads, 4.0, backend))
+    def ours(backend="auto"):
+        blocks = on_shared(partial(Block, backend=backend))
         return lambda: run_blocks(blocks, x)
 
     def step(forward):
         forward = under_autocast(forward, device, dtype)
         return lambda: torch.autograd.grad(forward(), [x, *parameters], grad)
 
-    def with_xformers():
-        try:
-            _xformers.require(device)
-        except ValueError as error:
-            return Unavailable(error)
-        return step(ours("xformers"))
-
-    apex = apex_layer_norm(device)
+    apex, no_xformers = apex_layer_norm(device), missing("xformers", device, dtype, length, dim // heads)
     calls = {
-        "fastmae": step(ours("auto")),
-        "fastmae-compile": step(compiled(ours("auto"))),
-        "fastmae-xformers": with_xformers(),
+        "fastmae": step(ours()),
+        "fastmae-compile": step(compiled(ours())),
+        "fastmae-xformers": Unavailable(no_xformers) if no_xformers else step(ours("xformers")),
         "plain": step(plain()),
         "sdpa": step(plain(SDPAttention)),
         "sdpa-compile": step(compiled(plain(SDPAttention))),

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import op_benchmark as op
 import torch
 import torch.nn.functional as F
-from op_benchmark import CUDA, OpCase, op_benchmark
 
 from fastmae.ops import gelu_linear
 
 # (name, rows, F, D)
 SHAPES = [("encoder-B", 8 * 50, 3072, 768), ("decoder", 8 * 197, 2048, 512)]
-if CUDA:
-    SHAPES = [
-        ("encoder-L", 256 * 50, 4096, 1024),
-        ("encoder-B", 256 * 50, 3072, 768),
-        ("decoder", 256 * 197, 2048, 512),
-    ]
+if op.CUDA:
+    SHAPES = [(name, 32 * rows, *widths) for name, rows, *widths in [("encoder-L", 400, 4096, 1024), *SHAPES]]
 
 
 def ours(h, bias, weight, out_bias):
@@ -31,7 +27,7 @@ def without_bias(h, bias, weight, out_bias):
     return F.linear(F.gelu(h), weight, out_bias)
 
 
-def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
+def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> op.OpCase:
     name, rows, hidden, dim = shape
     inputs = {
         "h": torch.randn(1, rows, hidden, device=device, dtype=dtype),
@@ -39,21 +35,20 @@ def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
         "weight": torch.randn(dim, hidden, device=device) * hidden**-0.5,
         "out_bias": torch.randn(dim, device=device),
     }
-    for x in inputs.values():
-        x.requires_grad_()
-    size = dtype.itemsize
-    return OpCase(
+    size, flops = dtype.itemsize, 2 * rows * dim * hidden
+    return op.OpCase(
         "gelu_linear",
         name,
-        inputs,
+        {key: x.requires_grad_() for key, x in inputs.items()},
         {"fastmae": ours, "plain": without_bias, "plain-compile": plain},
         # Forward: h and weight in, the product out. Backward: h and a gradient in, the gradients of h and weight out.
-        forward_bytes=rows * size * (hidden + dim) + size * dim * hidden,
-        backward_bytes=rows * size * (2 * hidden + dim) + (size + 4) * dim * hidden,
-        forward_flops=2 * rows * dim * hidden,
-        backward_flops=4 * rows * dim * hidden,
+        moved=(
+            rows * size * (hidden + dim) + size * dim * hidden,
+            rows * size * (2 * hidden + dim) + (size + 4) * dim * hidden,
+        ),
+        flops=(flops, 2 * flops),
         bias=("h", "bias"),
     )
 
 
-bench_gelu_linear = op_benchmark(make, SHAPES)
+bench_gelu_linear = op.op_benchmark(make, SHAPES)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import op_benchmark as op
 import torch
-from op_benchmark import CUDA, OpCase, op_benchmark
 
 from fastmae.ops import masking_plain, random_masking
 
 # (name, N, L); for strategies (name, N, side, strategy)
 SHAPES, STRATEGIES = [(256, 64), (256, 196)], [(64, 14)]
-if CUDA:
+if op.CUDA:
     SHAPES, STRATEGIES = [(4096, 196), (256, 196), (1024, 1024)], [(4096, 14), (256, 14), (256, 64)]
 SHAPES = [(f"N={n} L={length}", n, length) for n, length in SHAPES]
 STRATEGIES = [(f"N={n} L={s * s}", n, s, strategy) for strategy in ("block", "grid") for n, s in STRATEGIES]
 
 
-def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
+def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> op.OpCase:
     name, n, length = shape
     keep, ids = length // 4, torch.arange(n, device=device)
 
@@ -28,10 +28,10 @@ def make(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
 
     ours = lambda: random_masking(n, length, 0.75, seed=0, epoch=1, sample_ids=ids)  # noqa: E731
     calls = {"fastmae": ours, "plain": plain, "plain-compile": plain}
-    return OpCase("random_masking", name, {}, calls, forward_bytes=n * (8 + length * (8 + 8 + 4)))
+    return op.OpCase("random_masking", name, {}, calls, moved=(n * (8 + length * (8 + 8 + 4)), 0))
 
 
-def make_strategy(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpCase:
+def make_strategy(shape: tuple, device: torch.device, dtype: torch.dtype) -> op.OpCase:
     """The plain path draws the same masks, rectangle after rectangle for all samples at once."""
     name, n, side, strategy = shape
     length, ids = side * side, torch.arange(n, device=device)
@@ -42,8 +42,8 @@ def make_strategy(shape: tuple, device: torch.device, dtype: torch.dtype) -> OpC
 
     options = {"seed": 0, "epoch": 1, "sample_ids": ids, "strategy": strategy, "grid_size": side}
     calls = {"fastmae": lambda: random_masking(n, length, 0.75, **options), "plain": plain}
-    return OpCase(f"{strategy} masking", name, {}, calls, forward_bytes=n * (8 + length * (8 + 8 + 4)))
+    return op.OpCase(f"{strategy} masking", name, {}, calls, moved=(n * (8 + length * (8 + 8 + 4)), 0))
 
 
-bench_random_masking = op_benchmark(make, SHAPES, directions=("",))
-bench_strategies = op_benchmark(make_strategy, STRATEGIES, ("fastmae", "plain"), directions=("",))
+bench_random_masking = op.op_benchmark(make, SHAPES, directions=("",))
+bench_strategies = op.op_benchmark(make_strategy, STRATEGIES, ("fastmae", "plain"), directions=("",))

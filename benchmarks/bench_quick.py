@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import bench_step
 import pytest
 import torch
-from bench_step import MODELS, RECIPES, Recipe, Setting, in_precision, missing
-from benchmark import Benchmark, Unavailable, lazily
+from benchmark import Benchmark
 from op_benchmark import CUDA
 from torch import Tensor
 
@@ -26,7 +26,7 @@ COMPETITORS = ["facebookresearch-plain", "facebookresearch-sdpa", "transformers"
 COMPETITORS += ["reference-compile", "fastmae-compile"]
 
 
-class OnPhotographs(Setting):
+class OnPhotographs(bench_step.Setting):
     """A competitor's own weights, trained on photographs and given masks; keeps every loss."""
 
     lr = 3e-4
@@ -40,23 +40,21 @@ class OnPhotographs(Setting):
 
 
 def build(device: torch.device, dtype: torch.dtype) -> Benchmark:
-    label, architecture, *batches = MODELS[MODEL]
-    batch, settings, steps = batches[0 if CUDA else 1], {}, {}
+    label, architecture, *batches = bench_step.MODELS[MODEL]
+    batch, settings = batches[0 if CUDA else 1], {}
 
-    def start(name: str, recipe: Recipe) -> Callable[[], object]:
-        settings[name] = setting = OnPhotographs(architecture, batch, device)
-        return setting.step_transformers(recipe, False) if name == "transformers" else setting.step(recipe)
+    def start(name: str, recipe: bench_step.Recipe) -> Callable[[], object]:
+        settings[name] = OnPhotographs(architecture, batch, device)
+        return settings[name].step(name, recipe)
 
     def losses(name: str, rounds: int) -> dict:
         found = settings[name].losses
         return {"losses": [found[0].item(), found[-1].item()], "steps": len(found)}
 
-    for name, recipe in in_precision({name: RECIPES[name] for name in COMPETITORS}, dtype).items():
-        reason = missing(name, recipe, device)
-        steps[name] = Unavailable(reason) if reason else lazily(lambda args=(name, recipe): start(*args))
+    recipes = bench_step.in_precision({name: bench_step.RECIPES[name] for name in COMPETITORS}, dtype)
     return Benchmark(
-        f"training to the same loss, {label}, batch {batch}", steps, images=batch, flush=False, dtype=dtype,
-        seconds=20.0 if CUDA else 60.0, facts=losses,
+        f"training to the same loss, {label}, batch {batch}", bench_step.available(recipes, device, start),
+        images=batch, flush=False, dtype=dtype, seconds=20.0 if CUDA else 60.0, facts=losses,
     )  # fmt: skip
 
 

@@ -11,12 +11,10 @@ normalised float images at no cost, fastmae the raw bytes. Loading, logging and 
 ``*-bf16-residual``      the blocks' residual stream in bfloat16, another computation
 ``*-xformers``, ``*-apex-adam``  fastmae with xformers' attention, with apex's FusedAdam, where they are installed
 ``transformers-fastmae`` Hugging Face's model after ``fastmae.accelerate``
+``*-graph``              forward, backward and optimiser as one CUDA graph
 ``change: ...``          one change to ``facebookresearch-sdpa`` (with --changes)
-
-``bench_modes`` compares fastmae's step in the modes of torch.compile and in CUDA graphs ("reduce-overhead" and
-"max-autotune" replay graphs of forward and backward; ``-graph`` captures forward, backward and optimiser into one).
-What does not win there does not become the default. max-autotune has little to choose: fastmae's matrix products are
-inside ops that the compiler does not look into.
+``fastmae-compile-...``  modes of torch.compile (with --changes); "reduce-overhead" and "max-autotune" replay graphs of
+                         forward and backward. What does not win there does not become the default.
 """
 
 from __future__ import annotations
@@ -40,9 +38,9 @@ from fastmae.interop import decelerate
 from fastmae.model import MaskedAutoencoderViT, create_model
 from fastmae.ops import attention, random_masking
 from fastmae.train.compilation import uses_cuda_graphs
-from fastmae.train.optim import parameter_groups
+from fastmae.train.optim import create_apex_adam, parameter_groups, set_learning_rate
 
-MASK_RATIO = 0.75
+MASK_RATIO, BETAS = 0.75, (0.9, 0.95)
 # --model: name in tables, preset or arguments, batch on CUDA, batch on a CPU.
 MODELS = {
     "large": ("ViT-L/16", "mae_vit_large_patch16", 256, 4),
@@ -71,38 +69,32 @@ class Recipe:
     attention: str = "auto"
     fused_adamw: bool = True
     apex_adam: bool = False
-    compile: bool = False
-    compile_mode: str = "default"
-    backend: str = "inductor"
+    compile: str = ""  # a mode of torch.compile, or not at all
     graph: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     @property
     def in_graphs(self) -> bool:
-        return self.graph or uses_cuda_graphs(self.compile_mode)
-
-    def compiled(self, loss: Callable) -> Callable:
-        if not self.compile:
-            return loss
-        mode = self.compile_mode if self.backend == "inductor" else None
-        return torch.compile(loss, dynamic=False, mode=mode, backend=self.backend)
+        return self.graph or uses_cuda_graphs(self.compile)
 
 
+BF16 = "bfloat16"
 RECIPES = {
     "facebookresearch-plain-fp16": Recipe(Changes("plain"), fused_adamw=False, dtype=torch.float16),
     "facebookresearch-plain": Recipe(Changes("plain"), fused_adamw=False),
     "facebookresearch-sdpa": Recipe(Changes(), fused_adamw=False),
-    "reference-compile": Recipe(Changes(), compile=True),
-    "reference-compile-bf16-residual": Recipe(Changes(bf16_residual=True), compile=True),
+    "reference-compile": Recipe(Changes(), compile="default"),
+    "reference-compile-bf16-residual": Recipe(Changes(bf16_residual=True), compile="default"),
     "transformers": Recipe(Changes()),
     "fastmae": Recipe(),
-    "fastmae-compile": Recipe(compile=True),
+    "fastmae-compile": Recipe(compile="default"),
     "fastmae-graph": Recipe(graph=True),
     "transformers-fastmae": Recipe(Changes()),
     "fastmae-xformers": Recipe(attention="xformers"),
     "fastmae-apex-adam": Recipe(apex_adam=True),
-    "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
-    "fastmae-compile-bf16-residual": Recipe(residual_dtype="bfloat16", compile=True),
+    "fastmae-bf16-residual": Recipe(residual_dtype=BF16),
+    "fastmae-compile-bf16-residual": Recipe(residual_dtype=BF16, compile="default"),
+    "fastmae-graph-bf16-residual": Recipe(residual_dtype=BF16, graph=True),
 }
 CHANGES = {
     "change: fused AdamW": Recipe(Changes()),
@@ -111,18 +103,10 @@ CHANGES = {
     "change: fused blocks": Recipe(Changes(blocks=True), fused_adamw=False),
     "change: fused blocks, weights cast once": Recipe(Changes(blocks=True, cast_once=True), fused_adamw=False),
     "change: bf16 residual": Recipe(Changes(bf16_residual=True), fused_adamw=False),
-    "change: torch.compile": Recipe(Changes(), fused_adamw=False, compile=True),
-}
-MODES = {
-    "fastmae": Recipe(),
-    "fastmae-compile": Recipe(compile=True),
-    "fastmae-graph": Recipe(graph=True),
-    "fastmae-compile-graph": Recipe(compile=True, graph=True),
-    "fastmae-compile-reduce-overhead": Recipe(compile=True, compile_mode="reduce-overhead"),
-    "fastmae-compile-max-autotune-no-cudagraphs": Recipe(compile=True, compile_mode="max-autotune-no-cudagraphs"),
-    "fastmae-compile-max-autotune": Recipe(compile=True, compile_mode="max-autotune"),
-    "fastmae-bf16-residual": Recipe(residual_dtype="bfloat16"),
-    "fastmae-graph-bf16-residual": Recipe(residual_dtype="bfloat16", graph=True),
+    "change: torch.compile": Recipe(Changes(), fused_adamw=False, compile="default"),
+    "fastmae-compile-graph": Recipe(compile="default", graph=True),
+    "fastmae-compile-reduce-overhead": Recipe(compile="reduce-overhead"),
+    "fastmae-compile-max-autotune": Recipe(compile="max-autotune"),
 }
 
 
@@ -133,31 +117,36 @@ def in_precision(recipes: dict[str, Recipe], dtype: torch.dtype) -> dict[str, Re
 
 def missing(competitor: str, recipe: Recipe, device: torch.device, cuda: Any = torch.cuda) -> str | None:
     """Why a competitor cannot run here, or None; ``cuda`` may be an imitation of ``torch.cuda``."""
-    if recipe.dtype == torch.float16 and device.type != "cuda":
+    changes, on_cuda = recipe.changes or Changes(), device.type == "cuda"
+    if recipe.dtype == torch.float16 and not on_cuda:
         return "fp16 training is for CUDA"
-    changes = recipe.changes or Changes()
-    in_bf16 = recipe.residual_dtype == "bfloat16" or changes.bf16_residual or changes.cast_once
+    in_bf16 = recipe.residual_dtype == BF16 or changes.bf16_residual or changes.cast_once
     if in_bf16 and recipe.dtype == torch.float32:
         return "a change to bf16 training"
-    if recipe.in_graphs and device.type != "cuda" and cuda is torch.cuda:
+    if recipe.in_graphs and not on_cuda and cuda is torch.cuda:
         return "graphs are for CUDA"
     if competitor.startswith("transformers") and find_spec("transformers") is None:
         return "transformers is not installed"
-    if recipe.attention != "auto":
-        q = torch.zeros(1, 16, 1, 32, device=device, dtype=recipe.dtype)
-        try:
+    try:
+        if recipe.attention != "auto":
+            q = torch.zeros(1, 16, 1, 32, device=device, dtype=recipe.dtype)
             attention(q, q, q, recipe.attention)
-        except ValueError as error:
-            return str(error)
-    if recipe.apex_adam:
-        if device.type != "cuda":
-            return "apex's FusedAdam is for CUDA"
-        try:
-            import amp_C  # noqa: F401
-            from apex.optimizers import FusedAdam  # noqa: F401
-        except Exception as error:  # an unrelated package, or extensions that were built for another torch
-            return f"NVIDIA's apex does not load: {error}"
+        if recipe.apex_adam:
+            if not on_cuda:
+                return "apex's FusedAdam is for CUDA"
+            create_apex_adam([{"params": [torch.zeros(1, device=device, requires_grad=True)]}], BETAS)
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def available(recipes: dict[str, Recipe], device: torch.device, start: Callable, cuda: Any = torch.cuda) -> dict:
+    """Calls for a benchmark: ``start`` gets a name and a recipe, and makes a step when it is first called for."""
+    steps = {}
+    for name, recipe in recipes.items():
+        reason = missing(name, recipe, device, cuda)
+        steps[name] = Unavailable(reason) if reason else lazily(partial(start, name, recipe))
+    return steps
 
 
 class Setting:
@@ -191,16 +180,12 @@ class Setting:
 
     def adamw(self, model: torch.nn.Module, **options) -> torch.optim.AdamW:
         groups = parameter_groups(model, weight_decay=0.05)
-        return torch.optim.AdamW(groups, **{"lr": self.lr, "betas": (0.9, 0.95), **options})
+        return torch.optim.AdamW(groups, **{"lr": self.lr, "betas": BETAS, **options})
 
-    def apex_adam(self):
-        from apex.optimizers import FusedAdam
-
-        groups = parameter_groups(self.fast, weight_decay=0.05)
-        return FusedAdam(groups, lr=self.lr, betas=(0.9, 0.95), adam_w_mode=True)
-
-    def step(self, recipe: Recipe) -> Callable[[], object]:
+    def step(self, name: str, recipe: Recipe) -> Callable[[], object]:
         """A training step by a recipe."""
+        if name.startswith("transformers"):
+            return self.step_transformers(recipe, accelerated=name == "transformers-fastmae")
         around = nullcontext
         if recipe.changes is None:
             model = share_parameters(self.fast, residual_dtype=recipe.residual_dtype, attention=recipe.attention)
@@ -213,7 +198,10 @@ class Setting:
         if recipe.graph:
             return self.train_in_graph(loss, recipe, around)
         needs_masking = recipe.changes is None or recipe.changes.ops
-        optimizer = self.apex_adam() if recipe.apex_adam else self.optimizers[recipe.fused_adamw]
+        optimizer = self.optimizers[recipe.fused_adamw]
+        if recipe.apex_adam:
+            optimizer = create_apex_adam(parameter_groups(self.fast, weight_decay=0.05), BETAS)
+            set_learning_rate(optimizer, self.lr)
         return self.train(loss, needs_masking, recipe, optimizer, around)
 
     def step_transformers(self, recipe: Recipe, accelerated: bool) -> Callable[[], Tensor]:
@@ -241,16 +229,23 @@ class Setting:
 
         return self.train(loss, False, recipe, self.adamw(model, fused=True))
 
+    def compiled(self, loss: Callable, mode: str) -> Callable:
+        if not mode:
+            return loss
+        if self.cuda is not torch.cuda:  # an imitation, for which nothing is generated
+            return torch.compile(loss, dynamic=False, backend="eager")
+        return torch.compile(loss, dynamic=False, mode=mode)
+
     def train(
         self, loss: Callable, needs_masking: bool, recipe: Recipe, optimizer, around: Callable = nullcontext
     ) -> Callable[[], Tensor]:
-        device, forward = self.device.type, recipe.compiled(loss)
+        device, forward = self.device.type, self.compiled(loss, recipe.compile)
         # A start from 65536, the default, would skip the first steps, and a skipped step is a fast one.
         scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=recipe.dtype == torch.float16)
 
         def step() -> Tensor:
             masking = self.draw_masks() if needs_masking else None
-            if uses_cuda_graphs(recipe.compile_mode):
+            if uses_cuda_graphs(recipe.compile):
                 torch.compiler.cudagraph_mark_step_begin()
             with around():
                 with torch.autocast(device, dtype=recipe.dtype, enabled=recipe.dtype != torch.float32):
@@ -265,7 +260,7 @@ class Setting:
 
     def train_in_graph(self, loss: Callable, recipe: Recipe, around: Callable) -> Callable[[], None]:
         """A training step that is one CUDA graph, from masks that lie where it reads them to the updated weights."""
-        forward, masking = recipe.compiled(loss), self.draw_masks()
+        forward, masking = self.compiled(loss, recipe.compile), self.draw_masks()
         if self.capturable is None:
             lr = torch.tensor(self.lr, device=self.device)  # where a schedule would write it
             self.capturable = self.adamw(self.fast, lr=lr, fused=True, capturable=True)
@@ -297,53 +292,30 @@ class Setting:
         return step
 
 
-def build(
-    model: tuple[str, int],
-    recipes: dict[str, Recipe],
-    device: torch.device,
-    job: str = "training step",
-    cuda: Any = torch.cuda,
-) -> Benchmark:
-    """``model``: a name of ``MODELS`` and a batch size. Nothing is generated for an imitation of ``cuda``."""
+def build(model: tuple[str, int], recipes: dict, device: torch.device, cuda: Any = torch.cuda) -> Benchmark:
+    """``model``: a name of ``MODELS`` and a batch size."""
     name, batch = model
-    if cuda is not torch.cuda:
-        recipes = {competitor: replace(recipe, backend="eager") for competitor, recipe in recipes.items()}
     setting = Setting(MODELS[name][1], batch, device, cuda)
-    steps: dict = {}
-    for competitor, recipe in recipes.items():
-        make = partial(setting.step, recipe)
-        if competitor.startswith("transformers"):
-            make = partial(setting.step_transformers, recipe, competitor == "transformers-fastmae")
-        reason = missing(competitor, recipe, device, cuda)
-        steps[competitor] = Unavailable(reason) if reason else lazily(make)
     weights = sum(p.numel() * p.element_size() for p in setting.fast.parameters())
     return Benchmark(
-        f"{job}, {MODELS[name][0]}, batch {batch}", steps, images=batch, flush=False, hide_host=False,
-        resident_bytes=dict.fromkeys(steps, 3 * weights), repeats=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
-        unseen_memory={competitor for competitor, recipe in recipes.items() if recipe.in_graphs},
-        dtype=recipes.get("fastmae", Recipe()).dtype,
+        f"training step, {MODELS[name][0]}, batch {batch}", available(recipes, device, setting.step, cuda),
+        images=batch, flush=False, hide_host=False, repeats=2 if CUDA else 1, seconds=20.0 if CUDA else 5.0,
+        # The allocator does not count the memory of graphs.
+        resident_bytes={competitor: 3 * weights for competitor, recipe in recipes.items() if not recipe.in_graphs},
+        dtype=recipes["fastmae"].dtype,
     )  # fmt: skip
 
 
 def pytest_generate_tests(metafunc):
-    config, steps = metafunc.config, metafunc.function is bench_step
-    recipes = MODES
-    if steps:
-        recipes = RECIPES | (CHANGES if config.getoption("--changes") else {})
-    models = []
-    default = ["large", "base"][0 if steps else 1 :] if CUDA else ["tiny-test"]
-    for choice in config.getoption("--model") or default:
+    config, models = metafunc.config, []
+    for choice in config.getoption("--model") or (["large", "base"] if CUDA else ["tiny-test"]):
         name, _, batch = choice.partition(":")
         if name not in MODELS:
             raise pytest.UsageError(f"--model: expected one of {', '.join(MODELS)}, got {name!r}")
         models.append((name, int(batch or MODELS[name][2 if CUDA else 3])))
     metafunc.parametrize("model", models, ids=lambda model: f"{model[0]}-{model[1]}")
-    metafunc.parametrize("competitor", list(recipes))
+    metafunc.parametrize("competitor", list(RECIPES | (CHANGES if config.getoption("--changes") else {})))
 
 
 def bench_step(compete, device, dtype, timer, model, competitor):
-    compete(build, model, in_precision(RECIPES | CHANGES, dtype), device, "training step", timer.cuda)
-
-
-def bench_modes(compete, device, timer, model, competitor):
-    compete(build, model, MODES, device, "modes of compilation", timer.cuda)
+    compete(build, model, in_precision(RECIPES | CHANGES, dtype), device, timer.cuda)

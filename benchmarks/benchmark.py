@@ -16,9 +16,9 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from results import entry
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import fastmae
 from fastmae.environment import cpu_model
@@ -41,8 +42,7 @@ class Unavailable(str):
     """Takes the place of a call that cannot run here, and says why."""
 
 
-@dataclass(frozen=True)
-class Setup:
+class Setup(NamedTuple):
     """A call with an untimed part before it: ``call(setup())``."""
 
     setup: Callable[[], object]
@@ -64,11 +64,6 @@ def lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """A call that is made when it is first called: one that is not selected costs nothing."""
     make_once = cache(make)
     return lambda: make_once()()
-
-
-def compiled(function: Callable) -> Callable:
-    """Compiled for fixed shapes; open sizes would be a handicap."""
-    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def gradient(
@@ -115,8 +110,8 @@ class Benchmark:
         flops: floating-point operations of the job.
         dtype: of the matrix products; None where there are none.
         images: images per call, where they are the measure.
-        resident_bytes: what a competitor holds between calls (weights, optimiser state), added to its peak memory.
-        unseen_memory: competitors whose memory is a CUDA graph's, which the allocator does not count.
+        resident_bytes: what a competitor holds between calls (weights, optimiser state), added to its peak memory;
+            without an entry for one, its peak is not measured. None: nobody holds anything.
         repeats: calls in a row that are timed as one.
         flush: whether to empty the device's cache first.
         hide_host: whether to queue a call's kernels before the first starts. Not for steps, whose Python counts.
@@ -131,20 +126,15 @@ class Benchmark:
     flops: int | None = None
     dtype: torch.dtype | None = None
     images: int | None = None
-    resident_bytes: Mapping[str, int] = field(default_factory=dict)
-    unseen_memory: Collection[str] = ()
+    resident_bytes: Mapping[str, int] | None = None
     repeats: int = 1
     flush: bool = True
     hide_host: bool = True
     seconds: float = 1.0
     facts: Callable[[str, int], dict] = lambda name, rounds: {}
 
-    def available(self) -> list[str]:
-        return [name for name, call in self.calls.items() if not isinstance(call, Unavailable)]
 
-
-@dataclass
-class Results:
+class Results(NamedTuple):
     """Times round by round, entries for the results' files, and errors as text; each by competitor."""
 
     times: dict[str, list[float]]
@@ -157,22 +147,19 @@ def run(
     names: list[str],
     timer: Timer,
     rounds: int | None = None,
-    announce: Callable[[int, float], None] = lambda rounds, seconds: None,
     report: Callable[[str, float], None] = lambda name, seconds: None,
 ) -> Results:
     """Warm up, then time the named competitors round by round, in 5 to 200 rounds unless ``rounds`` is given.
 
-    ``announce`` gets the number of rounds and their expected seconds; ``report`` a competitor and each of its times.
+    ``report`` gets each time as soon as it is measured.
     """
     first: dict[str, float] = {}
     queued: dict[str, float] = {}
-    hidden: dict[str, list[bool]] = defaultdict(list)
     errors: dict[str, str] = {}
 
     def measure(name: str) -> float:
         wait = queued[name] if benchmark.hide_host else None
         seconds = timer.time(ready(benchmark.calls[name]), benchmark.repeats, benchmark.flush, wait)
-        hidden[name].append(timer.host_was_hidden)
         report(name, seconds)
         return seconds
 
@@ -185,21 +172,14 @@ def run(
         except Exception:  # as text: a traceback holds on to memory
             errors[name] = traceback.format_exc()
     each = sum(first.values()) * benchmark.repeats
-    rounds = rounds or int(max(5, min(200, benchmark.seconds / (each + 1e-4))))
-    announce(rounds, rounds * each)
-    order = list(first)
-    times: dict[str, list[float]] = {name: [] for name in order}
-    for _ in range(rounds):
+    order, times = list(first), {name: [] for name in first}
+    for _ in range(rounds or int(max(5, min(200, benchmark.seconds / (each + 1e-4))))):
         for name in order:
             times[name].append(measure(name))
         order = [*order[1:], *order[:1]]  # nobody always follows the same one
-    entries = {}
-    for name in times:
-        facts = _facts(benchmark, name, times, timer)
-        if timer.is_cuda:
-            share = sum(hidden[name]) / len(hidden[name]) if benchmark.hide_host else None
-            facts |= {"queue_seconds": queued[name], "hidden_share": share}
-        entries[name] = entry(benchmark.group, name, times[name], **facts)
+    entries = {
+        name: entry(benchmark.group, name, times[name], **_facts(benchmark, name, times, timer)) for name in times
+    }
     return Results(times, entries, errors)
 
 
@@ -230,13 +210,13 @@ def _facts(benchmark: Benchmark, name: str, times: dict[str, list[float]], timer
     if benchmark.images:
         facts["images_per_s"] = benchmark.images / seconds
     if timer.is_cuda:
-        if name not in benchmark.unseen_memory:
-            peak = timer.peak_memory(ready(benchmark.calls[name]))
-            facts["peak_memory_bytes"] = peak + benchmark.resident_bytes.get(name, 0)
-        kernels = timer.kernels(ready(benchmark.calls[name]))
-        facts["launches"] = None if kernels is None else sum(kernel.launches for kernel in kernels)
-        if not benchmark.hide_host:  # a training step: where its time goes
-            facts["kernels"] = kernels and kernels[:40]
+        resident = 0 if benchmark.resident_bytes is None else benchmark.resident_bytes.get(name)
+        if resident is not None:
+            facts["peak_memory_bytes"] = timer.peak_memory(ready(benchmark.calls[name])) + resident
+        if kernels := timer.kernels(ready(benchmark.calls[name])):
+            facts["launches"] = sum(kernel.launches for kernel in kernels)
+            if not benchmark.hide_host:  # a training step: where its time goes
+                facts["kernels"] = kernels[:40]
     return facts | benchmark.facts(name, len(times[name]))
 
 
@@ -248,18 +228,14 @@ def ratios(measured: Mapping[str, Sequence[float]], name: str) -> dict[str, floa
 
 def describe_run() -> dict:
     """What a result has to be read with: machine, versions, date and commit."""
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    try:
+    versions = {"python": platform.python_version(), "fastmae": fastmae.__version__}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    commit = "unknown"  # no git, or no repository
+    with suppress(OSError, subprocess.CalledProcessError):
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
         commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        commit = "unknown"
     cuda, cpu = torch.cuda.is_available(), cpu_model()
     machine = {
         "device": torch.cuda.get_device_name(0) if cuda else cpu,
@@ -267,8 +243,7 @@ def describe_run() -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if cuda else None,
-        "versions": {"python": platform.python_version(), "fastmae": fastmae.__version__}
-        | {package: found for package in PACKAGES if (found := version(package))},
+        "versions": versions,
     }
     return {"machine": machine, "date": time.strftime("%Y-%m-%d"), "commit": commit}
 
@@ -310,12 +285,10 @@ class Timer:
     def __init__(self, device: torch.device, cuda: Any = torch.cuda):
         self.device, self.cuda = device, cuda
         self.is_cuda = device.type == "cuda" or cuda is not torch.cuda
-        self.host_was_hidden = False
-        """Whether the host had queued all of the last timed call before the device started it."""
         self._copies: dict[int, float] = {}
         self._products: dict[torch.dtype, float] = {}
         self._flush_buffer: Tensor | None = None
-        self._cycles_per_second = 0.0
+        self._cycles_per_second: float | None = None
 
     def synchronize(self) -> None:
         if self.is_cuda:
@@ -355,22 +328,17 @@ class Timer:
         start.record()
         for _ in range(repeats):
             call()
-        self.host_was_hidden = not start.query()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats
 
     def _spin(self, seconds: float) -> None:
         """Keep the device busy, half a second at most, without moving a byte."""
-        cycles = 10_000_000
-        for _ in range(0 if self._cycles_per_second else 2):  # the first launch loads the kernel, the clock rises
-            start, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            self.cuda._sleep(cycles)
-            end.record()
-            end.synchronize()
-            measured = cycles / (start.elapsed_time(end) / 1e3)
-        self._cycles_per_second = self._cycles_per_second or measured
+        if self._cycles_per_second is None:
+            cycles = 10_000_000
+            spin = lambda: self.cuda._sleep(cycles)  # noqa: E731
+            self.time(spin, flush=False)  # loads the kernel, and the clock rises
+            self._cycles_per_second = cycles / self.time(spin, flush=False)
         self.cuda._sleep(int(min(seconds, 0.5) * self._cycles_per_second))
 
     def median(self, call: Callable[[], object], rounds: int = 15) -> float:
@@ -407,8 +375,6 @@ class Timer:
 
     def kernels(self, call: Callable[[], object]) -> list[Kernel] | None:
         """What a call puts on the device, longest first; None where the profiler is refused."""
-        from torch.profiler import ProfilerActivity, profile
-
         kind = self.device.type.upper()
         self.synchronize()
         try:
@@ -417,9 +383,9 @@ class Timer:
                 self.synchronize()
         except RuntimeError:  # counters are not open to users; the times are worth having all the same
             return None
-        found: dict[str, list[float]] = defaultdict(list)
+        found: dict[str, list[float]] = {}
         for event in profiler.events():
             if event.device_type.name == kind:
-                found[event.name].append(event.time_range.elapsed_us() / 1e6)
+                found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e6)
         kernels = [Kernel(name, len(seconds), sum(seconds)) for name, seconds in found.items()]
         return sorted(kernels, key=lambda kernel: -kernel.seconds)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fake_cuda
@@ -20,11 +19,10 @@ from fastmae.train.parallel import DTYPES
 class Replay:
     """A clock that plays measured times back: pytest-benchmark reads it before and after each round."""
 
-    def load(self, seconds: list[float]) -> None:
-        self._readings = iter([reading for s in seconds for reading in (0.0, s)])
+    readings: Iterator[float]
 
     def __call__(self) -> float:
-        return next(self._readings)
+        return next(self.readings)
 
 
 _REPLAY = Replay()
@@ -106,24 +104,8 @@ def case_of(item: pytest.Item) -> str:
     return f"{item.path}::{item.originalname} {params}"
 
 
-@pytest.fixture(scope="session")
-def progress(request) -> Callable[[], str]:
-    """Which benchmark of how many begins, and about how long they all will take."""
-    items = [item for item in request.session.items if "compete" in item.fixturenames]
-    count = len({case_of(item) for item in items if not item.get_closest_marker("skip")})
-    begun, number = time.monotonic(), 0
-
-    def next_one() -> str:
-        nonlocal number
-        each = (time.monotonic() - begun + 5.0) / (number + 1)  # seconds; 5 until some have shown how long they take
-        number += 1
-        return f"[{number} of {count}, about {each * (count - number + 1) / 60:.1f} minutes left]"
-
-    return next_one
-
-
 @pytest.fixture
-def compete(request, benchmark, timer, results, progress, _current) -> Callable[..., None]:
+def compete(request, benchmark, timer, results, _current) -> Callable[..., None]:
     """``compete(build, *args)`` reports this test's competitor in the benchmark ``build(*args)``.
 
     The first competitor of a case to be reported has all those timed that were selected, in turn.
@@ -146,16 +128,16 @@ def compete(request, benchmark, timer, results, progress, _current) -> Callable[
             benchmark.pedantic(ready(job.calls[name]))
             return
         if "results" not in _current:
-            peers = [other for other in request.session.items if "compete" in other.fixturenames]
-            peers = [p for p in peers if case_of(p) == case_of(item) and not p.get_closest_marker("skip")]
-            names = [p.callspec.params["competitor"] for p in peers]
-            names = [name for name in names if name in job.available()]
-            say(config, f"{progress()} {job.group}: warming up {', '.join(names)}")
-            _current["results"] = run(
-                job, names, timer, 2 if config.getoption("--tiny") else config.getoption("--rounds"),
-                announce=lambda rounds, seconds: say(config, f"{rounds} rounds, about {seconds:.1f} s"),
-                report=lambda name, s: results.write("round", group=job.group, competitor=name, seconds=s),
-            )  # fmt: skip
+            items = [
+                i for i in request.session.items if "compete" in i.fixturenames and not i.get_closest_marker("skip")
+            ]
+            cases = list(dict.fromkeys(map(case_of, items)))
+            names = [i.callspec.params["competitor"] for i in items if case_of(i) == case_of(item)]
+            names = [name for name in names if not isinstance(job.calls[name], Unavailable)]
+            say(config, f"[{1 + cases.index(case_of(item))} of {len(cases)}] {job.group}: {', '.join(names)}")
+            rounds = 2 if config.getoption("--tiny") else config.getoption("--rounds")
+            report = lambda name, s: results.write("round", group=job.group, competitor=name, seconds=s)  # noqa: E731
+            _current["results"] = run(job, names, timer, rounds, report)
             say(config, *table(job, _current["results"])[1:])
             for entry in _current["results"].entries.values():
                 results.write("benchmark", **entry)
@@ -163,7 +145,7 @@ def compete(request, benchmark, timer, results, progress, _current) -> Callable[
         if name in found.errors:
             pytest.fail(found.errors[name], pytrace=False)
         benchmark.extra_info.update(found.entries[name])
-        _REPLAY.load(found.times[name])
+        _REPLAY.readings = iter([reading for seconds in found.times[name] for reading in (0.0, seconds)])
         benchmark.pedantic(lambda: None, rounds=len(found.times[name]))
 
     return compete

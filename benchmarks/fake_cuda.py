@@ -17,9 +17,6 @@ class Event:
     def record(self, stream=None):
         self.at = time.perf_counter()
 
-    def query(self):
-        return True
-
     def synchronize(self):
         pass
 
@@ -27,30 +24,17 @@ class Event:
         return (end_event.at - self.at) * 1e3 + 1e-6
 
 
-def Stream():
-    return SimpleNamespace(wait_stream=lambda stream: None)
-
-
 def CUDAGraph():
     return SimpleNamespace(replay=lambda: None, pool=lambda: (0, 1))
-
-
-def graph(cuda_graph, pool=None):
-    return nullcontext()
-
-
-def stream(stream):
-    return nullcontext()
-
-
-def get_device_properties(device=None):
-    return SimpleNamespace(L2_cache_size=1 << 16)
 
 
 def _sleep(cycles):
     assert isinstance(cycles, int)
 
 
-current_stream = Stream
+Stream = current_stream = lambda: SimpleNamespace(wait_stream=lambda stream: None)
+graph = lambda cuda_graph, pool=None: nullcontext()  # noqa: E731
+stream = lambda stream: nullcontext()  # noqa: E731
+get_device_properties = lambda device=None: SimpleNamespace(L2_cache_size=1 << 16)  # noqa: E731
 memory_allocated = max_memory_allocated = lambda device=None: 0
 synchronize = reset_peak_memory_stats = empty_cache = lambda: None

@@ -63,11 +63,12 @@ def bench(arguments: str) -> str:
     return test(f"--results {{out}}/results.jsonl benchmarks/bench_{arguments}")
 
 
-def steps(model: str, competitors: str, rounds: int = 20, function: str = "bench_step") -> str:
-    return bench(f"step.py::{function} --model {model} --only {competitors} --rounds {rounds}")
+def steps(model: str, competitors: str, rounds: int = 20) -> str:
+    return bench(f"step.py --model {model} --only {competitors} --rounds {rounds}")
 
 
 EAGER, COMPILED = "fastmae,facebookresearch-sdpa", "fastmae-compile,reference-compile"
+MODES = "fastmae,fastmae-compile,fastmae-compile-graph,fastmae-compile-reduce-overhead,fastmae-compile-max-autotune"
 RESIDUAL = "fastmae-bf16-residual,fastmae-graph-bf16-residual"
 OPS = " benchmarks/bench_".join(
     f"{stem}.py"
@@ -93,15 +94,15 @@ FIRST = (
         for name in COMPILED.split(",")
     )),
     Stage("large-compiled", 350, (steps("large:256", f"fastmae,{COMPILED}"),)),
-    Stage("graph", 375, (steps("large:253", RESIDUAL, 15, "bench_modes"),)),
-    Stage("graph-1024", 395, (steps("large:1024", "fastmae-graph-bf16-residual", 5, "bench_modes"),)),
+    Stage("graph", 375, (steps("large:253", RESIDUAL, 15),)),
+    Stage("graph-1024", 395, (steps("large:1024", "fastmae-graph-bf16-residual", 5),)),
     Stage("base", 440, (steps("base:256", f"{EAGER},fastmae-graph,{COMPILED}"),)),
     Stage("end-to-end", 520, (bench("end_to_end.py -k large"),)),
 )  # fmt: skip
 SECOND = (
-    Stage("changes", 345, (bench("step.py::bench_step --model large:256 --changes --no-compile --rounds 10"),)),
+    Stage("changes", 345, (bench("step.py --model large:256 --changes --no-compile --rounds 10"),)),
     Stage("huge", 385, (steps("huge:128", f"{EAGER},fastmae-graph"),)),
-    Stage("modes", 460, (bench("step.py::bench_modes --model base:256 --rounds 10"),)),
+    Stage("modes", 460, (steps("base:256 --changes", MODES, 10),)),
     Stage("loaders", 500, (bench("end_to_end.py -k base"),)),
     Stage("ops", 525, (bench(f"{OPS} --no-compile"),)),
 )

@@ -1,7 +1,7 @@
 """What the benchmarks of single ops share: how a case is stated, how it becomes a benchmark, and inputs.
 
-A file ``bench_<op>.py`` makes an :class:`OpCase` for each shape. ``gpu_numerics.py`` holds the same cases to plain
-PyTorch's accuracy.
+A file ``bench_<op>.py`` makes an :class:`OpCase` for each shape. ``tests/benchmarks/test_op_benchmarks.py`` holds the
+same cases to plain PyTorch's accuracy.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark import Benchmark, Unavailable, compiled, gradient
+from benchmark import Benchmark, Unavailable, gradient
 from torch import Tensor
 
 from fastmae.model import IMAGENET_MEAN, IMAGENET_STD
 from fastmae.reference import patchify
 
 CUDA = torch.cuda.is_available()
+# For fixed shapes: open sizes would be a handicap.
+compiled = partial(torch.compile, dynamic=False, fullgraph=True)
 
 
 @dataclass
@@ -30,8 +32,8 @@ class OpCase:
         op, name: of the op and of the shape, for tables.
         inputs: tensors by name; gradients are those of the ones that require one.
         calls: functions of those inputs by competitor, or why there is none. ``...-compile`` gets compiled.
-        forward_bytes, backward_bytes: that each direction has to move.
-        forward_flops, backward_flops: of each direction.
+        moved: bytes that have to be moved, forward and backward.
+        flops: forward and backward.
         sector_bytes: more bytes than those, in either direction, if whole 32-byte sectors are read.
         bias: names of an input and of the bias added where it was made, which eager PyTorch adds for nothing there.
         same: for each function of ours, the one in plain PyTorch that has the same results.
@@ -41,10 +43,8 @@ class OpCase:
     name: str
     inputs: dict[str, Any]
     calls: dict[str, Callable[..., Any] | Unavailable]
-    forward_bytes: int = 0
-    backward_bytes: int = 0
-    forward_flops: int = 0
-    backward_flops: int = 0
+    moved: tuple[int, int]
+    flops: tuple[int, int] = (0, 0)
     sector_bytes: int = 0
     bias: tuple[str, str] | None = None
     same: dict[str, str] = field(default_factory=lambda: {"fastmae": "plain-compile"})
@@ -54,12 +54,12 @@ class OpCase:
 
 
 def build(
-    make: Callable[..., OpCase], shape: tuple, direction: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
+    make: Callable[..., OpCase], shape: tuple, direction: str, device: torch.device, dtype: torch.dtype
 ) -> Benchmark:
     """``direction``: "forward", "backward", or "" for an op without gradients. Under autocast, as in training."""
     case = make(shape, device, dtype)
     backward = direction == "backward"
-    leaves = case.differentiable()
+    leaves = list(case.differentiable().values())
     bias = case.bias and tuple(case.inputs[name] for name in case.bias)
 
     def prepared(name: str, function: Callable[..., Any] | Unavailable):
@@ -67,18 +67,16 @@ def build(
             return function
         function = compiled(function) if name.endswith("-compile") else function
         call = under_autocast(partial(function, **case.inputs), device, dtype)
-        return gradient(call, list(leaves.values()), bias) if backward else call
+        return gradient(call, leaves, bias) if backward else call
 
-    if not backward:
-        for leaf in leaves.values():
-            leaf.requires_grad_(False)
-    moved = case.backward_bytes if backward else case.forward_bytes
+    for leaf in leaves:
+        leaf.requires_grad_(backward)
     return Benchmark(
         f"{case.op}, {case.name} {direction}".strip(),
         {name: prepared(name, function) for name, function in case.calls.items()},
-        useful_bytes=moved or None,
-        sector_bytes=moved + case.sector_bytes if case.sector_bytes else None,
-        flops=(case.backward_flops if backward else case.forward_flops) or None,
+        useful_bytes=case.moved[backward],
+        sector_bytes=case.moved[backward] + case.sector_bytes,
+        flops=case.flops[backward] or None,
         dtype=dtype if case.inputs else None,
     )
 
@@ -102,12 +100,7 @@ def op_benchmark(
 
 def under_autocast(call: Callable[[], object], device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """The call with autocast around it (none for float32): weights are cast anew in each, as in a training step."""
-
-    def run():
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            return call()
-
-    return run
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)(call)
 
 
 def apex_layer_norm(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | Unavailable:
@@ -125,23 +118,25 @@ def apex_layer_norm(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], 
 # --- Inputs, and what ops replace, as facebookresearch/mae and timm write it ------------------------------------------
 
 
-def images_of(n: int, side: int, device: torch.device) -> Tensor:
-    """Raw bytes, channels last in memory, as decoders deliver them."""
-    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
-
-
 def choose(n: int, length: int, count: int, device: torch.device) -> Tensor:
     """Ascending ids (N, count), different for every image."""
     return torch.rand(n, length, device=device).argsort(1)[:, :count].sort(1).values
 
 
-def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
-    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
-
-
 def pick(x: Tensor, ids: Tensor) -> Tensor:
     """Rows ids (N, K) of x (N, L, D)."""
     return torch.gather(x, 1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def images_of(name: str, n: int, side: int, device: torch.device) -> Tensor:
+    """Raw bytes, channels last in memory, as decoders deliver them; or normalised ones where the name says float32."""
+    if "float32" in name:
+        return torch.randn(n, 3, side, side, device=device)
+    return torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+
+
+def mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    return torch.tensor(IMAGENET_MEAN, device=device), torch.tensor(IMAGENET_STD, device=device)
 
 
 def normalised_patches(images: Tensor, patch_size: int, mean: Tensor, std: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def case_of(group: str) -> str:
 
 STEP, LOADERS = "training step", "loader"
 _ORDER = (
-    STEP, "modes of compilation", "block", "attention", "norm_linear", "gelu_linear", "masked_patch_mse",
+    STEP, "block", "attention", "norm_linear", "gelu_linear", "masked_patch_mse",
     "gather_patches",
 )  # fmt: skip
 

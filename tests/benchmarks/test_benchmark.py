@@ -40,9 +40,7 @@ def test_calls_run_in_turn_and_ratios_are_those_within_rounds():
         return call
 
     benchmark = Benchmark("x", {"a": timed("a", 1.0), "b": timed("b", 2.0)})
-    announced = []
-    results = run(benchmark, ["a", "b"], ToldTimes(), 3, lambda *expected: announced.append(expected))
-    assert announced == [(3, 9.0)]  # rounds, and seconds of a and b in all of them
+    results = run(benchmark, ["a", "b"], ToldTimes(), 3)
     # Warm-up and a first timing each, then the rounds, each begun by another one.
     assert "".join(called) == "aabb" + "abbaab"
     assert results.entries["b"]["ratios"]["a"] == 2.0
@@ -105,9 +103,6 @@ class Device:
             def record(self, stream=None):
                 self.at = max(device.free, device.now)
 
-            def query(self):
-                return device.now >= self.at
-
             def synchronize(self):
                 device.now = max(device.now, self.at)
 
@@ -124,12 +119,10 @@ def test_a_timer_hides_what_the_host_takes_to_queue_a_call(monkeypatch):
             cuda.queue(100e-6, 10e-6)
 
     assert timer.time(call) > 200e-6  # the host's
-    assert not timer.host_was_hidden
     queued = timer.queue_seconds(call)
     assert queued == pytest.approx(300e-6)
     for repeats in (1, 5):
         assert timer.time(call, repeats, queue_seconds=queued) == pytest.approx(30e-6, abs=1e-8)
-        assert timer.host_was_hidden
     assert timer.median(call) == pytest.approx(30e-6, abs=1e-8)
 
 
@@ -154,11 +147,8 @@ def test_pytest_benchmark_at_the_root_prints_and_stores_each_result_as_it_comes(
     command = [sys.executable, "-m", "pytest", "--benchmark", *others, *selected, f"--results={out}"]
     done = subprocess.run(command, cwd=ROOT, env=outside_xdist(), text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    begins, expected, header, ours, theirs, progress = done.stdout[done.stdout.index("[1 of 1, about ") :].splitlines()[
-        :6
-    ]
-    assert begins.endswith("random_masking, N=256 L=64: warming up fastmae, plain")
-    assert expected.startswith("2 rounds, about ")
+    begins, header, ours, theirs, progress = done.stdout[done.stdout.index("[1 of 1]") :].splitlines()[:5]
+    assert begins == "[1 of 1] random_masking, N=256 L=64: fastmae, plain"
     assert header.split() == ["time,", "and", "time", "/", "time", "of", "median", "fastmae", "plain"]
     assert (ours.split()[0], theirs.split()[0], progress) == ("fastmae", "plain", ".")
     found = collect(read_lines(out))

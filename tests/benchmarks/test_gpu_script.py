@@ -38,8 +38,8 @@ def test_a_dry_run_goes_through_the_stages_and_leaves_a_folder_of_results(stages
     groups = {}
     for one in results["benchmarks"]:
         groups.setdefault(one["group"].split(",")[0], set()).add(one["competitor"])
-    assert groups["training step"] >= {"fastmae", "fastmae-compile", "reference-compile", "fastmae-graph"}
-    assert groups["modes of compilation"] == {"fastmae-bf16-residual", "fastmae-graph-bf16-residual"}
+    steps = {"fastmae", "fastmae-compile", "reference-compile", "fastmae-graph", "fastmae-graph-bf16-residual"}
+    assert groups["training step"] >= steps
     assert groups["attention"] >= {"sdpa", "plain"}
     assert groups.keys() >= {"fp8 product", "F.linear"}
     assert "plain" in (out / "attention_choices.json").read_text()

@@ -82,8 +82,7 @@ def test_every_tile_of_attention_gives_the_same(case, backward):
     inputs = bench_attention.make_inputs(64, 16, BF16, tokens, dim, DEVICE, *queries)
     call = {"attend": lambda **x: bench_attention.attend("plain", list(x.values()))}
     names = ("qkv",) if len(inputs) == 1 else ("q", "kv")
-    for name, tile in bench_attention.tiles(*case, backward=backward).items():
-        pair = (None, tile) if backward else (tile, None)
+    for name, pair in bench_attention.tiles(*case, backward=backward).items():
         call[name] = lambda pair=pair, **x: bench_attention.Tiled.apply(*pair, *x.values())
     same = {name: "attend" for name in call if name != "attend"}
     assert_same(op_benchmark.OpCase("attention", "", dict(zip(names, inputs, strict=True)), call, same=same))
@@ -101,7 +100,7 @@ def test_useful_bytes_are_the_budget():
         "masked_patch_mse": bench_masked_patch_mse.make(image, CPU, BF16),
     }
     for op, case in cases.items():
-        for name, found in ((op, case.forward_bytes), (f"{op} backward", case.backward_bytes)):
+        for name, found in zip((op, f"{op} backward"), case.moved, strict=True):
             # The gradients of restore_tokens are two launches, each with a budget of its own.
             parts = [o for key, o in OPS.items() if key == name or (key.startswith(f"{name},") and "full" not in key)]
             budget = sum(sum(part.values()) for o in parts for part in (o.reads(s), o.writes(s)))
@@ -111,5 +110,5 @@ def test_useful_bytes_are_the_budget():
 @pytest.mark.parametrize(("source", "p", "wasted"), [("uint8 NHWC", 16, 16 * 16), ("float32 NCHW", 8, 0)])
 def test_sectors_of_a_patch(source, p, wasted):
     # 48 bytes at a multiple of 48 touch two sectors; 32 aligned bytes fill one.
-    images = op_benchmark.images_of(1, 64, CPU) if "uint8" in source else torch.zeros(1, 3, 64, 64)
+    images = op_benchmark.images_of(source, 1, 64, CPU)
     assert op_benchmark.wasted_sector_bytes(images, p, 5) == 5 * wasted
