@@ -24,7 +24,7 @@ def pytest_addoption(parser):
     group.addoption("--changes", action="store_true", help="the step benchmark: each change on its own as well")
     group.addoption("--only", metavar="NAME,...", help="these competitors and no others")
     group.addoption("--results", metavar="FILE", help="append a line of JSON for each result as soon as it is there")
-    group.addoption("--tiny", action="store_true", help="rehearse on the CPU what is for GPUs; measures nothing")
+    group.addoption("--tiny", action="store_true", help="rehearse on the CPU, with small models, also what is for GPUs")
     group.addoption("--wait", action="store_true", help="collect, then wait for a line on the standard input (with -s)")
     group.addoption("--part", metavar="I/N", help="run every N-th test only, from the I-th on")
     group.addoption(

@@ -44,7 +44,7 @@ from fastmae.data import Dataset, create_loader, has_dali, open_dataset
 from fastmae.data.shards import ShardOptions, write_shards
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-BATCH, SIZE, SHORT_SIDE = 64, (224, 224), 256
+SIZE, SHORT_SIDE = (224, 224), 256
 CORES = len(os.sched_getaffinity(0))
 # More than any loader has ready: two per worker process, two in our queue and two in DALI's, and one in the making.
 AHEAD, STEPS = max(6, 3 * CORES), max(12, 2 * CORES)
@@ -79,7 +79,8 @@ def wait_until_idle() -> None:
 class Turns:
     """Loaders of which one runs at a time, and the CPU time of their turns."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
         self.begun: tuple[str, float] | None = None
         self.seconds: dict[str, list[float]] = {}
 
@@ -108,7 +109,7 @@ class Turns:
         """CPU time per image, a median, and its ratios to the others' turn by turn."""
         self.end()
         turns = {who: found[-rounds:] for who, found in self.seconds.items() if len(found) >= rounds}
-        seconds = statistics.median(turns[name]) / (BATCH * (AHEAD + STEPS))
+        seconds = statistics.median(turns[name]) / (self.batch * (AHEAD + STEPS))
         return {"cpu_seconds_per_image": seconds, "cpu_ratios": ratios(turns, name)}
 
 
@@ -124,7 +125,7 @@ def sources(request, tmp_path_factory) -> Iterator[dict[str, tuple[Dataset, Path
     root, given = tmp_path_factory.mktemp("loaders"), request.config.getoption("--images")
     folder = Path(given).resolve() if given else root / "jpeg"
     if not given:
-        loaders.write_photographs(folder, 256)
+        loaders.write_photographs(folder, 32 if request.config.getoption("--tiny") else 256)
     images = open_dataset(folder, cache_dir=root / "cache")
     if images.bad:
         raise pytest.UsageError(f"--images: expected images that are all good, got {images.bad[0]} among them")
@@ -138,7 +139,7 @@ def sources(request, tmp_path_factory) -> Iterator[dict[str, tuple[Dataset, Path
     shutil.rmtree(root)
 
 
-def start(loader: str, dataset: Dataset, path: Path, plan: loaders.Plan) -> Iterator | Unavailable:
+def start(loader: str, dataset: Dataset, path: Path, plan: loaders.Plan, batch: int) -> Iterator | Unavailable:
     """An endless iterator of batches on the device."""
     try:
         import_module({"webdataset": "webdataset", "nvimgcodec": "nvidia.nvimgcodec"}.get(loader, "torch"))
@@ -150,22 +151,22 @@ def start(loader: str, dataset: Dataset, path: Path, plan: loaders.Plan) -> Iter
         "pillow-uint8": loaders.pillow, "pillow-float": loaders.pillow_float, "nvimgcodec": loaders.nvimgcodec_crop
     }  # fmt: skip
     if loader in crops:
-        return loaders.to_device(loaders.data_loader(dataset, plan, BATCH, CORES, crops[loader]), DEVICE)
+        return loaders.to_device(loaders.data_loader(dataset, plan, batch, CORES, crops[loader]), DEVICE)
     if loader == "webdataset":
-        return loaders.to_device(loaders.webdataset_loader(dataset, path, plan, BATCH, CORES), DEVICE)
+        return loaders.to_device(loaders.webdataset_loader(dataset, path, plan, batch, CORES), DEVICE)
     if loader.startswith("dali-bare"):
-        return loaders.bare_dali(dataset, plan, BATCH, CORES, 0.0 if loader.endswith("no-engine") else None)
+        return loaders.bare_dali(dataset, plan, batch, CORES, 0.0 if loader.endswith("no-engine") else None)
     kind, device = loader.removeprefix("fastmae-").removesuffix("-host"), "cpu" if loader.endswith("host") else DEVICE
-    options = {"batch_size": BATCH, "img_size": SIZE, "seed": 0, "num_threads": CORES, "cache_bytes": 0}
+    options = {"batch_size": batch, "img_size": SIZE, "seed": 0, "num_threads": CORES, "cache_bytes": 0}
     return loaders.to_device(create_loader(dataset, loader=kind, device=device, **options), DEVICE)
 
 
-def build(sources: dict[str, tuple[Dataset, Path]]) -> Benchmark:
-    turns, calls = Turns(), {}
+def build(sources: dict[str, tuple[Dataset, Path]], batch: int) -> Benchmark:
+    turns, calls = Turns(batch), {}
     plans = {source: loaders.draw_plan(dataset, SIZE, seed=0) for source, (dataset, _) in sources.items()}
     for name in COMPETITORS:
         loader, source = name.split(", ")
-        batches = start(loader, *sources[source], plans[source])
+        batches = start(loader, *sources[source], plans[source], batch)
         unavailable = isinstance(batches, Unavailable)
         calls[name] = batches if unavailable else Setup(partial(turns.begin, name, batches), turns.take)
     images = sources[FOLDER][0]
@@ -173,9 +174,9 @@ def build(sources: dict[str, tuple[Dataset, Path]]) -> Benchmark:
     pixels = (rows["height"].astype(float) * rows["width"]).mean() / 1e6
     size = f"{len(images):,} images of {pixels:.2f} MP and {rows['size'].mean() / 1e3:.0f} kB"
     group = f"loader, {SIZE[0]} x {SIZE[1]} crops of {size}, {CORES} cores"
-    return Benchmark(group, calls, images=BATCH * STEPS, flush=False, seconds=60.0, facts=turns.facts)
+    return Benchmark(group, calls, images=batch * STEPS, flush=False, seconds=60.0, facts=turns.facts)
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
-def bench_loader(compete, sources, competitor):
-    compete(build, sources)
+def bench_loader(compete, request, sources, competitor):
+    compete(build, sources, 4 if request.config.getoption("--tiny") else 64)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from fastmae.data import fixed_crops, open_dataset
 
-MODEL = "base" if CUDA else "small"
 COMPETITORS = ["facebookresearch-plain", "facebookresearch-sdpa", "transformers", "fastmae"]
 COMPETITORS += ["reference-compile", "fastmae-compile"]
 
@@ -39,8 +38,8 @@ class OnPhotographs(bench_step.Setting):
         return lambda: self.losses.append(step())
 
 
-def build(device: torch.device, dtype: torch.dtype) -> Benchmark:
-    label, architecture, *batches = bench_step.MODELS[MODEL]
+def build(model: str, device: torch.device, dtype: torch.dtype) -> Benchmark:
+    label, architecture, *batches = bench_step.MODELS[model]
     batch, settings = batches[0 if CUDA else 1], {}
 
     def start(name: str, recipe: bench_step.Recipe) -> Callable[[], object]:
@@ -59,5 +58,6 @@ def build(device: torch.device, dtype: torch.dtype) -> Benchmark:
 
 
 @pytest.mark.parametrize("competitor", COMPETITORS)
-def bench_quick(compete, device, dtype, competitor):
-    compete(build, device, dtype)
+def bench_quick(compete, request, device, dtype, competitor):
+    model = "tiny-test" if request.config.getoption("--tiny") else "base" if CUDA else "small"
+    compete(build, model, device, dtype)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_step
 import gpu
 import pytest
 import report
@@ -24,8 +26,8 @@ def run_script(out: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 STAGES = [stage.name for stage in gpu.FIRST]
-# "base" is a larger "large", "graph-1024" differs from "graph" in the batch, "numerics" are tests of this suite.
-DIFFERENT = [name for name in STAGES if name not in ("large", "graph-1024", "numerics")]
+# The other ones are tests of this suite, or "base" with other models and competitors.
+DIFFERENT = ["ceilings", "attention", "choices", "base", "end-to-end"]
 
 
 @pytest.mark.parametrize("stages", [DIFFERENT, pytest.param(STAGES, marks=pytest.mark.slow)], ids=["different", "all"])
@@ -38,14 +40,23 @@ def test_a_dry_run_goes_through_the_stages_and_leaves_a_folder_of_results(stages
     groups = {}
     for one in results["benchmarks"]:
         groups.setdefault(one["group"].split(",")[0], set()).add(one["competitor"])
-    steps = {"fastmae", "fastmae-compile", "reference-compile", "fastmae-graph", "fastmae-graph-bf16-residual"}
+    steps = {"fastmae", "fastmae-compile", "reference-compile", "fastmae-graph"}
     assert groups["training step"] >= steps
     assert groups["attention"] >= {"sdpa", "plain"}
     assert groups.keys() >= {"fp8 product", "F.linear"}
     assert "plain" in (out / "attention_choices.json").read_text()
     page = report.pages(report.load(tmp_path))[report.PAGE]
-    assert "fastmae-graph-bf16-residual" in page
+    assert "fastmae-graph" in page
     assert "loader, images/s" in page  # end to end
+
+
+def test_stages_name_competitors_that_exist():
+    commands = [command for stage in (*gpu.FIRST, *gpu.SECOND) for command in stage.commands]
+    named = {
+        name for command in commands for names in re.findall(r"--only (\S+)", command) for name in names.split(",")
+    }
+    assert named
+    assert named <= (bench_step.RECIPES | bench_step.CHANGES).keys()
 
 
 SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in ("huge", "modes", "ops", gpu.gpu_tests()[0].name)]
@@ -93,10 +104,10 @@ def test_what_cannot_wait_starts_when_the_stage_before_it_has_ended(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_says_so_and_ends(tmp_path):
-    done = run_script(tmp_path)
-    assert done.returncode == 1
-    assert "no CUDA device" in done.stderr
+def test_without_a_device_it_says_so_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu.main()
 
 
 def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
