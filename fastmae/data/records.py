@@ -64,11 +64,7 @@ def as_records(source: Any) -> Records:
     """A map-style data set as :class:`Records`.
 
     Args:
-        source: one of
-
-            - anything with ``__len__``, ``read(i)`` and ``fingerprint``, as :class:`Records`,
-            - a ``datasets.Dataset`` with a column of images,
-            - a map-style data set of PyTorch: see :class:`TorchRecords`.
+        source: that already, a ``datasets.Dataset`` with a column of images, or what :class:`TorchRecords` takes.
 
     Raises:
         DataError: it is something else, such as an iterable-style data set.
@@ -142,7 +138,7 @@ def _parquet(path: Path, files: list[Path]) -> RecordSource | None:
 
 
 class RecordSource(Source):
-    """A map-style data set as a source of an index.
+    """A map-style data set: the source of its index, and the storage that reads its images.
 
     Args:
         records: the data set; building the index reads all of it.
@@ -158,16 +154,12 @@ class RecordSource(Source):
         root = path or Path(IN_MEMORY + getattr(records, "name", f"{type(records).__name__}-{digest}"))
         blocks, self.window = getattr(records, "blocks", {}), getattr(records, "window", None)
         super().__init__(root, blocks, getattr(records, "classes", []))
-        self.records, self._count = records, len(records)
+        self.records, self._count, self._name = records, len(records), as_url(root) or root
         self._digest = repr((records.fingerprint, self._count)).encode()
         ends = list(accumulate(blocks.values())) or [*range(_PART, self._count, _PART), self._count]
         self._parts = [range(*limits) for limits in pairwise([0, *ends])]
 
-    def _counted_parts(self, known: object, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
-        # Threads, because a data set may not be picklable.
-        return ((len(part.rows), [part]) for part in in_order(self._part, self._parts, workers))
-
-    def storage(self, indexed: int) -> RecordStorage:
+    def storage(self, indexed: int) -> RecordSource:
         """The storage for an index of ``indexed`` images.
 
         Raises:
@@ -175,54 +167,50 @@ class RecordSource(Source):
         """
         if indexed != self._count:
             raise DataError(f"{self.root}: has {self._count} images, its index {indexed}; refresh the index")
-        return RecordStorage(self.records, self.root)
+        return self
+
+    def path(self, name: str) -> str:
+        return f"{self._name}[{name}]"
+
+    def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
+        self._check_length()
+        data = self._read(sample_id)
+        if len(data) != size:
+            raise UndecodableImage(f"{CHANGED}: expected {size} bytes, got {len(data)}")
+        return data
+
+    def _counted_parts(self, known: object, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
+        # Threads, because a data set may not be picklable.
+        return ((len(part.rows), [part]) for part in in_order(self._part, self._parts, workers))
 
     def _part(self, numbers: range) -> Part:
-        builder, storage = PartBuilder(), RecordStorage(self.records, self.root)
-        label_of = getattr(self.records, "label", lambda i: -1)
+        builder, label_of = PartBuilder(), getattr(self.records, "label", lambda i: -1)
         for i in numbers:
             data, label = b"", -1
             try:
-                data = storage.read_any(i)
+                data = self._read(i)
                 label = label_of(i)
                 header = parse_header(reader_over(data, "x.npy"))  # .npy and TIFF are images by their suffix only
             except (UndecodableImage, BadImage) as error:
                 header = str(error)
             builder.add(b"%d" % i, header, size=len(data), label=label if 0 <= label <= _LARGEST_LABEL else -1)
-        if len(self.records) != self._count:
-            raise DataError(f"{self.root}: had {self._count} images and now has {len(self.records)}")
+        self._check_length()
         return builder.build()
 
-
-class RecordStorage:
-    """Images of a map-style data set; see :class:`fastmae.data.storage.Storage`."""
-
-    def __init__(self, records: Records, root: Path | str):
-        self._records, self._root, self._count = records, as_url(root) or root, len(records)
-
-    def path(self, name: str) -> str:
-        return f"{self._root}[{name}]"
-
-    def read(self, name: str, offset: int, size: int, sample_id: int) -> np.ndarray:
-        if len(self._records) != self._count:
-            raise DataError(f"{self._root}: had {self._count} images and now has {len(self._records)}")
-        data = self.read_any(sample_id)
-        if len(data) != size:
-            raise UndecodableImage(f"{CHANGED}: expected {size} bytes, got {len(data)}")
-        return data
-
-    def read_any(self, i: int) -> np.ndarray:
-        """The bytes of a record, however many: uint8 (n,)."""
-
+    def _read(self, i: int) -> np.ndarray:
         def read() -> np.ndarray:
             try:
-                return np.frombuffer(self._records.read(i), np.uint8)
+                return np.frombuffer(self.records.read(i), np.uint8)
             except (OSError, DataError):
                 raise
             except Exception as error:  # the data set's own
                 raise UndecodableImage(f"cannot be read: {error!r}") from error
 
         return with_retries(read, self.path(str(i)))
+
+    def _check_length(self) -> None:
+        if len(self.records) != self._count:
+            raise DataError(f"{self._name}: had {self._count} images and now has {len(self.records)}")
 
 
 def _import(name: str, path: Path | str) -> ModuleType:
@@ -237,7 +225,7 @@ def _import(name: str, path: Path | str) -> ModuleType:
 
 
 class TorchRecords:
-    """A map-style data set of PyTorch as :class:`fastmae.data.storage.Records`.
+    """A map-style data set of PyTorch as :class:`Records`.
 
     Items are images or (image, label, ...). An image is a PIL image, an array (height, width[, C]), a tensor
     ([C, ]height, width), or the bytes of an image file. Pixels are passed on losslessly, as ``.npy`` in memory. They

@@ -34,9 +34,10 @@ from fastmae.data.dataset import Dataset, printable, upright_shapes
 from fastmae.data.decode import decode
 from fastmae.data.errors import DataError, UndecodableImage
 from fastmae.data.formats import MODES, Format
+from fastmae.data.index import Accepts
 from fastmae.data.open import open_dataset
 from fastmae.data.processes import available_cores, in_processes
-from fastmae.data.records import RecordStorage
+from fastmae.data.records import RecordSource
 from fastmae.data.sampler import permuted_ids
 from fastmae.data.storage import write_whole
 from fastmae.data.tar import BLOCK, INDEX_SUFFIX, parse_shard, write_shard_index
@@ -46,17 +47,14 @@ logger = logging.getLogger(__name__)
 MANIFEST, BAD_FILES, CLASSES = "shards.json", "bad_files.jsonl", "classes.txt"
 _FORMAT = 1
 _SUFFIXES = {Format.JPEG: ".jpg", Format.PNG: ".png", Format.WEBP: ".webp", Format.TIFF: ".tif", Format.NPY: ".npy"}
-_PHOTOGRAPHS = (Format.JPEG, Format.PNG, Format.WEBP)
-_SIXTEEN_BITS = ("I", "I;16")
+_SIXTEEN_BITS = [MODES.index(mode) for mode in ("I", "I;16")]
 _LONGEST_JPEG = 65500  # libjpeg's limit
 _NAME_CHARACTERS = 64
 _REDUCING_GAP = 3.0  # averages whole blocks of a very large image first; Pillow calls the result indistinguishable
 _HEADERS = 1024  # bytes of a tar header and of half a block of padding, rounded up; a class takes as much again
 _JPEG_BYTES_PER_PIXEL = 0.4  # at quality 90
-_SCANNED = 65536
 _IMAGES_PER_PROCESS = 2000  # a process takes seconds to start
-Progress = Callable[[int, int], None]
-"""Called with how many more images and bytes are done."""
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,8 @@ class ShardOptions:
 
 
 class Packed(NamedTuple):
-    """What was packed: by this part if shards of others are ``missing``, else by all.
-
-    ``encoded`` counts the images encoded anew, ``source_bytes`` the images' bytes before, ``bad`` the images left out.
-    """
+    """What was packed: by this part if shards of others are ``missing``, else by all. ``encoded`` counts the images
+    encoded anew, ``source_bytes`` the images' bytes before, ``bad`` the images left out."""
 
     folder: Path
     shards: int
@@ -111,7 +107,7 @@ def write_shards(
     *,
     part: tuple[int, int] = (1, 1),
     num_workers: int | None = None,
-    progress: Progress = lambda images, size: None,
+    progress: Progress = lambda images: None,
 ) -> Packed:
     """Pack a data set into ``out/shard-000000.tar`` and so on, each with its index, or resume doing so.
 
@@ -121,12 +117,11 @@ def write_shards(
     Args:
         dataset: what to pack, without the images known to be bad.
         out: a new or empty folder, or that of a run with the same source and options.
-        options: None for the defaults.
         part: (i, n), 1 <= i <= n, packs every n-th shard. Parts may run at the same time, on machines that share the
             folder. The last one to end, or a later run of any, writes the files about all shards.
         num_workers: processes that pack a shard each; threads if there are few images or no index on disk. None: one
             per core.
-        progress: called, in this thread, with how many more images and bytes are done.
+        progress: called, in this thread, with how many more images are done.
 
     Raises:
         ValueError: a part out of range.
@@ -138,7 +133,7 @@ def write_shards(
     options, bad = options or ShardOptions(), dict(dataset.index.bad)
     count = _num_shards(dataset, options)
     names = [f"shard-{number:0{max(6, len(str(count - 1)))}d}.tar" for number in range(count)]
-    own = dict(list(enumerate(names))[part[0] - 1 :: part[1]])
+    own = {names[number]: number for number in range(part[0] - 1, count, part[1])}
     plan = {"format": _FORMAT, "source": dataset.hash, "source_images": len(dataset), **asdict(options),
             "encoder": _encoder(options), "num_shards": count}  # fmt: skip
 
@@ -149,21 +144,19 @@ def write_shards(
 
     try:
         with _begin(out, plan, part):
-            packed_by_us = set(own.values())
             for path in out.glob(".*.partial"):  # a process that was killed has left them
-                if f"{path.name.split('.')[1]}.tar" in packed_by_us:
+                if f"{path.name.split('.')[1]}.tar" in own:
                     path.unlink(missing_ok=True)
             complete = _complete(out, plan)
             check(*complete.values())
-            for record in (complete[name] for name in own.values() if name in complete):
-                progress(record["images"] + len(record["bad"]), record["bytes"])
-            shards = {number: out / name for number, name in own.items() if name not in complete}
+            progress(sum(record["images"] + len(record["bad"]) for name, record in complete.items() if name in own))
+            shards = {number: out / name for name, number in own.items() if name not in complete}
             for record in _pack(dataset, shards, count, options, num_workers or available_cores(), progress):
                 check(record)
             complete = _complete(out, plan)
             check(*complete.values())
             missing = count - len(complete)
-            records = [complete[name] for name in (own.values() if missing else names)]
+            records = [complete[name] for name in (own if missing else names)]
             totals = {name: sum(r[name] for r in records) for name in ("images", "encoded", "bytes", "source_bytes")}
             if not missing:
                 lines = [json.dumps({"path": dataset.path(i), "reason": reason}) for i, reason in sorted(bad.items())]
@@ -182,8 +175,7 @@ def _num_shards(dataset: Dataset, options: ShardOptions) -> int:
     if options.images_per_shard is not None:
         return math.ceil(len(dataset) / options.images_per_shard)
     total = 0.0
-    for start in range(0, len(dataset), _SCANNED):
-        rows = dataset.rows(np.arange(start, min(start + _SCANNED, len(dataset))))
+    for rows in dataset.index.table.scan():
         rows = rows[rows["bad"] == 0]
         heights, widths, anew = _stored_shapes(rows, options)
         estimated = np.minimum(rows["size"], _JPEG_BYTES_PER_PIXEL * heights * widths)
@@ -271,17 +263,17 @@ def _pack(
         return ids[~dataset.is_bad(ids)]
 
     processes = min(workers, len(shards), len(shards) * len(dataset) // count // _IMAGES_PER_PROCESS)
-    can_be_opened_again = dataset.index.folder is not None and not isinstance(dataset.storage, RecordStorage)
+    can_be_opened_again = dataset.index.folder is not None and not isinstance(dataset.storage, RecordSource)
     if processes < 2 or not can_be_opened_again:
         for number, path in shards.items():
             yield _pack_shard(dataset, ids(number), path, options, workers, progress)
         return
-    opening = {"path": dataset.root, "index": dataset.index.folder, "max_bad_fraction": 1.0, **asdict(dataset.accepts)}
+    opening = dataset.root, dataset.index.folder, dataset.accepts
     threads = max(2, math.ceil(workers / processes))  # two, since one waits for the disk or the network
-    tasks = ((tuple(opening.items()), ids(number), path, options, threads) for number, path in shards.items())
+    tasks = ((opening, ids(number), path, options, threads) for number, path in shards.items())
     try:
         for record in in_processes(pack_in_worker, tasks, processes):
-            progress(record["images"] + len(record["bad"]), record["bytes"])
+            progress(record["images"] + len(record["bad"]))
             yield record
     except RuntimeError as error:  # for example, the kernel killed a worker because memory ran out
         raise DataError(f"{error}. Complete shards stay; the same command resumes") from error
@@ -289,13 +281,13 @@ def _pack(
 
 def pack_in_worker(task: tuple) -> dict[str, Any]:
     opening, *arguments = task
-    return _pack_shard(_open_again(opening), *arguments, lambda images, size: None)
+    return _pack_shard(_open_again(*opening), *arguments, lambda images: None)
 
 
 @cache
-def _open_again(opening: tuple[tuple[str, Any], ...]) -> Dataset:
+def _open_again(path: Path, index: Path, accepts: Accepts) -> Dataset:
     logging.disable(logging.WARNING)  # logged when the data set was opened first
-    return open_dataset(**dict(opening))
+    return open_dataset(path, index=index, max_bad_fraction=1.0, **asdict(accepts))
 
 
 def _pack_shard(
@@ -317,9 +309,9 @@ def _pack_shard(
     try:
         with partial.open("wb") as file:
             for sample_id, size, image in zip(ids.tolist(), dataset.rows(ids)["size"].tolist(), stored, strict=True):
+                progress(1)
                 if isinstance(image, str):
                     bad.append((sample_id, image))
-                    progress(1, 0)
                     continue
                 data = _member(image.name, image.data)
                 if image.label >= 0:
@@ -328,7 +320,6 @@ def _pack_shard(
                 file.write(data)
                 written.append((image.name, len(image.data), image.label))
                 encoded, source_bytes = encoded + image.encoded, source_bytes + size
-                progress(1, len(image.data))
             end = bytes(2 * BLOCK + -(file.tell() + 2 * BLOCK) % tarfile.RECORDSIZE)
             digest.update(end)
             file.write(end)
@@ -376,17 +367,10 @@ class StoredImage(NamedTuple):
 
 
 def _stored_shapes(rows: np.ndarray, options: ShardOptions) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How images are stored, by what the index says of them.
-
-    Args:
-        rows: ``table.ENTRY`` (n,).
-
-    Returns:
-        Upright heights and widths in the shard, int64 (n,), and which images are encoded anew, bool (n,).
-    """
+    """Heights and widths of images in a shard, int64 (n,), by rows of the index (n,); which are encoded anew, bool."""
     heights, widths = upright_shapes(rows)
-    eight_bits = ~np.isin(rows["mode"], [MODES.index(mode) for mode in _SIXTEEN_BITS])
-    photographs = np.isin(rows["format"], _PHOTOGRAPHS) & eight_bits & (np.maximum(heights, widths) <= _LONGEST_JPEG)
+    photographs = np.isin(rows["format"], [Format.JPEG, Format.PNG, Format.WEBP])
+    photographs &= ~np.isin(rows["mode"], _SIXTEEN_BITS) & (np.maximum(heights, widths) <= _LONGEST_JPEG)
     shorts = np.maximum(np.minimum(heights, widths), 1)
     larger = photographs & (shorts > (options.short_side or np.iinfo(np.int64).max))
     scale = np.where(larger, (options.short_side or 1) / shorts, 1.0)

@@ -21,8 +21,8 @@ import numpy as np
 from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, parse_header, reader_of
 from fastmae.data.processes import available_cores, in_processes
-from fastmae.data.storage import Files, as_url, ask, fetch_if_there, open_file
-from fastmae.data.table import Part, PartBuilder
+from fastmae.data.storage import Files, as_url, ask, open_file, read_if_there
+from fastmae.data.table import ENTRY, Part, PartBuilder
 from fastmae.data.tar import read_shard_index, shard_part, write_shard_index
 from fastmae.data.threads import batched, in_order
 
@@ -33,6 +33,10 @@ INDEX_MARK = ".fastmae-index"
 """A file in a folder of indexes: one that lies among the images is no part of them."""
 IN_MEMORY = "python://"
 """Prefix of the name that stands for the path of a data set in memory. Nothing can be opened by it."""
+_LOOSE = (
+    "Loose images in an object store are not read, because indexing would take a request for each: pack them with "
+    "fastmae data shard"
+)
 _AT_ONCE = 1024
 """Files per call of a worker."""
 _PER_PART = 64
@@ -53,7 +57,7 @@ says whether names are asked for in their order."""
 
 
 class Source:
-    """What a data set is made of.
+    """What a data set is made of: the base of the kinds, which yield pairs of a count for the progress bar and parts.
 
     Attributes:
         root: what names are relative to: a folder, or a URL.
@@ -122,28 +126,26 @@ class FileSource(Source):
         super().__init__(root)
         self._files, self._listed = files, listed
         self.tars, self.images, self.image, self.compressed = [], 0, "", ""
-        labels, digest = set(), hashlib.blake2b(digest_size=16)
-        label_digest = hashlib.blake2b(repr(listed).encode(), digest_size=16)
+        labels, digest = set(), hashlib.blake2b(repr(listed).encode(), digest_size=16)
 
-        def listing() -> Iterator[str]:
+        def listing() -> Iterator[tuple[str, str]]:
             for name, label in files:
                 self._count += 1
                 labels.add(label)
-                label_digest.update(os.fsencode(label) + b"\0")
                 if name.endswith(".tar"):
                     self.tars.append(name)
                 elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
                     self.images, self.image = self.images + 1, self.image or name
                 elif name.endswith(_COMPRESSED):
                     self.compressed = name
-                yield name
+                yield name, label
 
         calls = ((os.fsencode(root), some) for some in batched(listing(), _AT_ONCE))
         for count, some in in_processes(digest_some, calls, workers or _workers(), alone=_LISTED_ALONE):
             digest.update(some)
             if progress is not None:
                 progress(count)
-        self._digest = digest.digest() + label_digest.digest()
+        self._digest = digest.digest()
         labels.discard("")
         if not (listed and all(label.isdecimal() and len(label) < 10 for label in labels)):  # a row holds 32 bits
             self.classes = sorted(labels)
@@ -154,13 +156,18 @@ class FileSource(Source):
         def number(label: str) -> int:
             return numbers.get(label, -1) if numbers or not label.isdecimal() else int(label)
 
-        def calls() -> Iterator[_Files]:
+        def calls() -> Iterator[tuple]:
             for some in batched(self._files, _AT_ONCE):
                 names = [os.fsencode(name) for name, _ in some]
-                before = known(names, not self._listed) if known is not None else None
-                yield _Files(os.fsencode(self.root), names, [number(label) for _, label in some], before, self._listed)
+                labels, ordered = [number(label) for _, label in some], not self._listed
+                before = known(names, ordered) if known else _unknown(names)
+                yield os.fsencode(self.root), names, labels, before, self._listed
 
         yield from in_processes(read_files, calls(), workers or _workers(), alone=_READ_ALONE)
+
+
+def _unknown(names: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros(len(names), ENTRY), np.zeros(len(names), np.int64)
 
 
 class ShardSource(Source):
@@ -180,16 +187,12 @@ class ShardSource(Source):
     """
 
     def __init__(self, root: Path | str, names: Sequence[str], versions: Mapping[str, str] | None = None):
-        path, versions = f"{root}/classes.txt", versions or {}
-        if as_url(root):
-            classes = fetch_if_there(path) or b""
-        else:
-            classes = Path(path).read_bytes() if Path(path).is_file() else b""
+        classes, versions = read_if_there(f"{root}/classes.txt") or b"", versions or {}
         super().__init__(root, names, classes.decode().splitlines())
         self._count, self.places = len(names), list(map(Files(root).path, names))
         self.is_local = not any("://" in place for place in self.places)
         found = in_order(lambda i: versions.get(names[i]) or _version(self.places[i]), range(len(names)), _MOST_WORKERS)
-        self._digest = repr(("" if self.is_local else str(root), self.shards, list(found))).encode()
+        self._digest = repr((self.shards, list(found))).encode()
 
     def _counted_parts(self, known: Known | None, workers: int | None) -> Iterator[tuple[int, list[Part]]]:
         if self.is_local:
@@ -259,12 +262,6 @@ def find_source(path: Path, workers: int | None = None, progress: Progress | Non
     if not source.tars or (is_list and len(source.tars) < len(source)):
         return source
     return ShardSource(root, source.tars)
-
-
-_LOOSE = (
-    "Loose images in an object store are not read, because indexing would take a request for each: pack them with "
-    "fastmae data shard"
-)
 
 
 def _find_store(url: str) -> ShardSource:
@@ -370,75 +367,58 @@ def _workers() -> int:
     return min(available_cores(), _MOST_WORKERS)
 
 
-def digest_some(call: tuple[bytes, list[str]]) -> tuple[int, bytes]:
-    """How many files, and a digest of their names, sizes and modification times."""
-    root, names = call
+def digest_some(call: tuple[bytes, list[tuple[str, str]]]) -> tuple[int, bytes]:
+    """How many files, and a digest of their names, labels, sizes and modification times."""
+    root, files = call
 
     def digest() -> bytes:
         digest = hashlib.blake2b(digest_size=16)
-        for name in map(os.fsencode, names):
-            digest.update(name + b"\0%d\0%d\0" % _size_and_time(os.path.join(root, name)))  # noqa: PTH118
+        for name, label in files:
+            identity = _size_and_time(os.path.join(root, os.fsencode(name)))  # noqa: PTH118
+            digest.update(os.fsencode(f"{name}\0{label}\0") + b"%d\0%d\0" % identity)
         return digest.digest()
 
-    return len(names), with_retries(digest, os.fsdecode(root), give_up_on=(PermissionError,))
+    return len(files), with_retries(digest, os.fsdecode(root), give_up_on=(PermissionError,))
 
 
 def _size_and_time(path: bytes | str) -> tuple[int, int]:
     """(-1, 0) for what is not there."""
     try:
         status = os.stat(path)  # noqa: PTH116
-    except OSError as error:
-        if error.errno in _NOT_THERE:
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", errno.ENOENT) in _NOT_THERE:  # ValueError: a zero byte in its name
             return -1, 0
         raise
-    except ValueError:  # a zero byte in its name
-        return -1, 0
     return status.st_size, status.st_mtime_ns
 
 
-class _Files(NamedTuple):
-    """What a worker is to read."""
-
-    root: bytes
-    names: list[bytes]
-    labels: list[int]
-    known: tuple[np.ndarray, np.ndarray] | None
-    listed: bool
-
-
-def read_files(files: _Files) -> tuple[int, list[Part]]:
+def read_files(call: tuple) -> tuple[int, list[Part]]:
     """How many files, and their rows."""
-    count = len(files.names)
-    known: list[tuple] = [(0,) * len(_KNOWN)] * count
-    identities = [(-1, 0)] * count
-    if files.known is not None:
-        rows, times = files.known
-        known, identities = rows[_KNOWN].tolist(), list(zip(rows["size"].tolist(), times.tolist(), strict=True))
-    parts, everything = [], zip(files.names, files.labels, known, identities, strict=True)
-    for some in batched(everything, _PER_PART):
+    root, names, labels, (rows, times), listed = call
+    known = zip(rows[_KNOWN].tolist(), rows["format"].tolist(), rows["size"].tolist(), times.tolist(), strict=True)
+    parts = []
+    for some in batched(zip(names, labels, known, strict=True), _PER_PART):
         builder, modified, fresh = PartBuilder(), [], []
-        for name, label, before, identity in some:
-            path = os.path.join(files.root, name)  # noqa: PTH118
-            same = before[_KNOWN.index("format")] and _size_and_time(path) == identity
+        for name, label, (values, is_known, *before) in some:
+            path = os.path.join(root, name)  # noqa: PTH118
+            same = is_known and _size_and_time(path) == tuple(before)
             if same:
-                size, time = identity
-                builder.add_values(name, before, size=size, label=label)
+                size, time = before
+                builder.add_values(name, values, size=size, label=label)
             else:
                 size, time, header = _read_file(path)
-                if header is None and not files.listed:
+                if header is None and not listed:
                     continue
                 builder.add(name, header or "not an image", size=size, label=label)
             modified.append(time)
             fresh.append(not same)
         parts.append(builder.build(modified, fresh))
-    return count, parts
+    return len(names), parts
 
 
 def _read_file(path: bytes) -> tuple[int, int, Header | str | None]:
     """Size, modification time and header of a file: of what was opened, whatever has taken its place since it was
     listed. Instead of a header: None for a file of another kind, or the reason why it is bad."""
-    if b"\0" in path:
-        return 0, 0, "no such file"
     name = os.fsdecode(path)
     try:
         return with_retries(lambda: _open_and_parse(name), name, give_up_on=(PermissionError,))
@@ -449,10 +429,11 @@ def _read_file(path: bytes) -> tuple[int, int, Header | str | None]:
 def _open_and_parse(path: str) -> tuple[int, int, Header | str | None]:
     try:
         file = open_file(path)
-    except OSError as error:
-        if error.errno in (errno.EISDIR, errno.ENXIO):
+    except (OSError, ValueError) as error:
+        number = getattr(error, "errno", errno.ENOENT)  # ValueError: a zero byte in its name
+        if number in (errno.EISDIR, errno.ENXIO):
             return 0, 0, "not a file"
-        if error.errno in _NOT_THERE:
+        if number in _NOT_THERE:
             return 0, 0, "dangling link" if os.path.islink(path) else "no such file"  # noqa: PTH114
         raise
     with file:

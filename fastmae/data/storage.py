@@ -193,11 +193,13 @@ def fetch(url: str, start: int, stop: int) -> bytes:
     return ask(url, cat) if stop > start else b""
 
 
-def fetch_if_there(url: str) -> bytes | None:
-    """A whole object; None if there is none. Without permission to list, stores answer 403 instead of 404."""
+def read_if_there(place: str) -> bytes | None:
+    """A whole file or object; None if there is none."""
     try:
-        return ask(url, lambda fs, path: fs.cat_file(path))
-    except DataError as error:
+        return ask(place, lambda fs, path: fs.cat_file(path)) if "://" in place else Path(place).read_bytes()
+    except FileNotFoundError:
+        return None
+    except DataError as error:  # without permission to list, stores answer 403 instead of 404
         cause = error.__cause__
         if isinstance(cause, FileNotFoundError | PermissionError) or _status(cause) in (401, 403, 404, 410):
             return None

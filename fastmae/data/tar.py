@@ -23,7 +23,7 @@ import numpy as np
 
 from fastmae.data.errors import DataError, with_retries
 from fastmae.data.formats import IMAGE_SUFFIXES, BadImage, Header, Reader, parse_header
-from fastmae.data.storage import fetch_if_there, open_reader, write_whole
+from fastmae.data.storage import open_reader, read_if_there, write_whole
 from fastmae.data.table import ENTRY, Part, PartBuilder
 
 logger = logging.getLogger(__name__)
@@ -269,9 +269,8 @@ def read_shard_index(place: Path | str) -> Part | None:
 
     A shard is told by its size, beginning and end.
     """
-    beside = f"{place}{INDEX_SUFFIX}"
     try:
-        content = fetch_if_there(beside) if "://" in beside else Path(beside).read_bytes()
+        content = read_if_there(f"{place}{INDEX_SUFFIX}")
         with np.load(BytesIO(content), allow_pickle=False) as arrays:
             if int(arrays["version"]) != VERSION or arrays["shard"].tobytes() != _identity(place):
                 return None

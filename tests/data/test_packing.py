@@ -203,7 +203,7 @@ class Stop(Exception):
 
 
 def stop_after(images: int):
-    def progress(more: int, size: int) -> None:
+    def progress(more: int) -> None:
         nonlocal images
         images -= more
         if images < 0:
@@ -238,9 +238,9 @@ def test_processes_pack_the_same_shards_and_can_be_stopped(source, open_, tmp_pa
     in_memory = open_([(noise(20, 30, i), i) for i in range(6)])  # which no other process can open
     assert write_shards(in_memory, tmp_path / "memory", OPTIONS, num_workers=2).images == 6
     monkeypatch.undo()
-    packed = write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
+    packed = write_shards(open_(source), out, OPTIONS, progress=lambda images: seen.append(images))
     assert (packed.images, packed.missing) == (20, 0)
-    assert (seen[:3], sum(seen)) == ([5] * 3, 20)  # at least three shards were complete
+    assert (seen[0] >= 15, sum(seen)) == (True, 20)  # at least three shards were complete
     assert contents(out) == reference
 
 
@@ -285,7 +285,7 @@ def pack_and_die(source: Path, out: Path, cache: Path, moment: int | str) -> Non
     """Pack, and be killed after a number of images or where a file is about to be written."""
     write_index, write_whole = shards_module.write_shard_index, shards_module.write_whole
 
-    def die_after(images: int, size: int) -> None:
+    def die_after(images: int) -> None:
         nonlocal moment
         if isinstance(moment, int):
             moment -= images
@@ -312,8 +312,8 @@ def test_sigkill_at_any_moment(source, tmp_path, open_, reference):
         assert process.exitcode == -signal.SIGKILL
         assert len(list(out.glob("*.tar"))) == shards
     seen = []
-    write_shards(open_(source), out, OPTIONS, progress=lambda images, size: seen.append(images))
-    assert seen == [5] * 4  # nothing was left to pack
+    write_shards(open_(source), out, OPTIONS, progress=lambda images: seen.append(images))
+    assert seen == [20]  # nothing was left to pack
     assert contents(out) == reference
 
 
@@ -353,7 +353,7 @@ def test_other_options_another_source_and_other_files_are_refused(source, open_,
 
 
 def test_one_process_at_a_time_where_the_file_system_has_locks(source, open_, tmp_path, monkeypatch):
-    def pack_again(images: int, size: int) -> None:
+    def pack_again(images: int) -> None:
         with pytest.raises(DataError, match="another process is packing part 1/1"):
             write_shards(open_(source), tmp_path / "locked", OPTIONS)
 

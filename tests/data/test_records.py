@@ -17,7 +17,7 @@ from PIL import Image
 
 from fastmae.data import DataError, errors, open_once, records
 from fastmae.data.decode import UndecodableImage, decode
-from fastmae.data.records import ParquetRecords, RecordSource, RecordStorage, TorchRecords, as_records, source_at
+from fastmae.data.records import ParquetRecords, RecordSource, TorchRecords, as_records, source_at
 
 COUNT = 12
 FILES = [image_file(("JPEG", "PNG", "WEBP")[i % 3], noise(30 + i, 40, i)) for i in range(COUNT)]
@@ -128,7 +128,7 @@ def test_bad_records_are_flagged_and_errors_of_reading_retried(monkeypatch):
     source.files[8] = OSError("the disk is away")
     for read in (
         lambda: list(RecordSource(source, Path("x")).parts(None, 1, None)),
-        lambda: RecordStorage(source, "x").read("8", 0, 9, 8),
+        lambda: RecordSource(source, Path("x")).read("8", 0, 9, 8),
     ):
         with pytest.raises(DataError, match=r"x\[8\]: cannot be read after 2 tries: the disk is away"):
             read()
@@ -136,9 +136,9 @@ def test_bad_records_are_flagged_and_errors_of_reading_retried(monkeypatch):
 
 def test_a_length_that_changes_is_refused():
     source = Plain()
-    indexed, storage = RecordSource(source, Path("x")), RecordStorage(source, "x")
+    indexed = RecordSource(source, Path("x"))
     source.files.append(FILES[0])
-    for read in (lambda: list(indexed.parts(None, 1, None)), lambda: storage.read("0", 0, len(FILES[0]), 0)):
+    for read in (lambda: list(indexed.parts(None, 1, None)), lambda: indexed.read("0", 0, len(FILES[0]), 0)):
         with pytest.raises(DataError, match=r"x: had 12 images and now has 13"):
             read()
 
