@@ -1,7 +1,7 @@
-"""A whole pretraining run: open the data, build the model, check, resume or initialise, train, evaluate, summarise.
+"""A whole training run: open the data, build the model, check, resume or initialise, train, evaluate, summarise.
 
-``fastmae.pretrain`` (:mod:`fastmae.run`) and the command line both call :func:`run`. Nothing here parses arguments or
-exits the process.
+:class:`TrainingRun` is what runs of every kind share, :class:`Pretraining` a masked autoencoder's;
+:mod:`fastmae.finetuning` has classifiers'. Nothing here parses arguments or exits the process.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +42,7 @@ from fastmae.train.parallel import DTYPES, Parallelism, construct, initialize, s
 from fastmae.train.preflight import preflight
 from fastmae.train.profile import Profile
 from fastmae.train.recipes import NEEDS_WEIGHTS, describe
-from fastmae.train.rules import validate
+from fastmae.train.rules import flag, validate
 from fastmae.train.run_folder import RunFolder
 from fastmae.train.task import MaskedAutoencoding
 from fastmae.train.trainer import Status, Trainer
@@ -59,10 +59,23 @@ _BASELINES = {"the mean visible colour": "mse_mean_color", "inverse-distance fil
 
 
 def run(config: PretrainConfig, stop: StopRequest, records: Records | None = None) -> tuple[Path, Status]:
+    """Pretrain and evaluate: :func:`launch`. ``records`` are the images, instead of what ``--data.path`` names."""
+    with usage_errors(FLAGS):
+        if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
+            raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
+    trained, status = launch(partial(Pretraining, records=records), config, stop, config.recipe)
+    return trained.folder.path, status
+
+
+def launch(kind: Callable[..., TrainingRun], config: Any, stop: StopRequest, name: str) -> tuple[TrainingRun, Status]:
     """Train and evaluate; every process of the run calls it, its signals being watched for already.
 
-    ``records`` are the images, instead of what ``--data.path`` names.
-    Returns the run folder and how the run ended, the same on all ranks.
+    Args:
+        kind: makes the run of its configuration, folder, parallelism, ranks, stop and watchdog.
+        name: begins the name of a run folder that the configuration does not name.
+
+    Returns:
+        The run and how it ended, the same on all ranks.
 
     Raises:
         UsageError: for what the user can fix before the first step.
@@ -70,8 +83,6 @@ def run(config: PretrainConfig, stop: StopRequest, records: Records | None = Non
     """
     with usage_errors(FLAGS):
         validate(config)
-        if config.recipe in NEEDS_WEIGHTS and config.train.init_from is None:
-            raise ValueError(f"--train.init-from: expected weights to continue from with {config.recipe}, got none")
         rank, world_size, *_ = place()
     with (
         cpu_threads(config.train.num_threads),
@@ -85,25 +96,32 @@ def run(config: PretrainConfig, stop: StopRequest, records: Records | None = Non
         try:
             with watchdog.explaining(), Ranks.create() as ranks:
                 ranks.waiting = watchdog.waiting
-                default = Path("runs") / time.strftime(f"{config.recipe}-%Y%m%d-%H%M%S")
-                config = replace(config, out=ranks.first("naming the run", lambda: config.out or default))
+                default = Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+                out = ranks.first("naming the run", lambda: _folder(config) or default)
+                config = replace(config, **{config.folder_flag: out})
                 if not config.resume and ranks.first("looking for the run", lambda: _is_restarted(config)):
                     config = replace(config, resume=True)
                 with usage_errors():
                     folder = _open_folder(config, ranks)
                 with folder:
-                    status = _Pretraining(config, folder, parallelism, ranks, stop, watchdog, records).run()
+                    run = kind(config, folder, parallelism, ranks, stop, watchdog)
+                    status = run.run()
         except BaseException:
             shutdown(parallelism, failed=True)
             raise
         shutdown(parallelism)
-    return config.out, status
+    return run, status
 
 
-def _is_restarted(config: PretrainConfig) -> bool:
+def _folder(config: Any) -> Path | None:
+    return getattr(config, config.folder_flag)
+
+
+def _is_restarted(config: Any) -> bool:
     """Whether torchrun has restarted this very run (``--max-restarts``), which then resumes by itself."""
-    saved = read_config(config.out) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
-    return saved is not None and replace(saved, out=config.out, resume=False) == config
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    saved = read_config(_folder(config), type(config)) if restarts else None
+    return saved is not None and replace(saved, resume=False, **{config.folder_flag: _folder(config)}) == config
 
 
 @contextmanager
@@ -117,43 +135,42 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _open_folder(config: PretrainConfig, ranks: Ranks) -> RunFolder:
+def _open_folder(config: Any, ranks: Ranks) -> RunFolder:
     """The run folder, which rank 0 makes and locks."""
-    led = []
+    led, path, name = [], _folder(config), flag(config.folder_flag)
 
     def lead() -> None:
         try:
-            led.append(RunFolder(config.out, resume=config.resume))
+            led.append(RunFolder(path, resume=config.resume, flag=name))
         except BlockingIOError:
             raise
         except OSError as error:
-            raise UsageError(f"--out: expected a folder that can be written, got {config.out}: {error}") from error
+            raise UsageError(f"{name}: expected a folder that can be written, got {path}: {error}") from error
 
     if ranks.size == 1:
         lead()
     else:
         ranks.first("opening the run folder", lead)
-    return led[0] if led else RunFolder(config.out, resume=config.resume, leader=False)
+    return led[0] if led else RunFolder(path, resume=config.resume, leader=False)
 
 
 @dataclass
-class _Pretraining:
-    """One run in an open folder: set up, train, evaluate."""
+class TrainingRun:
+    """One run in an open folder: set up, train, evaluate. Subclasses have the images, the model and its task."""
 
-    config: PretrainConfig
+    config: Any
     folder: RunFolder
     parallelism: Parallelism
     ranks: Ranks
     stop: StopRequest
     watchdog: Watchdog
-    records: Records | None = None
 
     def __post_init__(self) -> None:
         # Long lines stay whole, so that paths can be copied; a notebook's stdout claims to be a terminal and is none.
         options = {"highlight": False, "markup": False, "soft_wrap": True, "force_jupyter": False}
         terminal = False if in_notebook() else None
         self.console = Console(quiet=not self.parallelism.is_main, force_terminal=terminal, **options)
-        self.resume_command = f"fastmae pretrain --out {self.folder.path} --resume"
+        self.resume_command = f"{self.config.command} {flag(self.config.folder_flag)} {self.folder.path} --resume"
 
     def run(self) -> Status:
         """Returns how the run ended, the same on all ranks."""
@@ -180,21 +197,16 @@ class _Pretraining:
     def set_up(self) -> Trainer:
         """The trainer, at step 0 or where the newest checkpoint left it; raises StoppedEarly on all ranks, if a signal
         has come to any."""
-        config, ranks, device = self.config, self.ranks, self.parallelism.device
-        options = {"index": config.data.index, "window": config.data.window, **config.dataset_arguments()}
-        images = config.data.path if self.records is None else self.records
-        open_dataset = partial(data.open_dataset, images, **options)
+        ranks, device = self.ranks, self.parallelism.device
         self.watchdog.at("opening the data")
-        if ranks.size > 1:  # rank 0 lists the data and publishes the index, the others then open it
-            dataset = data.open_once(open_dataset, partial(ranks.first_in_hours, "opening the data"))
-        else:
-            dataset = open_dataset()
+        dataset = self.open_images()
         leave_if_asked(ranks, self.stop)
-        if config.model.attention == "xformers":
+        if self.config.model.attention == "xformers":
             _xformers.require(device)
         self.watchdog.at("starting")
-        kind = data.choose_loader(dataset, config.data.loader)
-        model = construct(lambda: create_model(**config.model_arguments()), self.parallelism)
+        kind = data.choose_loader(dataset, self.config.data.loader)
+        model = self.create_model()
+        config = self.config
         preflight(config, self.parallelism, ranks, run=self.folder.path, dataset=dataset, model=model)
         leave_if_asked(ranks, self.stop)
         saved, found = None, []
@@ -205,7 +217,7 @@ class _Pretraining:
         settled, how, warning = settle_precision(settled, model.architecture["embed_dim"], device, ranks)
         trainer = Trainer(
             settled,
-            MaskedAutoencoding(settled, model, dataset, data.create_loader),
+            self.create_task(settled, model, dataset),
             self.folder,
             console=self.console,
             parallelism=self.parallelism,
@@ -214,7 +226,7 @@ class _Pretraining:
             stop=self.stop,
             watchdog=self.watchdog,
         )
-        for line in (*describe(config), *_describe_size(trainer, kind), how):
+        for line in (*self.describe(), *_describe_size(trainer, kind), how):
             if line:
                 self.console.print(line)
         train = config.train
@@ -226,21 +238,25 @@ class _Pretraining:
         else:
             if config.resume:
                 self.warn(f"--resume: no checkpoint in {self.folder.path} yet; starting at step 0")
-            if config.train.init_from is not None:
-                self.initialize_weights(trainer, config.train.init_from)
+            self.initialize(trainer)
         self.folder.write_json("config.json", to_json(config))
         self.console.print(f"Run folder: {self.folder.path}")
         return trainer
 
+    def open(self, images: Any, **options: Any) -> data.Dataset:
+        """A data set, on all ranks; ``options`` are those of ``fastmae.data.open_dataset``."""
+        open_dataset = partial(data.open_dataset, images, **options)
+        if self.ranks.size > 1:  # rank 0 lists the data and publishes the index, the others then open it
+            return data.open_once(open_dataset, partial(self.ranks.first_in_hours, "opening the data"))
+        return open_dataset()
+
     def callbacks(self, dataset: data.Dataset) -> list[Callback]:
         """What ``--report`` asks for; the same on all ranks."""
-        config, report = self.config, self.config.report
-        asked = {
-            Pictures: config.model.target == "pixels" and report.picture_every_steps and (config, dataset),
-            Probe: report.probe_every_epochs and (config, dataset, self.ranks),
-            Profile: report.profile_at_step and (report.profile_at_step, report.profile_steps),
-        }
-        return [kind(*arguments) for kind, arguments in asked.items() if arguments]
+        report = self.config.report
+        return [Profile(report.profile_at_step, report.profile_steps)] if report.profile_at_step else []
+
+    def initialize(self, trainer: Trainer) -> None:
+        """What a new run does to its model once that is where it is trained."""
 
     def resume(self, trainer: Trainer, saved: Checkpoint, found: list[Path]) -> None:
         """Continue from a checkpoint; report which one, and what makes the continuation inexact."""
@@ -251,19 +267,6 @@ class _Pretraining:
         _log.info("; ".join([text, *differences]))
         for difference in differences:
             self.warn(f"not an exact continuation: {difference}")
-
-    def initialize_weights(self, trainer: Trainer, path: Path) -> None:
-        """Load ``--train.init-from`` into the model of a new run."""
-
-        def load() -> str:
-            try:
-                weights, info = read_weights(path)
-                return initialize_weights(trainer.model, weights, info.known)
-            except (CheckpointError, ValueError) as error:
-                raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error
-
-        loaded = self.ranks.gather(f"--train.init-from {path}", load)
-        self.console.print(f"Weights from {path}: {loaded[0]}")
 
     def leave_early(self, reason: str) -> Status:
         """A signal before the first step: leave a folder that ``--resume`` starts or continues in."""
@@ -307,6 +310,55 @@ class _Pretraining:
         model = load(self.folder.path).to(trainer.device) if sharded else trainer.model.eval()
         path = self.folder.path / "model.safetensors"
         return model, export_weights(model, path, step=trainer.step, config=to_json(trainer.config))
+
+
+@dataclass
+class Pretraining(TrainingRun):
+    """A masked autoencoder; ``records`` are its images, instead of what ``--data.path`` names."""
+
+    records: Records | None = None
+
+    def open_images(self) -> data.Dataset:
+        """The images to train on."""
+        config = self.config
+        options = {"index": config.data.index, "window": config.data.window, **config.dataset_arguments()}
+        return self.open(config.data.path if self.records is None else self.records, **options)
+
+    def create_model(self) -> nn.Module:
+        """The model, where it is made before it is sharded."""
+        return construct(lambda: create_model(**self.config.model_arguments()), self.parallelism)
+
+    def create_task(self, config: PretrainConfig, model: nn.Module, dataset: data.Dataset) -> MaskedAutoencoding:
+        """What is trained; ``config`` is settled."""
+        return MaskedAutoencoding(config, model, dataset, data.create_loader)
+
+    def describe(self) -> Iterator[str]:
+        """What the run prints of its configuration."""
+        return describe(self.config)
+
+    def callbacks(self, dataset: data.Dataset) -> list[Callback]:
+        """As :class:`TrainingRun`, and pictures and probes."""
+        config, report = self.config, self.config.report
+        pixels = config.model.target == "pixels"
+        pictures = [Pictures(config, dataset)] if pixels and report.picture_every_steps else []
+        probes = [Probe(config, dataset, self.ranks)] if report.probe_every_epochs else []
+        return [*pictures, *probes, *super().callbacks(dataset)]
+
+    def initialize(self, trainer: Trainer) -> None:
+        """Load ``--train.init-from``."""
+        path = self.config.train.init_from
+        if path is None:
+            return
+
+        def load() -> str:
+            try:
+                weights, info = read_weights(path)
+                return initialize_weights(trainer.model, weights, info.known)
+            except (CheckpointError, ValueError) as error:
+                raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+        loaded = self.ranks.gather(f"--train.init-from {path}", load)
+        self.console.print(f"Weights from {path}: {loaded[0]}")
 
     def evaluate(self, trainer: Trainer, model: nn.Module, weights: Path, timing: dict[str, float]) -> None:
         """Reconstruct images that were not trained on; write ``final.png`` and ``summary.json``."""
@@ -385,7 +437,7 @@ def _describe_size(trainer: Trainer, loader: str) -> Iterator[str]:
     )
 
 
-def _too_few_images(dataset: data.Dataset, config: PretrainConfig) -> str | None:
+def _too_few_images(dataset: data.Dataset, config: Any) -> str | None:
     images, batch = len(dataset) - len(dataset.bad_ids), config.train.global_batch_size // config.train.masks_per_image
     if dataset.embedded or images >= batch:
         return None

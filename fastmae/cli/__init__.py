@@ -37,6 +37,7 @@ from fastmae.cli.commands import (
 )
 from fastmae.cli.output import flush_output, forgiving_output, print_error
 from fastmae.errors import UsageError, usage_errors
+from fastmae.train.classification import ClassifierConfig
 from fastmae.train.config import PretrainConfig
 from fastmae.train.launcher import rank_and_size, read_slurm
 from fastmae.train.liveness import EXIT_PREEMPTED, StopRequest
@@ -44,6 +45,8 @@ from fastmae.train.plan import PlanConfig, make_plans, show_plans
 from fastmae.train.recipes import DESCRIPTIONS, OWN_IMAGES_RECIPE, RECIPES, apply_flags, starting_config
 
 PLAN_RECIPE = "imagenet-vit-l"
+_TRAINING = ["finetune"], ["partial"], ["scratch"]
+"""Protocols of ``fastmae evaluate`` that are training runs."""
 EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 """Exit codes: what the user can fix, and Ctrl-C outside the training loop."""
 
@@ -51,13 +54,14 @@ EXIT_USAGE, EXIT_INTERRUPTED = 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. What the user can fix is one line on stderr, a bug keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["pretrain"]:
+    trains = words[:1] == ["pretrain"] or (words[:1] == ["evaluate"] and words[1:2] in _TRAINING)
+    if trains:
         read_slurm(os.environ)
     # Before PyTorch is imported, which takes seconds. Without arguments this is the process's command, and it ends.
     stop = StopRequest(quiet=rank_and_size()[0] != 0, process_ends=argv is None)
     try:
         # A run does not end because | tee did, and no command ends in a traceback because | head did.
-        with forgiving_output(), stop if words[:1] == ["pretrain"] else nullcontext():
+        with forgiving_output(), stop if trains else nullcontext():
             return _main(words, stop)
     finally:
         flush_output()
@@ -148,7 +152,10 @@ def _run(command: Any, defaults: PretrainConfig, given: Mapping[str, str], stop:
     if isinstance(command, DataCommands):
         return import_module("fastmae.cli.data").run(command.command)
     if isinstance(command, InspectConfig | FeaturesConfig | EvaluateCommands):
-        return import_module("fastmae.cli.evaluate").run(getattr(command, "command", command))
+        command = getattr(command, "command", command)
+        if isinstance(command, ClassifierConfig):
+            return import_module("fastmae.cli.finetune").train(command, given, stop)
+        return import_module("fastmae.cli.evaluate").run(command)
     if isinstance(command, PlotConfig):
         return import_module("fastmae.cli.plot").plot(command)
     if isinstance(command, AblateConfig):

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fastmae.train.classification import FinetuneConfig, PartialConfig, ScratchConfig, shown_defaults
 from fastmae.train.config import MAX_PIXELS, DataConfig, ModelConfig, RecipeName, TrainConfig
 
 
@@ -212,6 +213,9 @@ Protocol = (
     | Annotated[LinearConfig, tyro.conf.subcommand("linear")]
     | Annotated[AttentiveConfig, tyro.conf.subcommand("attentive")]
     | Annotated[RobustnessConfig, tyro.conf.subcommand("robustness")]
+    | Annotated[FinetuneConfig, tyro.conf.subcommand("finetune", default=shown_defaults(FinetuneConfig))]
+    | Annotated[PartialConfig, tyro.conf.subcommand("partial", default=shown_defaults(PartialConfig))]
+    | Annotated[ScratchConfig, tyro.conf.subcommand("scratch", default=shown_defaults(ScratchConfig))]
 )
 
 

@@ -62,6 +62,7 @@ def crop_boxes(
     seed: int,
     augment: Augment,
     img_size: tuple[int, int] | None = None,
+    stream: Stream = Stream.CROP,
 ) -> np.ndarray:
     """Crop boxes; random ones by the algorithm of ``torchvision.transforms.RandomResizedCrop.get_params``.
 
@@ -72,19 +73,20 @@ def crop_boxes(
         sample_ids, epochs: int64 (n,), the keys of the draws.
         heights, widths: int64 (n,), pixels, of the upright images.
         img_size: height and width to which the crops will be resized; for ``crop="center"`` and ``"fixed"``.
+        stream: of the random numbers.
 
     Returns:
         int64 (n, 4): top, left, height, width.
     """
     heights, widths = heights.astype(np.int64), widths.astype(np.int64)
     if augment.crop == "random":
-        return _random_boxes(sample_ids, epochs, heights, widths, seed, augment)
+        return _random_boxes(sample_ids, epochs, heights, widths, seed, augment, stream)
     if img_size is None:
         raise ValueError(f"img_size: needed for crop={augment.crop!r}")
     crop_h, crop_w = largest_size(heights, widths, img_size)
     if augment.crop == "center":
         return np.stack([(heights - crop_h) // 2, (widths - crop_w) // 2, crop_h, crop_w], 1)
-    words = random_words(seed, epochs, sample_ids, Stream.CROP, 2)
+    words = random_words(seed, epochs, sample_ids, stream, 2)
     return np.stack([*_place(words, heights - crop_h, widths - crop_w), crop_h, crop_w], 1)
 
 
@@ -95,8 +97,8 @@ def largest_size(heights: np.ndarray, widths: np.ndarray, img_size: tuple[int, i
     return crop_h, np.rint(img_size[1] * scale).astype(np.int64).clip(1, widths)
 
 
-def _random_boxes(sample_ids, epochs, heights, widths, seed: int, augment: Augment) -> np.ndarray:
-    words = random_words(seed, epochs, sample_ids, Stream.CROP, 2 * _TRIES + 2)
+def _random_boxes(sample_ids, epochs, heights, widths, seed: int, augment: Augment, stream: Stream) -> np.ndarray:
+    words = random_words(seed, epochs, sample_ids, stream, 2 * _TRIES + 2)
     units = to_unit(words)
     smallest, largest = augment.scale
     area = (heights * widths)[:, None] * (smallest + (largest - smallest) * units[:, :_TRIES])

@@ -97,7 +97,44 @@ class Pictures(Callback):
             trainer.reporter.evaluation(trainer.step, values, {"reconstructions": path})
 
 
-class Probe(Callback):
+class EveryEpochs(Callback):
+    """Evaluates the weights every so many epochs and at the end, each time once.
+
+    Args:
+        epochs: between two evaluations; None: at the end only.
+        steps_per_epoch: not always a whole number.
+    """
+
+    def __init__(self, epochs: float | None, steps_per_epoch: Fraction) -> None:
+        self._every, self._epoch = epochs and Fraction(str(epochs)), steps_per_epoch
+        self._evaluated: int | None = None
+
+    def evaluate(self, trainer: Any) -> None:
+        """Evaluate the weights after ``trainer.step`` steps."""
+        raise NotImplementedError
+
+    def after_step(self, trainer: Any) -> None:
+        self._evaluated = None
+        if self.is_due(trainer.step):
+            self._evaluate_now(trainer)
+
+    def finish(self, trainer: Any) -> None:
+        if self._evaluated != trainer.step:
+            self._evaluate_now(trainer)
+
+    def is_due(self, step: int) -> bool:
+        """Whether an interval of epochs ends in this step. A function of the step, so that resuming needs no state."""
+        if not self._every:
+            return False
+        done, before = (count / self._epoch // self._every for count in (step, step - 1))
+        return done > before
+
+    def _evaluate_now(self, trainer: Any) -> None:
+        self._evaluated = trainer.step
+        self.evaluate(trainer)
+
+
+class Probe(EveryEpochs):
     """Every ``--report.probe-every-epochs`` and at the end: k-NN and a linear classifier on the frozen features.
 
     Raises:
@@ -106,10 +143,8 @@ class Probe(Callback):
     """
 
     def __init__(self, config: PretrainConfig, dataset: data.Dataset, ranks: Ranks) -> None:
+        super().__init__(config.report.probe_every_epochs, Fraction(len(dataset), config.train.global_batch_size))
         self._config = config
-        self._every = Fraction(str(config.report.probe_every_epochs))
-        self._epoch = Fraction(len(dataset), config.train.global_batch_size)  # in steps
-        self._probed: int | None = None
         self._known, self._tests = _labelled_images(config, dataset, ranks)
         covered = np.isin(self._tests.labels, self._known.labels).mean()
         if covered < _COVERED:
@@ -126,22 +161,7 @@ class Probe(Callback):
             "to test on"
         )
 
-    def after_step(self, trainer: Any) -> None:
-        self._probed = None
-        if self.is_due(trainer.step):
-            self._probe(trainer)
-
-    def finish(self, trainer: Any) -> None:
-        if self._probed != trainer.step:
-            self._probe(trainer)
-
-    def is_due(self, step: int) -> bool:
-        """Whether an interval of epochs ends in this step. A function of the step, so that resuming needs no state."""
-        done, before = (count / self._epoch // self._every for count in (step, step - 1))
-        return done > before
-
-    def _probe(self, trainer: Any) -> None:
-        self._probed = trainer.step
+    def evaluate(self, trainer: Any) -> None:
         self._evaluate(trainer)
         trainer.ranks.first("classifying", lambda: None)  # may take rank 0 longer than a collective's time limit
 

@@ -86,6 +86,7 @@ def encode_images(
     timeout: float = 600.0,
     crop_ratio: float = 1.0,
     on_batch: Callable[[], None] = lambda: None,
+    encode: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode images with nothing masked, and reduce the tokens of each batch to what is kept.
 
@@ -104,6 +105,7 @@ def encode_images(
         timeout: seconds to wait for a batch, whose missing images then count as unreadable.
         crop_ratio: side of the crop relative to the largest; 0.875 is the usual 224 of 256 pixels.
         on_batch: called after each forward, to show progress.
+        encode: called instead of ``model.encode``.
 
     Returns:
         The reduced tokens (n, ...), and bool (n,) on the model's device: False where an image could not be read or
@@ -126,7 +128,7 @@ def encode_images(
     with evaluating(model), serial_threads(threads, "fastmae-features") as pool:
         for images, good in batches(pool, timeout, crop_ratio):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                tokens = model.encode(model.normalized(images.to(device)))
+                tokens = (encode or model.encode)(model.normalized(images.to(device)))
             found.append(reduce(tokens.float()))
             readable.append(good)
             on_batch()

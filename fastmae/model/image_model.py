@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
+from fastmae.model.blocks import Block, cast_weights
 from fastmae.ops import gather_patches
 from fastmae.ops._check import as_pair, check, grid_of
 from fastmae.ops.attention import BACKENDS
@@ -64,8 +66,20 @@ class ImageModel(nn.Module):
     def set_activation_checkpointing(self, mode: str) -> None:
         """Let the backward recompute activations of all blocks: "none", "selective" or "full"; see ``Block``."""
         check(mode in ACTIVATION_CHECKPOINTING, "mode", f"one of {', '.join(ACTIVATION_CHECKPOINTING)}", mode)
-        for block in (*self.blocks, *getattr(self, "decoder_blocks", ())):
+        for block in self.all_blocks:
             block.activation_checkpointing = mode
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """The blocks of the encoder and, where there is one, the decoder."""
+        return [*self.blocks, *getattr(self, "decoder_blocks", ())]
+
+    def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """A context that caches weights and biases in ``dtype``, for several forwards between two updates.
+
+        Outside of it every forward under autocast makes its own copies. Weights must not change inside.
+        """
+        return cast_weights(self, dtype)
 
     def _all_ids(self, n: int, device: torch.device) -> Tensor:
         return torch.arange(self.grid_size[0] * self.grid_size[1], device=device).expand(n, -1)

@@ -181,13 +181,6 @@ class MaskedAutoencoderViT(ImageModel):
         with self._autocast_weights():
             return self._last_norm(self._encode(images, self._all_ids(len(images), images.device)).sum())
 
-    def cast_weights(self, dtype: torch.dtype) -> AbstractContextManager[None]:
-        """A context that caches weights and biases in ``dtype``, for several forwards between two updates.
-
-        Outside of it every forward under autocast makes its own copies. Weights must not change inside.
-        """
-        return cast_weights(self, dtype)
-
     def _autocast_weights(self) -> AbstractContextManager[None]:
         device_type = self.pos_embed.device.type
         if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device_type):

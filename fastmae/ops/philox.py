@@ -38,6 +38,10 @@ class Stream(IntEnum):
     ORDER = 3
     REPLACE = 4
     JITTER = 5
+    AUGMENT = 6
+    ERASE = 7
+    MIX = 8
+    DROP_PATH = 9
 
 
 def philox4x32(c0: Array, c1: Array, c2: Array, c3: Array, k0: int, k1: int) -> tuple[Array, Array, Array, Array]:

@@ -16,12 +16,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fastmae.data.sampler import micro_batches
-from fastmae.ops import random_masking
-from fastmae.train.config import PretrainConfig
+from fastmae.train.config import PretrainConfig, TrainConfig
 from fastmae.train.parallel import DTYPES
 from fastmae.train.ranks import Ranks
 
@@ -220,38 +218,31 @@ def find_batch_size(share: int, masks_per_image: int, peak: Callable[[int], floa
     return next((b for b in expected if b == small or peak(b) <= budget), small)
 
 
-def measured_batch_size(
-    config: PretrainConfig, model: nn.Module, forward: Callable[..., Any], ranks: Ranks
-) -> tuple[int, str]:
+def measured_batch_size(train: TrainConfig, task: Any, forward: Callable[..., Any], ranks: Ranks) -> tuple[int, str]:
     """``--train.batch-size auto``, before the first step: the batch, and how it was found. Every rank calls it.
 
     On a GPU forward and backward run on blank images, eagerly; no weight changes. On the CPU the whole share is one
-    batch: there accumulation saves nothing that matters. ``forward`` calls the bare model, as a step does.
+    batch: there accumulation saves nothing that matters. ``forward`` calls the task's model, as a step does.
     """
 
     def agree(value: float) -> float:
         return max(ranks.gather("sizing the batch", lambda: value))
 
-    share, _ = divide_batch(config.train.global_batch_size, ranks.size, None, config.train.masks_per_image)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device, masks = parameters[0].device, config.train.masks_per_image
+    masks = train.masks_per_image
+    share, _ = divide_batch(train.global_batch_size, ranks.size, None, masks)
+    parameters = [p for p in task.model.parameters() if p.requires_grad]
+    device = parameters[0].device
     if device.type != "cuda":
         return share, f"Batch size auto: {share:,} images, all of a process's share"
-    dtype = DTYPES[config.train.precision]
+    dtype = DTYPES[train.precision]
     low_precision = dtype != torch.float32
 
     def peak(batch: int) -> float:
-        shape = batch // masks, config.model.in_chans, *config.img_size
-        dtype_loaded = torch.uint8 if config.data.value_range is None else torch.float32
-        loaded = torch.zeros(shape, dtype=dtype_loaded, device=device)
-        images = model.normalized(loaded)
-        masking = random_masking(
-            len(images), model.num_patches, config.model.mask_ratio, seed=0, masks_per_image=masks, device=device
-        )
+        inputs = task.blank(batch, device)
         torch.cuda.reset_peak_memory_stats(device)
         try:
-            with model.cast_weights(dtype), torch.autocast("cuda", dtype, enabled=low_precision):
-                loss = forward(images, masking=masking, full_pred=False).loss
+            with task.model.cast_weights(dtype), torch.autocast("cuda", dtype, enabled=low_precision):
+                loss = task.loss(forward, *inputs)
             loss.backward()
             used = float(torch.cuda.max_memory_allocated(device))
         except torch.OutOfMemoryError:

@@ -11,6 +11,12 @@ class Callback:
     The trainer's ``step``, ``model``, ``config``, ``run``, ``console``, ``device`` and ``parallelism`` may be read.
     """
 
+    state_name: str | None = None
+    """By what name checkpoints keep its state; it then has ``state_dict`` and ``load_state_dict``."""
+
+    def attach(self, trainer: Any) -> None:
+        """Once, when the trainer is made, before it loads a checkpoint."""
+
     def begin(self, trainer: Any) -> None:
         """Once, before the first step, with the initial or resumed weights."""
 

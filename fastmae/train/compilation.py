@@ -62,7 +62,7 @@ def compile_blocks(model: nn.Module, mode: str) -> None:
         # PyTorch 2.11 has one limit for the whole process: eight, which the blocks pass at the second size of images.
         limit, config = {}, torch.compiler.config
         config.recompile_limit = max(config.recompile_limit, _BLOCK_GRAPHS)
-    for block in (*model.blocks, *model.decoder_blocks):
+    for block in model.all_blocks:
         compiled = torch.compile(block.forward, dynamic=False, mode=mode, **limit)
         block.forward = _while_training(compiled, block.forward) if model.cuda_graphs else compiled
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 try:
     from tyro.conf import Suppress
@@ -297,7 +297,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class ReportConfig:
+class LogConfig:
+    """What runs of every kind report beside their rows of metrics."""
+
+    profile_at_step: PositiveInt | None = None
+    """Step from which a trace is recorded, in traces/. None: no trace."""
+    profile_steps: PositiveInt = 3
+    """Steps in the trace."""
+    wandb_project: str | None = None
+    """Project of Weights & Biases that also gets the metrics; needs the package wandb. None: none."""
+    stall_seconds: PositiveFloat = 300.0
+    """Seconds without a step after which the ranks that lag are named."""
+
+
+@dataclass(frozen=True)
+class ReportConfig(LogConfig):
     """What a run reports beside its rows of metrics. None of it changes the training."""
 
     picture_every_steps: PositiveInt | None = None
@@ -309,14 +323,6 @@ class ReportConfig:
     """Most labelled images that the probe uses."""
     probe_path: Path | None = None
     """Labelled images to test the probe on. None: a tenth of those that it uses."""
-    profile_at_step: PositiveInt | None = None
-    """Step from which a trace is recorded, in traces/. None: no trace."""
-    profile_steps: PositiveInt = 3
-    """Steps in the trace."""
-    wandb_project: str | None = None
-    """Project of Weights & Biases that also gets the metrics; needs the package wandb. None: none."""
-    stall_seconds: PositiveFloat = 300.0
-    """Seconds without a step after which the ranks that lag are named."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +341,11 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     report: Free[ReportConfig] = field(default_factory=ReportConfig)
+
+    command: ClassVar[str] = "fastmae pretrain"
+    """The command that trains it."""
+    folder_flag: ClassVar[str] = "out"
+    """Which field is the run folder."""
 
     @property
     def img_size(self) -> tuple[int, int]:
@@ -371,8 +382,10 @@ class PretrainConfig:
 # ---------------------------------------------------------------------------------------------------------------------
 # config.json
 
+Config = TypeVar("Config")
 
-def to_json(config: PretrainConfig) -> dict[str, Any]:
+
+def to_json(config: Any) -> dict[str, Any]:
     """The configuration as nested dictionaries: paths are strings, tuples are lists."""
     return json.loads(json.dumps(asdict(config), default=str))
 
@@ -385,8 +398,9 @@ def updated(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"train": train}
 
 
-def from_json(values: dict[str, Any]) -> PretrainConfig:
-    """The inverse of :func:`to_json`, also of an earlier version's; fields that are missing take their default.
+def from_json(values: dict[str, Any], kind: type[Config] = PretrainConfig) -> Config:
+    """The inverse of :func:`to_json` for a ``kind`` of configuration, also of an earlier version's; fields that are
+    missing take their default.
 
     Raises:
         ValueError: for a field that this version does not know.
@@ -403,17 +417,17 @@ def from_json(values: dict[str, Any]) -> PretrainConfig:
             return Path(value)
         return tuple(value) if isinstance(value, list) else value
 
-    return read(PretrainConfig, updated(values), "")
+    return read(kind, updated(values), "")
 
 
-def read_config(run_folder: Path) -> PretrainConfig | None:
+def read_config(run_folder: Path, kind: type[Config] = PretrainConfig) -> Config | None:
     """The configuration of the run in a folder; None where no run began.
 
     Raises:
         ValueError: if ``config.json`` is not a configuration of this version.
     """
     path = run_folder / "config.json"
-    return from_json(json.loads(path.read_text())) if path.is_file() else None
+    return from_json(json.loads(path.read_text()), kind) if path.is_file() else None
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,8 +36,17 @@ def count_flops(
         activation_checkpointing: "none" counts what MFU is defined by; "selective" and "full" add what the backward
             computes again.
     """
-    hashable = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
-    return _count(tuple(sorted(hashable.items())), batch_size, mask_ratio, activation_checkpointing)
+    return _count(_hashable(architecture), batch_size, mask_ratio, activation_checkpointing)
+
+
+def count_classifier_flops(architecture: Mapping[str, Any], batch_size: int, frozen: Collection[str] = ()) -> int:
+    """The same of a ``VisionTransformer`` with the parameters named ``frozen`` not trained."""
+    return _count_classifier(_hashable(architecture), batch_size, frozenset(frozen))
+
+
+def _hashable(architecture: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in architecture.items()}
+    return tuple(sorted(values.items()))
 
 
 @cache
@@ -46,16 +56,34 @@ def _count(architecture: tuple[tuple[str, Any], ...], batch_size: int, mask_rati
     with torch.device("meta"):  # "sdpa", since custom operators are opaque to the counter
         model = build_model(dict(architecture) | {"attention": "sdpa"})
     model.set_activation_checkpointing(checkpointing)
-    counter = FlopCounterMode(display=False)
-    # MATH: attention as its matrix products; the counter does not know the fused kernel of CPUs.
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), counter:
-        model = model.to_empty(device="cpu").train()
+
+    def loss(model: nn.Module, images: Tensor) -> Tensor:
         num_patches = model.num_patches
         keep = int(num_patches * (1 - mask_ratio))
         ids = [torch.empty(batch_size, k, dtype=torch.int64) for k in (keep, num_patches - keep, num_patches)]
         masking = Masking(*ids, torch.empty(batch_size, num_patches))
-        images = torch.empty(batch_size, model.in_chans, *model.input_size, dtype=torch.uint8)
-        model(images, masking=masking, full_pred=False).pred.sum().backward()
+        return model(images, masking=masking, full_pred=False).pred.sum()
+
+    return _counted(model, batch_size, loss)
+
+
+@cache
+def _count_classifier(architecture: tuple[tuple[str, Any], ...], batch_size: int, frozen: frozenset[str]) -> int:
+    from fastmae.model.classifier import VisionTransformer
+
+    with torch.device("meta"):
+        model = VisionTransformer(**dict(architecture) | {"attention": "sdpa"})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return _counted(model, batch_size, lambda model, images: model(images).float().sum())
+
+
+def _counted(model: nn.Module, batch_size: int, loss: Callable[[nn.Module, Tensor], Tensor]) -> int:
+    counter = FlopCounterMode(display=False)
+    # MATH: attention as its matrix products; the counter does not know the fused kernel of CPUs.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), counter:
+        model = model.to_empty(device="cpu").train()
+        loss(model, torch.empty(batch_size, model.in_chans, *model.img_size, dtype=torch.uint8)).backward()
     return counter.get_total_flops()
 
 

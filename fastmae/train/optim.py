@@ -85,18 +85,20 @@ def create_optimizer(groups: list[dict[str, Any]], train: TrainConfig) -> torch.
     if train.cuda_graph:
         # What a graph reads: a rate in memory, and step counts that no Python number mirrors.
         warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
-        lr = torch.zeros((), device=groups[0]["params"][0].device)
-        return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=True, capturable=True)
+        groups = [{**group, "lr": torch.zeros((), device=group["params"][0].device)} for group in groups]
+        return torch.optim.AdamW(groups, betas=train.betas, fused=True, capturable=True)
     return torch.optim.AdamW(groups, lr=0.0, betas=train.betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of the next step: rounded to float32 for every optimiser, since a CUDA graph reads a float32."""
+    """Set the rate of the next step, times a group's ``lr_scale``: rounded to float32 for every optimiser, since a CUDA
+    graph reads a float32."""
     for group in optimizer.param_groups:
+        scaled = rate * group.get("lr_scale", 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(rate)
+            group["lr"].fill_(scaled)
         else:
-            group["lr"] = float(np.float32(rate))
+            group["lr"] = float(np.float32(scaled))
 
 
 # ---- Muon ------------------------------------------------------------------------------------------------------------

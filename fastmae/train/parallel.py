@@ -13,7 +13,7 @@ import resource
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import pairwise
 from typing import Literal
@@ -143,8 +143,8 @@ def parallelize(model: nn.Module, parallelism: Parallelism, train: TrainConfig) 
     cast.
 
     Args:
-        model: a ``MaskedAutoencoderViT``, changed in place; its parameters may be on the meta device, and then get the
-            weights that a single process would draw.
+        model: a ``MaskedAutoencoderViT`` or ``VisionTransformer``, changed in place. Parameters of the former may be on
+            the meta device, and then get the weights that a single process would draw.
         train: its precision is settled.
 
     Raises:
@@ -250,16 +250,20 @@ def _shard(model: nn.Module, parallelism: Parallelism, train: TrainConfig) -> No
         cast_forward_inputs=False,
     )
     options = {"mesh": parallelism.mesh, "mp_policy": policy}
-    blocks = [*model.blocks, *model.decoder_blocks]
+    blocks = model.all_blocks
     for block in blocks:
         fully_shard(block, reshard_after_forward=train.reshard_after_forward, **options)
     # The root's own parameters are used at the beginning and at the end, so they stay until the backward is done.
     # What a block returns, nobody changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    if not hasattr(model, "decoder_blocks"):
+        # Of a classifier the root's own are position tables, norm and head: float32, as they are without shards.
+        options["mp_policy"] = replace(policy, param_dtype=None)
     fully_shard(model, reshard_after_forward=False, ignored_params=frozen, **options)
     for name in ("encode", "forward_encoder", "forward_decoder"):
-        register_fsdp_forward_method(model, name)
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
     for block, following in pairwise(blocks):
         block.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([block])

@@ -233,6 +233,11 @@ def describe(config: PretrainConfig) -> Iterator[str]:
     recipe = RECIPES[config.recipe]
     later = f" (today's is {recipe.recipe_version})" if config.recipe_version != recipe.recipe_version else ""
     yield f"Recipe {config.recipe}, version {config.recipe_version}{later}: {DESCRIPTIONS[config.recipe]}"
+    yield from different_flags(config, recipe)
+
+
+def different_flags(config: Any, recipe: Any) -> Iterator[str]:
+    """As flags, one per line, what differs from a recipe of the same class."""
     warmup = scaled_warmup(config.train, recipe.train)
     for section in SECTIONS:
         for field in fields(getattr(config, section)):

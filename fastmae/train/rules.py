@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from fractions import Fraction
+from itertools import chain
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from fastmae.train.classification import ClassifierConfig
 from fastmae.train.config import SECTIONS, PretrainConfig, Rule
 
 MAX_COMPILED_SIZES = 8
@@ -23,7 +25,7 @@ def flag(name: str) -> str:
     return f"--{name}".replace("_", "-")
 
 
-def validate(config: PretrainConfig) -> None:
+def validate(config: PretrainConfig | ClassifierConfig) -> None:
     """Check everything that can be checked without data.
 
     Raises:
@@ -31,15 +33,18 @@ def validate(config: PretrainConfig) -> None:
     """
     from fastmae.train.checkpoint.format import refuse_url
 
-    for name, path in {"--out": config.out, "--train.init-from": config.train.init_from}.items():
+    folder = config.folder_flag
+    for name, path in {flag(folder): getattr(config, folder), "--train.init-from": config.train.init_from}.items():
         if path is not None:
             refuse_url(path, name)
     for section in SECTIONS:
         check_fields(getattr(config, section), section)
-    for name, holds, expected in _joint_rules(config):
+    own = _classifier_rules if isinstance(config, ClassifierConfig) else _pretraining_rules
+    for name, holds, expected in chain(own(config), _training_rules(config)):
         if not holds:
             section, _, field = name.partition(".")
-            raise ValueError(f"{flag(name)}: expected {expected}, got {getattr(getattr(config, section), field)!r}")
+            value = getattr(getattr(config, section), field) if field else getattr(config, section)
+            raise ValueError(f"{flag(name)}: expected {expected}, got {value!r}")
     if config.report.wandb_project is not None:
         from fastmae.train.loggers import require_wandb
 
@@ -104,10 +109,28 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
 # Several fields together
 
 
-def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
-    """(field to name, whether its value fits, what was expected); later rules rely on the earlier ones."""
-    from fastmae.data.index import check_value_range
+def _classifier_rules(config: ClassifierConfig) -> Iterator[tuple[str, bool, str]]:
+    """(field to name, whether its value fits, what was expected)."""
+    data, train = config.data, config.train
+    yield "data.path", data.path is not None, "labelled images, a folder per class for example"
+    for name, value, default in (
+        ("data.progressive_sizes", data.progressive_sizes, ()),
+        ("train.masks_per_image", train.masks_per_image, 1),
+        ("train.init_from", train.init_from, None),
+    ):
+        yield name, value == default, f"{default!r} for a classifier"
+    yield "train.optimizer", train.optimizer != "muon", "adamw or apex for a classifier"
+    if config.protocol != "scratch":
+        yield "weights", config.weights is not None, "WEIGHTS to start from, before the flags"
+    if config.protocol == "partial":
+        halves = config.blocks >= 0 and 2 * config.blocks == int(2 * config.blocks)
+        yield "blocks", halves, "a number of blocks from 0 on, whole or with a half"
+    eight_bit = data.value_range is None or not data.randaugment
+    yield "data.randaugment", eight_bit, "0 with --data.value-range, whose images are not 8-bit"
 
+
+def _pretraining_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
+    """As :func:`_classifier_rules`; later rules rely on the earlier ones."""
     model, data, train, report = config.model, config.data, config.train, config.report
     embedded = data.path is None and model.in_chans != 3
     yield "model.in_chans", not embedded, "3, as the embedded photographs have, or --data.path with other images"
@@ -115,15 +138,29 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     few = train.compile == "none" or len(set(data.progressive_sizes)) <= MAX_COMPILED_SIZES
     expected = f"at most {MAX_COMPILED_SIZES} different sizes with --train.compile, which makes a graph of each"
     yield "data.progressive_sizes", few, expected
-
     plain = data.color_jitter == 0
     expected = f"0 for images of {model.in_chans} channels, whose colours it changes"
     yield "data.color_jitter", plain or model.in_chans == 3, expected
     if data.value_range is not None:
+        from fastmae.data.index import check_value_range
+
         with _named("--data.value-range", "value_range: "):
             check_value_range(data.value_range, model.in_chans)
-        yield "data.color_jitter", plain, "0 with --data.value-range, whose images are not 8-bit"
+    probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None
+    yield "report.probe_path", probes, "none without --report.probe-every-epochs"
+    pixels = model.target == "pixels" or not model.norm_pix_loss
+    yield "model.norm_pix_loss", pixels, "False with another --model.target than pixels"
+    masks = train.masks_per_image
+    expected = f"a multiple of --train.masks-per-image {masks}"
+    yield "train.batch_size", not isinstance(train.batch_size, int) or train.batch_size % masks == 0, expected
+    yield "train.global_batch_size", train.global_batch_size % masks == 0, expected
 
+
+def _training_rules(config: PretrainConfig | ClassifierConfig) -> Iterator[tuple[str, bool, str]]:
+    """As :func:`_classifier_rules`, for runs of every kind."""
+    data, train = config.data, config.train
+    plain = data.value_range is None or data.color_jitter == 0
+    yield "data.color_jitter", plain, "0 with --data.value-range, whose images are not 8-bit"
     for names in (("epochs", "steps"), ("warmup_epochs", "warmup_steps")):
         one, other = (getattr(train, name) for name in names)
         if one is not None and other is not None:
@@ -131,10 +168,6 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
             raise ValueError(f"{one_of}: expected one of them, got {one} and {other}")
     if train.epochs is None and train.steps is None:
         raise ValueError("--train.epochs or --train.steps: expected one of them, got neither")
-    counted, masks = isinstance(train.batch_size, int), train.masks_per_image
-    expected = f"a multiple of --train.masks-per-image {masks}"
-    yield "train.batch_size", not counted or train.batch_size % masks == 0, expected
-    yield "train.global_batch_size", train.global_batch_size % masks == 0, expected
     found = train.precision != "fp16" or train.rollback_after >= LEAST_FP16
     yield "train.rollback_after", found, f"at least {LEAST_FP16} with fp16, whose loss scale has to be found first"
     timed = not train.fit_steps or train.max_minutes is not None
@@ -143,12 +176,6 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.fit_steps", steady, "False with --data.progressive-sizes, whose steps get longer"
     expected = f"more than --data.timeout {data.timeout:g}, whose error names the cause"
     yield "train.timeout", data.timeout < train.timeout, expected
-
-    yield (
-        "model.norm_pix_loss",
-        model.target == "pixels" or not model.norm_pix_loss,
-        "False with another --model.target than pixels",
-    )
 
     compiled = train.compile != "none" or train.compile_mode == "default"
     yield "train.compile_mode", compiled, "default without --train.compile blocks or model"
@@ -169,8 +196,6 @@ def _joint_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:
     yield "train.shard_size", sharded, "none without --train.parallel hsdp"
     shards = train.reduce_every == "step" or train.parallel in ("fsdp", "hsdp")
     yield "train.reduce_every", shards, "step without --train.parallel fsdp or hsdp, where it saves no memory"
-    probes = config.resume or report.probe_path is None or report.probe_every_epochs is not None
-    yield "report.probe_path", probes, "none without --report.probe-every-epochs"
 
 
 def _patch_size(config: PretrainConfig) -> tuple[int, int]:

@@ -30,16 +30,17 @@ _LOCK = ".lock"
 class RunFolder:
     """A run folder, made if it does not exist, and the lock on it; use as a context manager.
 
-    Only rank 0, the ``leader``, holds the lock and writes. With ``resume`` the folder may hold a run.
+    Only rank 0, the ``leader``, holds the lock and writes. With ``resume`` the folder may hold a run. Messages call it
+    by the ``flag`` that names it.
 
     Raises:
         ValueError: if the folder holds something and ``resume`` is false, or is in an object store.
         OSError: if it cannot be made or written, or if another process holds the lock (``BlockingIOError``).
     """
 
-    def __init__(self, path: Path, *, resume: bool = False, leader: bool = True) -> None:
-        refuse_url(path)
-        self.path, self.leader = Path(path), leader
+    def __init__(self, path: Path, *, resume: bool = False, leader: bool = True, flag: str = "--out") -> None:
+        refuse_url(path, flag)
+        self.path, self.leader, self._flag = Path(path), leader, flag
         self.checkpoints, self.reconstructions = self.path / "checkpoints", self.path / "reconstructions"
         self.metrics, self.evaluations = self.path / "metrics.jsonl", self.path / "evaluations.jsonl"
         if not leader:
@@ -50,7 +51,7 @@ class RunFolder:
         if not resume and not self._is_new():
             self.close()
             raise ValueError(
-                f"--out: expected a new or empty folder, got {self.path}, which is not empty; "
+                f"{flag}: expected a new or empty folder, got {self.path}, which is not empty; "
                 "add --resume to continue the run in it, or choose another"
             )
         self.checkpoints.mkdir(exist_ok=True)
@@ -65,7 +66,7 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
-            raise BlockingIOError(f"--out {self.path}: in use by {holder}") from error
+            raise BlockingIOError(f"{self._flag} {self.path}: in use by {holder}") from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise

@@ -46,6 +46,9 @@ class Task(Protocol):
     def prepare(self, batch: Batch) -> tuple[Any, ...]:
         """The inputs of a forward pass, on the device. Runs outside of what is compiled or captured in a CUDA graph."""
 
+    def blank(self, batch_size: int, device: torch.device) -> tuple[Any, ...]:
+        """Inputs as large as those of ``prepare``, to measure how much memory they take."""
+
     def loss(self, forward: Callable[..., Any], *inputs: Any) -> Tensor:
         """The loss of prepared inputs: a float32 scalar, the mean over the batch. ``forward`` is the model as it is
         called for training: compiled, in DistributedDataParallel, or bare."""
@@ -59,19 +62,20 @@ class Task(Protocol):
     def row(self) -> dict[str, Any]:
         """What a row of metrics says of the task."""
 
+    def end(self) -> None:
+        """Once, however the training ended."""
 
-class MaskedAutoencoding:
-    """Pretraining of a masked autoencoder: crops, masks that depend on nothing but seed, epoch and image, pixel loss.
+
+class ImageTask:
+    """What tasks on images share: the loader, with crops and sizes as the configuration says.
 
     ``create_loader`` is ``fastmae.data.create_loader`` or something of its signature.
     """
 
-    def __init__(
-        self, config: PretrainConfig, model: nn.Module, dataset: Any, create_loader: Callable[..., Any]
-    ) -> None:
+    def __init__(self, config: Any, model: nn.Module, dataset: Any, create_loader: Callable[..., Any]) -> None:
         self.config, self.model, self.dataset, self._create_loader = config, model, dataset, create_loader
         self.samples_per_step = config.train.global_batch_size // config.train.masks_per_image
-        self.resolution, self.target = Resolution((config.img_size,)), config.target()
+        self.resolution = Resolution((config.img_size,))
 
     def begin(self, total_steps: int) -> None:
         """As :class:`Task`; raises ValueError if there are more image sizes than passes over the images."""
@@ -101,6 +105,23 @@ class MaskedAutoencoding:
             samples_per_step=self.samples_per_step,
         )
 
+    def row(self) -> dict[str, Any]:
+        """As :class:`Task`."""
+        return {}
+
+    def end(self) -> None:
+        """As :class:`Task`."""
+
+
+class MaskedAutoencoding(ImageTask):
+    """Pretraining of a masked autoencoder: masks that depend on nothing but seed, epoch and image, pixel loss."""
+
+    def __init__(
+        self, config: PretrainConfig, model: nn.Module, dataset: Any, create_loader: Callable[..., Any]
+    ) -> None:
+        super().__init__(config, model, dataset, create_loader)
+        self.target = config.target()
+
     def prepare(self, batch: Batch) -> tuple[Any, ...]:
         """Images and masks, and the targets if they are not pixels; the model takes on the size of the images."""
         size = tuple(batch.images.shape[-2:])
@@ -117,14 +138,26 @@ class MaskedAutoencoding:
             grid_size=self.model.grid_size,
             masks_per_image=self.config.train.masks_per_image,
         )
-        images = self.model.normalized(batch.images)
+        return self._inputs(batch.images, masking)
+
+    def _inputs(self, loaded: Tensor, masking: ops.Masking) -> tuple[Any, ...]:
+        images = self.model.normalized(loaded)
         if self.target is None:
             return images, masking
         ids = masking.ids_mask
         if self.config.model.loss_on_all_patches:
             ids = torch.arange(self.model.num_patches, device=ids.device).repeat(len(ids), 1)
         with torch.no_grad():
-            return images, masking, self.target(self.model, batch.images, ids)
+            return images, masking, self.target(self.model, loaded, ids)
+
+    def blank(self, batch_size: int, device: torch.device) -> tuple[Any, ...]:
+        """As :class:`Task`: black images, ``batch_size`` masks."""
+        masks, model = self.config.train.masks_per_image, self.config.model
+        dtype = torch.uint8 if self.config.data.value_range is None else torch.float32
+        shape = batch_size // masks, model.in_chans, *self.config.img_size
+        options = {"seed": 0, "masks_per_image": masks, "device": device}
+        masking = ops.random_masking(shape[0], self.model.num_patches, model.mask_ratio, **options)
+        return self._inputs(torch.zeros(shape, dtype=dtype, device=device), masking)
 
     def loss(self, forward: Callable[..., Any], *inputs: Any) -> Tensor:
         """As :class:`Task`; predictions are made for masked patches only."""
@@ -147,6 +180,10 @@ class MaskedAutoencoding:
         names = ("input_height", "input_width")
         return dict(zip(names, self.model.input_size, strict=True)) if self.config.data.progressive_sizes else {}
 
+    def end(self) -> None:
+        """As :class:`Task`: the model takes images of its own size again."""
+        self.model.set_input_size()
+
 
 @dataclass(frozen=True)
 class Resolution:
@@ -168,7 +205,7 @@ class Resolution:
         return ", ".join(parts)
 
 
-def create_resolution(config: PretrainConfig, total_steps: int, num_samples: int) -> Resolution:
+def create_resolution(config: Any, total_steps: int, num_samples: int) -> Resolution:
     """The sizes of a run over ``num_samples`` images; raises ValueError if there are more of them than passes."""
     sizes = progressive_sizes(config.data.progressive_sizes, config.img_size) or (config.img_size,)
     decoded = total_steps * (config.train.global_batch_size // config.train.masks_per_image)

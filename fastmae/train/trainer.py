@@ -74,7 +74,7 @@ class Trainer:
         # Compiled, sharded or replicated before anything holds on to a parameter: sharding replaces parameters.
         self.forward = parallelize(model, self.parallelism, train)
         if train.batch_size == "auto":
-            batch, text = measured_batch_size(config, model, self.forward, self.ranks)
+            batch, text = measured_batch_size(train, task, self.forward, self.ranks)
             self.console.print(text)
             train = replace(train, batch_size=batch)  # the checkpoint keeps the number
             self.config = config = replace(config, train=train)
@@ -121,6 +121,10 @@ class Trainer:
         }
         if self.loss_scale:
             self.stateful["loss_scale"] = self.loss_scale
+        for callback in callbacks:
+            callback.attach(self)
+            if callback.state_name:
+                self.stateful[callback.state_name] = callback
 
     @property
     def samples(self) -> int:
@@ -147,7 +151,7 @@ class Trainer:
         fit = StepFit(deadline)
         self.reporter.open(self.step, self.schedule.total_steps, deadline, on_log)
         with ExitStack() as stack:  # closed in reverse: the loader and a pending save before the rows' files
-            stack.callback(self.model.set_input_size)
+            stack.callback(self.task.end)
             stack.callback(self.reporter.close)
             stack.enter_context(self.run.failure_noted(lambda: self.step))
             stop = self._stop or stack.enter_context(StopRequest())
@@ -374,7 +378,7 @@ class Trainer:
             CheckpointError: if the checkpoint is damaged, of another architecture, or needs another seed or batch.
         """
         saved = open_checkpoint(saved, ranks=self.ranks) if isinstance(saved, Path) else saved
-        differences = state.compare(saved.manifest, self._describe())
+        differences = state.compare(saved.manifest, self._describe(), type(self.config))
         self._load_tensors(saved)
         self._continue_from(saved)
         return differences

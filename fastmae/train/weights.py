@@ -21,6 +21,8 @@ from fastmae.train.checkpoint import CheckpointError, open_folder
 from fastmae.train.checkpoint.format import Chunk, replace_file
 
 _PICKLES = (".pth", ".pt", ".bin")
+AVERAGE = "average"
+"""Part of a checkpoint: the moving average of the weights, which takes their place outside of training."""
 
 
 def export_weights(model: nn.Module, path: Path, **metadata: Any) -> Path:
@@ -81,7 +83,7 @@ def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     if path.is_dir():
         saved = open_folder(path)
-        return saved.read_all("model."), dict(saved.manifest)
+        return saved.read_all("model.") | saved.read_all(f"{AVERAGE}."), dict(saved.manifest)
     if not path.is_file():
         raise CheckpointError(
             f"{path}: no such file or folder; expected a run folder, a checkpoint, or a file .safetensors or "

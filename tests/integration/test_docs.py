@@ -107,7 +107,9 @@ def test_the_figures_of_the_data_page_are_those_of_the_committed_measurements():
 COMMANDS = ["pretrain", "bench", "plan", "plot", "reconstruct", "consolidate", "env", "inspect", "features", "convert"]
 COMMANDS += ["ablate", "fit-target"]
 COMMANDS += [f"data {name}" for name in ("shard", "index", "verify", "stats")]
-COMMANDS += [f"evaluate {name}" for name in ("knn", "linear", "attentive", "robustness")]
+COMMANDS += [
+    f"evaluate {name}" for name in ("knn", "linear", "attentive", "robustness", "finetune", "partial", "scratch")
+]
 
 
 def test_every_flag_and_command_that_is_named_exists(capsys):

@@ -20,14 +20,16 @@ ALLOWED = {
     "data": {"ops", "model", "fastmae"},
     "interop": {"ops", "model", "reference", "fastmae"},
     "train": {"ops", "model", "data", "fastmae"},
-    "evaluate": {"ops", "model", "data", "fastmae", *(f"train.{name}" for name in ("callbacks", "config", "ranks"))},
+    "evaluate": {"ops", "model", "data", "fastmae", "train.callbacks", "train.classification", "train.config"}
+    | {"train.flops", "train.ranks", "train.task"},
     "environment": {"ops", "fastmae"},
     "errors": set(),
     "pretraining": {"ops", "model", "data", "train", "evaluate", "loading", "errors", "fastmae"},
+    "finetuning": {"model", "data", "train", "evaluate", "loading", "pretraining", "errors", "fastmae"},
     "loading": {"model", "interop", "train", "fastmae"},
     "run": {"data", "train", "pretraining", "loading", "fastmae"},
     "cli": {"ops", "model", "data", "train", "evaluate", "interop", "loading", "environment", "errors", "pretraining"}
-    | {"fastmae"},
+    | {"finetuning", "fastmae"},
     "__main__": {"cli"},
     "fastmae": {"ops", "model", "interop", "loading", "run", "evaluate"},
 }

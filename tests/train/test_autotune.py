@@ -44,6 +44,7 @@ from fastmae.train.config import PretrainConfig, to_json
 from fastmae.train.optim import create_optimizer, parameter_groups
 from fastmae.train.parallel import Parallelism, parallelize
 from fastmae.train.recipes import RECIPES
+from fastmae.train.task import MaskedAutoencoding
 
 OLD, NEW = Speeds(fp32=56.0, bf16=1.1), Speeds(fp32=100.0, bf16=200.0)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -186,7 +187,8 @@ def test_what_the_trial_finds_fits_a_step_and_fills_the_memory(activation_checkp
     train = replace(train, activation_checkpointing=activation_checkpointing)
     model = create_model(**config.model_arguments())
     forward = parallelize(model, Parallelism(device=device), train)
-    batch, _ = measured_batch_size(replace(config, train=train), model, forward, Ranks())
+    task = MaskedAutoencoding(replace(config, train=train), model, None, None)
+    batch, _ = measured_batch_size(train, task, forward, Ranks())
     optimizer = create_optimizer(parameter_groups(model, 0.05), train)
     torch.cuda.reset_peak_memory_stats()
     images = torch.zeros(batch, 3, 224, 224, dtype=torch.uint8, device=device)

@@ -29,7 +29,7 @@ PHOTOGRAPHS, LARGE = RECIPES["photographs"], RECIPES["imagenet-vit-l"]
 CONFIG = "fastmae.train.config"
 
 
-@pytest.mark.parametrize("module", ["fastmae.cli.commands", CONFIG])
+@pytest.mark.parametrize("module", ["fastmae.cli.commands", "fastmae.train.classification", CONFIG])
 def test_every_flag_is_documented(module):
     """``--help`` shows the string below a field."""
     classes = [

@@ -113,9 +113,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     _ = manifest["num_threads"]
 
 
-def compare(manifest: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def compare(manifest: Mapping[str, Any], here: Mapping[str, Any], kind: type = PretrainConfig) -> list[str]:
     """How a run (:func:`describe_run`) differs from the one that a manifest describes, where that makes the
-    continuation inexact: one text each.
+    continuation inexact: one text each. ``kind`` is the class of their configurations.
 
     Raises:
         CheckpointError: if it cannot be continued: another architecture, or a ``Fixed`` field that differs.
@@ -127,7 +127,7 @@ def compare(manifest: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         differ = "; ".join(f"{name} {was.get(name)} there, {now.get(name)} here" for name in names[:3])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(f"the checkpoint is of another architecture: {differ}{more}")
-    differences = compare_configs(manifest["config"], here["config"])
+    differences = compare_configs(manifest["config"], here["config"], kind)
     before, after = (
         {"world_size": run.get("world_size", 1), "num_threads": run["num_threads"]}
         | {"dataset.hash": run["dataset"]["hash"]}
@@ -137,7 +137,7 @@ def compare(manifest: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return differences + [f"{key} was {before.get(key)}, is {v}" for key, v in after.items() if before.get(key) != v]
 
 
-def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any], kind: type = PretrainConfig) -> list[str]:
     """How a resumed run's configuration differs from the saved one, where that changes the results: one text per field.
 
     A configuration of an earlier version lacks fields, which then had what is their default now.
@@ -145,7 +145,7 @@ def compare_configs(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
     Raises:
         CheckpointError: if a ``Fixed`` field differs: the order of samples depends on it, or the initial weights.
     """
-    defaults, may, differences = flatten(to_json(PretrainConfig())), flatten(policies(PretrainConfig)), []
+    defaults, may, differences = flatten(to_json(kind())), flatten(policies(kind)), []
     before, after = defaults | flatten(updated(dict(saved))), defaults | flatten(dict(here))
     for name in sorted(before.keys() | after.keys()):
         was, now, policy = before.get(name), after.get(name), may.get(name)
