@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from fastmae.interop.facebook import ARGS
+from fastmae.interop.facebook import ARGS, is_decoder
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.interop.timm import is_timm, read_timm
 from fastmae.model import PRESETS, MaskedAutoencoderViT, build_model
@@ -93,7 +93,7 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
             model.load_encoder(weights, positions="interpolate")
         else:
             missing, unknown = model.load_state_dict(weights, strict=False)
-            missing = [name for name in missing if info.has_decoder or not _is_decoder(name)]
+            missing = [name for name in missing if info.has_decoder or not is_decoder(name)]
             if missing or unknown:
                 text = "missing among the weights" if missing else "among the weights, but not a tensor of this model"
                 raise ValueError(f"{(missing or unknown)[0]}: {text}")
@@ -209,7 +209,3 @@ def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
     if not numbers:
         raise ValueError("expected a Vision Transformer's weights, found no blocks")
     return max(numbers) + 1
-
-
-def _is_decoder(name: str) -> bool:
-    return name.startswith("decoder_") or name == "mask_token"

@@ -73,14 +73,18 @@ class ConvertConfig:
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
     """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """What to write, which must not exist: a folder (transformers, timm), or a file .pth (facebook), .safetensors or
-    .pt2 (torch-export)."""
-    to: Literal["facebook", "transformers", "timm", "safetensors", "torch-export"] = field(kw_only=True)
-    """Target. timm and torch-export take the encoder, without decoder."""
+    """What to write, which must not exist: a folder (transformers, timm), or a file .pth (facebook), .safetensors,
+    .pt2 (torch-export) or .onnx."""
+    to: Literal["facebook", "transformers", "timm", "safetensors", "torch-export", "onnx"] = field(kw_only=True)
+    """Target. timm, torch-export and onnx take the encoder, without decoder."""
     kind: Literal["auto", "pretraining", "encoder"] = "auto"
     """auto: all of the weights that the target takes. pretraining: with the decoder, or an error. encoder: without."""
     norm_pix_loss: bool | None = None
     """Whether the decoder predicts normalised pixels, where the weights do not say."""
+    input: Literal["float", "uint8"] = "float"
+    """Images that torch-export's or onnx's program takes. float: normalised. uint8: raw pixels, which it normalises."""
+    images: Path | None = None
+    """Folder of images to compare on, besides random ones. None: the embedded photographs."""
 
 
 @dataclass(frozen=True)

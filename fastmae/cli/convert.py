@@ -17,15 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmae.cli.commands import ConvertConfig
+from fastmae.data import open_dataset, read_images
 from fastmae.errors import UsageError, usage_errors
-from fastmae.interop import facebook, timm, to_hugging_face
+from fastmae.interop import export, facebook, timm, to_hugging_face
 from fastmae.loading import WeightsInfo, load
-from fastmae.model import MaskedAutoencoderViT
+from fastmae.model import AblatedMAE, MaskedAutoencoderViT
+from fastmae.model.ablations import OPTIONS
 from fastmae.model.image_model import NORM_EPS, ImageModel
 
 TOLERANCE = 1e-4
 """Largest difference of an output relative to its largest value. Both are float32, but sum in different orders."""
 _IMAGES = 4
+"""Random ones, and as many photographs."""
 
 
 class Target(NamedTuple):
@@ -35,12 +38,15 @@ class Target(NamedTuple):
     outputs: Callable[[Path, ImageModel, Tensor, Tensor], dict[str, Tensor]]
     """What the library computes from (path, model, images, noise): some of the names of ``_outputs``."""
     example: str
-    library: str = "torch"
+    libraries: tuple[str, ...] = ("torch",)
+    """What writing and reading import; the first one's version is printed."""
     requirement: str = "torch"
     suffix: str = ""
     """Of the file; empty for a folder."""
     decodes: bool = True
     """Whether a decoder can be written too."""
+    raw: bool = False
+    """Whether what is written takes uint8 images, if asked to; ``write`` is then told."""
     norm_eps: float | None = None
     """The only epsilon of LayerNorm that the target has; None: any."""
 
@@ -52,23 +58,31 @@ def convert(config: ConvertConfig) -> int:
         raise UsageError(f"OUT: --to {config.to} writes a {target.suffix} file, got {out}")
     if out.exists():
         raise UsageError(f"OUT: {out} exists already; remove it, or choose another name")
-    try:
-        import_module(target.library)
-    except ImportError as error:
-        raise UsageError(f"--to {config.to} needs {target.library}: pip install '{target.requirement}'") from error
+    if config.input == "uint8" and not target.raw:
+        raise UsageError(f"--input uint8: --to {config.to} holds weights, not a program; expected float")
+    for library in target.libraries:
+        try:
+            import_module(library)
+        except ImportError as error:
+            raise UsageError(f"--to {config.to} needs {library}: pip install '{target.requirement}'") from error
     given = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
     model, info = load(config.weights, return_info=True, **given)
     _choose(config, target, model, info)
     write = partial(_write_own, info=info) if config.to == "safetensors" else target.write
+    if target.raw:
+        write = partial(write, raw=config.input == "uint8")
     with usage_errors(), torch.no_grad():
+        pixels = _pixels(config.images, model)
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             written = Path(folder) / out.name
             write(model, written)
-            _compare(model, written, target)
-            _share(written)
-            written.rename(out)
-    print(f"{target.library} {version(target.library)} reads it: {target.example.format(out=out)}")
+            _compare(model, written, target, pixels, config.input)
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # what OUT refers to, before OUT
+                _share(file)
+                file.rename(out.parent / file.name)
+    library = target.libraries[0]
+    print(f"{library} {version(library)} reads it: {target.example.format(out=out)}")
     return 0
 
 
@@ -93,6 +107,15 @@ def _choose(config: ConvertConfig, target: Target, model: ImageModel, info: Weig
                     f"--norm-pix-loss: {config.weights} does not say whether its decoder predicts normalised pixels, "
                     "which transformers must know; pass True or False"
                 )
+    if config.to != "safetensors" and isinstance(model, AblatedMAE):
+        unusual = [f"{name} {model.architecture[name]}" for name in OPTIONS if name in model.architecture]
+        if model.has_decoder:
+            raise UsageError(
+                f"--to {config.to} holds the paper's decoder, not that of a model with "
+                f"{', '.join(unusual or ['decoder_depth 0'])}; --kind encoder writes the encoder alone"
+            )
+    if config.to in ("facebook", "transformers", "timm") and not info.architecture.get("class_token", True):
+        raise UsageError(f"--to {config.to} holds encoders with a class token; {config.weights} has none")
     if info.assumed:
         assumed = ", ".join(f"{name} {info.architecture[name]}" for name in info.assumed)
         print(f"assumed, as in other models of this width: {assumed}")
@@ -129,23 +152,37 @@ def _outputs(model: ImageModel, images: Tensor, noise: Tensor) -> dict[str, Tens
     if not model.has_decoder:
         return found
     out = model(images, noise=noise)
-    return found | {"predictions": out.pred, "loss": out.loss}
+    loss = {} if "num_outputs" in model.architecture else {"loss": out.loss}  # of pixels alone
+    return found | {"predictions": out.pred} | loss
 
 
-def _compare(model: ImageModel, written: Path, target: Target) -> None:
-    """Print the largest difference of each output on random images, masked alike.
+def _pixels(folder: Path | None, model: ImageModel) -> Tensor:
+    """uint8 (2n, C, H, W): random images, and those of a folder or the embedded photographs, with channels in turn."""
+    channels = 3 if folder is None else model.in_chans
+    dataset = open_dataset(folder, **({} if folder is None else {"channels": channels}))
+    count = min(_IMAGES, len(dataset))
+    photographs = read_images([dataset.path(i) for i in range(count)], model.img_size, channels=channels)
+    photographs = photographs[:, torch.arange(model.in_chans) % channels]
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(0, 256, photographs.shape, dtype=torch.uint8, generator=generator)
+    return torch.cat([random, photographs])
+
+
+def _compare(model: ImageModel, written: Path, target: Target, pixels: Tensor, dtype: str) -> None:
+    """Print the largest difference of each output on random images and photographs, masked alike.
 
     Raises:
         ValueError: one exceeds the tolerance.
     """
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, model.in_chans, *model.img_size, generator=generator)
-    noise = torch.rand(_IMAGES, model.grid_size[0] * model.grid_size[1], generator=generator)
+    count = len(pixels) // 2
+    noise = torch.rand(len(pixels), model.grid_size[0] * model.grid_size[1], generator=torch.Generator().manual_seed(0))
+    images = pixels if dtype == "uint8" else model.normalized(pixels.float() / 255)
     ours = _outputs(model, images, noise)
+    print(f"compared on {count} random images and {count} photographs:")
     for name, got in target.outputs(written, model, images, noise).items():
         expected = ours[name]
         if got.shape != expected.shape:
-            shapes = f"{tuple(got.shape)} in {target.library}, {tuple(expected.shape)} in fastmae"
+            shapes = f"{tuple(got.shape)} in {target.libraries[0]}, {tuple(expected.shape)} in fastmae"
             raise ValueError(f"{name}: shape {shapes}; nothing was written")
         difference, tolerance = float((got - expected).abs().max()), TOLERANCE * float(expected.abs().max())
         text = f"{name}: largest difference {difference:.2g}, tolerance {tolerance:.2g}"
@@ -160,16 +197,20 @@ TARGETS = {
         norm_eps=NORM_EPS,
     ),
     "transformers": Target(
-        to_hugging_face.write, to_hugging_face.outputs, 'from_pretrained("{out}")', "transformers",
+        to_hugging_face.write, to_hugging_face.outputs, 'from_pretrained("{out}")', ("transformers",),
         "transformers>=5.0",
     ),
     "timm": Target(
-        timm.write, timm.outputs, 'timm.create_model("local-dir:{out}", pretrained=True)', "timm", "timm>=1.0.15",
+        timm.write, timm.outputs, 'timm.create_model("local-dir:{out}", pretrained=True)', ("timm",), "timm>=1.0.15",
         decodes=False, norm_eps=NORM_EPS,
     ),
-    "safetensors": Target(_write_own, _own_outputs, 'fastmae.load("{out}")', "fastmae", suffix=".safetensors"),
+    "safetensors": Target(_write_own, _own_outputs, 'fastmae.load("{out}")', ("fastmae",), suffix=".safetensors"),
     "torch-export": Target(
-        facebook.export, facebook.exported_outputs, 'torch.export.load("{out}").module()', suffix=".pt2",
-        decodes=False,
+        export.write_program, export.program_outputs, 'torch.export.load("{out}").module()', suffix=".pt2",
+        decodes=False, raw=True,
+    ),
+    "onnx": Target(
+        export.write_onnx, export.onnx_outputs, 'onnxruntime.InferenceSession("{out}")',
+        ("onnxruntime", "onnx", "onnxscript"), "fastmae[onnx]", suffix=".onnx", decodes=False, raw=True,
     ),
 }  # fmt: skip

@@ -30,7 +30,8 @@ class PlainEncoder(nn.Module):
         grid = [size // patch for size, patch in zip(architecture["img_size"], patch_size, strict=True)]
         self.average = architecture.get("pool") == "avg"
         self.patch_embed = reference.PatchEmbed(patch_size, architecture["in_chans"], dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.prefix = int(architecture.get("class_token", True))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if self.prefix else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid[0] * grid[1], dim))
         self.blocks = nn.ModuleList(reference.Block(dim, heads, ratio) for _ in range(architecture["depth"]))
         self.norm = nn.Identity() if self.average else nn.LayerNorm(dim)
@@ -43,8 +44,10 @@ class PlainEncoder(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """All tokens (N, 1 + L, D) of normalised images (N, C, H, W), as ``encode`` of fastmae's models."""
-        patches = self.patch_embed(images)  # shape[0] below, since torch.export makes a constant of len()
-        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.pos_embed
+        x = self.patch_embed(images)
+        if self.cls_token is not None:  # shape[0], since torch.export makes a constant of len()
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self.pos_embed[:, 1 - self.prefix :]
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -54,14 +57,19 @@ class PlainEncoder(nn.Module):
         x = self.tokens(images)
         if not self.classifies:
             return x
-        return self.head(self.fc_norm(x[:, 1:].mean(1)) if self.average else x[:, 0])
+        return self.head(self.fc_norm(x[:, self.prefix :].mean(1)) if self.average else x[:, 0])
 
 
 def weights_of(model: ImageModel) -> dict[str, Tensor]:
     """A model's weights under facebookresearch's names, without a decoder that was never loaded."""
     if getattr(model, "has_decoder", True):
         return model.state_dict()
-    return {n: t for n, t in model.state_dict().items() if not n.startswith("decoder_") and n != "mask_token"}
+    return {n: t for n, t in model.state_dict().items() if not is_decoder(n)}
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a parameter is of pretraining alone: of the decoder, or a mask token, wherever it enters."""
+    return name.startswith("decoder_") or name.endswith("mask_token")
 
 
 def write(model: ImageModel, path: Path) -> None:
@@ -96,23 +104,6 @@ def outputs(path: Path, model: ImageModel, images: Tensor, noise: Tensor) -> dic
     loss, predictions, _ = peer(images, noise=noise)
     tokens = peer.forward_encoder(images, 0.0, in_order)[0]
     return {"encoder tokens": tokens, "predictions": predictions, "loss": loss}
-
-
-def export(model: ImageModel, path: Path) -> None:
-    """Write a ``torch.export`` program (.pt2) of any batch size: of ``encode``, or of a classifier's logits. It takes
-    normalised floating-point images and has no op of fastmae's, so that it runs without fastmae."""
-    plain = PlainEncoder(model.architecture, model.architecture.get("norm_eps", NORM_EPS)).eval()
-    plain.load_state_dict(weights_of(model), strict=True)
-    example = torch.zeros(2, model.in_chans, *model.img_size)
-    program = torch.export.export(plain, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    torch.export.save(program, path)
-
-
-def exported_outputs(path: Path, model: ImageModel, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """What a program computes from a batch of one image and one of all others."""
-    program = torch.export.load(path).module()
-    name = "encoder tokens" if isinstance(model, MaskedAutoencoderViT) else "logits"
-    return {name: torch.cat([program(images[:1]), program(images[1:])])}
 
 
 def _check_square(model: ImageModel) -> None:

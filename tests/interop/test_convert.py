@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -17,10 +18,10 @@ from torch import nn
 import fastmae
 from fastmae.cli import main
 from fastmae.cli.convert import TARGETS
-from fastmae.interop import facebook, to_hugging_face
+from fastmae.interop import export, facebook, to_hugging_face
 from fastmae.interop import timm as to_timm
 from fastmae.interop.facebook import weights_of
-from fastmae.model import MaskedAutoencoderViT
+from fastmae.model import MaskedAutoencoderViT, build_model
 from fastmae.model.classifier import VisionTransformer
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.weights import export_weights
@@ -34,8 +35,8 @@ IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 def build(kind: str = "mae", **changes) -> nn.Module:
     """A model in which every tensor, norms and biases too, matters to the outputs."""
     torch.manual_seed(0)
-    if kind == "mae":
-        model = MaskedAutoencoderViT(**ENCODER | DECODER | changes)
+    if kind in ("mae", "ablated"):
+        model = build_model(ENCODER | DECODER | changes)
     else:
         model = VisionTransformer(5, pool=kind, **ENCODER | changes)
     with torch.no_grad():
@@ -119,6 +120,72 @@ def test_an_exported_program_takes_any_batch_without_ops_of_fastmae(kind, tmp_pa
     expected = model.encode(IMAGES) if kind == "mae" else model(IMAGES)
     for count in (1, 3):
         torch.testing.assert_close(program.module()(IMAGES[:count]), expected[:count], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "dtype", "files"), [("mae", "uint8", 1), ("avg", "float", 2)])
+def test_onnx_has_standard_operators_any_batch_and_statistics(kind, dtype, files, tmp_path, monkeypatch):
+    """Weights that are too large for one file lie beside it."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    model = build(kind, norm_eps=1e-3)
+    if files == 2:
+        monkeypatch.setattr(export, "_LARGEST_MESSAGE", 10_000)
+    out = convert(saved(model, tmp_path), "onnx", tmp_path, "--input", dtype)
+    assert sorted(path.name for path in tmp_path.glob("onnx*")) == ["onnx.onnx", "onnx.onnx.data"][:files]
+    stored = onnx.load(out, load_external_data=False)
+    assert {node.domain for node in stored.graph.node} == {""}
+    session = onnxruntime.InferenceSession(out)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["mean"]) == model.architecture["mean"]
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    images = pixels if dtype == "uint8" else model.normalized(pixels / 255)
+    name, expected = ("tokens", model.encode(pixels)) if kind == "mae" else ("logits", model(pixels))
+    for count in (1, 3):
+        (found,) = session.run([name], {"images": images[:count].numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected[:count], rtol=1e-4, atol=1e-4)
+
+
+def test_programs_that_are_compared_on_given_images(tmp_path, capsys):
+    """A folder's own images take the place of the embedded photographs, whatever number of channels the model has."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(2):
+        np.save(folder / f"{i}.npy", np.random.default_rng(i).integers(0, 256, (40, 48, 2), np.uint8))
+    source = saved(build(in_chans=2, mean=[0.5, 0.5]), tmp_path)
+    convert(source, "torch-export", tmp_path, "--images", str(folder), "--input", "uint8")
+    assert "compared on 2 random images and 2 photographs:" in capsys.readouterr().out
+    convert(source, "timm", tmp_path)
+    assert "compared on 4 random images and 4 photographs:" in capsys.readouterr().out
+    assert "--input uint8: --to timm holds weights, not a program" in refusal(
+        capsys, source, "timm", tmp_path, "--input", "uint8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "described"),
+    [
+        ({"encoder_mask_tokens": True, "decoder_depth": 0}, "encoder_mask_tokens True"),
+        ({"num_outputs": 7, "norm_pix_loss": False}, "num_outputs 7"),
+        ({"loss_on_all_patches": True}, "loss_on_all_patches True"),
+        ({"class_token": False}, "class_token False"),
+    ],
+)
+def test_ablated_models_leave_as_encoders(change, described, tmp_path, capsys):
+    """Other libraries have the paper's decoder only, so its variants are refused; their encoders are ordinary ones."""
+    model = build("ablated", **change)
+    source = saved(model, tmp_path)
+    assert_same(model, fastmae.load(convert(source, "safetensors", tmp_path)))
+    for target in ("facebook", "transformers"):
+        assert f"not that of a model with {described}" in refusal(capsys, source, target, tmp_path)
+    short = convert(source, "safetensors", tmp_path / "short", "--kind", "encoder")
+    assert torch.equal(fastmae.load(short).encode(IMAGES), model.encode(IMAGES))
+    convert(short, "torch-export", tmp_path)
+    if "class_token" in change:
+        for target in ("facebook", "transformers", "timm"):
+            assert "holds encoders with a class token" in refusal(capsys, short, target, tmp_path)
+        return
+    for target in ("facebook", "transformers", "timm"):
+        again = fastmae.load(convert(source, target, tmp_path, "--kind", "encoder"))
+        assert not again.has_decoder
+        assert torch.equal(again.encode(IMAGES), model.encode(IMAGES))
 
 
 def test_transformers_finds_model_and_statistics_by_itself(tmp_path):
@@ -228,9 +295,13 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, capsys, monkeypatch):
     # What the others refuse, timm and a folder of ViT take.
     convert(wide, "timm", tmp_path / "wide")
     assert fastmae.load(convert(wide, "transformers", tmp_path / "wide", "--kind", "encoder")).img_size == (32, 48)
-    for target in ("transformers", "timm"):
-        monkeypatch.setitem(sys.modules, target, None)
-        assert f"--to {target} needs {target}: pip install '{target}>=" in refusal(capsys, whole, target, tmp_path)
+    for target, library, needed in (
+        ("transformers", "transformers", "transformers>="), ("timm", "timm", "timm>="),
+        ("onnx", "onnxruntime", "fastmae[onnx]"),
+    ):  # fmt: skip
+        monkeypatch.setitem(sys.modules, library, None)
+        expected = f"--to {target} needs {library}: pip install '{needed}"
+        assert expected in refusal(capsys, whole, target, tmp_path)
 
 
 def test_folders_that_contradict_themselves_are_refused(tmp_path):
@@ -270,5 +341,6 @@ def test_files_of_facebookresearch_say_what_their_decoder_predicts(tmp_path, cap
 def test_the_page_names_the_versions_that_are_tested():
     root = Path(__file__).parents[2]
     pinned = dict(line.split("==") for line in (root / "constraints.txt").read_text().splitlines() if "==" in line)
-    named = set(re.findall(r"(transformers|timm|torch) (\d[\d.]*\d)", (root / "docs" / "interop.md").read_text()))
-    assert named == {(name, pinned[name].split()[0]) for name in ("transformers", "timm", "torch")}
+    names = ("transformers", "timm", "torch", "onnxruntime")
+    named = re.findall(rf"({'|'.join(names)}) (\d[\d.]*\d)", (root / "docs" / "interop.md").read_text())
+    assert set(named) == {(name, pinned[name].split()[0]) for name in names}
