@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def build_model(architecture: Mapping[str, Any]) -> MaskedAutoencoderViT:
     """The model of ``MaskedAutoencoderViT.architecture``, or of an :class:`AblatedMAE`'s."""
-    options = {name: value for name, value in architecture.items() if OPTIONS.get(name, value) != value}
+    options = {name: value for name, value in architecture.items() if name in OPTIONS and value != OPTIONS[name]}
     rest = {name: value for name, value in architecture.items() if name not in OPTIONS}
     if options or rest.get("decoder_depth") == 0:
         return AblatedMAE(**rest, **options)
