@@ -17,7 +17,6 @@ from fastmae.data.sampler import Order, batch_positions, micro_batches, replacem
 
 ImgSize = tuple[int, int] | Callable[[int], tuple[int, int]]
 """Height and width, or a function that gives them for an epoch."""
-_AXES = (), (3,), (2,), (2, 3)
 
 
 class Source(NamedTuple):
@@ -53,12 +52,9 @@ class Plan:
         img_size: height and width of the images.
         positions: int64, global positions.
         sample_ids, epochs: int64, the keys of the samples' random draws.
-        source_ids: int64, whose pixels to take: ``sample_ids``, except for replacements.
-        boxes: int64 (n, 4), top, left, height, width in the upright source image.
         flips: bool (n, 2), left and right, top and bottom.
         jitter: float64 (n, 4), factors of brightness, contrast and saturation, and the shift of hue; or None.
-        sources: the source of each sample.
-        mirrored: the axes of (1, C, H, W) along which to mirror each sample.
+        sources: of each sample, its own pixels except for replacements.
     """
 
     step: int
@@ -66,12 +62,9 @@ class Plan:
     positions: np.ndarray
     sample_ids: np.ndarray
     epochs: np.ndarray
-    source_ids: np.ndarray
-    boxes: np.ndarray
     flips: np.ndarray
     jitter: np.ndarray | None
     sources: list[Source]
-    mirrored: list[tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -116,11 +109,10 @@ class Planner:
         for j in np.flatnonzero(self.dataset.is_bad(sample_ids)):
             source_ids[j] = self.replacement(int(sample_ids[j]), int(epochs[j]), ())
         size = self.size(step)
-        boxes, sources = self._sources(sample_ids, epochs, source_ids, size)
+        sources = self._sources(sample_ids, epochs, source_ids, size)
         keys = {"seed": self.seed, "augment": self.augment}
-        flipped, jitter = flips(sample_ids, epochs, **keys), jitter_factors(sample_ids, epochs, **keys)
-        axes = [_AXES[number] for number in (flipped @ (1, 2)).tolist()]
-        return Plan(step, size, positions, sample_ids, epochs, source_ids, boxes, flipped, jitter, sources, axes)
+        mirrored, jitter = flips(sample_ids, epochs, **keys), jitter_factors(sample_ids, epochs, **keys)
+        return Plan(step, size, positions, sample_ids, epochs, mirrored, jitter, sources)
 
     def replacement(self, sample_id: int, epoch: int, excluded: Container[int]) -> int:
         """The sample that takes the place of a bad one: a function of the latter's keys and of which files are bad.
@@ -139,15 +131,15 @@ class Planner:
         row = slice(j, j + 1)
         sample_ids, epochs = plan.sample_ids[row], plan.epochs[row]
         other = np.array([self.replacement(int(sample_ids[0]), int(epochs[0]), excluded)])
-        return self._sources(sample_ids, epochs, other, plan.img_size)[1][0]
+        return self._sources(sample_ids, epochs, other, plan.img_size)[0]
 
-    def _sources(self, sample_ids, epochs, source_ids, img_size) -> tuple[np.ndarray, list[Source]]:
+    def _sources(self, sample_ids, epochs, source_ids, img_size) -> list[Source]:
         rows = self.dataset.rows(source_ids)
         keys = {"seed": self.seed, "augment": self.augment, "img_size": img_size}
         boxes = crop_boxes(sample_ids, epochs, *upright_shapes(rows), **keys)
         fields = (rows[name].tolist() for name in Source._fields[2:-1])
         columns = source_ids.tolist(), self.dataset.files(rows), *fields, boxes.tolist()
-        return boxes, list(map(Source._make, zip(*columns, strict=True)))
+        return list(map(Source._make, zip(*columns, strict=True)))
 
 
 class Batch(NamedTuple):

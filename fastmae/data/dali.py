@@ -39,7 +39,6 @@ from fastmae.data.formats import MODES, stored_size
 from fastmae.data.host import HostDecoder
 
 _COLORS = ("brightness", "contrast", "saturation", "hue")
-_NO_JITTER = (1.0, 1.0, 1.0, 0.0)
 _LOOKED_AT, _MOST_SIDE = 4096, 4096
 _DEVICE_PADDING, _HOST_PADDING = 16 << 20, 8 << 20
 _MAX_FAILURES = 10
@@ -73,7 +72,6 @@ class DaliDecoder(HostDecoder):
         super().__init__(planner, num_threads, known_bad, limit_bad=limit_bad)
         self.device, self._on_gpu = device, device.type == "cuda"
         self._hints = decoder_hints(planner.dataset, hw_decoder_load) if self._on_gpu else {}
-        self._names = input_names(self._on_gpu, planner.augment.color_jitter > 0)
         # The batches in the making take turns with one pipeline: a second one would take as much memory again.
         self._pipeline: Pipeline | None = None
         self._single: Pipeline | None = None
@@ -94,7 +92,9 @@ class DaliDecoder(HostDecoder):
     def decode(self, plan: Plan, images: Tensor) -> None:
         encoded = self._read(plan)
         while True:
-            self._leave_to_host(plan, encoded)
+            for j, source in enumerate(plan.sources):
+                if source.sample_id in self._suspects and self._refuses(source, encoded[j]):
+                    encoded[j] = None
             try:
                 crops = self._run(plan, encoded)
                 break
@@ -104,18 +104,22 @@ class DaliDecoder(HostDecoder):
                     return
         self._failures = 0
         if self._on_gpu:
-            self._copy_from_gpu(crops, plan, encoded, images)
-            return
+            from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        def finish_some(numbers: range) -> None:
-            # DALI's own memory; at(j) would copy.
-            mine = {j: torch.from_numpy(np.asarray(crops[j])) for j in numbers if encoded[j] is not None}
-            self.finish(plan, mine, images)
-            for j in numbers:
-                if j not in mine:
-                    self.render(plan, j, images)
+            # Not DALI's own memory through DLPack: DALI would fill it again as soon as the last reference is gone,
+            # while kernels may still read it.
+            feed_ndarray(crops.as_tensor(), images, cuda_stream=torch.cuda.current_stream(self.device))
+        else:
 
-        self.for_each(finish_some, len(plan))
+            def finish_some(numbers: range) -> None:
+                # DALI's own memory; at(j) would copy.
+                mine = {j: torch.from_numpy(np.asarray(crops[j])) for j in numbers if encoded[j] is not None}
+                self.finish(plan, mine, images)
+
+            self.for_each(finish_some, len(plan))
+        self._on_host(plan, [j for j, data in enumerate(encoded) if data is None], images)
+        if self._on_gpu:
+            torch.cuda.current_stream(self.device).synchronize()
 
     def _read(self, plan: Plan) -> list[np.ndarray | None]:
         """The files of a batch; None for those that DALI must not get.
@@ -141,54 +145,35 @@ class DaliDecoder(HostDecoder):
             return None
         return data if stored_size(data) == (source.height, source.width) else None
 
-    def _leave_to_host(self, plan: Plan, encoded: list[np.ndarray | None]) -> None:
-        """Take out those of the remembered images that DALI refuses."""
-        for j in np.flatnonzero(np.isin(plan.source_ids, [*self._suspects])).tolist():
-            if encoded[j] is not None and self._refuses(plan, j, encoded[j]):
-                encoded[j] = None
-
     def _run(self, plan: Plan, encoded: list[np.ndarray | None]):
         """What DALI makes of a batch: crops, on a GPU finished images. They own their memory."""
-        inputs = input_values(plan, encoded)
+        inputs = pipeline_inputs(plan, encoded, finished=self._on_gpu)
         with self._running:
-            pipeline, self._pipeline = self._pipeline or self._build(), None
-            for name in self._names:
-                pipeline.feed_input(name, inputs[name])
-            (crops,) = pipeline.run()
+            pipeline, self._pipeline = self._pipeline or self._build(inputs), None
+            (crops,) = pipeline.run(**inputs)
             self._pipeline = pipeline  # one that has raised is of no use any more
         return crops
 
-    def _copy_from_gpu(self, crops, plan: Plan, encoded: list[np.ndarray | None], images: Tensor) -> None:
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        # Not DALI's own memory through DLPack: DALI would fill it again as soon as the last reference is gone, while
-        # kernels may still read it.
-        stream = torch.cuda.current_stream(self.device)
-        feed_ndarray(crops.as_tensor(), images, cuda_stream=stream)
-        left = [j for j, data in enumerate(encoded) if data is None]
-        if left:
-            self._render(plan, left, images)
-        stream.synchronize()
-
-    def _render(self, plan: Plan, left: list[int], images: Tensor) -> None:
-        """Make some images of a batch on the host, and copy them where they belong."""
-        made = torch.empty_like(images, device="cpu")
+    def _on_host(self, plan: Plan, left: list[int], images: Tensor) -> None:
+        """Make some images of a batch on the host, one by one, and copy them where they belong."""
+        made = torch.empty_like(images, device="cpu") if self._on_gpu else images
 
         def render_some(numbers: range) -> None:
             for number in numbers:
                 self.render(plan, left[number], made)
 
         self.for_each(render_some, len(left))
-        images[left] = made[left].to(self.device)
+        if self._on_gpu and left:
+            images[left] = made[left].to(self.device)
 
-    def _build(self) -> Pipeline:
+    def _build(self, names: Iterable[str]) -> Pipeline:
         device_id = self.device.index if self._on_gpu else None
         # Batch by batch. Only the dynamic executor leaves their memory to the outputs when the next batch is made.
-        options = {"prefetch_queue_depth": 1, "exec_async": False, "exec_pipelined": False, "exec_dynamic": True}
+        options = {"prefetch_queue_depth": 1, "exec_dynamic": True}
         pipeline = Pipeline(self.planner.batch_size, self.num_threads, device_id, **options)
         with pipeline:
             # DALI would copy the files while it holds the interpreter lock.
-            inputs = {name: fn.external_source(name=name, no_copy=True) for name in self._names}
+            inputs = {name: fn.external_source(name=name, no_copy=True) for name in names}
             images = decoded_crops(inputs, "mixed" if self._on_gpu else "cpu", self._hints)
             pipeline.set_outputs(finished_images(images, inputs) if self._on_gpu else images)
         try:
@@ -199,31 +184,27 @@ class DaliDecoder(HostDecoder):
 
     def _find_suspects(self, plan: Plan, encoded: list[np.ndarray | None]) -> bool:
         """Ask DALI about each sample of a batch that failed, a millisecond each; return whether it refuses any."""
-        found = {
-            source.sample_id
-            for j, source in enumerate(plan.sources)
-            if encoded[j] is not None and self._refuses(plan, j, encoded[j])
-        }
+        found = {source.sample_id for j, source in enumerate(plan.sources) if self._refuses(source, encoded[j])}
         with self._asking:
             new, self._suspects = found - self._suspects, self._suspects | found
         for sample_id in sorted(new):
             logger.warning("%s: DALI refuses it, so the host decodes it", self.dataset.path(sample_id))
         return bool(found)
 
-    def _refuses(self, plan: Plan, j: int, encoded: np.ndarray) -> bool:
-        """Whether DALI refuses a sample if it is asked about nothing else."""
+    def _refuses(self, source: Source, encoded: np.ndarray | None) -> bool:
+        """Whether DALI refuses a sample that it may get, if it is asked about nothing else."""
+        if encoded is None:
+            return False
         with self._asking:
             if self._single is None:
                 self._single = Pipeline(1, 1, self.device.index if self._on_gpu else None, prefetch_queue_depth=1)
                 with self._single:
-                    inputs = {name: fn.external_source(name=name) for name in input_names(finished=False, jitter=False)}
+                    inputs = {name: fn.external_source(name=name) for name in ("encoded", "anchors", "shapes")}
                     self._single.set_outputs(decoded_crops(inputs, "mixed" if self._on_gpu else "cpu", {}))
                 self._single.build()
-            top_left, shape = np.int32(plan.sources[j].box).reshape(2, 2)
+            top_left, shape = np.int32(source.box).reshape(2, 2)
             try:
-                for name, value in {"encoded": encoded, "anchors": top_left, "shapes": shape}.items():
-                    self._single.feed_input(name, [value])
-                self._single.run()
+                self._single.run(encoded=[encoded], anchors=[top_left], shapes=[shape])
             except RuntimeError:
                 self._single = None
                 return True
@@ -235,40 +216,29 @@ class DaliDecoder(HostDecoder):
         if self._failures > _MAX_FAILURES:
             raise DataError(f"DALI failed at {self._failures} batches in a row: {error}") from error
         logger.warning("DALI cannot make step %d, so it is decoded on the host: %s", plan.step, error)
-        if self._on_gpu:
-            self._render(plan, list(range(len(plan))), images)
-        else:
-            super().decode(plan, images)
+        self._on_host(plan, list(range(len(plan))), images)
 
 
-def input_names(finished: bool, jitter: bool) -> list[str]:
-    """The inputs of a pipeline that makes crops, or finished images with or without colour jitter."""
-    names = ["encoded", "anchors", "shapes"]
-    if finished:
-        names += ["sizes", "left_right", "top_bottom", *(_COLORS if jitter else ())]
-    return names
+def pipeline_inputs(
+    plan: Plan, encoded: list[np.ndarray | None], *, finished: bool
+) -> dict[str, TensorListCPU | np.ndarray]:
+    """What a pipeline that makes crops, or ``finished`` images, gets for a batch: its files and its plan.
 
-
-def input_values(plan: Plan, encoded: list[np.ndarray | None]) -> dict[str, TensorListCPU | np.ndarray]:
-    """All inputs for a batch: its files, and its plan as DALI wants it. Instead of None, DALI gets a blank image."""
-    given = np.array([data is not None for data in encoded])
-    boxes = np.where(given[:, None], plan.boxes, [0, 0, 1, 1]).astype(np.int32)
-    jitter = np.tile(_NO_JITTER, (len(encoded), 1)) if plan.jitter is None else plan.jitter
-    brightness, contrast, saturation, turn = np.ascontiguousarray(jitter.T, np.float32)
+    Instead of None, DALI gets a blank image.
+    """
+    boxes = np.int32([[0, 0, 1, 1] if data is None else s.box for s, data in zip(plan.sources, encoded, strict=True)])
     files = [TensorCPU(_blank_image() if data is None else data) for data in encoded]
-    left_right, top_bottom = np.ascontiguousarray(plan.flips.T, np.int32)
-    return {
+    inputs = {
         "encoded": TensorListCPU(files, contiguous=False),
         "anchors": np.ascontiguousarray(boxes[:, :2]),
         "shapes": np.ascontiguousarray(boxes[:, 2:]),
-        "sizes": np.tile(np.float32(plan.img_size), (len(encoded), 1)),
-        "left_right": left_right,
-        "top_bottom": top_bottom,
-        "brightness": brightness,
-        "contrast": contrast,
-        "saturation": saturation,
-        "hue": 360 * turn,
     }
+    if finished:
+        inputs["sizes"] = np.tile(np.float32(plan.img_size), (len(plan), 1))
+        inputs["left_right"], inputs["top_bottom"] = np.ascontiguousarray(plan.flips.T, np.int32)
+    if finished and plan.jitter is not None:
+        inputs |= zip(_COLORS, np.ascontiguousarray((plan.jitter * (1, 1, 1, 360)).T, np.float32), strict=True)
+    return inputs
 
 
 def decoded_crops(inputs: Mapping, device: str, hints: Mapping):

@@ -244,22 +244,22 @@ def resize_crop_into(out: np.ndarray, pixels: np.ndarray, box: np.ndarray) -> No
         pixels: uint8 (H, W, C), or float32 in [0, 1], any strides; what bicubic overshoots is clipped.
         box: top, left, height, width of the crop within ``pixels``.
     """
-    render_crops([interleaved(pixels)], [box.tolist()], [()], torch.from_numpy(out)[None], [0])
+    render_crops([interleaved(pixels)], [box.tolist()], [[False, False]], torch.from_numpy(out)[None], [0])
 
 
 def render_crops(
-    images: list[Tensor], boxes: list[list[int]], mirrored: list[list[int]], batch: Tensor, rows: list[int]
+    images: list[Tensor], boxes: list[list[int]], flips: list[list[bool]], batch: Tensor, rows: list[int]
 ) -> None:
     """Crop images, resize them (bicubic, antialiased) into rows of a batch, and mirror them.
 
     Args:
         images: (height, width, C) each, contiguous: uint8, or float32 in [0, 1]; what bicubic overshoots is clipped.
         boxes: top, left, height, width of the crops.
-        mirrored: the axes of (1, C, H, W) along which to mirror.
+        flips: whether to mirror left and right, top and bottom.
         batch: (N, H, W, C), written.
         rows: of the batch, one for each image.
     """
-    for image, box, axes, row in zip(images, boxes, mirrored, rows):  # noqa: B905 - TorchScript has no strict
+    for image, box, flip, row in zip(images, boxes, flips, rows):  # noqa: B905 - TorchScript has no strict
         top, left, height, width = box
         _, columns, channels = image.shape
         # The stride of the first axis must be at least the image's: else PyTorch does not see that channels come last.
@@ -274,15 +274,18 @@ def render_crops(
             planes = crop.transpose(0, 1).contiguous()
             planes = torch.ops.aten._upsample_bicubic2d_aa(planes, out.shape[2:], False, None, None)
             out.copy_((planes if crop.dtype == torch.uint8 else planes.clamp(0, 1)).transpose(0, 1))
-        if len(axes) > 0:
-            out.copy_(out.flip(axes))
+        left_right, top_bottom = flip
+        if left_right:
+            out.copy_(out.flip(3))
+        if top_bottom:
+            out.copy_(out.flip(2))
 
 
 def render_photographs(
     encoded: list[Tensor],
     headers: list[tuple[bool, int, int]],
     boxes: list[list[int]],
-    mirrored: list[list[int]],
+    flips: list[list[bool]],
     batch: Tensor,
     rows: list[int],
 ) -> None:
@@ -292,7 +295,7 @@ def render_photographs(
         encoded: files, uint8 (bytes,).
         webp: which of them are WebP.
         headers: whether it is WebP, height and width.
-        boxes, mirrored, batch, rows: as for :func:`render_crops`.
+        boxes, flips, batch, rows: as for :func:`render_crops`.
 
     Raises:
         RuntimeError: one of them does not decode, or to another size.
@@ -303,7 +306,7 @@ def render_photographs(
         image = image.permute(1, 2, 0)  # contiguous
         if list(image.shape) != [height, width, 3]:
             raise RuntimeError("decodes to another size than its header said")
-        render_crops([image], boxes[i : i + 1], mirrored[i : i + 1], batch, rows[i : i + 1])
+        render_crops([image], boxes[i : i + 1], flips[i : i + 1], batch, rows[i : i + 1])
 
 
 @cache

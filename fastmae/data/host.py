@@ -125,11 +125,11 @@ class HostDecoder:
         return torch.from_numpy(encoded if encoded.flags.writeable else encoded.copy())
 
     def _decode_photographs(self, plan: Plan, encoded: dict[int, Tensor], images: Tensor) -> None:
-        sources = [plan.sources[j] for j in encoded]
+        numbers, files = [*encoded], [*encoded.values()]
+        sources, flips = [plan.sources[j] for j in numbers], plan.flips[numbers].tolist()
         headers = [(source.format == Format.WEBP, source.height, source.width) for source in sources]
-        boxes, mirrored = [source.box for source in sources], [plan.mirrored[j] for j in encoded]
         try:
-            self._render_photographs([*encoded.values()], headers, boxes, mirrored, images, [*encoded])
+            self._render_photographs(files, headers, [source.box for source in sources], flips, images, numbers)
         except (RuntimeError, torch.jit.Error):  # of one that does not decode, not saying which
             for j in encoded:
                 self.render(plan, j, images)
@@ -138,8 +138,8 @@ class HostDecoder:
 
     def finish(self, plan: Plan, crops: dict[int, Tensor], images: Tensor) -> None:
         """Resize the decoded crops (height, width, C) of some samples, mirror them and change their colours."""
-        boxes = [(0, 0, *crop.shape[:2]) for crop in crops.values()]
-        self._render_crops([*crops.values()], boxes, [plan.mirrored[j] for j in crops], images, [*crops])
+        numbers, boxes = [*crops], [(0, 0, *crop.shape[:2]) for crop in crops.values()]
+        self._render_crops([*crops.values()], boxes, plan.flips[numbers].tolist(), images, numbers)
         self._jitter(plan, crops, images)
 
     def render(self, plan: Plan, j: int, images: Tensor) -> None:
@@ -161,7 +161,7 @@ class HostDecoder:
             self._record(late._replace(position=int(plan.positions[j])))
             excluded.add(source.sample_id)
             source = self.planner.replace(plan, j, excluded)
-        self._render_crops([image], [source.box], [plan.mirrored[j]], images, [j])
+        self._render_crops([image], [source.box], plan.flips[j : j + 1].tolist(), images, [j])
         self._jitter(plan, [j], images)
 
     def _jitter(self, plan: Plan, numbers: Iterable[int], images: Tensor) -> None:

@@ -84,7 +84,7 @@ def test_what_only_dali_refuses_is_decoded_on_the_host(tmp_path, monkeypatch, ca
     content = picture_bytes(6)
     (tmp_path / "6.jpg").write_bytes(content[: len(content) * 9 // 10].ljust(len(content), b"\xff"))
     built, build = [], DaliDecoder._build
-    monkeypatch.setattr(DaliDecoder, "_build", lambda self: built.append(self) or build(self))
+    monkeypatch.setattr(DaliDecoder, "_build", lambda *args: built.append(args) or build(*args))
     with create_loader(dataset, loader="dali", **OPTIONS) as loader:
         batches = [next(loader) for _ in range(10)]
         assert [Path(bad.path).name for bad in loader.bad_files] == ["6.jpg"]

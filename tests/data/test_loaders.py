@@ -120,22 +120,19 @@ def test_what_a_gpu_would_do(dataset, color_jitter, limit):
     import nvidia.dali.fn as fn
     from nvidia.dali import Pipeline
 
-    from fastmae.data.dali import decoded_crops, finished_images, input_names, input_values
+    from fastmae.data.dali import decoded_crops, finished_images, pipeline_inputs
 
     options = {"batch_size": 11, "img_size": (96, 80), "seed": 3}
     augment = Augment(vflip=0.5, color_jitter=color_jitter)
     with create_loader(dataset, loader="torch", augment=augment, **options) as loader:
         plan, batch = loader.plan(0), next(loader)
-        values = input_values(plan, [dataset.read(int(i)) for i in plan.source_ids])
-    names = input_names(finished=True, jitter=color_jitter > 0)
+        values = pipeline_inputs(plan, [dataset.read(source.sample_id) for source in plan.sources], finished=True)
     pipeline = Pipeline(11, 2, None, prefetch_queue_depth=1)
     with pipeline:
-        inputs = {name: fn.external_source(name=name) for name in names}
+        inputs = {name: fn.external_source(name=name) for name in values}
         pipeline.set_outputs(finished_images(decoded_crops(inputs, "cpu", {}), inputs))
     pipeline.build()
-    for name in names:
-        pipeline.feed_input(name, values[name])
-    images = torch.from_numpy(pipeline.run()[0].as_array()).permute(0, 3, 1, 2)
+    images = torch.from_numpy(pipeline.run(**values)[0].as_array()).permute(0, 3, 1, 2)
     mean = difference([batch], [batch._replace(images=images)])
     assert mean < limit
     if color_jitter:  # the same factors, each where it belongs: closer than without
