@@ -29,7 +29,7 @@ TINY = (
 
 
 @pytest.mark.parametrize("model", MODELS)
-def bench_end_to_end(request, results, tmp_path, model):
+def bench_end_to_end(request, store, tmp_path, model):
     tiny = request.config.getoption("--tiny")
     if not (tiny or torch.cuda.is_available()):
         pytest.skip("for GPUs; --tiny runs it")
@@ -44,4 +44,4 @@ def bench_end_to_end(request, results, tmp_path, model):
     assert code == 0, f"fastmae bench: exit code {code}"
     # Where the images lay for the moment means nothing to a reader of the results.
     found = json.loads(out.read_text().replace(str(images), f"{count} JPEGs"))
-    results.write("end_to_end", name=model, found=found)
+    store("end_to_end", name=model, found=found)

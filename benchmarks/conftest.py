@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import fake_cuda
 import pytest
 import torch
 from benchmark import Benchmark, Results, Timer, Unavailable, describe_run, ready, run, table
-from results import JsonLines
+from results import append
 
 from fastmae.train.autotune import measure_products
 from fastmae.train.parallel import DTYPES
@@ -72,12 +73,12 @@ def timer(request, device) -> Timer:
 
 
 @pytest.fixture(scope="session")
-def results(request) -> JsonLines:
-    """The file that --results names, if it does."""
+def store(request) -> Callable[..., None]:
+    """``store(kind, **values)`` appends a line to the file that --results names, if it does."""
     path = request.config.getoption("--results")
-    lines = JsonLines(path and Path(path))
-    lines.write("machine", **describe_run())
-    return lines
+    store = partial(append, path and Path(path))
+    store("machine", **describe_run())
+    return store
 
 
 @pytest.fixture(scope="session")
@@ -105,7 +106,7 @@ def case_of(item: pytest.Item) -> str:
 
 
 @pytest.fixture
-def compete(request, benchmark, timer, results, _current) -> Callable[..., None]:
+def compete(request, benchmark, timer, store, _current) -> Callable[..., None]:
     """``compete(build, *args)`` reports this test's competitor in the benchmark ``build(*args)``.
 
     The first competitor of a case to be reported has all those timed that were selected, in turn.
@@ -136,11 +137,11 @@ def compete(request, benchmark, timer, results, _current) -> Callable[..., None]
             names = [name for name in names if not isinstance(job.calls[name], Unavailable)]
             say(config, f"[{1 + cases.index(case_of(item))} of {len(cases)}] {job.group}: {', '.join(names)}")
             rounds = 2 if config.getoption("--tiny") else config.getoption("--rounds")
-            report = lambda name, s: results.write("round", group=job.group, competitor=name, seconds=s)  # noqa: E731
+            report = lambda name, s: store("round", group=job.group, competitor=name, seconds=s)  # noqa: E731
             _current["results"] = run(job, names, timer, rounds, report)
             say(config, *table(job, _current["results"])[1:])
             for entry in _current["results"].entries.values():
-                results.write("benchmark", **entry)
+                store("benchmark", **entry)
         found: Results = _current["results"]
         if name in found.errors:
             pytest.fail(found.errors[name], pytrace=False)

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from results import JsonLines, collect, read_lines
+from results import append, collect
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,13 +119,13 @@ def gpu_tests() -> tuple[Stage, ...]:
 class Plan:
     """Runs stages, each in its time; ``bad`` has the names of those that did not end well."""
 
-    def __init__(self, out: Path, append: bool = False):
+    def __init__(self, out: Path, second: bool = False):
         self.begun, self.out = time.monotonic(), out.resolve()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.results = JsonLines(self.out / "results.jsonl")
-        if not append:
-            self.results.path.unlink(missing_ok=True)
-        self.log = (self.out / "log.txt").open("ab" if append else "wb")
+        self.results = self.out / "results.jsonl"
+        if not second:
+            self.results.unlink(missing_ok=True)
+        self.log = (self.out / "log.txt").open("ab" if second else "wb")
         self.running: list[subprocess.Popen] = []
         self.bad: list[str] = []
 
@@ -143,8 +143,8 @@ class Plan:
                     end = self.finish(stage, processes)
                 self.stop(processes)
                 self.bad += [stage.name] * (end != "done")
-                self.results.write("stage", name=stage.name, found=end)
-                collected = collect(read_lines(self.results.path))
+                append(self.results, "stage", name=stage.name, found=end)
+                collected = collect(self.results)
                 (self.out / "results.json").write_text(json.dumps(collected, indent=1) + "\n")
                 print(f"[{self.seconds():5.0f} s] {stage.name}: {end}", flush=True)
         finally:
@@ -208,7 +208,7 @@ def main() -> int:
         if not torch.cuda.is_available():
             sys.exit("make gpu: PyTorch finds no CUDA device on this machine; --dry-run needs none")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    plan = Plan(arguments.out, append=arguments.second)
+    plan = Plan(arguments.out, arguments.second)
     plan.run(tuple(stage for stage in stages if not arguments.only or stage.name in arguments.only))
     print(f"results in {plan.out} after {plan.seconds():.0f} s", flush=True)
     if plan.bad:

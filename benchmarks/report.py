@@ -14,16 +14,15 @@ import argparse
 import json
 import math
 from collections.abc import Collection, Iterable
+from itertools import chain
 from pathlib import Path
 
-from results import collect, read_lines
+from results import collect
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README, PAGE = "README.md", "docs/benchmarks.md"
-COUNTED, PHOTOGRAPHS, RUNNING = "docs/counted.md", "docs/photographs.md", "docs/running.md"
 CHOICES = "fastmae/ops/attention_choices.json"
-
 TIE = 0.995
 """A ratio from here up rounds to 1.00 and does not count as slower."""
 
@@ -34,7 +33,7 @@ TIE = 0.995
 def read(path: Path) -> dict:
     """A file of results, or lines of JSON that are to become one."""
     if path.suffix == ".jsonl":
-        return collect(read_lines(path))
+        return collect(path)
     # Earlier results call a change to the training step a lever.
     return json.loads(path.read_text().replace('"lever: ', '"change: '))
 
@@ -49,10 +48,7 @@ def case_of(group: str) -> str:
 
 
 STEP, LOADERS = "training step", "loader"
-_ORDER = (
-    STEP, "block", "attention", "norm_linear", "gelu_linear", "masked_patch_mse",
-    "gather_patches",
-)  # fmt: skip
+_FIRST = (STEP, "block", "attention", "norm_linear", "gelu_linear", "masked_patch_mse", "gather_patches")
 
 
 class Machine:
@@ -61,21 +57,16 @@ class Machine:
     A group that two files have stays two groups, the second named after its file: ratios hold within one run only.
     """
 
-    def __init__(self, name: str, results: dict[str, dict]):
-        self.name, self.runs = name, list(results.values())
+    def __init__(self, results: dict[str, dict]):
+        self.runs = list(results.values())
         self.info = self.runs[0]["machine"]
         self.groups: dict[str, dict[str, dict]] = {}
-        self.end_to_end: dict[str, dict] = {}
-        self.failed: list[str] = []
         for file, result in results.items():
             before = set(self.groups)
             for entry in result["benchmarks"]:
-                if kind_of(entry["group"]) == "loader stages":  # of earlier results
-                    continue
                 group = entry["group"] if entry["group"] not in before else f"{entry['group']} ({file})"
                 self.groups.setdefault(group, {})[entry["competitor"]] = entry
-            self.end_to_end |= result.get("end_to_end", {})
-            self.failed += [f"{name}: {end}" for name, end in result.get("stage", {}).items() if end != "done"]
+        self.groups = {group: found for group, found in self.groups.items() if kind_of(group) != "loader stages"}
 
     @property
     def is_gpu(self) -> bool:
@@ -87,7 +78,7 @@ class Machine:
     def kinds(self) -> list[str]:
         """What was measured, most telling first."""
         found = dict.fromkeys(map(kind_of, self.groups))
-        return sorted(found, key=lambda kind: _ORDER.index(kind) if kind in _ORDER else len(_ORDER))
+        return sorted(found, key=lambda kind: _FIRST.index(kind) if kind in _FIRST else len(_FIRST))
 
 
 def load(results: Path) -> list[Machine]:
@@ -97,8 +88,7 @@ def load(results: Path) -> list[Machine]:
         files = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
         # Other JSON lies there too.
         runs = {name: found for name, found in files.items() if isinstance(found, dict) and found.get("benchmarks")}
-        if runs:
-            machines.append(Machine(folder.name, runs))
+        machines += [Machine(runs)] if runs else []
     return sorted(machines, key=lambda machine: not machine.is_gpu)
 
 
@@ -107,12 +97,12 @@ def load(results: Path) -> list[Machine]:
 
 def ratio(entries: dict[str, dict], rival: str, ours: str, cpu: bool = False) -> float:
     """The rival's time (or CPU time per image) over ours, by rounds where both ran in turn, else of medians."""
-    by_round = entries[rival].get("cpu_ratios" if cpu else "ratios", {}).get(ours)
-    seconds = {
-        name: entries[name]["cpu_seconds_per_image"] if cpu else entries[name]["seconds"]["median"]
-        for name in (rival, ours)
-    }
-    return by_round or seconds[rival] / seconds[ours]
+
+    def seconds(name: str) -> float:
+        return entries[name]["cpu_seconds_per_image"] if cpu else entries[name]["seconds"]["median"]
+
+    by_round = entries[rival].get("cpu_ratios" if cpu else "ratios", {})
+    return by_round.get(ours) or seconds(rival) / seconds(ours)
 
 
 def counterpart(rival: str, names: Iterable[str]) -> str | None:
@@ -151,6 +141,10 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
+def median(entry: dict) -> str:
+    return duration(entry["seconds"]["median"])
+
+
 def times(value: float) -> str:
     return f"{value:.2f}x" if value >= TIE else f"**{value:.2f}x (slower)**"
 
@@ -169,12 +163,10 @@ def step_table(entries: dict[str, dict]) -> str:
         if name.startswith("change"):
             continue
         ours = counterpart(name, entries) if is_rival(name) else None
-        peak = entry.get("peak_memory_bytes")
-        rows.append([
-            f"`{name}`", duration(entry["seconds"]["median"]), f"{entry.get('images_per_s', 0):,.1f}",
-            times(ratio(entries, name, ours)) if ours else "", f"`{ours}`" if ours else "",
-            f"{peak / 2**30:.1f} GiB" if peak else "", str(entry["launches"]) if entry.get("launches") else "",
-        ])  # fmt: skip
+        slowdown = [times(ratio(entries, name, ours)), f"`{ours}`"] if ours else ["", ""]
+        peak = f"{entry['peak_memory_bytes'] / 2**30:.1f} GiB" if "peak_memory_bytes" in entry else ""
+        rate, launches = f"{entry.get('images_per_s', 0):,.1f}", str(entry.get("launches") or "")
+        rows.append([f"`{name}`", median(entry), rate, *slowdown, peak, launches])
     return table(["", "a step", "images/s", "slowdown", "relative to", "peak memory", "launches"], rows)
 
 
@@ -194,49 +186,36 @@ def op_table(groups: dict[str, dict[str, dict]], *, bandwidth: bool) -> str:
     """Cases of one op: our time and how near it is to what the device can do, then every rival's.
 
     Without ``bandwidth``, as for a CPU, whose caches hold small copies, only the FLOP/s are compared with the device's.
+    Where nothing is called fastmae, as with attention's backends, the fastest one stands out.
     """
-    names = list(dict.fromkeys(name for entries in groups.values() for name in entries))
-    if "fastmae" not in names:
-        return fastest_table(groups, names)
-    rivals = [name for name in names if name != "fastmae"]
-    rows = []
+    names = list(dict.fromkeys(chain.from_iterable(groups.values())))
+    rivals, rows = [name for name in names if name != "fastmae"], []
     for group, entries in groups.items():
-        ours = entries["fastmae"]
-
-        def share(*keys: str, ours=ours) -> str:
-            found = [ours.get(key) for key in keys]
-            return "" if None in found else " / ".join(f"{value:.2f}" for value in found)
-
-        computes = ours.get("share_of_matmul", 0) > 0.02
-        row = [
-            case_of(group), duration(ours["seconds"]["median"]),
-            f"{ours['gb_per_s']:,.3g}" if bandwidth and "gb_per_s" in ours else "",
-            share("share_of_copy", "share_of_copy_by_sectors") if bandwidth else "",
-            f"{ours['tflop_per_s']:.3g}" if computes else "", share("share_of_matmul") if computes else "",
-        ]  # fmt: skip
+        if "fastmae" not in names:
+            cells = {name: median(entry) for name, entry in entries.items()}
+            fastest = min(entries, key=lambda name: entries[name]["seconds"]["median"])
+            cells[fastest] = f"**{cells[fastest]}**"
+            rows.append([case_of(group), *(cells.get(name, "") for name in names)])
+            continue
+        ours, row = entries["fastmae"], [case_of(group), median(entries["fastmae"]), "", "", "", ""]
+        if bandwidth and "gb_per_s" in ours:
+            row[2:4] = (
+                f"{ours['gb_per_s']:,.3g}",
+                f"{ours['share_of_copy']:.2f} / {ours['share_of_copy_by_sectors']:.2f}",
+            )
+        if ours.get("share_of_matmul", 0) > 0.02:
+            row[4:6] = f"{ours['tflop_per_s']:.3g}", f"{ours['share_of_matmul']:.2f}"
         for rival in rivals:
-            if rival not in entries:
-                row.append("")
-                continue
-            value = ratio(entries, rival, counterpart(rival, entries) if is_rival(rival) else "fastmae")
-            text = times(value) if is_rival(rival) else f"{value:.2f}x"
-            row.append(f"{duration(entries[rival]['seconds']['median'])}, {text}")
+            text = ""
+            if rival in entries:
+                value = ratio(entries, rival, counterpart(rival, entries) if is_rival(rival) else "fastmae")
+                text = f"{median(entries[rival])}, {times(value) if is_rival(rival) else f'{value:.2f}x'}"
+            row.append(text)
         rows.append(row)
+    if "fastmae" not in names:
+        return table(["", *(f"`{name}`" for name in names)], rows)
     head = ["", "`fastmae`", "GB/s", "of a copy: bytes / sectors", "TFLOP/s", "of a matmul"]
     return table(head + [f"`{rival}`" for rival in rivals], rows)
-
-
-def fastest_table(groups: dict[str, dict[str, dict]], names: list[str]) -> str:
-    rows = []
-    for group, entries in groups.items():
-        fastest = min(entry["seconds"]["median"] for entry in entries.values())
-        row = [case_of(group)]
-        for name in names:
-            seconds = entries[name]["seconds"]["median"] if name in entries else math.inf
-            bold = "**" if seconds == fastest else ""
-            row.append(f"{bold}{duration(seconds)}{bold}" if name in entries else "")
-        rows.append(row)
-    return table(["", *(f"`{name}`" for name in names)], rows)
 
 
 BASELINE_LOADER = "pillow-uint8, folder"
@@ -246,12 +225,12 @@ def loader_table(entries: dict[str, dict]) -> str:
     """Every loader on every source: images per second, CPU time per image, and both relative to the Pillow loader's."""
     rows = []
     for name, entry in entries.items():
-        loader, _, source = name.partition(", ")
-        row = [f"`{loader}`", source]
-        found = f"{entry['images_per_s']:,.0f}", f"{entry['cpu_seconds_per_image'] * 1e6:,.0f} µs"
-        for value, cpu in zip(found, (False, True), strict=True):
+        speedups = []
+        for cpu in (False, True):
             speedup = 1.0 if name == BASELINE_LOADER else ratio(entries, BASELINE_LOADER, name, cpu)
-            row += [value, f"{speedup:.2f}x" if is_rival(name) else times(speedup)]
+            speedups.append(f"{speedup:.2f}x" if is_rival(name) else times(speedup))
+        (loader, source), cpu_time = name.split(", "), entry["cpu_seconds_per_image"] * 1e6
+        row = [f"`{loader}`", source, f"{entry['images_per_s']:,.0f}", speedups[0], f"{cpu_time:,.0f} µs", speedups[1]]
         rows.append(row)
     return table(["loader", "reads", "images/s", "speedup", "CPU time per image", "speedup"], rows)
 
@@ -300,10 +279,11 @@ def benchmarks_block(machines: list[Machine]) -> str:
         )
     for machine in machines:
         parts += [f"## {machine.info['device']}", describe(machine.runs)]
-        if machine.failed:
-            parts.append(f"**Not complete.** {'; '.join(machine.failed)}.")
-        if machine.end_to_end:
-            parts += ["### From JPEGs to weights", end_to_end_table(machine.end_to_end)]
+        of_runs = lambda key: [item for run in machine.runs for item in run.get(key, {}).items()]  # noqa: B023, E731
+        if failed := [f"{stage}: {end}" for stage, end in of_runs("stage") if end != "done"]:
+            parts.append(f"**Not complete.** {'; '.join(failed)}.")
+        if end_to_end := dict(of_runs("end_to_end")):
+            parts += ["### From JPEGs to weights", end_to_end_table(end_to_end)]
         for kind in machine.kinds():
             groups = machine.of(kind)
             parts.append(f"### {kind.capitalize() if kind in (STEP, LOADERS) else f'`{kind}`'}")
@@ -332,10 +312,8 @@ def readme_block(machines: list[Machine]) -> str:
     for machine in machines:
         rows = []
         for group, entries in machine.of(STEP).items():
-            ours = max(
-                (n for n in ("fastmae", "fastmae-compile") if n in entries), key=lambda n: entries[n]["images_per_s"]
-            )
-            row = [case_of(group), f"{entries[ours]['images_per_s']:,.1f} (`{ours}`)"]
+            found = {entries[name]["images_per_s"]: name for name in ("fastmae", "fastmae-compile") if name in entries}
+            row = [case_of(group), f"{max(found):,.1f} (`{found[max(found)]}`)"]
             for rival in rivals.values():
                 row.append(times(ratio(entries, rival, counterpart(rival, entries))) if rival in entries else "")
             rows.append(row)
@@ -413,30 +391,24 @@ def soak_block(result: dict) -> str:
     return f"{table(['processes', 'rounds', 'kills', 'steps repeated'], rows)}\n\n{text}"
 
 
-def fill(text: str, name: str, block: str) -> str:
-    """Replace what a page holds between the markers of a block."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, rest = text.split(begin)
-    return f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
-
-
 def pages(machines: list[Machine]) -> dict[str, str]:
     """Path to text, for every page that holds results."""
     file = lambda path: read(RESULTS / path)  # noqa: E731
-    step, traffic = file("counted/step.json"), file("counted/traffic.json")
     photographs = photographs_block(file("photographs/summary.json"), file("photographs/summary-avx2.json"))
     blocks = {
-        README: {"benchmarks": readme_block(machines)},
-        PAGE: {"results": benchmarks_block(machines)},
-        COUNTED: {"traffic": traffic_table(traffic, "ViT-B/16"), "step": step_bytes_table(step)},
-        PHOTOGRAPHS: {"results": photographs},
-        RUNNING: {"soak": soak_block(file("cpu-amd-epyc/soak.json"))},
+        (README, "benchmarks"): readme_block(machines),
+        (PAGE, "results"): benchmarks_block(machines),
+        ("docs/counted.md", "traffic"): traffic_table(file("counted/traffic.json"), "ViT-B/16"),
+        ("docs/counted.md", "step"): step_bytes_table(file("counted/step.json")),
+        ("docs/photographs.md", "results"): photographs,
+        ("docs/running.md", "soak"): soak_block(file("cpu-amd-epyc/soak.json")),
     }
     texts = {CHOICES: attention_choices(attention_results())}
-    for path, named in blocks.items():
-        texts[path] = (ROOT / path).read_text()
-        for name, block in named.items():
-            texts[path] = fill(texts[path], name, block)
+    for (path, name), block in blocks.items():
+        texts.setdefault(path, (ROOT / path).read_text())
+        before, rest = texts[path].split(f"<!-- {name}:begin -->")
+        after = rest.split(f"<!-- {name}:end -->")[1]
+        texts[path] = f"{before}<!-- {name}:begin -->\n{block}\n<!-- {name}:end -->{after}"
     return texts
 
 

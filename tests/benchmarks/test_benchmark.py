@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmark import Benchmark, Timer, gradient, run, table
 from commands import outside_xdist
-from results import collect, read_lines
+from results import collect
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def test_pytest_benchmark_at_the_root_prints_and_stores_each_result_as_it_comes(
     assert begins == "[1 of 1] random_masking, N=256 L=64: fastmae, plain"
     assert header.split() == ["time,", "and", "time", "/", "time", "of", "median", "fastmae", "plain"]
     assert (ours.split()[0], theirs.split()[0], progress) == ("fastmae", "plain", ".")
-    found = collect(read_lines(out))
+    found = collect(out)
     assert [(one["competitor"], one["rounds"]) for one in found["benchmarks"]] == [("fastmae", 2), ("plain", 2)]
     assert found["machine"]["threads"] == 1
 

@@ -14,7 +14,7 @@ import pytest
 import report
 import torch
 from commands import outside_xdist
-from results import JsonLines, collect, read_lines
+from results import append, collect
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,7 +84,7 @@ def test_a_stage_that_crashes_or_hangs_takes_no_other_with_it(tmp_path):
             stage("fine"),
         )
     )
-    ends = collect(read_lines(tmp_path / "results.jsonl"))["stage"]
+    ends = collect(tmp_path / "results.jsonl")["stage"]
     assert ends == {
         "crashes": "exit code -6",
         "hangs": "ended at its time, 1 s after it began",
@@ -111,13 +111,13 @@ def test_without_a_device_it_says_so_and_ends(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path):
-    lines = JsonLines(tmp_path / "results.jsonl")
-    lines.write("machine", machine={"device": "x"}, date="2026-01-02", commit="y")
+    path = tmp_path / "results.jsonl"
+    append(path, "machine", machine={"device": "x"}, date="2026-01-02", commit="y")
     for seconds in (1.0, 3.0, 2.0):
-        lines.write("round", group="step", competitor="ours", seconds=seconds)
-    with lines.path.open("a") as file:
+        append(path, "round", group="step", competitor="ours", seconds=seconds)
+    with path.open("a") as file:
         file.write('{"kind": "round", "gro')
-    found = collect(read_lines(lines.path))
+    found = collect(path)
     (one,) = found["benchmarks"]
     assert (one["competitor"], one["seconds"]["median"], one["rounds"], one["cut_off"]) == ("ours", 2.0, 3, True)
     assert found["machine"] == {"device": "x"}

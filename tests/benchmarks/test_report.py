@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import report
 import soak
-from results import JsonLines
+from results import append
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ def op_results() -> list[dict]:
 
 
 def machine(benchmarks: list[dict], **changes) -> report.Machine:
-    return report.Machine("a-card", {"run": result(benchmarks, **changes)})
+    return report.Machine({"run": result(benchmarks, **changes)})
 
 
 def test_step_table_compares_like_with_like_and_marks_what_is_slower():
@@ -85,21 +85,21 @@ def test_pages_name_hardware_versions_and_date_and_admit_that_no_gpu_was_used(cu
 
 def test_ratios_never_mix_two_runs():
     one = result(op_results())
-    groups = report.Machine("a-card", {"run": one, "again": one}).groups
+    groups = report.Machine({"run": one, "again": one}).groups
     assert list(groups) == ["gather_x, case-1", "gather_x, case-1 (again)"]
     assert [len(entries) for entries in groups.values()] == [3, 3]
 
 
 def test_lines_of_json_become_a_file_of_results(tmp_path):
-    lines = JsonLines(tmp_path / "run.jsonl")
-    lines.write("machine", **{key: value for key, value in result([]).items() if key != "benchmarks"})
+    path = tmp_path / "run.jsonl"
+    append(path, "machine", **{key: value for key, value in result([]).items() if key != "benchmarks"})
     for one in op_results():
-        lines.write("benchmark", **one)
-    lines.write("stage", name="numerics", found="exit code 1")
-    subprocess.run([sys.executable, ROOT / "benchmarks/report.py", "collect", lines.path], check=True)
+        append(path, "benchmark", **one)
+    append(path, "stage", name="numerics", found="exit code 1")
+    subprocess.run([sys.executable, ROOT / "benchmarks/report.py", "collect", path], check=True)
     found = json.loads((tmp_path / "run.json").read_text())
     assert found == result(op_results()) | {"stage": {"numerics": "exit code 1"}}
-    assert "**Not complete.** numerics: exit code 1." in report.benchmarks_block([report.Machine("x", {"run": found})])
+    assert "**Not complete.** numerics: exit code 1." in report.benchmarks_block([report.Machine({"run": found})])
 
 
 def test_the_committed_kills_add_up_and_left_no_trace():
