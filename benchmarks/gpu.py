@@ -144,8 +144,7 @@ class Plan:
                 self.stop(processes)
                 self.bad += [stage.name] * (end != "done")
                 append(self.results, "stage", name=stage.name, found=end)
-                collected = collect(self.results)
-                (self.out / "results.json").write_text(json.dumps(collected, indent=1) + "\n")
+                (self.out / "results.json").write_text(json.dumps(collect(self.results), indent=1) + "\n")
                 print(f"[{self.seconds():5.0f} s] {stage.name}: {end}", flush=True)
         finally:
             self.stop(list(self.running))
@@ -153,13 +152,9 @@ class Plan:
     def start(self, stage: Stage) -> list[subprocess.Popen]:
         environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "PYTHONUNBUFFERED": "1"}
         # A session of its own: what it starts itself (compilers, loaders) is ended with it.
-        started = [
-            subprocess.Popen(
-                [sys.executable, *shlex.split(command.format(out=self.out))], cwd=ROOT, env=environment,
-                stdin=subprocess.PIPE, stdout=self.log, stderr=self.log, start_new_session=True,
-            )
-            for command in stage.commands
-        ]  # fmt: skip
+        options = {"cwd": ROOT, "env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+        commands = [[sys.executable, *shlex.split(command.format(out=self.out))] for command in stage.commands]
+        started = [subprocess.Popen(command, stdout=self.log, stderr=self.log, **options) for command in commands]
         self.running += started
         return started
 
@@ -196,12 +191,12 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="these stages of the plan and no others")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny models; measures nothing")
     arguments = parser.parse_args()
-    stages = (*gpu_tests(), *SECOND) if arguments.second else FIRST
-    unknown = set(arguments.only or ()) - {stage.name for stage in stages}
-    if unknown:
-        parser.error(f"--only: expected some of {', '.join(s.name for s in stages)}, got {', '.join(sorted(unknown))}")
+    stages = {stage.name: stage for stage in ((*gpu_tests(), *SECOND) if arguments.second else FIRST)}
+    if unknown := set(arguments.only or ()) - stages.keys():
+        parser.error(f"--only: expected some of {', '.join(stages)}, got {', '.join(sorted(unknown))}")
+    chosen = [stage for name, stage in stages.items() if not arguments.only or name in arguments.only]
     if arguments.dry_run:
-        stages = tuple(stage.dry() for stage in stages)
+        chosen = [stage.dry() for stage in chosen]
     else:
         import torch
 
@@ -209,11 +204,11 @@ def main() -> int:
             sys.exit("make gpu: PyTorch finds no CUDA device on this machine; --dry-run needs none")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     plan = Plan(arguments.out, arguments.second)
-    plan.run(tuple(stage for stage in stages if not arguments.only or stage.name in arguments.only))
+    plan.run(tuple(chosen))
     print(f"results in {plan.out} after {plan.seconds():.0f} s", flush=True)
     if plan.bad:
         print(f"make gpu: not complete: {', '.join(plan.bad)}; log.txt says why", file=sys.stderr)
-    return 1 if plan.bad else 0
+    return bool(plan.bad)
 
 
 if __name__ == "__main__":
