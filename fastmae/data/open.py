@@ -104,10 +104,10 @@ def open_dataset(
             raise ValueError(f"window: expected 0, because the embedded photographs are not shards, got {window}")
         return open_photographs()
     source = find_records(path)
-    path = source.root if source else Path(path).expanduser()
+    path = Path(path).expanduser() if source is None else source.root
     home = index.expanduser() if index else None
     try:
-        is_there = source or as_url(path) or path.exists()
+        is_there = source is not None or as_url(path) or path.exists()
         opened = trusted_index(home, path, accepts) if home and is_there else None
         if source is None and (opened is None or is_parquet(opened.shards)):
             source = source_at(path)

@@ -408,7 +408,7 @@ def test_verdicts_follow_images_in_shards_that_are_joined_by_others(folder, cach
     assert again.bad_ids.tolist() == [2]
 
 
-def test_verdicts_follow_records_whose_version_changes(cache):
+def test_records_keep_their_verdicts_when_their_version_changes_and_may_not_be_empty(cache):
     class Images(UserList):
         name, fingerprint = "images", "1"
 
@@ -419,6 +419,8 @@ def test_verdicts_follow_records_whose_version_changes(cache):
     marked = open_dataset(images, **options).mark_bad({1: "does not decode"})
     images.fingerprint = "2"
     assert open_dataset(images, **options).bad == marked.bad != []
+    with pytest.raises(DataError, match="found no image at all"):
+        open_dataset(Images(), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
