@@ -205,8 +205,8 @@ class RobustnessConfig:
     """JSON object of another classifier's error, a share from 0 to 1, by corruption. None: no mean corruption error,
     only the mean of the errors."""
     classes: Path | None = None
-    """Names of the classifier's outputs in their order: a file with one per line, or the training folder. None: the
-    folder that the run was trained on."""
+    """Names of the classifier's outputs in their order: a file with one per line, or the training folder. None: those
+    of the fine-tuned run."""
     out: Path | None = None
     """Also write the result here, as one JSON object."""
     encoding: tyro.conf.OmitArgPrefixes[EncodingConfig] = field(default_factory=EncodingConfig, kw_only=True)

@@ -54,6 +54,7 @@ from fastmae.evaluate.robustness import (
 from fastmae.loading import WeightsInfo, load
 from fastmae.train.launcher import place
 from fastmae.train.ranks import Ranks
+from fastmae.train.run_folder import read_json
 
 _VERSIONS = ("torch", "torchvision", "timm", "numpy")
 
@@ -253,6 +254,19 @@ def write_result(result: dict[str, Any], config: Any, seconds: float) -> None:
 # fastmae evaluate robustness
 
 
+def class_names(config: RobustnessConfig, info: WeightsInfo) -> list[str]:
+    """The names of the outputs: from ``--classes``, a finished run's summary, or the folder that it was trained on."""
+    if config.classes is not None:
+        return read_class_names(config.classes)
+    summary = read_json(config.weights / "summary.json") or {}
+    if "classes" in summary:
+        return summary["classes"]
+    trained = info.config.get("data", {}).get("path")
+    if not trained or not Path(trained).is_dir():
+        raise UsageError("--classes: expected a file of names or the training folder, since the weights do not say")
+    return read_class_names(Path(trained))
+
+
 def robustness(config: RobustnessConfig) -> int:
     """Print and write a classifier's accuracy on each folder, and its error under each corruption."""
     begun = time.monotonic()
@@ -265,10 +279,7 @@ def robustness(config: RobustnessConfig) -> int:
     model, info, options = _encoder(config.weights, config.encoding)
     if not info.num_classes:
         raise UsageError(f"WEIGHTS: expected a classifier, got {config.weights}, which has no head; fine-tune it first")
-    trained = info.config.get("data", {}).get("path")
-    if config.classes is None and trained is None:
-        raise UsageError("--classes: expected a file of names or the training folder, since the weights do not say")
-    names = read_class_names(config.classes or Path(trained))
+    names = class_names(config, info)
     if len(names) != info.num_classes:
         raise UsageError(f"--classes: expected {info.num_classes} names, one per output, got {len(names)}")
 

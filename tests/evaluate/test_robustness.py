@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from commands import mistake
 from PIL import Image
 
 from fastmae.cli import main
+from fastmae.cli.commands import RobustnessConfig
+from fastmae.cli.evaluate import class_names
 from fastmae.evaluate.linear_probe import fit_linear
 from fastmae.evaluate.robustness import mean_corruption_error
 from fastmae.loading import load
@@ -73,6 +76,19 @@ def test_a_subset_is_judged_among_its_own_classes_and_among_all(root, tmp_path):
     assert found[str(tmp_path / "every")]["top5"] >= found[str(tmp_path / "every")]["top1"] == among
     some = found[str(tmp_path / "some")]
     assert some["top1"] > some["top1_all_classes"]  # so that the difference is tested
+
+
+def test_a_fine_tuned_run_knows_its_classes(root, tmp_path):
+    info = load(root / "classifier.pth", return_info=True)[1]
+    run = RobustnessConfig(tmp_path / "run", images=(root / "train",))
+    run.weights.mkdir()
+    with pytest.raises(ValueError, match="--classes: expected a file of names or the training folder"):
+        class_names(run, info)
+    trained = replace(info, config={"data": {"path": str(root / "train")}})
+    assert class_names(run, trained) == list(COLOURS)
+    (run.weights / "summary.json").write_text('{"classes": ["one", "two"]}')
+    assert class_names(run, trained) == ["one", "two"]
+    assert class_names(replace(run, classes=root / "names.txt"), trained) == list(COLOURS)
 
 
 def test_corruption_errors_are_means_over_severities_relative_to_the_reference(root, tmp_path, capsys):
