@@ -105,12 +105,17 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
 
 
 def create_classifier(
-    name: str, num_classes: int, *, checkpoint: Path | str | None = None, positions: str = "recompute", **options: Any
+    name: str | None,
+    num_classes: int,
+    *,
+    checkpoint: Path | str | None = None,
+    positions: str = "recompute",
+    **options: Any,
 ) -> VisionTransformer:
     """An encoder with a head for ``num_classes``, for fine-tuning.
 
     Args:
-        name: ``vit_{tiny,small,base,large}_patch16`` or ``vit_huge_patch14``.
+        name: ``vit_{tiny,small,base,large}_patch16`` or ``vit_huge_patch14``; None: what the checkpoint has.
         num_classes: classes of the head; 0 for the pooled feature.
         checkpoint: weights of the encoder, whatever :func:`load` takes; statistics of the pixels come from there too.
             None: all are drawn.
@@ -124,9 +129,11 @@ def create_classifier(
     if checkpoint is None:
         return create_vision_transformer(name, num_classes, **options)
     weights, info = read_weights(checkpoint)
-    for key in ("img_size", "patch_size", "in_chans", "mean", "std", "norm_eps", "class_token"):
+    told = ("img_size", "patch_size", "in_chans", "mean", "std", "norm_eps", "class_token")
+    told += ("embed_dim", "depth", "num_heads", "mlp_ratio") if name is None else ()
+    for key in told:
         options.setdefault(key, info.architecture.get(key))
-    model = create_vision_transformer(name, num_classes, **options)
+    model = create_vision_transformer(name or "vit_base_patch16", num_classes, **options)
     here, there = model.architecture, info.architecture
     if (here["depth"], here["embed_dim"]) != (there["depth"], there["embed_dim"]):
         raise CheckpointError(

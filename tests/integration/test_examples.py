@@ -6,8 +6,10 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastmae import ops
 
@@ -39,11 +41,46 @@ def test_the_loss_falls(name, options, share, capsys):
     assert f"{losses[0]:.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("head", "steps"), [("linear", 80), ("upernet", 30)])
+def test_segmentation_learns_where_it_is_bright(tmp_path, head, steps):
+    pytest.importorskip("torchmetrics")
+    for part, count in (("train", 6), ("test", 2)):
+        for folder in (part, f"{part}annot"):
+            (tmp_path / folder).mkdir()
+        for i in range(count):
+            bright = np.zeros((32, 64), np.uint8)
+            bright[4 * i : 4 * i + 16, 8:40] = 1
+            Image.fromarray(200 * np.stack([bright] * 3, -1)).save(tmp_path / part / f"{i}.png")
+            Image.fromarray(3 * bright).save(tmp_path / f"{part}annot" / f"{i}.png")
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    _, score = load("segmentation").main(tmp_path, head=head, size=(32, 64), steps=steps, lr=1e-2, **options)
+    assert score > 0.6  # 0.34 for all dark
+
+
+def test_detection_finds_a_rectangle(tmp_path):
+    pytest.importorskip("pycocotools")
+    (tmp_path / "PNGImages").mkdir()
+    (tmp_path / "PedMasks").mkdir()
+    for i in range(5):
+        mask = np.zeros((64, 48), np.uint8)
+        mask[8:40, 4 + 2 * i : 30 + 2 * i] = 1
+        Image.fromarray(220 * np.stack([mask] * 3, -1)).save(tmp_path / "PNGImages" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "PedMasks" / f"{i}_mask.png")
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    losses, scores = load("detection").main(tmp_path, side=64, steps=10, batch_size=2, lr=2e-3, **options)
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+    assert set(scores) == {"boxes", "masks"}
+
+
+PAGES = {"segmentation": "evaluation", "detection": "evaluation"}
+
+
 def test_every_recipe_is_tested_and_documented():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"timm_mae", "token_dropping", "video_tubes"}
-    page = (EXAMPLES.parent / "docs" / "ops.md").read_text()
-    assert all(f"examples/{name}.py" in page for name in names)
+    assert names == {"timm_mae", "token_dropping", "video_tubes", *PAGES}
+    for name in names:
+        page = EXAMPLES.parent / "docs" / f"{PAGES.get(name, 'ops')}.md"
+        assert f"examples/{name}.py" in page.read_text()
 
 
 def test_tubes_are_a_masking_over_time_and_space():
