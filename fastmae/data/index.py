@@ -197,13 +197,13 @@ def build_index(
         rows = part.rows.copy()  # to count names, shards and numbers from the beginning of the index
         if accepts.channels_first:
             _turn_arrays(rows, part.fresh)
-        bad = part.bad | judge(rows, accepts)
+        bad = part.bad | _judge(rows, accepts)
         reasons |= {sizes[0] + i: reason for i, reason in sorted(bad.items())}
         rows["bad"][list(bad)] = 1
         rows["name"] += sizes[1]
         rows["shard"] = number if source.shards else 0
-        formats |= set(np.unique(rows["format"][rows["bad"] == 0]).tolist())
-        modes |= set(np.unique(rows["mode"]).tolist())
+        formats.update(rows["format"][rows["bad"] == 0].tolist())
+        modes.update(rows["mode"].tolist())
         digest.update(rows)
         digest.update(part.names)
         # Times are not hashed: a copy of the data is the same data.
@@ -253,31 +253,28 @@ def _turn_arrays(rows: np.ndarray, fresh: np.ndarray | bool) -> None:
     rows["channels"][arrays] = np.minimum(channels, MOST_CHANNELS)
 
 
-def judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
+def _judge(rows: np.ndarray, accepts: Accepts) -> dict[int, str]:
     """Why images whose headers are good are not what the data set is for: reason by number."""
-    arrays = (rows["format"] == Format.TIFF) | (rows["format"] == Format.NPY)
-    as_rgb = (rows["channels"] == 1) | ~arrays
-    fits = (rows["channels"] == accepts.channels) | (as_rgb & (accepts.channels == 3))
-    huge = rows["height"].astype(np.int64) * rows["width"] > accepts.max_pixels
-    wide = arrays & ~np.isin(rows["mode"], _READY) & (accepts.value_range is None)
-    colour = np.isin(rows["mode"], _COLOR_16) & (accepts.value_range is not None)
-    reasons: dict[int, str] = {}
-    for i in np.flatnonzero((rows["bad"] == 0) & (huge | wide | colour | ~fits)).tolist():
-        height, width, channels = (int(rows[name][i]) for name in ("height", "width", "channels"))
-        if huge[i]:
-            reason = f"huge: {height} x {width} pixels, more than --data.max-pixels {accepts.max_pixels}"
-        elif wide[i]:
-            reason = f"{MODES[rows['mode'][i]]} pixels: expected uint8, or --data.value-range that they are mapped from"
-        elif colour[i]:
-            reason = "16-bit colour PNG: expected 8 bits or grey with --data.value-range; convert it to TIFF"
-        else:
-            hint = f"--model.in-chans {channels}"
-            if rows["format"][i] == Format.NPY and not accepts.channels_first and height < min(_FEW, channels):
-                hint = f"shape ({height}, {width}, {channels}) looks channels-first: --data.channels-first"
-                hint += "" if height == accepts.channels else f" --model.in-chans {height}"
-            reason = f"{channels} channels: expected {accepts.channels} ({hint})"
-        reasons[i] = reason
-    return reasons
+    headers = rows[["format", "mode", "height", "width", "channels"]].tolist()
+    reasons = {i: _reason(accepts, *headers[i]) for i in np.flatnonzero(rows["bad"] == 0).tolist()}
+    return {i: reason for i, reason in reasons.items() if reason}
+
+
+def _reason(accepts: Accepts, format_: int, mode: int, height: int, width: int, channels: int) -> str | None:
+    is_array, has_range = format_ in (Format.TIFF, Format.NPY), accepts.value_range is not None
+    if height * width > accepts.max_pixels:
+        return f"huge: {height} x {width} pixels, more than --data.max-pixels {accepts.max_pixels}"
+    if is_array and not has_range and mode not in _READY:
+        return f"{MODES[mode]} pixels: expected uint8, or --data.value-range that they are mapped from"
+    if has_range and mode in _COLOR_16:
+        return "16-bit colour PNG: expected 8 bits or grey with --data.value-range; convert it to TIFF"
+    if channels == accepts.channels or (accepts.channels == 3 and (channels == 1 or not is_array)):
+        return None
+    hint = f"--model.in-chans {channels}"
+    if format_ == Format.NPY and not accepts.channels_first and height < min(_FEW, channels):
+        hint = f"shape ({height}, {width}, {channels}) looks channels-first: --data.channels-first"
+        hint += "" if height == accepts.channels else f" --model.in-chans {height}"
+    return f"{channels} channels: expected {accepts.channels} ({hint})"
 
 
 class _KnownRows:
@@ -472,10 +469,10 @@ def publish_index(
     if home and home.resolve() == root_of(path).resolve():
         raise DataError(f"--data.index {home}: expected a folder other than that of the images")
     fingerprint = source.fingerprint(VERSION, str(accepts))
-    homes = [_Home(home, path, accepts)] if home else []
-    if home is None and cache_dir is None and as_url(path) is None:
-        homes.append(_Home(root_of(path) / BESIDE, path, accepts))
-    if home is None:
+    if home:
+        homes = [_Home(home, path, accepts)]
+    else:
+        homes = [] if cache_dir or as_url(path) else [_Home(root_of(path) / BESIDE, path, accepts)]
         with suppress(RuntimeError):  # the user has no home
             cache = cache_dir or Path.home() / ".cache" / "fastmae"
             homes.append(_Home(cache, path, accepts, location(path)))
