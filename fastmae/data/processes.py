@@ -46,10 +46,8 @@ def in_processes(
     yield from in_order(action, islice(items, alone) if workers > 1 else items)
     if rest := list(islice(items, 1)):
         pool = Workers(workers)
-        results = in_order(lambda item: pool.call(action, item), chain(rest, items), workers)
         try:
-            for result in results:  # noqa: UP028 - "yield from" would wait for pending calls before workers are stopped
-                yield result
+            yield from in_order(lambda item: pool.call(action, item), chain(rest, items), workers)
         finally:
             pool.stop()
 

@@ -85,12 +85,7 @@ def as_records(source: Any) -> Records:
 
 
 def source_at(path: Path, workers: int | None = None, progress: Callable[[int], None] | None = None) -> Any:
-    """What lies at a path or URL, whatever it is; the arguments are those of :func:`fastmae.data.sources.find_source`.
-
-    Raises:
-        DataError: nothing that is images.
-        OSError: the file system failed.
-    """
+    """What lies at a path or URL, whatever it is: see :func:`fastmae.data.sources.find_source`."""
     found = find_records(path)
     if found is None and path.is_dir():
         with os.scandir(path) as files:
@@ -101,10 +96,7 @@ def source_at(path: Path, workers: int | None = None, progress: Callable[[int], 
 def find_records(path: Any) -> RecordSource | None:
     """The source of what :func:`as_records` takes, of a Parquet file or pattern, or of a ``save_to_disk`` folder.
 
-    Never lists a folder, so a folder of Parquet files is left to :func:`source_at`.
-
-    Returns:
-        None for other paths.
+    Never lists a folder, so a folder of Parquet files is left to :func:`source_at`; None for it and for other paths.
 
     Raises:
         DataError: the data set cannot be used.
@@ -138,11 +130,7 @@ def _parquet(path: Path, files: list[Path]) -> RecordSource | None:
 
 
 class RecordSource(Source):
-    """A map-style data set: the source of its index, and the storage that reads its images.
-
-    Args:
-        records: the data set; building the index reads all of it.
-        path: where it lies; None for an object in memory.
+    """A map-style data set, at a path or in memory: the source of its index, and the storage that reads its images.
 
     Attributes:
         shards: names of the row groups of Parquet files, which windows of the order keep together; otherwise empty.
@@ -160,11 +148,7 @@ class RecordSource(Source):
         self._parts = [range(*limits) for limits in pairwise([0, *ends])]
 
     def storage(self, indexed: int) -> RecordSource:
-        """The storage for an index of ``indexed`` images.
-
-        Raises:
-            DataError: the data set has another number of images.
-        """
+        """The storage for an index of ``indexed`` images; DataError if there are more or fewer."""
         if indexed != self._count:
             raise DataError(f"{self.root}: has {self._count} images, its index {indexed}; refresh the index")
         return self

@@ -106,7 +106,6 @@ class FileSource(Source):
         files: names and labels, iterated several times; the empty string is no label. Distinct labels are held.
         listed: whether the user named each file: then one that is no image is bad, not skipped, and labels may be
             numbers.
-        workers, progress: as for :func:`find_source`.
 
     Attributes:
         tars: the names of tar files.
@@ -224,10 +223,10 @@ def index_shard(place: str) -> bool:
 
 
 def find_source(path: Path, workers: int | None = None, progress: Progress | None = None) -> FileSource | ShardSource:
-    """What lies at a path or URL.
+    """List what lies at a path or URL, with the size and time of each file.
 
     Args:
-        path: a folder is listed, the size and time of each of its files asked for.
+        path: a folder, a list file, a ``.tar``.
         workers: processes, for more than some ten thousand files; None for one per core.
         progress: of listing.
 

@@ -176,11 +176,7 @@ def ask(url: str, action: Callable[[Any, str], Result]) -> Result:
 
 
 def fetch(url: str, start: int, stop: int) -> bytes:
-    """The bytes of a URL from ``start`` to ``stop``, in one request.
-
-    Raises:
-        DataError: the store refuses, still fails after retries, or returns another number of bytes.
-    """
+    """The bytes of a URL from ``start`` to ``stop``, in one request; raises as :func:`ask` does."""
 
     def cat(fs: Any, path: str) -> bytes:
         data = fs.cat_file(path, start=start, end=stop)

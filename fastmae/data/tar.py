@@ -177,16 +177,12 @@ def _skip(shard: Reader, start: int, block: bytes) -> tuple[int | None, Member |
 
 
 def shard_part(place: Path | str) -> Part:
-    """The images in a shard, from the index beside it if it is of this very shard, else from the shard itself.
-
-    Args:
-        place: a path or URL, as for the functions below.
+    """The images in a shard, by path or URL: from the index beside it if that is of this very shard, else from itself.
 
     Raises:
         DataError: it is no tar file, is truncated, or cannot be read.
     """
-    part = read_shard_index(place)
-    return part or with_retries(lambda: parse_shard(place), str(place), give_up_on=(PermissionError,))
+    return read_shard_index(place) or with_retries(lambda: parse_shard(place), str(place), (PermissionError,))
 
 
 def parse_shard(place: Path | str) -> Part:
@@ -196,10 +192,7 @@ def parse_shard(place: Path | str) -> Part:
         DataError: it is no tar file, or is truncated.
         OSError: the file system failed.
     """
-    images: list[tuple[str, Member]] = []
-    skipped: list[str] = []
-    labels: dict[str, int] = {}
-    whole, builder = 0, PartBuilder()
+    images, labels, skipped, whole, builder = [], {}, [], 0, PartBuilder()
     with open_reader(str(place)) as shard:
         for member in members(shard):
             name = os.fsdecode(member.name)
@@ -218,9 +211,7 @@ def parse_shard(place: Path | str) -> Part:
             numbers = {"size": member.size, "offset": member.offset, "label": labels.get(key, -1)}
             builder.add(member.name, _header(shard, member), **numbers)
     if skipped:
-        logger.warning(
-            "%s: skipped %d members that are no plain files, the first %s", shard.name, len(skipped), skipped[0]
-        )
+        logger.warning("%s: skipped %d members that are no plain files, the first %s", place, len(skipped), skipped[0])
     return builder.build()
 
 
@@ -245,17 +236,13 @@ def _header(shard: Reader, member: Member) -> Header | str:
 
 
 def write_shard_index(path: Path, part: Part | None = None) -> Path:
-    """Store what a local shard holds beside it, in ``<shard>.index.npz``, whole or not at all.
-
-    Args:
-        path: the shard.
-        part: what it holds; None to parse it.
+    """Store what a local shard holds (None: parse it) beside it, in ``<shard>.index.npz``, whole or not at all.
 
     Raises:
         DataError: the shard is no tar file, is truncated, or cannot be read.
         OSError: the index cannot be written.
     """
-    part = part or with_retries(lambda: parse_shard(path), str(path), give_up_on=(PermissionError,))
+    part = part or with_retries(lambda: parse_shard(path), str(path), (PermissionError,))
     arrays = {"rows": part.rows.tobytes(), "names": part.names, "bad": json.dumps(sorted(part.bad.items())).encode()}
     named = {name: np.frombuffer(content, np.uint8) for name, content in arrays.items()}
     file, target = BytesIO(), path.with_name(path.name + INDEX_SUFFIX)

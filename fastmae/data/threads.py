@@ -32,17 +32,16 @@ def in_order(
     """Results in the order of the items, computed in threads that run ahead by a bounded number of items."""
     num_threads = num_threads or min(32, 4 * (os.cpu_count() or 1))
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(action, item))
-                if len(pending) > 2 * num_threads:
-                    yield pending.popleft().result()
-            while pending:
+    pool = ThreadPoolExecutor(num_threads)
+    try:
+        for item in items:
+            pending.append(pool.submit(action, item))
+            if len(pending) > 2 * num_threads:
                 yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C and errors do not wait for calls that are under way
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

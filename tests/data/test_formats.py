@@ -214,7 +214,7 @@ def test_whatever_the_bytes_a_header_is_read_or_refused(monkeypatch):
         return content[at : at + count]
 
     files = seeds()
-    for name, content in [(name, mutated(files[name], random)) for name in files for _ in range(250)]:
+    for name, content in [(name, mutated(files[name], random)) for name in files for _ in range(120)]:
         asked, encoded = 0, np.frombuffer(content, np.uint8)
         stored_size(encoded)
         try:
@@ -231,7 +231,7 @@ def test_whatever_the_bytes_a_header_is_read_or_refused(monkeypatch):
                     decode(encoded, header.orientation, channels=header.channels, value_range=(0, 255))
                     decoded += 1
         assert asked < 17 << 20
-    assert min(accepted, refused, decoded) > 500
+    assert min(accepted, refused, decoded) > 200
 
 
 def test_a_file_system_that_fails_is_no_bad_image(monkeypatch):

@@ -198,20 +198,6 @@ def test_options_out_of_range(options, message):
 # Several processes and machines
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_after(images: int):
-    def progress(more: int) -> None:
-        nonlocal images
-        images -= more
-        if images < 0:
-            raise Stop
-
-    return progress
-
-
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> dict[str, bytes]:
     """What packing the source leads to, whatever happens in between."""
@@ -232,13 +218,20 @@ def test_the_bytes_are_those_of_earlier_versions(open_, tmp_path):
 
 def test_processes_pack_the_same_shards_and_can_be_stopped(source, open_, tmp_path, monkeypatch, reference):
     out, seen = tmp_path / "out", []
+
+    def stop(images: int) -> None:
+        seen.append(images)
+        if sum(seen) > 14:
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(shards_module, "_IMAGES_PER_PROCESS", 1)
-    with pytest.raises(Stop):
-        write_shards(open_(source), out, OPTIONS, num_workers=2, progress=stop_after(14))
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(open_(source), out, OPTIONS, num_workers=2, progress=stop)
     in_memory = open_([(noise(20, 30, i), i) for i in range(6)])  # which no other process can open
     assert write_shards(in_memory, tmp_path / "memory", OPTIONS, num_workers=2).images == 6
     monkeypatch.undo()
-    packed = write_shards(open_(source), out, OPTIONS, progress=lambda images: seen.append(images))
+    seen.clear()
+    packed = write_shards(open_(source), out, OPTIONS, progress=seen.append)
     assert (packed.images, packed.missing) == (20, 0)
     assert (seen[0] >= 15, sum(seen)) == (True, 20)  # at least three shards were complete
     assert contents(out) == reference
@@ -312,7 +305,7 @@ def test_sigkill_at_any_moment(source, tmp_path, open_, reference):
         assert process.exitcode == -signal.SIGKILL
         assert len(list(out.glob("*.tar"))) == shards
     seen = []
-    write_shards(open_(source), out, OPTIONS, progress=lambda images: seen.append(images))
+    write_shards(open_(source), out, OPTIONS, progress=seen.append)
     assert seen == [20]  # nothing was left to pack
     assert contents(out) == reference
 

@@ -282,7 +282,7 @@ def test_whatever_is_damaged_ends_in_members_or_a_data_error():
     wholes = [archive(format_) for format_ in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)]
     fields = [b"-1536", b"7" * 11, b"\x80" + b"\xff" * 11, b"\xff" * 12, *(bytes([kind]) for kind in b"SxLg9\0"), b""]
     outcomes = set()
-    for _ in range(3000):
+    for _ in range(1000):
         content = bytearray(draw.choice(wholes))
         for _ in range(draw.choice([1, 1, 2, 20])):
             start = 512 * draw.randrange(len(content) // 512)
