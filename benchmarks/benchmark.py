@@ -71,7 +71,7 @@ def gradient(
     inputs: Sequence[Tensor],
     bias: tuple[Tensor, Tensor] | None = None,
 ) -> Setup:
-    """The backward alone, for output gradients of one (scalars) or random numbers.
+    """The backward alone, for random output gradients.
 
     Args:
         function: the forward, untimed.
@@ -84,8 +84,7 @@ def gradient(
     def forward() -> tuple[Tensor, ...]:
         out = function()
         out = out if isinstance(out, tuple) else (out,)
-        if not grads:
-            grads.extend(torch.ones_like(o) if o.ndim == 0 else torch.randn_like(o) for o in out)
+        grads.extend(torch.randn_like(o) for o in out[len(grads) :])  # once
         return out
 
     def backward(out: object) -> object:
@@ -188,25 +187,19 @@ def _facts(benchmark: Benchmark, name: str, times: dict[str, list[float]], timer
     facts: dict = {"ratios": ratios(times, name)}
     if benchmark.useful_bytes:
         useful, sectors = benchmark.useful_bytes, benchmark.sector_bytes or benchmark.useful_bytes
-        copy = timer.copy_seconds(useful)
         facts |= {
             "useful_bytes": useful,
             "sector_bytes": sectors,
             "gb_per_s": useful / seconds / 1e9,
-            "copy_gb_per_s": useful / copy / 1e9,
-            "share_of_copy": copy / seconds,
+            "share_of_copy": timer.copy_seconds(useful) / seconds,
             "share_of_copy_by_sectors": timer.copy_seconds(sectors) / seconds,
         }
     if benchmark.dtype:
         facts["dtype"] = name_of(benchmark.dtype)
     if benchmark.flops:
-        best = timer.matmul_flops(benchmark.dtype)
-        facts |= {
-            "flops": benchmark.flops,
-            "tflop_per_s": benchmark.flops / seconds / 1e12,
-            "matmul_tflop_per_s": best / 1e12,
-            "share_of_matmul": benchmark.flops / seconds / best,
-        }
+        achieved = benchmark.flops / seconds
+        share = achieved / timer.matmul_flops(benchmark.dtype)
+        facts |= {"flops": benchmark.flops, "tflop_per_s": achieved / 1e12, "share_of_matmul": share}
     if benchmark.images:
         facts["images_per_s"] = benchmark.images / seconds
     if timer.is_cuda:

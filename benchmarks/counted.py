@@ -172,13 +172,13 @@ def _is_plain_attention(func: torch._ops.OpOverload) -> bool:
 
 
 # Bytes of the ops that do not read all of an argument, or that write something in between. The rest read their inputs
-# and write their outputs. ``i`` are the inputs by the names of the op's schema, ``o`` its outputs.
+# and write their outputs. ``i`` are the inputs by the names of the op's schema (None if not given), ``o`` its outputs.
 
 
 def _formula(count_bytes):
     def formula(func, args, kwargs, out):
         names = [argument.name for argument in func._schema.arguments]
-        inputs = dict(zip(names, args, strict=False)) | kwargs
+        inputs = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
         return count_bytes(inputs, [t for t in tree_leaves(out) if isinstance(t, Tensor)])
 
     return formula
@@ -193,32 +193,25 @@ def _as(tensor: Tensor, like: Tensor) -> int:
     return tensor.numel() * like.element_size()
 
 
-def _weight(i: dict) -> int:
+def _weight(i) -> int:
     """The low-precision copy where there is one, else the weight and the copy made of it."""
-    return _all(i["weight"] if i.get("weight_cast") is None else i["weight_cast"])
+    return _all(i["weight"] if i["weight_cast"] is None else i["weight_cast"])
 
 
-def _norm_linear(i, o):
-    x, out = i["x"], o[0] if i.get("branch") is None else o[1]
-    normed = _as(x, out)
-    return _all(x, i.get("branch"), *o) + 2 * normed + _weight(i)
+def _products(grad, grad_bias) -> int:
+    """The products of a linear layer's backward read the gradient twice, and its bias's sum once more."""
+    return (3 if grad_bias.numel() else 2) * nbytes(grad)
 
 
 def _norm_linear_backward(i, o):
-    grad, x = i["grad_out"], i["x_new"]
-    products_read = (3 if o[4].numel() else 2) * nbytes(grad)
     # The gradient of the normed rows, and these rows again: written, and read by the next pass or product.
-    between = 4 * _as(x, grad)
-    return products_read + between + _all(i["grad_x_new"], x, i["mean"], i["rstd"], i["weight"], *o)
-
-
-def _gelu_linear(i, o):
-    return _all(i["h"], *o) + 2 * _as(i["h"], o[0]) + _weight(i)
+    between = 4 * _as(i["x_new"], i["grad_out"])
+    read = _all(i["grad_x_new"], i["x_new"], i["mean"], i["rstd"], i["weight"])
+    return _products(i["grad_out"], o[4]) + between + read + _all(*o)
 
 
 def _gelu_linear_backward(i, o):
-    grad, h = i["grad"], i["h"]
-    return (3 if o[3].numel() else 2) * nbytes(grad) + 4 * _as(h, grad) + _all(h, i["weight"], *o)
+    return _products(i["grad"], o[3]) + 4 * _as(i["h"], i["grad"]) + _all(i["h"], i["weight"], *o)
 
 
 def _attention_backward(i, o):
@@ -228,30 +221,32 @@ def _attention_backward(i, o):
     return _all(grad, i["lse"], i.get("qkv"), i.get("q"), i.get("kv"), *o) + between
 
 
-def _masked_tokens(i):
-    grad = i["grad"]
-    rows = grad.shape[1] - i["num_prefix"] - i["num_visible"]
-    return grad.shape[0] * rows * grad.shape[2] * grad.element_size()
+def _mask_token(i, o):
+    n, rows, dim = i["grad"].shape
+    masked = n * (rows - i["num_prefix"] - i["num_visible"]) * dim
+    return _all(i["ids_restore"], *o) + masked * i["grad"].element_size()
+
+
+def _masked_pixels(i, o):
+    return _all(i.get("grad"), i["pred"], i["ids_mask"], *o) + _as(i["pred"], i["images"])
 
 
 _BYTES = {
     "gather_patches": lambda i, o: _all(i["ids"], *o) + _as(o[0], i["images"]),
     "gather_tokens": lambda i, o: _all(i["ids"], *o, *o),
-    "masked_patch_mse": lambda i, o: _all(i["pred"], i["ids_mask"], *o) + _as(i["pred"], i["images"]),
-    "masked_patch_mse_backward": lambda i, o: (
-        _all(i["grad"], i["pred"], i["ids_mask"], *o) + _as(i["pred"], i["images"])
-    ),
+    "masked_patch_mse": _masked_pixels,
+    "masked_patch_mse_backward": _masked_pixels,
     "restore_tokens_backward_visible": lambda i, o: _all(i["ids_restore"], *o) + _as(o[0], i["grad"]),
-    "restore_tokens_backward_mask_token": lambda i, o: _all(i["ids_restore"], *o) + _masked_tokens(i),
-    "norm_linear": _norm_linear,
-    "add_norm_linear": _norm_linear,
+    "restore_tokens_backward_mask_token": _mask_token,
+    "norm_linear": lambda i, o: _all(i["x"], *o) + 2 * _as(i["x"], o[0]) + _weight(i),
+    "add_norm_linear": lambda i, o: _all(i["x"], i["branch"], *o) + 2 * _as(i["x"], o[1]) + _weight(i),
     "norm_linear_backward": _norm_linear_backward,
-    "gelu_linear": _gelu_linear,
+    "gelu_linear": lambda i, o: _all(i["h"], *o) + 2 * _as(i["h"], o[0]) + _weight(i),
     "gelu_linear_backward": _gelu_linear_backward,
     "triton_attention_qkvpacked_backward": _attention_backward,
     "triton_attention_kvpacked_backward": _attention_backward,
     "linear": lambda i, o: _all(i["x"], *o) + _weight(i),
-    "linear_backward": lambda i, o: (3 if o[2].numel() else 2) * nbytes(i["grad"]) + _all(i["x"], i["weight"], *o),
+    "linear_backward": lambda i, o: _products(i["grad"], o[2]) + _all(i["x"], i["weight"], *o),
 }
 FORMULAS = {getattr(torch.ops.fastmae, name).default: _formula(formula) for name, formula in _BYTES.items()}
 
