@@ -23,11 +23,11 @@ from fastmae.train.recipes import RECIPES
 
 _COMMON = """
 --model.name --model.img-size --model.patch-size --model.in-chans --model.mask-ratio --model.norm-pix-loss
---data.path --data.loader --data.max-bad-fraction
+--model.pool --data.path --data.val --data.limit --data.crop-ratio --data.loader --data.max-bad-fraction
 --train.global-batch-size --train.batch-size --train.epochs --train.steps --train.warmup-epochs --train.base-lr
 --train.init-from --train.seed --train.precision --train.compile --train.parallel --train.activation-checkpointing
 --train.device --train.max-minutes --train.checkpoint-every-seconds
---report.picture-every-steps --report.probe-every-epochs --report.wandb-project
+--report.test-every-epochs --report.picture-every-steps --report.probe-every-epochs --report.wandb-project
 """
 """Flags of a run's sections in ``--help``; the others are in ``--help-all``."""
 _MEANT = {"--data": "--data.path", "--model": "--model.name", "--lr": "--train.base-lr"}
@@ -55,7 +55,7 @@ def parse(commands: dict[str, Any], argv: Sequence[str]) -> Any:
             raise UsageError(f"{_plain(errors.getvalue())}; fastmae {name} --help says more") from None
         shown.seek(0)
         if rank_and_size()[0] == 0:
-            text = shown.read() if "--help-all" in argv else _most_needed(shown.read(), name)
+            text = shown.read() if "--help-all" in argv else _most_needed(shown.read())
             print(_wrap(text))
         raise
     if unknown:
@@ -104,7 +104,7 @@ def _plain(box: str) -> str:
     return text.removeprefix("Error parsing ") or box.strip()
 
 
-def _most_needed(text: str, name: str) -> str:
+def _most_needed(text: str) -> str:
     """The help of a command without the flags that are not in ``_COMMON``."""
     shown, keep, hidden, common = [], True, 0, _COMMON.split()
     for line in text.splitlines():
@@ -115,7 +115,8 @@ def _most_needed(text: str, name: str) -> str:
             keep = True
         if keep:
             shown.append(line)
-    more = [f"{hidden} more flags: fastmae {name} --help-all"] if hidden else []
+    command = re.match(r"usage: ([a-z ]+)", text)
+    more = [f"{hidden} more flags: {command[1].strip()} --help-all"] if hidden else []
     return "\n".join([*shown, *more])
 
 

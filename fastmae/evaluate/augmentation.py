@@ -92,11 +92,16 @@ class BatchAugment:
         images = normalized(images)
         if self.erasing:
             images = erase(images, *draw_erasing(*keys, size, self.erasing))
-        targets = smoothed_targets(torch.from_numpy(labels).to(device), self.num_classes, self.smoothing)
+        targets = smoothed_targets(to_device(labels, device), self.num_classes, self.smoothing)
         if self.mixes:
             shares, boxes = draw_mixing(*keys, size, self.mixup, self.cutmix)
             images, targets = mix(images, targets, shares, boxes)
         return Labelled(images, targets)
+
+
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device; the copy waits for nothing that the device has to do."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 def smoothed_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
@@ -125,10 +130,10 @@ def draw_operations(
 def randaugment(images: Tensor, operations: np.ndarray, levels: np.ndarray, signs: np.ndarray) -> Tensor:
     """Images uint8 (N, 3, H, W), each with its operations applied in turn: a new tensor."""
     images, functions = images.clone(memory_format=torch.contiguous_format), list(OPERATIONS.values())
-    values = torch.from_numpy(np.stack([levels, signs])).float().to(images.device)[..., None, None, None]
+    values = to_device(np.stack([levels, signs]), images.device).float()[..., None, None, None]
     for layer in range(operations.shape[1]):
         for number in np.unique(operations[operations[:, layer] >= 0, layer]):
-            rows = torch.from_numpy(np.flatnonzero(operations[:, layer] == number)).to(images.device)
+            rows = to_device(np.flatnonzero(operations[:, layer] == number), images.device)
             level, sign = values[:, rows, layer]
             changed = functions[number](images[rows], level, sign)
             images.index_copy_(0, rows, changed.round().clamp(0, 255).to(torch.uint8))
@@ -284,10 +289,9 @@ def mix(images: Tensor, targets: Tensor, shares: np.ndarray, boxes: np.ndarray) 
     """Normalised images and targets, mixed as :func:`draw_mixing` says: new tensors."""
     device, count = images.device, len(images)
     partner = torch.arange(count, device=device) ^ 1
-    own = torch.from_numpy(shares).float().to(device)
-    top, left, height, width = torch.from_numpy(boxes).to(device).T[..., None, None, None]
+    own = to_device(shares, device).float()
+    top, left, height, width = to_device(boxes, device).T[..., None, None, None]
     y, x = (torch.arange(n, device=device) for n in images.shape[-2:])
     inside = (y[:, None] >= top) & (y[:, None] < top + height) & (x >= left) & (x < left + width)
     weight = torch.where(height > 0, (~inside).float(), own[:, None, None, None])
-    mixed = images * weight + images[partner] * (1 - weight)
-    return mixed, targets * own[:, None] + targets[partner] * (1 - own[:, None])
+    return images[partner].lerp(images, weight), targets[partner].lerp(targets, own[:, None])

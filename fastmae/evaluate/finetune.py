@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastmae.data import Batch
 from fastmae.data.sampler import batch_positions, micro_batches
 from fastmae.data.subset import subset
-from fastmae.evaluate.augmentation import BatchAugment
+from fastmae.evaluate.augmentation import BatchAugment, to_device
 from fastmae.evaluate.callbacks import EveryEpochs
 from fastmae.evaluate.features import encode_images
 from fastmae.evaluate.labelled import LabelledImages
@@ -152,7 +152,7 @@ class Classification(ImageTask):
             return None
         depth = len(self.model.blocks)
         words = random_words(self.config.train.seed, epochs, sample_ids, Stream.DROP_PATH, 2 * depth)
-        uniform = torch.from_numpy(to_unit(words).T.reshape(depth, 2, -1)).to(device)
+        uniform = to_device(to_unit(words).T.reshape(depth, 2, -1), device)
         scales = scales_of(uniform, self.model.drop_path)
         scales[: self._frozen_blocks] = 1  # nothing learns to do without them
         return scales

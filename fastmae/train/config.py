@@ -193,17 +193,17 @@ class TrainConfig:
     except for length and warm-up, which the recipe sets."""
 
     global_batch_size: Fixed[PositiveInt] = 4096
-    """Masked images per optimiser step; an image masked several times counts as many times. The learning rate follows
+    """Images per optimiser step; one that is masked several times counts as many times. The learning rate follows
     it: base_lr * global_batch_size / 256."""
     batch_size: PositiveInt | Literal["auto"] | None = None
-    """Most masked images per forward pass on one device; gradients accumulate up to the global batch. auto: the largest
-    that fits the GPU, by a short trial. None: no accumulation."""
+    """Most images, so counted, per forward pass on one device; gradients accumulate up to the global batch. auto: the
+    largest that fits the GPU, by a short trial. None: no accumulation."""
     masks_per_image: Fixed[Annotated[int, between(1, 256)]] = 1
     """Masks of each decoded image (repeated sampling, Feichtenhofer et al. 2022; there each with a crop of its own,
     here all of one crop). Batches and epochs count masked images: steps and learning rate stay as they are, and
     decoding is divided by this number."""
     epochs: PositiveFloat | None = None
-    """Length of the run in passes over the data, counted in masked images. Give this or steps, not both."""
+    """Length of the run in passes over the data, with images counted so. Give this or steps, not both."""
     steps: PositiveInt | None = None
     """Length of the run in optimiser steps. Give this or epochs, not both."""
     warmup_epochs: NonNegativeFloat | None = None

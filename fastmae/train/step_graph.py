@@ -12,14 +12,15 @@ steps run eagerly, on the stream of the capture. A capture computes nothing: no 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmae.ops import Masking
 from fastmae.train.parallel import Parallelism
 
-Inputs = tuple[Tensor, Masking]
+Inputs = tuple[Any, ...]
 """Images and masks of one forward pass."""
 
 WARM_UP = 3
@@ -53,7 +54,7 @@ class StepGraph:
         """What ``update(inputs)`` returns; inputs have the shapes of the first time."""
         inputs = list(inputs)
         if not self._inputs:
-            self._inputs = [(torch.empty_like(images), Masking(*map(torch.empty_like, m))) for images, m in inputs]
+            self._inputs = deepcopy(inputs)
         torch._foreach_copy_(_tensors(self._inputs), _tensors(inputs))
         self._steps += 1
         if self._steps <= WARM_UP:
@@ -89,4 +90,6 @@ class StepGraph:
 
 
 def _tensors(inputs: list[Inputs]) -> list[Tensor]:
-    return [tensor for images, masking in inputs for tensor in (images, *masking)]
+    """Those of each input, which is a tensor, a tuple of tensors such as ``Masking``, or None."""
+    parts = (part if isinstance(part, tuple) else (part,) for one in inputs for part in one)
+    return [tensor for part in parts for tensor in part if tensor is not None]
