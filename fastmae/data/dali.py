@@ -112,9 +112,9 @@ class DaliDecoder(HostDecoder):
         else:
 
             def finish_some(numbers: range) -> None:
-                # DALI's own memory; at(j) would copy.
-                mine = {j: torch.from_numpy(np.asarray(crops[j])) for j in numbers if encoded[j] is not None}
-                self.finish(plan, mine, images)
+                # DALI's own memory, a third of the time of np.asarray.
+                given = [j for j in numbers if encoded[j] is not None]
+                self.finish(plan, {j: torch.from_dlpack(crops[j].__dlpack__()) for j in given}, images)
 
             self.for_each(finish_some, len(plan))
         self._on_host(plan, [j for j, data in enumerate(encoded) if data is None], images)

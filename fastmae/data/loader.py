@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 
-from fastmae.data.batch import Batch, LateBad, Plan, Planner
+from fastmae.data.batch import Batch, LateBad, Planner
 from fastmae.data.dataset import BadFile
 from fastmae.data.errors import DataError
 from fastmae.data.host import HostDecoder
@@ -180,13 +180,9 @@ class Loader:
             "The file system may hang. If it is only slow: a longer --data.timeout."
         )
 
-    def plan(self, step: int) -> Plan:
-        """What the batch of a step is made of, except for files that the index does not know to be bad."""
-        return self.planner.plan(step)
-
     def produce(self, step: int) -> Batch:
         """Make the batch of a step, here and now."""
-        plan, on_gpu = self.plan(step), self.device.type == "cuda"
+        plan, on_gpu = self.planner.plan(step), self.device.type == "cuda"
         shape, dtype = (len(plan), *plan.img_size, self.dataset.channels), getattr(torch, self.dataset.dtype.name)
         pinned = on_gpu and self._decoder.device.type == "cpu"
         images = torch.empty(shape, dtype=dtype, device=self._decoder.device, pin_memory=pinned)

@@ -54,9 +54,7 @@ def validation_photographs(img_size: tuple[int, int]) -> tuple[list[str], Tensor
     Raises:
         DataError: scikit-image, or every one of its photographs, is missing.
     """
-    paths = _present(list(VALIDATION.values()))
-    captions = {file: caption for caption, file in VALIDATION.items()}
-    return [captions[path.name] for path in paths], read_images(paths, img_size)
+    return list(VALIDATION), read_images(_present(list(VALIDATION.values())), img_size)
 
 
 def _present(names: Sequence[str]) -> list[Path]:

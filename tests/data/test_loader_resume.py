@@ -76,7 +76,7 @@ def test_known_bad_images_are_replaced_alike_everywhere(sources):
     assert 3 in torch.cat([batch.sample_ids for batch in torchs])
     with create_loader(source, loader="torch", **OPTIONS) as loader:
         for step in range(6):
-            plan = loader.plan(step)
+            plan = loader.planner.plan(step)
             source_ids = np.array([source.sample_id for source in plan.sources])
             assert 3 not in source_ids
             assert np.array_equal(source_ids != plan.sample_ids, plan.sample_ids == 3)

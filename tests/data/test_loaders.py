@@ -125,7 +125,7 @@ def test_what_a_gpu_would_do(dataset, color_jitter, limit):
     options = {"batch_size": 11, "img_size": (96, 80), "seed": 3}
     augment = Augment(vflip=0.5, color_jitter=color_jitter)
     with create_loader(dataset, loader="torch", augment=augment, **options) as loader:
-        plan, batch = loader.plan(0), next(loader)
+        plan, batch = loader.planner.plan(0), next(loader)
         values = pipeline_inputs(plan, [dataset.read(source.sample_id) for source in plan.sources], finished=True)
     pipeline = Pipeline(11, 2, None, prefetch_queue_depth=1)
     with pipeline:
