@@ -15,17 +15,6 @@ from fastmae import ops
 TIMES, SPACE, PATCH = 8, 196, 8  # 16 frames of 112 x 112
 
 
-def tubes(m: ops.Masking, times: int) -> ops.Masking:
-    """A masking over space, (N, L), as one over time and space, (N, times * L), time by time."""
-    t = torch.arange(times, device=m.mask.device)[:, None]
-    (_, keep), (_, mask), length = m.ids_keep.shape, m.ids_mask.shape, m.mask.shape[1]
-    place = m.ids_restore[:, None]
-    # Visible tokens of all times come first, then masked ones of all times.
-    restore = torch.where(place < keep, place + t * keep, place - keep + times * keep + t * mask)
-    ids_keep, ids_mask = (ids[:, None] + t * length for ids in (m.ids_keep, m.ids_mask))
-    return ops.Masking(ids_keep.flatten(1), ids_mask.flatten(1), restore.flatten(1), m.mask.repeat(1, times))
-
-
 def transformer(dim: int, depth: int) -> nn.Module:
     block = nn.TransformerEncoderLayer(dim, 4, 4 * dim, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.TransformerEncoder(block, depth, nn.LayerNorm(dim), enable_nested_tensor=False)
@@ -42,10 +31,13 @@ class VideoMAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(decoder_dim))
         self.decoder_positions = nn.Parameter(0.02 * torch.randn(1, TIMES * SPACE, decoder_dim))
 
-    def forward(self, videos: Tensor, space: ops.Masking) -> Tensor:
-        """uint8 videos (N, 16, 3, 112, 112) and a masking of one frame's 196 places to a scalar."""
-        m, pairs = tubes(space, TIMES), videos.flatten(0, 1).unflatten(0, (-1, 2)).flatten(1, 2)
-        ids_keep, ids_mask = (ids.repeat_interleave(TIMES, dim=0) for ids in (space.ids_keep, space.ids_mask))
+    def forward(self, videos: Tensor, m: ops.Masking) -> Tensor:
+        """uint8 videos (N, 16, 3, 112, 112) and their tubes to a scalar."""
+        pairs = videos.flatten(0, 1).unflatten(0, (-1, 2)).flatten(1, 2)
+        # Tubes are the same places at all times, of which the first are those of an image.
+        ids_keep, ids_mask = (
+            ids[:, : ids.shape[1] // TIMES].repeat_interleave(TIMES, dim=0) for ids in (m.ids_keep, m.ids_mask)
+        )
         patches = ops.gather_patches(pairs, ids_keep, PATCH).unflatten(0, (-1, TIMES)).flatten(1, 2)
         x = self.encoder(self.embed(patches) + F.embedding(m.ids_keep, self.positions))
         x = ops.restore_tokens(self.decoder_embed(x), self.mask_token, m.ids_restore, self.decoder_positions)
@@ -72,8 +64,8 @@ def main(steps: int = 60, batch_size: int = 4) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for step in range(steps):
-        space = ops.random_masking(batch_size, SPACE, 0.9, seed=0, epoch=step, device=device)
-        loss = model(moving_blobs(batch_size).to(device), space)
+        m = ops.tube_masking(batch_size, TIMES, SPACE, 0.9, seed=0, epoch=step, device=device)
+        loss = model(moving_blobs(batch_size).to(device), m)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

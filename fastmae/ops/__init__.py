@@ -9,7 +9,7 @@ from fastmae.ops.gather_patches import gather_patches
 from fastmae.ops.gather_tokens import gather_tokens
 from fastmae.ops.gelu_linear import gelu_linear
 from fastmae.ops.masked_patch_mse import masked_patch_mse
-from fastmae.ops.masking import Masking, masking_from_noise, random_masking
+from fastmae.ops.masking import Masking, masking_from_noise, random_masking, tube_masking
 from fastmae.ops.norm_linear import norm_linear
 from fastmae.ops.restore_tokens import restore_tokens
 
@@ -26,4 +26,5 @@ __all__ = [
     "norm_linear",
     "random_masking",
     "restore_tokens",
+    "tube_masking",
 ]

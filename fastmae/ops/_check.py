@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,9 +15,14 @@ def describe(value: object) -> str:
     return repr(value)
 
 
-def check(condition: bool, name: str, expected: str, value: object) -> None:
-    """Raise ``ValueError`` unless the condition holds."""
+def check(condition: bool, name: str, expected: str | Callable[[], str], value: object) -> None:
+    """Raise ``ValueError`` unless the condition holds.
+
+    A text with sizes in it is given as a function, which is called on failure only: under torch.compile a size in a
+    string becomes a constant of the graph.
+    """
     if not condition:
+        expected = expected if isinstance(expected, str) else expected()
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
 
 
@@ -31,12 +36,11 @@ def check_ids(name: str, ids: Tensor, batch: int, *, repeats: bool = False) -> N
         rows = ids.shape[0]
         if rows == batch or (repeats and rows > 0 and rows % batch == 0):
             return
-    # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
     several = f", or (R * {batch}, K) for R rows an image" if repeats else ""
     check(False, name, f"an int64 tensor of shape ({batch}, K), K >= 1{several}", ids)
 
 
-def check_floating(name: str, tensor: Tensor, expected: str) -> None:
+def check_floating(name: str, tensor: Tensor, expected: str | Callable[[], str]) -> None:
     """A float32, float64, float16 or bfloat16 tensor."""
     check(isinstance(tensor, Tensor) and tensor.is_floating_point(), name, expected, tensor)
 
@@ -57,8 +61,14 @@ def grid_of(image_size: tuple[int, int], patch_size: tuple[int, int], name: str 
     return height // ph, width // pw
 
 
-def num_kept(num_patches: int, mask_ratio: float) -> int:
-    """``K = int(L * (1 - mask_ratio))``, float rounding included, as facebookresearch/mae computes it."""
+def num_kept(num_patches: int, mask_ratio: float | None, num_keep: int | None = None) -> int:
+    """``K = int(L * (1 - mask_ratio))``, float rounding included, as facebookresearch/mae computes it; or ``num_keep``,
+    where the ratio is None."""
+    if num_keep is not None:
+        check(mask_ratio is None, "mask_ratio", "None when num_keep is given", mask_ratio)
+        valid = isinstance(num_keep, int) and not isinstance(num_keep, bool) and 0 < num_keep < num_patches
+        check(valid, "num_keep", f"an int from 1 to {num_patches - 1}", num_keep)
+        return num_keep
     valid = isinstance(mask_ratio, int | float) and 0 < mask_ratio < 1
     check(valid, "mask_ratio", "a number strictly between 0 and 1", mask_ratio)
     kept = int(num_patches * (1 - mask_ratio))

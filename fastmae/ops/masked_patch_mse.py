@@ -77,13 +77,12 @@ def _check_pred(pred: Tensor, images: Tensor, ids_mask: Tensor, patch_size: tupl
     (_, c, h, w), (ph, pw) = images.shape, patch_size
     (n, masked), total, pixels = ids_mask.shape, (h // ph) * (w // pw), ph * pw * c
     valid = isinstance(pred, Tensor) and pred.is_floating_point() and pred.ndim == 3 and pred.shape[0] == n
-    if not (valid and pred.shape[1] in (masked, total) and pred.shape[2] == pixels):
-        # Formatted here and not before: under torch.compile a size in a string becomes a constant of the graph.
-        expected = (
-            f"a floating point tensor of shape ({n}, {masked}, {pixels}), in the order of ids_mask, "
-            f"or ({n}, {total}, {pixels}), all patches, where {pixels} = ph * pw * C = {ph} * {pw} * {c}"
-        )
-        check(False, "pred", expected, pred)
+    valid = valid and pred.shape[1] in (masked, total) and pred.shape[2] == pixels
+    expected = lambda: (  # noqa: E731
+        f"a floating point tensor of shape ({n}, {masked}, {pixels}), in the order of ids_mask, "
+        f"or ({n}, {total}, {pixels}), all patches, where {pixels} = ph * pw * C = {ph} * {pw} * {c}"
+    )
+    check(valid, "pred", expected, pred)
     check(pred.device == images.device, "pred", f"a tensor on the images' device, {images.device}", pred)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class Masking(NamedTuple):
 def random_masking(
     n: int,
     num_patches: int,
-    mask_ratio: float,
+    mask_ratio: float | None = None,
     *,
+    num_keep: int | None = None,
     seed: int,
     epoch: int | Tensor = 0,
     sample_ids: Tensor | None = None,
@@ -77,6 +78,7 @@ def random_masking(
         n: number of samples, N; may be 0.
         num_patches: patches a sample, L.
         mask_ratio: share of patches to mask, in (0, 1); at least one patch must stay visible and one be masked.
+        num_keep: K itself, in place of a ratio.
         seed: in [0, 2**63).
         epoch: in [0, 2**32), or int64 (N,) of such values, one a sample.
         sample_ids: int64 (N,), values in [0, 2**48); None means 0 .. N - 1.
@@ -104,20 +106,21 @@ def random_masking(
     epochs = epoch if isinstance(epoch, Tensor) else None
     if epochs is None:
         valid = isinstance(epoch, int | torch.SymInt) and not isinstance(epoch, bool) and 0 <= epoch < 1 << 32
-        check(valid, "epoch", f"an int in [0, 2**32) or an int64 tensor of shape ({n},)", epoch)
+        check(valid, "epoch", lambda: f"an int in [0, 2**32) or an int64 tensor of shape ({n},)", epoch)
     if device is not None:
         device = torch.device(device)
     for name, tensor in (("sample_ids", sample_ids), ("epoch", epochs)):
         if tensor is None:
             continue
-        expected = f"an int64 tensor of shape ({n},)" + (f" on {device}" if device else "")
         valid = isinstance(tensor, Tensor) and tensor.dtype == torch.int64 and tuple(tensor.shape) == (n,)
+        where = f" on {device}" if device else ""
+        expected = lambda where=where: f"an int64 tensor of shape ({n},){where}"  # noqa: E731
         check(valid and _same_device(tensor.device, device), name, expected, tensor)
         device = tensor.device
     if device is None:
         device = torch.get_default_device()
-    kept = num_kept(num_patches, mask_ratio)
-    grid = check_strategy(strategy, grid_size, num_patches, mask_ratio)
+    kept = num_kept(num_patches, mask_ratio, num_keep)
+    grid = check_strategy(strategy, grid_size, num_patches, kept)
     epoch = 0 if epochs is not None else epoch
     return Masking(
         *_random_masking(
@@ -126,13 +129,43 @@ def random_masking(
     )
 
 
+def tube_masking(
+    n: int, times: int, num_patches: int, mask_ratio: float | None = None, *, seed: int, **options: Any
+) -> Masking:
+    """Masks over space that hold for all times, as videos need them (VideoMAE, Tong et al. 2022, section 3.2).
+
+    Patch t * L + i of the result is patch i at time t. Visible patches of all times come first, time by time, so that
+    ``ids_keep[:, :K]`` are those of one image.
+
+    Args:
+        n: number of samples, N.
+        times: T, of patches; with tubelets of two frames, half the frames.
+        num_patches: patches at one time, L.
+        mask_ratio, seed, options: those of :func:`random_masking`, of the masks over space; ``num_keep`` too is K at
+            one time.
+
+    Returns:
+        Masking of T * L patches, T * K of them visible.
+
+    Raises:
+        ValueError: ``times`` below 1, or as :func:`random_masking`.
+    """
+    check(isinstance(times, int) and times >= 1, "times", "an int >= 1", times)
+    space = random_masking(n, num_patches, mask_ratio, seed=seed, **options)
+    t = torch.arange(times, device=space.mask.device)[:, None]
+    keep, mask, place = space.ids_keep.shape[1], space.ids_mask.shape[1], space.ids_restore[:, None]
+    restore = torch.where(place < keep, place + t * keep, place - keep + times * keep + t * mask)
+    ids_keep, ids_mask = ((ids[:, None] + t * num_patches).flatten(1) for ids in (space.ids_keep, space.ids_mask))
+    return Masking(ids_keep, ids_mask, restore.flatten(1), space.mask.repeat(1, times))
+
+
 def check_strategy(
-    strategy: str, grid_size: int | Sequence[int] | None, num_patches: int, mask_ratio: float
+    strategy: str, grid_size: int | Sequence[int] | None, num_patches: int, num_kept: int
 ) -> tuple[int, int]:
     """Rows and columns for a strategy, (1, L) where none are given and none are needed.
 
     Raises:
-        ValueError: an unknown strategy, or a grid or ratio that it cannot take.
+        ValueError: an unknown strategy, or a grid or number of visible patches that it cannot take.
     """
     check(strategy in STRATEGIES, "strategy", f"one of {', '.join(STRATEGIES)}", strategy)
     if grid_size is None:
@@ -143,7 +176,8 @@ def check_strategy(
     check(rows * columns == num_patches, "grid_size", f"rows * columns == num_patches ({num_patches})", grid_size)
     if strategy.endswith("grid"):
         what = f"strategy {strategy!r}"
-        check(mask_ratio == 0.75, "mask_ratio", f"0.75 for {what}, which keeps one of every four", mask_ratio)
+        ratio = 1 - num_kept / num_patches
+        check(4 * num_kept == num_patches, "mask_ratio", f"0.75 for {what}, which keeps one of every four", ratio)
         check(rows % 2 == columns % 2 == 0, "grid_size", f"even numbers for {what}", grid_size)
     return rows, columns
 
@@ -222,7 +256,7 @@ def _check_values(name: str, tensor: Tensor | None, largest: int) -> None:
         raise ValueError(f"{name}: expected values in [0, {largest}], got values in [{low}, {high}]")
 
 
-def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
+def masking_from_noise(noise: Tensor, mask_ratio: float | None = None, *, num_keep: int | None = None) -> Masking:
     """The mask that keeps the patches of smallest noise, as facebookresearch/mae draws it.
 
     Its ``argsort`` is not stable; here ties keep the lower patch index first, on every device.
@@ -231,6 +265,7 @@ def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
         noise: floating point (N, L). float16 and bfloat16 have many ties; NaN counts as the largest value, and is
             refused on the CPU outside of ``torch.compile``.
         mask_ratio: share of patches to mask, in (0, 1); K is ``int(L * (1 - mask_ratio))``.
+        num_keep: K itself, in place of a ratio.
 
     Returns:
         Masking, ids in the order of the noise: ``cat([ids_keep, ids_mask], 1)`` is ``argsort(noise)``.
@@ -240,7 +275,7 @@ def masking_from_noise(noise: Tensor, mask_ratio: float) -> Masking:
     """
     expected = "a floating point tensor of shape (N, L)"
     check(isinstance(noise, Tensor) and noise.is_floating_point() and noise.ndim == 2, "noise", expected, noise)
-    kept = num_kept(noise.shape[1], mask_ratio)
+    kept = num_kept(noise.shape[1], mask_ratio, num_keep)
     noise = noise.detach().contiguous()
     if noise.device.type == "cpu" and not torch.compiler.is_compiling() and bool(noise.isnan().any()):
         raise ValueError(f"noise: expected numbers, got {int(noise.isnan().sum())} NaN")

@@ -62,18 +62,20 @@ def restore_tokens(
     check(visible.ndim == 3 and visible.shape[1] > p and visible.shape[2] > 0, "visible", expected, visible)
     n, rows, dim = visible.shape
     device = visible.device
-    expected = f"an int64 tensor of shape ({n}, L), L >= K = {rows - p}, on {device}"
+    expected = lambda: f"an int64 tensor of shape ({n}, L), L >= K = {rows - p}, on {device}"  # noqa: E731
     valid = isinstance(ids_restore, Tensor) and ids_restore.dtype == torch.int64 and ids_restore.ndim == 2
     check(valid, "ids_restore", expected, ids_restore)
     length = ids_restore.shape[1]
     valid = ids_restore.shape[0] == n and length >= rows - p and ids_restore.device == device
     check(valid, "ids_restore", expected, ids_restore)
-    expected = f"a floating point tensor of shape (1, 1, {dim}), ({dim},) or (1, {length}, {dim}) on {device}"
+    expected = lambda: (  # noqa: E731
+        f"a floating point tensor of shape (1, 1, {dim}), ({dim},) or (1, {length}, {dim}) on {device}"
+    )
     check_floating("mask_token", mask_token, expected)
     valid = tuple(mask_token.shape) in ((1, 1, dim), (dim,), (1, length, dim)) and mask_token.device == device
     check(valid, "mask_token", expected, mask_token)
     if pos_embed is not None:
-        expected = f"a floating point tensor of shape (1, {p + length}, {dim}) on {device}"
+        expected = lambda: f"a floating point tensor of shape (1, {p + length}, {dim}) on {device}"  # noqa: E731
         check_floating("pos_embed", pos_embed, expected)
         valid = tuple(pos_embed.shape) == (1, p + length, dim) and pos_embed.device == device
         check(valid, "pos_embed", expected, pos_embed)

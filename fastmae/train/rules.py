@@ -224,9 +224,9 @@ def _check_sizes(config: PretrainConfig, patch_size: tuple[int, int]) -> None:
         where = "" if size == config.img_size else f" with images of {size[0]}x{size[1]}"
         grid = grid_of(size, patch_size, "--data.progressive-sizes")
         with _named(f"--model.mask-ratio{where}"):
-            num_kept(math.prod(grid), model.mask_ratio)
+            kept = num_kept(math.prod(grid), model.mask_ratio)
         with _named(f"--model.mask-strategy{where}"):
-            check_strategy(model.mask_strategy, grid, math.prod(grid), model.mask_ratio)
+            check_strategy(model.mask_strategy, grid, math.prod(grid), kept)
 
 
 @contextmanager

@@ -83,15 +83,6 @@ def test_every_recipe_is_tested_and_documented():
         assert f"examples/{name}.py" in page.read_text()
 
 
-def test_tubes_are_a_masking_over_time_and_space():
-    space = ops.random_masking(2, 12, 0.75, seed=0)
-    m = load("video_tubes").tubes(space, 3)
-    order = torch.cat([m.ids_keep, m.ids_mask], dim=1)
-    assert torch.equal(order.gather(1, m.ids_restore), torch.arange(36).expand(2, -1))
-    assert torch.equal(m.mask.view(2, 3, 12), space.mask[:, None].expand(2, 3, 12))
-    assert torch.equal(m.mask.nonzero()[:, 1].view(2, -1), m.ids_mask.sort(1).values)
-
-
 def test_the_timm_encoder_is_an_ordinary_timm_model():
     timm = pytest.importorskip("timm")
     example = load("timm_mae")

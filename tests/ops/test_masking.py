@@ -9,7 +9,7 @@ from property_cases import plain_only
 
 from fastmae.ops import masking as op
 from fastmae.ops import masking_plain
-from fastmae.ops.masking import Masking, masking_from_noise, random_masking
+from fastmae.ops.masking import Masking, masking_from_noise, random_masking, tube_masking
 from fastmae.ops.philox import Stream, random_words
 
 pytestmark = pytest.mark.ops
@@ -132,6 +132,26 @@ def test_a_fixed_grid_is_always_the_same(device):
     got = random_masking(2, 24, 0.75, seed=3, epoch=1, sample_ids=ids, **options)
     assert got.ids_keep.tolist() == [[0, 2, 4, 12, 14, 16]] * 4
     assert_same(got, from_mask(got.mask))
+
+
+def test_a_number_of_patches_in_place_of_a_ratio(device):
+    got = random_masking(3, 20, num_keep=7, seed=1, device=device)
+    assert_same(got, random_masking(3, 20, 0.65, seed=1, device=device))
+    noise = torch.rand(3, 20, device=device)
+    assert_same(masking_from_noise(noise, num_keep=7), masking_from_noise(noise, 0.65))
+    random_masking(2, 36, num_keep=9, seed=1, strategy="grid", grid_size=6, device=device)
+
+
+def test_tubes_hold_for_all_times(device):
+    options = {"seed": 4, "epoch": 2, "sample_ids": torch.tensor([3, 8], device=device), "masks_per_image": 2}
+    got, space = tube_masking(2, 3, 12, 0.75, **options), random_masking(2, 12, 0.75, **options)
+    assert_same(got, Masking(got.ids_keep, got.ids_mask, got.ids_restore, space.mask.repeat(1, 3)))
+    order = torch.cat([got.ids_keep, got.ids_mask], dim=1)
+    assert torch.equal(order.gather(1, got.ids_restore), torch.arange(36, device=device).expand(4, -1))
+    assert torch.equal(got.mask.gather(1, got.ids_mask), torch.ones_like(got.ids_mask, dtype=torch.float32))
+    assert torch.equal(got.ids_keep[:, :3], space.ids_keep)
+    with pytest.raises(ValueError, match="times: expected an int >= 1, got 0"):
+        tube_masking(2, 0, 12, 0.75, seed=0)
 
 
 def boundary(mask: torch.Tensor) -> float:
