@@ -206,10 +206,7 @@ def _facts(benchmark: Benchmark, name: str, times: dict[str, list[float]], timer
         resident = 0 if benchmark.resident_bytes is None else benchmark.resident_bytes.get(name)
         if resident is not None:
             facts["peak_memory_bytes"] = timer.peak_memory(ready(benchmark.calls[name])) + resident
-        if kernels := timer.kernels(ready(benchmark.calls[name])):
-            facts["launches"] = sum(kernel.launches for kernel in kernels)
-            if not benchmark.hide_host:  # a training step: where its time goes
-                facts["kernels"] = kernels[:40]
+        facts["launches"] = timer.launches(ready(benchmark.calls[name]))
     return facts | benchmark.facts(name, len(times[name]))
 
 
@@ -257,14 +254,6 @@ def table(benchmark: Benchmark, results: Results) -> list[str]:
         if "losses" in (one := results.entries[name]):
             lines[-1] += f"  loss {one['losses'][0]:.4f}, after {one['steps']} steps {one['losses'][1]:.4f}"
     return lines
-
-
-class Kernel(NamedTuple):
-    """A kernel, copy or fill: how often a call launches it, and seconds of all launches together."""
-
-    name: str
-    launches: int
-    seconds: float
 
 
 class Timer:
@@ -366,8 +355,8 @@ class Timer:
         self.synchronize()
         return self.cuda.max_memory_allocated() - before
 
-    def kernels(self, call: Callable[[], object]) -> list[Kernel] | None:
-        """What a call puts on the device, longest first; None where the profiler is refused."""
+    def launches(self, call: Callable[[], object]) -> int | None:
+        """Kernels, copies and fills that a call puts on the device; None where the profiler is refused."""
         kind = self.device.type.upper()
         self.synchronize()
         try:
@@ -376,9 +365,4 @@ class Timer:
                 self.synchronize()
         except RuntimeError:  # counters are not open to users; the times are worth having all the same
             return None
-        found: dict[str, list[float]] = {}
-        for event in profiler.events():
-            if event.device_type.name == kind:
-                found.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e6)
-        kernels = [Kernel(name, len(seconds), sum(seconds)) for name, seconds in found.items()]
-        return sorted(kernels, key=lambda kernel: -kernel.seconds)
+        return sum(event.device_type.name == kind for event in profiler.events())

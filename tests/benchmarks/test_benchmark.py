@@ -174,5 +174,4 @@ def test_a_timer_on_cuda():
     assert 0 < timer.time(lambda: x + 1) < 1
     assert timer.peak_memory(lambda: x + 1) == x.nbytes
     assert timer.copy_seconds(2 * x.nbytes) > 0
-    kernels = timer.kernels(lambda: x + 1)
-    assert kernels is None or kernels[0].launches >= 1
+    assert timer.launches(lambda: x + 1) in (1, None)
