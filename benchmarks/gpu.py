@@ -8,7 +8,7 @@ A stage is a few commands of pytest that run at the same time, in processes of t
 a hang, a failed import or a lack of memory costs that stage and no more. Its processes import and collect what they
 need while the stage before it runs. FOLDER gets ``results.jsonl``, a line for each time as soon as it is measured,
 ``results.json``, which is made of them after each stage and belongs into a folder of ``benchmarks/results``, and
-``log.txt``. Needs PyTorch, Triton and pytest-benchmark. No network, no git.
+``log.txt``. Needs PyTorch, Triton and pytest-benchmark, end to end all of fastmae's dependencies. No network, no git.
 """
 
 from __future__ import annotations
