@@ -207,7 +207,7 @@ def _begin(out: Path, plan: dict[str, Any], part: tuple[int, int]) -> TextIOWrap
     lock = (out / ".part-{}-of-{}.json".format(*part)).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except (BlockingIOError, PermissionError) as error:
         lock.close()
         raise DataError(f"{out}: another process is packing part {part[0]}/{part[1]}") from error
     except OSError as error:  # some cluster file systems have no locks

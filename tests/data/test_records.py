@@ -210,11 +210,11 @@ def test_both_loaders_give_the_batches_of_files(hugging_face, parquet, open_, tm
     (tmp_path / "files").mkdir()
     for i, data in enumerate(FILES):
         (tmp_path / "files" / f"{i:02}").write_bytes(data)
-    expected = take(open_(tmp_path / "files"), kind, 5, cache_bytes=0)
+    expected = take(open_(tmp_path / "files"), kind, 3, cache_bytes=0)
     for source in (Plain(), hugging_face, parquet):
         dataset = open_(source)
         assert dataset.labels(np.arange(COUNT)).tolist() == LABELS
-        assert_equal(take(dataset, kind, 5, cache_bytes=0), expected)
+        assert_equal(take(dataset, kind, 3, cache_bytes=0), expected)
     assert dataset.order(0).ids(np.arange(COUNT))[0].tolist() != dataset.order(1).ids(np.arange(COUNT))[0].tolist()
     windows = open_(parquet, window=1).order(0).ids(np.arange(COUNT))[0].reshape(4, 3)
     assert sorted(np.sort(windows).tolist()) == np.arange(COUNT).reshape(4, 3).tolist()  # a row group at a time
