@@ -6,23 +6,35 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from inspect import signature
-from math import isqrt
+from math import isfinite, isqrt
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from fastmae.interop.facebook import ARGS, is_decoder
+from fastmae.interop.files import PICKLES, read_file, read_json
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.interop.timm import is_timm, read_timm
 from fastmae.model import PRESETS, MaskedAutoencoderViT, build_model
 from fastmae.model.ablations import OPTIONS
 from fastmae.model.classifier import VisionTransformer, create_vision_transformer
-from fastmae.train.checkpoint import CheckpointError
-from fastmae.train.weights import read_source
+from fastmae.model.image_model import check_weights
+from fastmae.train.checkpoint import CheckpointError, open_folder
+from fastmae.train.weights import AVERAGE
 
 _NO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 1}
 """Of an encoder alone: the smallest, since it is never used."""
+_HEADS = "a positive integer", lambda value: isinstance(value, int) and value > 0
+_FINITE = "finite numbers", lambda values: all(isinstance(v, float | int) and isfinite(v) for v in values)
+_UNBOUNDED = {
+    "num_heads": _HEADS, "decoder_num_heads": _HEADS, "mean": _FINITE, "std": _FINITE,
+    "mlp_ratio": ("a number below 1000", lambda value: isinstance(value, float | int) and 0 < value < 1000),
+    "norm_pix_loss": ("True or False", lambda value: isinstance(value, bool)),
+    "norm_eps": ("a number in (0, 1)", lambda value: isinstance(value, float | int) and 0 < value < 1),
+}  # fmt: skip
+"""Of an architecture, what no shape of a tensor contradicts."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +99,19 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
         if name not in info.architecture:
             raise CheckpointError(f"{path}: neither its shapes nor its metadata tell {name}; give {name}=")
     try:
-        classifies = info.num_classes is not None
-        model = VisionTransformer(**info.architecture) if classifies else build_model(info.architecture)
-        if classifies:
-            model.load_encoder(weights, positions="interpolate")
-        else:
-            missing, unknown = model.load_state_dict(weights, strict=False)
-            missing = [name for name in missing if info.has_decoder or not is_decoder(name)]
-            if missing or unknown:
-                text = "missing among the weights" if missing else "among the weights, but not a tensor of this model"
-                raise ValueError(f"{(missing or unknown)[0]}: {text}")
-            model.has_decoder = info.has_decoder
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+        with torch.device("meta"):
+            model = _build(info)
+        optional = () if info.has_decoder else {name for name in model.state_dict() if is_decoder(name)}
+        check_weights(dict(model.named_parameters()), weights, optional)
+        model.to_empty(device="cpu")  # only now, as large as the weights
+        if optional:
+            model.initialize_weights(0)
+            model.decoder_pos_embed.zero_()
+        model.load_state_dict(weights, strict=False)
+    except Exception as error:  # sizes that a source tells can be anything
+        raise _failure(info.path, error) from error
+    if info.num_classes is None:
+        model.has_decoder = info.has_decoder
     model.eval()
     return (model, info) if return_info else model
 
@@ -156,48 +168,83 @@ def read_weights(path: Path | str, **architecture: Any) -> tuple[dict[str, Tenso
         CheckpointError: as :func:`load`.
     """
     path = Path(path)
-    read = read_hugging_face if is_hugging_face(path) else read_timm if is_timm(path) else None
-    if read is not None:
-        try:
-            weights, told = read(path)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
-        source, metadata = "timm" if read is read_timm else "transformers", {}
-    else:
-        weights, metadata = read_source(path)
-        args = metadata.get("args") or {}
-        told = metadata.get("architecture") or {name: args[name] for name in ARGS if name in args}
-        source = "fastmae" if "architecture" in metadata else "facebookresearch/mae or timm"
-    told = {**told, **architecture}
     try:
-        found, assumed = _architecture(weights, told)
+        source, weights, told, metadata = _read(path)
+        found, assumed = _architecture(weights, told, architecture)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{path}: expected a Vision Transformer's weights; {error.args[0]} is missing") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # what a damaged or hostile file says of itself raises anything
+        raise _failure(path, error) from error
     has_decoder = "decoder_pred.weight" in weights
-    norm_pix_loss = told.get("norm_pix_loss") if has_decoder else None
+    norm_pix_loss = found.get("norm_pix_loss", told.get("norm_pix_loss")) if has_decoder else None
     more = found.get("num_classes"), norm_pix_loss, metadata.get("step"), metadata.get("config") or {}
     return weights, WeightsInfo(path, source, found, assumed, has_decoder, *more)
 
 
-def _architecture(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The arguments that build the model, from the shapes and from what the source tells; and those assumed."""
+def _read(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """Name of the source, weights, what it tells of the architecture, and its metadata."""
+    if is_hugging_face(path):
+        return "transformers", *read_hugging_face(path), {}
+    if is_timm(path):
+        return "timm", *read_timm(path), {}
+    if path.is_dir():
+        if not (path / "checkpoints").exists() and (path / "config.json").exists():
+            read_json(path / "config.json")  # raises what is wrong with a folder of another library
+        saved = open_folder(path)
+        weights, metadata = saved.read_all("model.") | saved.read_all(f"{AVERAGE}."), dict(saved.manifest)
+    elif path.is_file():
+        weights, metadata = read_file(path)
+    else:
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected a run folder, a checkpoint, or a file .safetensors or "
+            f"{', '.join(PICKLES)} of weights"
+        )
+    if isinstance(metadata.get("architecture"), dict):
+        return "fastmae", weights, metadata["architecture"], metadata
+    args = metadata.get("args", {})
+    return "facebookresearch/mae or timm", weights, {name: args[name] for name in ARGS if name in args}, metadata
+
+
+def _failure(path: Path, error: Exception) -> CheckpointError:
+    text = " ".join(f"{error or type(error).__name__}".split())[:300]
+    return CheckpointError(text if text.startswith(str(path)) else f"{path}: {text}")
+
+
+def _build(info: WeightsInfo) -> MaskedAutoencoderViT | VisionTransformer:
+    return build_model(info.architecture) if info.num_classes is None else VisionTransformer(**info.architecture)
+
+
+def _architecture(
+    weights: Mapping[str, Tensor], told: Mapping[str, Any], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The arguments that build the model, from the shapes and from what the source tells; and those assumed.
+
+    Raises:
+        ValueError: the source tells something else than the shapes.
+    """
     dim, channels, *patch = weights["patch_embed.proj.weight"].shape
     found: dict[str, Any] = {"patch_size": patch, "in_chans": channels, "embed_dim": dim}
     found["depth"] = _count(weights, r"blocks\.(\d+)\.")
-    found["mlp_ratio"] = weights["blocks.0.mlp.fc1.weight"].shape[0] / dim
-    widths, kind = {"num_heads": dim}, MaskedAutoencoderViT
+    widths, kind, options = {"num_heads": dim}, MaskedAutoencoderViT, ["class_token"]
     if "head.weight" in weights:
         kind = VisionTransformer
         found |= {"num_classes": len(weights["head.weight"]), "pool": "avg" if "fc_norm.weight" in weights else "cls"}
-    elif "decoder_embed.weight" in weights:
-        found["decoder_embed_dim"] = widths["decoder_num_heads"] = len(weights["decoder_embed.weight"])
-        found["decoder_depth"] = _count(weights, r"decoder_blocks\.(\d+)\.")
+    elif "decoder_pred.weight" not in weights:
+        told = {name: value for name, value in told.items() if name not in _NO_DECODER}  # of one that is not here
+        found |= _NO_DECODER
     else:
-        found |= _NO_DECODER  # which the source's metadata may replace
-    known = signature(kind).parameters.keys() | (OPTIONS if kind is MaskedAutoencoderViT else {})
-    found |= {name: value for name, value in told.items() if value is not None and name in known}
+        options = [*OPTIONS]
+        found["decoder_depth"] = _count(weights, r"decoder_blocks\.(\d+)\.", least=0)
+        if found["decoder_depth"]:
+            found["decoder_embed_dim"] = widths["decoder_num_heads"] = len(weights["decoder_embed.weight"])
+    known = {*signature(kind).parameters, *options}
+    told = {name: value for name, value in told.items() if value is not None and name in known}
+    for name, shown in found.items():
+        if told.get(name, shown) != shown:
+            raise ValueError(f"{name}: the source says {told[name]!r}, its weights {shown}")
+    found |= {"mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim} | told | given
     assumed = []
     for name, width in widths.items():
         if name not in found:
@@ -208,11 +255,15 @@ def _architecture(weights: Mapping[str, Tensor], told: Mapping[str, Any]) -> tup
         positions = weights["pos_embed"].shape[1] - 1
         if isqrt(positions) ** 2 == positions:
             found["img_size"] = [isqrt(positions) * length for length in patch]
+    for name, (expected, holds) in _UNBOUNDED.items():
+        if name in found and not holds(found[name]):
+            raise ValueError(f"{name}: expected {expected}, got {found[name]!r}")
     return found, tuple(assumed)
 
 
-def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    numbers = [int(match[1]) for name in weights if (match := re.match(pattern, name))]
-    if not numbers:
-        raise ValueError("expected a Vision Transformer's weights, found no blocks")
-    return max(numbers) + 1
+def _count(weights: Mapping[str, Tensor], pattern: str, least: int = 1) -> int:
+    """Number of blocks, which are numbered from 0 without a gap."""
+    numbers = {int(match[1]) for name in weights if (match := re.match(pattern, name))}
+    if len(numbers) < least or numbers != set(range(len(numbers))):
+        raise ValueError(f"expected a Vision Transformer's weights, with blocks from 0, got {sorted(numbers)[:5]}")
+    return len(numbers)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fastmae.interop.files import read_folder, read_json
 from fastmae.interop.hugging_face import facebook_name
 
 TABLES = {"vit.embeddings.position_embeddings": "pos_embed", "decoder.decoder_pos_embed": "decoder_pos_embed"}
 PARTS = re.compile(r"\.(?:attention\.(query|key|value)|([qkv])_proj)\.")
-_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin")
 
 
 def is_hugging_face(path: Path) -> bool:
     """Whether this is a folder that ``save_pretrained`` of a transformers model has written."""
+    return is_config(path, "model_type")
+
+
+def is_config(path: Path, key: str) -> bool:
+    """Whether this is a folder whose ``config.json`` has some text under a key."""
     try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
+        return isinstance(read_json(path / "config.json").get(key), str)
+    except ValueError:
         return False
-    return isinstance(config, dict) and "model_type" in config
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -41,11 +43,11 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: if it is another kind of model, or its files cannot be read.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     for key, expected in (("model_type", ("vit_mae", "vit")), ("hidden_act", ("gelu",))):
         if config.get(key, expected[0]) not in expected:
             raise ValueError(f"{folder / 'config.json'}: expected {key} {' or '.join(expected)}, got {config[key]}")
-    named = read_files(folder)
+    named = read_folder(folder)
     if not any(name.startswith("vit.") for name in named):
         named = {f"vit.{name}": tensor for name, tensor in named.items()}
     weights: dict[str, Tensor] = {}
@@ -95,30 +97,8 @@ def _image_size(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
 
 def _statistics(folder: Path) -> dict[str, Any]:
     """Mean and standard deviation of the pixels that the folder's image processor subtracts and divides by."""
-    try:
-        processor = json.loads((folder / "preprocessor_config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(processor, dict) or not processor.get("do_normalize", True):
+    file = folder / "preprocessor_config.json"
+    processor = read_json(file) if file.exists() else {}
+    if not processor.get("do_normalize", True):
         return {}
     return {name: processor[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in processor}
-
-
-def read_files(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder of transformers or timm, under its names; ValueError if they cannot be read."""
-    found = next((name for name in _FILES if (folder / name).is_file()), None)
-    if found is None:
-        raise ValueError(f"{folder}: expected one of {', '.join(_FILES)}, found none")
-    try:
-        if found.endswith(".bin"):
-            return torch.load(folder / found, map_location="cpu", weights_only=True)
-        if found.endswith(".safetensors"):
-            return load_file(folder / found)
-        shards = set(json.loads((folder / found).read_text())["weight_map"].values())
-        return {name: tensor for shard in sorted(shards) for name, tensor in load_file(folder / shard).items()}
-    except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(f"{folder / found}: unreadable: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

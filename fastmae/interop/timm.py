@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmae.interop.facebook import weights_of
-from fastmae.interop.hugging_face_weights import read_files
+from fastmae.interop.files import read_folder, read_json
+from fastmae.interop.hugging_face_weights import is_config
 from fastmae.model import PRESETS, MaskedAutoencoderViT
 from fastmae.model.image_model import ImageModel
 
@@ -19,11 +20,7 @@ _POOLS = {"cls": "token", "avg": "avg"}
 
 def is_timm(path: Path) -> bool:
     """Whether this is a folder that timm has written for the hub, or a local copy of one."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and isinstance(config.get("architecture"), str)
+    return is_config(path, "architecture")
 
 
 def read_timm(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -32,8 +29,8 @@ def read_timm(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: files that cannot be read, or a pooling that fastmae's classifier does not have.
     """
-    config = json.loads((folder / "config.json").read_text())
-    weights = read_files(folder)
+    config = read_json(folder / "config.json")
+    weights = read_folder(folder)
     arguments, cfg = (config.get(name, {}) for name in ("model_args", "pretrained_cfg"))
     if not isinstance(arguments, dict) or not isinstance(cfg, dict):
         raise ValueError(f"{folder / 'config.json'}: expected objects model_args and pretrained_cfg")

@@ -1,26 +1,19 @@
-"""Weights without a training run: read from any file, put into a model, exported."""
+"""Weights without a training run: exported, and put into a model."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastmae.model.image_model import NORM_EPS, check_weights
-from fastmae.train.checkpoint import CheckpointError, open_folder
+from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.checkpoint.format import Chunk, replace_file
 
-_PICKLES = (".pth", ".pt", ".bin")
 AVERAGE = "average"
 """Part of a checkpoint: the moving average of the weights, which takes their place outside of training."""
 
@@ -70,51 +63,3 @@ def initialize(model: nn.Module, weights: Mapping[str, Tensor], architecture: Ma
         targets = {True: "normalised pixels", False: "plain pixels"}
         notes += f"; the decoder was trained for {targets[there]} and goes on with {targets[here]}"
     return f"encoder and decoder{notes}"
-
-
-def read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under the names that the source has, on the CPU, and what it says about them; executes nothing.
-
-    The source is a ``.pth`` file of facebookresearch/mae (weights, or a whole checkpoint with them under ``model``), a
-    ``.safetensors`` file, a run folder (its newest undamaged checkpoint) or a checkpoint.
-
-    Raises:
-        CheckpointError: there is nothing of the kind, or it is damaged.
-    """
-    if path.is_dir():
-        saved = open_folder(path)
-        return saved.read_all("model.") | saved.read_all(f"{AVERAGE}."), dict(saved.manifest)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file or folder; expected a run folder, a checkpoint, or a file .safetensors or "
-            f"{', '.join(_PICKLES)} of weights"
-        )
-    if path.suffix in _PICKLES:
-        return _read_pickle(path)
-    metadata = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key, text in (file.metadata() or {}).items():
-                with suppress(ValueError):  # other libraries store plain text
-                    metadata[key] = json.loads(text)
-        return load_file(path), metadata
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: expected a .safetensors file: {error}") from error
-
-
-def _read_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        # facebookresearch/mae's training checkpoints hold their command's arguments: a Namespace, which runs no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # a damaged or hostile pickle raises anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: not read, as it is no file of tensors alone: {reason}") from error
-    args = {}
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("model"), Mapping):
-        args = loaded.get("args", {})
-        args = vars(args) if isinstance(args, argparse.Namespace) else args
-        loaded = loaded["model"]
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
-        raise CheckpointError(f"{path}: expected a state dict, or one under the key model")
-    return dict(loaded), {"args": dict(args)} if isinstance(args, Mapping) else {}

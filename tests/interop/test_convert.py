@@ -21,7 +21,7 @@ from fastmae.cli.convert import TARGETS
 from fastmae.interop import export, facebook, to_hugging_face
 from fastmae.interop import timm as to_timm
 from fastmae.interop.facebook import weights_of
-from fastmae.model import MaskedAutoencoderViT, build_model
+from fastmae.model import PRESETS, MaskedAutoencoderViT, build_model, create_model
 from fastmae.model.classifier import VisionTransformer
 from fastmae.train.checkpoint import CheckpointError
 from fastmae.train.weights import export_weights
@@ -97,6 +97,28 @@ def test_there_and_back_is_the_identity(target, kind, tmp_path, capsys):
         assert info.norm_pix_loss is (None if target == "timm" else True)
     for file in out.iterdir() if out.is_dir() else [out]:
         assert file.stat().st_mode & 0o044, "others may read what a umask of 022 lets them"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_goes_there_and_back(name, tmp_path):
+    """With its patches, heads and ratio of widths, two blocks deep and four channels per head."""
+    preset = PRESETS[name]
+    sizes = {"img_size": 2 * preset["patch_size"], "depth": 2, "decoder_depth": 2, "norm_pix_loss": True, "seed": 0}
+    sizes |= {f"{part}embed_dim": 4 * preset[f"{part}num_heads"] for part in ("", "decoder_")}
+    model = create_model(name, **sizes)
+    for target in ("facebook", "transformers", "timm"):
+        model.has_decoder = TARGETS[target].decodes
+        path = tmp_path / f"{target}{SUFFIXES[target]}"
+        TARGETS[target].write(model, path)
+        again = fastmae.load(path)
+        assert again.has_decoder == model.has_decoder
+        one, two = weights_of(model), weights_of(again)
+        assert one.keys() == two.keys()
+        assert not [key for key in one if not torch.equal(one[key], two[key])]
+        kept = (
+            model.architecture if model.has_decoder else {n: model.architecture[n] for n in ("num_heads", "img_size")}
+        )
+        assert again.architecture.items() >= kept.items()
 
 
 @pytest.mark.parametrize("target", ["facebook", "transformers", "timm", "safetensors"])
@@ -311,8 +333,8 @@ def test_folders_that_contradict_themselves_are_refused(tmp_path):
     for folder, name, value, expected in (
         (hugging_face, "image_size", 1 << 40, "does not fit the 16 patches of the position table"),
         (hugging_face, "image_size", "32", "does not fit the 16 patches"),
-        (hugging_face, "layer_norm_eps", 0, "norm_eps: expected a positive number, got 0"),
-        (hugging_face, "layer_norm_eps", "small", "not supported between"),
+        (hugging_face, "layer_norm_eps", 0, r"norm_eps: expected a number in \(0, 1\), got 0"),
+        (hugging_face, "layer_norm_eps", "small", r"norm_eps: expected a number in \(0, 1\)"),
         (timm_folder, "model_args", {"global_pool": "map"}, "expected global_pool token, or avg .*, got map"),
         (timm_folder, "model_args", [], "expected objects model_args and pretrained_cfg"),
     ):
