@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from fastmae import data
+from fastmae.data.subset import subset
 from fastmae.evaluate.finetune import Accuracy, Classification, WeightAverage
 from fastmae.evaluate.labelled import choose_labelled, hold_out, match_classes
 from fastmae.loading import load, read_weights
@@ -47,20 +48,23 @@ class ClassifierRun(TrainingRun):
     result: dict[str, Any]
 
     def open_images(self) -> data.Dataset:
-        """The data set to learn from; its labelled images become ``known``, those to test on ``tests``."""
+        """The images to learn from, those with labels only. ``labels`` are theirs, and ``tests`` the images to test on,
+        both numbered as the model's outputs; ``classes`` is what these are called."""
         config, model = self.config, self.config.model
         if isinstance(config, ScratchConfig):
             self.info, channels, trained = None, model.in_chans, {}
         else:
             self.weights, self.info = read_weights(config.weights)
             channels, trained = self.info.architecture["in_chans"], self.info.config.get("data", {})
-        names = ("value_range", "channels_first", "max_bad_fraction", "max_pixels", "window")
+        names = ("value_range", "channels_first", "max_bad_fraction", "max_pixels")
         options = {name: getattr(config.data, name) for name in names} | {"channels": channels}
-        for name in ("value_range", "channels_first"):  # as the images that the weights have seen
+        for name in names[:2]:  # as the images that the weights have seen
             options[name] = options[name] or trained.get(name)
-        count, path, val = config.data.limit or _ALL, config.data.path, config.data.val
+        count, val = config.data.limit or _ALL, config.data.val
+        order = {"index": config.data.index, "window": config.data.window}
         with _named("--data.path"):
-            known = choose_labelled(self.open(path, index=config.data.index, **options), count)
+            whole = self.open(config.data.path, **order, **options)
+            known = choose_labelled(whole, count)
             if len(np.unique(known.labels)) < 2:
                 raise ValueError(f"expected images of at least two classes in {known.dataset.name}, got one")
             if val is None:
@@ -68,16 +72,18 @@ class ClassifierRun(TrainingRun):
         if val is not None:
             with _named("--data.val"):
                 tests = match_classes(known, choose_labelled(self.open(val, **options), count), strict=True)
-        self.classes = np.unique(known.labels)
-        places = np.searchsorted(self.classes, tests.labels).clip(max=len(self.classes) - 1)
-        labels = np.where(self.classes[places] == tests.labels, places, -1)
+        classes, self.labels = np.unique(known.labels, return_inverse=True)
+        names = dict(enumerate(whole.classes))
+        self.classes = [names.get(number, str(number)) for number in classes.tolist()]
+        places = np.searchsorted(classes, tests.labels).clip(max=len(classes) - 1)
+        labels = np.where(classes[places] == tests.labels, places, -1)
         if not (labels >= 0).any():
             raise ValueError(
                 "--data.path: expected several images of each class, of which a tenth can be held out to test on, or "
                 f"--data.val with others; none of the {len(labels)} held out is of a class that is left to learn from"
             )
-        self.known, self.tests = known, tests._replace(labels=labels)
-        return known.dataset
+        self.tests = tests._replace(labels=labels)
+        return subset(whole, known.sample_ids)
 
     def create_model(self) -> nn.Module:
         """The classifier with the weights that it starts from; whole, since it is sharded only afterwards."""
@@ -107,7 +113,7 @@ class ClassifierRun(TrainingRun):
 
     def create_task(self, config: ClassifierConfig, model: nn.Module, dataset: data.Dataset) -> Classification:
         """What is trained; ``config`` is settled."""
-        return Classification(config, model, self.known, data.create_loader)
+        return Classification(config, model, dataset, self.labels, data.create_loader)
 
     def describe(self) -> Iterator[str]:
         """What the run prints of its configuration."""
@@ -115,7 +121,7 @@ class ClassifierRun(TrainingRun):
         yield f"{config.protocol} with the settings of {config.recipe}"
         yield from different_flags(config, classifier_recipe(type(config), config.recipe))
         yield (
-            f"{len(self.known.labels):,} images of {len(self.classes):,} classes to learn from, "
+            f"{len(self.labels):,} images of {len(self.classes):,} classes to learn from, "
             f"{len(self.tests.labels):,} of {self.tests.dataset.name} to test on"
         )
 
@@ -123,30 +129,25 @@ class ClassifierRun(TrainingRun):
         """As :class:`TrainingRun`, the average of the weights and tests."""
         decay = self.config.train.average
         average = WeightAverage(decay, AVERAGE) if decay else None
-        self.accuracy = Accuracy(self.config, self.known, self.tests, average)
+        self.accuracy = Accuracy(self.config, len(self.labels), self.tests, average)
         return [*([average] if average else []), self.accuracy, *super().callbacks(dataset)]
 
     def export(self, trainer: Trainer) -> tuple[nn.Module, Path]:
         """Write ``model.safetensors``, with the names of the classes; return the model and the file."""
         # The checkpoint that was just saved: the only whole copy of a sharded model, and with it the average.
         model, path = load(self.folder.path), self.folder.path / "model.safetensors"
-        metadata = {"step": trainer.step, "config": to_json(trainer.config), "classes": self.class_names()}
+        metadata = {"step": trainer.step, "config": to_json(trainer.config), "classes": self.classes}
         return model, export_weights(model, path, **metadata)
-
-    def class_names(self) -> list[str]:
-        """What the model's outputs stand for."""
-        names = self.known.dataset.classes
-        return [names[number] if number < len(names) else str(number) for number in self.classes.tolist()]
 
     def evaluate(self, trainer: Trainer, model: nn.Module, weights: Path, timing: dict[str, float]) -> None:
         """Write ``summary.json``; what the test at the end found becomes the result."""
         config = trainer.config
         self.result = {"protocol": config.protocol, "features": config.model.pool, **self.accuracy.values}
-        self.result |= {"train_images": len(self.known.labels), "seconds": round(timing["seconds"], 1)}
+        self.result |= {"train_images": len(self.labels), "seconds": round(timing["seconds"], 1)}
         if config.protocol == "partial":
             self.result["blocks"] = config.blocks
         summary = self.result | {"steps": trainer.step, "samples": trainer.samples, **timing}
-        summary |= {"classes": self.class_names(), "device": str(trainer.device), "weights": str(weights)}
+        summary |= {"classes": self.classes, "device": str(trainer.device), "weights": str(weights)}
         self.folder.write_json("summary.json", summary)
         self.console.print(f"Weights: {weights}")
 

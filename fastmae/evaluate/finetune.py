@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fastmae.data import Batch
+from fastmae.data import Batch, Dataset
 from fastmae.data.sampler import batch_positions, micro_batches
-from fastmae.data.subset import subset
 from fastmae.evaluate.augmentation import BatchAugment, to_device
 from fastmae.evaluate.callbacks import EveryEpochs
 from fastmae.evaluate.features import encode_images
@@ -85,7 +84,8 @@ class Classification(ImageTask):
 
     Args:
         config: settled.
-        known: the images to learn from, and their classes.
+        dataset: labelled images.
+        labels: int64 (n,), their classes, from 0 on.
         create_loader: ``fastmae.data.create_loader`` or something of its signature.
 
     Raises:
@@ -96,13 +96,16 @@ class Classification(ImageTask):
         self,
         config: ClassifierConfig,
         model: VisionTransformer,
-        known: LabelledImages,
+        dataset: Dataset,
+        labels: np.ndarray,
         create_loader: Callable[..., Any],
     ) -> None:
-        super().__init__(config, model, subset(known.dataset, known.sample_ids), create_loader)
-        self._labels, data = np.unique(known.labels, return_inverse=True)[1], config.data
-        if data.randaugment and model.in_chans != 3:
-            raise ValueError(f"--data.randaugment: expected 0 for images of {model.in_chans} channels, not RGB")
+        super().__init__(config, model, dataset, create_loader)
+        self._labels, data = labels, config.data
+        if data.randaugment and (dataset.channels != 3 or dataset.value_range is not None):
+            raise ValueError(
+                f"--data.randaugment: expected 0 for other images than 8-bit RGB, got {data.randaugment:g}"
+            )
         freeze(model, getattr(config, "blocks", len(model.blocks)))
         self.frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         trains = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
@@ -236,6 +239,7 @@ class Accuracy(EveryEpochs):
     """Every ``--report.test-every-epochs`` and at the end: accuracy on the test images.
 
     Args:
+        images: in an epoch.
         tests: the images, classes by the numbers of the model's outputs.
         average: what is tested instead of the weights, or None.
 
@@ -244,10 +248,9 @@ class Accuracy(EveryEpochs):
     """
 
     def __init__(
-        self, config: ClassifierConfig, known: LabelledImages, tests: LabelledImages, average: WeightAverage | None
+        self, config: ClassifierConfig, images: int, tests: LabelledImages, average: WeightAverage | None
     ) -> None:
-        steps = Fraction(len(known.labels), config.train.global_batch_size)
-        super().__init__(config.report.test_every_epochs, steps)
+        super().__init__(config.report.test_every_epochs, Fraction(images, config.train.global_batch_size))
         self._config, self._tests, self._average, self.values = config, tests, average, {}
 
     def evaluate(self, trainer: Any) -> None:

@@ -125,8 +125,6 @@ def _classifier_rules(config: ClassifierConfig) -> Iterator[tuple[str, bool, str
     if config.protocol == "partial":
         halves = config.blocks >= 0 and 2 * config.blocks == int(2 * config.blocks)
         yield "blocks", halves, "a number of blocks from 0 on, whole or with a half"
-    eight_bit = data.value_range is None or not data.randaugment
-    yield "data.randaugment", eight_bit, "0 with --data.value-range, whose images are not 8-bit"
 
 
 def _pretraining_rules(config: PretrainConfig) -> Iterator[tuple[str, bool, str]]:

@@ -185,7 +185,8 @@ def make_task(folders: Path, model: VisionTransformer, *, kind=FinetuneConfig, b
         **blocks,
     )
     known = choose_labelled(open_dataset(folders / "train"), 1000)
-    return Classification(config, model, known, create_loader), known
+    part = subset(known.dataset, known.sample_ids)
+    return Classification(config, model, part, known.labels, create_loader), known
 
 
 def test_without_augmentation_the_loss_is_cross_entropy(folders):
