@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from importlib.util import find_spec
-from io import BufferedIOBase, BytesIO, FileIO
+from io import BytesIO, FileIO
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -111,7 +111,7 @@ class Reader(NamedTuple):
     read: Read
 
 
-def reader_of(file: BufferedIOBase | FileIO) -> Reader:
+def reader_of(file: FileIO) -> Reader:
     """An open file of this machine."""
     descriptor = file.fileno()
     return Reader(file.name, os.fstat(descriptor).st_size, lambda at, count: os.pread(descriptor, count, at))

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +33,6 @@ from fastmae.data.dataset import Dataset, printable, upright_shapes
 from fastmae.data.decode import decode
 from fastmae.data.errors import DataError, UndecodableImage
 from fastmae.data.formats import MODES, Format
-from fastmae.data.index import Accepts
 from fastmae.data.open import open_dataset
 from fastmae.data.processes import available_cores, in_processes
 from fastmae.data.records import RecordSource
@@ -270,7 +268,7 @@ def _pack(
         return
     opening = dataset.root, dataset.index.folder, dataset.accepts
     threads = max(2, math.ceil(workers / processes))  # two, since one waits for the disk or the network
-    tasks = ((opening, ids(number), path, options, threads) for number, path in shards.items())
+    tasks = ((*opening, ids(number), path, options, threads) for number, path in shards.items())
     try:
         for record in in_processes(pack_in_worker, tasks, processes):
             progress(record["images"] + len(record["bad"]))
@@ -280,28 +278,17 @@ def _pack(
 
 
 def pack_in_worker(task: tuple) -> dict[str, Any]:
-    opening, *arguments = task
-    return _pack_shard(_open_again(*opening), *arguments, lambda images: None)
-
-
-@cache
-def _open_again(path: Path, index: Path, accepts: Accepts) -> Dataset:
+    path, index, accepts, *arguments = task
     logging.disable(logging.WARNING)  # logged when the data set was opened first
-    return open_dataset(path, index=index, max_bad_fraction=1.0, **asdict(accepts))
+    dataset = open_dataset(path, index=index, max_bad_fraction=1.0, **asdict(accepts))
+    return _pack_shard(dataset, *arguments, lambda images: None)
 
 
 def _pack_shard(
     dataset: Dataset, ids: np.ndarray, path: Path, options: ShardOptions, threads: int, progress: Progress
 ) -> dict[str, Any]:
     """Write a tar of images and their classes, and its index. It gets its name once it has been read back and compared.
-
-    Returns:
-        What ``shards.json`` says of it.
-
-    Raises:
-        DataError: an image cannot be read, or what was read back is not what was written.
-        OSError: the disk is full, or the file system failed.
-    """
+    Return what ``shards.json`` says of it."""
     # The name is random, so that a process that outlives its parent is not in the way of the next run.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     digest, written, bad, encoded, source_bytes = hashlib.sha256(), [], [], 0, 0
@@ -379,11 +366,7 @@ def _stored_shapes(rows: np.ndarray, options: ShardOptions) -> tuple[np.ndarray,
 
 
 def store_image(dataset: Dataset, sample_id: int, options: ShardOptions) -> StoredImage | str:
-    """An image as a shard is to hold it, or why it cannot be encoded anew.
-
-    Raises:
-        DataError: it cannot be read, or has changed since it was indexed.
-    """
+    """An image as a shard is to hold it, or why it cannot be encoded anew; DataError if it has changed."""
     rows, path = dataset.rows(np.array([sample_id])), dataset.path(sample_id)
     row, format_ = rows[0], Format(int(rows[0]["format"]))
     try:
