@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,6 @@ class ClassifierRun(TrainingRun):
         except ValueError as error:
             raise CheckpointError(f"{self.config.weights}: {error}") from error
         self.console.print(f"Weights from {self.config.weights}; drawn at random: {', '.join(drawn)}")
-        self.config = replace(self.config, model=replace(model, img_size=created.img_size))
         del self.weights
         return created
 

@@ -91,7 +91,7 @@ class BatchAugment:
             images = images.float() / 255  # noise and blends are not bytes
         images = normalized(images)
         if self.erasing:
-            images = erase(images, *draw_erasing(*keys, size, self.erasing))
+            erase(images, *draw_erasing(*keys, size, self.erasing))
         targets = smoothed_targets(to_device(labels, device), self.num_classes, self.smoothing)
         if self.mixes:
             shares, boxes = draw_mixing(*keys, size, self.mixup, self.cutmix)
@@ -249,15 +249,14 @@ def draw_erasing(
     return boxes, (words[:, 1] << 31) ^ words[:, 2]
 
 
-def erase(images: Tensor, boxes: np.ndarray, seeds: np.ndarray) -> Tensor:
-    """Normalised images (N, C, H, W) with standard normal noise in the rectangles: a new tensor."""
-    images, generator = images.clone(), torch.Generator(images.device)
+def erase(images: Tensor, boxes: np.ndarray, seeds: np.ndarray) -> None:
+    """Put standard normal noise into rectangles of normalised images (N, C, H, W)."""
+    generator = torch.Generator(images.device)
     for row in np.flatnonzero(boxes[:, 2]).tolist():
         top, left, height, width = boxes[row].tolist()
         generator.manual_seed(int(seeds[row]))
         noise = torch.randn(images.shape[1], height, width, generator=generator, device=images.device)
         images[row, :, top : top + height, left : left + width] = noise
-    return images
 
 
 def draw_mixing(

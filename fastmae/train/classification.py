@@ -159,12 +159,6 @@ class ClassifierConfig:
         """The command that trains it."""
         return f"fastmae evaluate {self.protocol}"
 
-    @property
-    def img_size(self) -> tuple[int, int]:
-        """Image size as (height, width), once it is settled."""
-        size = self.model.img_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
-
 
 Weights = Annotated[Path | None, Positional, arg(metavar="WEIGHTS")]
 

@@ -75,11 +75,12 @@ class ImageTask:
     def __init__(self, config: Any, model: nn.Module, dataset: Any, create_loader: Callable[..., Any]) -> None:
         self.config, self.model, self.dataset, self._create_loader = config, model, dataset, create_loader
         self.samples_per_step = config.train.global_batch_size // config.train.masks_per_image
-        self.resolution = Resolution((config.img_size,))
+        self.resolution = Resolution((model.img_size,))
 
     def begin(self, total_steps: int) -> None:
         """As :class:`Task`; raises ValueError if there are more image sizes than passes over the images."""
-        self.resolution = create_resolution(self.config, total_steps, len(self.dataset))
+        if self.config.data.progressive_sizes:
+            self.resolution = create_resolution(self.config, total_steps, len(self.dataset))
 
     def open_loader(
         self, position: int, batch_size: int, *, ranks: Ranks, device: torch.device, known_bad: Sequence[LateBad]
@@ -90,7 +91,7 @@ class ImageTask:
             self.dataset,
             loader=data.loader,
             batch_size=batch_size // train.masks_per_image,
-            img_size=self.resolution if data.progressive_sizes else self.config.img_size,
+            img_size=self.resolution if data.progressive_sizes else self.model.img_size,
             seed=train.seed,
             position=position,
             rank=ranks.rank,
@@ -205,7 +206,7 @@ class Resolution:
         return ", ".join(parts)
 
 
-def create_resolution(config: Any, total_steps: int, num_samples: int) -> Resolution:
+def create_resolution(config: PretrainConfig, total_steps: int, num_samples: int) -> Resolution:
     """The sizes of a run over ``num_samples`` images; raises ValueError if there are more of them than passes."""
     sizes = progressive_sizes(config.data.progressive_sizes, config.img_size) or (config.img_size,)
     decoded = total_steps * (config.train.global_batch_size // config.train.masks_per_image)

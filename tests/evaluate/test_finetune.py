@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -319,6 +320,16 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(tmp_path, folders, weights
             for folder in (run, finished[0])
         )
         assert ours == theirs
+
+
+def test_torchrun_restarts_a_run_where_it_was(tmp_path, folders, weights, finished, monkeypatch, capsys):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    words = command(
+        "finetune", folders, run, weights, "--train.average", "0.9", "--out", finished[0].with_name("result.json")
+    )
+    assert main(words) == 0
+    assert f"Continuing from {run}/checkpoints/step-6" in capsys.readouterr().out
 
 
 def run_command(rank: int, words: list[str]) -> int:
