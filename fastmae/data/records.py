@@ -384,7 +384,8 @@ class ParquetRecords:
 
 def _find_columns(file: Path, schema: Any) -> tuple[str, str | None, list[str]]:
     """Names of the columns with images (dots between levels) and with labels, and the names of the classes."""
-    nested = [f"{field.name}.bytes" for field in schema if "bytes" in _children(field)]
+    children = {field.name: [field.type.field(i).name for i in range(field.type.num_fields)] for field in schema}
+    nested = [f"{name}.bytes" for name in schema.names if "bytes" in children[name]]
     binary = [field.name for field in schema if str(field.type) in ("binary", "large_binary")]
     if not nested and len(binary) != 1:
         raise DataError(f"{file}: expected a column of images (struct with bytes), found {_columns(schema.names)}")
@@ -392,10 +393,6 @@ def _find_columns(file: Path, schema: Any) -> tuple[str, str | None, list[str]]:
     label = next((n for n in ("label", "labels") if n in schema.names and "int" in str(schema.field(n).type)), None)
     label = next((name for name, found in features.items() if found.get("_type") == "ClassLabel"), label)
     return (nested or binary)[0], label, features.get(label, {}).get("names", [])
-
-
-def _children(field: Any) -> list[str]:
-    return [field.type.field(i).name for i in range(field.type.num_fields)]
 
 
 def _columns(names: Any) -> str:
