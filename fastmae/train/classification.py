@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastmae.train.config import (
+    AttentionBackend,
     DataConfig,
+    EncoderConfig,
     Fixed,
     Free,
     LogConfig,
@@ -36,45 +38,35 @@ Probability = Annotated[float, Rule("a probability in [0, 1)", lambda v: 0 <= v 
 
 
 @dataclass(frozen=True)
-class ClassifierModelConfig:
-    """The classifier. Its encoder is that of WEIGHTS."""
+class HeadConfig:
+    """What classifiers of every origin have."""
 
-    img_size: int | tuple[int, int] | None = None
-    """Image size in pixels: one number for a square, or height and width. None: that of the weights."""
-    positions: Literal["recompute", "interpolate"] = "recompute"
-    """Position tables of another image size. recompute: sine-cosine tables. interpolate: bicubic, for learnt ones."""
     pool: Literal["avg", "cls"] = "avg"
     """What the head takes: the mean of the patch tokens, as facebookresearch/mae does by default, or the class
     token."""
     drop_path: Probability = 0.1
     """Probability that a step leaves out a branch of the last block for an image; it rises linearly from 0 in the
     first."""
-    attention: Literal["auto", "plain", "sdpa", "xformers", "triton"] = "auto"
+
+
+@dataclass(frozen=True)
+class ClassifierModelConfig(HeadConfig):
+    """The classifier. Its encoder is that of WEIGHTS."""
+
+    img_size: int | tuple[int, int] | None = None
+    """Image size in pixels: one number for a square, or height and width. None: that of the weights."""
+    positions: Literal["recompute", "interpolate"] = "recompute"
+    """Position tables of another image size. recompute: sine-cosine tables. interpolate: bicubic, for learnt ones."""
+    attention: AttentionBackend = "auto"
     """Attention backend, as for fastmae pretrain."""
 
 
 @dataclass(frozen=True)
-class ScratchModelConfig(ClassifierModelConfig):
+class ScratchModelConfig(HeadConfig, EncoderConfig):
     """The classifier. Widths and depths left at None are those of the named preset."""
 
     name: str = "vit_base_patch16"
     """Preset: vit_{tiny,small,base,large}_patch16 or vit_huge_patch14."""
-    img_size: int | tuple[int, int] = 224
-    """Image size in pixels: one number for a square, or height and width."""
-    patch_size: int | tuple[int, int] | None = None
-    """Patch size in pixels; must divide the image size. None: the preset's."""
-    in_chans: PositiveInt = 3
-    """Channels of the images."""
-    mean: tuple[float, ...] | None = None
-    """Mean of the pixels in [0, 1] units per channel. None: ImageNet's for three channels, else 0.5."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation of the pixels, likewise."""
-    embed_dim: PositiveInt | None = None
-    """Width."""
-    depth: PositiveInt | None = None
-    """Blocks."""
-    num_heads: PositiveInt | None = None
-    """Attention heads."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +138,7 @@ class ClassifierConfig:
     recipe: Free[RecipeName | None] = None
     """Where the defaults of all other flags come from; those shown here are vit-b's. None: by the width of the
     model."""
-    model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
+    model: HeadConfig = field(default_factory=HeadConfig)
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     train: ClassifierTrainConfig = field(default_factory=ClassifierTrainConfig)
     report: Free[ClassifierReportConfig] = field(default_factory=ClassifierReportConfig)
@@ -169,6 +161,7 @@ class FinetuneConfig(ClassifierConfig):
 
     protocol: Annotated[str, Suppress] = "finetune"
     """The command."""
+    model: ClassifierModelConfig = field(default_factory=ClassifierModelConfig)
     weights: Fixed[Weights] = None
     """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
 

@@ -27,6 +27,7 @@ Precision = Literal["bf16", "fp16", "fp32"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Compile = Literal["none", "blocks", "model"]
 ReduceDtype = Literal["fp32", "bf16"]
+AttentionBackend = Literal["auto", "plain", "sdpa", "xformers", "triton"]
 ReduceEvery = Literal["step", "micro-batch"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 RecipeName = Literal[
@@ -79,8 +80,8 @@ MAX_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """The masked autoencoder. Widths and depths left at None are those of the named preset."""
+class EncoderConfig:
+    """The encoder. Widths and depths left at None are those of the named preset."""
 
     name: str = "mae_vit_base_patch16"
     """Preset: mae_vit_{tiny,small,base,large}_patch16 or mae_vit_huge_patch14."""
@@ -95,6 +96,20 @@ class ModelConfig:
     three channels, else 0.5."""
     std: Annotated[tuple[float, ...], _FINITE] | None = None
     """Standard deviation of the pixels, likewise. None: ImageNet's for three channels, else 0.5."""
+    embed_dim: PositiveInt | None = None
+    """Encoder width."""
+    depth: PositiveInt | None = None
+    """Encoder blocks."""
+    num_heads: PositiveInt | None = None
+    """Encoder attention heads."""
+    attention: AttentionBackend = "auto"
+    """Attention backend. auto picks by shape, precision and device; a named one that is missing is an error."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderConfig):
+    """The masked autoencoder. Widths and depths left at None are those of the named preset."""
+
     mask_ratio: Annotated[float, Rule("a number strictly between 0 and 1", lambda v: 0 < v < 1)] = 0.75
     """Fraction of the patches that is hidden from the encoder."""
     mask_strategy: Literal["random", "block", "grid", "fixed-grid"] = "random"
@@ -103,12 +118,6 @@ class ModelConfig:
     fixed-grid: always the same one."""
     norm_pix_loss: bool = False
     """Predict pixels normalised by each patch's own mean and standard deviation (paper, section 3)."""
-    embed_dim: PositiveInt | None = None
-    """Encoder width."""
-    depth: PositiveInt | None = None
-    """Encoder blocks."""
-    num_heads: PositiveInt | None = None
-    """Encoder attention heads."""
     decoder_embed_dim: PositiveInt | None = None
     """Decoder width."""
     decoder_depth: NonNegativeInt | None = None
@@ -125,8 +134,6 @@ class ModelConfig:
     """Give the encoder a class token. Without one, features are means of patch tokens."""
     loss_on_all_patches: bool = False
     """Let the error of visible patches count as well, half a per cent less accurate in the paper (section 3)."""
-    attention: Literal["auto", "plain", "sdpa", "xformers", "triton"] = "auto"
-    """Attention backend. auto picks by shape, precision and device; a named one that is missing is an error."""
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
     """Residual stream under bf16 autocast. float32: as in the paper's code. bfloat16: rounded after every add; less
     memory traffic, and not the same computation."""
