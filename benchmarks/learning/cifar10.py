@@ -4,15 +4,15 @@
 
 FOLDER holds ``train/`` and ``test/``, each with a folder of images per class. Each seed draws weights, masks, crops and
 which 50 images per class have labels; the 2,000 test images are always the same. Features are compared by two protocols
-of ``fastmae evaluate``: the pretrained encoder's, the same encoder's before its training, and two that need no encoder.
-The lines of ``results.csv`` for this experiment are replaced, and ``cifar10.json`` gets the values of each seed.
+of ``fastmae evaluate``: the pretrained encoder's, the same encoder's before its training and after training on shuffled
+pixels, where there is nothing to learn but colours, and two that need no encoder. The lines of ``results.csv`` for this
+experiment are replaced, and ``cifar10.json`` gets the values of each seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from leaderboard import HERE, replace_rows
+from leaderboard import HERE, replace_rows, shuffle, summarize
 from PIL import Image
 
 import fastmae
@@ -48,6 +48,7 @@ def draw(folder: Path, per_class: int, seed: int | None) -> list[Path]:
     drawn = []
     for name in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
         paths = sorted(name.iterdir())
+        per_class = min(per_class, len(paths))
         rows = np.arange(per_class) * len(paths) // per_class
         if seed is not None:
             rows = np.sort(np.random.default_rng(seed).permutation(len(paths))[:per_class])
@@ -88,9 +89,12 @@ def run(folder: Path, seed: int, steps: int) -> dict[str, dict[str, float]]:
         options = MODEL | TRAINING | {"steps": steps, "warmup_steps": steps // 10, "train_seed": seed}
         trained = fastmae.pretrain("small-data", folder / "train", scratch / "run", **options).model()
         costs = {"seconds": time.monotonic() - begun[0], "cpu_seconds": time.process_time() - begun[1]}
+        images = (np.asarray(Image.open(path).convert("RGB")) for path in draw(folder / "train", 10**9, None))
+        control = fastmae.pretrain("small-data", shuffle(images), scratch / "control", **options).model()
         fresh = fastmae.create_model("mae_vit_tiny_patch16", **MODEL, seed=seed)
         features = {
             "pretrained": lambda paths: encoded(trained, paths, scratch),
+            "pretrained on shuffled pixels": lambda paths: encoded(control, paths, scratch),
             "random weights": lambda paths: encoded(fresh, paths, scratch),
             "8 x 8 pixels": lambda paths: each(paths, small_pixels),
             "colour statistics": lambda paths: each(paths, colour_statistics),
@@ -104,35 +108,15 @@ def run(folder: Path, seed: int, steps: int) -> dict[str, dict[str, float]]:
     return accuracies | {"pretraining": costs}
 
 
-def rows(results: list[dict], steps: int, command: str) -> list[dict[str, object]]:
-    """Lines for the leaderboard: mean and standard deviation over the seeds."""
-    seconds, cpu_seconds = (
-        round(statistics.mean(result["pretraining"][name] for result in results)) for name in ("seconds", "cpu_seconds")
-    )
-    lines = []
-    for name in results[0].keys() - {"pretraining"}:
-        own = name == "pretrained"
-        for protocol in PROTOCOLS:
-            values = [100 * result[name][protocol] for result in results]
-            lines.append(
-                {
-                    "data": "CIFAR-10, 50 labels per class",
-                    "model": "128 wide, 4 deep, patch 4" if own or "weights" in name else "none",
-                    "features": name,
-                    "epochs": f"{steps * TRAINING['global_batch_size'] / 50_000:.2f}" if own else "0",
-                    "images_seen": steps * TRAINING["global_batch_size"] if own else 0,
-                    "wall_clock_s": seconds if own else 0,
-                    "cpu_s": cpu_seconds if own else 0,
-                    "hardware": f"one thread of {cpu_model()}",
-                    "protocol": protocol,
-                    "top1": f"{statistics.mean(values):.1f}",
-                    "spread": f"{statistics.stdev(values):.1f}" if len(values) > 1 else "",
-                    "seeds": len(values),
-                    "command": command,
-                    "log": "cifar10.json",
-                }
-            )
-    return sorted(lines, key=lambda line: (line["protocol"], -float(line["top1"])))
+def lines(results: list[dict], steps: int, command: str) -> list[dict[str, object]]:
+    """The lines of ``results.csv``."""
+    images = steps * TRAINING["global_batch_size"]
+    about = {
+        "data": "CIFAR-10, 50 labels per class",
+        "model": "128 wide, 4 deep, patch 4",
+        "hardware": f"one thread of {cpu_model()}",
+    }
+    return summarize(results, about | {"command": command, "log": "cifar10.json"}, images, images / 50_000)
 
 
 def main() -> None:
@@ -150,7 +134,7 @@ def main() -> None:
     (args.out / "cifar10.json").write_text(json.dumps(results, indent=1) + "\n")
     given = [f"--{n} {getattr(args, n)}" for n in ("seeds", "steps") if getattr(args, n) != parser.get_default(n)]
     command = " ".join(["python benchmarks/learning/cifar10.py FOLDER", *given])
-    replace_rows(rows(results, args.steps, command), "cifar10.json", args.out / "results.csv")
+    replace_rows(lines(results, args.steps, command), "cifar10.json", args.out / "results.csv")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -42,6 +45,36 @@ def replace_rows(rows: Iterable[dict[str, object]], log: str, path: Path = RESUL
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*others, *rows])
+
+
+def summarize(results: Sequence[dict], about: dict[str, object], images: int, epochs: float) -> list[dict[str, object]]:
+    """Lines for runs that differ in their seed: mean and standard deviation of each accuracy.
+
+    Args:
+        results: per seed, shares by features and protocol, and under ``pretraining`` its ``seconds`` and
+            ``cpu_seconds``. A later one may lack features of the first.
+        about: columns that all lines share; the model is that of the features that have weights.
+        images, epochs: of the pretraining.
+    """
+    seconds, cpu = (round(mean(result["pretraining"][key] for result in results)) for key in ("seconds", "cpu_seconds"))
+    lines = []
+    for name in results[0].keys() - {"pretraining"}:
+        trained = name.startswith("pretrained")
+        cost = {"epochs": f"{epochs:.2f}", "images_seen": images, "wall_clock_s": seconds, "cpu_s": cpu}
+        cost = cost if trained else dict.fromkeys(cost, 0)
+        model = about["model"] if trained or name == "random weights" else "none"
+        for protocol in results[0][name]:
+            values = [100 * result[name][protocol] for result in results if name in result]
+            spread = f"{stdev(values):.1f}" if len(values) > 1 else ""
+            found = {"protocol": protocol, "top1": f"{mean(values):.1f}", "spread": spread, "seeds": len(values)}
+            lines.append(about | cost | found | {"features": name, "model": model})
+    return sorted(lines, key=lambda line: (line["protocol"], -float(line["top1"]), line["features"]))
+
+
+def shuffle(images: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Images (H, W, ...) with their pixels permuted, each in another way: the colours are left, and nothing else."""
+    generator = np.random.default_rng(0)
+    return [generator.permutation(image.reshape(-1, *image.shape[2:])).reshape(image.shape) for image in images]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

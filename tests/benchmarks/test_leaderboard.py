@@ -32,7 +32,7 @@ def test_the_lines_of_a_run_are_those_of_its_log_and_replace_earlier_ones(tmp_pa
     committed = [row for row in leaderboard.read_rows() if row["log"] == "cifar10.json"]
     path = tmp_path / "results.csv"
     leaderboard.replace_rows([dict(committed[0], log="other.json"), dict(committed[0], top1="1.0")], "other.json", path)
-    rows = cifar10.rows(results, cifar10.STEPS, committed[0]["command"])
+    rows = cifar10.lines(results, cifar10.STEPS, committed[0]["command"])
     leaderboard.replace_rows(rows, "cifar10.json", path)
     first, *found = leaderboard.read_rows(path)
     assert first["log"] == "other.json"
@@ -52,6 +52,9 @@ def test_draws_hold_as_many_images_of_each_class_and_depend_on_the_seed(tmp_path
     assert drawn[0] == drawn[1] != drawn[2]
     assert [path.name for path in drawn[3]] == ["0.png", "3.png", "6.png"] * 2
     assert all([path.parent.name for path in paths] == ["cat"] * 3 + ["dog"] * 3 for paths in drawn)
+    (once, again), image = leaderboard.shuffle([np.arange(48).reshape(4, 4, 3)] * 2), np.arange(48).reshape(16, 3)
+    assert sorted(map(tuple, once.reshape(16, 3))) == list(map(tuple, image))  # whole pixels move
+    assert not np.array_equal(once, again)
     found = cifar10.each(drawn[3], cifar10.colour_statistics)
     np.testing.assert_allclose(found[2], [120 / 255, 0, 0, 0, 0, 0], atol=1e-4)
     assert cifar10.each(drawn[3], cifar10.small_pixels).shape == (6, 192)
