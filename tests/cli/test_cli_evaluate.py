@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastmae.cli import evaluate as evaluate_command
 from fastmae.cli import main
+from fastmae.data import Augment
 from fastmae.model import create_model
 from fastmae.train.weights import export_weights
 
@@ -72,8 +74,15 @@ def test_without_test_images_a_tenth_is_held_out(weights, folders, capsys):
     assert "of 3 images, learned from 33 (k 3" in printed
 
 
-def test_the_trained_probe_never_sees_held_out_images(weights, folders, capsys, monkeypatch):
-    seen = []
+def test_the_trained_probe_sees_random_crops_and_never_held_out_images(weights, folders, capsys, monkeypatch):
+    seen, augmented = [], []
+    create = evaluate_command.create_loader
+
+    def create_loader(*arguments, augment, **options):
+        augmented.append(augment)
+        return create(*arguments, augment=augment, **options)
+
+    monkeypatch.setattr(evaluate_command, "create_loader", create_loader)
 
     def fit(batches, *_, images, **options):
         seen.append((images, len(next(batches)[1])))
@@ -86,9 +95,10 @@ def test_the_trained_probe_never_sees_held_out_images(weights, folders, capsys, 
         "--solver",
         "sgd",
         "--batch-size",
-        "36",
+        36,
     ]  # an epoch, of which 3 are held out
     assert evaluate(capsys, "evaluate", "linear", weights, *flags)[0] == 2
+    assert augmented == [Augment(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, crop="random", color_jitter=0)]
     assert seen == [(33, 2 * 33)]  # batches are put together until they have 36
 
 

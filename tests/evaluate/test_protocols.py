@@ -108,6 +108,37 @@ def test_the_linear_probe_has_the_schedule_and_optimiser_of_table_10():
     assert float(linear.weight.detach().std()) == pytest.approx(0.01, rel=0.1)
 
 
+@pytest.mark.parametrize(("optimizer", "batch"), [("lars", 16_384), ("sgd", 4_096)])
+def test_every_update_of_the_linear_probe_is_that_of_table_10(optimizer, batch, monkeypatch):
+    optim = pytest.importorskip("timm.optim") if optimizer == "lars" else torch.optim
+    name, rates, decay = "Lars" if optimizer == "lars" else "SGD", [], []
+
+    class Recorded(getattr(optim, name)):
+        def step(self, closure=None):
+            group = self.param_groups[0]
+            rates.append(group["lr"])
+            decay.append((group["momentum"], group["weight_decay"]))
+            return super().step(closure)
+
+    monkeypatch.setattr(optim, name, Recorded)
+    part = torch.randn(batch // 4, 4), torch.arange(batch // 4) % 3
+    images = 2 * batch  # two updates per pass, of four parts each
+    fit_linear_probe(
+        iter([part] * 100),
+        4,
+        3,
+        images=images,
+        device=torch.device("cpu"),
+        optimizer=optimizer,
+        epochs=4,
+        warmup_epochs=1,
+    )
+    schedule = {"epochs": 4, "warmup_epochs": 1, "base_lr": 0.1, "batch_size": batch}
+    assert rates == pytest.approx([learning_rate(number / 2, **schedule) for number in range(1, 9)])
+    assert max(rates) == pytest.approx(0.1 * batch / 256)
+    assert set(decay) == {(0.9, 0.0)}
+
+
 def test_lars_without_timm_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.optim", None)
     with pytest.raises(ValueError, match=r"--solver lars needs timm: pip install 'fastmae\[eval\]'"):
