@@ -313,9 +313,9 @@ def render_photographs(
 def compiled(render: Callable[..., None]) -> Callable[..., None]:
     """``render_crops`` or ``render_photographs`` by TorchScript, which gives up the interpreter lock once for a call
     and not for each of its operations; the function itself where TorchScript cannot, as in Python 3.14."""
+    _torchvision_io()  # registers the decoders
     if sys.version_info >= (3, 14):
         return render
-    _torchvision_io()  # has the decoders
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.script` is deprecated")
         try:
