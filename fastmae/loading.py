@@ -13,6 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastmae.interop.adapt import SIZES, STATISTICS, adapt
 from fastmae.interop.facebook import ARGS, is_decoder
 from fastmae.interop.files import PICKLES, read_file, read_json
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
@@ -74,7 +75,15 @@ class WeightsInfo:
 def load(path: Path | str, *, return_info: Literal[False] = False, **architecture: Any) -> nn.Module: ...
 @overload
 def load(path: Path | str, *, return_info: Literal[True], **architecture: Any) -> tuple[nn.Module, WeightsInfo]: ...
-def load(path: Path | str, *, return_info: bool = False, **architecture: Any) -> Any:
+def load(
+    path: Path | str,
+    *,
+    return_info: bool = False,
+    positions: str | None = "recompute",
+    patches: str | None = None,
+    channels: str | None = None,
+    **architecture: Any,
+) -> Any:
     """A model with the weights of a run, a checkpoint, or a file or folder of another library.
 
     Nothing in the source is executed. The architecture comes from the weights.
@@ -84,8 +93,11 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
             file of facebookresearch/mae or a state dict of timm's, or a folder: ``save_pretrained``'s of
             transformers' ViTMAE or ViT, or timm's of a ViT.
         return_info: return ``(model, WeightsInfo)``.
-        architecture: arguments of the model that the weights do not tell (``num_heads``), or of an equal shape
-            (``mean``, ``std``, ``norm_pix_loss``).
+        positions, patches, channels: rules for weights of another ``img_size``, ``patch_size`` or ``in_chans`` than is
+            asked for: "recompute" or "interpolate", "pseudo-inverse", and "repeat", "average" or "first-layer"; see
+            :func:`fastmae.interop.adapt.adapt`.
+        architecture: arguments of the model: what the weights do not tell (``num_heads``), what has no weights
+            (``mean``, ``std``, ``norm_pix_loss``), or sizes for which there is a rule.
 
     Returns:
         On the CPU, in evaluation mode: a ``VisionTransformer`` for weights with a classifier's head, else a
@@ -94,7 +106,7 @@ def load(path: Path | str, *, return_info: bool = False, **architecture: Any) ->
     Raises:
         CheckpointError: nothing of the kind is there, or what is there does not fit together; names it.
     """
-    weights, info = read_weights(path, **architecture)
+    weights, info = read_weights(path, positions=positions, patches=patches, channels=channels, **architecture)
     for name in ("img_size", "num_heads", "decoder_num_heads")[: 2 + info.has_decoder]:
         if name not in info.architecture:
             raise CheckpointError(f"{path}: neither its shapes nor its metadata tell {name}; give {name}=")
@@ -122,6 +134,8 @@ def create_classifier(
     *,
     checkpoint: Path | str | None = None,
     positions: str = "recompute",
+    patches: str | None = None,
+    channels: str | None = None,
     **options: Any,
 ) -> VisionTransformer:
     """An encoder with a head for ``num_classes``, for fine-tuning.
@@ -131,7 +145,8 @@ def create_classifier(
         num_classes: classes of the head; 0 for the pooled feature.
         checkpoint: weights of the encoder, whatever :func:`load` takes; statistics of the pixels come from there too.
             None: all are drawn.
-        positions: what happens to position tables of another size: "recompute" (sine-cosine) or "interpolate".
+        positions, patches, channels: rules for a checkpoint of other images than ``options`` ask for, as for
+            :func:`load`.
         options: arguments of ``VisionTransformer``, such as ``pool``, ``drop_path`` and ``img_size``.
 
     Raises:
@@ -140,7 +155,8 @@ def create_classifier(
     """
     if checkpoint is None:
         return create_vision_transformer(name, num_classes, **options)
-    weights, info = read_weights(checkpoint)
+    sizes = {name: options.get(name) for name in SIZES}
+    weights, info = read_weights(checkpoint, positions=positions, patches=patches, channels=channels, **sizes)
     told = ("img_size", "patch_size", "in_chans", "mean", "std", "norm_eps", "class_token")
     told += ("embed_dim", "depth", "num_heads", "mlp_ratio") if name is None else ()
     for key in told:
@@ -161,7 +177,14 @@ def create_classifier(
     return model
 
 
-def read_weights(path: Path | str, **architecture: Any) -> tuple[dict[str, Tensor], WeightsInfo]:
+def read_weights(
+    path: Path | str,
+    *,
+    positions: str | None = None,
+    patches: str | None = None,
+    channels: str | None = None,
+    **architecture: Any,
+) -> tuple[dict[str, Tensor], WeightsInfo]:
     """Weights under facebookresearch/mae's names, on the CPU, and what is known of them; arguments as for :func:`load`.
 
     Raises:
@@ -171,6 +194,11 @@ def read_weights(path: Path | str, **architecture: Any) -> tuple[dict[str, Tenso
     try:
         source, weights, told, metadata = _read(path)
         found, assumed = _architecture(weights, told, architecture)
+        wanted = {name: size for name in SIZES if (size := architecture.get(name)) is not None}
+        if wanted and "img_size" in found:
+            rules = {"positions": positions, "patches": patches, "channels": channels}
+            weights, found = adapt(weights, found, wanted, **rules)
+        found |= {name: architecture[name] for name in STATISTICS if architecture.get(name) is not None}
     except CheckpointError:
         raise
     except KeyError as error:
@@ -244,7 +272,9 @@ def _architecture(
     for name, shown in found.items():
         if told.get(name, shown) != shown:
             raise ValueError(f"{name}: the source says {told[name]!r}, its weights {shown}")
-    found |= {"mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim} | told | given
+    found |= {"mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / dim} | told
+    late = {*SIZES, *STATISTICS}  # these may be of other images than the weights
+    found |= {name: value for name, value in given.items() if value is not None and name in known - late}
     assumed = []
     for name, width in widths.items():
         if name not in found:
@@ -252,8 +282,11 @@ def _architecture(
             found |= {name: same[0]} if same else {}
             assumed += [name] if same else []
     if "img_size" not in found:
-        positions = weights["pos_embed"].shape[1] - 1
-        if isqrt(positions) ** 2 == positions:
+        positions, size = weights["pos_embed"].shape[1] - 1, given.get("img_size")
+        rows, cols = (size, size) if isinstance(size, int) else size or (0, 0)
+        if (rows // patch[0]) * (cols // patch[1]) == positions:
+            found["img_size"] = [rows, cols]
+        elif isqrt(positions) ** 2 == positions:
             found["img_size"] = [isqrt(positions) * length for length in patch]
     for name, (expected, holds) in _UNBOUNDED.items():
         if name in found and not holds(found[name]):

@@ -352,7 +352,8 @@ class Pretraining(TrainingRun):
 
         def load() -> str:
             try:
-                weights, info = read_weights(path)
+                sizes = {name: trainer.model.architecture[name] for name in ("img_size", "patch_size", "in_chans")}
+                weights, info = read_weights(path, **self.config.train.init_rules, **sizes)
                 return initialize_weights(trainer.model, weights, info.known)
             except (CheckpointError, ValueError) as error:
                 raise CheckpointError(f"--train.init-from {path}: {str(error).removeprefix(f'{path}: ')}") from error

@@ -217,10 +217,13 @@ class VisionTransformer(ImageModel):
         Raises:
             ValueError: a tensor that is missing, unknown, not finite or of another shape; names it.
         """
-        check(positions in POSITIONS, "positions", f"one of {', '.join(POSITIONS)}", positions)
         given = {n: t for n, t in weights.items() if not n.startswith("decoder_") and not n.endswith("mask_token")}
-        if "pos_embed" in given:
-            given["pos_embed"] = self._positions_from(given["pos_embed"], positions)
+        table = given.get("pos_embed")
+        if table is not None and table.shape != self.pos_embed.shape:
+            side = round((table.shape[1] - 1) ** 0.5)
+            known = table.ndim == 3 and side * side == table.shape[1] - 1 and table.shape[2] == self.pos_embed.shape[2]
+            check(known, "pos_embed", f"(1, 1 + L, {self.pos_embed.shape[2]}) of a square grid, or of this one", table)
+            given["pos_embed"] = resize_positions(table, (side, side), self.grid_size, positions)
         if self.pool == "avg":  # its norm is of the pooled feature, and the encoder's last one is not used
             given = {n: t for n, t in given.items() if not n.startswith("norm.")}
         own = dict(self.named_parameters())
@@ -230,23 +233,27 @@ class VisionTransformer(ImageModel):
             own[name].copy_(tensor)
         return sorted(own.keys() - given.keys())
 
-    def _positions_from(self, table: Tensor, positions: str) -> Tensor:
-        if table.shape == self.pos_embed.shape:
-            return table
-        side = round((table.shape[1] - 1) ** 0.5)
-        known = table.ndim == 3 and side * side == table.shape[1] - 1 and table.shape[2] == self.pos_embed.shape[2]
-        check(known, "pos_embed", f"(1, 1 + L, {self.pos_embed.shape[2]}) of a square grid, or of this one", table)
-        if positions == "interpolate":
-            grid = table[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, self.grid_size, mode="bicubic", antialias=True, align_corners=False)
-            return torch.cat([table[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)
-        fixed = sincos_positions(table.shape[2], (side, side))
-        if not torch.allclose(table.float().cpu(), fixed, atol=1e-4):
-            raise ValueError(
-                f"pos_embed: a learnt table for {side} x {side} patches cannot be recomputed for "
-                f'{self.grid_size[0]} x {self.grid_size[1]}; pass positions="interpolate"'
-            )
-        return sincos_positions(table.shape[2], self.grid_size, (side, side))
+
+def resize_positions(table: Tensor, grid: tuple[int, int], new_grid: tuple[int, int], rule: str) -> Tensor:
+    """A position table (1, 1 + L, D) of a grid for another grid; the class token's row stays.
+
+    Args:
+        rule: "recompute": sine-cosine positions are computed for the new grid; a learnt table is refused.
+            "interpolate": bicubic, antialiased.
+
+    Raises:
+        ValueError: naming the rule that can, if this one cannot.
+    """
+    check(rule in POSITIONS, "positions", f"one of {', '.join(POSITIONS)}", rule)
+    width = table.shape[2]
+    if rule == "interpolate":
+        patches = table[:, 1:].float().unflatten(1, grid).permute(0, 3, 1, 2)
+        patches = F.interpolate(patches, new_grid, mode="bicubic", antialias=True, align_corners=False)
+        return torch.cat([table[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
+    if not torch.allclose(table.float().cpu(), sincos_positions(width, grid), atol=1e-4):
+        sizes = "{} x {} patches cannot be recomputed for {} x {}".format(*grid, *new_grid)
+        raise ValueError(f'pos_embed: a learnt table for {sizes}; pass positions="interpolate"')
+    return sincos_positions(width, new_grid, grid)
 
 
 def scales_of(uniform: Tensor, drop_path: float) -> Tensor:

@@ -234,8 +234,17 @@ class TrainConfig:
     """Learning rate of muon's matrices for a batch of 256, scaled, warmed up and annealed as base_lr. None: base_lr."""
     init_from: Fixed[Path | None] = None
     """Weights to start from: a .pth file of facebookresearch/mae, .safetensors under its names, a folder of a Hugging
-    Face ViTMAE, a run folder or a checkpoint. All shapes must fit; a missing decoder is initialised at random. A
-    resumed run continues from its own checkpoint. None: random weights."""
+    Face ViTMAE, a run folder or a checkpoint. Shapes must fit, or be made to by the rules below; a missing decoder is
+    initialised at random. A resumed run continues from its own checkpoint. None: random weights."""
+    init_positions: Fixed[Literal["recompute", "interpolate"] | None] = None
+    """Rule for weights of another grid of patches. recompute: sine-cosine positions, in the old grid's coordinates.
+    interpolate: learnt ones, bicubic."""
+    init_patches: Fixed[Literal["pseudo-inverse"] | None] = None
+    """Rule for weights of another patch size. pseudo-inverse: FlexiViT's, by which enlarged patches keep their
+    embedding."""
+    init_channels: Fixed[Literal["repeat", "average", "first-layer"] | None] = None
+    """Rule for weights of another number of channels. repeat: the old ones in turn, which share their weights. average:
+    the same weights for all. first-layer: the first channels keep their weights, new ones start at zero."""
     clip_grad: PositiveFloat | None = None
     """Largest global gradient norm. None: no clipping."""
     rollback_after: Free[PositiveInt] = 20
@@ -301,6 +310,11 @@ class TrainConfig:
     """Also keep every checkpoint whose step is a multiple of this. None: none."""
     background_save: Free[bool | None] = None
     """Write checkpoints while the training continues, which waits only for a copy in host memory. None: on a GPU."""
+
+    @property
+    def init_rules(self) -> dict[str, str | None]:
+        """How weights of ``init_from`` are fitted; see :func:`fastmae.interop.adapt.adapt`."""
+        return {"positions": self.init_positions, "patches": self.init_patches, "channels": self.init_channels}
 
 
 @dataclass(frozen=True)
