@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastmae.interop.adapt import SIZES, STATISTICS, adapt
 from fastmae.interop.facebook import ARGS, is_decoder
-from fastmae.interop.files import PICKLES, read_file, read_json
+from fastmae.interop.files import PICKLES, first_line, read_file, read_json
 from fastmae.interop.hugging_face_weights import is_hugging_face, read_hugging_face
 from fastmae.interop.timm import is_timm, read_timm
 from fastmae.model import PRESETS, MaskedAutoencoderViT, build_model
@@ -25,6 +25,8 @@ from fastmae.model.image_model import check_weights
 from fastmae.train.checkpoint import CheckpointError, open_folder
 from fastmae.train.weights import AVERAGE
 
+HUB = "hf-hub:"
+"""Before the name of a model on the Hugging Face hub; without it nothing is fetched."""
 _NO_DECODER = {"decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 1}
 """Of an encoder alone: the smallest, since it is never used."""
 _HEADS = "a positive integer", lambda value: isinstance(value, int) and value > 0
@@ -91,7 +93,8 @@ def load(
     Args:
         path: a run folder (its newest undamaged checkpoint), a checkpoint folder, a ``.safetensors`` file, a ``.pth``
             file of facebookresearch/mae or a state dict of timm's, or a folder: ``save_pretrained``'s of
-            transformers' ViTMAE or ViT, or timm's of a ViT.
+            transformers' ViTMAE or ViT, timm's of a ViT, or :mod:`fastmae.hub`'s. "hf-hub:owner/name" is one of these
+            folders on the Hugging Face hub, and the only source for which the network is used.
         return_info: return ``(model, WeightsInfo)``.
         positions, patches, channels: rules for weights of another ``img_size``, ``patch_size`` or ``in_chans`` than is
             asked for: "recompute" or "interpolate", "pseudo-inverse", and "repeat", "average" or "first-layer"; see
@@ -192,6 +195,7 @@ def read_weights(
     """
     path = Path(path)
     try:
+        path = download(str(path).removeprefix(HUB)) if str(path).startswith(HUB) else path
         source, weights, told, metadata = _read(path)
         found, assumed = _architecture(weights, told, architecture)
         wanted = {name: size for name in SIZES if (size := architecture.get(name)) is not None}
@@ -217,9 +221,10 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str,
         return "transformers", *read_hugging_face(path), {}
     if is_timm(path):
         return "timm", *read_timm(path), {}
-    if path.is_dir():
-        if not (path / "checkpoints").exists() and (path / "config.json").exists():
-            read_json(path / "config.json")  # raises what is wrong with a folder of another library
+    if path.is_dir() and not (path / "checkpoints").exists() and (path / "config.json").exists():
+        read_json(path / "config.json")  # raises what is wrong with it
+        weights, metadata = read_file(path / "model.safetensors")  # as fastmae.hub writes it
+    elif path.is_dir():
         saved = open_folder(path)
         weights, metadata = saved.read_all("model.") | saved.read_all(f"{AVERAGE}."), dict(saved.manifest)
     elif path.is_file():
@@ -233,6 +238,24 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str,
         return "fastmae", weights, metadata["architecture"], metadata
     args = metadata.get("args", {})
     return "facebookresearch/mae or timm", weights, {name: args[name] for name in ARGS if name in args}, metadata
+
+
+def download(name: str) -> Path:
+    """The local copy of a model on the hub, ``owner/name`` or ``owner/name@revision``, downloaded if it is missing.
+
+    Raises:
+        CheckpointError: huggingface_hub is not installed, or has no such model and cannot fetch it.
+    """
+    name, _, revision = name.partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+        if not [*folder.glob("*.safetensors")]:
+            snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.bin"])
+    except Exception as error:  # of the network, of the hub, of names
+        raise CheckpointError(f"{HUB}{name}: {first_line(error)}") from error
+    return folder
 
 
 def _failure(path: Path, error: Exception) -> CheckpointError:

@@ -73,10 +73,10 @@ class ConvertConfig:
     weights: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="WEIGHTS")]
     """Run folder, checkpoint, .safetensors or .pth file, or a folder of transformers or timm."""
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """What to write, which must not exist: a folder (transformers, timm), or a file .pth (facebook), .safetensors,
-    .pt2 (torch-export) or .onnx."""
-    to: Literal["facebook", "transformers", "timm", "safetensors", "torch-export", "onnx"] = field(kw_only=True)
-    """Target. timm, torch-export and onnx take the encoder, without decoder."""
+    """What to write, which must not exist: a folder (transformers, timm, hub), or a file .pth (facebook),
+    .safetensors, .pt2 (torch-export) or .onnx."""
+    to: Literal["facebook", "transformers", "timm", "hub", "safetensors", "torch-export", "onnx"] = field(kw_only=True)
+    """Target. hub: weights of fastmae's with a model card. timm, torch-export and onnx take the encoder alone."""
     kind: Literal["auto", "pretraining", "encoder"] = "auto"
     """auto: all of the weights that the target takes. pretraining: with the decoder, or an error. encoder: without."""
     norm_pix_loss: bool | None = None
@@ -85,6 +85,8 @@ class ConvertConfig:
     """Images that torch-export's or onnx's program takes. float: normalised. uint8: raw pixels, which it normalises."""
     images: Path | None = None
     """Folder of images to compare on, besides random ones. None: the embedded photographs."""
+    data_license: str | None = None
+    """Licence of the training images, in your words, for the model card of --to hub."""
 
 
 @dataclass(frozen=True)

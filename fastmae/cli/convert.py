@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmae import hub
 from fastmae.cli.commands import ConvertConfig
 from fastmae.data import open_dataset, read_images
 from fastmae.errors import UsageError, usage_errors
@@ -58,6 +59,8 @@ def convert(config: ConvertConfig) -> int:
         raise UsageError(f"OUT: --to {config.to} writes a {target.suffix} file, got {out}")
     if out.exists():
         raise UsageError(f"OUT: {out} exists already; remove it, or choose another name")
+    if config.data_license is not None and config.to != "hub":
+        raise UsageError(f"--data-license: --to {config.to} has no model card; expected it with --to hub only")
     if config.input == "uint8" and not target.raw:
         raise UsageError(f"--input uint8: --to {config.to} holds weights, not a program; expected float")
     for library in target.libraries:
@@ -68,7 +71,11 @@ def convert(config: ConvertConfig) -> int:
     given = {} if config.norm_pix_loss is None else {"norm_pix_loss": config.norm_pix_loss}
     model, info = load(config.weights, return_info=True, **given)
     _choose(config, target, model, info)
-    write = partial(_write_own, info=info) if config.to == "safetensors" else target.write
+    write = target.write
+    if config.to == "hub":
+        write = partial(write, info=info, data_license=config.data_license)
+    if config.to == "safetensors":
+        write = partial(write, info=info)
     if target.raw:
         write = partial(write, raw=config.input == "uint8")
     with usage_errors(), torch.no_grad():
@@ -107,7 +114,7 @@ def _choose(config: ConvertConfig, target: Target, model: ImageModel, info: Weig
                     f"--norm-pix-loss: {config.weights} does not say whether its decoder predicts normalised pixels, "
                     "which transformers must know; pass True or False"
                 )
-    if config.to != "safetensors" and isinstance(model, AblatedMAE):
+    if config.to not in ("safetensors", "hub") and isinstance(model, AblatedMAE):
         unusual = [f"{name} {model.architecture[name]}" for name in OPTIONS if name in model.architecture]
         if model.has_decoder:
             raise UsageError(
@@ -205,6 +212,9 @@ TARGETS = {
         decodes=False, norm_eps=NORM_EPS,
     ),
     "safetensors": Target(_write_own, _own_outputs, 'fastmae.load("{out}")', ("fastmae",), suffix=".safetensors"),
+    "hub": Target(
+        hub.write, _own_outputs, 'fastmae.load("{out}"); upload it with hf upload OWNER/NAME {out}', ("fastmae",),
+    ),
     "torch-export": Target(
         export.write_program, export.program_outputs, 'torch.export.load("{out}").module()', suffix=".pt2",
         decodes=False, raw=True,

@@ -27,9 +27,10 @@ ALLOWED = {
     "pretraining": {"ops", "model", "data", "train", "evaluate", "loading", "errors", "fastmae"},
     "finetuning": {"model", "data", "train", "evaluate", "loading", "pretraining", "errors", "fastmae"},
     "loading": {"model", "interop", "train", "fastmae"},
+    "hub": {"model", "interop", "loading", "train", "evaluate", "fastmae"},
     "run": {"data", "train", "pretraining", "loading", "fastmae"},
     "cli": {"ops", "model", "data", "train", "evaluate", "interop", "loading", "environment", "errors", "pretraining"}
-    | {"finetuning", "fastmae"},
+    | {"finetuning", "hub", "fastmae"},
     "__main__": {"cli"},
     "fastmae": {"ops", "model", "interop", "loading", "run", "evaluate"},
 }
