@@ -25,16 +25,20 @@ class ReconstructConfig:
     """The figure to write."""
     show: int = 9
     """Images to draw, spread evenly over those given. Errors are measured on up to 256."""
+    draw_seed: int | None = None
+    """Draw images at random by this seed instead."""
     visible: Literal["pasted", "predicted"] = "pasted"
     """Visible patches of the reconstruction: pasted from the image, or as the model predicts them (as in the paper's
     figures; blurred, since the loss does not train them)."""
     bands: tuple[int, ...] | None = None
     """Bands to draw as red, green and blue, or one to draw grey, counted from 0, of images with more than three.
     None: 0 1 2."""
-    mask_ratio: float | None = None
-    """Share of patches to hide, strictly between 0 and 1. None: the run's."""
-    mask_strategy: Literal["random", "block", "grid", "fixed-grid"] | None = None
-    """Which patches are hidden, as for fastmae pretrain. None: the run's."""
+    mask_ratio: tuple[float, ...] = ()
+    """Share of patches to hide, strictly between 0 and 1; the run's if none is given. Several are drawn side by side,
+    as in Figure 4 of the paper."""
+    mask_strategy: tuple[Literal["random", "block", "grid", "fixed-grid"], ...] = ()
+    """Which patches are hidden, as for fastmae pretrain; the run's if none is given. Several are drawn side by side, as
+    in Figure 6."""
     seed: int = 0
     """Seed of the masks."""
     value_range: tuple[float, ...] | None = None

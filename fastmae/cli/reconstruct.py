@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from fastmae.data.index import check_value_range
 from fastmae.data.sources import list_files
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate import evaluate_sets
+from fastmae.evaluate.sets import compare_masks
 from fastmae.loading import load
 from fastmae.train import checkpoint
 
@@ -53,9 +55,13 @@ def reconstruct(config: ReconstructConfig) -> int:
         "value_range": config.value_range or run_data.get("value_range"),
         "channels_first": config.channels_first or run_data.get("channels_first", False),
     }
+    ratios = config.mask_ratio or (run_model.get("mask_ratio", 0.75),)
+    masks = [
+        (ratio, strategy)
+        for ratio in ratios
+        for strategy in config.mask_strategy or (run_model.get("mask_strategy", "random"),)
+    ]
     drawing = {
-        "mask_ratio": run_model.get("mask_ratio", 0.75) if config.mask_ratio is None else config.mask_ratio,
-        "mask_strategy": config.mask_strategy or run_model.get("mask_strategy", "random"),
         "seed": config.seed,
         "num_rows": config.show,
         "visible": config.visible,
@@ -66,16 +72,23 @@ def reconstruct(config: ReconstructConfig) -> int:
         if reading["value_range"] is not None:
             check_value_range(reading["value_range"], model.in_chans)
         paths = _find_images(config.images)
+        if config.draw_seed is not None:
+            random.Random(config.draw_seed).shuffle(paths)
         images, names = _read(_shown_first(paths, config.show), set(config.images), model.img_size, reading)
         config.out.parent.mkdir(parents=True, exist_ok=True)
-        drawing |= {"path": config.out, "names": {"images": names}}
-        (numbers,) = evaluate_sets(model, {"images": images}, **drawing).values()
-    print("images", *(f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float)), sep="  ")
+        if len(masks) > 1:
+            found = compare_masks(model, images, masks, config.out, names=names, **drawing)
+        else:
+            ((ratio, strategy),) = masks
+            drawing |= {"path": config.out, "names": {"images": names}, "mask_ratio": ratio, "mask_strategy": strategy}
+            found = evaluate_sets(model, {"images": images}, **drawing).values()
     measured = f", errors over {len(images)}" if len(images) < len(paths) else ""
-    print(
-        f"{numbers['num_shown']} of {len(paths):,} images shown{measured}; "
-        f"{numbers['mask_ratio']:.0%} of patches masked, {numbers['mask_strategy']} masks"
-    )
+    for numbers in found:
+        print("images", *(f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float)), sep="  ")
+        print(
+            f"{numbers['num_shown']} of {len(paths):,} images shown{measured}; "
+            f"{numbers['mask_ratio']:.0%} of patches masked, {numbers['mask_strategy']} masks"
+        )
     print(f"Picture: {config.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Figures of masked / reconstruction / original triplets, laid out as in Figure 2 of the paper (He et al., 2022)."""
+"""Figures of masked, reconstructed and original images side by side, as Figures 2 to 4 of the paper have them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,26 @@ class Row(NamedTuple):
     caption: str
     name: str = ""
 
+    @property
+    def pictures(self) -> tuple[Tensor, ...]:
+        """What is drawn, from left to right."""
+        return self.masked, self.reconstruction, self.original
+
+
+class Strip(NamedTuple):
+    """Any number of pictures in a row, as those of :class:`Row`."""
+
+    pictures: Sequence[Tensor]
+    caption: str
+    name: str = ""
+
 
 class Block(NamedTuple):
-    """Triplets under a heading."""
+    """Rows under a heading."""
 
     heading: str
     text: str
-    rows: Sequence[Row]
+    rows: Sequence[Row | Strip]
 
 
 class _Line(NamedTuple):
@@ -49,8 +62,10 @@ class _Line(NamedTuple):
     style: dict
 
 
-def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: str = "") -> None:
-    """Draw blocks of triplets as one PNG, written whole or not at all.
+def draw(
+    blocks: Sequence[Block], path: Path | str, *, title: str = "", note: str = "", columns: Sequence[str] = _COLUMNS
+) -> None:
+    """Draw blocks of rows as one PNG, written whole or not at all.
 
     Small pictures are enlarged by a whole factor without smoothing, so that every pixel is seen as it is. One channel
     is shown grey; of two the first, of more than three the first three are shown.
@@ -60,6 +75,7 @@ def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: st
         path: of the PNG; its folder must exist.
         title: above everything.
         note: below everything, small.
+        columns: what the pictures of a row are.
 
     Raises:
         ValueError: nothing to draw.
@@ -68,11 +84,11 @@ def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: st
     rows = [row for block in blocks for row in block.rows]
     if not rows:
         raise ValueError("blocks: expected at least one row to draw, got none")
-    tile = max(_tile_size(row.original)[1] for row in rows)
-    triplet = 3 * tile + 2 * _GAP
+    tile = max(_tile_size(row.pictures[0])[1] for row in rows)
+    strip = len(columns) * (tile + _GAP) - _GAP
     longest = max(len(block.rows) for block in blocks)
-    across = max(1, min(3, _WIDTH // (3 * tile), longest))
-    width = 2 * _MARGIN + max(across * triplet + (across - 1) * _COLUMN_GAP, _NARROWEST)
+    across = max(1, min(3, _WIDTH // (len(columns) * tile), longest))
+    width = 2 * _MARGIN + max(across * strip + (across - 1) * _COLUMN_GAP, _NARROWEST)
 
     images, lines = [], []
     y = _write(lines, title, _MARGIN, _TITLE, width, weight="bold") if title else _MARGIN
@@ -80,27 +96,27 @@ def draw(blocks: Sequence[Block], path: Path | str, *, title: str = "", note: st
         y = _write(lines, block.heading, y + 26, _HEADING, width, weight="bold")
         y = _write(lines, block.text, y + 2, _TEXT, width, color=_GREY) + 14
         for start in range(0, len(block.rows), across):
-            columns = list(enumerate(block.rows[start : start + across]))
+            placed = [
+                (_MARGIN + i * (strip + _COLUMN_GAP), row) for i, row in enumerate(block.rows[start : start + across])
+            ]
             if start == 0:
-                for column, _ in columns:
-                    for k, label in enumerate(_COLUMNS):
-                        x = _MARGIN + column * (triplet + _COLUMN_GAP) + k * (tile + _GAP) + tile / 2
+                for left, _ in placed:
+                    for k, label in enumerate(columns):
+                        x = left + k * (tile + _GAP) + tile / 2
                         lines.append(_Line(x, y, label, _SMALL, {"color": _GREY, "ha": "center"}))
                 y += _SMALL + 10
             height = 0
-            for column, row in columns:
-                x = _MARGIN + column * (triplet + _COLUMN_GAP)
-                for k, picture in enumerate((row.masked, row.reconstruction, row.original)):
+            for x, row in placed:
+                for k, picture in enumerate(row.pictures):
                     pixels = _pixels(picture)
                     images.append((x + k * (tile + _GAP), y, pixels))
                     height = max(height, len(pixels))
-            for column, row in columns:
-                x = _MARGIN + column * (triplet + _COLUMN_GAP)
-                room = int((triplet - len(row.caption) * _SMALL * 0.56) / (_SMALL * 0.6)) - 2
+            for x, row in placed:
+                room = int((strip - len(row.caption) * _SMALL * 0.56) / (_SMALL * 0.6)) - 2
                 name = row.name if len(row.name) <= max(room, 8) else f"…{row.name[-max(room, 8) + 1 :]}"
                 lines.append(_Line(x, y + height + 8, name, _SMALL, {"color": _INK}))
                 end = {"color": _GREY, "ha": "right"} if name else {"color": _GREY}
-                lines.append(_Line(x + triplet if name else x, y + height + 8, row.caption, _SMALL, end))
+                lines.append(_Line(x + strip if name else x, y + height + 8, row.caption, _SMALL, end))
             y += height + 8 + _SMALL + 20
     if note:
         y = _write(lines, note, y + 8, _SMALL, width, color=_GREY)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmae import ops
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
-from fastmae.evaluate.figure import Block, Row, draw
+from fastmae.evaluate.figure import Block, Row, Strip, draw
 from fastmae.evaluate.reconstruction import Reconstruction, Visible, masked_error, masked_psnr, reconstruct
 
 _BATCH = 32
@@ -118,17 +119,10 @@ class FixedSets:
             path: None draws nothing, as on the ranks of a sharded model that only have to join its forward.
         """
         summary, blocks = {}, []
-        for heading, images in self._sets.items():
+        for heading in self._sets:
             labels = self._names[heading]
             errors, draws, rows = self._measure(model, heading, dtype)
-            numbers = {metric: float(values.mean()) for metric, values in errors.items()} | {
-                "num_images": len(images),
-                "num_shown": min(len(rows), len(images)),
-                "masks_per_image": draws,
-                "mask_ratio": self._mask_ratio,
-                "mask_strategy": self._strategy,
-                "denormalized_with_target_statistics": bool(model.norm_pix_loss),
-            }
+            numbers = self._numbers(model, heading, errors, draws, rows)
             if labels:
                 rows = [row._replace(name=labels[i % len(labels)]) for i, row in enumerate(rows)]
                 numbers["images"] = [
@@ -141,7 +135,23 @@ class FixedSets:
             self._draw(blocks, path, when, model)
         return summary
 
+    def _numbers(
+        self, model: nn.Module, heading: str, errors: Mapping[str, Tensor], draws: int, rows: Sequence[Row]
+    ) -> dict[str, Any]:
+        return {metric: float(values.mean()) for metric, values in errors.items()} | {
+            "num_images": len(self._sets[heading]),
+            "num_shown": min(len(rows), len(self._sets[heading])),
+            "masks_per_image": draws,
+            "mask_ratio": self._mask_ratio,
+            "mask_strategy": self._strategy,
+            "denormalized_with_target_statistics": bool(model.norm_pix_loss),
+        }
+
     def _draw(self, blocks: list[Block], path: Path | str, when: str, model: nn.Module) -> None:
+        masked = f"{100 * self._mask_ratio:g} % of patches masked {_STRATEGIES[self._strategy]}"
+        draw(blocks, path, title=f"{_title(when)}, {masked}", note=self._note(model))
+
+    def _note(self, model: nn.Module) -> str:
         note = ""
         if model.norm_pix_loss:
             note = "De-normalised with the target patches' own mean and standard deviation. "
@@ -154,13 +164,7 @@ class FixedSets:
             note += "Visible patches are pasted."
         else:
             note += "Visible patches are shown as predicted, which the loss does not train."
-        draw(
-            blocks,
-            path,
-            title=f"{' '.join(['Masked autoencoder', when]).strip()}, {100 * self._mask_ratio:g} % of patches masked "
-            f"{_STRATEGIES[self._strategy]}",
-            note=f"{note} Error: mean squared, masked patches only, pixels in units of the data's standard deviation.",
-        )
+        return f"{note} Error: mean squared, masked patches only, pixels in units of the data's standard deviation."
 
     def _measure(self, model: nn.Module, heading: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, list[Row]]:
         """Each image's errors, float64 (N,) by metric; the number of masks an image; rows for the figure."""
@@ -197,6 +201,52 @@ class FixedSets:
         options |= {"strategy": self._strategy, "grid_size": model.grid_size}
         parts = [ops.random_masking(count, length, ratio, draw=draw_index, **options) for draw_index in draws]
         return ops.Masking(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+
+
+def compare_masks(
+    model: nn.Module,
+    images: Tensor,
+    masks: Sequence[tuple[float, str]],
+    path: Path | str,
+    *,
+    names: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    when: str = "",
+    **options: Any,
+) -> list[dict]:
+    """Draw the same images with several masks each, as Figure 4 of the paper does for ratios and Figure 6 for
+    strategies.
+
+    Args:
+        images: as one of the sets of :func:`evaluate_sets`; each is a row, with its original at the left.
+        masks: ratio and strategy of each pair of columns.
+        names: of the images.
+        options: ``seed``, ``num_rows``, ``visible`` and ``bands`` of :func:`evaluate_sets`.
+
+    Returns:
+        For each mask what :func:`evaluate_sets` returns for a set.
+    """
+    numbers, drawn, columns = [], [], ["original"]
+    for ratio, strategy in masks:
+        sets = FixedSets({"": images}, mask_ratio=ratio, mask_strategy=strategy, **options)
+        errors, draws, rows = sets._measure(model, "", dtype)
+        numbers.append(sets._numbers(model, "", errors, draws, rows))
+        drawn.append(rows[: len(images)])
+        one_strategy = len({strategy for _, strategy in masks}) == 1
+        columns += [f"{100 * ratio:g} % {'masked' if one_strategy else strategy}", "reconstruction"]
+    strips = []
+    for name, rows in zip(names, zip(*drawn, strict=True), strict=False):
+        pictures = [rows[0].original, *(picture for row in rows for picture in (row.masked, row.reconstruction))]
+        errors = ", ".join(row.caption.partition("error ")[2].partition(",")[0] for row in rows)
+        strips.append(Strip(pictures, f"errors {errors}", name))
+    ours, filled = (", ".join(f"{n[key]:.3f}" for n in numbers) for key in ("mse", "mse_inverse_distance"))
+    text = f"Errors over {len(images)} images: {ours}. Inverse-distance filling, without a model: {filled}"
+    draw([Block("", text, strips)], path, title=_title(when), note=sets._note(model), columns=columns)
+    return numbers
+
+
+def _title(when: str) -> str:
+    return f"Masked autoencoder {when}".strip()
 
 
 def rows_of(result: Reconstruction, bands: Sequence[int] = (0, 1, 2)) -> list[Row]:

@@ -18,6 +18,7 @@ from fastmae.evaluate import (
     masked_error,
     reconstruct,
 )
+from fastmae.evaluate.sets import compare_masks
 from fastmae.model import MAEOutput, MaskedAutoencoderViT
 
 TINY = {
@@ -246,6 +247,23 @@ def test_masks_are_of_the_strategy(said, strategy):
     assert numbers["mse"] == pytest.approx(float(reconstruct(model, images, masking).mse.mean()), rel=1e-5)
     assert numbers["mask_strategy"] == strategy
     assert strategy in said["title"]
+
+
+def test_several_masks_are_drawn_beside_each_other(said):
+    model, images = tiny(img_size=(32, 64)), pictures(5, size=(32, 64))
+    masks = [(0.5, "random"), (0.75, "grid")]
+    found = compare_masks(model, images, masks, "x.png", names=["a", "b", "c", "d", "e"], seed=3, num_rows=2)
+    for (ratio, strategy), numbers in zip(masks, found, strict=True):
+        alone = evaluated(model, {"x": images}, mask_ratio=ratio, mask_strategy=strategy, num_rows=2)["x"]
+        assert numbers == alone
+    compare_masks(model, images, masks, "x.png", names=["a", "b", "c", "d", "e"], seed=3, num_rows=2)
+    assert said["columns"] == ["original", "50 % random", "reconstruction", "75 % grid", "reconstruction"]
+    first, second = said["b"][0].rows
+    assert (first.name, second.name) == ("a", "b")
+    assert torch.equal(first.pictures[0], images[0] / 255)
+    hidden = [(picture == 0.5).all(0).float().mean() for picture in first.pictures[1::2]]
+    assert hidden == [0.5, 0.75]
+    assert f"{found[0]['mse']:.3f}, {found[1]['mse']:.3f}" in said["b"][0].text
 
 
 def test_many_bands_are_stretched_each_and_named(said):
