@@ -44,7 +44,7 @@ def replace_rows(rows: Iterable[dict[str, object]], log: str, path: Path = RESUL
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*others, *rows])
+        writer.writerows(sorted([*others, *rows], key=lambda row: row["log"]))
 
 
 def summarize(results: Sequence[dict], about: dict[str, object], images: int, epochs: float) -> list[dict[str, object]]:
@@ -61,7 +61,8 @@ def summarize(results: Sequence[dict], about: dict[str, object], images: int, ep
     for name in results[0].keys() - {"pretraining"}:
         trained = name.startswith("pretrained")
         cost = {"epochs": f"{epochs:.2f}", "images_seen": images, "wall_clock_s": seconds, "cpu_s": cpu}
-        cost = cost if trained else dict.fromkeys(cost, 0)
+        cost |= {} if name == "pretrained" else {"wall_clock_s": 0, "cpu_s": 0}  # only this one was timed
+        cost |= {} if trained else {"epochs": 0, "images_seen": 0}
         model = about["model"] if trained or name == "random weights" else "none"
         for protocol in results[0][name]:
             values = [100 * result[name][protocol] for result in results if name in result]
@@ -95,7 +96,7 @@ def measured(rows: Sequence[dict[str, str]]) -> str:
                 row["model"],
                 row["epochs"],
                 f"{int(row['images_seen']):,}",
-                f"{int(row['wall_clock_s']):,} ({int(row['cpu_s']):,})" if int(row["images_seen"]) else "",
+                f"{int(row['wall_clock_s']):,} ({int(row['cpu_s']):,})" if row["wall_clock_s"] != "0" else "",
                 f"{row['top1']} ± {row['spread']}" if row["spread"] else row["top1"],
                 row["seeds"],
                 f"[log](../benchmarks/learning/{row['log']})",
@@ -137,14 +138,15 @@ def plot(rows: Sequence[dict[str, str]], others: Sequence[dict[str, str]], path:
 
     figure = Figure(figsize=(10, 3.8), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(row["features"] for row in sorted(rows, key=lambda row: float(row["top1"]))))
+    linear = sorted((row for row in rows if row["protocol"] == "linear"), key=lambda row: float(row["top1"]))
+    names = [row["features"] for row in linear]
     for offset, protocol in ((0.2, "linear"), (-0.2, "knn")):
         own = {row["features"]: row for row in rows if row["protocol"] == protocol}
         places = [names.index(name) + offset for name in own]
         values, spreads = ([float(row[key] or 0) for row in own.values()] for key in ("top1", "spread"))
         left.barh(places, values, 0.36, xerr=spreads, label=PROTOCOLS[protocol])
     left.set_yticks(range(len(names)), names)
-    left.set(xlabel="top-1 %", title=rows[0]["data"])
+    left.set(xlabel="top-1 %", title=rows[0]["data"], xlim=(0, 50))
     left.axvline(10, color="grey", linestyle=":", label="chance")
     left.legend(loc="lower right", fontsize=8)
     for model, color in (("ViT-B", "C0"), ("ViT-L", "C1")):

@@ -34,13 +34,14 @@ def test_the_lines_of_a_run_are_those_of_its_log_and_replace_earlier_ones(tmp_pa
     leaderboard.replace_rows([dict(committed[0], log="other.json"), dict(committed[0], top1="1.0")], "other.json", path)
     rows = cifar10.lines(results, cifar10.STEPS, committed[0]["command"])
     leaderboard.replace_rows(rows, "cifar10.json", path)
-    first, *found = leaderboard.read_rows(path)
-    assert first["log"] == "other.json"
+    *found, last = leaderboard.read_rows(path)
+    assert last["log"] == "other.json"
     hardware = {"hardware": committed[0]["hardware"]}
     assert [row | hardware for row in found] == committed
     means = {row["features"]: float(row["top1"]) for row in found if row["protocol"] == "linear"}
     assert means["pretrained"] == pytest.approx(100 * np.mean([r["pretrained"]["linear"] for r in results]), abs=0.05)
-    assert means["pretrained"] > means["random weights"] + 5  # what the page claims
+    for other in ("random weights", "pretrained on shuffled pixels"):
+        assert means["pretrained"] > means[other] + 5  # what the page claims
 
 
 def test_draws_hold_as_many_images_of_each_class_and_depend_on_the_seed(tmp_path):
