@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from fastmae.data.augment import Augment, crop_boxes
 from fastmae.ops.philox import Stream, random_words, to_unit
+from fastmae.train.classification import LabelledDataConfig
 
 LAYERS, APPLIED = 2, 0.5
 """RandAugment's operations per image, and the probability that each is applied (timm's ``rand-m9-mstd0.5-inc1``)."""
@@ -27,46 +27,27 @@ _ERASED = Augment(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
 """Area and aspect ratio of an erased rectangle, as in timm."""
 
 
-class Labelled(NamedTuple):
-    """A batch to learn from.
-
-    Attributes:
-        images: (N, C, H, W): ``uint8``, or float32 and normalised.
-        targets: float32 (N, K), shares of the classes. They sum to 1, but to 0 for an image whose class is unknown.
-    """
-
-    images: Tensor
-    targets: Tensor
-
-
 @dataclass(frozen=True)
 class BatchAugment:
     """Everything random that happens to labelled images behind the loader, which crops and flips.
 
+    Images are mixed in pairs of neighbours in the order of all ranks' images, where timm mixes the first with the last
+    of a batch: pairs do not depend on batch size and ranks. Batches then hold an even number of images.
+
     Attributes:
         seed: of all draws.
         num_classes: K.
-        magnitude, magnitude_std: of RandAugment, 0 to 10; 0 for none. It takes 8-bit images of three channels.
-        erasing: probability of erasing a rectangle.
-        mixup, cutmix: parameter of the Beta distribution of the shares; 0 for none. Images are mixed in pairs of
-            neighbours in the order of all ranks' images, where timm mixes the first with the last of a batch: pairs do
-            not depend on batch size and ranks. Batches then hold an even number of images.
-        smoothing: share of a target that is spread over all classes.
+        config: what is done. RandAugment takes 8-bit images of three channels.
     """
 
     seed: int
     num_classes: int
-    magnitude: float = 0.0
-    magnitude_std: float = 0.0
-    erasing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.0
+    config: LabelledDataConfig
 
     @property
     def mixes(self) -> bool:
         """Whether images are mixed."""
-        return self.mixup > 0 or self.cutmix > 0
+        return self.config.mixup > 0 or self.config.cutmix > 0
 
     def __call__(
         self,
@@ -75,7 +56,7 @@ class BatchAugment:
         sample_ids: np.ndarray,
         epochs: np.ndarray,
         normalized: Callable[[Tensor], Tensor],
-    ) -> Labelled:
+    ) -> tuple[Tensor, Tensor]:
         """A batch, augmented.
 
         Args:
@@ -83,20 +64,23 @@ class BatchAugment:
             labels: int64 (N,), classes; -1 for unknown.
             sample_ids, epochs: int64 (N,), the keys of the draws.
             normalized: makes of a loader's images what the model takes.
+
+        Returns:
+            Images (N, C, H, W), ``uint8`` or float32 and normalised; and targets float32 (N, K), shares of the classes,
+            which sum to 1, but to 0 for an image whose class is unknown.
         """
-        keys, size, device = (self.seed, epochs, sample_ids), images.shape[-2:], images.device
-        if self.magnitude:
-            images = randaugment(images, *draw_operations(*keys, self.magnitude, self.magnitude_std))
-        if (self.erasing or self.mixes) and images.dtype == torch.uint8:
+        keys, size, config = (self.seed, epochs, sample_ids), images.shape[-2:], self.config
+        if config.randaugment:
+            images = randaugment(images, *draw_operations(*keys, config.randaugment, config.randaugment_std))
+        if (config.erasing or self.mixes) and images.dtype == torch.uint8:
             images = images.float() / 255  # noise and blends are not bytes
         images = normalized(images)
-        if self.erasing:
-            erase(images, *draw_erasing(*keys, size, self.erasing))
-        targets = smoothed_targets(to_device(labels, device), self.num_classes, self.smoothing)
+        if config.erasing:
+            erase(images, *draw_erasing(*keys, size, config.erasing))
+        targets = smoothed_targets(to_device(labels, images.device), self.num_classes, config.label_smoothing)
         if self.mixes:
-            shares, boxes = draw_mixing(*keys, size, self.mixup, self.cutmix)
-            images, targets = mix(images, targets, shares, boxes)
-        return Labelled(images, targets)
+            images, targets = mix(images, targets, *draw_mixing(*keys, size, config.mixup, config.cutmix))
+        return images, targets
 
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
@@ -140,38 +124,32 @@ def randaugment(images: Tensor, operations: np.ndarray, levels: np.ndarray, sign
     return images
 
 
-def _affine(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, e: Tensor, f: Tensor) -> Tensor:
+Coefficient = Tensor | float
+
+
+def _affine(
+    x: Tensor,
+    a: Coefficient = 1.0,
+    b: Coefficient = 0.0,
+    c: Coefficient = 0.0,
+    d: Coefficient = 0.0,
+    e: Coefficient = 1.0,
+    f: Coefficient = 0.0,
+) -> Tensor:
     """Each output pixel (x, y) from the input at (a x + b y + c, d x + e y + f), bilinearly, grey outside."""
-    height, width = x.shape[-2:]
-    rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in (height, width))
-    rows, columns = rows[:, None], columns[None, :]
-    coefficients = (value.view(-1, 1, 1) for value in (a, b, c, d, e, f))
-    a, b, c, d, e, f = coefficients
+    count, _, height, width = x.shape
+    rows, columns = (torch.arange(side, device=x.device) + 0.5 for side in (height, width))
+    rows = rows[:, None]
     # No matrix product: its rounding could depend on how many images there are.
     places = (a * columns + b * rows + c) * (2 / width) - 1, (d * columns + e * rows + f) * (2 / height) - 1
-    return F.grid_sample(x.float() - 128, torch.stack(places, -1), align_corners=False) + 128
+    grid = torch.stack([place.expand(count, 1, height, width) for place in places], -1)[:, 0]
+    return F.grid_sample(x.float() - 128, grid, align_corners=False) + 128
 
 
 def _rotate(x: Tensor, level: Tensor, sign: Tensor) -> Tensor:
     angle = level * sign * math.radians(30)
-    cos, sin, (height, width) = angle.cos(), angle.sin(), x.shape[-2:]
-    middle_x, middle_y = width / 2, height / 2
-    back_x = middle_x - cos * middle_x - sin * middle_y
-    back_y = middle_y + sin * middle_x - cos * middle_y
-    return _affine(x, cos, sin, back_x, -sin, cos, back_y)
-
-
-def _shear(x: Tensor, level: Tensor, sign: Tensor, *, horizontal: bool) -> Tensor:
-    slope, one, zero = 0.3 * level * sign, torch.ones_like(level), torch.zeros_like(level)
-    return (
-        _affine(x, one, slope, zero, zero, one, zero) if horizontal else _affine(x, one, zero, zero, slope, one, zero)
-    )
-
-
-def _translate(x: Tensor, level: Tensor, sign: Tensor, *, horizontal: bool) -> Tensor:
-    share, one, zero = 0.45 * level * sign, torch.ones_like(level), torch.zeros_like(level)
-    shifts = (share * x.shape[-1], zero) if horizontal else (zero, share * x.shape[-2])
-    return _affine(x, one, zero, shifts[0], zero, one, shifts[1])
+    cos, sin, v, u = angle.cos(), angle.sin(), x.shape[-2] / 2, x.shape[-1] / 2  # about the middle (u, v)
+    return _affine(x, cos, sin, u - cos * u - sin * v, -sin, cos, v + sin * u - cos * v)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -225,10 +203,10 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "Contrast": _contrast,
     "Brightness": lambda x, level, sign: _blend(x.float(), torch.zeros_like(level), level, sign),
     "Sharpness": _sharpness,
-    "ShearX": lambda x, level, sign: _shear(x, level, sign, horizontal=True),
-    "ShearY": lambda x, level, sign: _shear(x, level, sign, horizontal=False),
-    "TranslateX": lambda x, level, sign: _translate(x, level, sign, horizontal=True),
-    "TranslateY": lambda x, level, sign: _translate(x, level, sign, horizontal=False),
+    "ShearX": lambda x, level, sign: _affine(x, b=0.3 * level * sign),
+    "ShearY": lambda x, level, sign: _affine(x, d=0.3 * level * sign),
+    "TranslateX": lambda x, level, sign: _affine(x, c=0.45 * level * sign * x.shape[-1]),
+    "TranslateY": lambda x, level, sign: _affine(x, f=0.45 * level * sign * x.shape[-2]),
 }
 """By timm's names: ``uint8`` images (N, 3, H, W), levels in [0, 1] and signs (N, 1, 1, 1) to images 0 to 255."""
 

@@ -101,25 +101,14 @@ class Classification(ImageTask):
         create_loader: Callable[..., Any],
     ) -> None:
         super().__init__(config, model, dataset, create_loader)
-        self._labels, data = labels, config.data
-        if data.randaugment and (dataset.channels != 3 or dataset.value_range is not None):
-            raise ValueError(
-                f"--data.randaugment: expected 0 for other images than 8-bit RGB, got {data.randaugment:g}"
-            )
+        self._labels, magnitude = labels, config.data.randaugment
+        if magnitude and (dataset.channels != 3 or dataset.value_range is not None):
+            raise ValueError(f"--data.randaugment: expected 0 for other images than 8-bit RGB, got {magnitude:g}")
         freeze(model, getattr(config, "blocks", len(model.blocks)))
         self.frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         trains = [any(p.requires_grad for p in block.parameters()) for block in model.blocks]
         self._frozen_blocks = trains.index(True) if True in trains else len(trains)
-        self.augment = BatchAugment(
-            config.train.seed,
-            model.num_classes,
-            magnitude=data.randaugment,
-            magnitude_std=data.randaugment_std,
-            erasing=data.erasing,
-            mixup=data.mixup,
-            cutmix=data.cutmix,
-            smoothing=data.label_smoothing,
-        )
+        self.augment = BatchAugment(config.train.seed, model.num_classes, config.data)
 
     def open_loader(self, position: int, batch_size: int, **options: Any) -> Any:
         """As :class:`fastmae.train.task.Task`; raises ValueError if images are to be mixed in odd numbers."""

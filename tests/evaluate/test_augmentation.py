@@ -21,10 +21,11 @@ from fastmae.evaluate.augmentation import (
     randaugment,
     smoothed_targets,
 )
+from fastmae.train.classification import LabelledDataConfig
 
 IDS, EPOCHS = np.arange(5, 13), np.full(8, 3)
 RESAMPLED = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
-TABLE_9 = {"magnitude": 9.0, "magnitude_std": 0.5, "erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+NONE = LabelledDataConfig(randaugment=0, erasing=0, mixup=0, cutmix=0, label_smoothing=0)
 
 
 def images(count: int = 8) -> Tensor:
@@ -35,26 +36,26 @@ def images(count: int = 8) -> Tensor:
 
 
 def test_a_pair_of_images_is_augmented_alike_in_any_batch():
-    augment = BatchAugment(seed=7, num_classes=4, **TABLE_9 | {"erasing": 1.0})
+    augment = BatchAugment(7, 4, LabelledDataConfig(erasing=1.0))  # and the rest of Table 9
     labels, normalized = IDS % 4, lambda x: x * 2 - 1
-    whole = augment(images(), labels, IDS, EPOCHS, normalized)
+    whole, targets = augment(images(), labels, IDS, EPOCHS, normalized)
     for start in range(0, 8, 2):
         rows = slice(start, start + 2)
         part = augment(images()[rows], labels[rows], IDS[rows], EPOCHS[rows], normalized)
-        assert torch.equal(part.images, whole.images[rows])
-        assert torch.equal(part.targets, whole.targets[rows])
-    assert whole.images.dtype == torch.float32
-    torch.testing.assert_close(whole.targets.sum(1), torch.ones(8))
+        assert torch.equal(part[0], whole[rows])
+        assert torch.equal(part[1], targets[rows])
+    assert whole.dtype == torch.float32
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
     other = augment(images(), labels, IDS, EPOCHS + 1, normalized)
-    assert not torch.equal(other.images, whole.images)
+    assert not torch.equal(other[0], whole)
 
 
 def test_without_augmentation_a_batch_stays_as_the_loader_made_it():
     batch = images()
-    found = BatchAugment(seed=0, num_classes=4)(batch, IDS % 4, IDS, EPOCHS, lambda x: x)
-    assert torch.equal(found.images, batch)
-    assert found.images.dtype == torch.uint8
-    assert found.targets.tolist() == torch.eye(4)[IDS % 4].tolist()
+    found, targets = BatchAugment(0, 4, NONE)(batch, IDS % 4, IDS, EPOCHS, lambda x: x)
+    assert torch.equal(found, batch)
+    assert found.dtype == torch.uint8
+    assert targets.tolist() == torch.eye(4)[IDS % 4].tolist()
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
