@@ -203,7 +203,7 @@ def evaluate(config: ProbeConfig) -> int:
         result = {"protocol": "knn", "features": config.pool}
         result |= evaluate_knn(split, k=config.k, temperature=config.temperature, seed=config.seed)
     elif isinstance(config, AttentiveConfig):
-        rows, width = math.prod(model.grid_size), model.cls_token.shape[-1]
+        rows, width = math.prod(model.grid_size), model.pos_embed.shape[-1]
         cached = 2 * rows * width * (len(known.labels) + len(tests.labels))  # float16
         if 2 * cached > physical_bytes():  # twice while the batches are put together
             raise UsageError(
@@ -376,7 +376,11 @@ def _cached(
         advance = _bar(title, len(images.labels), options)
 
         def reduce(tokens: Tensor) -> Tensor:
-            return tokens[:, 1:].half().cpu() if kind == "tokens" else pool_tokens(model, tokens, kind)
+            return (
+                tokens[:, model.num_prefix_tokens :].half().cpu()
+                if kind == "tokens"
+                else pool_tokens(model, tokens, kind)
+            )
 
         rows = encode_images(model, images.dataset, images.sample_ids, reduce, **options, on_batch=advance)
         found += [images, *rows]
@@ -414,7 +418,7 @@ def _trained_linear(
     advance = _bar("Training the head", images * config.epochs, options)
     source = crops()
     head = fit_linear_probe(
-        source, model.cls_token.shape[-1], len(classes), images=images, device=device, optimizer=config.solver,
+        source, model.pos_embed.shape[-1], len(classes), images=images, device=device, optimizer=config.solver,
         on_batch=lambda loss: advance(), **settings,
     )  # fmt: skip
     source.close()

@@ -293,7 +293,6 @@ def render_photographs(
 
     Args:
         encoded: files, uint8 (bytes,).
-        webp: which of them are WebP.
         headers: whether it is WebP, height and width.
         boxes, flips, batch, rows: as for :func:`render_crops`.
 

@@ -40,7 +40,8 @@ class Features(NamedTuple):
     """What the encoder makes of n images to probe it with, on the model's device."""
 
     class_token: Tensor
-    """float32 (n, D): what facebookresearch/mae's linear probe takes (``main_linprobe.py --cls_token``)."""
+    """float32 (n, D): what facebookresearch/mae's linear probe takes (``main_linprobe.py --cls_token``); (n, 0) of an
+    encoder without one."""
     pooled: Tensor
     """float32 (n, D): the mean of the patch tokens, which it calls global pooling."""
     readable: Tensor
@@ -138,22 +139,28 @@ def encode_images(
 def pool_tokens(model: nn.Module, tokens: Tensor, pool: str) -> Tensor:
     """One feature (N, D) per image from tokens (N, 1 + L, D): "cls", the class token, or "avg", the mean of the others.
 
-    Of a classifier that pools the same way it is what the head takes.
+    Of a classifier that pools the same way it is what the head takes. Raises ValueError for the class token of an
+    encoder without one.
     """
     if pool == "cls":
+        if not model.num_prefix_tokens:
+            raise ValueError("pool: expected avg, since the encoder has no class token")
         return tokens[:, 0]
-    mean = tokens[:, 1:].mean(1)
+    mean = tokens[:, model.num_prefix_tokens :].mean(1)
     return model.fc_norm(mean) if hasattr(model, "fc_norm") else mean
 
 
 def pooled_features(model: nn.Module, dataset: Dataset, sample_ids: np.ndarray, **options: Any) -> Features:
     """Both pooled features of images; options and errors are those of :func:`encode_images`."""
 
-    def pool_both(tokens: Tensor) -> Tensor:
-        return torch.stack([pool_tokens(model, tokens, pool) for pool in ("cls", "avg")], 1)
+    pools = ("avg", "cls") if model.num_prefix_tokens else ("avg",)
 
-    found, readable = encode_images(model, dataset, sample_ids, pool_both, **options)
-    return Features(found[:, 0], found[:, 1], readable)
+    def pool_all(tokens: Tensor) -> Tensor:
+        return torch.cat([pool_tokens(model, tokens, pool) for pool in pools], 1)
+
+    found, readable = encode_images(model, dataset, sample_ids, pool_all, **options)
+    width = found.shape[1] // len(pools)
+    return Features(found[:, width:], found[:, :width], readable)
 
 
 def extract_features(

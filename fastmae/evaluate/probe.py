@@ -97,6 +97,8 @@ def judge(known: Features, labels: np.ndarray, tests: Features, test_labels: np.
         bank, queries = getattr(known, kind), getattr(tests, kind).to(device)
         if not bool(bank.isfinite().all() & queries.isfinite().all()):
             raise ValueError("features: expected finite numbers, got some that are not")
+        if not bank.shape[1]:  # the encoder has no class token
+            continue
         values |= {f"{name}{suffix}": value for name, value in _judge(bank, targets, queries, test_targets).items()}
     return values | ({"unreadable": unreadable} if unreadable else {})
 

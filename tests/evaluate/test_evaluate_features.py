@@ -24,7 +24,7 @@ from fastmae.evaluate import (
     pooled_features,
     probe,
 )
-from fastmae.model import MaskedAutoencoderViT
+from fastmae.model import MaskedAutoencoderViT, create_model
 from fastmae.model.classifier import VisionTransformer
 
 COLORS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
@@ -67,6 +67,20 @@ def test_features_are_those_of_the_central_crops_in_the_order_asked_for(dataset)
     torch.testing.assert_close(found.class_token, tokens[:, 0])
     torch.testing.assert_close(found.pooled, tokens[:, 1:].mean(1))
     assert found.readable.all()
+
+
+def test_an_encoder_without_a_class_token_has_the_mean_of_all_tokens(dataset, tmp_path):
+    model, ids = (
+        create_model("mae_vit_tiny_patch16", img_size=(16, 24), patch_size=8, seed=0, class_token=False, **TINY),
+        np.arange(30),
+    )
+    found = pooled_features(model, dataset, ids)
+    assert found.class_token.shape == (30, 0)
+    np.testing.assert_array_equal(fastmae.extract_features(model, dataset.root, crop_ratio=1).features, found.pooled)
+    with pytest.raises(ValueError, match="pool: expected avg, since the encoder has no class token"):
+        fastmae.extract_features(model, dataset.root, pool="cls")
+    labels = np.repeat(np.arange(3), 10)
+    assert judge(found, labels, found, labels).keys() == {"knn_top1", "linear_top1"}
 
 
 def test_public_features_are_those_that_a_head_takes_with_ids_and_paths(dataset, tmp_path):
