@@ -73,6 +73,8 @@ def write(
     weights = {key: tensor.contiguous() for key, tensor in weights_of(model).items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt", **metadata})
     settings = {key: run[key] for key in ("recipe", "recipe_version", "model", "train") if key in run}
+    if "target" in settings.get("model", {}):  # "pixels", or a file
+        settings["model"] = settings["model"] | {"target": Path(settings["model"]["target"]).name}
     settings["train"] = {k: v for k, v in settings.get("train", {}).items() if k != "init_from"}
     described = {"library_name": "fastmae", "fastmae_version": fastmae.__version__, **known, **settings}
     (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")

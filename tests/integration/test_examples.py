@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+import fastmae
 from fastmae import ops
+from fastmae.cli import main
+from fastmae.model import create_model
+from fastmae.train.weights import export_weights
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -72,7 +77,85 @@ def test_detection_finds_a_rectangle(tmp_path):
     assert set(scores) == {"boxes", "masks"}
 
 
+TINY = {
+    "img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2,
+    "decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder per class: photographs of one colour in each, brighter at the top."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    shade = np.linspace(1, 0.3, 40)[:, None, None] * np.ones((40, 48, 1))
+    for number, color in enumerate(((250, 60, 60), (60, 60, 250))):
+        (folder / str(number)).mkdir()
+        for i in range(8):
+            pixels = (shade * color * (1 - 0.05 * i)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / str(number) / f"{i}.jpg")
+    return folder
+
+
+def train_as_facebookresearch_does(photos: Path, folder: Path, monkeypatch) -> tuple[list[float], Path]:
+    example = load("main_pretrain")
+    flags = f"--data_path {photos} --output_dir {folder} --model tiny --input_size 32 --batch_size 8 --epochs 6"
+    flags += " --warmup_epochs 0 --blr 0.1 --num_workers 0 --device cpu"
+    sizes = {name: size for name, size in TINY.items() if name != "img_size"}
+    monkeypatch.setitem(vars(example.models_mae), "tiny", partial(create_model, "mae_vit_tiny_patch16", **sizes))
+    return example.main(example.get_args_parser().parse_args(flags.split())), folder / "checkpoint-5.pth"
+
+
+def train_in_a_loop(photos: Path, folder: Path, monkeypatch) -> tuple[list[float], Path]:
+    return load("plain_loop").main(str(photos), steps=8, batch_size=8, lr=1e-2, **TINY), folder / "mae.pth"
+
+
+def train_with_lightning(photos: Path, folder: Path, monkeypatch) -> tuple[list[float], Path]:
+    pytest.importorskip("pytorch_lightning")
+    losses = load("lightning_module").main(str(photos), steps=8, batch_size=8, lr=1e-2, **TINY)
+    return losses, folder / "mae.pth"
+
+
+def train_with_hugging_face(photos: Path, folder: Path, monkeypatch) -> tuple[list[float], Path]:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    config = transformers.ViTMAEConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )  # fmt: skip
+    arguments = {"max_steps": 8, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
+    losses = load("hugging_face_trainer").main(str(photos), str(folder / "out"), config, **arguments)
+    return losses, folder / "out" / "final"
+
+
+@pytest.mark.parametrize(
+    "train", [train_as_facebookresearch_does, train_in_a_loop, train_with_lightning, train_with_hugging_face]
+)
+def test_a_training_of_ones_own_learns_and_its_weights_load(train, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    losses, weights = train(photos, tmp_path, monkeypatch)
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
+    sizes = {"num_heads": 2, "decoder_num_heads": 2} if weights.suffix == ".pth" else {}
+    model = fastmae.load(weights, **sizes)
+    assert model(torch.zeros(1, 3, 32, 32)).pred.shape == (1, 16, 192)
+
+
+def test_an_exported_encoder_is_fine_tuned_in_timm(photos, tmp_path):
+    pytest.importorskip("timm")
+    weights = export_weights(create_model("mae_vit_tiny_patch16", **TINY, seed=0), tmp_path / "w.safetensors")
+    assert main(["convert", str(weights), str(tmp_path / "encoder"), "--to", "timm"]) == 0
+    torch.manual_seed(0)
+    options = {"steps": 20, "batch_size": 8, "lr": 1e-2, "augment": None}
+    losses = load("finetune_in_timm").main(str(tmp_path / "encoder"), str(photos), **options)
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+
+
 PAGES = {"segmentation": "evaluation", "detection": "evaluation"}
+PAGES |= dict.fromkeys(
+    ("main_pretrain", "plain_loop", "lightning_module", "hugging_face_trainer", "finetune_in_timm"), "interop"
+)
 
 
 def test_every_recipe_is_tested_and_documented():
