@@ -26,6 +26,8 @@ from fastmae.train.run_folder import replace_text
 from fastmae.train.targets import fit_codebook, fit_pca, patches_of, save_target
 
 _COLUMNS = ("variant", "seed", "protocol", "features", "top1", "loss", "seconds", "images_per_second", "run")
+_TRAINING = ("finetune", "partial", "scratch")
+"""Protocols of ``fastmae evaluate`` that are runs."""
 
 
 def ablate(config: AblateConfig) -> int:
@@ -41,7 +43,7 @@ def ablate(config: AblateConfig) -> int:
             run = config.out / f"{_slug(name)}-seed{seed}"
             flags = flatten(spec["pretrain"]) | flatten(changes) | {"train.seed": seed}
             code = _pretrain(command, run, flags, name)
-            if code == EXIT_PREEMPTED:
+            if code:
                 return code
             summary = json.loads((run / "summary.json").read_text())
             known = {"variant": name, "seed": seed, "run": run.name, "loss": summary["last_loss"]}
@@ -50,7 +52,9 @@ def ablate(config: AblateConfig) -> int:
                 result = run / f"{protocol}.json"
                 if not result.exists():
                     options = {"data.path": flags.get("data.path"), **flatten(options)}
-                    _call([*command, "evaluate", protocol, str(run), *_words(options), "--out", str(result)], name)
+                    words = [protocol, *_of(run, protocol), *_words(options), "--out", str(result)]
+                    if code := _call([*command, "evaluate", *words], name):
+                        return code
                 found = json.loads(result.read_text())
                 rows.append(known | {key: found[key] for key in ("protocol", "features", "top1")})
             if not spec.get("evaluate"):
@@ -134,7 +138,17 @@ def _pretrain(command: list[str], run: Path, flags: dict[str, Any], variant: str
     return _call([*command, "pretrain", *_words(flags), "--out", str(run), *resume], variant)
 
 
+def _of(run: Path, protocol: str) -> list[str]:
+    """What a protocol evaluates; one that trains does so in a folder of its own, and continues there."""
+    weights = [] if protocol == "scratch" else [str(run)]
+    if protocol not in _TRAINING:
+        return weights
+    folder = run / protocol
+    return [*weights, "--run-folder", str(folder), *(["--resume"] if (folder / "config.json").exists() else [])]
+
+
 def _call(words: list[str], variant: str) -> int:
+    """Run a command: 0, or ``EXIT_PREEMPTED`` if it saved and left."""
     print(f"\n[{variant}] {shlex.join(words)}", flush=True)
     code = subprocess.run(words).returncode
     if code not in (0, EXIT_PREEMPTED):

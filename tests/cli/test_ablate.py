@@ -100,6 +100,23 @@ def test_continues_what_was_interrupted(folder, capfd):
     assert evaluated[:5] == ["evaluate", "knn", str(folder / "out" / "mask-50---seed0"), "--data.path", "photos"]
 
 
+def test_protocols_that_train_have_a_folder_and_continue_there(folder):
+    spec = folder / "spec.toml"
+    spec.write_text(spec.read_text().replace("[0, 2]", "[0]").replace("evaluate.knn", "evaluate.finetune"))
+    with spec.open("a") as file:
+        file.write("[evaluate.scratch]\ntrain.epochs = 5\n")
+    started = folder / "out" / "base-seed0" / "finetune"
+    started.mkdir(parents=True)
+    (started / "config.json").write_text("{}")
+    assert ablate(folder) == 0
+    run = str(folder / "out" / "base-seed0")
+    evaluations = [words for words in calls(folder) if words[0] == "evaluate"]
+    assert evaluations[0][1:6] == ["finetune", run, "--run-folder", f"{run}/finetune", "--resume"]
+    assert evaluations[1][1:6] == ["scratch", "--run-folder", f"{run}/scratch", "--data.path", "photos"]
+    rows = list(csv.DictReader((folder / "out" / "results.csv").open()))
+    assert [row["protocol"] for row in rows] == ["finetune", "scratch"] * 2
+
+
 def test_a_run_with_other_flags_is_not_taken_for_this_one(folder, capfd):
     assert ablate(folder) == 0
     spec = folder / "spec.toml"
