@@ -134,7 +134,7 @@ def test_an_encoder_alone_goes_there_and_back(target, tmp_path, capsys):
         assert torch.equal(fastmae.load(short).encode(IMAGES), encoder.encode(IMAGES))
 
 
-@pytest.mark.parametrize("kind", ["mae", "cls", "avg"])
+@pytest.mark.parametrize("kind", ["mae", "avg"])
 def test_an_exported_program_takes_any_batch_without_ops_of_fastmae(kind, tmp_path):
     model = build(kind, norm_eps=1e-3)
     program = torch.export.load(convert(saved(model, tmp_path), "torch-export", tmp_path))
@@ -199,8 +199,8 @@ def test_ablated_models_leave_as_encoders(change, described, tmp_path, capsys):
         assert f"not that of a model with {described}" in refusal(capsys, source, target, tmp_path)
     short = convert(source, "safetensors", tmp_path / "short", "--kind", "encoder")
     assert torch.equal(fastmae.load(short).encode(IMAGES), model.encode(IMAGES))
-    convert(short, "torch-export", tmp_path)
     if "class_token" in change:
+        convert(short, "torch-export", tmp_path)
         for target in ("facebook", "transformers", "timm"):
             assert "holds encoders with a class token" in refusal(capsys, short, target, tmp_path)
         return
