@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fastmae import interop, ops
+    from fastmae import hub, interop, ops
     from fastmae.evaluate.features import ImageFeatures, extract_features
     from fastmae.interop.hugging_face import accelerate
     from fastmae.loading import WeightsInfo, create_classifier, load
@@ -29,6 +29,7 @@ __all__ = [
     "create_classifier",
     "create_model",
     "extract_features",
+    "hub",
     "interop",
     "load",
     "ops",
@@ -47,7 +48,7 @@ def __getattr__(name: str) -> object:
         return getattr(import_module("fastmae.evaluate"), name)
     if name == "accelerate":
         return import_module("fastmae.interop.hugging_face").accelerate
-    if name in ("ops", "model", "reference", "data", "interop"):
+    if name in ("ops", "model", "reference", "data", "interop", "hub"):
         return import_module(f"fastmae.{name}")
     raise AttributeError(f"module 'fastmae' has no attribute {name!r}")
 

@@ -32,7 +32,7 @@ ALLOWED = {
     "cli": {"ops", "model", "data", "train", "evaluate", "interop", "loading", "environment", "errors", "pretraining"}
     | {"finetuning", "hub", "fastmae"},
     "__main__": {"cli"},
-    "fastmae": {"ops", "model", "interop", "loading", "run", "evaluate"},
+    "fastmae": {"ops", "model", "interop", "hub", "loading", "run", "evaluate"},
 }
 # What may be imported from elsewhere where a module is loaded; the standard library is free.
 THIRD_PARTY = {"kernels": {"triton"}, "reference": {"torch"}, "ops": {"torch", "numpy"}}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import fastmae
-from fastmae import hub
 from fastmae.cli import main
 from fastmae.model.classifier import VisionTransformer
 from fastmae.train.checkpoint import CheckpointError
@@ -61,8 +60,8 @@ def test_a_run_becomes_a_folder_with_a_card(run, tmp_path, capsys):
 
 def test_models_go_there_and_back(tmp_path):
     classifier = VisionTransformer(4, img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, pool="avg")
-    folder = hub.save_pretrained(classifier.eval(), tmp_path / "birds", name="Birds")
-    again = hub.from_pretrained(folder)
+    folder = fastmae.hub.save_pretrained(classifier.eval(), tmp_path / "birds", name="Birds")
+    again = fastmae.hub.from_pretrained(folder)
     images = torch.randn(2, 3, 16, 16)
     assert torch.equal(again(images), classifier(images))
     card = (folder / "README.md").read_text()
@@ -70,7 +69,7 @@ def test_models_go_there_and_back(tmp_path):
     assert "| licence of the data | not stated |" in card
     assert "pipeline_tag: image-classification" in card
     with pytest.raises(FileExistsError):
-        hub.save_pretrained(classifier, folder)
+        fastmae.hub.save_pretrained(classifier, folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"birds.*model\.safetensors"):
         fastmae.load(folder)
@@ -91,7 +90,7 @@ def test_a_folder_is_uploaded_when_asked(tmp_path, monkeypatch):
             return SimpleNamespace(repo_url="https://hub/me/photos")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert hub.push_to_hub(tmp_path, "me/photos", private=True, token="secret") == "https://hub/me/photos"
+    assert fastmae.hub.push_to_hub(tmp_path, "me/photos", private=True, token="secret") == "https://hub/me/photos"
     assert calls == [
         "secret",
         ("me/photos", {"private": True, "exist_ok": True}),
@@ -105,12 +104,12 @@ def test_names_on_the_hub_are_looked_up_and_come_from_the_cache_offline(run, tmp
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     revision = 40 * "a"
     cached = tmp_path / "cache" / "models--me--photos"
-    hub.save_pretrained(run, cached / "snapshots" / revision)
+    fastmae.hub.save_pretrained(run, cached / "snapshots" / revision)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
     expected = fastmae.load(run).state_dict()
     for name in ("me/photos", f"me/photos@{revision}"):
-        found = hub.from_pretrained(name).state_dict()
+        found = fastmae.hub.from_pretrained(name).state_dict()
         assert not [key for key in expected if not torch.equal(found[key], expected[key])]
     assert main(["inspect", "hf-hub:me/photos"]) == 0
     assert "fastmae" in capsys.readouterr().out
