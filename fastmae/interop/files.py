@@ -66,6 +66,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, and the metadata that is JSON; raises ValueError as :func:`read_file`."""
     metadata = {}
     try:
+        if not path.is_file():  # a pipe would wait
+            raise ValueError("no such file")
         with safe_open(path, framework="pt") as file:
             for key, text in (file.metadata() or {}).items():
                 try:
