@@ -19,6 +19,8 @@ _INDEX = "model.safetensors.index.json"
 _FILES = (_INDEX, "model.safetensors", "pytorch_model.bin")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LARGEST_JSON = 1 << 24
+_LARGEST_TUPLE = 100_000
+"""Objects in a tuple and its tuples, each as often as it is there."""
 _LEGACY_PICKLES = 5
 """Before the tensors of a file in PyTorch's older format: magic number, version, system, content, names of storages."""
 
@@ -117,7 +119,7 @@ def _check_size(path: Path, zipped: bool) -> None:
     if not zipped:
         with path.open("rb") as file:
             for _ in range(_LEGACY_PICKLES):
-                _check_names(file)
+                _check_pickle(file)
         return
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -127,13 +129,38 @@ def _check_size(path: Path, zipped: bool) -> None:
         for entry in entries:
             if entry.filename.endswith(".pkl"):
                 with archive.open(entry) as file:
-                    _check_names(file)
+                    _check_pickle(file)
 
 
-def _check_names(file: Any) -> None:
-    for _, argument, _ in pickletools.genops(file):
-        if isinstance(argument, str) and argument.endswith("bytearray"):  # PyTorch allows it: bytearray(1 << 40)
+def _check_pickle(file: Any) -> None:
+    """Raise ValueError for what takes memory or time out of all proportion: ``bytearray(1 << 40)``, which PyTorch
+    allows, and tuples that hold each other so often that hashing one, as the key of a dict, never ends.
+
+    Keeps the pickle machine's stack, with the number of objects in each tuple in place of the objects.
+    """
+    stack: list[int | None] = []
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        if isinstance(argument, str) and argument.endswith("bytearray"):
             raise ValueError("has a bytearray")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(argument)] = stack[-1]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])
+        elif opcode.name == "MARK":
+            stack.append(None)
+        else:
+            taken, objects = list(opcode.stack_before), 1
+            if pickletools.markobject in taken:
+                while (popped := stack.pop()) is not None:
+                    objects += popped
+                taken = taken[: taken.index(pickletools.markobject)]
+            objects += sum(stack.pop() for _ in taken)
+            if opcode.name.startswith("TUPLE") and objects > _LARGEST_TUPLE:
+                raise ValueError(f"has a tuple of more than {_LARGEST_TUPLE:,} objects")
+            stack += [objects if opcode.name.startswith("TUPLE") else 1] * len(opcode.stack_after)
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
