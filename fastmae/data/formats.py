@@ -350,7 +350,7 @@ def _tiff_header(tiff, size: int) -> Header:
         raise BadImage(f"{same} pages of one size: expected a single image; split it")
     if page.photometric is not None and page.photometric.name in ("PALETTE", "CFA"):
         raise BadImage(f"a TIFF of {page.photometric.name} pixels is not supported; convert it to RGB")
-    # imagecodecs is told a size that its decoders do not exceed, unlike others that tifffile may find.
+    # Decoders of imagecodecs stop at the size that they get; others that tifffile may find do not.
     if page.compression not in (1, *DEFLATE, PACKBITS) and find_spec("imagecodecs") is None:
         name = getattr(page.compression, "name", page.compression)
         raise BadImage(f"{name} compression needs a package: pip install 'fastmae[tiff]'")

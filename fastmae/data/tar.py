@@ -254,7 +254,7 @@ def write_shard_index(path: Path, part: Part | None = None) -> Path:
 def read_shard_index(place: Path | str) -> Part | None:
     """What the index beside a shard says; None if there is none, or a damaged one, or one of another version or shard.
 
-    A shard is told by its size, beginning and end.
+    A shard is recognised by its size, beginning and end.
     """
     try:
         content = read_if_there(f"{place}{INDEX_SUFFIX}")
