@@ -209,6 +209,7 @@ def build_index(
         # Times are not hashed: a copy of the data is the same data.
         for i, values in enumerate((rows, part.names, part.times)):
             files[i].write(values)
+            files[i].flush()  # a build that is killed is continued from here
             sizes[i] += len(values)
     for file, dtype, size in zip(files, _COLUMNS.values(), sizes, strict=True):
         file.seek(0)
