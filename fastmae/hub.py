@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub: a folder with a model card, which is uploaded when asked and loaded by its name."""
+"""Models for the Hugging Face hub: a folder with a model card, uploaded when asked, loaded by its name."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelHubMixin
 from safetensors.torch import save_file
-from torch import nn
 
 import fastmae
 from fastmae.evaluate.curves import Curves, draw_curves
 from fastmae.interop.facebook import weights_of
-from fastmae.loading import HUB, WeightsInfo, load
+from fastmae.loading import WeightsInfo, download, load
 from fastmae.model.image_model import ImageModel
 from fastmae.train.run_folder import read_rows
 
@@ -24,63 +24,61 @@ with their biases, some of which are harmful, and it can show what does not exis
 generated content (He et al. 2022, broader impacts)."""
 
 
-def save_pretrained(
-    source: Path | str | nn.Module, folder: Path | str, *, data_license: str | None = None, name: str | None = None
-) -> Path:
-    """Write a folder for the hub: weights, ``config.json``, and a model card with curves and picture of the run.
+class Pretrained(ModelHubMixin):
+    """A model and what is known of its training, with the methods of ``huggingface_hub``'s mixin.
 
-    Nothing is sent anywhere, and no path of this machine is written.
+    ``save_pretrained(folder)`` writes weights, ``config.json`` and a model card, which shows the curves and the newest
+    picture of a run; it sends nothing anywhere, writes no path of this machine, and keeps a card that is there already.
+    ``push_to_hub("owner/name")`` uploads these files. ``from_pretrained`` takes such a folder, or the name of a model on
+    the hub, which may be of transformers or timm as well. :func:`fastmae.load` reads both too.
 
     Args:
-        source: whatever :func:`fastmae.load` takes; of a run folder the card has the recipe, its settings, the curves
-            and the newest reconstruction. Or a model.
-        folder: what to write; :func:`fastmae.load` reads it.
+        source: whatever :func:`fastmae.load` takes, or a model.
         data_license: licence of the training images, in your words.
-        name: heading of the card. None: the folder's name.
+        name: heading of the card. None: the name of the folder or repository.
+        info: what is known of a model that was loaded before.
+
+    Attributes:
+        model: as :func:`fastmae.load` returns it.
+        info: its :class:`fastmae.WeightsInfo`, if it was loaded.
 
     Raises:
         CheckpointError: as :func:`fastmae.load`.
-        FileExistsError: the folder is not new.
     """
-    model, info = (source, None) if isinstance(source, ImageModel) else load(source, return_info=True)
-    return write(model, Path(folder), info, data_license, name)
 
+    def __init__(
+        self,
+        source: Path | str | ImageModel,
+        data_license: str | None = None,
+        name: str | None = None,
+        info: WeightsInfo | None = None,
+    ):
+        is_model = isinstance(source, ImageModel)
+        self.model, self.info = (source, info) if is_model else load(source, return_info=True)
+        self.data_license, self.name = data_license, name
 
-def from_pretrained(name: Path | str, **options: Any) -> Any:
-    """:func:`fastmae.load` of such a folder, or of a model on the hub by its name, ``owner/name`` or
-    ``owner/name@revision``, which may be of transformers or timm as well."""
-    return load(name if Path(name).exists() else f"{HUB}{name}", **options)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        model, folder, run = self.model, save_directory, self.info.config if self.info else {}
+        known = {"architecture": model.architecture, "step": self.info and self.info.step}
+        metadata = {key: json.dumps(value) for key, value in known.items() if value is not None}
+        weights = {key: tensor.contiguous() for key, tensor in weights_of(model).items()}
+        save_file(weights, folder / "model.safetensors", {"format": "pt", **metadata})
+        settings = {key: run[key] for key in ("recipe", "recipe_version", "model", "train") if key in run}
+        if "target" in settings.get("model", {}):  # "pixels", or a file
+            settings["model"] = settings["model"] | {"target": Path(settings["model"]["target"]).name}
+        settings["train"] = {k: v for k, v in settings.get("train", {}).items() if k != "init_from"}
+        described = {"library_name": "fastmae", "fastmae_version": fastmae.__version__, **known, **settings}
+        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+        if not (folder / "README.md").exists():
+            figures = _figures(self.info.path, folder) if self.info and self.info.path.is_dir() else {}
+            card = _card(model, run, self.name or folder.name, self.data_license, figures)
+            (folder / "README.md").write_text(card)
 
-
-def push_to_hub(folder: Path | str, name: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a folder that :func:`save_pretrained` wrote as ``owner/name``, which is made if it is not there; return
-    its address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    api.create_repo(name, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=name, folder_path=folder).repo_url)
-
-
-def write(
-    model: ImageModel, folder: Path, info: WeightsInfo | None, data_license: str | None = None, name: str | None = None
-) -> Path:
-    """As :func:`save_pretrained`, of a loaded model."""
-    folder.mkdir(parents=True)
-    run = {} if info is None else info.config
-    known = {"architecture": model.architecture, "step": info and info.step}
-    metadata = {key: json.dumps(value) for key, value in known.items() if value is not None}
-    weights = {key: tensor.contiguous() for key, tensor in weights_of(model).items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt", **metadata})
-    settings = {key: run[key] for key in ("recipe", "recipe_version", "model", "train") if key in run}
-    if "target" in settings.get("model", {}):  # "pixels", or a file
-        settings["model"] = settings["model"] | {"target": Path(settings["model"]["target"]).name}
-    settings["train"] = {k: v for k, v in settings.get("train", {}).items() if k != "init_from"}
-    described = {"library_name": "fastmae", "fastmae_version": fastmae.__version__, **known, **settings}
-    (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
-    figures = _figures(info.path, folder) if info is not None and info.path.is_dir() else {}
-    (folder / "README.md").write_text(_card(model, run, name or folder.name, data_license, figures))
-    return folder
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, data_license: str | None = None, name: str | None = None, **options: Any
+    ) -> Pretrained:
+        return cls(model_id if Path(model_id).is_dir() else download(model_id, **options), data_license, name)
 
 
 def _figures(run: Path, folder: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from math import isfinite, isqrt
 from pathlib import Path
@@ -240,19 +241,23 @@ def _read(path: Path) -> tuple[str, dict[str, Tensor], dict[str, Any], dict[str,
     return "facebookresearch/mae or timm", weights, {name: args[name] for name in ARGS if name in args}, metadata
 
 
-def download(name: str) -> Path:
+def download(name: str, revision: str | None = None, **options: Any) -> Path:
     """The local copy of a model on the hub, ``owner/name`` or ``owner/name@revision``, downloaded if it is missing.
+
+    Args:
+        options: more arguments of ``huggingface_hub.snapshot_download``.
 
     Raises:
         CheckpointError: huggingface_hub is not installed, or has no such model and cannot fetch it.
     """
-    name, _, revision = name.partition("@")
+    name, _, named = name.partition("@")
     try:
         from huggingface_hub import snapshot_download
 
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.safetensors"]))
+        fetch = partial(snapshot_download, name, revision=revision or named or None, **options)
+        folder = Path(fetch(allow_patterns=["*.json", "*.safetensors"]))
         if not [*folder.glob("*.safetensors")]:
-            snapshot_download(name, revision=revision or None, allow_patterns=["*.json", "*.bin"])
+            fetch(allow_patterns=["*.json", "*.bin"])
     except Exception as error:  # of the network, of the hub, of names
         raise CheckpointError(f"{HUB}{name}: {first_line(error)}") from error
     return folder

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmae import hub
 from fastmae.cli.commands import ConvertConfig
 from fastmae.data import open_dataset, read_images
 from fastmae.errors import UsageError, usage_errors
@@ -139,6 +138,12 @@ def _write_own(model: ImageModel, path: Path, info: WeightsInfo) -> None:
     save_file(facebook.weights_of(model), path, {"format": "pt", **metadata})
 
 
+def _write_hub(model: ImageModel, path: Path, info: WeightsInfo, data_license: str | None) -> None:
+    from fastmae.hub import Pretrained
+
+    Pretrained(model, data_license, info=info).save_pretrained(path)
+
+
 def _own_outputs(path: Path, model: ImageModel, images: Tensor, noise: Tensor) -> dict[str, Tensor]:
     return _outputs(load(path), images, noise)
 
@@ -213,7 +218,8 @@ TARGETS = {
     ),
     "safetensors": Target(_write_own, _own_outputs, 'fastmae.load("{out}")', ("fastmae",), suffix=".safetensors"),
     "hub": Target(
-        hub.write, _own_outputs, 'fastmae.load("{out}"); upload it with hf upload OWNER/NAME {out}', ("fastmae",),
+        _write_hub, _own_outputs, 'fastmae.load("{out}"); upload it with hf upload OWNER/NAME {out}',
+        ("fastmae", "huggingface_hub"), "fastmae[hub]",
     ),
     "torch-export": Target(
         export.write_program, export.program_outputs, 'torch.export.load("{out}").module()', suffix=".pt2",

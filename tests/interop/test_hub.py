@@ -14,6 +14,7 @@ import torch
 
 import fastmae
 from fastmae.cli import main
+from fastmae.hub import Pretrained
 from fastmae.model.classifier import VisionTransformer
 from fastmae.train.checkpoint import CheckpointError
 
@@ -59,18 +60,29 @@ def test_a_run_becomes_a_folder_with_a_card(run, tmp_path, capsys):
     assert "--data-license: --to timm has no model card" in capsys.readouterr().err
 
 
-def test_models_go_there_and_back(tmp_path):
-    classifier = VisionTransformer(4, img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, pool="avg")
-    folder = fastmae.hub.save_pretrained(classifier.eval(), tmp_path / "birds", name="Birds")
-    again = fastmae.hub.from_pretrained(folder)
+@pytest.fixture
+def classifier() -> VisionTransformer:
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "pool": "avg"}
+    return VisionTransformer(4, **options).eval()
+
+
+def test_models_go_there_and_back(classifier, tmp_path):
+    folder = tmp_path / "birds"
+    Pretrained(classifier, name="Birds").save_pretrained(folder)
+    again = Pretrained.from_pretrained(folder)
     images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(again(images), classifier(images))
+    assert torch.equal(again.model(images), classifier(images))
+    assert again.info.num_classes == 4
     card = (folder / "README.md").read_text()
     assert "# Birds" in card
     assert "| licence of the data | not stated |" in card
     assert "pipeline_tag: image-classification" in card
-    with pytest.raises(FileExistsError):
-        fastmae.hub.save_pretrained(classifier, folder)
+    (folder / "README.md").write_text("edited by hand")
+    with torch.no_grad():
+        classifier.head.bias += 1
+    Pretrained(classifier).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "edited by hand"
+    assert torch.equal(fastmae.load(folder)(images), classifier(images))
     (folder / "model.safetensors").unlink()
     for make in (lambda path: None, os.mkfifo):  # which nothing waits for
         make(folder / "model.safetensors")
@@ -78,27 +90,26 @@ def test_models_go_there_and_back(tmp_path):
             fastmae.load(folder)
 
 
-def test_a_folder_is_uploaded_when_asked(tmp_path, monkeypatch):
-    calls = []
+def test_a_model_is_uploaded_when_asked(classifier, tmp_path, monkeypatch):
+    def create_repo(api, repo_id, **options):
+        assert (api.token, repo_id, options) == ("secret", "me/birds", {"private": True, "exist_ok": True})
+        return SimpleNamespace(repo_id=repo_id)
 
-    class Api:
-        def __init__(self, token):
-            calls.append(token)
+    def upload_folder(api, *, folder_path, revision, create_pr, **options):
+        assert (revision, create_pr) == ("next", True)
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        return f"https://hub/{options['repo_id']}"
 
-        def create_repo(self, name, **options):
-            calls.append((name, options))
-
-        def upload_folder(self, **options):
-            calls.append(options)
-            return SimpleNamespace(repo_url="https://hub/me/photos")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert fastmae.hub.push_to_hub(tmp_path, "me/photos", private=True, token="secret") == "https://hub/me/photos"
-    assert calls == [
-        "secret",
-        ("me/photos", {"private": True, "exist_ok": True}),
-        {"repo_id": "me/photos", "folder_path": tmp_path},
-    ]
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    options = {"private": True, "token": "secret", "branch": "next", "create_pr": True}
+    assert Pretrained(classifier, "CC0").push_to_hub("me/birds", **options) == "https://hub/me/birds"
+    assert {path.name for path in (tmp_path / "uploaded").iterdir()} == {
+        "README.md", "config.json", "model.safetensors"
+    }  # fmt: skip
+    card = (tmp_path / "uploaded" / "README.md").read_text()
+    assert "# birds" in card
+    assert "| licence of the data | CC0 |" in card
 
 
 def test_names_on_the_hub_are_looked_up_and_come_from_the_cache_offline(run, tmp_path, monkeypatch, capsys):
@@ -107,12 +118,13 @@ def test_names_on_the_hub_are_looked_up_and_come_from_the_cache_offline(run, tmp
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     revision = 40 * "a"
     cached = tmp_path / "cache" / "models--me--photos"
-    fastmae.hub.save_pretrained(run, cached / "snapshots" / revision)
+    Pretrained(run).save_pretrained(cached / "snapshots" / revision)
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
     expected = fastmae.load(run).state_dict()
-    for name in ("me/photos", f"me/photos@{revision}"):
-        found = fastmae.hub.from_pretrained(name).state_dict()
+    models = [fastmae.load("hf-hub:me/photos"), fastmae.load(f"hf-hub:me/photos@{revision}")]
+    models += [Pretrained.from_pretrained("me/photos", revision=name).model for name in (None, revision)]
+    for found in (model.state_dict() for model in models):
         assert not [key for key in expected if not torch.equal(found[key], expected[key])]
     assert main(["inspect", "hf-hub:me/photos"]) == 0
     assert "fastmae" in capsys.readouterr().out
