@@ -28,7 +28,7 @@ class Pretrained(ModelHubMixin):
     """A model and what is known of its training, with the methods of ``huggingface_hub``'s mixin.
 
     ``save_pretrained(folder)`` writes weights, ``config.json`` and a model card, which shows the curves and the newest
-    picture of a run; it sends nothing anywhere, writes no path of this machine, and keeps a card that is there already.
+    picture of a run; it sends nothing anywhere, writes no path of this machine, and keeps a card that is there.
     ``push_to_hub("owner/name")`` uploads these files. ``from_pretrained`` takes such a folder, or the name of a model on
     the hub, which may be of transformers or timm as well. :func:`fastmae.load` reads both too.
 
