@@ -29,8 +29,8 @@ class Pretrained(ModelHubMixin):
 
     ``save_pretrained(folder)`` writes weights, ``config.json`` and a model card, which shows the curves and the newest
     picture of a run; it sends nothing anywhere, writes no path of this machine, and keeps a card that is there.
-    ``push_to_hub("owner/name")`` uploads these files. ``from_pretrained`` takes such a folder, or the name of a model on
-    the hub, which may be of transformers or timm as well. :func:`fastmae.load` reads both too.
+    ``push_to_hub("owner/name")`` uploads these files. ``from_pretrained`` takes such a folder, or the name of a model
+    on the hub, which may be of transformers or timm as well. :func:`fastmae.load` reads both too.
 
     Args:
         source: whatever :func:`fastmae.load` takes, or a model.
