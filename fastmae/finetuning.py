@@ -18,7 +18,7 @@ from fastmae.loading import load, read_weights
 from fastmae.model.classifier import VisionTransformer, create_vision_transformer
 from fastmae.pretraining import TrainingRun, launch
 from fastmae.train.callbacks import Callback
-from fastmae.train.checkpoint import CheckpointError
+from fastmae.train.checkpoint import CheckpointError, list_checkpoints
 from fastmae.train.classification import ClassifierConfig, ScratchConfig, classifier_recipe
 from fastmae.train.config import to_json
 from fastmae.train.liveness import StopRequest
@@ -53,7 +53,10 @@ class ClassifierRun(TrainingRun):
         if isinstance(config, ScratchConfig):
             self.info, channels, trained = None, model.in_chans, {}
         else:
-            self.weights, self.info = read_weights(config.weights)
+            # A run that continues has all that it needs in its own folder; WEIGHTS may be gone.
+            saved = config.resume and list_checkpoints(self.folder.checkpoints)
+            self.source = self.folder.path if saved else config.weights
+            self.weights, self.info = read_weights(self.source)
             channels, trained = self.info.architecture["in_chans"], self.info.config.get("data", {})
         names = ("value_range", "channels_first", "max_bad_fraction", "max_pixels")
         options = {name: getattr(config.data, name) for name in names} | {"channels": channels}
@@ -98,14 +101,15 @@ class ClassifierRun(TrainingRun):
         known |= {} if model.img_size is None else {"img_size": model.img_size}
         for name in ("img_size", "num_heads"):
             if name not in known:
-                raise CheckpointError(f"{self.config.weights}: neither its shapes nor its metadata tell {name}")
+                raise CheckpointError(f"{self.source}: neither its shapes nor its metadata tell {name}")
         try:
             created = VisionTransformer(count, **known, **options)
             encoder = {name: tensor for name, tensor in self.weights.items() if not name.startswith("head.")}
             drawn = created.load_encoder(encoder, positions=model.positions)
         except ValueError as error:
-            raise CheckpointError(f"{self.config.weights}: {error}") from error
-        self.console.print(f"Weights from {self.config.weights}; drawn at random: {', '.join(drawn)}")
+            raise CheckpointError(f"{self.source}: {error}") from error
+        if self.source == self.config.weights:
+            self.console.print(f"Weights from {self.source}; drawn at random: {', '.join(drawn)}")
         del self.weights
         return created
 

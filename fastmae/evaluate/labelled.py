@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
 
 from fastmae.data import Dataset
+
+logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 40_000
 """Images whose labels are looked up at least, where a data set has so many: some may have none."""
@@ -73,7 +76,7 @@ def match_classes(known: LabelledImages, tests: LabelledImages, *, strict: bool 
     Classes are the same if their names are; where neither data set has names, if their numbers are.
 
     Args:
-        strict: raise where a test image is of a class that is not known; otherwise it is left out.
+        strict: raise where a test image is of a class that is not known; otherwise it is left out, with a warning.
 
     Raises:
         ValueError: one has names and the other numbers, or no class is in both.
@@ -97,10 +100,12 @@ def match_classes(known: LabelledImages, tests: LabelledImages, *, strict: bool 
             f"expected classes of {known.dataset.name} ({_some(known)}) in {tests.dataset.name}, got {_some(tests)}"
         )
     unknown = tests.take(labels < 0)
-    if strict and len(unknown.labels):
-        raise ValueError(
-            f"expected only classes of {known.dataset.name} in {tests.dataset.name}, got {_some(unknown)} in "
-            f"{len(unknown.labels):,} of {len(tests.labels):,} images"
+    if len(unknown.labels):
+        text = f"{_some(unknown)} in {len(unknown.labels):,} of {len(tests.labels):,} images"
+        if strict:
+            raise ValueError(f"expected only classes of {known.dataset.name} in {tests.dataset.name}, got {text}")
+        logger.warning(
+            "%s: images of classes that %s lacks are left out: %s", tests.dataset.name, known.dataset.name, text
         )
     return tests._replace(labels=labels).take(labels >= 0)
 

@@ -101,6 +101,8 @@ class LabelledDataConfig(DataConfig):
     """alpha of cutmix: a rectangle comes from the other image of the pair. With both, each pair gets one of them."""
     label_smoothing: Proportion = 0.1
     """Share of a target that is spread over all classes."""
+    progressive_sizes: Annotated[tuple[int, ...], Suppress] = ()
+    """Not for classifiers."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,16 @@ class ClassifierTrainConfig(TrainConfig):
     average: Probability = 0.0
     """Decay of a moving average of the weights, which is what is tested and exported; min(decay, (1 + step) / (10 +
     step)), so that a short run's average follows. 0: none."""
+    masks_per_image: Annotated[int, Suppress] = 1
+    """Not for classifiers."""
+    init_from: Annotated[Path | None, Suppress] = None
+    """Not for classifiers."""
+    init_positions: Annotated[str | None, Suppress] = None
+    """Not for classifiers."""
+    init_patches: Annotated[str | None, Suppress] = None
+    """Not for classifiers."""
+    init_channels: Annotated[str | None, Suppress] = None
+    """Not for classifiers."""
 
 
 @dataclass(frozen=True)

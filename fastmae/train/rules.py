@@ -111,15 +111,8 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
 
 def _classifier_rules(config: ClassifierConfig) -> Iterator[tuple[str, bool, str]]:
     """(field to name, whether its value fits, what was expected)."""
-    data, train = config.data, config.train
-    yield "data.path", data.path is not None, "labelled images, a folder per class for example"
-    for name, value, default in (
-        ("data.progressive_sizes", data.progressive_sizes, ()),
-        ("train.masks_per_image", train.masks_per_image, 1),
-        ("train.init_from", train.init_from, None),
-    ):
-        yield name, value == default, f"{default!r} for a classifier"
-    yield "train.optimizer", train.optimizer != "muon", "adamw or apex for a classifier"
+    yield "data.path", config.data.path is not None, "labelled images, a folder per class for example"
+    yield "train.optimizer", config.train.optimizer != "muon", "adamw or apex for a classifier"
     if config.protocol != "scratch":
         yield "weights", config.weights is not None, "WEIGHTS to start from, before the flags"
     if config.protocol == "partial":

@@ -219,11 +219,12 @@ def test_images_without_label_and_bad_ones_are_not_chosen(dataset, tmp_path):
         hold_out(choose_labelled(dataset, 9))
 
 
-def test_classes_of_another_data_set_are_matched_by_name(dataset, tmp_path):
+def test_classes_of_another_data_set_are_matched_by_name(dataset, tmp_path, caplog):
     known = choose_labelled(dataset, 100)
     others = {"yellow": (200, 200, 40), "red": (200, 40, 40), "blue": (40, 40, 200)}
     tests = choose_labelled(opened(write_classes(tmp_path / "tests", 2, others), tmp_path), 100)
     matched = match_classes(known, tests)
+    assert "tests: images of classes that images lacks are left out: yellow in 2 of 6 images" in caplog.text
     names = [matched.dataset.path(int(i)).rsplit("/", 2)[1] for i in matched.sample_ids]
     assert names == ["blue", "blue", "red", "red"]
     assert [dataset.classes[label] for label in matched.labels] == names

@@ -296,8 +296,10 @@ def test_a_finished_run_is_a_classifier_with_averaged_weights(finished, capsys):
 
 
 def test_a_run_that_was_stopped_continues_bit_for_bit(tmp_path, folders, weights, finished, monkeypatch):
-    """With every augmentation, stochastic depth and an average. The flags come from the run folder."""
+    """With every augmentation, stochastic depth and an average. The flags come from the run folder, and the weights
+    that it started from may be gone."""
     run, evaluate = tmp_path / "run", Accuracy.evaluate
+    weights = shutil.copyfile(weights, tmp_path / "weights.safetensors")
 
     def evaluate_and_stop(self, trainer):
         evaluate(self, trainer)
@@ -309,6 +311,7 @@ def test_a_run_that_was_stopped_continues_bit_for_bit(tmp_path, folders, weights
         assert main(command("finetune", folders, run, weights, "--train.average", "0.9")) == EXIT_PREEMPTED
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-0", "step-3"]
     torch.manual_seed(99)
+    weights.unlink()
     assert main(["evaluate", "finetune", "--run-folder", str(run), "--resume"]) == 0
     assert_same_tensors(run / "checkpoints/step-6", finished[0] / "checkpoints/step-6")
     for name in ("metrics.jsonl", "evaluations.jsonl"):
