@@ -13,7 +13,7 @@ from torch import nn
 from fastmae import data
 from fastmae.data.subset import subset
 from fastmae.evaluate.finetune import Accuracy, Classification, WeightAverage
-from fastmae.evaluate.labelled import choose_labelled, hold_out, match_classes
+from fastmae.evaluate.labelled import choose_labelled, hold_out, match_classes, number_labels
 from fastmae.loading import load, read_weights
 from fastmae.model.classifier import VisionTransformer, create_vision_transformer
 from fastmae.pretraining import TrainingRun, launch
@@ -77,8 +77,7 @@ class ClassifierRun(TrainingRun):
         classes, self.labels = np.unique(known.labels, return_inverse=True)
         names = dict(enumerate(whole.classes))
         self.classes = [names.get(number, str(number)) for number in classes.tolist()]
-        places = np.searchsorted(classes, tests.labels).clip(max=len(classes) - 1)
-        labels = np.where(classes[places] == tests.labels, places, -1)
+        labels = number_labels(classes, tests.labels)
         if not (labels >= 0).any():
             raise ValueError(
                 "--data.path: expected several images of each class, of which a tenth can be held out to test on, or "

@@ -26,7 +26,8 @@ from PIL import Image
 import fastmae
 from fastmae.environment import cpu_model
 from fastmae.evaluate.frozen import Split
-from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
+from fastmae.evaluate.knn import evaluate_knn
+from fastmae.evaluate.linear import evaluate_logistic
 
 CLASSES, PER_CLASS, TESTS_PER_CLASS = 10, 50, 200
 MODEL = {

@@ -23,7 +23,8 @@ from sklearn.datasets import load_digits
 import fastmae
 from fastmae.environment import cpu_model
 from fastmae.evaluate.frozen import Split
-from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
+from fastmae.evaluate.knn import evaluate_knn
+from fastmae.evaluate.linear import evaluate_logistic
 
 SEEDS, DRAWS, PER_CLASS, STEPS = 5, 8, 10, 40
 KNOWN, TESTS = slice(0, 1000), slice(1400, 1797)

@@ -40,9 +40,9 @@ from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate.attentive import evaluate_attentive
 from fastmae.evaluate.features import ImageFeatures, encode_images, extract_features, pool_tokens
 from fastmae.evaluate.frozen import Split, accuracies, split_of
-from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
-from fastmae.evaluate.linear import fit_linear_probe
-from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
+from fastmae.evaluate.knn import evaluate_knn
+from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes, number_labels
+from fastmae.evaluate.linear import evaluate_logistic, fit_linear_probe
 from fastmae.evaluate.robustness import (
     classify,
     corruption_folders,
@@ -383,7 +383,7 @@ def _cached(
             )
 
         rows = encode_images(model, images.dataset, images.sample_ids, reduce, **options, on_batch=advance)
-        found += [images, *rows]
+        found += [rows[0], images.labels, rows[1]]
     return split_of(*found)
 
 
@@ -424,8 +424,7 @@ def _trained_linear(
     source.close()
     pool = partial(pool_tokens, model, pool=config.pool)
     features, readable = encode_images(model, tests.dataset, tests.sample_ids, pool, **options)
-    places = np.searchsorted(classes, tests.labels).clip(max=len(classes) - 1)
-    labels = torch.from_numpy(np.where(classes[places] == tests.labels, places, -1)).to(device)[readable]
+    labels = torch.from_numpy(number_labels(classes, tests.labels)).to(device)[readable]
     split = Split(features[:0], labels[:0], features[readable], labels, len(classes))
     with torch.no_grad():
         return accuracies(head(split.tests), split) | settings

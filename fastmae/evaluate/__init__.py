@@ -4,10 +4,11 @@ labelled images, nearest neighbours and a linear classifier on them."""
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
 from fastmae.evaluate.features import Features, ImageFeatures, evaluating, extract_features, join_ranks, pooled_features
 from fastmae.evaluate.figure import Block, Row, draw
-from fastmae.evaluate.knn import knn_scores, top_k_accuracy
+from fastmae.evaluate.frozen import top_k_accuracy
+from fastmae.evaluate.knn import knn_scores
 from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
-from fastmae.evaluate.linear_probe import LinearClassifier, fit_linear
-from fastmae.evaluate.probe import judge, probe
+from fastmae.evaluate.linear import LinearClassifier, fit_linear
+from fastmae.evaluate.online_probe import judge, probe
 from fastmae.evaluate.reconstruction import Reconstruction, masked_error, masked_psnr, reconstruct
 from fastmae.evaluate.sets import FixedSets, evaluate_sets, rows_of
 

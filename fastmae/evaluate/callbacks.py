@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmae import data
 from fastmae.evaluate.features import Features, evaluating
 from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes
-from fastmae.evaluate.probe import probe
+from fastmae.evaluate.online_probe import probe
 from fastmae.evaluate.sets import FixedSets
 from fastmae.train.callbacks import Callback
 from fastmae.train.config import PretrainConfig

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmae.evaluate.frozen import Split, accuracies, check_labelled, choose, class_count
+
+NEIGHBOURS, TEMPERATURES = (5, 10, 20, 50, 100, 200), (0.02, 0.07, 0.2)
 _CHUNK = 1024
 """Queries that are compared with the whole bank at once, which bounds the memory."""
 
@@ -57,44 +63,21 @@ def knn_scores(
     return scores.log_()
 
 
-def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """The share of rows whose class is among the ``k`` with the highest scores.
-
-    Of equal scores that of the earlier class counts as the higher one. A class whose score is -inf, which got no vote
-    at all, is never a hit.
+def evaluate_knn(
+    split: Split, *, k: int | None = None, temperature: float | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Accuracy of weighted nearest neighbours (:func:`knn_scores`).
 
     Args:
-        scores: floating (m, K), larger for likelier classes.
-        labels: int64 (m,); a class that is not among the K counts as missed.
-        k: at least 1.
-
-    Raises:
-        ValueError: no rows, or not a label for each.
+        split: features (n, D) and (m, D).
+        k, temperature: None: chosen among ``NEIGHBOURS`` (those below n) and ``TEMPERATURES``.
+        seed: of the images held out.
     """
-    if scores.ndim != 2 or len(scores) == 0 or labels.shape != scores.shape[:1]:
-        raise ValueError(
-            f"scores and labels: expected shapes (m, K) and (m,) with m at least 1, got {tuple(scores.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    highest, order = scores.sort(dim=1, descending=True, stable=True)
-    hits = (order == labels[:, None]) & (highest > -torch.inf)
-    return float(hits[:, :k].any(1).double().mean())
 
+    def judge(split: Split, setting: tuple[int, float]) -> dict[str, Any]:
+        options = {"num_classes": split.num_classes, "k": setting[0], "temperature": setting[1]}
+        return accuracies(knn_scores(split.inputs, split.labels, split.tests, **options), split)
 
-def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
-    """Refuse features without rows, or without a label a row."""
-    if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"{name}: expected shape (n, D) with n at least 1, got {tuple(features.shape)}")
-    if labels.shape != features.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(
-            f"labels: expected int64 of shape ({len(features)},), got {labels.dtype} of {tuple(labels.shape)}"
-        )
-
-
-def class_count(labels: Tensor, num_classes: int | None) -> int:
-    """K, given or from the labels; refuses labels that are not from 0 to K - 1."""
-    smallest, largest = int(labels.min()), int(labels.max())
-    count = largest + 1 if num_classes is None else num_classes
-    if smallest < 0 or largest >= count:
-        raise ValueError(f"labels: expected classes from 0 to {count - 1}, got {smallest} to {largest}")
-    return count
+    numbers = [n for n in NEIGHBOURS if n <= len(split.labels)] or [1] if k is None else [k]
+    setting = choose(list(product(numbers, TEMPERATURES if temperature is None else [temperature])), judge, split, seed)
+    return judge(split, setting) | {"k": setting[0], "temperature": setting[1]}

@@ -110,6 +110,12 @@ def match_classes(known: LabelledImages, tests: LabelledImages, *, strict: bool 
     return tests._replace(labels=labels).take(labels >= 0)
 
 
+def number_labels(classes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The places of labels among sorted classes, int64; -1 for a label that is not among them."""
+    places = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
+    return np.where(classes[places] == labels, places, -1)
+
+
 def _some(images: LabelledImages) -> str:
     labels = np.unique(images.labels)
     names = images.dataset.classes

@@ -272,13 +272,13 @@ def test_probing_recognises_colours_and_not_shuffled_labels(dataset):
 
 def test_what_cannot_be_judged_or_does_not_fit_is_refused(dataset):
     points, labels = features_of(torch.randn(6, 3)), np.array([0, 1] * 3)
-    with pytest.raises(ValueError, match="expected at least two classes, got only 4"):
+    with pytest.raises(ValueError, match="expected images of at least two classes to learn from, got only class 4"):
         judge(points, np.full(6, 4), points, labels)
     with pytest.raises(ValueError, match="finite"):
         judge(features_of(torch.full((6, 3), torch.nan)), labels, points, labels)
-    with pytest.raises(ValueError, match="tests: none of the 6 images could be read"):
+    with pytest.raises(ValueError, match="none of the 6 images to test on could be read"):
         judge(points, labels, points._replace(readable=torch.zeros(6, dtype=torch.bool)), labels)
-    with pytest.raises(ValueError, match="known: expected a label for each of 6 images, got 5"):
+    with pytest.raises(ValueError, match="expected a label for each of 6 images to learn from, got 5"):
         judge(points, labels[:5], points, labels)
     with pytest.raises(ValueError, match="dataset: expected images of 1 channels, got 3"):
         pooled_features(MaskedAutoencoderViT(16, 8, 1, seed=0, **TINY), dataset, np.arange(3))

@@ -11,8 +11,8 @@ from torch import nn
 
 from fastmae.evaluate.attentive import AttentivePool, evaluate_attentive, fit_attentive
 from fastmae.evaluate.frozen import Split, accuracies
-from fastmae.evaluate.linear import create_head, fit_linear_probe, learning_rate
-from fastmae.evaluate.protocols import evaluate_knn, evaluate_logistic
+from fastmae.evaluate.knn import evaluate_knn
+from fastmae.evaluate.linear import create_head, evaluate_logistic, fit_linear_probe, learning_rate
 
 
 def clusters(n: int, m: int, *, noise: float = 0.3, classes: int = 6, dim: int = 16, seed: int = 0) -> Split:
@@ -98,6 +98,15 @@ def test_attentive_pool_equals_its_definition_and_refuses_odd_queries():
         AttentivePool(8, 3, num_queries=3)
     trained = fit_attentive(tokens.half(), torch.arange(5) % 3, 3, lr=0.1, epochs=2, num_queries=2)
     assert not trained.training
+
+
+@pytest.mark.gpu
+def test_attention_learns_where_the_labels_are():
+    labels = torch.arange(40, device="cuda") % 2
+    tokens = (labels.cpu() * 2 - 1)[:, None, None] + 0.1 * torch.randn(40, 4, 8)
+    split = Split(tokens, labels, tokens, labels, 2)
+    assert evaluate_attentive(split, epochs=20, num_queries=2)["top1"] == 1
+    assert fit_attentive(tokens, labels, 2, lr=1e-2, epochs=1, num_queries=2).queries.is_cuda
 
 
 def test_the_linear_probe_has_the_schedule_and_optimiser_of_table_10():

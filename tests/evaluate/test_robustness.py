@@ -14,7 +14,7 @@ from PIL import Image
 from fastmae.cli import main
 from fastmae.cli.commands import RobustnessConfig
 from fastmae.cli.evaluate import class_names
-from fastmae.evaluate.linear_probe import fit_linear
+from fastmae.evaluate.linear import fit_linear
 from fastmae.evaluate.robustness import mean_corruption_error
 from fastmae.loading import load
 from fastmae.model.classifier import VisionTransformer

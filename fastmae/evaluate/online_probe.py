@@ -7,16 +7,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmae.evaluate.features import Features, join_ranks, pooled_features
-from fastmae.evaluate.knn import knn_scores, top_k_accuracy
+from fastmae.evaluate.frozen import accuracies, split_of
+from fastmae.evaluate.knn import knn_scores
 from fastmae.evaluate.labelled import LabelledImages
-from fastmae.evaluate.linear_probe import fit_linear
+from fastmae.evaluate.linear import fit_linear
 
 _KINDS = {"": "pooled", "_class_token": "class_token"}
 """Behind the name of each number: what was pooled stands for the model, as it has no token of its own to learn."""
-_TOP = 5
 
 Gather = Callable[[Features], list[Features] | None]
 
@@ -80,41 +80,17 @@ def judge(known: Features, labels: np.ndarray, tests: Features, test_labels: np.
         name. Shares of the test images, from 0 to 1. Also ``unreadable``, the number of images left out, if any was.
 
     Raises:
-        ValueError: no readable image, a single class, or features that are not finite.
+        ValueError: what :func:`split_of` refuses.
     """
-    unreadable = sum(int((~part.readable).sum()) for part in (known, tests))
-    known, labels = _readable("known", known, labels)
-    tests, test_labels = _readable("tests", tests, test_labels)
-    classes, targets = np.unique(labels, return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f"labels: expected at least two classes, got only {classes[0]}")
-    device = known.pooled.device
-    places = np.searchsorted(classes, test_labels).clip(max=len(classes) - 1)
-    test_targets = torch.from_numpy(np.where(classes[places] == test_labels, places, -1)).to(device)
-    targets = torch.from_numpy(targets.astype(np.int64)).to(device)
     values: dict[str, float] = {}
     for suffix, kind in _KINDS.items():
-        bank, queries = getattr(known, kind), getattr(tests, kind).to(device)
-        if not bool(bank.isfinite().all() & queries.isfinite().all()):
-            raise ValueError("features: expected finite numbers, got some that are not")
+        bank, queries = getattr(known, kind), getattr(tests, kind)
         if not bank.shape[1]:  # the encoder has no class token
             continue
-        values |= {f"{name}{suffix}": value for name, value in _judge(bank, targets, queries, test_targets).items()}
+        split = split_of(bank, labels, known.readable, queries, test_labels, tests.readable)
+        votes = accuracies(knn_scores(split.inputs, split.labels, split.tests), split)
+        values |= {f"knn_{name}{suffix}": value for name, value in votes.items()}
+        classifier = fit_linear(split.inputs, split.labels)
+        values[f"linear_top1{suffix}"] = accuracies(classifier.scores(split.tests), split)["top1"]
+    unreadable = sum(int((~part.readable).sum()) for part in (known, tests))
     return values | ({"unreadable": unreadable} if unreadable else {})
-
-
-def _judge(bank: Tensor, labels: Tensor, queries: Tensor, targets: Tensor) -> dict[str, float]:
-    votes = knn_scores(bank, labels, queries)
-    values = {"knn_top1": top_k_accuracy(votes, targets)}
-    if votes.shape[1] > _TOP:
-        values["knn_top5"] = top_k_accuracy(votes, targets, _TOP)
-    return values | {"linear_top1": top_k_accuracy(fit_linear(bank, labels).scores(queries), targets)}
-
-
-def _readable(name: str, features: Features, labels: np.ndarray) -> tuple[Features, np.ndarray]:
-    if len(labels) != len(features.readable):
-        raise ValueError(f"{name}: expected a label for each of {len(features.readable)} images, got {len(labels)}")
-    good = features.readable
-    if not bool(good.any()):
-        raise ValueError(f"{name}: none of the {len(labels)} images could be read")
-    return Features(*(part[good] for part in features)), labels[good.cpu().numpy()]
