@@ -69,7 +69,7 @@ def measure_build(folder: Path, count: int, workers: int | None) -> dict[str, ob
     """CPU seconds of this process and of its workers."""
     if not folder.exists():
         write_files(folder, count)
-    shutil.rmtree(folder / BESIDE, ignore_errors=True)
+    shutil.rmtree(folder.parent / BESIDE / folder.name, ignore_errors=True)
     found: dict[str, object] = {"files": count, "workers": workers or os.cpu_count()}
     held, largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [0]
     threading.Thread(target=watch_workers, args=[largest], daemon=True).start()

@@ -417,6 +417,13 @@ def root_of(path: Path) -> Path:
     return path.parent if is_file else path
 
 
+def _beside(source: Source, path: Path) -> Path:
+    """Where an index lies near the data: not among class folders, of which torchvision's ``ImageFolder`` would take it
+    for one, unless the data are a mount, beside which nothing may be shared."""
+    root = root_of(path).resolve()
+    return root / BESIDE if root.is_mount() or not source.classes else root.parent / BESIDE / root.name
+
+
 def location(path: Path | str) -> str:
     """A path from anywhere on this machine, or a URL."""
     return as_url(path) or str(Path(path).resolve())
@@ -459,7 +466,7 @@ def publish_index(
     Args:
         source: what lies at ``path``.
         path: as the user has given it.
-        home: where to keep it. None: beside the data, else in the cache, else, with a line in the log, nowhere.
+        home: where to keep it. None: near the data, else in the cache, else, with a line in the log, nowhere.
         cache_dir: keep it only there, for any number of data sets.
         verify: compare all of a kept index with its checksums, however large it is.
         options: ``workers`` and ``progress`` of :func:`build_index`.
@@ -473,7 +480,7 @@ def publish_index(
     if home:
         homes = [_Home(home, path, accepts)]
     else:
-        homes = [] if cache_dir or as_url(path) else [_Home(root_of(path) / BESIDE, path, accepts)]
+        homes = [] if cache_dir or as_url(path) else [_Home(_beside(source, path), path, accepts)]
         with suppress(RuntimeError):  # the user has no home
             cache = cache_dir or Path.home() / ".cache" / "fastmae"
             homes.append(_Home(cache, path, accepts, location(path)))

@@ -89,7 +89,8 @@ def open_dataset(
         max_pixels: the largest height x width; more is taken for a decompression bomb.
         window: shards whose images are shuffled together; 0: all. None: 0 up to 4,096 shards, else 256.
         index: where the index is, or is to be kept: an existing one is trusted, and nothing is listed. None: in
-            ``.fastmae`` beside the data, else in ``~/.cache/fastmae``, and built again if the data have changed.
+            ``.fastmae`` in the images' folder, or beside a folder of class folders, else in ``~/.cache/fastmae``, and
+            built again if the data have changed.
         cache_dir: keep the index here instead of those two.
 
     Raises:

@@ -148,9 +148,10 @@ class DataConfig:
     path per line, optionally followed by a tab and a label. Shards may be at a URL: s3://bucket/folder. None: the
     embedded photographs."""
     index: Free[Path | None] = None
-    """Where the index of the images lies: an existing one is trusted, and the images are not listed; fastmae data index
-    refreshes it. If there is none yet, rank 0 builds it. None: .fastmae in the images' folder or, where that cannot be
-    written, ~/.cache/fastmae; rank 0 then lists the images at each start and brings the index up to date."""
+    """Where the index of the images lies: an existing one is trusted, and the images are not listed; fastmae data
+    index refreshes it. If there is none yet, rank 0 builds it. None: .fastmae in the images' folder, or beside it
+    if it holds class folders, or, where that cannot be written, ~/.cache/fastmae; rank 0 then lists the images at
+    each start and brings the index up to date."""
     window: Fixed[NonNegativeInt | None] = None
     """Shards whose images are shuffled together, so that reading stays near few shards at a time. 0: all, full
     randomness. None: 0 up to 4,096 shards, else 256."""

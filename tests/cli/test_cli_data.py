@@ -132,14 +132,14 @@ def test_index_beside_shards_and_of_a_folder(images, tmp_path, capsys):
     assert run("index", images) == 0
     out = capsys.readouterr().out
     assert "12 images, 1 of them unusable, 2 named classes" in out
-    assert f"Index: {images}/.fastmae/" in out
+    assert f"Index: {images.parent}/.fastmae/{images.name}/" in out
 
 
 def test_an_index_elsewhere_is_built_refreshed_and_marked(images, tmp_path, capsys):
     home = tmp_path / "index"
     assert run("index", images, "--index", home, "--workers", 2) == 0
     assert f"Index: {home}/index-" in capsys.readouterr().out
-    assert not (images / ".fastmae").exists()
+    assert not (images.parent / ".fastmae").exists()
     (images / "a" / "new.png").write_bytes(png(False))
     assert run("verify", images, "--index", home, "--max-bad-fraction", 1) == 0
     assert f"Remembered in {home}" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from loading import image_file, noise, write_shards
+from torchvision.datasets import ImageFolder
 
 from fastmae.data import DataError, errors, open_dataset
 from fastmae.data import index as index_module
@@ -317,7 +318,8 @@ def test_a_build_that_was_killed_is_continued(tmp_path, cache, headers, monkeypa
     assert_killed(kill)  # while the rows of the first build are copied
     headers.clear()
     assert publish().hash == expected.hash
-    assert 126 <= len(headers) < 160
+    # A set, since threads of the builds that were stopped may still be reading.
+    assert 126 <= len(set(headers)) < 160
     assert not list(cache.glob("writing-*/*"))
 
 
@@ -350,14 +352,32 @@ def test_replaced_indexes_stay_for_a_month(folder, cache):
 def test_the_index_lies_beside_the_data_or_else_in_the_cache(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     beside = open_dataset(folder).index
-    assert beside.folder.parent == folder / ".fastmae"
+    assert beside.folder.parent == tmp_path / ".fastmae" / "images"
     assert trusted_index(beside.folder, folder, Accepts()).hash == beside.hash
-    shutil.rmtree(folder / ".fastmae")
-    (folder / ".fastmae").write_text("a file in the way: nothing can be written there")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == folder)  # what lies beside it may be another machine's
+        assert open_dataset(folder).index.folder.parent == folder / ".fastmae"
+        assert open_dataset(folder).hash == beside.hash
+    shutil.rmtree(tmp_path / ".fastmae")
+    (tmp_path / ".fastmae").write_text("a file in the way: nothing can be written there")
     assert open_dataset(folder).index.folder.parent == tmp_path / "home" / ".cache" / "fastmae"
     # A home among the images is no part of them: opening it again finds the same three.
     for _ in range(2):
         assert len(open_dataset(folder, index=folder / "home").index.table) == 3
+
+
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_other_libraries_find_the_same_classes_afterwards(tmp_path, monkeypatch, has_classes):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    root = tmp_path / "images"
+    for name in ("a", "b") if has_classes else (".",):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "0.jpg").write_bytes(JPEG)
+    beside = open_dataset(root).index.folder.parent
+    if has_classes:
+        assert ImageFolder(root).classes == ["a", "b"]
+    else:
+        assert beside == root / ".fastmae"  # no library takes the folder for one of classes
 
 
 def test_a_named_index_is_trusted_and_refused_where_it_cannot_be(folder, tmp_path, caplog):
