@@ -32,6 +32,9 @@ class Target(Protocol):
 
     size: int
 
+    def to(self, device: torch.device) -> Target:
+        """This target with its tensors on a device."""
+
     def __call__(self, model: MaskedAutoencoderViT, images: Tensor, ids: Tensor) -> Tensor:
         """Of the patches ``ids`` (N * R, M) of a loader's images (N, C, H, W): floating point (N * R, M, T), or
         classes, int64 (N * R, M)."""
@@ -49,9 +52,11 @@ class Projection(NamedTuple):
     def size(self) -> int:
         return self.matrix.shape[1]
 
+    def to(self, device: torch.device) -> Projection:
+        return Projection(*(tensor.to(device) for tensor in self))
+
     def __call__(self, model: MaskedAutoencoderViT, images: Tensor, ids: Tensor) -> Tensor:
-        patches = patches_of(model, images, ids)
-        return (patches - self.center.to(patches.device)) @ self.matrix.to(patches.device)
+        return (patches_of(model, images, ids) - self.center) @ self.matrix
 
 
 class Codebook(NamedTuple):
@@ -64,10 +69,12 @@ class Codebook(NamedTuple):
     def size(self) -> int:
         return len(self.centers)
 
+    def to(self, device: torch.device) -> Codebook:
+        return Codebook(self.centers.to(device))
+
     def __call__(self, model: MaskedAutoencoderViT, images: Tensor, ids: Tensor) -> Tensor:
-        centers = self.centers.to(images.device)
         # |x - c|^2 without |x|^2, which is the same for all centres
-        return (centers.square().sum(1) / 2 - patches_of(model, images, ids) @ centers.T).argmin(-1)
+        return (self.centers.square().sum(1) / 2 - patches_of(model, images, ids) @ self.centers.T).argmin(-1)
 
 
 class Tokenizer:
@@ -75,8 +82,8 @@ class Tokenizer:
 
     Args:
         name: ``package.module:factory``. ``factory()`` returns a function with an attribute ``vocab_size``, which is
-            called with a batch of the loader, (N, C, H, W), ``uint8`` or floating point in [0, 1], and returns int64
-            (N, L), a token for each patch, row by row.
+            called with a batch of the loader, (N, C, H, W) on the model's device, ``uint8`` or floating point in
+            [0, 1], and returns int64 (N, L), a token for each patch, row by row.
 
     Raises:
         ValueError: there is no such factory, or what it returns has no ``vocab_size``.
@@ -89,6 +96,9 @@ class Tokenizer:
             self.size = int(self._tokenize.vocab_size)
         except (ImportError, AttributeError, TypeError) as error:
             raise ValueError(f"target: expected a tokenizer's factory with vocab_size, got {name}: {error}") from error
+
+    def to(self, device: torch.device) -> Tokenizer:
+        return self
 
     def __call__(self, model: MaskedAutoencoderViT, images: Tensor, ids: Tensor) -> Tensor:
         tokens = self._tokenize(images)

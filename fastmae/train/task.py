@@ -148,6 +148,7 @@ class MaskedAutoencoding(ImageTask):
         ids = masking.ids_mask
         if self.config.model.loss_on_all_patches:
             ids = torch.arange(self.model.num_patches, device=ids.device).repeat(len(ids), 1)
+        self.target = self.target.to(loaded.device)  # once: a copy in each step would make the host wait
         with torch.no_grad():
             return images, masking, self.target(self.model, loaded, ids)
 

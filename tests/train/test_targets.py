@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from devices import fake_cuda, put_on_cuda
 from safetensors.torch import save_file
 from training import MODEL, fitted, write_images
 
 from fastmae.loading import load
 from fastmae.model import create_model
-from fastmae.train.config import ModelConfig
-from fastmae.train.targets import create_target, fit_codebook, fit_pca, patches_of, save_target
+from fastmae.ops import random_masking
+from fastmae.train.config import ModelConfig, PretrainConfig
+from fastmae.train.targets import Codebook, create_target, fit_codebook, fit_pca, patches_of, save_target
+from fastmae.train.task import MaskedAutoencoding
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,22 @@ def test_a_tokenizer_is_called_once_per_image_however_many_masks(model, images):
         tokens[0, [1, 2]].tolist(),
         *tokens[1, [[3, 3], [4, 5]]].tolist(),
     ]
+
+
+@pytest.mark.parametrize("target", [create_target("low-resolution-2", (8, 8), 3), Codebook(torch.zeros(5, 192))])
+def test_a_target_is_copied_to_the_gpu_once(target):
+    config = PretrainConfig(model=replace(MODEL, target="mean-color", loss_on_all_patches=True))
+    model = create_model(**config.model_arguments())
+    task = MaskedAutoencoding(config, model, None, None)
+    task.target = target
+    with fake_cuda() as blocking:
+        put_on_cuda(model)
+        images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
+        masking = random_masking(4, model.num_patches, 0.75, seed=0, device="cuda")
+        for _ in range(2):
+            blocking.clear()
+            *_, targets = task._inputs(images, masking)
+        assert targets.is_cuda
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""CUDA tensors without a GPU: they have a shape and a device, and no values. An operation on tensors of two devices
+raises, and so does what waits for the device: reading a value, a boolean mask as index, a blocking copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+class _Copies(TorchDispatchMode):
+    """Lists blocking copies between devices, and lets tensors be pinned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocking: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is aten._pin_memory.default:
+            return arguments[0].clone()
+        result = function(*arguments, **options)
+        if function in (aten._to_copy.default, aten.copy_.default):
+            source, *rest = arguments[function is aten.copy_.default :]
+            if source.device != result.device and not any(rest) and not options.get("non_blocking"):
+                self.blocking.append(f"{tuple(source.shape)} from {source.device} to {result.device}")
+        return result
+
+
+@contextmanager
+def fake_cuda(autocast: torch.dtype | None = None) -> Iterator[list[str]]:
+    """Context in which tensors can be on "cuda". ``backward`` does nothing: autograd needs a real device.
+
+    Gives the list of blocking copies, which must be empty in the end; a test clears it behind what may wait.
+    """
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Copies() as copies,
+        patch.object(Tensor, "backward", lambda self: None),
+    ):
+        # PyTorch's own context manager does nothing without a GPU.
+        torch.set_autocast_enabled("cuda", autocast is not None)
+        torch.set_autocast_dtype("cuda", autocast or torch.float16)
+        try:
+            yield copies.blocking
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+    assert not copies.blocking, "the host waits for copies"
+
+
+def put_on_cuda(model: nn.Module) -> nn.Module:
+    """The same model, in :func:`fake_cuda`."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cuda"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cuda")
+    return model
