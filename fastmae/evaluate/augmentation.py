@@ -85,7 +85,8 @@ class BatchAugment:
 
 def to_device(values: np.ndarray, device: torch.device) -> Tensor:
     """A tensor on the device; the copy waits for nothing that the device has to do."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def smoothed_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

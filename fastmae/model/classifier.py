@@ -48,8 +48,11 @@ class DropPathBlock(Block):
 
 
 def _scale(stream: Stream, scale: Tensor) -> Stream:
-    branch = stream.branch if stream.bias is None else stream.branch + stream.bias
-    return Stream(stream.x, branch * scale.to(branch.dtype).view(-1, 1, 1))
+    branch, scale = stream.branch, scale.to(stream.branch.dtype).view(-1, 1, 1)
+    if stream.bias is None:
+        return Stream(stream.x, branch * scale)
+    # One pass, in the dtype of the branch: a float32 bias would make it twice as large.
+    return Stream(stream.x, torch.addcmul(stream.bias.to(branch.dtype) * scale, branch, scale))
 
 
 class VisionTransformer(ImageModel):

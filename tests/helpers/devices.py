@@ -16,21 +16,25 @@ aten = torch.ops.aten
 
 
 class _Copies(TorchDispatchMode):
-    """Lists blocking copies between devices, and lets tensors be pinned."""
+    """Lists copies between devices that make the host wait: blocking ones, and those from memory that is not pinned."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocking: list[str] = []
+        self.waiting: list[str] = []
+        self._pinned: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         options = options or {}
-        if function is aten._pin_memory.default:
-            return arguments[0].clone()
-        result = function(*arguments, **options)
+        pins = function is aten._pin_memory.default
+        result = arguments[0].clone() if pins else function(*arguments, **options)
+        if pins or options.get("pin_memory"):
+            storage = result.untyped_storage()
+            self._pinned[storage._cdata] = storage
         if function in (aten._to_copy.default, aten.copy_.default):
             source, *rest = arguments[function is aten.copy_.default :]
-            if source.device != result.device and not any(rest) and not options.get("non_blocking"):
-                self.blocking.append(f"{tuple(source.shape)} from {source.device} to {result.device}")
+            runs_beside = (any(rest) or options.get("non_blocking")) and source.untyped_storage()._cdata in self._pinned
+            if source.device != result.device and not runs_beside:
+                self.waiting.append(f"{tuple(source.shape)} from {source.device} to {result.device}")
         return result
 
 
@@ -38,7 +42,8 @@ class _Copies(TorchDispatchMode):
 def fake_cuda(autocast: torch.dtype | None = None) -> Iterator[list[str]]:
     """Context in which tensors can be on "cuda". ``backward`` does nothing: autograd needs a real device.
 
-    Gives the list of blocking copies, which must be empty in the end; a test clears it behind what may wait.
+    Gives the list of copies that the host waits for, which must be empty in the end. A test clears it behind what may
+    wait.
     """
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -49,11 +54,11 @@ def fake_cuda(autocast: torch.dtype | None = None) -> Iterator[list[str]]:
         torch.set_autocast_enabled("cuda", autocast is not None)
         torch.set_autocast_dtype("cuda", autocast or torch.float16)
         try:
-            yield copies.blocking
+            yield copies.waiting
         finally:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
-    assert not copies.blocking, "the host waits for copies"
+    assert not copies.waiting
 
 
 def put_on_cuda(model: nn.Module) -> nn.Module:

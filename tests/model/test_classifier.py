@@ -6,9 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from devices import fake_cuda, put_on_cuda
 from torch import nn
 
 from fastmae.model import MaskedAutoencoderViT
+from fastmae.model.blocks import Stream
 from fastmae.model.classifier import VisionTransformer, create_vision_transformer, scales_of
 from fastmae.model.initialization import sincos_positions
 
@@ -107,6 +109,31 @@ def test_stochastic_depth_leaves_out_branches_and_keeps_the_mean(images):
     assert (scales[0] == 1).all()
     torch.testing.assert_close((scales == 0).float().mean((1, 2)), torch.linspace(0, 0.3, 12), atol=0.01, rtol=0)
     torch.testing.assert_close(scales.mean((1, 2)), torch.ones(12), atol=0.02, rtol=0)
+
+
+def test_stochastic_depth_is_the_same_on_the_ops_that_gpus_use(images, request):
+    scales = scales_of(torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(2)), 0.5)
+    outcomes = []
+    for fixtures in ((), ("fused",)):
+        [*map(request.getfixturevalue, fixtures)]
+        model = classifier(drop_path=0.5)
+        out = model(images, path_scales=scales)
+        out.square().sum().backward()
+        outcomes.append({"out": out.detach()} | {name: p.grad for name, p in model.named_parameters()})
+    for name, expected in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], expected, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_stochastic_depth_scales_branches_in_low_precision(mode):
+    model = classifier()
+    model.set_activation_checkpointing(mode)
+    with fake_cuda(autocast=torch.bfloat16):
+        put_on_cuda(model)
+        stream = Stream(model.embed(torch.zeros(3, 3, 32, 48, device="cuda")))
+        stream = model.blocks[0](stream, torch.ones(2, 3, device="cuda"))
+        assert (stream.x.dtype, stream.branch.dtype) == (torch.float32, torch.bfloat16)
+        assert model(torch.zeros(3, 3, 32, 48, device="cuda")).is_cuda
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

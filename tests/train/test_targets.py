@@ -100,12 +100,12 @@ def test_a_target_is_copied_to_the_gpu_once(target):
     model = create_model(**config.model_arguments())
     task = MaskedAutoencoding(config, model, None, None)
     task.target = target
-    with fake_cuda() as blocking:
+    with fake_cuda() as waiting:
         put_on_cuda(model)
         images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
         masking = random_masking(4, model.num_patches, 0.75, seed=0, device="cuda")
         for _ in range(2):
-            blocking.clear()
+            waiting.clear()
             *_, targets = task._inputs(images, masking)
         assert targets.is_cuda
 
