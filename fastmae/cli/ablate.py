@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from fastmae.cli.commands import AblateConfig, FitTargetConfig
+from fastmae.cli.output import replacing
 from fastmae.data import create_loader, open_dataset
 from fastmae.errors import UsageError, usage_errors
 from fastmae.model import create_model
@@ -34,10 +35,11 @@ def ablate(config: AblateConfig) -> int:
     """Run what is missing, then write the table.
 
     Raises:
-        UsageError: the specification does not fit, a variant was run with other flags, or a command failed.
+        UsageError: the specification does not fit, a command failed, or a result in ``--out`` has other flags.
     """
-    spec = _read(config.spec)
-    command, rows = shlex.split(spec.get("command", "")) or [sys.executable, "-m", "fastmae"], []
+    spec, rows = _read(config.spec), []
+    command = shlex.split(spec.get("command", "")) or [sys.executable, "-m", "fastmae"]
+    varied = list(dict.fromkeys(flag for changes in spec["variants"].values() for flag in flatten(changes)))
     for name, changes in spec["variants"].items():
         for seed in spec.get("seeds", [0]):
             run = config.out / f"{_slug(name)}-seed{seed}"
@@ -48,18 +50,26 @@ def ablate(config: AblateConfig) -> int:
             summary = json.loads((run / "summary.json").read_text())
             known = {"variant": name, "seed": seed, "run": run.name, "loss": summary["last_loss"]}
             known |= {key: summary[key] for key in ("seconds", "images_per_second")}
+            defaults = flatten(json.loads((run / "config.json").read_text()))
+            known |= {f"--{flag}": flags.get(flag, defaults.get(flag.replace("-", "_"))) for flag in varied}
             for protocol, options in spec.get("evaluate", {}).items():
                 result = run / f"{protocol}.json"
+                seeded = {"train.seed": seed} if protocol in _TRAINING else {}
+                options = list(_words({"data.path": flags.get("data.path")} | seeded | flatten(options)))
                 if not result.exists():
-                    options = {"data.path": flags.get("data.path"), **flatten(options)}
-                    words = [protocol, *_of(run, protocol), *_words(options), "--out", str(result)]
-                    if code := _call([*command, "evaluate", *words], name):
+                    words = ["evaluate", protocol, *_of(run, protocol), *options, "--out", str(result)]
+                    if code := _call([*command, *words], name):
                         return code
                 found = json.loads(result.read_text())
+                if shlex.join(options) not in found["command"]:
+                    raise UsageError(
+                        f"variant {name}: {result} was written by {found['command']}, the specification says "
+                        f"{shlex.join(options)}; delete it, or choose another --out"
+                    )
                 rows.append(known | {key: found[key] for key in ("protocol", "features", "top1")})
             if not spec.get("evaluate"):
                 rows.append(known)
-            _write(config.out, rows)
+            _write(config.out, rows, [*_COLUMNS, *(f"--{flag}" for flag in varied)])
     print(_table(rows))
     return 0
 
@@ -156,12 +166,11 @@ def _call(words: list[str], variant: str) -> int:
     return code
 
 
-def _write(out: Path, rows: list[dict[str, Any]]) -> None:
-    with (out / ".results.csv.partial").open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
+def _write(out: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    with replacing(out / "results.csv") as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    Path(file.name).replace(out / "results.csv")
     replace_text(out / "table.md", _table(rows) + "\n")
 
 

@@ -282,10 +282,11 @@ class FitTargetConfig:
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw the loss of one or more runs, and the accuracies that were measured during them."""
+    """Draw the losses of runs and the accuracies measured during them, or those in a table of fastmae ablate."""
 
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
-    """Run folders, finished or still training."""
+    """Run folders, finished or still training; or one results.csv of fastmae ablate or the folder that holds it, for
+    accuracies over the value of the flag that varies, or by variant."""
     out: Path = Path("curves.png")
     """The figure to write: .png, .pdf or .svg."""
     x: Literal["epoch", "step", "samples"] = "epoch"

@@ -22,7 +22,7 @@ out = pathlib.Path(words[words.index("--out") + 1])
 seed = out.parent.name[-1] if words[0] == "evaluate" else out.name[-1]
 if words[0] == "pretrain":
     out.mkdir(exist_ok=True)
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model": {"mask_ratio": 0.75}}')
     end = log.with_name("end").read_text() if log.with_name("end").exists() else "0"
     if end != "0" and "0.5" in words:
         sys.exit(int(end))
@@ -30,7 +30,8 @@ if words[0] == "pretrain":
     (out / "summary.json").write_text(json.dumps(summary))
     (out / "status.json").write_text('{"status": "finished"}')
 else:
-    out.write_text(json.dumps({"protocol": words[1], "features": "avg", "top1": 0.4 + 0.1 * int(seed)}))
+    found = {"protocol": words[1], "features": "avg", "top1": 0.4 + 0.1 * int(seed), "command": " ".join(words)}
+    out.write_text(json.dumps(found))
 """
 SPEC = """
 command = "{python} {stand_in}"
@@ -74,9 +75,9 @@ def test_all_variants_run_once_with_their_flags(folder, capfd):
     changed = ["--model.no-norm-pix-loss", "--model.mask-ratio", "0.5"]
     assert fourth == [*common, *changed, "--train.seed", "2", "--out", str(out / "mask-50---seed2")]
     rows = list(csv.DictReader((out / "results.csv").open()))
-    assert [(r["variant"], r["seed"], r["protocol"]) for r in rows][1:3] == [
-        ("base", "2", "knn"),
-        ("mask 50 %", "0", "knn"),
+    assert [(r["variant"], r["seed"], r["protocol"], r["--model.mask-ratio"]) for r in rows][1:3] == [
+        ("base", "2", "knn", "0.75"),
+        ("mask 50 %", "0", "knn", "0.5"),
     ]
     table = (out / "table.md").read_text()
     assert "| mask 50 % | 50.0 ± 14.1 | 0.5000 ± 0.0000 | 3 ± 0 |" in table
@@ -112,17 +113,29 @@ def test_protocols_that_train_have_a_folder_and_continue_there(folder):
     run = str(folder / "out" / "base-seed0")
     evaluations = [words for words in calls(folder) if words[0] == "evaluate"]
     assert evaluations[0][1:6] == ["finetune", run, "--run-folder", f"{run}/finetune", "--resume"]
-    assert evaluations[1][1:6] == ["scratch", "--run-folder", f"{run}/scratch", "--data.path", "photos"]
+    scratch = ["scratch", "--run-folder", f"{run}/scratch", "--data.path", "photos", "--train.seed", "0"]
+    assert evaluations[1][1:8] == scratch
     rows = list(csv.DictReader((folder / "out" / "results.csv").open()))
     assert [row["protocol"] for row in rows] == ["finetune", "scratch"] * 2
 
 
-def test_a_run_with_other_flags_is_not_taken_for_this_one(folder, capfd):
+@pytest.mark.parametrize(
+    ("was", "now", "message"),
+    [
+        ("steps = 20", "steps = 30", "base-seed0 was run with --train.steps 20, the specification says 30"),
+        (
+            '"others"',
+            '"third"',
+            "--data.val others --out {out}/base-seed0/knn.json, the specification says --data.path",
+        ),
+    ],
+)
+def test_results_with_other_flags_are_not_taken_for_these(folder, capfd, was, now, message):
     assert ablate(folder) == 0
     spec = folder / "spec.toml"
-    spec.write_text(spec.read_text().replace("steps = 20", "steps = 30"))
+    spec.write_text(spec.read_text().replace(was, now))
     assert ablate(folder) == EXIT_USAGE
-    assert "base-seed0 was run with --train.steps 20, the specification says 30" in capfd.readouterr().err
+    assert message.format(out=folder / "out") in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
