@@ -101,7 +101,8 @@ def traffic() -> dict:
 # --- A training step --------------------------------------------------------------------------------------------------
 
 COMPETITORS = (
-    "facebookresearch, plain", "facebookresearch, sdpa", "fastmae, plain", "fastmae, sdpa", "fastmae, triton"
+    "facebookresearch, plain", "facebookresearch, sdpa", "fastmae, plain", "fastmae, sdpa", "fastmae, triton",
+    "fastmae with mask tokens in the encoder, sdpa",
 )  # fmt: skip
 SIDE, RATIO = 224, 0.75
 
@@ -133,12 +134,13 @@ def step_bytes(name: str, who: str, batch: int) -> dict[str, int]:
     Nothing is computed: the step runs on fake tensors, which have shapes and no values. Saved are distinct storages
     except parameters, what derives from them alone, and the images.
 
-    ``who``: "facebookresearch" or "fastmae", then a comma and the backend of attention.
+    ``who``: one of ``COMPETITORS``; after the comma the backend of attention.
     """
     family, attention = who.split(", ")
     with FakeTensorMode():
-        model = create_model(name, norm_pix_loss=True, seed=0, attention=attention)
-        if family == "fastmae":
+        tokens = family.endswith("mask tokens in the encoder")
+        model = create_model(name, norm_pix_loss=True, seed=0, attention=attention, encoder_mask_tokens=tokens)
+        if family.startswith("fastmae"):
             images = torch.empty(batch, SIDE, SIDE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
             kept = int(model.num_patches * (1 - RATIO))
             sizes = kept, model.num_patches - kept, model.num_patches
