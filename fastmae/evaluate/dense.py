@@ -6,6 +6,7 @@ torchvision has the detector and the pyramid network. Here is what lies between 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,7 @@ def feature_pyramid(encoder: VisionTransformer, out_channels: int = 256) -> Pyra
     return Pyramid(encoder, out_channels)
 
 
-def mask_rcnn(encoder: VisionTransformer, num_classes: int, *, out_channels: int = 256) -> MaskRCNN:
+def mask_rcnn(encoder: VisionTransformer, num_classes: int, *, out_channels: int = 256, **options: Any) -> MaskRCNN:
     """torchvision's Mask R-CNN on a pretrained encoder (A.3).
 
     It takes lists of images (C, H, W) in [0, 1], of any sizes, and targets as torchvision describes them. Images are
@@ -106,6 +107,7 @@ def mask_rcnn(encoder: VisionTransformer, num_classes: int, *, out_channels: int
         encoder: as for :func:`feature_pyramid`, for square images, so that upright and wide ones fit.
         num_classes: with the background, which is class 0.
         out_channels: of the maps.
+        options: further arguments of torchvision's ``MaskRCNN``, such as ``box_detections_per_img``.
 
     Raises:
         ValueError: an encoder of other images, or of fewer than four blocks.
@@ -125,6 +127,7 @@ def mask_rcnn(encoder: VisionTransformer, num_classes: int, *, out_channels: int
         box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
         mask_roi_pool=MultiScaleRoIAlign(names, 14, 2),
         size_divisible=2 * max(encoder.patch_size),
+        **options,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 
 from fastmae.evaluate.dense import (
     LinearSegmenter,
@@ -13,6 +14,7 @@ from fastmae.evaluate.dense import (
     feature_pyramid,
     mask_rcnn,
 )
+from fastmae.model.blocks import Stream
 from fastmae.model.classifier import VisionTransformer
 
 
@@ -44,7 +46,8 @@ def test_the_backbone_of_a_detector():
 def test_mask_rcnn_learns_one_object():
     """A bright rectangle in upright and wide images; every part gets a gradient, the encoder too."""
     torch.manual_seed(0)
-    model = mask_rcnn(encoder(), 2, out_channels=16)
+    options = {"box_batch_size_per_image": 32, "mask_head": MaskRCNNHeads(16, (16, 256), 1)}
+    model = mask_rcnn(encoder(), 2, out_channels=16, **options)
     images, targets = [torch.zeros(3, 40, 64), torch.zeros(3, 64, 48)], []
     for image in images:
         image[:, 8:30, 10:40] = 1
@@ -99,6 +102,22 @@ def test_relative_positions_change_nothing_until_they_are_trained(options):
     index = attention.index[prefix:, prefix:].view(4, 6, 4, 6)
     assert index[0, 1, 2, 4] == index[1, 2, 3, 5] != index[2, 4, 0, 1]
     assert len(attention.index.unique()) == 7 * 11 + 3 * prefix
+
+
+def test_a_relative_position_can_be_all_that_a_patch_attends_to():
+    relative = add_relative_positions(encoder((32, 48)))
+    attention, norm, prefix = relative.blocks[0].attn, relative.blocks[0].norm1, relative.num_prefix_tokens
+    with torch.no_grad():
+        attention.table.fill_(-1e4)
+        attention.table[0, attention.index[prefix + 7, prefix + 8]] = 0  # the first head looks one patch to the right
+    x = torch.randn(2, prefix + 24, 16, generator=torch.Generator().manual_seed(0))
+    seen = []
+    attention.proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    attention(Stream(x), norm)
+    # The first 8 of 16 features are the first head's; of 48 (queries, keys, values) its values begin at 32.
+    attended = seen[0][:, prefix:, :8].unflatten(1, (4, 6))
+    values = attention.qkv(norm(x))[:, prefix:, 32:40].unflatten(1, (4, 6))
+    torch.testing.assert_close(attended[:, :, :-1], values[:, :, 1:])
 
 
 def test_errors():

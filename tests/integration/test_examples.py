@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -46,35 +47,94 @@ def test_the_loss_falls(name, options, share, capsys):
     assert f"{losses[0]:.3f}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("head", "steps"), [("linear", 80), ("upernet", 30)])
-def test_segmentation_learns_where_it_is_bright(tmp_path, head, steps):
+@pytest.fixture(scope="module")
+def dense():
     pytest.importorskip("torchmetrics")
-    for part, count in (("train", 6), ("test", 2)):
-        for folder in (part, f"{part}annot"):
-            (tmp_path / folder).mkdir()
-        for i in range(count):
-            bright = np.zeros((32, 64), np.uint8)
-            bright[4 * i : 4 * i + 16, 8:40] = 1
-            Image.fromarray(200 * np.stack([bright] * 3, -1)).save(tmp_path / part / f"{i}.png")
-            Image.fromarray(3 * bright).save(tmp_path / f"{part}annot" / f"{i}.png")
-    options = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    _, score = load("segmentation").main(tmp_path, head=head, size=(32, 64), steps=steps, lr=1e-2, **options)
-    assert score > 0.6  # 0.34 for all dark
-
-
-def test_detection_finds_a_rectangle(tmp_path):
     pytest.importorskip("pycocotools")
-    (tmp_path / "PNGImages").mkdir()
-    (tmp_path / "PedMasks").mkdir()
+    return load("dense")
+
+
+@pytest.fixture(scope="module")
+def four_blocks(tmp_path_factory) -> str:
+    """Weights of an encoder with a block for each of four scales."""
+    sizes = {"embed_dim": 16, "depth": 4, "num_heads": 2, "decoder_embed_dim": 16, "decoder_depth": 1}
+    model = create_model("mae_vit_tiny_patch16", img_size=32, patch_size=8, decoder_num_heads=2, seed=0, **sizes)
+    return str(export_weights(model, tmp_path_factory.mktemp("weights") / "w.safetensors"))
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def coco(folder: Path, parts: dict[str, int]) -> Path:
+    """A person, bright, and a dog, dim, on grass; one object more is a crowd."""
+    names = {1: ("person", 1), 18: ("animal", 1), 193: ("ground", 0)}
+    categories = [{"id": i, "supercategory": group, "isthing": thing} for i, (group, thing) in names.items()]
+    for part, count in parts.items():
+        annotations = []
+        for i in range(count):
+            numbers = np.full((32, 48), 7)  # grass
+            numbers[4 : 20 + i, 4:24], numbers[8:24, 30:44], numbers[28:, 40:] = 70_001, 900, 3
+            segments = [(7, 193, 0), (70_001, 1, 0), (900, 18, 0), (3, 1, 1)]
+            kinds = sum((numbers == number) * category for number, category, _ in segments)
+            save(
+                np.stack([numbers % 256, numbers // 256 % 256, numbers // 65_536], -1),
+                folder / "panoptic_segmentation/annotations" / f"panoptic_{part}" / f"{i}.png",
+            )
+            save(kinds, folder / "semantic_segmentation/masks" / part / f"{i}.png")
+            save(np.stack([220 * (kinds == 1) + 110 * (kinds == 18)] * 3, -1), folder / "images" / part / f"{i}.jpg")
+            keys = ("id", "category_id", "iscrowd")
+            segments = [dict(zip(keys, segment, strict=True)) for segment in segments]
+            annotations.append({"file_name": f"{i}.png", "segments_info": segments})
+        text = json.dumps({"categories": categories, "annotations": annotations})
+        (folder / "panoptic_segmentation/annotations" / f"panoptic_{part}.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("options", "steps"), [({"head": "linear", "frozen": True}, 60), ({"head": "upernet"}, 30)])
+def test_segmentation_learns_where_it_is_bright(dense, four_blocks, tmp_path, options, steps):
+    for part, count in (("train", 6), ("test", 2)):
+        for i in range(count):
+            bright = np.zeros((32, 64))
+            bright[4 * i : 4 * i + 16, 8:40] = 1
+            save(200 * np.stack([bright] * 3, -1), tmp_path / part / f"{i}.png")
+            save(3 * bright, tmp_path / f"{part}annot" / f"{i}.png")
+    losses, scores = dense.segmentation(tmp_path, four_blocks, size=(32, 64), steps=steps, lr=1e-2, **options)
+    assert sum(losses[-2:]) < 0.5 * sum(losses[:2])
+    assert scores["mean_iou"] > 0.6  # 0.34 for all dark
+
+
+def test_detection_finds_a_rectangle(dense, four_blocks, tmp_path):
     for i in range(5):
-        mask = np.zeros((64, 48), np.uint8)
+        mask = np.zeros((64, 48))
         mask[8:40, 4 + 2 * i : 30 + 2 * i] = 1
-        Image.fromarray(220 * np.stack([mask] * 3, -1)).save(tmp_path / "PNGImages" / f"{i}.png")
-        Image.fromarray(mask).save(tmp_path / "PedMasks" / f"{i}_mask.png")
-    options = {"patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    losses, scores = load("detection").main(tmp_path, side=64, steps=10, batch_size=2, lr=2e-3, **options)
+        save(220 * np.stack([mask] * 3, -1), tmp_path / "PNGImages" / f"{i}.png")
+        save(mask, tmp_path / "PedMasks" / f"{i}_mask.png")
+    losses, scores = dense.detection(tmp_path, four_blocks, side=64, steps=10, batch_size=2, lr=2e-3)
     assert sum(losses[-2:]) < 0.9 * sum(losses[:2])
-    assert set(scores) == {"boxes", "masks"}
+    assert set(scores) == {"ap50_boxes", "ap50_masks"}
+
+
+def test_dense_tasks_read_coco(dense, tmp_path):
+    folder = coco(tmp_path, {"train2017": 2, "val2017": 1})
+    images, labels, classes = dense.read_pixels(folder, "train", (32, 48))
+    assert images.shape == (2, 3, 32, 48)
+    assert classes == 3
+    assert labels[:, [10, 10, 2], [10, 35, 2]].tolist() == [[2, 0, 1]] * 2  # groups in the order of their names
+    ((image, target),) = dense.read_objects(folder, "test", 48)
+    assert image.shape == (3, 32, 48)
+    assert target["boxes"].tolist() == [[4, 4, 23, 19], [30, 8, 43, 23]]  # not the grass, nor the crowd
+    assert target["masks"].sum((1, 2)).tolist() == [20 * 16, 14 * 16]
+
+
+def test_a_frozen_encoder_and_a_random_one(dense, four_blocks):
+    frozen, fresh = (dense.load_encoder(four_blocks, (32, 64), *flags, 1) for flags in ((True, False), (False, True)))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in fresh.parameters())
+    pretrained = fastmae.load(four_blocks).blocks[3].mlp.fc1.weight
+    assert torch.equal(frozen.blocks[3].mlp.fc1.weight, pretrained)
+    assert not torch.equal(fresh.blocks[3].mlp.fc1.weight, pretrained)
 
 
 TINY = {
@@ -152,7 +212,7 @@ def test_an_exported_encoder_is_fine_tuned_in_timm(photos, tmp_path):
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
 
 
-PAGES = {"segmentation": "evaluation", "detection": "evaluation"}
+PAGES = {"dense": "evaluation"}
 PAGES |= dict.fromkeys(
     ("main_pretrain", "plain_loop", "lightning_module", "hugging_face_trainer", "finetune_in_timm"), "interop"
 )
