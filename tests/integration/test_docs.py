@@ -122,6 +122,7 @@ def test_every_flag_and_command_that_is_named_exists(capsys):
     flags |= {"--ntasks-per-node", "--gpus-per-node", "--kill-on-bad-exit"}  # of Slurm
     flags |= {"--max-restarts", "--redirects", "--log-dir", "--tee"}  # of torchrun
     flags |= {"--benchmark", "--changes", "--second", "--help-all", "--help"}  # pytest, make gpu, every command
+    flags |= {"--frozen", "--random", "--head"}  # of examples/dense.py
     for page in PAGES_WITH_FLAGS:
         text = re.sub(r"<!--.*?-->|```python.*?```|torchrun .*? -m fastmae", "", page.read_text(), flags=re.DOTALL)
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text))
