@@ -36,9 +36,11 @@ from fastmae.cli.commands import (
 from fastmae.cli.output import replacing
 from fastmae.data import Augment, Dataset, create_loader, open_dataset, open_once
 from fastmae.data.loader import physical_bytes
+from fastmae.data.sampler import batch_positions
+from fastmae.data.subset import subset
 from fastmae.errors import UsageError, usage_errors
 from fastmae.evaluate.attentive import evaluate_attentive
-from fastmae.evaluate.features import ImageFeatures, encode_images, extract_features, pool_tokens
+from fastmae.evaluate.features import ImageFeatures, encode_images, extract_features, pool_tokens, to_device
 from fastmae.evaluate.frozen import Split, accuracies, split_of
 from fastmae.evaluate.knn import evaluate_knn
 from fastmae.evaluate.labelled import LabelledImages, choose_labelled, hold_out, match_classes, number_labels
@@ -391,26 +393,22 @@ def _trained_linear(
     config: LinearConfig, model: nn.Module, known: LabelledImages, tests: LabelledImages, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Table 10: a head trained on random crops."""
-    device, batch_size = model.mean.device, config.encoding.batch_size
-    classes = np.unique(known.labels)
-    augment = Augment(scale=(0.08, 1.0))
-    loader = {"batch_size": batch_size, "img_size": model.img_size, "seed": config.seed, "augment": augment}
+    device, batch_size, dtype = model.mean.device, config.encoding.batch_size, options["dtype"]
+    classes, numbers = np.unique(known.labels, return_inverse=True)
+    dataset = subset(known.dataset, known.sample_ids)  # neither unlabelled images nor those held out to test
+    loader = {"batch_size": batch_size, "img_size": model.img_size, "seed": config.seed, "device": device}
+    loader |= {"augment": Augment(scale=(0.08, 1.0)), "num_threads": options["num_threads"]}
 
     def crops() -> Iterator[tuple[Tensor, Tensor]]:
-        features, numbers = [], []
-        with create_loader(known.dataset, device=device, **loader) as batches:
-            for batch in batches:
-                ids = batch.sample_ids.cpu().numpy()
-                rows = np.flatnonzero(np.isin(ids, known.sample_ids))  # the others are unlabelled, or held out to test
-                labels = np.searchsorted(classes, known.dataset.labels(ids[rows]))
-                with torch.no_grad(), torch.autocast(device.type, options["dtype"], options["dtype"] != torch.float32):
+        order = dataset.order(config.seed)
+        with create_loader(dataset, **loader) as batches:
+            for number, batch in enumerate(batches):
+                # What the loader brings, known on the host: asking the batch would wait for the device.
+                ids, _ = order.ids(batch_positions(number, batch_size=batch_size))
+                with torch.no_grad(), torch.autocast(device.type, dtype, dtype != torch.float32):
                     tokens = model.encode(model.normalized(batch.images)).float()
                     pooled = pool_tokens(model, tokens, config.pool)
-                features.append(pooled[torch.from_numpy(rows).to(device)])
-                numbers.append(torch.from_numpy(labels).to(device))
-                if sum(map(len, numbers)) >= batch_size:
-                    yield torch.cat(features), torch.cat(numbers)
-                    features, numbers = [], []
+                yield pooled, to_device(numbers[ids], device)
 
     torch.manual_seed(config.seed)
     settings = {"epochs": config.epochs, "warmup_epochs": config.warmup_epochs, "base_lr": config.base_lr}

@@ -65,20 +65,24 @@ def fit_attentive(
         torch.manual_seed(seed)
         pool = AttentivePool(tokens.shape[-1], num_classes, num_queries).to(device)
     batch_size = min(batch_size, len(tokens))
-    steps = epochs * max(1, len(tokens) // batch_size)
+    per_epoch = max(1, len(tokens) // batch_size)
     optimizer = torch.optim.AdamW(pool.parameters(), lr=lr * batch_size / 256, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
+    pinned = device.type == "cuda" and tokens.device.type == "cpu"
+    memory = {"dtype": tokens.dtype, "device": tokens.device, "pin_memory": pinned}
     pool.train()
-    for step in range(steps):
-        if step % (steps // epochs) == 0:
-            order = torch.randperm(len(tokens), generator=generator)
-        rows = order[step % (steps // epochs) * batch_size :][:batch_size]
-        batch = tokens[rows.to(tokens.device)].to(device, torch.float32)
-        loss = F.cross_entropy(pool(batch), labels[rows.to(device)])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for _ in range(epochs):
+        order = torch.randperm(len(tokens), generator=generator)[: per_epoch * batch_size]
+        parts = order.to(tokens.device).split(batch_size), labels[order.to(device)].split(batch_size)
+        for rows, classes in zip(*parts, strict=True):
+            # Gathered on the host while the device trains on the batch before, and copied in the tokens' own dtype.
+            batch = torch.empty(batch_size, *tokens.shape[1:], **memory)
+            torch.index_select(tokens, 0, rows, out=batch)
+            loss = F.cross_entropy(pool(batch.to(device, non_blocking=True).float()), classes)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     return pool.eval()
 
 
@@ -86,7 +90,7 @@ def fit_attentive(
 def attentive_scores(pool: AttentivePool, tokens: Tensor, *, batch_size: int = 1024) -> Tensor:
     """Logits, float32 (m, K), of tokens (m, L, D)."""
     device = pool.queries.device
-    return torch.cat([pool(part.to(device, torch.float32)) for part in tokens.split(batch_size)])
+    return torch.cat([pool(part.to(device).float()) for part in tokens.split(batch_size)])
 
 
 def evaluate_attentive(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from fastmae.data.augment import Augment, crop_boxes
+from fastmae.evaluate.features import to_device
 from fastmae.ops.philox import Stream, random_words, to_unit
 from fastmae.train.classification import LabelledDataConfig
 
@@ -81,12 +82,6 @@ class BatchAugment:
         if self.mixes:
             images, targets = mix(images, targets, *draw_mixing(*keys, size, config.mixup, config.cutmix))
         return images, targets
-
-
-def to_device(values: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor on the device; the copy waits for nothing that the device has to do."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def smoothed_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

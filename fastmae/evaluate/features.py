@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -122,14 +122,18 @@ def encode_images(
         raise ValueError(f"dataset: expected images of {model.in_chans} channels, got {dataset.channels}")
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio: expected above 0 and at most 1, got {crop_ratio}")
-    device, batch_size = model.mean.device, min(batch_size, most)
+    device, batch_size, low_precision = model.mean.device, min(batch_size, most), dtype != torch.float32
     threads = num_threads or choose_options(device, 0, world_size=world_size).num_threads
-    batches = partial(_batches, dataset, own, model.img_size, batch_size, -(-most // batch_size))
+    batches = partial(_batches, dataset, own, model.img_size, batch_size, -(-most // batch_size), device.type == "cuda")
     found, readable = [], []
-    with evaluating(model), serial_threads(threads, "fastmae-features") as pool:
+    with (
+        evaluating(model),
+        model.cast_weights(dtype) if low_precision else nullcontext(),
+        serial_threads(threads, "fastmae-features") as pool,
+    ):
         for images, good in batches(pool, timeout, crop_ratio):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                tokens = (encode or model.encode)(model.normalized(images.to(device)))
+            with torch.autocast(device.type, dtype, low_precision):
+                tokens = (encode or model.encode)(model.normalized(images.to(device, non_blocking=True)))
             found.append(reduce(tokens.float()))
             readable.append(good)
             on_batch()
@@ -217,12 +221,19 @@ def join_ranks(parts: list[Features]) -> Features:
     return Features(*joined)
 
 
+def to_device(values: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device; the copy waits for nothing that the device has to do."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _batches(
     dataset: Dataset,
     sample_ids: np.ndarray,
     img_size: tuple[int, int],
     batch_size: int,
     count: int,
+    pinned: bool,
     pool: Threads,
     timeout: float,
     crop_ratio: float,
@@ -232,7 +243,8 @@ def _batches(
     for start in range(0, (count + _AHEAD) * batch_size, batch_size):
         if start < count * batch_size:
             dtype, grey = (torch.uint8, 128) if dataset.value_range is None else (torch.float32, 0.5)
-            images = torch.full((batch_size, *img_size, dataset.channels), grey, dtype=dtype)
+            shape = batch_size, *img_size, dataset.channels
+            images = torch.full(shape, grey, dtype=dtype, pin_memory=pinned)
             ids = sample_ids[start : start + batch_size].tolist()
             rows = zip(images.numpy(), ids, strict=False)
             tasks = [pool.submit(_decode_into, out, dataset, i, crop_ratio) for out, i in rows]

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastmae.data import Batch, Dataset
 from fastmae.data.sampler import batch_positions, micro_batches
-from fastmae.evaluate.augmentation import BatchAugment, to_device
+from fastmae.evaluate.augmentation import BatchAugment
 from fastmae.evaluate.callbacks import EveryEpochs
-from fastmae.evaluate.features import encode_images
+from fastmae.evaluate.features import encode_images, to_device
 from fastmae.evaluate.labelled import LabelledImages
 from fastmae.model.classifier import VisionTransformer, scales_of
 from fastmae.ops.philox import Stream, random_words, to_unit

@@ -150,7 +150,7 @@ def fit_linear_probe(
     warmup_epochs: int = 10,
     base_lr: float | None = None,
     batch_size: int | None = None,
-    on_batch: Callable[[float], None] = lambda loss: None,
+    on_batch: Callable[[Tensor], None] = lambda loss: None,
 ) -> nn.Sequential:
     """Train a head on features of random crops.
 
@@ -161,7 +161,7 @@ def fit_linear_probe(
         base_lr: for a batch of 256; None: ``BASE_LR``.
         batch_size: images per update, accumulated over as many of ``batches`` as it takes; None: ``GLOBAL_BATCH``, or
             all images if there are fewer.
-        on_batch: called with each batch's loss.
+        on_batch: called with each batch's loss, on the device.
 
     Returns:
         The head, in evaluation mode.
@@ -183,7 +183,7 @@ def fit_linear_probe(
             update.step()
             update.zero_grad(set_to_none=True)
             pending = 0
-        on_batch(float(loss.detach()))
+        on_batch(loss.detach())
     return head.eval()
 
 

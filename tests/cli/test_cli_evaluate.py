@@ -99,7 +99,7 @@ def test_the_trained_probe_sees_random_crops_and_never_held_out_images(weights, 
     ]  # an epoch, of which 3 are held out
     assert evaluate(capsys, "evaluate", "linear", weights, *flags)[0] == 2
     assert augmented == [Augment(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, crop="random", color_jitter=0)]
-    assert seen == [(33, 2 * 33)]  # batches are put together until they have 36
+    assert seen == [(33, 36)]
 
 
 def test_labels_that_cannot_be_used_are_named(weights, folders, tmp_path, capsys):

@@ -167,7 +167,7 @@ def test_the_linear_probe_learns_and_accumulates_its_batch(optimizer):
     torch.manual_seed(0)
     options = {"images": 240, "device": torch.device("cpu"), "optimizer": optimizer, "epochs": 20, "warmup_epochs": 2}
     head = fit_linear_probe(
-        batches(), 16, 6, **options, base_lr=1.0, batch_size=120, on_batch=lambda loss: updates.append(loss)
+        batches(), 16, 6, **options, base_lr=1.0, batch_size=120, on_batch=lambda loss: updates.append(float(loss))
     )
     assert len(updates) == 20 * 4
     assert updates[0] == pytest.approx(updates[1], rel=0.05)  # no update before two batches of 60

@@ -38,9 +38,21 @@ class _Copies(TorchDispatchMode):
         return result
 
 
+def _to_cuda(model: nn.Module, device: torch.device | str) -> nn.Module:
+    assert torch.device(device).type == "cuda"
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cuda"))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+    return model
+
+
 @contextmanager
 def fake_cuda(autocast: torch.dtype | None = None) -> Iterator[list[str]]:
-    """Context in which tensors can be on "cuda". ``backward`` does nothing: autograd needs a real device.
+    """Context in which tensors and models can be on "cuda". ``backward`` does nothing: autograd needs a real device.
 
     Gives the list of copies that the host waits for, which must be empty in the end. A test clears it behind what may
     wait.
@@ -49,6 +61,7 @@ def fake_cuda(autocast: torch.dtype | None = None) -> Iterator[list[str]]:
         FakeTensorMode(allow_non_fake_inputs=True),
         _Copies() as copies,
         patch.object(Tensor, "backward", lambda self: None),
+        patch.object(nn.Module, "to", _to_cuda),
     ):
         # PyTorch's own context manager does nothing without a GPU.
         torch.set_autocast_enabled("cuda", autocast is not None)
@@ -59,15 +72,3 @@ def fake_cuda(autocast: torch.dtype | None = None) -> Iterator[list[str]]:
             torch.set_autocast_enabled("cuda", False)
             torch.clear_autocast_cache()
     assert not copies.waiting
-
-
-def put_on_cuda(model: nn.Module) -> nn.Module:
-    """The same model, in :func:`fake_cuda`."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cuda"))
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="cuda")
-    return model

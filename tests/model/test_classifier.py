@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from devices import fake_cuda, put_on_cuda
+from devices import fake_cuda
 from torch import nn
 
 from fastmae.model import MaskedAutoencoderViT
@@ -129,7 +129,7 @@ def test_stochastic_depth_scales_branches_in_low_precision(mode):
     model = classifier()
     model.set_activation_checkpointing(mode)
     with fake_cuda(autocast=torch.bfloat16):
-        put_on_cuda(model)
+        model.to("cuda")
         stream = Stream(model.embed(torch.zeros(3, 3, 32, 48, device="cuda")))
         stream = model.blocks[0](stream, torch.ones(2, 3, device="cuda"))
         assert (stream.x.dtype, stream.branch.dtype) == (torch.float32, torch.bfloat16)

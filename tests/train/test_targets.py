@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from devices import fake_cuda, put_on_cuda
+from devices import fake_cuda
 from safetensors.torch import save_file
 from training import MODEL, fitted, write_images
 
@@ -101,7 +101,7 @@ def test_a_target_is_copied_to_the_gpu_once(target):
     task = MaskedAutoencoding(config, model, None, None)
     task.target = target
     with fake_cuda() as waiting:
-        put_on_cuda(model)
+        model.to("cuda")
         images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
         masking = random_masking(4, model.num_patches, 0.75, seed=0, device="cuda")
         for _ in range(2):
