@@ -1,17 +1,25 @@
 """What was learned: one table of all runs, ``results.csv``, and the page and plot that are written from it.
 
     python benchmarks/learning/leaderboard.py        # writes docs/learning.md and docs/learning.png
+    fastmae ablate claims.toml --out claims          # then add what the table of variants gave:
+    python benchmarks/learning/leaderboard.py claims --data "CIFAR-10, 200 labels per class" --images 50000 \\
+        --model "128 wide, 4 deep, patch 4" --hardware "one thread of AMD EPYC"
 
-``results.csv`` has a line per protocol of a run. A script beside this file, such as ``cifar10.py``, replaces its lines;
-add others by hand, with the command and the log. ``published.csv`` holds what others report, by source.
+``results.csv`` has a line per protocol of a run. A script beside this file, such as ``cifar10.py``, replaces its lines,
+and so does the last command those of its ablation. ``published.csv`` holds what others report, by source.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-from collections.abc import Iterable, Sequence
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +31,75 @@ COLUMNS = (
     "data", "model", "features", "epochs", "images_seen", "wall_clock_s", "cpu_s", "hardware", "protocol", "top1",
     "spread", "seeds", "command", "log",
 )  # fmt: skip
-PROTOCOLS = {"finetune": "fine-tuning", "linear": "linear", "attentive": "attentive", "knn": "k-NN"}
+PROTOCOLS = {
+    "finetune": "fine-tuning", "partial": "fine-tuning of the last blocks", "scratch": "training from scratch",
+    "linear": "linear", "attentive": "attentive", "knn": "k-NN",
+}  # fmt: skip
 SOURCES = {
     "facebookresearch": "[facebookresearch/mae](https://github.com/facebookresearch/mae)",
     "mmpretrain": "[mmpretrain](https://github.com/open-mmlab/mmpretrain/blob/main/configs/mae/README.md)",
     "efficient-probing": "[efficient-probing](https://github.com/billpsomas/efficient-probing)",
     "lightly": "[lightly](https://docs.lightly.ai/getting_started/benchmarks.html)",
 }
+ABLATIONS = ("claims.csv", "mask_ratio.csv")
+"""Results of ``fastmae ablate`` that the claims are judged by; a run that both have is the same."""
+
+
+class Claim(NamedTuple):
+    """What the paper says of ViT-L, pretrained for 800 epochs, and the variants that test it here.
+
+    Attributes:
+        text: the claim.
+        paper: where it is and its figures, top-1 of the linear probe where nothing else is said.
+        better: the variant that should be better.
+        others: than these.
+        how_many: ``all`` of them, or ``any`` if some may be as good.
+        column: what is compared, ``top1`` or ``seconds`` of pretraining.
+    """
+
+    text: str
+    paper: str
+    better: str
+    others: Sequence[str]
+    how_many: Callable[[Iterable[bool]], bool] = all
+    column: str = "top1"
+
+
+CLAIMS = (
+    Claim(
+        "Masking 75 % is best or near it",
+        "figure 5: 73.5 at 75 %, 54.6 at 10 %",
+        "MAE",
+        ("mask 30 %", "mask 50 %", "mask 60 %", "mask 90 %"),
+        any,
+    ),
+    Claim(
+        "A deep enough decoder helps the linear probe",
+        "table 1a: 71.9 with 4 blocks, 65.5 with 1",
+        "decoder of 4 blocks",
+        ("MAE",),
+    ),
+    Claim(
+        "An encoder without mask tokens is better",
+        "table 1c: 73.5 without, 59.6 with",
+        "MAE",
+        ("mask tokens in the encoder",),
+    ),
+    Claim(
+        "An encoder without mask tokens is faster",
+        "table 2: 15.4 hours without, 42.4 with",
+        "MAE",
+        ("mask tokens in the encoder",),
+        column="seconds",
+    ),
+    Claim("Normalised pixels help", "table 1d: 73.9 with, 73.5 without", "MAE", ("pixels not normalised",)),
+    Claim(
+        "Random masks beat blocks and grids",
+        "table 1f, at 75 %: random 73.5, block 63.9, grid 66.0",
+        "MAE",
+        ("block masks", "grid masks"),
+    ),
+)
 
 
 def read_rows(path: Path = RESULTS) -> list[dict[str, str]]:
@@ -72,6 +142,71 @@ def summarize(results: Sequence[dict], about: dict[str, object], images: int, ep
     return sorted(lines, key=lambda line: (line["protocol"], -float(line["top1"]), line["features"]))
 
 
+def of_ablation(rows: Sequence[dict[str, str]], about: dict[str, object], images: int) -> list[dict[str, object]]:
+    """Lines for a results.csv of ``fastmae ablate``: a line per variant and protocol, over its seeds.
+
+    Args:
+        rows: of results.csv.
+        about: columns that all lines share.
+        images: in the data set that was pretrained on.
+    """
+    lines = []
+    for variant, protocol in dict.fromkeys((row["variant"], row["protocol"]) for row in rows):
+        own = [row for row in rows if (row["variant"], row["protocol"]) == (variant, protocol)]
+        seconds, values = (mean_and_spread(own, column) for column in ("seconds", "top1"))
+        seen = round(mean(float(row["seconds"]) * float(row["images_per_second"]) for row in own))
+        line = {"features": variant, "epochs": f"{seen / images:.2f}", "images_seen": seen}
+        line |= {"wall_clock_s": round(seconds[0]), "cpu_s": ""}
+        if protocol == "scratch":
+            line = {"features": "random weights", "epochs": 0, "images_seen": 0, "wall_clock_s": 0, "cpu_s": 0}
+        spread = "" if math.isnan(values[1]) else f"{values[1]:.1f}"
+        line |= {"protocol": protocol, "top1": f"{values[0]:.1f}", "spread": spread, "seeds": len(own)}
+        lines.append(about | line)
+    return lines
+
+
+def mean_and_spread(rows: Sequence[dict[str, str]], column: str) -> tuple[float, float]:
+    """Mean and standard deviation (nan of a single value) over seeds; of accuracies in percent."""
+    values = [float(row[column]) * (100 if column == "top1" else 1) for row in rows]
+    return mean(values), stdev(values) if len(values) > 1 else math.nan
+
+
+def with_spread(value: float, spread: float, digits: int = 1) -> str:
+    """As ``45.1 ± 2.4``."""
+    return f"{value:.{digits}f}" + ("" if math.isnan(spread) else f" ± {spread:.{digits}f}")
+
+
+def judge(claim: Claim, rows: Sequence[dict[str, str]]) -> tuple[str, str]:
+    """What was measured and what follows: "confirmed", "contradicted", "undecided" or "not run".
+
+    A difference counts if it is larger than its spread, the root of the sum of both squared standard deviations.
+    """
+    names = (claim.better, *claim.others)
+    own = {name: [row for row in rows if row["variant"] == name and row["protocol"] == "linear"] for name in names}
+    found = {name: mean_and_spread(lines, claim.column) for name, lines in own.items() if lines}
+    digits, unit, sign = (1, "", 1) if claim.column == "top1" else (0, " s", -1)
+    measured = "; ".join(f"{name} {with_spread(*values, digits)}{unit}" for name, values in found.items())
+    if len(found) < len(names):
+        return measured, "not run"
+    value, spread = found.pop(claim.better)
+    gains = [(sign * (value - other), math.hypot(spread, others)) for other, others in found.values()]
+    if any(gain < -limit for gain, limit in gains):
+        return measured, "contradicted"
+    return measured, "confirmed" if claim.how_many(gain > limit for gain, limit in gains) else "undecided"
+
+
+def claims(rows: Sequence[dict[str, str]]) -> str:
+    """A table of the claims and what was found here."""
+    head = ["claim", "in the paper", "here", "verdict"]
+    return table(head, ([claim.text, claim.paper, *judge(claim, rows)] for claim in CLAIMS))
+
+
+def read_ablations() -> list[dict[str, str]]:
+    """The rows of the committed ablations, each run once."""
+    rows = [row for name in ABLATIONS if (HERE / name).exists() for row in read_rows(HERE / name)]
+    return list({(row["run"], row["protocol"]): row for row in rows}.values())
+
+
 def shuffle(images: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Images (H, W, ...) with their pixels permuted, each in another way: the colours are left, and nothing else."""
     generator = np.random.default_rng(0)
@@ -96,7 +231,7 @@ def measured(rows: Sequence[dict[str, str]]) -> str:
                 row["model"],
                 row["epochs"],
                 f"{int(row['images_seen']):,}",
-                f"{int(row['wall_clock_s']):,} ({int(row['cpu_s']):,})" if row["wall_clock_s"] != "0" else "",
+                _seconds(row),
                 f"{row['top1']} ± {row['spread']}" if row["spread"] else row["top1"],
                 row["seeds"],
                 f"[log](../benchmarks/learning/{row['log']})",
@@ -110,22 +245,32 @@ def measured(rows: Sequence[dict[str, str]]) -> str:
     return "\n\n".join(parts)
 
 
+def _seconds(row: dict[str, str]) -> str:
+    if row["wall_clock_s"] == "0":
+        return ""
+    cpu = f" ({int(row['cpu_s']):,})" if row["cpu_s"] else ""
+    return f"{int(row['wall_clock_s']):,}{cpu}"
+
+
 def published(rows: Sequence[dict[str, str]]) -> str:
     """What others report of ImageNet-1k: a line per source, model and length of pretraining."""
     lines = []
+    names = [name for name in PROTOCOLS if any(row["protocol"] == name for row in rows)]
     for key in dict.fromkeys((row["model"], int(row["epochs"]), row["source"]) for row in rows):
         own = {row["protocol"]: row for row in rows if (row["model"], int(row["epochs"]), row["source"]) == key}
         values = [
-            own[name]["top1"] + "*" * (own[name]["same_as_ours"] == "no") if name in own else "" for name in PROTOCOLS
+            own[name]["top1"] + "*" * (own[name]["same_as_ours"] == "no") if name in own else "" for name in names
         ]
         lines.append([key[0], str(key[1]), *values, SOURCES[key[2]]])
     lines.sort(key=lambda line: ("BLH".index(line[0][-1]), int(line[1])))
-    return table(["model", "epochs", *PROTOCOLS.values(), "source"], lines)
+    return table(["model", "epochs", *(PROTOCOLS[name] for name in names), "source"], lines)
 
 
-def page(text: str, rows: Sequence[dict[str, str]], others: Sequence[dict[str, str]]) -> str:
+def page(text: str) -> str:
     """The page with its tables written anew."""
-    for name, block in (("measured", measured(rows)), ("published", published(others))):
+    blocks = {"measured": measured(read_rows()), "claims": claims(read_ablations())}
+    blocks["published"] = published(read_rows(PUBLISHED))
+    for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         before, rest = text.split(begin)
         text = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
@@ -163,10 +308,27 @@ def plot(rows: Sequence[dict[str, str]], others: Sequence[dict[str, str]], path:
 
 
 def main() -> None:
-    """Write the page and the plot."""
-    rows, others = read_rows(), read_rows(PUBLISHED)
-    PAGE.write_text(page(PAGE.read_text(), rows, others))
-    plot([row for row in rows if row["log"] == "cifar10.json"], others, PLOT)
+    """Add an ablation if one is given, then write the page and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="--out of fastmae ablate, named as its specification")
+    parser.add_argument("--images", type=int, help="images in the data set that was pretrained on")
+    for name in ("data", "model", "hardware"):
+        parser.add_argument(f"--{name}", help="the column of results.csv")
+    given = parser.parse_args()
+    if given.folder:
+        name = given.folder.resolve().name
+        about = {key: getattr(given, key) for key in ("data", "model", "hardware")}
+        if not given.images or None in about.values():
+            parser.error("expected --images, --data, --model and --hardware with a folder")
+        shutil.copy(given.folder / "results.csv", HERE / f"{name}.csv")
+        log = f"{name}.csv"
+        about |= {"command": f"fastmae ablate {name}.toml --out {name}", "log": log}
+        identity = itemgetter("data", "features", "protocol", "top1", "spread")
+        shared = {identity(row) for row in read_rows() if row["log"] != log}  # runs of another specification
+        lines = of_ablation(read_rows(HERE / log), about, given.images)
+        replace_rows([line for line in lines if identity(line) not in shared], log)
+    PAGE.write_text(page(PAGE.read_text()))
+    plot([row for row in read_rows() if row["log"] == "cifar10.json"], read_rows(PUBLISHED), PLOT)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The leaderboard: the committed page is up to date, runs replace their own lines, and the CIFAR-10 script's parts."""
+"""The leaderboard: the committed page is up to date, runs replace their lines, verdicts follow from the figures."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from PIL import Image
 
 
 def test_the_committed_page_is_what_the_results_give():
-    text, rows, others = (
-        leaderboard.PAGE.read_text(),
-        leaderboard.read_rows(),
-        leaderboard.read_rows(leaderboard.PUBLISHED),
-    )
-    assert leaderboard.page(text, rows, others) == text
+    text, rows = leaderboard.PAGE.read_text(), leaderboard.read_rows()
+    others = leaderboard.read_rows(leaderboard.PUBLISHED)
+    assert leaderboard.page(text) == text
     for row in rows:
         assert (leaderboard.HERE / row["log"]).is_file()
         assert f"| {row['top1']} ± {row['spread']} |" in text
@@ -42,6 +39,51 @@ def test_the_lines_of_a_run_are_those_of_its_log_and_replace_earlier_ones(tmp_pa
     assert means["pretrained"] == pytest.approx(100 * np.mean([r["pretrained"]["linear"] for r in results]), abs=0.05)
     for other in ("random weights", "pretrained on shuffled pixels"):
         assert means["pretrained"] > means[other] + 5  # what the page claims
+
+
+def ablated(accuracies: dict[str, list[float]], protocol: str = "linear") -> list[dict[str, str]]:
+    """Rows of a results.csv of ``fastmae ablate``; a variant takes as many seconds as it has letters."""
+    return [
+        {"variant": name, "seed": seed, "protocol": protocol, "top1": top1, "seconds": len(name) + seed / 10,
+         "images_per_second": 100 / (len(name) + seed / 10)}
+        for name, values in accuracies.items()
+        for seed, top1 in enumerate(values)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "verdicts"),
+    [
+        ({"a": [0.5, 0.52], "b": [0.4, 0.42], "c": [0.1, 0.12]}, ("confirmed", "confirmed")),
+        ({"a": [0.5, 0.52], "b": [0.5, 0.53], "c": [0.1, 0.12]}, ("undecided", "confirmed")),
+        ({"a": [0.5, 0.6], "b": [0.42, 0.52], "c": [0.42, 0.52]}, ("undecided", "undecided")),
+        ({"a": [0.5, 0.52], "b": [0.6, 0.62], "c": [0.1, 0.12]}, ("contradicted", "contradicted")),
+        ({"a": [0.5], "b": [0.4], "c": [0.1]}, ("undecided", "undecided")),
+        ({"a": [0.5, 0.52], "b": [0.4, 0.42]}, ("not run", "not run")),
+    ],
+)
+def test_a_claim_is_judged_by_differences_beyond_their_spread(accuracies, verdicts):
+    found = [leaderboard.Claim("", "", "a", ("b", "c"), how_many) for how_many in (all, any)]
+    assert tuple(leaderboard.judge(claim, ablated(accuracies))[1] for claim in found) == verdicts
+
+
+def test_less_time_is_better():
+    rows = ablated({"short": [0.5, 0.5], "longer": [0.4, 0.4]})
+    for better, other, verdict in (("short", "longer", "confirmed"), ("longer", "short", "contradicted")):
+        measured, found = leaderboard.judge(leaderboard.Claim("", "", better, (other,), column="seconds"), rows)
+        assert found == verdict
+    assert measured == "longer 6 ± 0 s; short 5 ± 0 s"
+
+
+def test_an_ablation_gives_a_line_per_variant_and_protocol():
+    rows = ablated({"MAE": [0.4, 0.5], "grid": [0.3]}) + ablated({"MAE": [0.2, 0.2]}, "scratch")
+    mae, grid, scratch = leaderboard.of_ablation(rows, {"log": "claims.csv"}, 50)
+    assert mae == {
+        "log": "claims.csv", "features": "MAE", "epochs": "2.00", "images_seen": 100, "wall_clock_s": 3, "cpu_s": "",
+        "protocol": "linear", "top1": "45.0", "spread": "7.1", "seeds": 2,
+    }  # fmt: skip
+    assert (grid["top1"], grid["spread"], grid["seeds"]) == ("30.0", "", 1)
+    assert (scratch["features"], scratch["images_seen"], scratch["top1"]) == ("random weights", 0, "20.0")
 
 
 def test_draws_hold_as_many_images_of_each_class_and_depend_on_the_seed(tmp_path):
