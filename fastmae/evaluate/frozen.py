@@ -79,9 +79,11 @@ def split_of(
     if len(classes) < 2:
         raise ValueError(f"expected images of at least two classes to learn from, got only class {classes[0]}")
     test_targets = number_labels(classes, test_labels[test_readable.cpu().numpy()])
-    inputs, tests = (x[rows.to(x.device)] for x, rows in ((inputs, readable), (tests, test_readable)))
-    if not bool(inputs.isfinite().all() & tests.isfinite().all()):
-        raise ValueError("features: expected finite numbers, got some that are not")
+    # Tokens may take most of the memory: no copy where none is needed.
+    pairs = (inputs, readable), (tests, test_readable)
+    inputs, tests = (x if bool(rows.all()) else x[rows.to(x.device)] for x, rows in pairs)
+    check_finite(inputs)
+    check_finite(tests)
     targets, test_targets = (torch.from_numpy(v).to(readable.device) for v in (targets, test_targets))
     return Split(inputs, targets, tests, test_targets, len(classes))
 
@@ -140,6 +142,12 @@ def check_labelled(name: str, features: Tensor, labels: Tensor) -> None:
         raise ValueError(
             f"labels: expected int64 of shape ({len(features)},), got {labels.dtype} of {tuple(labels.shape)}"
         )
+
+
+def check_finite(features: Tensor) -> None:
+    """Refuse infinities and NaN; a few rows at a time, since what this compares is larger than the features."""
+    if not all(bool(rows.isfinite().all()) for rows in features.split(1024)):
+        raise ValueError("features: expected finite numbers, got some that are not")
 
 
 def class_count(labels: Tensor, num_classes: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -50,17 +51,28 @@ def knn_scores(
     check_labelled("bank", bank, labels)
     if queries.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(f"queries: expected shape (m, {bank.shape[1]}) like the bank, got {tuple(queries.shape)}")
+    _check_setting(k, temperature)
+    num_classes = class_count(labels, num_classes)
+    return _votes(*_nearest(bank, labels, queries, k), num_classes, k, temperature)
+
+
+def _check_setting(k: int, temperature: float) -> None:
     if k < 1 or not temperature > 0:
         raise ValueError(f"k and temperature: expected positive numbers, got {k} and {temperature}")
-    num_classes = class_count(labels, num_classes)
+
+
+def _nearest(bank: Tensor, labels: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Similarities (m, k) of the nearest images of the bank, the nearest first, and their classes."""
     known = F.normalize(bank.float(), dim=1)
-    scores = torch.zeros(len(queries), num_classes, device=bank.device)
-    for start in range(0, len(queries), _CHUNK):
-        similarity = F.normalize(queries[start : start + _CHUNK].float(), dim=1) @ known.T
-        nearest, ids = similarity.topk(min(k, len(bank)), dim=1)
-        shares = (nearest / temperature).softmax(1)
-        scores[start : start + _CHUNK].scatter_add_(1, labels[ids], shares)
-    return scores.log_()
+    similarities = (F.normalize(part.float(), dim=1) @ known.T for part in queries.split(_CHUNK))
+    found = [similarity.topk(min(k, len(bank)), dim=1) for similarity in similarities]
+    return torch.cat([values for values, _ in found]), labels[torch.cat([ids for _, ids in found])]
+
+
+def _votes(similarity: Tensor, classes: Tensor, num_classes: int, k: int, temperature: float) -> Tensor:
+    """What the first ``k`` of the neighbours vote for, as :func:`knn_scores`."""
+    shares = (similarity[:, :k] / temperature).softmax(1)
+    return similarity.new_zeros(len(similarity), num_classes).scatter_add_(1, classes[:, :k], shares).log_()
 
 
 def evaluate_knn(
@@ -73,11 +85,17 @@ def evaluate_knn(
         k, temperature: None: chosen among ``NEIGHBOURS`` (those below n) and ``TEMPERATURES``.
         seed: of the images held out.
     """
+    numbers = [n for n in NEIGHBOURS if n <= len(split.labels)] or [1] if k is None else [k]
+    settings = list(product(numbers, TEMPERATURES if temperature is None else [temperature]))
+    _check_setting(*settings[0])
+
+    @lru_cache(maxsize=1)
+    def nearest(split: Split) -> tuple[Tensor, Tensor]:
+        """Most of the work, and the same for all settings."""
+        return _nearest(split.inputs, split.labels, split.tests, max(numbers))
 
     def judge(split: Split, setting: tuple[int, float]) -> dict[str, Any]:
-        options = {"num_classes": split.num_classes, "k": setting[0], "temperature": setting[1]}
-        return accuracies(knn_scores(split.inputs, split.labels, split.tests, **options), split)
+        return accuracies(_votes(*nearest(split), split.num_classes, *setting), split)
 
-    numbers = [n for n in NEIGHBOURS if n <= len(split.labels)] or [1] if k is None else [k]
-    setting = choose(list(product(numbers, TEMPERATURES if temperature is None else [temperature])), judge, split, seed)
+    setting = choose(settings, judge, split, seed)
     return judge(split, setting) | {"k": setting[0], "temperature": setting[1]}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastmae.evaluate.frozen import Split, accuracies, check_labelled, choose, class_count
+from fastmae.evaluate.frozen import Split, accuracies, check_finite, check_labelled, choose, class_count
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Logistic regression, fitted to its optimum
@@ -19,6 +19,8 @@ from fastmae.evaluate.frozen import Split, accuracies, check_labelled, choose, c
 L2 = 1e-2
 """Strength of the penalty that :func:`fit_linear` puts on the weights."""
 _MOST_ITERATIONS = 200
+_ROWS = 1 << 16
+"""Images whose logits are in memory at a time."""
 PENALTIES = tuple(10.0**exponent for exponent in range(-6, 2))
 
 
@@ -69,11 +71,10 @@ def fit_linear(
         raise ValueError(f"l2: expected at least 0, got {l2}")
     num_classes = class_count(labels, num_classes)
     features = features.detach().float()
-    if not bool(features.isfinite().all()):
-        raise ValueError("features: expected finite numbers, got some that are not")
+    check_finite(features)
     std, mean = torch.std_mean(features, 0, correction=0)
     std = std.clamp_min(1e-6)
-    x = (features - mean) / std
+    x = (features - mean).div_(std)
     weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
     bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -88,9 +89,17 @@ def fit_linear(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(x, weight, bias), labels) + l2 / 2 * weight.square().sum()
-        loss.backward()
-        return loss
+        penalty = l2 / 2 * weight.square().sum()
+        penalty.backward()
+        # Some rows at a time: logits may be larger than features. Summed in float64: CUDA's mean of cross_entropy adds
+        # rows in float32, one after the other, and with a million of them a line search goes astray.
+        total = penalty.detach().double()
+        for rows, classes in zip(x.split(_ROWS), labels.split(_ROWS), strict=True):
+            losses = F.cross_entropy(F.linear(rows, weight, bias), classes, reduction="none")
+            loss = losses.sum(dtype=torch.float64) / len(x)
+            loss.backward()
+            total += loss.detach()
+        return total
 
     with torch.enable_grad():
         optimizer.step(closure)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastmae.evaluate import fit_linear
+from fastmae.evaluate import fit_linear, linear
 
 
 def clusters(n=300, classes=4, dim=12, spread=1.0):
@@ -46,6 +46,16 @@ def test_the_same_classifier_as_scikit_learns():
     theirs = linear_model.LogisticRegression(C=1 / (0.01 * len(x)), tol=1e-10, max_iter=5000).fit(x, labels.numpy())
     torch.testing.assert_close(ours.weight.double(), torch.from_numpy(theirs.coef_), rtol=0, atol=2e-3)
     assert (ours.scores(features).argmax(1) == torch.from_numpy(theirs.predict(x))).all()
+
+
+def test_logits_of_a_few_rows_at_a_time_give_the_same_classifier(monkeypatch):
+    features, labels = clusters()
+    expected, shapes, product = fit_linear(features, labels), [], F.linear
+    monkeypatch.setattr(linear, "_ROWS", 128)
+    monkeypatch.setattr(linear.F, "linear", lambda x, *weights: shapes.append(len(x)) or product(x, *weights))
+    found = fit_linear(features, labels)
+    assert shapes[:3] == [128, 128, 44]
+    torch.testing.assert_close(found.weight, expected.weight, rtol=0, atol=1e-3)
 
 
 def test_units_of_the_features_do_not_matter_nor_does_a_constant_one():

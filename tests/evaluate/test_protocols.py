@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from fastmae.evaluate import knn
 from fastmae.evaluate.attentive import AttentivePool, evaluate_attentive, fit_attentive
-from fastmae.evaluate.frozen import Split, accuracies
+from fastmae.evaluate.frozen import Split, accuracies, split_of
 from fastmae.evaluate.knn import evaluate_knn
 from fastmae.evaluate.linear import create_head, evaluate_logistic, fit_linear_probe, learning_rate
 
@@ -57,6 +59,26 @@ def test_settings_do_not_depend_on_the_test_images():
         one, two = evaluate(split), evaluate(other)
         assert [one[name] for name in names] == [two[name] for name in names]
     assert evaluate_knn(split, k=3, temperature=0.1).items() >= {"k": 3, "temperature": 0.1}.items()
+
+
+def test_images_are_compared_once_for_all_settings(monkeypatch):
+    compared, nearest, split = [], knn._nearest, clusters(300, 60, noise=1.5)
+    monkeypatch.setattr(knn, "_nearest", lambda *arguments: compared.append(1) or nearest(*arguments))
+    found = evaluate_knn(split)
+    assert len(compared) == 2  # held-out images, then those to test on
+    scores = knn.knn_scores(split.inputs, split.labels, split.tests, k=found["k"], temperature=found["temperature"])
+    assert found["top1"] == accuracies(scores, split)["top1"]
+    with pytest.raises(ValueError, match="k and temperature: expected positive numbers, got -1 and 0"):
+        evaluate_knn(split, k=-1, temperature=0.1)
+
+
+def test_features_are_not_copied_where_all_images_could_be_read():
+    features, labels, good = torch.randn(20, 3), np.arange(20) % 2, torch.ones(20, dtype=torch.bool)
+    split = split_of(features, labels, good, features, labels, good)
+    assert split.inputs.data_ptr() == features.data_ptr()
+    bad = good.clone()
+    bad[3] = False
+    assert torch.equal(split_of(features, labels, bad, features, labels, good).inputs, features[bad])
 
 
 def test_a_class_that_was_never_learned_counts_as_wrong():
