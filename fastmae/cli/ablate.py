@@ -28,7 +28,7 @@ from fastmae.train.targets import fit_codebook, fit_pca, patches_of, save_target
 
 _COLUMNS = ("variant", "seed", "protocol", "features", "top1", "loss", "seconds", "images_per_second", "run")
 _TRAINING = ("finetune", "partial", "scratch")
-"""Protocols of ``fastmae evaluate`` that are runs."""
+"""Protocols of ``fastmae evaluate`` that are runs: each has a folder inside that of the pretraining."""
 
 
 def ablate(config: AblateConfig) -> int:
@@ -44,8 +44,7 @@ def ablate(config: AblateConfig) -> int:
         for seed in spec.get("seeds", [0]):
             run = config.out / f"{_slug(name)}-seed{seed}"
             flags = flatten(spec["pretrain"]) | flatten(changes) | {"train.seed": seed}
-            code = _pretrain(command, run, flags, name)
-            if code:
+            if code := _pretrain(command, run, flags, name):
                 return code
             summary = json.loads((run / "summary.json").read_text())
             known = {"variant": name, "seed": seed, "run": run.name, "loss": summary["last_loss"]}
@@ -53,19 +52,12 @@ def ablate(config: AblateConfig) -> int:
             defaults = flatten(json.loads((run / "config.json").read_text()))
             known |= {f"--{flag}": flags.get(flag, defaults.get(flag.replace("-", "_"))) for flag in varied}
             for protocol, options in spec.get("evaluate", {}).items():
-                result = run / f"{protocol}.json"
-                seeded = {"train.seed": seed} if protocol in _TRAINING else {}
-                options = list(_words({"data.path": flags.get("data.path")} | seeded | flatten(options)))
-                if not result.exists():
-                    words = ["evaluate", protocol, *_of(run, protocol), *options, "--out", str(result)]
-                    if code := _call([*command, *words], name):
-                        return code
-                found = json.loads(result.read_text())
-                if shlex.join(options) not in found["command"]:
-                    raise UsageError(
-                        f"variant {name}: {result} was written by {found['command']}, the specification says "
-                        f"{shlex.join(options)}; delete it, or choose another --out"
-                    )
+                common = {"data.path": flags.get("data.path")}
+                if protocol in _TRAINING:
+                    common["train.seed"] = seed
+                if code := _evaluate(command, run, protocol, common | flatten(options), name):
+                    return code
+                found = json.loads((run / f"{protocol}.json").read_text())
                 rows.append(known | {key: found[key] for key in ("protocol", "features", "top1")})
             if not spec.get("evaluate"):
                 rows.append(known)
@@ -132,7 +124,7 @@ def _words(flags: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _pretrain(command: list[str], run: Path, flags: dict[str, Any], variant: str) -> int:
-    """Finish a run; nothing to do if it is."""
+    """Pretrain or resume a run; nothing to do if it has finished."""
     asked, status = run.with_name(f"{run.name}.flags.json"), run / "status.json"
     if asked.exists() and (was := json.loads(asked.read_text())) != flags:
         differ = next(name for name in {**was, **flags} if was.get(name) != flags.get(name))
@@ -148,17 +140,26 @@ def _pretrain(command: list[str], run: Path, flags: dict[str, Any], variant: str
     return _call([*command, "pretrain", *_words(flags), "--out", str(run), *resume], variant)
 
 
-def _of(run: Path, protocol: str) -> list[str]:
-    """What a protocol evaluates; one that trains does so in a folder of its own, and continues there."""
-    weights = [] if protocol == "scratch" else [str(run)]
-    if protocol not in _TRAINING:
-        return weights
-    folder = run / protocol
-    return [*weights, "--run-folder", str(folder), *(["--resume"] if (folder / "config.json").exists() else [])]
+def _evaluate(command: list[str], run: Path, protocol: str, flags: dict[str, Any], variant: str) -> int:
+    """Write the result of a protocol beside the weights; nothing to do if it is there."""
+    result, options = run / f"{protocol}.json", list(_words(flags))
+    if result.exists():
+        was = json.loads(result.read_text())["command"]
+        if shlex.join(options) not in was:
+            raise UsageError(
+                f"variant {variant}: {result} was written by {was}, the specification says {shlex.join(options)}; "
+                f"delete it, or choose another --out"
+            )
+        return 0
+    words = ["evaluate", protocol, *([] if protocol == "scratch" else [str(run)])]
+    if protocol in _TRAINING:
+        folder = run / protocol
+        words += ["--run-folder", str(folder), *(["--resume"] if (folder / "config.json").exists() else [])]
+    return _call([*command, *words, *options, "--out", str(result)], variant)
 
 
 def _call(words: list[str], variant: str) -> int:
-    """Run a command: 0, or ``EXIT_PREEMPTED`` if it saved and left."""
+    """Run a command and return 0, or ``EXIT_PREEMPTED`` if it was stopped and can resume."""
     print(f"\n[{variant}] {shlex.join(words)}", flush=True)
     code = subprocess.run(words).returncode
     if code not in (0, EXIT_PREEMPTED):

@@ -94,7 +94,7 @@ def reconstruct(config: ReconstructConfig) -> int:
 
 
 def _find_images(given: Sequence[Path]) -> list[Path]:
-    """The given files, and the image files below the given folders."""
+    """The given files, and all image files in the given folders."""
     paths: list[Path] = []
     for path in given:
         if not path.is_dir():
@@ -110,7 +110,7 @@ def _find_images(given: Sequence[Path]) -> list[Path]:
 
 
 def _shown_first(paths: Sequence[Path], show: int) -> list[Path]:
-    """The images to measure, spread evenly over all; first those to show, spread evenly over these."""
+    """The images to measure, spread evenly over all. Those to show, spread evenly over these, come first."""
     measured = [paths[i] for i in _spread(len(paths), max(_MEASURED, show))]
     shown = _spread(len(measured), show)
     return [measured[i] for i in shown] + [path for i, path in enumerate(measured) if i not in set(shown)]
@@ -124,7 +124,7 @@ def _spread(total: int, count: int) -> list[int]:
 def _read(
     paths: Sequence[Path], named: set[Path], img_size: tuple[int, int], options: dict[str, Any]
 ) -> tuple[Tensor, list[str]]:
-    """Images and their names. An unreadable file of a folder is skipped with a warning; one given by name raises."""
+    """Images and their names. An unreadable file is skipped with a warning, but raises if it was given by name."""
     images, names = [], []
     for path in paths:
         try:
@@ -134,7 +134,7 @@ def _read(
             text = re.sub("; set --model.in-chans.*", ", as the model takes", str(error)).replace("--data.", "--")
             if path in named:
                 raise UsageError(text) from error
-            print(f"WARNING: left out: {text}", file=sys.stderr)
+            print(f"WARNING: skipped {text}", file=sys.stderr)
             continue
         names.append(path.stem)
     if not images:

@@ -24,22 +24,7 @@ _COLUMNS = ("masked", "reconstruction", "original")
 
 
 class Row(NamedTuple):
-    """One triplet. Pictures are floating (C, H, W) in [0, 1] units, on the CPU; what lies outside is clamped."""
-
-    masked: Tensor
-    reconstruction: Tensor
-    original: Tensor
-    caption: str
-    name: str = ""
-
-    @property
-    def pictures(self) -> tuple[Tensor, ...]:
-        """What is drawn, from left to right."""
-        return self.masked, self.reconstruction, self.original
-
-
-class Strip(NamedTuple):
-    """Any number of pictures in a row, as those of :class:`Row`."""
+    """Pictures from left to right, floating (C, H, W) in [0, 1] units, on the CPU; what lies outside is clamped."""
 
     pictures: Sequence[Tensor]
     caption: str
@@ -51,7 +36,7 @@ class Block(NamedTuple):
 
     heading: str
     text: str
-    rows: Sequence[Row | Strip]
+    rows: Sequence[Row]
 
 
 class _Line(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmae import ops
 from fastmae.evaluate.baselines import fill_inverse_distance, fill_mean_color
-from fastmae.evaluate.figure import Block, Row, Strip, draw
+from fastmae.evaluate.figure import Block, Row, draw
 from fastmae.evaluate.reconstruction import Reconstruction, Visible, masked_error, masked_psnr, reconstruct
 
 _BATCH = 32
@@ -42,9 +42,9 @@ def evaluate_sets(
 ) -> dict[str, dict]:
     """Measure reconstructions of several sets of images beside two baselines on the same masks, and draw them.
 
-    A set smaller than ``num_masks`` is evaluated with several masks an image (at most 64), so that one photograph gives
-    a steady number too. The picture shows the first images of each set with their first mask, not chosen ones; a set of
-    one or two images is shown with several masks, three triplets or more in all.
+    A set smaller than ``num_masks`` is evaluated with several masks per image (at most 64), so that one photograph also
+    gives a steady number. The picture shows the first images of each set with their first mask, not chosen ones. One or
+    two images are shown with several masks, in at least three rows.
 
     Args:
         model: a ``MaskedAutoencoderViT`` with its decoder.
@@ -54,7 +54,7 @@ def evaluate_sets(
         path: of the PNG; written whole or not at all.
         dtype: as for :func:`reconstruct`.
         names: an image's name each, by heading, for the sets that have them.
-        num_masks: at least so many (image, mask) pairs are averaged where 64 masks an image suffice for it.
+        num_masks: at least so many (image, mask) pairs are averaged where 64 masks per image suffice for it.
         num_rows: most images of a set in the picture.
         when: for the picture's title, in the manner of "after 400 steps".
         mask_strategy: of :func:`fastmae.ops.random_masking`.
@@ -101,7 +101,7 @@ class FixedSets:
             if len(images) == 0:
                 raise ValueError(f"sets[{heading!r}]: expected at least one image, got none")
             if labels and len(labels) != len(images):
-                raise ValueError(f"names[{heading!r}]: expected {len(images)} names, one an image, got {len(labels)}")
+                raise ValueError(f"names[{heading!r}]: expected {len(images)} names, one per image, got {len(labels)}")
             last = images.shape[1] - 1
             if last > 2 and not (len(bands) in (1, 3) and all(0 <= band <= last for band in bands)):
                 raise ValueError(f"bands: expected one or three of the channels 0 to {last}, got {tuple(bands)}")
@@ -167,10 +167,10 @@ class FixedSets:
         return f"{note} Error: mean squared, masked patches only, pixels in units of the data's standard deviation."
 
     def _measure(self, model: nn.Module, heading: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], int, list[Row]]:
-        """Each image's errors, float64 (N,) by metric; the number of masks an image; rows for the figure."""
+        """Each image's errors, float64 (N,) by metric; the number of masks per image; rows for the figure."""
         images = self._sets[heading]
         draws = min(_MOST_MASKS, math.ceil(self._num_masks / len(images))) or 1
-        together = max(1, _BATCH // len(images))  # draws a forward, of small sets
+        together = max(1, _BATCH // len(images))  # draws per forward, of small sets
         num_rows = min(self._num_rows, len(images) * math.ceil(_FEWEST_ROWS / len(images)), len(images) * draws)
         drawn: dict[str, list[Tensor]] = {}
         rows: list[Row] = []
@@ -234,14 +234,14 @@ def compare_masks(
         drawn.append(rows[: len(images)])
         one_strategy = len({strategy for _, strategy in masks}) == 1
         columns += [f"{100 * ratio:g} % {'masked' if one_strategy else strategy}", "reconstruction"]
-    strips = []
+    together = []
     for name, rows in zip(names, zip(*drawn, strict=True), strict=False):
-        pictures = [rows[0].original, *(picture for row in rows for picture in (row.masked, row.reconstruction))]
+        pictures = [rows[0].pictures[-1], *(picture for row in rows for picture in row.pictures[:2])]
         errors = ", ".join(row.caption.partition("error ")[2].partition(",")[0] for row in rows)
-        strips.append(Strip(pictures, f"errors {errors}", name))
+        together.append(Row(pictures, f"errors {errors}", name))
     ours, filled = (", ".join(f"{n[key]:.3f}" for n in numbers) for key in ("mse", "mse_inverse_distance"))
     text = f"Errors over {len(images)} images: {ours}. Inverse-distance filling, without a model: {filled}"
-    draw([Block("", text, strips)], path, title=_title(when), note=sets._note(model), columns=columns)
+    draw([Block("", text, together)], path, title=_title(when), note=sets._note(model), columns=columns)
     return numbers
 
 
@@ -250,7 +250,7 @@ def _title(when: str) -> str:
 
 
 def rows_of(result: Reconstruction, bands: Sequence[int] = (0, 1, 2)) -> list[Row]:
-    """The images of a reconstruction as rows of a figure; ``bands`` as for :func:`evaluate_sets`."""
+    """Masked, reconstructed and original images as rows of a figure; ``bands`` as for :func:`evaluate_sets`."""
     masked, reconstruction, original = result.masked, result.reconstruction, result.original
     if original.shape[1] > 3:
         reconstruction, original = reconstruction[:, list(bands)], original[:, list(bands)]
@@ -262,7 +262,7 @@ def rows_of(result: Reconstruction, bands: Sequence[int] = (0, 1, 2)) -> list[Ro
     hidden = 1 - result.visible.float().mean((1, 2, 3))
     errors = zip(hidden.tolist(), result.mse.tolist(), result.psnr.tolist(), strict=True)
     captions = [f"mask {100 * ratio:.0f} %, error {mse:.3f}, {psnr:.1f} dB" for ratio, mse, psnr in errors]
-    return [Row(*triplet, caption) for triplet, caption in zip(pictures, captions, strict=True)]
+    return [Row(triplet, caption) for triplet, caption in zip(pictures, captions, strict=True)]
 
 
 def _baseline_errors(result: Reconstruction, std: Tensor) -> dict[str, Tensor]:

@@ -281,7 +281,7 @@ def test_float_bands_from_stats_to_figure(tmp_path, capsys):
     drawing = ["--show", "2", "--bands", "3", "0", "1", "--visible", "predicted", "--out", str(tmp_path / "a.png")]
     assert main(["reconstruct", str(out), str(folder), *drawing]) == 0
     printed = capsys.readouterr()
-    assert "WARNING: left out: " in printed.err
+    assert "WARNING: skipped " in printed.err
     assert "2 of 6 images shown, errors over 5; 75% of patches masked, block masks" in printed.out
     config = json.loads((out / "config.json").read_text())
     low, high = np.reshape(config["data"]["value_range"], (4, 2, 1, 1)).transpose(1, 0, 2, 3)

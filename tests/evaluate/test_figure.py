@@ -20,7 +20,7 @@ def plain(color, size=(64, 64)):
 
 
 def row(size=(64, 64), colors=COLORS, **kwargs):
-    return Row(*(plain(color, size) for color in colors), caption="mask 75 %, error 0.300, 21.0 dB", **kwargs)
+    return Row([plain(color, size) for color in colors], caption="mask 75 %, error 0.300, 21.0 dB", **kwargs)
 
 
 def drawn(path) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_small_pictures_are_upright_and_not_smoothed(tmp_path):
     checks = (torch.arange(64)[:, None] + torch.arange(64)) % 2 * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1)
     flag = plain(COLORS[0]).clone()
     flag[:, 32:] = plain(COLORS[2], (32, 64))
-    draw([Block("", "", [Row(plain(COLORS[1]), checks, flag, "caption")])], tmp_path / "a.png")
+    draw([Block("", "", [Row((plain(COLORS[1]), checks, flag), "caption")])], tmp_path / "a.png")
     image = drawn(tmp_path / "a.png")
     assert (image == [255, 0, 255]).all(-1).sum() == 64 * 32 * 9
     assert area(image, [255, 0, 0])[0].stop == area(image, [0, 0, 255])[0].start
