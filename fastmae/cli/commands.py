@@ -45,6 +45,8 @@ class ReconstructConfig:
     """Lowest and highest value of 16-bit and floating-point images, or a pair for each channel. None: the run's."""
     channels_first: bool = False
     """.npy files are (channels, height, width). Also if the run's were."""
+    device: str = "auto"
+    """Device, such as cpu or cuda:0. auto: a GPU if there is one."""
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ def run(command: InspectConfig | FeaturesConfig | ProbeConfig | RobustnessConfig
     if isinstance(command, InspectConfig):
         return inspect(command)
     with usage_errors():
-        if isinstance(command, RobustnessConfig):
-            return robustness(command)
-        return features(command) if isinstance(command, FeaturesConfig) else evaluate(command)
+        if isinstance(command, FeaturesConfig):
+            return features(command)
+        if place()[0] > 0:  # of the processes that torchrun started, the first one does all
+            return 0
+        return robustness(command) if isinstance(command, RobustnessConfig) else evaluate(command)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,19 +336,23 @@ def labelled_images(config: LabelledConfig, info: WeightsInfo) -> tuple[Labelled
 def _encoder(weights: Path, config: EncodingConfig) -> tuple[nn.Module, WeightsInfo, dict[str, Any]]:
     """The model on its device, what is known of it, and the options of ``extract_features``."""
     model, info = load(weights, return_info=True)
-    name = config.device
-    if name == "auto":
-        name = f"cuda:{place()[2] % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    try:
-        model = model.to(torch.device(name))
-    except RuntimeError as error:
-        raise UsageError(f"--device: expected a device that is there, got {name}: {error}") from error
+    model = on_device(model, config.device)
     precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if name.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "auto":  # GPUs without bfloat16 emulate it, slowly
+        precision = "bf16" if model.mean.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     options = {"dtype": dtype, "batch_size": config.batch_size, "crop_ratio": config.crop_ratio}
     return model, info, options | {"num_threads": config.num_workers}
+
+
+def on_device(model: nn.Module, name: str) -> nn.Module:
+    """The model on the device that ``--device`` names."""
+    if name == "auto":
+        name = f"cuda:{place()[2] % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(torch.device(name))
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        raise UsageError(f"--device: expected a device that is there, got {name}: {error}") from error
 
 
 def _open(path: Path, info: WeightsInfo, index: Path | None = None) -> Dataset:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmae.cli.commands import ConsolidateConfig, ReconstructConfig
+from fastmae.cli.evaluate import on_device
 from fastmae.data import DataError, read_images
 from fastmae.data.formats import IMAGE_SUFFIXES
 from fastmae.data.index import check_value_range
@@ -74,6 +75,7 @@ def reconstruct(config: ReconstructConfig) -> int:
         paths = _find_images(config.images)
         if config.draw_seed is not None:
             random.Random(config.draw_seed).shuffle(paths)
+        model = on_device(model, config.device)
         images, names = _read(_shown_first(paths, config.show), set(config.images), model.img_size, reading)
         config.out.parent.mkdir(parents=True, exist_ok=True)
         if len(masks) > 1:

@@ -148,6 +148,23 @@ def test_one_image_per_class_is_enough_once_the_settings_are_given(
     assert "of 12 images, learned from 3" in printed
 
 
+@pytest.mark.parametrize("command", [("evaluate", "knn"), ("features",), ("reconstruct",)])
+def test_a_device_that_is_not_there_is_named(weights, folders, tmp_path, capsys, command):
+    images = {"evaluate": ["--data.path", folders / "train"], "features": [folders / "train", tmp_path / "f.npy"]}
+    flags = images.get(command[0], [folders / "train"])
+    code, printed = evaluate(capsys, *command, weights, *flags, "--device", "cuda:99")
+    assert code == 2
+    assert "--device: expected a device that is there, got cuda:99" in printed
+
+
+def test_of_several_processes_the_first_one_evaluates(weights, folders, tmp_path, capsys, monkeypatch):
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    out = tmp_path / "result.json"
+    assert evaluate(capsys, "evaluate", "knn", weights, "--data.path", folders / "train", "--out", out) == (0, "")
+    assert not out.exists()
+
+
 def test_tokens_that_do_not_fit_into_memory_are_refused(weights, folders, capsys, monkeypatch):
     monkeypatch.setattr("fastmae.cli.evaluate.physical_bytes", lambda: 20_000)  # 36 images of 4 tokens 32 wide: 9,216
     flags = ["--data.path", folders / "train", "--queries", 4, "--epochs", 1]
