@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastmae.cli import evaluate as evaluate_command
@@ -44,6 +45,16 @@ def evaluate(capsys, *arguments: object) -> tuple[int, str]:
     return code, printed.out + printed.err
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request) -> list[str]:
+    """``--device``; on a GPU, that it was used is checked afterwards."""
+    if request.param == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.max_memory_allocated()
+    yield ["--device", request.param]
+    assert request.param == "cpu" or torch.cuda.max_memory_allocated() > before
+
+
 @pytest.mark.parametrize(
     ("protocol", "flags"),
     [
@@ -53,9 +64,11 @@ def evaluate(capsys, *arguments: object) -> tuple[int, str]:
         ("attentive", ["--queries", "4", "--epochs", "20"]),
     ],
 )
-def test_colours_are_told_apart_and_the_result_is_one_object(weights, folders, tmp_path, capsys, protocol, flags):
+def test_colours_are_told_apart_and_the_result_is_one_object(
+    weights, folders, tmp_path, capsys, where, protocol, flags
+):
     out = tmp_path / "results" / "result.json"
-    data = ["--data.path", folders / "train", "--data.val", folders / "val"]
+    data = ["--data.path", folders / "train", "--data.val", folders / "val", *where]
     code, printed = evaluate(capsys, "evaluate", protocol, weights, *data, "--out", out, *flags)
     assert code == 0, printed
     result = json.loads(out.read_text())
@@ -174,8 +187,9 @@ def test_tokens_that_do_not_fit_into_memory_are_refused(weights, folders, capsys
     assert (code, "--data.limit: the patch tokens of all images take" in printed) == (2, True), printed
 
 
-def test_features_are_written_with_their_paths(weights, folders, tmp_path, capsys):
-    code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.npy", "--batch-size", 5)
+def test_features_are_written_with_their_paths(weights, folders, tmp_path, capsys, where):
+    flags = ["--batch-size", 5, *where]
+    code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.npy", *flags)
     assert code == 0, printed
     assert "12 features of 32 numbers" in printed
     assert "images/s" in printed
@@ -192,6 +206,37 @@ def test_features_are_written_with_their_paths(weights, folders, tmp_path, capsy
     assert not np.allclose(table["feature"], found)
     code, printed = evaluate(capsys, "features", weights, folders / "val", tmp_path / "f.csv")
     assert (code, "OUT: expected a .npy or .parquet file" in printed) == (2, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cuda"], indirect=True)
+def test_errors_of_reconstructions_on_a_gpu_are_the_cpus(weights, folders, tmp_path, capsys, where):
+    errors = []
+    for flags in (["--device", "cpu"], where):
+        out = ["--out", tmp_path / "figure.png", *flags]
+        code, printed = evaluate(capsys, "reconstruct", weights, folders / "val", *out)
+        assert code == 0, printed
+        errors.append([float(word) for word in printed.split() if word.replace(".", "").isdigit()])
+    assert len(errors[0]) > 6
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("where", ["cuda"], indirect=True)
+def test_a_classifier_fine_tuned_on_a_gpu_is_judged_as_in_its_run(weights, folders, tmp_path, capsys, where):
+    flags = """--train.global-batch-size 12 --train.steps 6 --train.warmup-steps 1 --train.base-lr 0.1
+        --train.precision bf16 --train.average 0.5 --data.loader torch --data.crop-ratio 1"""
+    data = ["--data.path", folders / "train", "--data.val", folders / "val", "--run-folder", tmp_path / "run"]
+    out = ["--out", tmp_path / "finetune.json", "--train.device", where[1]]
+    code, printed = evaluate(capsys, "evaluate", "finetune", weights, *data, *out, *flags.split())
+    assert code == 0, printed
+    flags = ["--images", folders / "val", "--crop-ratio", 1, "--precision", "bf16", *where]
+    out = ["--out", tmp_path / "robustness.json"]
+    code, printed = evaluate(capsys, "evaluate", "robustness", tmp_path / "run", *flags, *out)
+    assert code == 0, printed
+    (found,) = json.loads((tmp_path / "robustness.json").read_text())["sets"].values()
+    tested = json.loads((tmp_path / "finetune.json").read_text())
+    assert found["top1"] == pytest.approx(tested["top1"], abs=0.1)  # another batch size rounds otherwise
 
 
 def test_an_error_leaves_the_features_of_before_and_nothing_else(weights, folders, tmp_path, capsys, monkeypatch):

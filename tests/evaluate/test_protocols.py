@@ -122,15 +122,6 @@ def test_attentive_pool_equals_its_definition_and_refuses_odd_queries():
     assert not trained.training
 
 
-@pytest.mark.gpu
-def test_attention_learns_where_the_labels_are():
-    labels = torch.arange(40, device="cuda") % 2
-    tokens = (labels.cpu() * 2 - 1)[:, None, None] + 0.1 * torch.randn(40, 4, 8)
-    split = Split(tokens, labels, tokens, labels, 2)
-    assert evaluate_attentive(split, epochs=20, num_queries=2)["top1"] == 1
-    assert fit_attentive(tokens, labels, 2, lr=1e-2, epochs=1, num_queries=2).queries.is_cuda
-
-
 def test_the_linear_probe_has_the_schedule_and_optimiser_of_table_10():
     rate = [learning_rate(e, epochs=90, warmup_epochs=10, base_lr=0.1, batch_size=16_384) for e in (0, 5, 10, 50, 90)]
     assert rate == pytest.approx([0, 3.2, 6.4, 3.2, 0])  # 0.1 x 16,384 / 256 = 6.4

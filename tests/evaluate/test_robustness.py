@@ -63,6 +63,7 @@ def test_a_subset_is_judged_among_its_own_classes_and_among_all(root, tmp_path):
     some = write(tmp_path / "some", ["cyan", "grey", "pink"], noise=255)
     every = write(tmp_path / "every", COLOURS, noise=100)
     flags = ["--images", tmp_path / "some", tmp_path / "every", "--crop-ratio", 1, "--out", tmp_path / "found.json"]
+    flags += ["--device", "cpu"]  # logits are compared
     assert main([str(f) for f in ["evaluate", "robustness", weights, *flags, "--classes", root / "names.txt"]]) == 0
     found = json.loads((tmp_path / "found.json").read_text())["sets"]
     for name, (images, labels) in (("some", some), ("every", every)):
