@@ -2,8 +2,8 @@
 
     python benchmarks/learning/leaderboard.py        # writes docs/learning.md and docs/learning.png
     fastmae ablate claims.toml --out claims          # then add what the table of variants gave:
-    python benchmarks/learning/leaderboard.py claims --data "CIFAR-10, 200 labels per class" --images 50000 \\
-        --model "128 wide, 4 deep, patch 4" --hardware "one thread of AMD EPYC"
+    python benchmarks/learning/leaderboard.py claims --data "CIFAR-10, the same 200 labels per class for all seeds" \\
+        --images 50000 --model "128 wide, 4 deep, patch 4" --hardware "one thread of AMD EPYC"
 
 ``results.csv`` has a line per protocol of a run. A script beside this file, such as ``cifar10.py``, replaces its lines,
 and so does the last command those of its ablation. ``published.csv`` holds what others report, by source.
