@@ -346,13 +346,17 @@ def _encoder(weights: Path, config: EncodingConfig) -> tuple[nn.Module, WeightsI
 
 
 def on_device(model: nn.Module, name: str) -> nn.Module:
-    """The model on the device that ``--device`` names."""
+    """The model on the device that ``--device`` names, a GPU being this process's own from then on: without that, each
+    of several processes may take memory of the first GPU too."""
     if name == "auto":
         name = f"cuda:{place()[2] % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
-        return model.to(torch.device(name))
+        model = model.to(torch.device(name))
     except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
         raise UsageError(f"--device: expected a device that is there, got {name}: {error}") from error
+    if model.mean.is_cuda:
+        torch.cuda.set_device(model.mean.device)
+    return model
 
 
 def _open(path: Path, info: WeightsInfo, index: Path | None = None) -> Dataset:

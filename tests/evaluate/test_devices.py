@@ -80,6 +80,18 @@ def test_encoding_images_never_waits(monkeypatch):
         waiting.clear()
 
 
+def test_each_process_of_a_node_has_a_gpu_of_its_own(monkeypatch):
+    model, chosen = VisionTransformer(5, seed=0, **SIZES), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for name, value in {"RANK": 6, "WORLD_SIZE": 8, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    with fake_cuda():
+        assert command.on_device(model, "auto").head.weight.device == torch.device("cuda:2")
+    assert chosen == [torch.device("cuda:2")]
+
+
 def test_training_a_linear_probe_never_waits(monkeypatch):
     model = VisionTransformer(5, seed=0, **SIZES)
     images = SimpleNamespace(dataset=None, sample_ids=None, labels=np.arange(COUNT) % 3)

@@ -43,10 +43,10 @@ def _to_cuda(model: nn.Module, device: torch.device | str) -> nn.Module:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cuda"))
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda")
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     return model
 
 
