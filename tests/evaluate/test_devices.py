@@ -81,15 +81,17 @@ def test_encoding_images_never_waits(monkeypatch):
 
 
 def test_each_process_of_a_node_has_a_gpu_of_its_own(monkeypatch):
-    model, chosen = VisionTransformer(5, seed=0, **SIZES), []
+    current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name, value in {"RANK": 6, "WORLD_SIZE": 8, "LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
-    with fake_cuda():
-        assert command.on_device(model, "auto").head.weight.device == torch.device("cuda:2")
-    assert chosen == [torch.device("cuda:2")]
+    moved = lambda device: SimpleNamespace(mean=SimpleNamespace(is_cuda=device.type == "cuda", device=device))  # noqa: E731
+    model = command.on_device(SimpleNamespace(to=moved), "auto")
+    assert current == [model.mean.device] == [torch.device("cuda:2")]
+    assert command.on_device(SimpleNamespace(to=moved), "cpu").mean.device.type == "cpu"
+    assert len(current) == 1
 
 
 def test_training_a_linear_probe_never_waits(monkeypatch):
