@@ -34,31 +34,55 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 COUNT = 12
 
 
-def test_the_steps_of_fine_tuning_never_wait(monkeypatch):
-    # A generator of the GPU needs one.
-    monkeypatch.setattr("fastmae.evaluate.augmentation.torch.Generator", lambda device: torch._C.Generator())
+def fine_tuning() -> tuple[Classification, SimpleNamespace]:
+    """A task with all of Table 9, and what its callbacks see of a trainer."""
     config = classifier_recipe(FinetuneConfig)
-    train = replace(config.train, global_batch_size=COUNT)
-    data = replace(config.data, erasing=1.0)  # and the rest of Table 9
+    train, data = replace(config.train, global_batch_size=COUNT), replace(config.data, erasing=1.0)
     config = replace(config, model=ClassifierModelConfig(img_size=32), train=train, data=data)
     model = VisionTransformer(5, drop_path=0.1, seed=0, **SIZES)
     dataset = SimpleNamespace(channels=3, value_range=None, order=lambda seed: Order(COUNT, seed))
     loader = SimpleNamespace(late_bad=[])
     task = Classification(config, model, dataset, np.arange(COUNT) % 5, lambda *_, **options: loader)
     task.open_loader(0, COUNT, ranks=SimpleNamespace(rank=0, size=1), device=torch.device("cuda"), known_bad=[])
+    return task, SimpleNamespace(model=model, step=1)
+
+
+def take_step(task: Classification, average: WeightAverage, trainer: SimpleNamespace) -> None:
+    images = torch.zeros(COUNT, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+    keys = torch.zeros(COUNT, dtype=torch.int64, device="cuda")
+    inputs = task.prepare(Batch(images, keys, keys))
+    assert all(part.is_cuda for part in inputs)
+    task.loss(task.model, *inputs).backward()
+    average.after_step(trainer)
+
+
+def test_the_steps_of_fine_tuning_never_wait(monkeypatch):
+    # A generator of the GPU needs one.
+    monkeypatch.setattr("fastmae.evaluate.augmentation.torch.Generator", lambda device: torch._C.Generator())
+    task, trainer = fine_tuning()
     average = WeightAverage(0.9, "average")
     with fake_cuda(autocast=torch.bfloat16):
-        model.to("cuda")
-        trainer = SimpleNamespace(model=model, step=1)
+        task.model.to("cuda")
         average.attach(trainer)
-        pixels = torch.zeros(COUNT, 32, 32, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
-        keys = torch.zeros(COUNT, dtype=torch.int64, device="cuda")
-        inputs = task.prepare(Batch(pixels, keys, keys))
-        assert all(part.is_cuda for part in inputs)
-        assert task.loss(model, *inputs).is_cuda
-        average.after_step(trainer)
+        take_step(task, average, trainer)
         with average.applied():
-            assert model.head.weight.is_cuda
+            assert task.model.head.weight.is_cuda
+
+
+@pytest.mark.gpu
+def test_the_steps_of_fine_tuning_never_wait_for_a_gpu():
+    task, trainer = fine_tuning()
+    task.model.to("cuda")
+    average = WeightAverage(0.9, "average")
+    average.attach(trainer)
+    with torch.autocast("cuda", torch.bfloat16):
+        take_step(task, average, trainer)  # compiles kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            take_step(task, average, trainer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_encoding_images_never_waits(monkeypatch):

@@ -11,11 +11,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training import MODEL, fitted, make_trainer, write_images
+from devices import fake_cuda
+from training import MODEL, TRAIN, fitted, make_trainer, write_images
 
-from fastmae.data import has_dali
+from fastmae.data import Batch, has_dali
+from fastmae.model import create_model
 from fastmae.train import trainer as loop
+from fastmae.train.config import PretrainConfig
+from fastmae.train.guard import LossScale, step_unless_non_finite
 from fastmae.train.liveness import StopRequest
+from fastmae.train.optim import create_optimizer
+from fastmae.train.task import MaskedAutoencoding
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,25 @@ def test_a_step_reads_nothing_back_from_the_device(tmp_path, images, monkeypatch
     monkeypatch.undo()
     assert len(trainer.reporter.values.steps) == 3
     trainer.run.close()
+
+
+def test_a_step_is_all_on_the_device_and_copies_nothing_to_it():
+    """Masks, loss and update on a GPU that is a fake one."""
+    config = PretrainConfig(model=MODEL, train=replace(TRAIN, clip_grad=1.0, masks_per_image=2))
+    task = MaskedAutoencoding(config, create_model(**config.model_arguments()), None, None)
+    with fake_cuda(autocast=torch.bfloat16) as waiting:
+        task.model.to("cuda")
+        optimizer = create_optimizer(task.parameter_groups(), config.train)
+        scale = LossScale(torch.device("cuda"))
+        images = torch.zeros(4, 32, 48, 3, dtype=torch.uint8, device="cuda").permute(0, 3, 1, 2)
+        keys = torch.zeros(4, dtype=torch.int64, device="cuda")
+        waiting.clear()
+        with task.model.cast_weights(torch.bfloat16):
+            loss = task.loss(task.model, *task.prepare(Batch(images, keys, keys)))
+        for parameter in task.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        norm, skipped = step_unless_non_finite(optimizer, config.train.clip_grad, scale)
+        assert all(value.is_cuda for value in (loss, norm, skipped))
 
 
 def test_the_time_limit_ends_a_run_with_a_checkpoint(tmp_path, images):
