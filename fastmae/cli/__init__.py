@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. What the user can fix is one line on stderr, a bug keeps its traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     trains = words[:1] == ["pretrain"] or (words[:1] == ["evaluate"] and words[1:2] in _TRAINING)
-    if trains:
+    if trains or words[:1] in (["evaluate"], ["features"]):
         read_slurm(os.environ)
     # Before PyTorch is imported, which takes seconds. Without arguments this is the process's command, and it ends.
     stop = StopRequest(quiet=rank_and_size()[0] != 0, process_ends=argv is None)

@@ -170,9 +170,20 @@ def test_a_device_that_is_not_there_is_named(weights, folders, tmp_path, capsys,
     assert "--device: expected a device that is there, got cuda:99" in printed
 
 
-def test_of_several_processes_the_first_one_evaluates(weights, folders, tmp_path, capsys, monkeypatch):
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
-        monkeypatch.setenv(name, str(value))
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "gpu1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("environment", [TORCHRUN, SLURM], ids=["torchrun", "srun"])
+def test_of_several_processes_the_first_one_evaluates(weights, folders, tmp_path, capsys, monkeypatch, environment):
+    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"):  # those of srun are translated into these
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     out = tmp_path / "result.json"
     assert evaluate(capsys, "evaluate", "knn", weights, "--data.path", folders / "train", "--out", out) == (0, "")
     assert not out.exists()
