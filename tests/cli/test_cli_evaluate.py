@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def evaluate(capsys, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def where(request) -> list[str]:
+def where(request) -> Iterator[list[str]]:
     """``--device``; on a GPU, that it was used is checked afterwards."""
     if request.param == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -137,7 +137,7 @@ def test_stochastic_depth_scales_branches_in_low_precision(mode):
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_recomputed_activations_give_the_same_gradients(images, mode):
+def test_recomputed_activations_give_the_same_gradients(images, mode, route):
     scales = scales_of(torch.rand(3, 2, 3, generator=torch.Generator().manual_seed(2)), 0.5)
     gradients = []
     for activation_checkpointing in ("none", mode):
