@@ -91,8 +91,8 @@ def fit_linear(
         optimizer.zero_grad()
         penalty = l2 / 2 * weight.square().sum()
         penalty.backward()
-        # Some rows at a time: logits may be larger than features. Summed in float64: over a million rows, float32 rounds
-        # by more than a line search looks for, above all where CUDA adds one row after the other.
+        # Some rows at a time: logits may be larger than features. Summed in float64: over a million rows float32 rounds
+        # by more than a line search looks for, above all where CUDA adds them one after the other.
         total = penalty.detach().double()
         for rows, classes in zip(x.split(_ROWS), labels.split(_ROWS), strict=True):
             losses = F.cross_entropy(F.linear(rows, weight, bias), classes, reduction="none")
