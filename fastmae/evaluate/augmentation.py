@@ -112,11 +112,13 @@ def randaugment(images: Tensor, operations: np.ndarray, levels: np.ndarray, sign
     images, functions = images.clone(memory_format=torch.contiguous_format), list(OPERATIONS.values())
     values = to_device(np.stack([levels, signs]), images.device).float()[..., None, None, None]
     for layer in range(operations.shape[1]):
-        for number in np.unique(operations[operations[:, layer] >= 0, layer]):
-            rows = to_device(np.flatnonzero(operations[:, layer] == number), images.device)
-            level, sign = values[:, rows, layer]
-            changed = functions[number](images[rows], level, sign)
-            images.index_copy_(0, rows, changed.round().clamp(0, 255).to(torch.uint8))
+        order = np.argsort(operations[:, layer], kind="stable")  # images of one operation together, in one copy
+        numbers, starts = np.unique(operations[order, layer], return_index=True)
+        parts = to_device(order, images.device).tensor_split(starts[1:].tolist())
+        for number, rows in zip(numbers.tolist(), parts, strict=True):
+            if number >= 0:
+                changed = functions[number](images[rows], *values[:, rows, layer])
+                images.index_copy_(0, rows, changed.round().clamp(0, 255).to(torch.uint8))
     return images
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from skimage.data import astronaut
 from torch import Tensor
 
+from fastmae.evaluate import augmentation
 from fastmae.evaluate.augmentation import (
     OPERATIONS,
     BatchAugment,
@@ -99,13 +100,18 @@ def test_operations_are_drawn_as_often_and_as_strong_as_the_table_says():
     assert abs(signs.mean()) < 0.02
 
 
-def test_an_image_gets_its_own_operations():
-    operations = np.array([[-1, -1], [list(OPERATIONS).index("Invert"), -1], [list(OPERATIONS).index("Invert")] * 2])
-    batch = images(3)
-    found = randaugment(batch, operations, np.full((3, 2), 0.9), np.ones((3, 2)))
+def test_an_image_gets_its_own_operations(monkeypatch):
+    copied, copy = [], augmentation.to_device
+    monkeypatch.setattr(augmentation, "to_device", lambda *arguments: copied.append(1) or copy(*arguments))
+    invert, solarize = (list(OPERATIONS).index(name) for name in ("Invert", "Solarize"))
+    operations = np.array([[-1, -1], [invert, -1], [invert, invert], [solarize, -1]])
+    batch = images(4)
+    found = randaugment(batch, operations, np.full((4, 2), 1.0), np.ones((4, 2)))
     assert torch.equal(found[0], batch[0])
     assert torch.equal(found[1], 255 - batch[1])
     assert torch.equal(found[2], batch[2])
+    assert torch.equal(found[3], 255 - batch[3])  # at the highest level all pixels are above the threshold
+    assert len(copied) == 1 + 2  # to a GPU: levels, and one per layer however many operations there are
 
 
 def test_a_rectangle_of_some_images_is_erased():
