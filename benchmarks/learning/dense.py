@@ -36,7 +36,6 @@ RUNS = [
     ("detection", "pennfudan", {"frozen": True, "side": 96, "steps": 150}),
     ("segmentation", "camvid", {"head": "upernet", "frozen": False, "size": (96, 128), "steps": 150}),
     ("detection", "pennfudan", {"frozen": False, "side": 96, "steps": 150}),
-    ("detection", "coco", {"frozen": True, "side": 96, "steps": 150}),
 ]
 """Task, data and settings. Only the rate of the linear heads was chosen, on CamVid's validation images."""
 
