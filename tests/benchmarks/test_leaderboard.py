@@ -10,6 +10,7 @@ import leaderboard
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import ttest_rel
 
 
 def test_the_committed_page_is_what_the_results_give():
@@ -54,25 +55,25 @@ def ablated(accuracies: dict[str, list[float]], protocol: str = "linear") -> lis
 @pytest.mark.parametrize(
     ("accuracies", "verdicts"),
     [
-        ({"a": [0.5, 0.52], "b": [0.4, 0.42], "c": [0.1, 0.12]}, ("confirmed", "confirmed")),
-        ({"a": [0.5, 0.52], "b": [0.5, 0.53], "c": [0.1, 0.12]}, ("undecided", "confirmed")),
-        ({"a": [0.5, 0.6], "b": [0.42, 0.52], "c": [0.42, 0.52]}, ("undecided", "undecided")),
-        ({"a": [0.5, 0.52], "b": [0.6, 0.62], "c": [0.1, 0.12]}, ("contradicted", "contradicted")),
-        ({"a": [0.5], "b": [0.4], "c": [0.1]}, ("undecided", "undecided")),
+        ({"a": [0.5, 0.6, 0.7], "b": [0.4, 0.51, 0.6], "c": [0.1, 0.2, 0.3]}, ("confirmed", "confirmed")),
+        ({"a": [0.5, 0.6, 0.7], "b": [0.5, 0.62, 0.68], "c": [0.1, 0.2, 0.31]}, ("undecided", "confirmed")),
+        ({"a": [0.5, 0.52, 0.54], "b": [0.5, 0.5, 0.5], "c": [0.5, 0.5, 0.5]}, ("undecided", "undecided")),
+        ({"a": [0.5, 0.6, 0.7], "b": [0.6, 0.7, 0.81], "c": [0.1, 0.2, 0.3]}, ("contradicted", "contradicted")),
+        ({"a": [0.5], "b": [0.4], "c": [0.1]}, ("not run", "not run")),
         ({"a": [0.5, 0.52], "b": [0.4, 0.42]}, ("not run", "not run")),
     ],
 )
-def test_a_claim_is_judged_by_differences_beyond_their_spread(accuracies, verdicts):
+def test_a_claim_is_judged_by_differences_per_seed(accuracies, verdicts):
     found = [leaderboard.Claim("", "", "a", ("b", "c"), how_many) for how_many in (all, any)]
-    assert tuple(leaderboard.judge(claim, ablated(accuracies))[1] for claim in found) == verdicts
+    assert tuple(leaderboard.judge(claim, ablated(accuracies))[2] for claim in found) == verdicts
 
 
-def test_less_time_is_better():
-    rows = ablated({"short": [0.5, 0.5], "longer": [0.4, 0.4]})
-    for better, other, verdict in (("short", "longer", "confirmed"), ("longer", "short", "contradicted")):
-        measured, found = leaderboard.judge(leaderboard.Claim("", "", better, (other,), column="seconds"), rows)
-        assert found == verdict
-    assert measured == "longer 6 ± 0 s; short 5 ± 0 s"
+def test_the_interval_of_a_difference_is_that_of_the_paired_t_test():
+    rows = ablated({"a": [0.5, 0.55, 0.6, 0.52], "b": [0.45, 0.52, 0.56, 0.5]})
+    measured, by, _ = leaderboard.judge(leaderboard.Claim("", "", "a", ("b",)), rows)
+    assert measured == "a 54.2 ± 4.3; b 50.8 ± 4.6"
+    low, high = 100 * np.array(ttest_rel([0.5, 0.55, 0.6, 0.52], [0.45, 0.52, 0.56, 0.5]).confidence_interval())
+    assert by == f"+{(low + high) / 2:.1f} ± {(high - low) / 2:.1f}"
 
 
 def test_an_ablation_gives_a_line_per_variant_and_protocol():
