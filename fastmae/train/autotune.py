@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -162,13 +163,16 @@ def settle_precision(
 ) -> tuple[PretrainConfig, str, str]:
     """Put a precision in the place of "auto", for an encoder of a width; every rank calls it, the first one measures.
 
-    bf16 on CUDA. On the CPU the faster of fp32 and bf16: many have no bfloat16 instructions, and emulate them at a
-    hundredth to a fifth of fp32's rate. Returns the configuration, why it is this precision unless the user named it,
-    and a warning if that is slow here.
+    bf16 on CUDA, fp16 where a GPU only emulates that. On the CPU the faster of fp32 and bf16: many have no bfloat16
+    instructions, and emulate them at a hundredth to a fifth of fp32's rate. Returns the configuration, why it is this
+    precision unless that is usual or the user named it, and a warning if it is slow here.
     """
     precision, text, warning = config.train.precision, "", ""
     if device.type != "cpu":
-        precision = "bf16" if precision == "auto" else precision
+        if precision == "auto":
+            native = partial(torch.cuda.is_bf16_supported, including_emulation=False)
+            precision = "bf16" if ranks.first("asking the GPU for bfloat16", native) else "fp16"
+            text = "" if precision == "bf16" else "Precision auto: fp16; this GPU has no bfloat16"
     elif precision in ("auto", "bf16"):
         speeds = ranks.first("measuring matrix products", lambda: measure_products(width))
         if precision == "auto":

@@ -257,8 +257,8 @@ class TrainConfig:
     """Seed of the initialisation, the sample order, the crops and the masks."""
     precision: Literal["auto", Precision] = "auto"
     """bf16: autocast to bfloat16, weights and optimiser in float32. fp16: the same with float16 and a loss scale, for
-    GPUs without bfloat16. auto: bf16 on CUDA; on a CPU the faster of bf16 and fp32 in a matrix product, measured at the
-    start. A resumed run keeps what was chosen."""
+    GPUs without bfloat16. auto: bf16, or fp16 there; on a CPU the faster of bf16 and fp32 in a matrix product,
+    measured at the start. A resumed run keeps what was chosen."""
     compile: Compile = "none"
     """torch.compile. blocks: each block, in seconds, since blocks of one shape share their code. model: the whole
     model, in minutes; with several processes each block all the same."""

@@ -66,23 +66,25 @@ def test_both_rates_are_measured(width):
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "speeds", "expected", "text", "warning"),
+    ("asked", "device", "first", "expected", "text", "warning"),
     [
         ("auto", CPU, OLD, "fp32", "1.1 GFLOP/s in bf16, 56 in fp32", ""),
         ("auto", CPU, NEW, "bf16", "200 GFLOP/s in bf16, 100 in fp32", ""),
         ("bf16", CPU, OLD, "bf16", "", "--train.precision bf16: matrix products run at 0.02 of fp32's rate"),
         ("bf16", CPU, NEW, "bf16", "", ""),
-        *((asked, CUDA, None, "bf16", "", "") for asked in ("auto", "bf16")),
+        *((asked, CUDA, True, "bf16", "", "") for asked in ("auto", "bf16")),
+        ("auto", CUDA, False, "fp16", "fp16; this GPU has no bfloat16", ""),
         *((asked, CPU, None, asked, "", "") for asked in ("fp16", "fp32")),
     ],
 )
-def test_a_cpu_takes_the_faster_precision_on_the_first_rank(asked, device, speeds, expected, text, warning):
-    """What needs no measurement gets none; bf16 that is asked for is kept, with a warning where it is slow."""
+def test_the_first_rank_chooses_the_precision(asked, device, first, expected, text, warning):
+    """By speed on a CPU, on a GPU by what it has. What needs no measurement gets none; bf16 that is asked for is kept,
+    with a warning where it is slow."""
 
     class Second(Ranks):
         def first(self, what, function):
-            assert speeds, "measured"
-            return speeds
+            assert first is not None, "measured"
+            return first
 
     config = PretrainConfig(train=replace(TRAIN, precision=asked))
     settled, *found = settle_precision(config, 64, device, Second())
