@@ -34,6 +34,7 @@ RUNS = [
     ("segmentation", "camvid", LINEAR | {"size": (96, 128)}),
     ("segmentation", "coco", LINEAR | {"size": (96, 96)}),
     ("detection", "pennfudan", {"frozen": True, "side": 96, "steps": 150}),
+    ("detection", "coco", {"frozen": True, "side": 96, "steps": 150}),
     ("segmentation", "camvid", {"head": "upernet", "frozen": False, "size": (96, 128), "steps": 150}),
     ("detection", "pennfudan", {"frozen": False, "side": 96, "steps": 150}),
 ]
